@@ -1,0 +1,44 @@
+"""What can go wrong, each with the cause and the cure in the message.
+
+An error raised on a user's input is also a `ValueError`, so that callers who do not know this
+library can catch it; an error about a model that does not do what the hooks need is a
+`RuntimeError`.
+"""
+
+from __future__ import annotations
+
+
+class HookctlError(Exception):
+    """Base of every error raised by this library."""
+
+
+class InputError(HookctlError, ValueError):
+    """An argument is wrong: the message names it, what was given and what would do."""
+
+
+class WordError(InputError):
+    """A word or phrase is not in the prompt."""
+
+
+class AlignmentError(InputError):
+    """Two prompts can't be aligned in the way that was asked."""
+
+
+class SelectorError(InputError):
+    """A site selector matches no site of this model."""
+
+
+class ConflictError(InputError):
+    """Two editors claim the same thing at the same place and time."""
+
+
+class LayoutError(HookctlError, RuntimeError):
+    """The batch of a denoiser call fits no known layout of rows."""
+
+
+class HoleError(HookctlError, RuntimeError):
+    """A site ran without being caught, or was expected and never ran."""
+
+
+class UnsupportedError(HookctlError, RuntimeError):
+    """The method makes no sense on, or cannot be evaluated for, this model."""
