@@ -1,0 +1,1 @@
+"""The embedded pipeline: its world, renderer, detector, trainer and loader."""

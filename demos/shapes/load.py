@@ -1,0 +1,44 @@
+"""Loads the embedded pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import logging
+
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+
+
+def load_shapes(
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    weights: Path | str | None = None,
+) -> StableDiffusionPipeline:
+    """Load the embedded pipeline, an ordinary `StableDiffusionPipeline` without progress bars.
+
+    Receives: a device (None: CUDA when there is one, else CPU), the dtype of all parts, and another
+    folder in the diffusers layout than the embedded one. Returns: the pipeline, whose pictures are
+    128 x 128 px and whose latents are [batch, 12, 16, 16].
+    """
+    folder = Path(weights) if weights is not None else WEIGHTS
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no pipeline (model_index.json is missing); reinstall hookctl or train "
+            "one with `python -m hookctl.demos.shapes.train --out out/shapes` and pass "
+            "weights='out/shapes/weights'"
+        )
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        pipe: StableDiffusionPipeline = StableDiffusionPipeline.from_pretrained(
+            str(folder), torch_dtype=dtype, local_files_only=True
+        )
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)

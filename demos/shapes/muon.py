@@ -1,0 +1,74 @@
+"""Muon: momentum whose matrices are orthogonalised (K. Jordan et al., 2024), shared by processes.
+
+Each process orthogonalises its own share of the matrices; one all-reduce gives everyone the rest.
+Vectors and the first and last layers go through Adam.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
+    """About the nearest semi-orthogonal matrix, by a quintic Newton-Schulz iteration: [m, n]."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.bfloat16() if g.is_cuda else g.float()
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.T if tall else x).float()
+
+
+class Muon:
+    """Muon for hidden matrices and kernels, AdamW for the rest, one learning rate for both."""
+
+    def __init__(
+        self, model: nn.Module, others: tuple[str, ...], momentum: float = 0.95, decay: float = 0.01
+    ) -> None:
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        hidden = [p for n, p in named if p.ndim >= 2 and not n.startswith(others)]
+        chosen = {id(p) for p in hidden}
+        rest = [p for _, p in named if id(p) not in chosen]
+        self.matrices: list[Tensor] = sorted(hidden, key=lambda p: -p.numel())
+        self.momentum, self.decay = momentum, decay
+        self.buffers = [torch.zeros_like(p) for p in self.matrices]
+        self.adam = torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.99), weight_decay=decay)
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        """Apply one update with learning rate `rate` to all parameters."""
+        for group in self.adam.param_groups:
+            group["lr"] = rate
+        self.adam.step()
+        ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.matrices]
+        torch._foreach_lerp_(self.buffers, grads, 1.0 - self.momentum)
+        updates = []
+        for i, (p, g, m) in enumerate(zip(self.matrices, grads, self.buffers, strict=True)):
+            if i % ranks != rank:
+                updates.append(torch.zeros_like(p))
+                continue
+            look = torch.lerp(g, m, self.momentum).flatten(1)
+            updates.append(orthogonalise(look).view_as(p) * 0.2 * max(look.shape) ** 0.5)
+        if ranks > 1:
+            flat = torch.cat([u.flatten() for u in updates])
+            dist.all_reduce(flat)
+            parts = flat.split([p.numel() for p in self.matrices])
+            updates = [f.view_as(p) for f, p in zip(parts, self.matrices, strict=True)]
+        torch._foreach_mul_(self.matrices, 1.0 - rate * self.decay)
+        torch._foreach_add_(self.matrices, updates, alpha=-rate)
+
+    def state_dict(self) -> dict[str, object]:
+        """Everything needed to go on."""
+        return {"buffers": self.buffers, "adam": self.adam.state_dict()}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Go on from `state_dict`."""
+        for mine, theirs in zip(self.buffers, state["buffers"], strict=True):  # type: ignore[call-overload]
+            mine.copy_(theirs)
+        self.adam.load_state_dict(state["adam"])  # type: ignore[arg-type]

@@ -1,0 +1,137 @@
+"""Trains the embedded pipeline from nothing and writes it in the diffusers layout.
+
+    python -m hookctl.demos.shapes.train --out out/shapes --minutes 90
+
+Tokenizer, text encoder, latent basis, autoencoder and denoiser are made in turn and kept in
+`--out`, where `--resume` finds them; the pipeline itself is written to `--out`/weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from .denoiser import CPU_STAGES, GPU_STAGES, Plan, Trainer, build_scheduler
+from .latents import Basis, fit_basis, train_vae
+from .text import Words, train_text
+from .tokenizer import write_tokenizer
+
+
+def log(text: str) -> None:
+    """One line with the time of day."""
+    print(time.strftime("%H:%M:%S"), text, flush=True)
+
+
+def prepare_text(out: Path, seed: int, steps: int) -> None:
+    """Make tokenizer and text encoder unless they are there."""
+    if (out / "text" / "config.json").exists():
+        return
+    train_text(write_tokenizer(out / "tokenizer"), seed, steps, log).save_pretrained(out / "text")
+
+
+def prepare_vae(out: Path, seed: int, minutes: float, device: str) -> None:
+    """Make the autoencoder unless it is there."""
+    if (out / "vae" / "config.json").exists():
+        return
+    crops = [(0.0, 64, 12), (0.7, 128, 4)] if device == "cpu" else [(0.0, 128, 64)]
+    vae = train_vae(fit_basis(seed), seed, minutes, log, device, crops)
+    vae.save_pretrained(out / "vae.tmp")
+    (out / "vae.tmp").replace(out / "vae")
+
+
+def export(out: Path, unet: UNet2DConditionModel) -> Path:
+    """Write the pipeline as fp16 safetensors to `out`/weights; replaced file by file."""
+    tokenizer = CLIPTokenizer.from_pretrained(str(out / "tokenizer"))
+    pipe = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(out / "vae"), tokenizer=tokenizer, unet=unet,
+        text_encoder=CLIPTextModel.from_pretrained(out / "text"), scheduler=build_scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    made, final = out / "weights.tmp", out / "weights"
+    shutil.rmtree(made, ignore_errors=True)
+    pipe.to(dtype=torch.float16).save_pretrained(made, safe_serialization=True)
+    shutil.rmtree(made / "tokenizer")
+    write_tokenizer(made / "tokenizer")
+    publish(made, final)
+    return final
+
+
+def publish(made: Path, final: Path) -> None:
+    """Move each file of `made` over its namesake in `final`, so that no reader sees half a file."""
+    for path in sorted(p for p in made.rglob("*") if p.is_file()):
+        target = final / path.relative_to(made)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
+    shutil.rmtree(made)
+
+
+def _denoise(rank: int, ranks: int, options: argparse.Namespace) -> None:
+    out: Path = options.out
+    if ranks > 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(options.port))
+        dist.init_process_group("gloo", rank=rank, world_size=ranks)
+        torch.set_num_threads(1)
+    basis = Basis(**torch.load(out / "basis.pt"))
+    text = CLIPTextModel.from_pretrained(out / "text").eval().requires_grad_(False)
+    words = Words(CLIPTokenizer.from_pretrained(str(out / "tokenizer")))
+    stages = CPU_STAGES if options.device == "cpu" else GPU_STAGES
+    plan = Plan(options.minutes, out, options.seed, device=options.device, stages=stages, log=log)
+    trainer = Trainer(plan, basis, text, words)
+    if options.resume and (out / "denoiser.pt").exists():
+        trainer.resume()
+
+    def save(unet: UNet2DConditionModel) -> None:
+        if (out / "vae" / "config.json").exists():
+            log(f"exported {export(out, unet)}")
+
+    trainer.run(save if rank == 0 else None)
+    if rank == 0:
+        prepare_vae(out, options.seed, options.vae_minutes, options.device)
+        log(f"exported {export(out, trainer.averaged())}")
+    if ranks > 1:
+        dist.destroy_process_group()
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True, help="folder for everything made")
+    parser.add_argument("--minutes", type=float, default=90.0, help="wall clock of the denoiser")
+    parser.add_argument("--vae-minutes", type=float, default=6.0, help="wall clock of the VAE")
+    parser.add_argument("--text-steps", type=int, default=500)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from what --out holds")
+    parser.add_argument("--processes", type=int, default=0, help="0: one per core, at most 4")
+    parser.add_argument("--port", type=int, default=29641, help="local port of the processes")
+    parser.add_argument("--only", choices=("vae", "denoiser"), help="make this part alone")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if not options.resume:
+        for name in ("text", "vae", "tokenizer"):
+            shutil.rmtree(options.out / name, ignore_errors=True)
+    prepare_text(options.out, options.seed, options.text_steps)
+    torch.save(vars(fit_basis(options.seed)), options.out / "basis.pt")
+    if options.only != "denoiser":
+        prepare_vae(options.out, options.seed, options.vae_minutes, options.device)
+    if options.only == "vae":
+        return
+    ranks = (options.processes or min(os.cpu_count() or 1, 4)) if options.device == "cpu" else 1
+    if ranks > 1:
+        mp.spawn(_denoise, args=(ranks, options), nprocs=ranks)
+    else:
+        _denoise(0, 1, options)
+
+
+if __name__ == "__main__":
+    main()
