@@ -1,0 +1,127 @@
+"""When: the turn, timestep and place in the schedule of a denoiser call.
+
+A *turn* is one entry of the scheduler's list of timesteps. It is not a step: a second-order
+scheduler takes 7 turns for 4 steps. Turns are read from the denoiser's own timestep argument and
+from the scheduler's steps, never by counting attention calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hookctl.errors import InputError
+
+
+@dataclass(frozen=True)
+class Clock:
+    """The time of one denoiser call.
+
+    turn: 0 (noisiest) .. turns - 1; turns: length of the schedule, 0 if unknown;
+    timestep: as the denoiser received it (training timesteps or sigma units of the family).
+    """
+
+    turn: int
+    turns: int
+    timestep: float
+
+    @property
+    def fraction(self) -> float:
+        """How much of the schedule is behind this call, 0 <= fraction < 1."""
+        return self.turn / self.turns if self.turns else 0.0
+
+
+@dataclass(frozen=True)
+class Window:
+    """Turns with start <= fraction < stop, both in fractions of the schedule."""
+
+    start: float = 0.0
+    stop: float = 1.0
+
+    @classmethod
+    def of(cls, value: Any, name: str) -> Window:
+        """Read a window from a number b (meaning 0..b) or a pair; `name` is for the error."""
+        pair = value if isinstance(value, Sequence) and not isinstance(value, str) else (0.0, value)
+        try:
+            start, stop = (float(x) for x in pair)
+        except (TypeError, ValueError):
+            raise InputError(
+                f"{name}={value!r} is not a window; give a fraction of the schedule such as 0.8, "
+                "or a pair such as (0.2, 0.8)"
+            ) from None
+        if not 0.0 <= start <= 1.0 or not 0.0 <= stop <= 1.0 or start > stop:
+            raise InputError(
+                f"{name}={value!r} is outside the schedule; give fractions with "
+                "0 <= start <= stop <= 1"
+            )
+        return cls(start, stop)
+
+    def holds(self, clock: Clock) -> bool:
+        # A whole number of turns: int(b * turns) is the published rule (Prompt-to-Prompt).
+        if not clock.turns:
+            return self.start <= 0.0 < self.stop
+        return int(self.start * clock.turns) <= clock.turn < int(self.stop * clock.turns)
+
+    def overlaps(self, other: Window) -> bool:
+        return max(self.start, other.start) < min(self.stop, other.stop)
+
+
+class Timekeeper:
+    """Follows one run of a pipeline from its denoiser calls and scheduler steps."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the run; the next denoiser call starts a new one."""
+        self._turn = -1
+        self._timestep: float | None = None
+        self._stepped = True
+        self.calls = 0
+
+    def step(self) -> None:
+        """Note that the scheduler took a step: the next denoiser call is a new turn."""
+        self._stepped = True
+
+    def read(self, timestep: Any, schedule: Any = None) -> Clock:
+        """The clock of a denoiser call that received `timestep`.
+
+        schedule: the scheduler's timesteps, [turns], or None for a bare denoiser.
+        """
+        now = _scalar(timestep)
+        times = [] if schedule is None else [float(t) for t in _tolist(schedule)]
+        if self._timestep is not None and now > self._timestep + 1e-6 and self._stepped:
+            # Timesteps fall within a run, so a rise is the start of another.
+            if not times or abs(times[0] - now) <= 1e-3 * max(1.0, abs(now)):
+                self.restart()
+        same = self._timestep is not None and now == self._timestep
+        if same and not self._stepped:
+            self.calls += 1
+        else:
+            self._turn = self._next_turn(now, times)
+            self._timestep = now
+            self._stepped = schedule is None
+            self.calls = 0
+        return Clock(self._turn, len(times), now)
+
+    def _next_turn(self, now: float, times: list[float]) -> int:
+        first = self._turn + 1
+        # Some families divide the timestep before they call the denoiser (Flux: by 1000).
+        for unit in (1.0, 1000.0):
+            for turn in range(first, len(times)):
+                if abs(times[turn] - now * unit) <= 1e-3 * max(1.0, abs(times[turn])):
+                    return turn
+        return min(first, len(times) - 1) if times else first
+
+
+def _scalar(value: Any) -> float:
+    if isinstance(value, torch.Tensor):
+        return float(value.flatten()[0]) if value.numel() else 0.0
+    return float(value if value is not None else 0.0)
+
+
+def _tolist(values: Any) -> list[Any]:
+    return values.tolist() if hasattr(values, "tolist") else list(values)

@@ -1,0 +1,158 @@
+"""Which layer: the attention sites of a model, their names, and how to select them.
+
+A *site* is one attention layer. It is addressed by what it is (self, cross, joint, temporal), by
+its place (down, mid, up, or blocks for a transformer) and by its resolution **relative to the
+latent**: at resolution 1/4 of a 64 x 64 latent the layer sees 16 x 16 tokens, and it is the same
+layer at any picture size.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import operator
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from hookctl.errors import SelectorError
+
+KINDS = ("self", "cross", "joint", "temporal")
+PLACES = ("down", "mid", "up", "blocks", "other")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention layer.
+
+    path: of its module inside the denoiser; resolution: side of its token grid over the side of
+    the latent (None where the model gives no way to know before it runs); depth: how many sites
+    of the same kind come before it in the same place; heads: None if the module does not say.
+    """
+
+    path: str
+    kind: str
+    place: str
+    block: int
+    depth: int
+    resolution: Fraction | None = None
+    heads: int | None = None
+
+    @property
+    def label(self) -> str:
+        at = f"@{self.resolution}" if self.resolution is not None else ""
+        return f"{self.place}{self.block}.{self.kind}{self.depth}{at}"
+
+
+Selector = str | Callable[[Site], bool] | Sequence[str] | None
+
+_COMPARE: dict[str, Callable[[Any, Any], bool]] = {
+    "<=": operator.le,
+    ">=": operator.ge,
+    "<": operator.lt,
+    ">": operator.gt,
+    "=": operator.eq,
+    "": operator.eq,
+}
+
+
+def matcher(selector: Selector) -> Callable[[Site], bool]:
+    """Turn a selector into a predicate.
+
+    A selector is a predicate, a list of paths or globs, None (every site), or text: words joined
+    by spaces must all hold, alternatives are split by commas. A word is a kind (`cross`), a place
+    (`up`, `up1`), a resolution (`@1/4`, `@<=1/2`), or a glob on the path (`up_blocks.*`). `!`
+    before a word negates it. Example: ``"self up @<=1/2, mid"``.
+    """
+    if selector is None:
+        return lambda site: True
+    if callable(selector):
+        return selector
+    if not isinstance(selector, str):
+        tests = [matcher(one) for one in selector]
+        return lambda site: any(test(site) for test in tests)
+    alternatives = [
+        [_word(word) for word in part.split()] for part in selector.split(",") if part.strip()
+    ]
+    if not alternatives:
+        raise SelectorError(f"sites={selector!r} is empty; give e.g. 'cross', 'self up @<=1/2'")
+    return lambda site: any(all(test(site) for test in tests) for tests in alternatives)
+
+
+def _word(word: str) -> Callable[[Site], bool]:
+    if word.startswith("!"):
+        positive = _word(word[1:])
+        return lambda site: not positive(site)
+    if word in ("all", "*"):
+        return lambda site: True
+    if word in KINDS:
+        return lambda site: site.kind == word
+    if word in PLACES:
+        return lambda site: site.place == word
+    if placed := re.fullmatch(rf"({'|'.join(PLACES)})(\d+)", word):
+        place, block = placed[1], int(placed[2])
+        return lambda site: site.place == place and site.block == block
+    if word.startswith("@"):
+        parsed = re.fullmatch(r"@(<=|>=|<|>|=|)(\d+(?:/\d+)?)", word)
+        if not parsed:
+            raise SelectorError(
+                f"{word!r} is not a resolution; give a fraction of the latent's side, "
+                "such as @1/4 or @<=1/2"
+            )
+        compare, value = _COMPARE[parsed[1]], Fraction(parsed[2])
+        return lambda site: site.resolution is not None and compare(site.resolution, value)
+    return lambda site: fnmatch.fnmatchcase(site.path, word)
+
+
+def select(sites: Iterable[Site], selector: Selector, *, who: str = "") -> tuple[Site, ...]:
+    """The sites that a selector matches, in model order.
+
+    Raises SelectorError, naming what there is, if it matches none.
+    """
+    every = tuple(sites)
+    test = matcher(selector)
+    chosen = tuple(site for site in every if test(site))
+    if chosen or not every:
+        return chosen
+    kinds = sorted({site.kind for site in every})
+    places = sorted({f"{site.place}{site.block}" for site in every})
+    grids = sorted({site.resolution for site in every if site.resolution is not None})
+    raise SelectorError(
+        f"{who + ': ' if who else ''}sites={selector!r} matches none of the {len(every)} sites. "
+        f"Kinds: {', '.join(kinds)}; places: {', '.join(places)}; resolutions: "
+        f"{', '.join(map(str, grids)) or 'unknown'}; paths are like {every[0].path!r}."
+    )
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The token grid of an image span: frames x height x width."""
+
+    height: int
+    width: int
+    frames: int = 1
+
+    @property
+    def tokens(self) -> int:
+        return self.frames * self.height * self.width
+
+
+def grid_of(tokens: int, latent: Sequence[int]) -> Grid | None:
+    """The grid that `tokens` image tokens form over a latent of ([frames,] height, width).
+
+    Tries every whole reduction of the latent, rounding up (strided convolutions) and down
+    (patches). None if there is none.
+    """
+    *front, height, width = latent
+    frame_counts = {1, *(front[-1:] or [1])}
+    reduction = 1
+    while reduction <= max(height, width):
+        for frames in sorted(frame_counts):
+            for up in (True, False):
+                h = -(-height // reduction) if up else height // reduction
+                w = -(-width // reduction) if up else width // reduction
+                if h and w and frames * h * w == tokens:
+                    return Grid(h, w, frames)
+        reduction += 1
+    return None

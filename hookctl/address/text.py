@@ -1,0 +1,92 @@
+"""What, on a pipeline: words to positions in the text sequence that its attention sees.
+
+A pipeline may fill the sequence with several tokenizers, one stretch after another (SD3: CLIP,
+then T5). A word is then found in each stretch, and two prompts are aligned stretch by stretch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hookctl.address.alignment import refinement_map, replacement_map
+from hookctl.address.families import TextStream, text_streams
+from hookctl.address.words import PromptTokens
+from hookctl.errors import InputError
+
+
+@dataclass(frozen=True)
+class PromptText:
+    """One prompt as the attention sees it: (first position, tokens) for each stretch."""
+
+    text: str
+    streams: tuple[tuple[int, PromptTokens], ...]
+
+    @property
+    def tokens(self) -> int:
+        """Length of the whole sequence."""
+        start, last = self.streams[-1]
+        return start + last.length
+
+    def find(self, phrase: str | int | Sequence[int]) -> tuple[int, ...]:
+        """Positions of a word or phrase in the whole sequence; WordError if it is not there."""
+        if not isinstance(phrase, str):
+            positions = (phrase,) if isinstance(phrase, int) else tuple(phrase)
+            if any(not 0 <= p < self.tokens for p in positions):
+                raise InputError(
+                    f"token positions {positions} are not in the {self.tokens} tokens of the prompt"
+                )
+            return positions
+        return tuple(start + p for start, prompt in self.streams for p in prompt.find(phrase))
+
+    def content(self) -> tuple[int, ...]:
+        """Positions of the prompt's own tokens, without specials and padding."""
+        return tuple(start + p for start, t in self.streams for p in range(t.start, t.end))
+
+
+class TextLayout:
+    """How a pipeline turns prompts into the text sequence of its attention."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._streams: tuple[TextStream, ...] = text_streams(pipe)
+
+    def read(self, prompt: str, tokens: int | None = None) -> PromptText:
+        """One prompt; tokens: the length of the sequence where it is known.
+
+        Raises InputError if the prompt is longer than its encoder takes.
+        """
+        streams = []
+        for i, stream in enumerate(self._streams):
+            length = stream.length
+            if tokens is not None and i == len(self._streams) - 1:
+                length = tokens - stream.start
+            streams.append(
+                (stream.start, PromptTokens.encode(prompt, stream.tokenizer, length=length))
+            )
+        return PromptText(prompt, tuple(streams))
+
+
+def align(
+    source: PromptText, target: PromptText, mode: str, *, paper: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Token map and aligned flags between two prompts, stretch by stretch.
+
+    mode: "replace" (word for word) or "refine" (words added or left out). Returns T [text, text]
+    and the flags a [text], so that the injected map is (A_source T) * a.
+    """
+    size = target.tokens
+    token_map = torch.zeros(size, size, dtype=torch.float64)
+    aligned = torch.zeros(size, dtype=torch.float64)
+    for (start, a), (_, b) in zip(source.streams, target.streams, strict=True):
+        span = slice(start, start + b.length)
+        if mode == "replace":
+            token_map[span, span] = replacement_map(a, b, paper=paper, dtype=torch.float64)
+            aligned[span] = 1
+        else:
+            gather, flags = refinement_map(a, b, paper=paper, dtype=torch.float64)
+            token_map[span, span], aligned[span] = gather, flags
+    return token_map, aligned

@@ -1,0 +1,102 @@
+"""`Editor`: what changes a pipeline's attention, and everything round it.
+
+An editor overrides the methods it needs; what it does not override costs nothing. It says *where*
+by a site selector and *when* by a window, and it says what it claims for itself, so that two
+editors that would undo each other are refused before anything runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from hookctl.address.clock import Clock, Window
+from hookctl.address.sites import Selector
+
+if TYPE_CHECKING:
+    from hookctl.attention.call import AttentionCall
+    from hookctl.loop.features import FeatureCall
+    from hookctl.loop.state import Predictions, Proceed, State
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Something that only one editor can do at a site at a time.
+
+    what: the thing claimed, e.g. "substitution" (whose q, k, v), "token map", "override";
+    sites: where; window: when; prompts: for the rows of which prompts, None for all.
+    """
+
+    what: str
+    sites: Selector = None
+    window: Window = Window()
+    prompts: tuple[int, ...] | None = None
+
+
+class Editor:
+    """Base of all editors.
+
+    sites: which attention sites `attention` is called for (`address.sites.matcher`);
+    start, stop: fractions of the schedule between which the editor acts.
+    """
+
+    sites: Selector = None
+    start: float = 0.0
+    stop: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def window(self) -> Window:
+        return Window.of((self.start, self.stop), f"{self.name}.start, stop")
+
+    def active(self, clock: Clock) -> bool:
+        """Whether the editor acts at this time."""
+        return self.window().holds(clock)
+
+    def claims(self) -> Sequence[Claim]:
+        """What the editor must have for itself."""
+        return ()
+
+    def attach(self, target: Any) -> None:
+        """Check the editor's own arguments against the pipeline or denoiser, before any work."""
+
+    def begin(self, state: State) -> None:
+        """A new run starts: forget the last one's maps and check the batch."""
+
+    def context(self, state: State) -> Mapping[str, Tensor] | None:
+        """Further text for the denoiser to see: name -> embeddings [1 | rows, tokens, channels].
+
+        Its k and v pass the model's own projections (LoRA included) and are found by
+        `AttentionCall.context(name)`; the plain call does not attend to them.
+        """
+        return None
+
+    def attention(self, call: AttentionCall) -> None:
+        """Rewrite one attention call through its verbs."""
+
+    def features(self, call: FeatureCall) -> None:
+        """Change the backbone and skip features at a decoder concat."""
+
+    def before(self, state: State) -> None:
+        """Before a turn's denoiser call; may assign `state.latents`."""
+
+    def denoise(self, state: State, proceed: Proceed) -> Any:
+        """Stand round the denoiser call; `proceed()` makes it."""
+        return proceed()
+
+    def combine(self, predictions: Predictions) -> Tensor:
+        """Turn the rows' predictions into the one that the scheduler gets."""
+        return predictions.guided
+
+    def after(self, state: State) -> None:
+        """After the scheduler's step; may assign `state.latents`."""
+
+
+def overrides(editor: Editor, method: str) -> bool:
+    """Whether an editor's class has its own version of a method."""
+    return getattr(type(editor), method) is not getattr(Editor, method)

@@ -1,0 +1,121 @@
+"""The hooks round the attention: the denoiser call, the scheduler step, the pipeline's own words.
+
+Each port only catches and hands over; what happens then is the owner's affair. The denoiser is
+caught in the slot that torch keeps for compiled calls (`Module._compiled_call_impl`), the
+outermost point of a module call: offloading, which rewrites `forward` and its hooks at every
+pipeline call, does not reach it, and an editor can stand round the whole call.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from hookctl.loop.patch import Patch
+
+Inner = Callable[..., Any]
+_SLOT = "_compiled_call_impl"
+
+
+class DenoiserPort:
+    """Hands every call of the denoiser to `around(inner, args, kwargs)`."""
+
+    def __init__(self, module: nn.Module, around: Callable[[Inner, Any, Any], Any]) -> None:
+        self.module, self.around = module, around
+        self.compiled: Inner | None = module.__dict__.get(_SLOT)
+        # Not recursive: what the model compiled inside the call stays compiled.
+        call = torch.compiler.disable(self._call, recursive=False)
+        self._patches = [
+            Patch(module, _SLOT, call),
+            Patch(module, "compile", self._compile),
+        ]
+        if hasattr(module, "cache_context"):
+            self._patches.append(Patch(module, "cache_context", self._cache_context()))
+        self.branch: str | None = None
+
+    def remove(self) -> None:
+        for patch in reversed(self._patches):
+            patch.remove()
+        if self.compiled is not None and _SLOT not in self.module.__dict__:
+            self.module.__dict__[_SLOT] = self.compiled
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        inner = self.compiled or self.module._call_impl
+        return self.around(inner, args, kwargs)
+
+    def _compile(self, *args: Any, **kwargs: Any) -> None:
+        """`module.compile()` inside the context: compiled within the hook, not over it."""
+        self.compiled = torch.compile(self.module._call_impl, *args, **kwargs)
+        self._patches[0].before = self.compiled
+
+    def _cache_context(self) -> Any:
+        original = self.module.cache_context
+
+        @functools.wraps(original)
+        @contextmanager
+        def cache_context(name: str, *args: Any, **kwargs: Any) -> Any:
+            before, self.branch = self.branch, name
+            try:
+                with original(name, *args, **kwargs):  # type: ignore[operator]
+                    yield
+            finally:
+                self.branch = before
+
+        return cache_context
+
+
+class SchedulerPort:
+    """Hands every `scheduler.step` to `around(step, model_output, timestep, sample, rest)`."""
+
+    def __init__(self, scheduler: Any, around: Callable[..., Any]) -> None:
+        self.scheduler = scheduler
+        original = scheduler.step
+
+        @functools.wraps(original)
+        def step(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+            return around(original, model_output, timestep, sample, args, kwargs)
+
+        self._patch = Patch(scheduler, "step", step)
+
+    def remove(self) -> None:
+        self._patch.remove()
+
+    @property
+    def installed(self) -> bool:
+        return self.scheduler.__dict__.get("step") is self._patch.value
+
+
+class PipelinePort:
+    """Learns from a pipeline's own methods when a run starts and what it draws."""
+
+    def __init__(
+        self, pipe: Any, started: Callable[[], None], texts: Callable[[dict[str, Any]], None]
+    ) -> None:
+        self._patches = []
+        if hasattr(pipe, "check_inputs"):
+            self._watch(pipe, "check_inputs", lambda bound: started())
+        for name in ("encode_prompt", "_encode_prompt"):
+            if hasattr(pipe, name):
+                self._watch(pipe, name, texts)
+                break
+
+    def _watch(self, pipe: Any, name: str, note: Callable[[dict[str, Any]], None]) -> None:
+        original = getattr(pipe, name)
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            note(dict(signature.bind(*args, **kwargs).arguments))
+            return original(*args, **kwargs)
+
+        self._patches.append(Patch(pipe, name, watched))
+
+    def remove(self) -> None:
+        for patch in self._patches:
+            patch.remove()

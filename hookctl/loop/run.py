@@ -1,0 +1,163 @@
+"""One run of a pipeline: what it draws, which turn it is at, and the state of each call."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hookctl.address import families
+from hookctl.address.clock import Timekeeper
+from hookctl.address.rows import COND, Layout, Row, Rows, resolve_rows
+from hookctl.errors import InputError, LayoutError
+from hookctl.loop.state import State
+
+_TIMES = ("timestep", "timesteps", "t")
+_TEXTS = ("encoder_hidden_states", "context")
+
+
+class Run:
+    """Follows a pipeline (or a bare denoiser) from call to call."""
+
+    def __init__(
+        self, pipe: Any, denoiser: nn.Module, branches: tuple[str, ...] | None = None
+    ) -> None:
+        self.pipe, self.denoiser, self.branches = pipe, denoiser, branches
+        self.layout: Layout = families.layout_of(pipe)
+        self.keeper = Timekeeper()
+        self._signature = inspect.signature(type(families.uncompiled(denoiser)).forward)
+        self.restart()
+
+    def restart(self) -> None:
+        """The pipeline was called: nothing is known of this run yet."""
+        self.prompts: tuple[str, ...] = ()
+        self.count: int | None = None
+        self.images_per_prompt = 1
+        self.fresh = True
+        self.keeper.restart()
+
+    def texts(self, given: dict[str, Any]) -> None:
+        """Note what the pipeline encodes; only the first of a run is its prompts."""
+        if self.count is not None:
+            return
+        prompt = given.get("prompt")
+        if isinstance(prompt, str):
+            self.prompts, self.count = (prompt,), 1
+        elif isinstance(prompt, list | tuple):
+            self.prompts, self.count = tuple(map(str, prompt)), len(prompt)
+        elif isinstance(given.get("prompt_embeds"), Tensor):
+            self.count = given["prompt_embeds"].shape[0]
+        images = [value for name, value in given.items() if name.startswith("num_")]
+        self.images_per_prompt = next((v for v in images if isinstance(v, int)), 1)
+
+    def state(self, args: Any, kwargs: Any, branch: str | None, nested: bool) -> State:
+        """The state of one denoiser call."""
+        bound = self._signature.bind(None, *args, **kwargs)
+        arguments = dict(list(bound.arguments.items())[1:])
+        sample = next(iter(arguments))
+        given = arguments[sample]
+        if isinstance(given, list):
+            batch, latent = len(given), tuple(given[0].shape[1:])
+        else:
+            batch, latent = given.shape[0], _latent_grid(given, arguments, self.denoiser)
+        time = next((arguments[name] for name in _TIMES if name in arguments), None)
+        schedule = getattr(getattr(self.pipe, "scheduler", None), "timesteps", None)
+        clock = self.keeper.read(time, schedule)
+        text = next((name for name in _TEXTS if arguments.get(name) is not None), None)
+        embeddings = arguments.get(text) if text else None
+        return State(
+            denoiser=self.denoiser,
+            pipe=self.pipe,
+            rows=self._rows(batch, branch),
+            clock=clock,
+            kwargs=arguments,
+            sample=sample,
+            text=text,
+            prompts=self.prompts,
+            images_per_prompt=self.images_per_prompt,
+            scale=self._scale(time) if isinstance(given, Tensor) else 1.0,
+            grid=latent,
+            nested=nested,
+            own_text=embeddings.shape[1] if isinstance(embeddings, Tensor) else None,
+        )
+
+    def arguments(self, state: State) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call's arguments after editors changed them."""
+        bound = self._signature.bind_partial(None)
+        bound.arguments.update(state.kwargs)
+        return bound.args[1:], bound.kwargs
+
+    def _rows(self, batch: int, branch: str | None) -> Rows:
+        if self.branches is not None:
+            if batch % len(self.branches):
+                raise LayoutError(
+                    f"rows={self.branches} were given, but a denoiser call has {batch} rows"
+                )
+            size, n = batch // len(self.branches), self.images_per_prompt
+            return Rows(
+                [
+                    Row(g * size + i, tag, i // n, i % n)
+                    for g, tag in enumerate(self.branches)
+                    for i in range(size)
+                ]
+            )
+        guided = families.is_guided(self.pipe)
+        count = self.count
+        groups = max(self.layout.groups)
+        if count is None and guided and not self.layout.sequential and batch % groups == 0:
+            count = batch // groups
+        return resolve_rows(
+            batch,
+            self.layout,
+            prompts=count,
+            images_per_prompt=self.images_per_prompt,
+            guided=guided,
+            branch=_branch(branch),
+            call=self.keeper.calls,
+        )
+
+    def _scale(self, time: Any) -> float:
+        scheduler = getattr(self.pipe, "scheduler", None)
+        if scheduler is None or not hasattr(scheduler, "sigmas"):
+            return 1.0
+        if not hasattr(scheduler, "scale_model_input"):
+            return 1.0
+        try:
+            return float(scheduler.scale_model_input(torch.ones(1), time))
+        except (ValueError, TypeError, IndexError):
+            return 1.0
+
+
+def _branch(name: str | None) -> str | None:
+    """The branch that a pipeline's name for a call means; None if it names several."""
+    if name is None or name == "cond_uncond":
+        return None
+    return {"cond": COND, "pred_cond": COND, "pred_uncond": "uncond"}.get(name, name)
+
+
+def _latent_grid(sample: Tensor, arguments: dict[str, Any], denoiser: nn.Module) -> tuple[int, ...]:
+    """([frames,] height, width) of the latent of one denoiser call; () if it shows none."""
+    if sample.dim() == 5:
+        frames_first = "SpatioTemporal" in type(families.uncompiled(denoiser)).__name__
+        frames = sample.shape[1] if frames_first else sample.shape[2]
+        return (frames, *sample.shape[-2:])
+    if sample.dim() == 4:
+        return tuple(sample.shape[-2:])
+    ids = arguments.get("img_ids")
+    if isinstance(ids, Tensor):
+        # Packed latents: position ids (frame, row, column) of every image token.
+        flat = ids.reshape(-1, ids.shape[-1])
+        return tuple(int(flat[:, axis].max()) + 1 for axis in (-2, -1))
+    return ()
+
+
+def check_batch(state: State, prompts: int, who: str) -> None:
+    """Raise InputError unless the run draws this many prompts."""
+    drawn = len({row.prompt for row in state.rows})
+    if drawn != prompts:
+        raise InputError(
+            f"{who} was made for {prompts} prompts, but the pipeline draws {drawn}: call it with "
+            "pipe(edit.prompts, ...)"
+        )
