@@ -1,0 +1,5 @@
+"""Published methods as editors: one file each, named as its paper."""
+
+from hookctl.recipes.prompt_to_prompt import PromptToPrompt
+
+__all__ = ["PromptToPrompt"]
