@@ -118,6 +118,14 @@ def _templates() -> tuple[tuple[str, Mask], ...]:
     return tuple((s, _normalised(stamp(s, z) >= 0.5)) for s in SHAPES for z in SIZE_NAMES)
 
 
+def _foreground(apart: NDArray[np.float64]) -> Mask:
+    """What stands off the ground by `apart`, without the edge pixels that it covers by less than
+    half."""
+    mask: Mask = apart > CONTRAST
+    edge = mask & ~ndimage.binary_erosion(mask)
+    return mask & ~(edge & (apart < 0.5 * ndimage.maximum_filter(apart, 3)))
+
+
 def _shape(mask: Mask) -> tuple[str, float]:
     """The best template and its intersection over union."""
     mine = _normalised(mask)
@@ -199,7 +207,7 @@ def detect(image: Picture) -> Detection:
     )  # fmt: skip
     ground = np.median(frame, axis=0)
     name = GROUND_NAMES[int(np.linalg.norm(_GROUNDS - ground, axis=1).argmin())]
-    labels, count = ndimage.label(np.linalg.norm(pixels - ground, axis=2) > CONTRAST)
+    labels, count = ndimage.label(_foreground(np.linalg.norm(pixels - ground, axis=2)))
     found: list[Found] = []
     for i in range(1, count + 1):
         blob = labels == i

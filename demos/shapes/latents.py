@@ -92,14 +92,17 @@ def train_vae(
     log: Callable[[str], None],
     device: torch.device | str = "cpu",
     crops: Sequence[tuple[float, int, int]] = ((0.0, 64, 12), (0.7, 128, 4)),
+    start: AutoencoderKL | None = None,
 ) -> AutoencoderKL:
     """Fit encoder and decoder to the basis within a wall-clock budget.
 
-    Receives: `crops`, (fraction of the budget from which on, side in px, batch).
+    Receives: `crops`, (fraction of the budget from which on, side in px, batch), and the
+    autoencoder to `start` from (None: a fresh one). Returns: the autoencoder, frozen.
     """
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed + 1)
-    basis, vae = basis.to(device), build_vae(basis.encoder.shape[0]).to(device)
+    rng = np.random.default_rng(seed + 1 + (start is not None))
+    vae = (start or build_vae(basis.encoder.shape[0])).to(device).train().requires_grad_(True)
+    basis = basis.to(device)
     ends = ("encoder.conv_in", "encoder.conv_out", "decoder.conv_in", "decoder.conv_out")
     optimizer = Muon(vae, ends)
     began, step, part = time.time(), 0, 0.0

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 
@@ -31,14 +32,17 @@ def load_shapes(
         )
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    noisy = [log for log in (logging, transformers_logging) if log.is_progress_bar_enabled()]
+    for log in noisy:
+        log.disable_progress_bar()
     try:
         pipe: StableDiffusionPipeline = StableDiffusionPipeline.from_pretrained(
-            str(folder), torch_dtype=dtype, local_files_only=True
+            str(folder), local_files_only=True
         )
     finally:
-        if bars:
-            logging.enable_progress_bar()
+        for log in noisy:
+            log.enable_progress_bar()
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        torch.nn.Module.to(part, device, dtype)  # diffusers' own `to` warns without need
+    return pipe

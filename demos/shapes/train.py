@@ -38,14 +38,18 @@ def prepare_text(out: Path, seed: int, steps: int) -> None:
     train_text(write_tokenizer(out / "tokenizer"), seed, steps, log).save_pretrained(out / "text")
 
 
-def prepare_vae(out: Path, seed: int, minutes: float, device: str) -> None:
-    """Make the autoencoder unless it is there."""
-    if (out / "vae" / "config.json").exists():
+def prepare_vae(out: Path, seed: int, minutes: float, device: str, refine: bool = False) -> None:
+    """Make the autoencoder unless it is there; with `refine`, go on with the one that is."""
+    there = (out / "vae" / "config.json").exists()
+    if there and not refine:
         return
-    crops = [(0.0, 64, 12), (0.7, 128, 4)] if device == "cpu" else [(0.0, 128, 64)]
-    vae = train_vae(fit_basis(seed), seed, minutes, log, device, crops)
+    start = AutoencoderKL.from_pretrained(out / "vae") if there else None
+    crops = [(0.0, 64, 12), (0.6, 128, 4)] if device == "cpu" else [(0.0, 128, 64)]
+    if there and device == "cpu":
+        crops = [(0.0, 128, 4)]
+    vae = train_vae(fit_basis(seed), seed, minutes, log, device, crops, start)
     vae.save_pretrained(out / "vae.tmp")
-    (out / "vae.tmp").replace(out / "vae")
+    publish(out / "vae.tmp", out / "vae")
 
 
 def export(out: Path, unet: UNet2DConditionModel) -> Path:
@@ -59,6 +63,8 @@ def export(out: Path, unet: UNet2DConditionModel) -> Path:
     made, final = out / "weights.tmp", out / "weights"
     shutil.rmtree(made, ignore_errors=True)
     pipe.to(dtype=torch.float16).save_pretrained(made, safe_serialization=True)
+    config = made / "text_encoder" / "config.json"  # its dtype is what a plain load would use
+    config.write_text(config.read_text("utf-8").replace('"float16"', '"float32"'), "utf-8")
     shutil.rmtree(made / "tokenizer")
     write_tokenizer(made / "tokenizer")
     publish(made, final)
@@ -70,6 +76,7 @@ def publish(made: Path, final: Path) -> None:
     for path in sorted(p for p in made.rglob("*") if p.is_file()):
         target = final / path.relative_to(made)
         target.parent.mkdir(parents=True, exist_ok=True)
+        path.chmod(0o644)
         path.replace(target)
     shutil.rmtree(made)
 
@@ -114,7 +121,9 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from what --out holds")
     parser.add_argument("--processes", type=int, default=0, help="0: one per core, at most 4")
     parser.add_argument("--port", type=int, default=29641, help="local port of the processes")
-    parser.add_argument("--only", choices=("vae", "denoiser"), help="make this part alone")
+    parser.add_argument(
+        "--only", choices=("vae", "denoiser"), help="this part alone; vae: refine it"
+    )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     if not options.resume:
@@ -123,7 +132,8 @@ def main() -> None:
     prepare_text(options.out, options.seed, options.text_steps)
     torch.save(vars(fit_basis(options.seed)), options.out / "basis.pt")
     if options.only != "denoiser":
-        prepare_vae(options.out, options.seed, options.vae_minutes, options.device)
+        refine = options.only == "vae"
+        prepare_vae(options.out, options.seed, options.vae_minutes, options.device, refine)
     if options.only == "vae":
         return
     ranks = (options.processes or min(os.cpu_count() or 1, 4)) if options.device == "cpu" else 1
