@@ -8,28 +8,30 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hookctl.address import families
-from hookctl.address.rows import PERTURBED, Row, Rows
 from hookctl.address.sites import Site, select
-from hookctl.attention import plan
-from hookctl.attention.call import AttentionCall
-from hookctl.attention.intercept import SitePort
+from hookctl.attention.caught import Caught, edit, per_sample, ungrouped
+from hookctl.attention.intercept import SitePort, mode_depth, unwind
 from hookctl.attention.stack import check_conflicts
 from hookctl.editor import Editor, overrides
-from hookctl.errors import HoleError, InputError, UnsupportedError
+from hookctl.errors import HoleError, UnsupportedError
+from hookctl.loop.calls import Call, Calls, in_backward
+from hookctl.loop.context import own_part, widen
 from hookctl.loop.denoise import DenoiserPort, Inner, PipelinePort, SchedulerPort
 from hookctl.loop.exchange import Exchange
 from hookctl.loop.features import Concat, ConcatPort, FeatureCall, concats
 from hookctl.loop.run import Run
-from hookctl.loop.state import Predictions, State, check_finite, split_branches
+from hookctl.loop.state import State, check_finite
+from hookctl.loop.turn import Turn
+
+Acting = tuple[tuple["Attached", ...], dict[str, tuple["Attached", ...]]]
 
 
 @dataclass(eq=False)
@@ -39,16 +41,6 @@ class Attached:
     editor: Editor
     session: Any
     sites: frozenset[str]
-
-
-@dataclass(eq=False)
-class _Current:
-    """The denoiser call in progress in one thread."""
-
-    state: State
-    acting: tuple[Attached, ...]
-    by_site: dict[str, tuple[Attached, ...]]
-    ran: set[str] = field(default_factory=set)
 
 
 _engines: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
@@ -66,17 +58,17 @@ class Engine:
         )
         self.order = families.joint_order(denoiser)
         self.attached: list[Attached] = []
+        self._sessions: list[Any] = []
         self._ports: dict[str, SitePort] = {}
         self._concat_ports: list[ConcatPort] = []
+        self._calls = Calls()
         self._local = threading.local()
-        self._acting: dict[Any, tuple[tuple[Attached, ...], dict[str, tuple[Attached, ...]]]] = {}
+        self._turn = Turn()
+        self._exchange = Exchange()
+        self._acting: dict[tuple[bool, ...], Acting] = {}
         self._denoiser_port: DenoiserPort | None = None
         self._pipeline_port: PipelinePort | None = None
         self._scheduler_port: SchedulerPort | None = None
-        self._predictions: dict[str, Tensor] = {}
-        self._turn_state: State | None = None
-        self._exchange = Exchange()
-        self._moved: Tensor | None = None
         self._expected: set[str] = set()
         self._ran: set[str] = set()
 
@@ -86,11 +78,16 @@ class Engine:
         with _lock:
             key = families.uncompiled(denoiser)
             engine = _engines.get(key)
-            if engine is None or not engine.attached:
+            if engine is None or not engine._sessions:
                 engine = _engines[key] = cls(denoiser, pipe)
             if pipe is not None and engine.pipe is None:
                 raise UnsupportedError(
                     "control(pipe) inside control(pipe.unet): wrap the pipeline in both contexts"
+                )
+            if pipe is not None and pipe is not engine.pipe:
+                raise UnsupportedError(
+                    f"the denoiser of this {type(pipe).__name__} is already under control through "
+                    f"another pipeline ({type(engine.pipe).__name__}); end that context first"
                 )
             return engine
 
@@ -100,22 +97,20 @@ class Engine:
 
     # -- in and out ----------------------------------------------------------------------------
 
-    def add(self, session: Any, editors: Sequence[Editor], rows: tuple[str, ...] | None) -> None:
+    def add(self, session: Any, editors: Sequence[Editor]) -> None:
         """Attach a session's editors; on any error nothing has changed."""
         with _lock:
             new = [Attached(editor, session, self._resolve(editor)) for editor in editors]
             check_conflicts([(a.editor, self.sites) for a in self.attached + new])
-            first = not self.attached
+            first = not self._sessions
             if first:
-                self.run = Run(self.pipe, self.denoiser, rows)
-            elif rows is not None:
-                self.run.branches = rows
+                self.run = Run(self.pipe, self.denoiser)
+            self._sessions.append(session)
             self.attached += new
-            self._acting = {}
             try:
                 if first:
                     self._install()
-                self._sync_ports()
+                self._changed()
             except BaseException:
                 self.remove(session)
                 raise
@@ -123,11 +118,17 @@ class Engine:
     def remove(self, session: Any) -> None:
         """Detach a session's editors, and everything when none is left."""
         with _lock:
+            self._sessions = [s for s in self._sessions if s is not session]
             self.attached = [a for a in self.attached if a.session is not session]
-            self._acting = {}
-            self._sync_ports()
-            if not self.attached and self._denoiser_port is not None:
+            self._changed()
+            if not self._sessions:
                 self._uninstall()
+
+    def _changed(self) -> None:
+        self._acting = {}
+        given = [s.rows for s in self._sessions if s.rows is not None]
+        self.run.branches = given[-1] if given else None
+        self._sync_ports()
 
     def _resolve(self, editor: Editor) -> frozenset[str]:
         """The sites whose calls the editor must be shown."""
@@ -139,19 +140,40 @@ class Engine:
                     f"{type(self.model).__name__} has no attention that can be caught (softmax "
                     f"attention), so {editor.name} can't act on it"
                 )
-            paths |= {site.path for site in select(self.sites, editor.sites, who=editor.name)}
+            chosen = select(self.sites, editor.sites, who=editor.name)
+            for site in chosen:
+                self._check_catchable(site, editor)
+            paths |= {site.path for site in chosen}
         if overrides(editor, "features") and not any(True for _ in concats(self.model)):
             raise UnsupportedError(
                 f"{editor.name} edits skip connections, and {type(self.model).__name__} has none"
             )
         if overrides(editor, "context"):
-            if self.order is not None:
-                raise UnsupportedError(
-                    f"{editor.name} widens the text, which {type(self.model).__name__} holds in "
-                    "one sequence with the image"
-                )
-            paths |= {site.path for site in self.sites if site.kind == "cross"}
+            paths |= self._widened(editor)
         return frozenset(paths)
+
+    def _check_catchable(self, site: Site, editor: Editor) -> None:
+        reason = families.uncatchable(self.modules[site.path][1])
+        if reason:
+            raise UnsupportedError(
+                f"{editor.name} can't act on {site.path}: {reason}. Leave it out with sites="
+            )
+
+    def _widened(self, editor: Editor) -> set[str]:
+        """The sites that attend to the text an editor widens."""
+        name = type(self.model).__name__
+        if self.order is not None:
+            raise UnsupportedError(
+                f"{editor.name} widens the text, which {name} holds in one sequence with the image"
+            )
+        sites = [(s, module) for s, module in self.modules.values() if s.kind == "cross"]
+        fixed = next((s.path for s, module in sites if families.counts_text(module)), None)
+        if fixed is not None:
+            raise UnsupportedError(
+                f"{editor.name} widens the text, but {fixed} of this {name} tells text and picture "
+                "keys apart by their number"
+            )
+        return {site.path for site, _ in sites}
 
     def _install(self) -> None:
         self._denoiser_port = DenoiserPort(self.denoiser, self._around_denoiser)
@@ -162,12 +184,14 @@ class Engine:
     def _hook_scheduler(self) -> None:
         scheduler = getattr(self.pipe, "scheduler", None)
         port = self._scheduler_port
-        if port is not None and port.scheduler is scheduler and port.installed:
+        if port is not None and port.scheduler is scheduler:
             return
         if port is not None:
             port.remove()
         self._scheduler_port = (
-            SchedulerPort(scheduler, self._around_step) if hasattr(scheduler, "step") else None
+            SchedulerPort(scheduler, self._around_step, self.run.scaled)
+            if hasattr(scheduler, "step")
+            else None
         )
 
     def _uninstall(self) -> None:
@@ -175,30 +199,50 @@ class Engine:
             if port is not None:
                 port.remove()
         self._denoiser_port = self._pipeline_port = self._scheduler_port = None
-        self._predictions, self._turn_state = {}, None
+        self._turn.clear()
 
     def _sync_ports(self) -> None:
-        """Hook exactly the sites that an editor wants."""
+        """Hook exactly the sites and concats that an editor wants."""
         wanted = set().union(*(a.sites for a in self.attached)) if self.attached else set()
         changed = wanted != set(self._ports)
+        traced = False
         for path in set(self._ports) - wanted:
-            self._ports.pop(path).remove()
             self._exchange.restore(path)
-        for path in wanted - set(self._ports):
-            site, module = self.modules[path]
-            self._exchange.watch(path, module)
-            spelled_out = families.spells_out(module)
-            self._ports[path] = SitePort(site, module, self, spelled_out=spelled_out)
+            port = self._ports.pop(path)
+            port.remove()
+            traced |= port.traced
+        for path in [site.path for site in self.sites if site.path in wanted]:
+            if path not in self._ports:
+                site, module = self.modules[path]
+                own = families.text_call(module)
+                self._ports[path] = SitePort(site, module, self, own_call=own)
+                self._exchange.watch(path, self._ports[path])
         features = any(overrides(a.editor, "features") for a in self.attached)
-        if features and not self._concat_ports:
-            self._concat_ports = [ConcatPort(c, self._edit_features) for c in concats(self.model)]
-        elif not features:
-            for port in self._concat_ports:
-                port.remove()
-            self._concat_ports = []
-        if (changed or self._concat_ports) and _compiled(self.denoiser):
+        if features != bool(self._concat_ports):
+            changed = True
+            traced |= any(port.traced for port in self._concat_ports)
+            for concat_port in self._concat_ports:
+                concat_port.remove()
+            found = concats(self.model) if features else ()
+            self._concat_ports = [ConcatPort(c, self._edit_features) for c in found]
+        if traced or (changed and self._compiled()):
             # Code compiled before would never notice hooks that came or went.
             torch._dynamo.reset()
+
+    def _compiled(self) -> bool:
+        """Whether any code of the denoiser may have been compiled already."""
+        port = self._denoiser_port
+        now = families.denoiser_of(self.pipe) if self.pipe is not None else self.denoiser
+        return (
+            (port is not None and port.compiled is not None)
+            or hasattr(self.denoiser, "_orig_mod")
+            or hasattr(now, "_orig_mod")
+            or any(
+                getattr(m, "_compiled_call_impl", None) is not None
+                for m in self.model.modules()
+                if m is not self.model
+            )
+        )
 
     def silent_sites(self, session: Any) -> tuple[str, ...]:
         """Sites that an editor of the session was to be shown, but that never ran."""
@@ -212,101 +256,81 @@ class Engine:
 
     # -- the denoiser call ---------------------------------------------------------------------
 
-    def _current(self) -> _Current | None:
-        return getattr(self._local, "current", None)
-
     def _around_denoiser(self, inner: Inner, args: Any, kwargs: Any) -> Any:
-        outer = self._current()
-        port = self._denoiser_port
-        state = self.run.state(args, kwargs, port.branch if port else None, outer is not None)
+        outer, port = self._calls.open, self._denoiser_port
+        nesting = outer.state if outer is not None else self._stepping()
+        state = self.run.state(args, kwargs, port.branch if port else None, nesting)
         if self.pipe is not None:
             self._hook_scheduler()
         self._exchange.refresh()
-        if self.run.fresh and outer is None:
-            self.run.fresh = False
-            check_finite(state.kwargs[state.sample])
-            for attached in self.attached:
-                attached.session.maps.clear()
-            for attached in self.attached:
-                state.maps = attached.session.maps
-                attached.editor.begin(state)
-        acting, by_site = self._acting_at(state)
-        current = _Current(state, acting, by_site)
-        self._local.current = current
-        try:
-            out = self._call(inner, current, args, kwargs)
-            if current.by_site and not current.ran:
-                raise HoleError(
-                    "none of the edited attention sites ran in a denoiser call: a compiled graph "
-                    "or a cache is bypassing the model. Call torch._dynamo.reset(), or compile "
-                    "inside control()"
-                )
-            self._expected |= set(current.by_site)
-            self._ran |= current.ran
-        finally:
-            self._local.current = outer
-            # Gradient checkpointing recomputes after the call: it must meet the same edits.
-            self._local.last = current
-        if outer is None:
-            self._remember(state, out)
+        if self.run.fresh and nesting is None:
+            self._begin(state)
+        call = Call(state, *self._acting_at(state))
+        depth = mode_depth()
+        with self._calls.during(call):
+            try:
+                out = self._call(inner, call, args, kwargs)
+            except BaseException:
+                unwind(depth)
+                raise
+        if call.by_site and not call.ran:
+            raise HoleError(
+                "none of the edited attention sites ran in a denoiser call: a compiled graph or a "
+                "cache is bypassing the model. Call torch._dynamo.reset(), or compile inside "
+                "control()"
+            )
+        self._expected |= set(call.by_site)
+        self._ran |= call.ran
+        if torch.is_grad_enabled():
+            acting = set(call.acting)
+            self._calls.keep(call, out, self.model, lambda: acting <= set(self.attached))
+        if nesting is None:
+            wanted = any(overrides(a.editor, "combine") for a in call.acting)
+            self._turn.note(state, out, predictions=wanted)
         return out
 
-    def _call(self, inner: Inner, current: _Current, args: Any, kwargs: Any) -> Any:
-        state = current.state
-        changed = False
+    def _begin(self, state: State) -> None:
+        """The first denoiser call of a run."""
+        check_finite(state.kwargs[state.sample])
+        for session in self._sessions:
+            session.maps.clear()
+        for attached in self.attached:
+            state.maps = attached.session.maps
+            attached.editor.begin(state)
+        self.run.fresh = False
+
+    def _call(self, inner: Inner, call: Call, args: Any, kwargs: Any) -> Any:
+        state = call.state
+        around: list[Editor] = []
         if not state.nested:
-            for a in current.acting:
+            for a in call.acting:
                 if overrides(a.editor, "before"):
                     a.editor.before(state)
-            if state.changed:
-                self._moved = state.latents
-                changed = True
-        changed = self._widen(current) or changed
-        around = [
-            a.editor for a in current.acting if not state.nested and overrides(a.editor, "denoise")
-        ]
-        if not changed and not around:
-            return inner(*args, **kwargs)
+            around = [a.editor for a in call.acting if overrides(a.editor, "denoise")]
+        extra: dict[str, Tensor] = {}
+        for a in call.acting:
+            if overrides(a.editor, "context"):
+                extra |= dict(a.editor.context(state) or {})
+        if extra:
+            widen(state, extra)
+        if not around and not extra and state.assigned is None:
+            return self._inner(inner, call, args, kwargs)
 
-        def proceed(rest: tuple[Editor, ...] = tuple(around)) -> Any:
+        def proceed(rest: Sequence[Editor] = tuple(around)) -> Any:
             if rest:
                 return rest[0].denoise(state, lambda: proceed(rest[1:]))
-            new_args, new_kwargs = self.run.arguments(state)
-            return inner(*new_args, **new_kwargs)
+            return self._inner(inner, call, *self.run.arguments(state))
 
         return proceed()
 
-    def _widen(self, current: _Current) -> bool:
-        """Append the extra texts of `context` editors to what the denoiser sees."""
-        state = current.state
-        extra: dict[str, Tensor] = {}
-        for a in current.acting:
-            if overrides(a.editor, "context"):
-                extra |= dict(a.editor.context(state) or {})
-        if not extra:
-            return False
-        own = state.kwargs.get(state.text) if state.text else None
-        if not isinstance(own, Tensor):
-            raise UnsupportedError("this denoiser call has no text embeddings to widen")
-        parts, end = [own], own.shape[1]
-        for name, text in extra.items():
-            if text.dim() != 3 or text.shape[2] != own.shape[2]:
-                raise InputError(
-                    f"context {name!r} is {tuple(text.shape)}; give [1 or {own.shape[0]}, tokens, "
-                    f"{own.shape[2]}]"
-                )
-            parts.append(text.to(own).expand(own.shape[0], -1, -1))
-            state.extra_text[name] = (end, end + text.shape[1])
-            end += text.shape[1]
-        mask = state.kwargs.get("encoder_attention_mask")
-        if isinstance(mask, Tensor):
-            state.kwargs["encoder_attention_mask"] = F.pad(mask, (0, end - own.shape[1]), value=1)
-        state.kwargs[str(state.text)] = torch.cat(parts, 1)
-        return True
+    def _inner(self, inner: Inner, call: Call, args: Any, kwargs: Any) -> Any:
+        """The model itself; spelled-out attention can be followed in uncompiled code only."""
+        if any(self._ports[path].spelled_out for path in call.by_site) and self._compiled():
+            with torch.compiler.set_stance("force_eager"):
+                return inner(*args, **kwargs)
+        return inner(*args, **kwargs)
 
-    def _acting_at(
-        self, state: State
-    ) -> tuple[tuple[Attached, ...], dict[str, tuple[Attached, ...]]]:
+    def _acting_at(self, state: State) -> Acting:
         """The editors that act now, and per site those that are shown its calls."""
         key = tuple(a.editor.active(state.clock) for a in self.attached)
         if key not in self._acting:
@@ -322,91 +346,51 @@ class Engine:
     # -- attention -----------------------------------------------------------------------------
 
     def watching(self, site: Site) -> bool:
-        current = self._current() or getattr(self._local, "last", None)
-        if current is None:
+        call = self._calls.current
+        if call is None:
             return False
-        current.ran.add(site.path)
-        return site.path in current.by_site
+        call.ran.add(site.path)
+        return site.path in call.by_site
 
     def batch(self) -> int:
-        current = self._current() or self._local.last
-        return len(current.state.rows)
+        call = self._calls.current
+        return len(call.state.rows) if call is not None else 1
 
     def attend(
-        self, site: Site, index: int, q: Tensor, k: Tensor, v: Tensor, rest: dict[str, Any]
+        self, port: SitePort, index: int, q: Tensor, k: Tensor, v: Tensor, rest: dict[str, Any]
     ) -> Tensor:
         """Show one caught call to its editors and evaluate what they made of it."""
-        current: _Current = self._current() or self._local.last
-        state = current.state
-        attached = current.by_site.get(site.path, ())
-        mask, k, v = rest["attn_mask"], *_ungrouped(q, k, v, rest["enable_gqa"])
-        full = (k, v)
-        if state.extra_text and site.kind == "cross" and state.own_text:
-            k, v = k[..., : state.own_text, :], v[..., : state.own_text, :]
-            mask = mask[..., : state.own_text] if mask is not None else None
-
-        def original() -> Tensor:
-            return F.scaled_dot_product_attention(
-                q, k, v, mask, rest["dropout_p"], rest["is_causal"], scale=rest["scale"]
-            )
-
-        own = families.text_call(self.modules[site.path][1])
-        if not attached or (index != own and not _per_sample(q, state.rows)):
-            return original()
-        rows, batch_rows = _rows_of(q, state.rows, index)
-        if rest["is_causal"]:
-            mask = plan.causal_mask(q.shape[-2], k.shape[-2], q.device)
-        call = AttentionCall(
+        call = self._calls.current
+        assert call is not None  # `watching` said so
+        state, site = call.state, port.site
+        k, v = ungrouped(q, k, v, rest["enable_gqa"])
+        full, mask = (k, v), rest["attn_mask"]
+        if state.extra_text and site.kind == "cross":
+            k, v, mask = own_part(state, k, v, mask)
+        caught = Caught(q, k, v, mask, rest["dropout_p"], rest["is_causal"], rest["scale"], full)
+        if index != port.own_call and not per_sample(q, state.rows):
+            return caught.original()
+        return edit(
+            caught,
             site,
-            *(plan.stack_rows(x, batch_rows) for x in (q, k, v)),
-            rows=rows,
-            clock=state.clock,
-            scale=q.shape[-1] ** -0.5 if rest["scale"] is None else rest["scale"],
-            mask=plan.stack_mask(mask, batch_rows),
-            latent=state.grid,
-            text_tokens=state.own_text,
-            joint_order=self.order,
+            state,
+            call.by_site[site.path],
             index=index,
-            context=state.extra_text,
-            prompts=state.prompts,
+            joint_order=self.order,
+            keeps_perturbed=families.keeps_perturbed(port.module),
+            repeated=in_backward() and self._calls.open is not call,
         )
-        if state.extra_text:
-            call.set_context_source(*(plan.stack_rows(x, batch_rows) for x in full))
-        for a in attached:
-            call.editor = a.editor
-            a.editor.attention(call)
-        if not call.operations:
-            if call.read_outs:
-                plan.read_only(call)
-            self._log(attached, call, plan.PASS_THROUGH, site, state)
-            return original()
-        backend = attached[0].session.backend
-        out, chosen = plan.evaluate(call, backend)
-        self._log(attached, call, chosen, site, state)
-        return out.flatten(0, 1)
-
-    def _log(
-        self,
-        attached: Iterable[Attached],
-        call: AttentionCall,
-        chosen: plan.Plan,
-        site: Site,
-        state: State,
-    ) -> None:
-        for a in attached:
-            verbs = {o.verb for o in call.operations if o.editor is a.editor}
-            if call.read_outs and not verbs:
-                verbs = {"read"}
-            if verbs:
-                a.session.log.note(a.editor, site, state.clock.turn, verbs, chosen)
 
     # -- features ------------------------------------------------------------------------------
 
     def _edit_features(
         self, concat: Concat, backbone: Tensor, skip: Tensor
     ) -> tuple[Tensor, Tensor] | None:
-        current = self._current() or getattr(self._local, "last", None)
-        if current is None:
+        current = self._calls.current
+        acting = (
+            [a.editor for a in current.acting if overrides(a.editor, "features")] if current else []
+        )
+        if current is None or not acting:
             return None
         call = FeatureCall(
             backbone,
@@ -418,88 +402,24 @@ class Engine:
             concat.order,
             concat.resolution,
         )
-        for a in current.acting:
-            if overrides(a.editor, "features"):
-                a.editor.features(call)
+        for editor in acting:
+            editor.features(call)
         if call.backbone is backbone and call.skip is skip:
             return None
         return call.backbone, call.skip
 
     # -- the scheduler's step ------------------------------------------------------------------
 
-    def _remember(self, state: State, out: Any) -> None:
-        """Keep the turn's predictions for `combine`, until the scheduler steps."""
-        if any(overrides(a.editor, "combine") for a in self.attached):
-            prediction = out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
-            if isinstance(prediction, Tensor):
-                self._predictions |= split_branches(state.rows, prediction)
-        self._turn_state = state
+    def _stepping(self) -> State | None:
+        """The state of the turn whose end this thread's editors are working on."""
+        return getattr(self._local, "stepping", None)
 
-    def _around_step(
-        self,
-        step: Inner,
-        model_output: Any,
-        timestep: Any,
-        sample: Any,
-        args: Any,
-        kwargs: Any,
-    ) -> Any:
-        state, self._turn_state = self._turn_state, None
-        predictions, self._predictions = self._predictions, {}
-        moved, self._moved = self._moved, None
-        if state is None:
-            self.run.keeper.step()
-            return step(model_output, timestep, sample, *args, **kwargs)
-        acting, _ = self._acting_at(state)
-        if moved is not None:
-            sample = moved.to(sample)
-        for a in acting:
-            if overrides(a.editor, "combine"):
-                model_output = a.editor.combine(Predictions(model_output, predictions, state))
-        out = step(model_output, timestep, sample, *args, **kwargs)
-        self.run.keeper.step()
-        after = [a.editor for a in acting if overrides(a.editor, "after")]
-        if not after:
-            return out
-        state._stepped = stepped = out[0] if isinstance(out, tuple) else out.prev_sample
-        for editor in after:
-            editor.after(state)
-        if state._stepped is stepped:
-            return out
-        if isinstance(out, tuple):
-            return (state._stepped, *out[1:])
-        out.prev_sample = state._stepped
-        return out
-
-
-def _ungrouped(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> tuple[Tensor, Tensor]:
-    """Keys and values with as many heads as the queries (grouped-query attention)."""
-    if not grouped or q.shape[-3] == k.shape[-3]:
-        return k, v
-    repeats = q.shape[-3] // k.shape[-3]
-    return k.repeat_interleave(repeats, -3), v.repeat_interleave(repeats, -3)
-
-
-def _per_sample(q: Tensor, rows: Rows) -> bool:
-    return q.shape[0] == 1 and len(rows) > 1
-
-
-def _rows_of(q: Tensor, rows: Rows, index: int) -> tuple[Rows, int]:
-    """The rows of this call: all; one, where a model loops over its samples; or those that the
-    pipeline's own perturbed guidance leaves, which attends to its perturbed rows apart."""
-    if _per_sample(q, rows):
-        row = rows[index % len(rows)]
-        return Rows([Row(0, row.branch, row.prompt, row.image)]), 1
-    kept = [row for row in rows if row.branch != PERTURBED]
-    if q.shape[0] % len(rows) and q.shape[0] == len(kept):
-        return Rows(kept), len(kept)
-    return rows, len(rows)
-
-
-def _compiled(denoiser: nn.Module) -> bool:
-    """Whether any code of the denoiser may have been compiled already."""
-    return hasattr(denoiser, "_orig_mod") or any(
-        getattr(m, "_compiled_call_impl", None) is not None
-        for m in denoiser.modules()
-        if m is not denoiser
-    )
+    def _around_step(self, step: Inner, arguments: dict[str, Any]) -> Any:
+        state = self._turn.state
+        editors = [a.editor for a in self._acting_at(state)[0]] if state is not None else []
+        self._local.stepping = state
+        try:
+            return self._turn.step(step, arguments, editors)
+        finally:
+            self._local.stepping = None
+            self.run.stepped()

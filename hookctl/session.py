@@ -97,7 +97,7 @@ class Session:
                 editor.attach(self.target)
             pipe = None if self.target is self.denoiser else self.target
             engine = Engine.of(self.denoiser, pipe)
-            engine.add(self, self.editors, self.rows)
+            engine.add(self, self.editors)
             self._engine = engine
         self._depth += 1
         return self

@@ -63,16 +63,23 @@ class Window:
         # A whole number of turns: int(b * turns) is the published rule (Prompt-to-Prompt).
         if not clock.turns:
             return self.start <= 0.0 < self.stop
-        return int(self.start * clock.turns) <= clock.turn < int(self.stop * clock.turns)
+        return _turns(self.start, clock) <= clock.turn < _turns(self.stop, clock)
 
     def overlaps(self, other: Window) -> bool:
         return max(self.start, other.start) < min(self.stop, other.stop)
+
+
+def _turns(fraction: float, clock: Clock) -> int:
+    return int(fraction * clock.turns + 1e-9)  # 0.29 * 100 is 28.999999999999996
 
 
 class Timekeeper:
     """Follows one run of a pipeline from its denoiser calls and scheduler steps."""
 
     def __init__(self) -> None:
+        self._schedule: Any = None
+        self._version: int | None = None
+        self._list: list[float] = []
         self.restart()
 
     def restart(self) -> None:
@@ -91,8 +98,7 @@ class Timekeeper:
 
         schedule: the scheduler's timesteps, [turns], or None for a bare denoiser.
         """
-        now = _scalar(timestep)
-        times = [] if schedule is None else [float(t) for t in _tolist(schedule)]
+        now, times = _scalar(timestep), self._times(schedule)
         if self._timestep is not None and now > self._timestep + 1e-6 and self._stepped:
             # Timesteps fall within a run, so a rise is the start of another.
             if not times or abs(times[0] - now) <= 1e-3 * max(1.0, abs(now)):
@@ -101,27 +107,61 @@ class Timekeeper:
         if same and not self._stepped:
             self.calls += 1
         else:
-            self._turn = self._next_turn(now, times)
+            self._turn = _find(now, times, self._turn + 1, _tolerance(timestep))
             self._timestep = now
             self._stepped = schedule is None
             self.calls = 0
         return Clock(self._turn, len(times), now)
 
-    def _next_turn(self, now: float, times: list[float]) -> int:
-        first = self._turn + 1
-        # Some families divide the timestep before they call the denoiser (Flux: by 1000).
-        for unit in (1.0, 1000.0):
-            for turn in range(first, len(times)):
-                if abs(times[turn] - now * unit) <= 1e-3 * max(1.0, abs(times[turn])):
-                    return turn
-        return min(first, len(times) - 1) if times else first
+    def peek(self, timestep: Any, schedule: Any, outer: Clock) -> Clock:
+        """The clock of a call that an editor makes inside the call at `outer`; moves nothing."""
+        now, times = _scalar(timestep), self._times(schedule)
+        if now == outer.timestep:
+            return outer
+        turn = _nearest(now, times, 0, _tolerance(timestep))
+        return Clock(outer.turn if turn is None else turn, len(times), now)
+
+    def _times(self, schedule: Any) -> list[float]:
+        """The schedule as numbers; read off the device once for each list."""
+        version = getattr(schedule, "_version", None)
+        if schedule is not self._schedule or version != self._version:
+            values = schedule.tolist() if hasattr(schedule, "tolist") else schedule
+            self._list = [] if values is None else [float(t) for t in values]
+            self._schedule, self._version = schedule, version
+        return self._list
+
+
+# Some families divide the timestep before they call the denoiser (Flux: by 1000).
+_UNITS = (1.0, 1000.0)
+
+
+def _find(now: float, times: list[float], first: int, tolerance: float) -> int:
+    """The turn of a call with timestep `now`, when turns before `first` are over."""
+    if not times:
+        return first
+    if 0 < first < len(times) and _distance(times[first], now) <= tolerance:
+        return first
+    found = _nearest(now, times, first, tolerance)
+    return min(first, len(times) - 1) if found is None else found
+
+
+def _nearest(now: float, times: list[float], first: int, tolerance: float) -> int | None:
+    turns = range(first, len(times))
+    best = min(turns, key=lambda turn: _distance(times[turn], now), default=None)
+    return best if best is not None and _distance(times[best], now) <= tolerance else None
+
+
+def _distance(time: float, now: float) -> float:
+    return min(abs(time - now * unit) for unit in _UNITS) / max(1.0, abs(time))
+
+
+def _tolerance(timestep: Any) -> float:
+    """How far a timestep may be from its entry in the schedule: half precision rounds it."""
+    half = isinstance(timestep, torch.Tensor) and timestep.dtype in (torch.float16, torch.bfloat16)
+    return 8e-3 if half else 5e-4
 
 
 def _scalar(value: Any) -> float:
     if isinstance(value, torch.Tensor):
         return float(value.flatten()[0]) if value.numel() else 0.0
     return float(value if value is not None else 0.0)
-
-
-def _tolist(values: Any) -> list[Any]:
-    return values.tolist() if hasattr(values, "tolist") else list(values)

@@ -7,6 +7,7 @@ the classes, names and shapes that the model itself shows.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Iterator
@@ -133,7 +134,7 @@ def text_streams(pipe: Any) -> tuple[TextStream, ...]:
     Raises UnsupportedError if the pipeline has no text.
     """
     name = type(pipe).__name__
-    first = getattr(pipe, "tokenizer", None)
+    first: Any = getattr(pipe, "tokenizer", None)
     if re.search(r"StableDiffusion3", name):
         clip = first.model_max_length
         third = getattr(pipe, "tokenizer_3", None)
@@ -159,13 +160,15 @@ def attention_modules(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Path and module of everything in a denoiser that computes attention itself."""
     for path, module in denoiser.named_modules():
         if isinstance(module, Attention | MochiAttention | AttentionModuleMixin):
-            if any(_SOFTMAX_FREE.search(type(p).__name__) for p in [_processor(module)] if p):
-                continue
-            yield path, module
+            name = type(processor_of(module)).__name__
+            if not _SOFTMAX_FREE.search(name) and not _ASIDE.search(path):
+                yield path, module
         elif not type(module).__module__.startswith("diffusers.") and _looks_like_attention(module):
             yield path, module
 
 
+# Attention among text or picture tokens on their way in, before they meet the image.
+_ASIDE = re.compile(r"^(encoder_hid_proj|context_embedder|context_refiner|cap_embedder|txt_)")
 _SOFTMAX_FREE = re.compile(r"SanaLinear|SanaMultiscale")
 _ATTENDS = re.compile(r"scaled_dot_product_attention|\bsoftmax\b|multi_head_attention")
 
@@ -183,7 +186,7 @@ def _looks_like_attention(module: nn.Module) -> bool:
     return bool(_ATTENDS.search(source))
 
 
-def _processor(module: nn.Module) -> Any:
+def processor_of(module: nn.Module) -> Any:
     return getattr(module, "processor", None)
 
 
@@ -254,30 +257,41 @@ def _levels(model: nn.Module) -> dict[Any, Fraction]:
     return {}
 
 
-def sdpa_twin(module: nn.Module) -> Any | None:
-    """A processor that does what the module's own does, ending in SDPA; None if it does already.
+_PLAIN_TWINS = {
+    AttnProcessor: AttnProcessor2_0,
+    SlicedAttnProcessor: AttnProcessor2_0,
+    XFormersAttnProcessor: AttnProcessor2_0,
+    AttnAddedKVProcessor: AttnAddedKVProcessor2_0,
+    SlicedAttnAddedKVProcessor: AttnAddedKVProcessor2_0,
+}
+_WEIGHTED_TWINS = {
+    IPAdapterAttnProcessor: IPAdapterAttnProcessor2_0,
+    CustomDiffusionAttnProcessor: CustomDiffusionAttnProcessor2_0,
+}
 
-    Eager, sliced and xformers processors form the attention matrix or bypass SDPA, where no edit
-    can reach them. Raises UnsupportedError for one that has no twin.
+
+def sdpa_twin(module: nn.Module) -> Any | None:
+    """A processor that does what the module's own does, ending in SDPA; None if it needs none.
+
+    Eager, sliced and xformers processors form the attention matrix or bypass SDPA. Processors of
+    unknown making have no twin: see `spells_out`. Raises UnsupportedError for one that can be
+    neither exchanged nor followed.
     """
-    processor = _processor(module)
-    if isinstance(processor, AttnProcessor | SlicedAttnProcessor | XFormersAttnProcessor):
-        return AttnProcessor2_0()
-    if isinstance(processor, AttnAddedKVProcessor | SlicedAttnAddedKVProcessor):
-        return AttnAddedKVProcessor2_0()
-    if isinstance(processor, IPAdapterAttnProcessor):
-        return _shares_weights(processor, IPAdapterAttnProcessor2_0)
-    if isinstance(processor, CustomDiffusionAttnProcessor):
-        return _shares_weights(processor, CustomDiffusionAttnProcessor2_0)
-    if re.search(r"XFormers", type(processor).__name__):
+    processor = processor_of(module)
+    kind = type(processor)
+    if kind in _PLAIN_TWINS:
+        return _PLAIN_TWINS[kind]()
+    if kind in _WEIGHTED_TWINS:
+        return _shares_weights(processor, _WEIGHTED_TWINS[kind])
+    if re.search(r"XFormers", kind.__name__):
         raise UnsupportedError(
-            f"{type(processor).__name__} has no SDPA form; call "
+            f"{kind.__name__} has no SDPA form; call "
             "disable_xformers_memory_efficient_attention() before control()"
         )
     return None
 
 
-def _shares_weights(processor: nn.Module, twin_class: type) -> nn.Module:
+def _shares_weights(processor: Any, twin_class: Any) -> Any:
     """A twin of a processor with weights: the same state, another forward."""
     twin = twin_class.__new__(twin_class)
     twin.__dict__ = processor.__dict__
@@ -286,7 +300,7 @@ def _shares_weights(processor: nn.Module, twin_class: type) -> nn.Module:
 
 def bypasses_sdpa(module: nn.Module) -> str | None:
     """The name of the attention backend that the module would use instead of SDPA, if any."""
-    processor = _processor(module)
+    processor = processor_of(module)
     if not hasattr(processor, "_attention_backend"):
         return None
     backend = processor._attention_backend or _AttentionBackendRegistry._active_backend
@@ -299,14 +313,43 @@ def native_backend() -> Any:
 
 
 def spells_out(module: nn.Module) -> bool:
-    """Whether a module of unknown making spells its attention out instead of calling SDPA."""
-    if type(module).__module__.startswith("diffusers."):
-        return False
+    """Whether a module, or its processor, forms its attention matrix itself."""
+    processor = processor_of(module)
+    known = type(module).__module__.startswith("diffusers.")
+    if not known:
+        return _spells_out(type(module).forward)
+    return processor is not None and _spells_out(type(processor).__call__)
+
+
+@functools.cache
+def _spells_out(function: Any) -> bool:
     try:
-        source = inspect.getsource(type(module).forward)
+        source = inspect.getsource(function)
     except (OSError, TypeError):
         return False
-    return "scaled_dot_product_attention" not in source and "softmax" in source
+    if re.search(r"scaled_dot_product_attention|dispatch_attention_fn", source):
+        return False
+    return bool(re.search(r"softmax|get_attention_scores", source))
+
+
+def uncatchable(module: nn.Module) -> str | None:
+    """Why the attention of a module can't be caught, or None if it can."""
+    if isinstance(module, nn.MultiheadAttention):
+        return (
+            "torch.nn.MultiheadAttention computes its attention where nothing can be caught; "
+            "build the layer on scaled_dot_product_attention"
+        )
+    return None
+
+
+def keeps_perturbed(module: nn.Module) -> bool:
+    """Whether a module attends to all rows alike; PAG's processors take the perturbed ones out."""
+    return not type(processor_of(module)).__name__.startswith("PAG")
+
+
+def counts_text(module: nn.Module) -> bool:
+    """Whether a cross-attention tells text and picture keys apart by how many there are."""
+    return getattr(module, "add_k_proj", None) is not None
 
 
 def text_call(module: nn.Module) -> int:

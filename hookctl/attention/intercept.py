@@ -4,28 +4,32 @@ A forward pre-hook of the attention module enters a torch-function mode and an a
 forward hook leaves it, so the mode sees the torch calls of this module alone: neither text
 encoders nor the VAE, in this thread only, and again when gradient checkpointing recomputes. q, k
 and v arrive after projection, norm, LoRA and rotary embedding, whatever processor made them.
-
-Under `torch.compile` the call becomes one opaque operator, so that schedules and editors stay
-ordinary Python: no graph break, and no new graph when an edit starts or stops.
 """
 
 from __future__ import annotations
 
-import threading
-import weakref
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from hookctl.address.sites import Site
+from hookctl.attention import compiled
 from hookctl.attention.eager import EagerFollower
 from hookctl.errors import HoleError
 
 SDPA = F.scaled_dot_product_attention
-_MULTI_HEAD = F.multi_head_attention_forward
+
+_MULTI_HEAD = "torch.nn.MultiheadAttention, which computes attention by itself"
+_OWN_SOFTMAX = "a softmax of its own (an eager processor)"
+_TELLTALES: dict[Any, str] = {
+    F.multi_head_attention_forward: _MULTI_HEAD,
+    torch.softmax: _OWN_SOFTMAX,
+    Tensor.softmax: _OWN_SOFTMAX,
+    F.softmax: _OWN_SOFTMAX,
+}
 
 
 class Handler(Protocol):
@@ -35,7 +39,7 @@ class Handler(Protocol):
         """Whether anything wants this site's calls now; notes that the site ran."""
 
     def attend(
-        self, site: Site, index: int, q: Tensor, k: Tensor, v: Tensor, rest: dict[str, Any]
+        self, port: SitePort, index: int, q: Tensor, k: Tensor, v: Tensor, rest: dict[str, Any]
     ) -> Tensor:
         """The output of one attention call, [batch, heads, N, channels]."""
 
@@ -43,7 +47,7 @@ class Handler(Protocol):
         """Rows of the denoiser call in progress."""
 
 
-class _SiteMode(TorchFunctionMode):
+class SiteMode(TorchFunctionMode):
     """Sees the torch calls of one forward of one attention module."""
 
     def __init__(self, port: SitePort) -> None:
@@ -52,29 +56,20 @@ class _SiteMode(TorchFunctionMode):
         self.calls = 0
         self.seen = ""
         self.follower: EagerFollower | None = None
+        if port.spelled_out:
+            self.follower = EagerFollower(port.site.heads, port.handler.batch(), self._followed)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
         if func is SDPA:
-            if torch.compiler.is_compiling():
-                return _compiled_attention(self.port.number, *args, **kwargs)
             index, self.calls = self.calls, self.calls + 1
-            return self.port.caught(index, *args, **kwargs)
-        if torch.compiler.is_compiling():
-            return func(*args, **kwargs)
-        if func is _MULTI_HEAD:
-            self.seen = "torch.nn.MultiheadAttention, which computes attention by itself"
-        if self.port.spelled_out:
-            if self.follower is None:
-                self.follower = EagerFollower(
-                    self.port.site.heads, self.port.handler.batch(), self._followed
-                )
-            return self.follower.follow(func, args, kwargs)
-        if func in (torch.softmax, Tensor.softmax, F.softmax):
-            self.seen = "a softmax of its own (an eager processor)"
-        return func(*args, **kwargs)
+            return self.port.caught(index, *args, **(kwargs or {}))
+        if self.follower is not None:
+            return self.follower.follow(func, args, kwargs or {})
+        if func in _TELLTALES:
+            self.seen = _TELLTALES[func]
+        return func(*args, **(kwargs or {}))
 
     def _followed(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
@@ -83,15 +78,44 @@ class _SiteMode(TorchFunctionMode):
         return self.port.caught(index, q, k, v, attn_mask=mask, scale=scale)
 
 
+class CompiledMode(TorchFunctionMode):
+    """The same while `torch.compile` traces: the call becomes one opaque operator."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+        self.calls = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is SDPA:
+            index, self.calls = self.calls, self.calls + 1
+            return compiled.attention(self.number, index, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
 class SitePort:
-    """The hooks on one attention module, with one owner."""
+    """The hooks on one attention module, with one owner.
+
+    spelled_out: the module forms its matrix itself, so its torch calls are followed; own_call:
+    which attention call of its forward is the model's own (adapters make further ones).
+    """
 
     def __init__(
-        self, site: Site, module: nn.Module, handler: Handler, *, spelled_out: bool = False
+        self,
+        site: Site,
+        module: nn.Module,
+        handler: Handler,
+        *,
+        spelled_out: bool = False,
+        own_call: int = 0,
     ) -> None:
-        self.site, self.handler, self.spelled_out = site, handler, spelled_out
-        self.number = _register(self)
-        self._local = threading.local()
+        self.site, self.module, self.handler = site, module, handler
+        self.spelled_out, self.own_call = spelled_out, own_call
+        self.number = next(compiled.numbers)
+        self.traced = False
+        compiled.ports[self.number] = self
         self._handles = [
             module.register_forward_pre_hook(self._enter),
             module.register_forward_hook(self._leave, always_call=True),
@@ -104,37 +128,30 @@ class SitePort:
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
-            _SiteMode(self).__enter__()
-            return
-        stack = self._stack()
-        mode = _SiteMode(self) if self.handler.watching(self.site) else None
-        stack.append(mode)
-        if mode is not None:
-            mode.__enter__()
+            CompiledMode(self.number).__enter__()
+        elif self.handler.watching(self.site):
+            SiteMode(self).__enter__()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
-            torch.overrides._get_current_function_mode_stack()[-1].__exit__(None, None, None)
+            _get_current_function_mode().__exit__(None, None, None)  # type: ignore[union-attr]
             return
-        stack = self._stack()
-        mode = stack.pop() if stack else None
-        if mode is None:
+        mode = _get_current_function_mode()
+        if isinstance(mode, CompiledMode) and mode.number == self.number:
+            mode.__exit__(None, None, None)  # entered in compiled code, left after a graph break
+            return
+        if not isinstance(mode, SiteMode) or mode.port is not self:
             return
         mode.__exit__(None, None, None)
         # An output of None means that the forward raised: its own error is the one to show.
         if output is not None and mode.calls == 0:
+            seen = mode.seen or "neither scaled_dot_product_attention nor a softmax that was seen"
             raise HoleError(
-                f"{self.site.path} ran, but its attention could not be caught: it used "
-                f"{mode.seen or 'neither scaled_dot_product_attention nor a softmax that was seen'}"
-                ". Put the model on its default SDPA processors (unet.set_attn_processor("
+                f"{self.site.path} ran, but its attention could not be caught: it used {seen}. "
+                "Put the model on its default SDPA processors (unet.set_attn_processor("
                 "AttnProcessor2_0()) or reset_attention_backend()), or leave this site out with "
                 "the editor's sites="
             )
-
-    def _stack(self) -> list[_SiteMode | None]:
-        if not hasattr(self._local, "stack"):
-            self._local.stack = []
-        return self._local.stack  # type: ignore[no-any-return]
 
     def caught(
         self,
@@ -155,81 +172,21 @@ class SitePort:
             "scale": scale,
             "enable_gqa": enable_gqa,
         }
-        return self.handler.attend(self.site, index, query, key, value, rest)
+        return self.handler.attend(self, index, query, key, value, rest)
 
 
-# -- torch.compile -----------------------------------------------------------------------------
-
-_ports: weakref.WeakValueDictionary[int, SitePort] = weakref.WeakValueDictionary()
-_numbers = iter(range(1, 2**62))
-_lock = threading.Lock()
-
-
-def _register(port: SitePort) -> int:
-    with _lock:
-        number = next(_numbers)
-        _ports[number] = port
-    return number
+def unwind(depth: int) -> None:
+    """Leave the modes above `depth`: an interrupt (no `Exception`) skips the modules' hooks."""
+    while torch._C._len_torch_function_stack() > depth:
+        mode = _get_current_function_mode()
+        if not isinstance(mode, SiteMode | CompiledMode):
+            return
+        mode.__exit__(None, None, None)
 
 
-def _compiled_attention(
-    number: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    return torch.ops.hookctl.attention(  # type: ignore[no-any-return]
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, number
-    )
+def mode_depth() -> int:
+    """How many torch-function modes are entered in this thread."""
+    return torch._C._len_torch_function_stack()
 
 
-@torch.library.custom_op("hookctl::attention", mutates_args=())
-def _attention_op(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    port: int,
-) -> Tensor:
-    owner = _ports.get(port)
-    if owner is None or not owner.handler.watching(owner.site):
-        out = SDPA(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    else:
-        out = owner.caught(0, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    return out.contiguous()
-
-
-@_attention_op.register_fake
-def _(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, port):  # type: ignore[no-untyped-def]
-    return query.new_empty((*query.shape[:-1], value.shape[-1]))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.rest = inputs[4:]
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """Recompute the edited call with gradients: the edit itself is differentiable."""
-    query, key, value, mask = ctx.saved_tensors
-    leaves = [x.detach().requires_grad_() for x in (query, key, value)]
-    with torch.enable_grad():
-        out = _attention_op._init_fn(*leaves, mask, *ctx.rest)
-    grads = torch.autograd.grad(out, leaves, grad)
-    return (*grads, None, None, None, None, None, None)
-
-
-_attention_op.register_autograd(_backward, setup_context=_save)
-
-__all__ = ["Handler", "SitePort"]
+__all__ = ["Handler", "SitePort", "mode_depth", "unwind"]

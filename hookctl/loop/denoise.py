@@ -1,4 +1,4 @@
-"""The hooks round the attention: the denoiser call, the scheduler step, the pipeline's own words.
+"""The hooks round the attention: the denoiser call, the scheduler, the pipeline's own words.
 
 Each port only catches and hands over; what happens then is the owner's affair. The denoiser is
 caught in the slot that torch keeps for compiled calls (`Module._compiled_call_impl`), the
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from hookctl.loop.patch import Patch
+from hookctl.loop.state import Scaling
 
 Inner = Callable[..., Any]
 _SLOT = "_compiled_call_impl"
@@ -55,14 +56,14 @@ class DenoiserPort:
         self._patches[0].before = self.compiled
 
     def _cache_context(self) -> Any:
-        original = self.module.cache_context
+        original: Any = self.module.cache_context
 
         @functools.wraps(original)
         @contextmanager
         def cache_context(name: str, *args: Any, **kwargs: Any) -> Any:
             before, self.branch = self.branch, name
             try:
-                with original(name, *args, **kwargs):  # type: ignore[operator]
+                with original(name, *args, **kwargs):
                     yield
             finally:
                 self.branch = before
@@ -71,24 +72,57 @@ class DenoiserPort:
 
 
 class SchedulerPort:
-    """Hands every `scheduler.step` to `around(step, model_output, timestep, sample, rest)`."""
+    """Hands every step to `around(step, arguments)`, and every model input made to `scaled`."""
 
-    def __init__(self, scheduler: Any, around: Callable[..., Any]) -> None:
-        self.scheduler = scheduler
-        original = scheduler.step
-
-        @functools.wraps(original)
-        def step(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
-            return around(original, model_output, timestep, sample, args, kwargs)
-
-        self._patch = Patch(scheduler, "step", step)
+    def __init__(
+        self,
+        scheduler: Any,
+        around: Callable[[Inner, dict[str, Any]], Any],
+        scaled: Callable[[Scaling], None],
+    ) -> None:
+        self.scheduler, self._around, self._scaled = scheduler, around, scaled
+        self._patches = [Patch(scheduler, "step", _Method(scheduler, "step", self._step))]
+        if hasattr(scheduler, "scale_model_input"):
+            method = _Method(scheduler, "scale_model_input", self._scale)
+            self._patches.append(Patch(scheduler, "scale_model_input", method))
 
     def remove(self) -> None:
-        self._patch.remove()
+        for patch in self._patches:
+            patch.remove()
 
     @property
     def installed(self) -> bool:
-        return self.scheduler.__dict__.get("step") is self._patch.value
+        return self._patches[0].installed
+
+    def _step(self, original: Inner, args: Any, kwargs: Any) -> Any:
+        bound = inspect.signature(original).bind(*args, **kwargs)
+        arguments = dict(bound.arguments)
+        arguments |= arguments.pop("kwargs", {})
+        if "args" in arguments or not {"model_output", "sample"} <= set(arguments):
+            return original(*args, **kwargs)
+        return self._around(original, arguments)
+
+    def _scale(self, original: Inner, args: Any, kwargs: Any) -> Any:
+        out = original(*args, **kwargs)
+        latents, rest = (args[0], args[1:]) if args else (kwargs.pop("sample"), args)
+        self._scaled(Scaling(latents, lambda x: original(x, *rest, **kwargs)))
+        return out
+
+
+class _Method:
+    """A method of one object with a hook round it; a deep copy of the object gets its own."""
+
+    def __init__(self, owner: Any, name: str, hook: Callable[[Inner, Any, Any], Any]) -> None:
+        self._owner, self._name, self._hook = owner, name, hook
+        self._original: Inner = getattr(owner, name)
+        functools.update_wrapper(self, self._original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._hook(self._original, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self._owner), self._owner)
+        return getattr(type(copied), self._name).__get__(copied)
 
 
 class PipelinePort:
@@ -97,7 +131,7 @@ class PipelinePort:
     def __init__(
         self, pipe: Any, started: Callable[[], None], texts: Callable[[dict[str, Any]], None]
     ) -> None:
-        self._patches = []
+        self._patches: list[Patch] = []
         if hasattr(pipe, "check_inputs"):
             self._watch(pipe, "check_inputs", lambda bound: started())
         for name in ("encode_prompt", "_encode_prompt"):

@@ -7,60 +7,62 @@ from typing import Any
 from torch import nn
 
 from hookctl.address import families
+from hookctl.attention.intercept import SitePort
 
 
 class Exchange:
-    """Keeps the watched modules on processors whose attention can be caught.
+    """Keeps the edited modules on processors whose attention can be caught.
 
     Only edited sites are touched. What the user sets meanwhile is respected and exchanged in its
     turn; what was found is put back.
     """
 
     def __init__(self) -> None:
-        self._modules: dict[str, nn.Module] = {}
+        self._ports: dict[str, SitePort] = {}
         self._checked: dict[str, Any] = {}
-        self._found: dict[str, Any] = {}
-        self._backends: dict[str, Any] = {}
+        self._found: dict[str, tuple[Any, Any]] = {}
+        self._backends: dict[str, dict[int, tuple[Any, Any]]] = {}
 
-    def watch(self, path: str, module: nn.Module) -> None:
-        self._modules[path] = module
-        self._check(path, module)
+    def watch(self, path: str, port: SitePort) -> None:
+        self._ports[path] = port
+        self._check(path, port)
 
     def refresh(self) -> None:
         """Look again: slicing, adapters and backends may have been set since."""
-        for path, module in self._modules.items():
-            processor = getattr(module, "processor", None)
-            if processor is not self._checked.get(path) or families.bypasses_sdpa(module):
-                self._check(path, module)
+        for path, port in self._ports.items():
+            processor = families.processor_of(port.module)
+            if processor is not self._checked[path] or families.bypasses_sdpa(port.module):
+                self._check(path, port)
 
-    def _check(self, path: str, module: nn.Module) -> None:
+    def _check(self, path: str, port: SitePort) -> None:
+        module = port.module
         twin = families.sdpa_twin(module)
         if twin is not None:
-            self._found[path] = (module.processor, twin)
+            self._found[path] = (families.processor_of(module), twin)
             _put(module, twin)
+        processor = families.processor_of(module)
         if families.bypasses_sdpa(module):
-            processor = module.processor
-            self._backends.setdefault(path, (processor, processor._attention_backend))  # type: ignore[union-attr]
-            processor._attention_backend = families.native_backend()  # type: ignore[union-attr]
-        self._checked[path] = getattr(module, "processor", None)
+            kept = self._backends.setdefault(path, {})
+            kept[id(processor)] = (processor, processor._attention_backend)
+            processor._attention_backend = families.native_backend()
+        self._checked[path] = processor
+        port.spelled_out = families.spells_out(module)
 
     def restore(self, path: str) -> None:
-        module = self._modules.pop(path)
-        self._checked.pop(path, None)
-        if path in self._backends:
-            processor, backend = self._backends.pop(path)
+        port = self._ports.pop(path)
+        del self._checked[path]
+        for processor, backend in self._backends.pop(path, {}).values():
             processor._attention_backend = backend
         if path in self._found:
             found, twin = self._found.pop(path)
-            if module.processor is twin:
-                _put(module, found)
+            if families.processor_of(port.module) is twin:
+                _put(port.module, found)
 
 
-def _put(module: nn.Module, processor: Any) -> None:
-    """Set the processor without the library's housekeeping, which discards weights."""
-    module._modules.pop("processor", None)
-    module.__dict__.pop("processor", None)
+def _put(module: Any, processor: Any) -> None:
+    """Set the processor in its place, without the library's housekeeping: it discards weights."""
+    home, other = module.__dict__, module._modules
     if isinstance(processor, nn.Module):
-        module._modules["processor"] = processor
-    else:
-        module.__dict__["processor"] = processor
+        home, other = other, home
+    other.pop("processor", None)
+    home["processor"] = processor

@@ -7,6 +7,8 @@ blocks before it.
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -78,20 +80,78 @@ def _out_channels(resnets: Any) -> int | None:
     return getattr(resnets[-1], "out_channels", None) if resnets else None
 
 
+Edit = Callable[[Concat, Tensor, Tensor], "tuple[Tensor, Tensor] | None"]
+
+
 class ConcatPort:
     """The hook on one decoder concat: splits, hands over, joins again if anything changed."""
 
-    def __init__(
-        self, concat: Concat, edit: Callable[[Concat, Tensor, Tensor], tuple[Tensor, Tensor] | None]
-    ) -> None:
+    def __init__(self, concat: Concat, edit: Edit) -> None:
         self.concat, self.edit = concat, edit
+        self.number, self.traced = next(_numbers), False
+        _ports[self.number] = self
         self._handle = concat.module.register_forward_pre_hook(self._before)
 
     def remove(self) -> None:
         self._handle.remove()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        joined = args[0]
+        if torch.compiler.is_compiling():
+            return (torch.ops.hookctl.features(args[0], self.number), *args[1:])
+        joined = self.joined(args[0])
+        return None if joined is args[0] else (joined, *args[1:])
+
+    def joined(self, joined: Tensor) -> Tensor:
+        """The concat with its parts edited; the same tensor if nothing changed."""
         split = self.concat.backbone_channels
         edited = self.edit(self.concat, joined[:, :split], joined[:, split:])
-        return None if edited is None else (torch.cat(edited, 1), *args[1:])
+        return joined if edited is None else torch.cat(edited, 1)
+
+
+# -- torch.compile: an opaque operator, as for attention (`attention/compiled.py`) ----------------
+
+_ports: weakref.WeakValueDictionary[int, ConcatPort] = weakref.WeakValueDictionary()
+_numbers = itertools.count(1)
+
+
+def _evaluate(joined: Tensor, port: int) -> Tensor:
+    owner = _ports.get(port)
+    return joined if owner is None else owner.joined(joined)
+
+
+@torch.library.custom_op("hookctl::features", mutates_args=())
+def _features_op(joined: Tensor, port: int) -> Tensor:
+    out = _evaluate(joined, port)
+    return out.clone() if out is joined else out.contiguous()  # an operator returns no input
+
+
+@_features_op.register_fake
+def _(joined, port):  # type: ignore[no-untyped-def]
+    if port in _ports:
+        _ports[port].traced = True
+    return torch.empty_like(joined)
+
+
+@torch.library.custom_op("hookctl::features_backward", mutates_args=())
+def _features_backward_op(grad: Tensor, joined: Tensor, port: int) -> Tensor:
+    leaf = joined.detach().requires_grad_()
+    with torch.enable_grad():
+        (found,) = torch.autograd.grad(_evaluate(leaf * 1, port), leaf, grad)
+    return found.contiguous()
+
+
+@_features_backward_op.register_fake
+def _(grad, joined, port):  # type: ignore[no-untyped-def]
+    return torch.empty(joined.shape, dtype=joined.dtype, device=joined.device)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+    ctx.port = inputs[1]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return torch.ops.hookctl.features_backward(grad, *ctx.saved_tensors, ctx.port), None
+
+
+_features_op.register_autograd(_backward, setup_context=_save)

@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 _ABSENT = object()
+_lock = threading.RLock()
+# The patches on each attribute, oldest first; they keep their targets alive, so ids are safe.
+_stacks: dict[tuple[int, str], list[Patch]] = {}
 
 
 class Patch:
     """`name` of `target` is `value` until `remove`.
 
     Works on the instance's own dictionary, so that neither the class nor the setters of pipelines
-    and modules take part. If somebody else replaced the attribute meanwhile, theirs stays.
+    and modules take part. Patches of one attribute may be removed in any order. If somebody else
+    replaced the attribute meanwhile, theirs stays.
     """
 
     def __init__(self, target: Any, name: str, value: Any) -> None:
         self.target, self.name, self.value = target, name, value
-        self.before = target.__dict__.get(name, _ABSENT)
-        target.__dict__[name] = value
+        with _lock:
+            self.before = target.__dict__.get(name, _ABSENT)
+            _stacks.setdefault((id(target), name), []).append(self)
+            target.__dict__[name] = value
+
+    @property
+    def installed(self) -> bool:
+        return any(patch is self for patch in _stacks.get((id(self.target), self.name), ()))
 
     def remove(self) -> None:
-        if self.target.__dict__.get(self.name) is not self.value:
-            return
+        with _lock:
+            stack = _stacks.get((id(self.target), self.name), [])
+            if self not in stack:
+                return
+            place = stack.index(self)
+            if place + 1 < len(stack):
+                stack[place + 1].before = self.before
+            elif self.target.__dict__.get(self.name) is self.value:
+                self._put_back()
+            stack.remove(self)
+            if not stack:
+                del _stacks[id(self.target), self.name]
+
+    def _put_back(self) -> None:
         if self.before is _ABSENT:
             del self.target.__dict__[self.name]
         else:

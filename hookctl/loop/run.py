@@ -5,14 +5,13 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hookctl.address import families
 from hookctl.address.clock import Timekeeper
 from hookctl.address.rows import COND, Layout, Row, Rows, resolve_rows
 from hookctl.errors import InputError, LayoutError
-from hookctl.loop.state import State
+from hookctl.loop.state import Scaling, State
 
 _TIMES = ("timestep", "timesteps", "t")
 _TEXTS = ("encoder_hidden_states", "context")
@@ -36,7 +35,17 @@ class Run:
         self.count: int | None = None
         self.images_per_prompt = 1
         self.fresh = True
+        self.scaling: Scaling | None = None
         self.keeper.restart()
+
+    def stepped(self) -> None:
+        """The scheduler took a step: the next denoiser call belongs to a new turn."""
+        self.scaling = None
+        self.keeper.step()
+
+    def scaled(self, scaling: Scaling) -> None:
+        """The scheduler made a model input."""
+        self.scaling = scaling
 
     def texts(self, given: dict[str, Any]) -> None:
         """Note what the pipeline encodes; only the first of a run is its prompts."""
@@ -52,8 +61,10 @@ class Run:
         images = [value for name, value in given.items() if name.startswith("num_")]
         self.images_per_prompt = next((v for v in images if isinstance(v, int)), 1)
 
-    def state(self, args: Any, kwargs: Any, branch: str | None, nested: bool) -> State:
-        """The state of one denoiser call."""
+    def state(
+        self, args: Any, kwargs: Any, branch: str | None = None, outer: State | None = None
+    ) -> State:
+        """The state of one denoiser call; `outer`: of the call inside which an editor made it."""
         bound = self._signature.bind(None, *args, **kwargs)
         arguments = dict(list(bound.arguments.items())[1:])
         sample = next(iter(arguments))
@@ -64,22 +75,25 @@ class Run:
             batch, latent = given.shape[0], _latent_grid(given, arguments, self.denoiser)
         time = next((arguments[name] for name in _TIMES if name in arguments), None)
         schedule = getattr(getattr(self.pipe, "scheduler", None), "timesteps", None)
-        clock = self.keeper.read(time, schedule)
+        if outer is None:
+            clock = self.keeper.read(time, schedule)
+        else:
+            clock = self.keeper.peek(time, schedule, outer.clock)
         text = next((name for name in _TEXTS if arguments.get(name) is not None), None)
         embeddings = arguments.get(text) if text else None
         return State(
             denoiser=self.denoiser,
             pipe=self.pipe,
-            rows=self._rows(batch, branch),
+            rows=self._rows(batch, branch, outer),
             clock=clock,
             kwargs=arguments,
             sample=sample,
             text=text,
             prompts=self.prompts,
             images_per_prompt=self.images_per_prompt,
-            scale=self._scale(time) if isinstance(given, Tensor) else 1.0,
+            scaling=self._scaling(given),
             grid=latent,
-            nested=nested,
+            nested=outer is not None,
             own_text=embeddings.shape[1] if isinstance(embeddings, Tensor) else None,
         )
 
@@ -89,7 +103,9 @@ class Run:
         bound.arguments.update(state.kwargs)
         return bound.args[1:], bound.kwargs
 
-    def _rows(self, batch: int, branch: str | None) -> Rows:
+    def _rows(self, batch: int, branch: str | None, outer: State | None) -> Rows:
+        if outer is not None and batch == len(outer.rows):
+            return outer.rows
         if self.branches is not None:
             if batch % len(self.branches):
                 raise LayoutError(
@@ -118,16 +134,16 @@ class Run:
             call=self.keeper.calls,
         )
 
-    def _scale(self, time: Any) -> float:
-        scheduler = getattr(self.pipe, "scheduler", None)
-        if scheduler is None or not hasattr(scheduler, "sigmas"):
-            return 1.0
-        if not hasattr(scheduler, "scale_model_input"):
-            return 1.0
-        try:
-            return float(scheduler.scale_model_input(torch.ones(1), time))
-        except (ValueError, TypeError, IndexError):
-            return 1.0
+    def _scaling(self, model_input: Any) -> Scaling | None:
+        """How the scheduler made this model input, if it did."""
+        scaling = self.scaling
+        if scaling is None or not isinstance(model_input, Tensor):
+            return None
+        ours, given = scaling.latents.shape, model_input.shape
+        differing = [d for d, (a, b) in enumerate(zip(ours, given, strict=False)) if a != b]
+        # Pictures and masks may have been appended along the channels.
+        fits = len(ours) == len(given) and len(differing) <= 1 and 0 not in differing
+        return scaling if fits and all(ours[d] < given[d] for d in differing) else None
 
 
 def _branch(name: str | None) -> str | None:

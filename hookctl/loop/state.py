@@ -16,15 +16,27 @@ from hookctl.errors import InputError, LayoutError
 Proceed = Callable[[], Any]
 
 
+@dataclass(frozen=True, eq=False)
+class Scaling:
+    """How the scheduler made the model input of a turn from the latents.
+
+    latents: [rows, ...] as the pipeline handed them over; again: does the same to others.
+    """
+
+    latents: Tensor
+    again: Callable[[Tensor], Tensor]
+
+
 @dataclass(eq=False)
 class State:
     """One denoiser call.
 
     rows, clock: who and when. kwargs: every argument of the call by name (an editor's `denoise`
     may change them before it proceeds). prompts: the texts of the run, () if unknown.
-    sample: name of the argument that holds the model input; scale: what the scheduler multiplied
-    the latents with to make it; text: name of the argument with the text embeddings. maps: the
-    store of the session whose editor is spoken to.
+    sample: name of the argument that holds the model input; scaling: how the scheduler made it
+    from the latents, None where it is the latents; text: name of the argument with the text
+    embeddings. grid: ([frames,] height, width) of the latent; nested: the call was made by an
+    editor, inside another call. maps: the store of the session whose editor is spoken to.
     """
 
     denoiser: nn.Module
@@ -36,14 +48,14 @@ class State:
     text: str | None = None
     prompts: tuple[str, ...] = ()
     images_per_prompt: int = 1
-    scale: float = 1.0
+    scaling: Scaling | None = None
     grid: tuple[int, ...] = ()
     nested: bool = False
     extra_text: dict[str, tuple[int, int]] = field(default_factory=dict)
     own_text: int | None = None
-    changed: bool = False
     maps: Any = None
-    _stepped: Tensor | None = None
+    assigned: Tensor | None = None
+    stepped: Tensor | None = None
 
     @property
     def latents(self) -> Tensor:
@@ -51,13 +63,15 @@ class State:
 
         Before the step: the noisy latents of this turn; in `after`: the step's result.
         """
-        if self._stepped is not None:
-            return self._stepped
-        model_input = self.kwargs[self.sample]
+        if self.stepped is not None:
+            return self.stepped
+        if self.assigned is not None:
+            return self.assigned
         first = self.rows[0].branch
         rows = [row.index for row in self.rows.where(branch=first)]
-        pictures = model_input[rows[0] : rows[-1] + 1]
-        return pictures if self.scale == 1.0 else pictures / self.scale
+        source = self.kwargs[self.sample] if self.scaling is None else self.scaling.latents
+        pictures: Tensor = source[rows[0] : rows[-1] + 1]
+        return pictures
 
     @latents.setter
     def latents(self, value: Tensor) -> None:
@@ -66,15 +80,15 @@ class State:
             raise InputError(
                 f"state.latents = {tuple(value.shape)}; this run draws {tuple(now.shape)}"
             )
-        if self._stepped is not None:
-            self._stepped = value.to(now)
-        else:
-            model_input = self.kwargs[self.sample]
-            groups = model_input.shape[0] // value.shape[0]
-            scaled = value if self.scale == 1.0 else value * self.scale
-            repeats = (groups, *([1] * (value.dim() - 1)))
-            self.kwargs[self.sample] = scaled.to(model_input).repeat(repeats)
-        self.changed = True
+        if self.stepped is not None:
+            self.stepped = value.to(now)
+            return
+        model_input = self.kwargs[self.sample]
+        rows = value.repeat(len(self.rows) // value.shape[0], *([1] * (value.dim() - 1)))
+        if self.scaling is not None:
+            rows = self.scaling.again(rows)
+        self.kwargs[self.sample] = _replace_channels(model_input, rows.to(model_input))
+        self.assigned = value
 
     @property
     def pictures(self) -> Rows:
@@ -108,6 +122,15 @@ class Predictions:
                 f"this turn has no predictions of branch {branch!r}; it has: "
                 f"{', '.join(self.branches)}"
             ) from None
+
+
+def _replace_channels(model_input: Tensor, rows: Tensor) -> Tensor:
+    """The model input with its first channels replaced; pipelines append pictures and masks."""
+    if rows.shape == model_input.shape:
+        return rows
+    dim = next(d for d, n in enumerate(rows.shape) if n != model_input.shape[d])
+    rest = model_input.shape[dim] - rows.shape[dim]
+    return torch.cat([rows, model_input.narrow(dim, rows.shape[dim], rest)], dim)
 
 
 def check_finite(latents: Any) -> None:

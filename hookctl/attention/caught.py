@@ -1,0 +1,128 @@
+"""One caught attention call: made an `AttentionCall`, shown to its editors, evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from hookctl.address.rows import PERTURBED, Row, Rows
+from hookctl.address.sites import Site
+from hookctl.attention import plan
+from hookctl.attention.call import AttentionCall
+
+
+@dataclass(frozen=True, eq=False)
+class Caught:
+    """The arguments of one `scaled_dot_product_attention`, text of other editors cut off.
+
+    full: k and v before the cut.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    dropout_p: float
+    is_causal: bool
+    scale: float | None
+    full: tuple[Tensor, Tensor]
+
+    def original(self) -> Tensor:
+        """What the model itself would have got."""
+        return F.scaled_dot_product_attention(
+            self.q, self.k, self.v, self.mask, self.dropout_p, self.is_causal, scale=self.scale
+        )
+
+
+def edit(
+    caught: Caught,
+    site: Site,
+    state: Any,
+    attached: Sequence[Any],
+    *,
+    index: int,
+    joint_order: str | None,
+    keeps_perturbed: bool,
+    repeated: bool,
+) -> Tensor:
+    """Show a call to its editors and evaluate what they made of it.
+
+    attached: editors with their sessions; index: of the call in its module's forward;
+    keeps_perturbed: False where the pipeline attends to its perturbed rows apart; repeated: the
+    call is made again for a backward pass, so read-outs are not handed out twice.
+    """
+    rows, count = _rows_of(caught.q, state.rows, index, keeps_perturbed)
+    mask = caught.mask
+    if caught.is_causal:
+        mask = plan.causal_mask(caught.q.shape[-2], caught.k.shape[-2], caught.q.device)
+    call = AttentionCall(
+        site,
+        *(plan.stack_rows(x, count) for x in (caught.q, caught.k, caught.v)),
+        rows=rows,
+        clock=state.clock,
+        scale=caught.q.shape[-1] ** -0.5 if caught.scale is None else caught.scale,
+        mask=plan.stack_mask(mask, count),
+        latent=state.grid,
+        text_tokens=state.own_text,
+        joint_order=joint_order,
+        index=index,
+        context=state.extra_text,
+        prompts=state.prompts,
+    )
+    if state.extra_text:
+        call.set_context_source(*(plan.stack_rows(x, count) for x in caught.full))
+    for one in attached:
+        call.editor = one.editor
+        one.editor.attention(call)
+    if repeated:
+        call.read_outs = [replace(r, into=lambda row, values: None) for r in call.read_outs]
+    if not call.operations:
+        if call.read_outs:
+            plan.read_only(call)
+            _log(attached, call, plan.PASS_THROUGH, state)
+        return caught.original()
+    out, chosen = plan.evaluate(call, _backend(attached))
+    _log(attached, call, chosen, state)
+    return out.flatten(0, 1)
+
+
+def ungrouped(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> tuple[Tensor, Tensor]:
+    """Keys and values with as many heads as the queries (grouped-query attention)."""
+    if not grouped or q.shape[-3] == k.shape[-3]:
+        return k, v
+    repeats = q.shape[-3] // k.shape[-3]
+    return k.repeat_interleave(repeats, -3), v.repeat_interleave(repeats, -3)
+
+
+def per_sample(q: Tensor, rows: Rows) -> bool:
+    """Whether a model loops over its samples, so that this call holds only one of them."""
+    return q.shape[0] == 1 and len(rows) > 1
+
+
+def _rows_of(q: Tensor, rows: Rows, index: int, keeps_perturbed: bool) -> tuple[Rows, int]:
+    if not keeps_perturbed:
+        kept = [row for row in rows if row.branch != PERTURBED]
+        return Rows(kept), len(kept)
+    if per_sample(q, rows):
+        row = rows[index % len(rows)]
+        return Rows([Row(0, row.branch, row.prompt, row.image)]), 1
+    return rows, len(rows)
+
+
+def _backend(attached: Iterable[Any]) -> str:
+    """The backend that some session asks for by name, the innermost first."""
+    asked = [one.session.backend for one in attached if one.session.backend != "auto"]
+    return asked[-1] if asked else "auto"
+
+
+def _log(attached: Iterable[Any], call: AttentionCall, chosen: plan.Plan, state: Any) -> None:
+    for one in attached:
+        verbs = {o.verb for o in call.operations if o.editor is one.editor}
+        if call.read_outs and not verbs:
+            verbs = {"read"}
+        if verbs:
+            one.session.log.note(one.editor, call.site, state.clock.turn, verbs, chosen)

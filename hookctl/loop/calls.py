@@ -1,0 +1,121 @@
+"""Which denoiser call an attention call belongs to, in this thread and in a backward pass.
+
+Gradient checkpointing runs modules again during backward, when the denoiser call is long over and
+others may have followed. Every autograd node carries the number of its creation, so the node that
+asks for the recomputation tells which call it was made in.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hookctl.errors import HoleError
+from hookctl.loop.state import State
+
+
+@dataclass(eq=False)
+class Call:
+    """One denoiser call: its state, the editors that act in it, and the sites that ran.
+
+    acting: attached editors; by_site: for each edited site those that are shown its calls.
+    """
+
+    state: State
+    acting: tuple[Any, ...]
+    by_site: dict[str, tuple[Any, ...]]
+    ran: set[str] = field(default_factory=set)
+    thread: int = field(default_factory=threading.get_ident)
+    nodes: tuple[int, int] = (0, 0)
+
+
+class Calls:
+    """The denoiser calls in progress, and those whose graph is still alive."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+        self._graphs: weakref.WeakSet[Call] = weakref.WeakSet()
+
+    @property
+    def open(self) -> Call | None:
+        """The call in progress in this thread."""
+        return getattr(self._local, "call", None)
+
+    @property
+    def current(self) -> Call | None:
+        """The call that attention belongs to now: recomputed in a backward, or in progress."""
+        if self._graphs and in_backward():
+            found = self._recomputed()
+            if found is not None:
+                return found
+        return getattr(self._local, "call", None)
+
+    @contextmanager
+    def during(self, call: Call) -> Iterator[None]:
+        before = self.open
+        self._local.call = call
+        start = _next_node()
+        try:
+            yield
+        finally:
+            self._local.call = before
+            call.nodes = (start, _next_node())
+
+    def keep(self, call: Call, output: Any, denoiser: nn.Module, alive: Any) -> None:
+        """Let the graph of an edited call find it again.
+
+        alive: says whether the edits are still attached; a backward that would recompute without
+        them is an error.
+        """
+        made = prediction_of(output)
+        if made is None or made.grad_fn is None:
+            return
+        made.grad_fn.metadata["hookctl"] = call  # lives as long as the graph
+        self._graphs.add(call)
+        if call.by_site and _recomputes(denoiser):
+
+            def check(grads: Any) -> None:
+                if not alive():
+                    raise HoleError(
+                        "backward through an edited denoiser call after its control() ended: "
+                        "gradient checkpointing would recompute it without the edits. Call "
+                        "backward() inside the context"
+                    )
+
+            made.grad_fn.register_prehook(check)
+
+    def _recomputed(self) -> Call | None:
+        node = torch._C._current_autograd_node()
+        if node is None:
+            return None
+        number, thread = node._sequence_nr(), threading.get_ident()  # type: ignore[attr-defined]
+        inside = [c for c in self._graphs if c.nodes[0] <= number < c.nodes[1]]
+        # Numbers are per thread; a nested call's interval lies inside its outer call's.
+        inside.sort(key=lambda c: (c.thread == thread, c.nodes[0]))
+        return inside[-1] if inside else None
+
+
+def in_backward() -> bool:
+    """Whether this thread is executing a backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _next_node() -> int:
+    return torch._C._autograd._get_sequence_nr()  # type: ignore[attr-defined, no-any-return]
+
+
+def _recomputes(denoiser: nn.Module) -> bool:
+    return any(getattr(m, "gradient_checkpointing", False) for m in denoiser.modules())
+
+
+def prediction_of(output: Any) -> Tensor | None:
+    """The prediction in what a denoiser returns: a tensor, a tuple or an output object."""
+    found = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+    return found if isinstance(found, Tensor) else None

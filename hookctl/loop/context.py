@@ -1,0 +1,55 @@
+"""Widen the text that a denoiser sees, for the editors that bring further texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hookctl.errors import InputError, UnsupportedError
+from hookctl.loop.state import State
+
+_MASK = "encoder_attention_mask"
+
+
+def widen(state: State, extra: Mapping[str, Tensor]) -> None:
+    """Append texts, name -> [1 | rows | batch, tokens, channels], to the call's own embeddings."""
+    own = state.kwargs.get(state.text) if state.text else None
+    if not isinstance(own, Tensor):
+        raise UnsupportedError("this denoiser call has no text embeddings to widen")
+    parts, end = [own], own.shape[1]
+    for name, text in extra.items():
+        if (
+            text.dim() != 3
+            or text.shape[2] != own.shape[2]
+            or text.shape[0] not in (1, len(state.rows), own.shape[0])
+        ):
+            raise InputError(
+                f"context {name!r} is {tuple(text.shape)}; give "
+                f"[1 or {len(state.rows)}, tokens, {own.shape[2]}]"
+            )
+        # Video models repeat a row's text for every frame.
+        text = text.to(own).repeat_interleave(own.shape[0] // text.shape[0], 0)
+        parts.append(text)
+        state.extra_text[name] = (end, end + text.shape[1])
+        end += text.shape[1]
+    mask = state.kwargs.get(_MASK)
+    if isinstance(mask, Tensor):
+        if mask.dim() != 2:
+            raise UnsupportedError(f"{_MASK} {tuple(mask.shape)} can't be widened; give [rows, M]")
+        state.kwargs[_MASK] = F.pad(mask, (0, end - own.shape[1]), value=1)
+    state.kwargs[str(state.text)] = torch.cat(parts, 1)
+
+
+def own_part(
+    state: State, k: Tensor, v: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The keys, values and mask of a call over widened text, without what was appended."""
+    own = state.own_text
+    widest = max((stop for _, stop in state.extra_text.values()), default=0)
+    if own is None or k.shape[-2] != widest:
+        return k, v, mask
+    short = mask[..., :own] if mask is not None and mask.shape[-1] == widest else mask
+    return k[..., :own, :], v[..., :own, :], short
