@@ -1,76 +1,133 @@
 """Local blend: keep an edit inside the places that chosen words attend to.
 
 Part of Prompt-to-Prompt (Hertz et al., arXiv 2208.01626, section 3.2 "Local editing"). The mask of
-a prompt is its words' attention, summed over the turns so far, and the union with the source's:
+a prompt is its words' attention, edits included, summed over the turns so far and over the sites
+that hold the layout, and joined with the source's:
 
     M = [pool(sum of maps) / max > threshold],   x <- x_source + (M_source or M) (x - x_source)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hookctl.address.rows import Row
+from hookctl.address.layout import finest_within
+from hookctl.address.rows import COND, Row
+from hookctl.address.sites import Grid, Site
+from hookctl.address.text import PromptText
+from hookctl.attention.call import AttentionCall
+from hookctl.errors import InputError, UnsupportedError
+from hookctl.loop.state import State
 
+Words = str | Sequence[str] | None
 Key = tuple[int, int]  # prompt, image
 
 
 class LocalBlend:
-    """Sums maps over turns and blends latents outside the words' places.
+    """Sums the maps of words over turns and blends latents outside the words' places.
 
-    thresholds: of the words' mask and of the subtracted words' mask, relative to the maximum.
+    words, less: for each prompt, the words whose places may change and those whose may not;
+    thresholds: of both masks, relative to the maximum; start: fraction of the schedule.
     """
 
-    def __init__(self, thresholds: tuple[float, float]) -> None:
-        self.thresholds = thresholds
-        self._words: dict[Key, Tensor] = {}
-        self._subtract: dict[Key, Tensor] = {}
+    def __init__(
+        self,
+        words: Sequence[tuple[str, ...]],
+        less: Sequence[tuple[str, ...]],
+        start: float,
+        thresholds: tuple[float, float],
+    ) -> None:
+        self.words, self.less, self.start, self.thresholds = words, less, start, thresholds
+        self.restart()
 
-    def add(self, row: Row, values: Tensor, size: tuple[int, int], *, subtract: bool) -> None:
-        """Add a read-out [frames, N, tokens] over a grid of `size`."""
-        store = self._subtract if subtract else self._words
-        image = values.float().sum(-1).unflatten(-1, size)
-        key = (row.prompt, row.image)
-        store[key] = store[key] + image if key in store else image
+    def restart(self) -> None:
+        self._sums: tuple[dict[Key, Tensor], dict[Key, Tensor]] = ({}, {})
+        self._size: tuple[int, ...] = (0, 0)
 
-    def mask(self, row: Row, size: Sequence[int]) -> Tensor | None:
-        """Where the edit of `row` may show: bool [frames, height, width], None before any map."""
-        mine = self._one(self._words, row, size, 0)
-        if mine is None:
-            return None
-        less = self._one(self._subtract, row, size, 1)
-        return mine if less is None else mine & ~less
+    def begin(self, sites: Iterable[Site], state: State) -> None:
+        """A new run over these cross or joint sites."""
+        self.restart()
+        layout = finest_within(sites, state.grid) if state.grid else None
+        if layout is None:
+            raise UnsupportedError(
+                "blend: this model does not tell the grid of its attention sites, so no site's "
+                "maps can be laid over its latents; leave blend out"
+            )
+        self._resolution, self._size, self._maps = layout, state.grid[-2:], state.maps
 
-    def _one(
-        self, store: dict[Key, Tensor], row: Row, size: Sequence[int], which: int
-    ) -> Tensor | None:
-        found = [store[key] for key in ((0, row.image), (row.prompt, row.image)) if key in store]
-        if not found:
-            return None
-        masks = []
-        for maps in found:
-            pooled = maps[:, None] if which else F.max_pool2d(maps[:, None], 3, 1, 1)
-            fine = F.interpolate(pooled, size=tuple(size))[:, 0]
-            # A word that draws no attention at all masks nothing, instead of 0 / 0.
-            top = fine.amax((-2, -1), keepdim=True).clamp_min(1e-12)
-            masks.append(fine / top > self.thresholds[which])
-        return torch.stack(masks).any(0)
+    def read(self, call: AttentionCall, texts: Sequence[PromptText]) -> None:
+        """Ask for the maps of this call, if its site holds the layout."""
+        if call.site.resolution != self._resolution or call.grid is None:
+            return
+        for row in call.rows.where(branch=COND):
+            for which, words in enumerate((self.words[row.prompt], self.less[row.prompt])):
+                tokens = [texts[row.prompt].find(word) for word in words]
+                if tokens:
+                    place = (call.site, call.clock.turn, call.grid)
+                    keep = partial(self._keep, which, words, tokens, place)
+                    call.read(row, [p for t in tokens for p in t], keep)
 
-    def blend(self, latents: Tensor, rows: Sequence[Row], grid: Sequence[int]) -> Tensor:
-        """Latents [pictures, ...] with every edit's outside taken from its source."""
+    def _keep(
+        self,
+        which: int,
+        words: tuple[str, ...],
+        tokens: list[tuple[int, ...]],
+        place: tuple[Site, int, Grid],
+        row: Row,
+        values: Tensor,
+    ) -> None:
+        """Add a read-out [sub-batch, N, tokens of all words] to the sums and to the store."""
+        site, turn, grid = place
+        parts = values.split([len(t) for t in tokens], -1)
+        for word, part in zip(words, parts, strict=True):
+            self._maps.note(word, site, turn, row, part, grid)
+        # As in the official table of flags, a token that two words share counts once.
+        columns = {p: i for i, p in enumerate(p for t in tokens for p in t)}
+        image = values.detach()[..., list(columns.values())].sum(-1)
+        image = image.to(torch.promote_types(image.dtype, torch.float32))
+        image = image.reshape(-1, grid.height, grid.width)
+        sums, key = self._sums[which], (row.prompt, row.image)
+        sums[key] = sums[key] + image if key in sums else image
+
+    def after(self, state: State) -> None:
+        """Take everything outside the masks from the source, in the latents after a step."""
+        if state.clock.turn + 1 <= int(self.start * state.clock.turns):
+            return
+        latents, rows = state.latents, state.pictures
         place = {(row.prompt, row.image): row.index for row in rows}
         out = latents.clone()
         for row in rows:
-            mask = self.mask(row, grid[-2:]) if row.prompt else None
-            if mask is None:
-                continue
-            source = latents[place[0, row.image]]
-            out[row.index] = torch.where(_fit(mask, source), latents[row.index], source)
-        return out
+            mask = self.mask(row.prompt, row.image) if row.prompt else None
+            if mask is not None:
+                source = latents[place[0, row.image]]
+                out[row.index] = torch.where(_fit(mask, source), latents[row.index], source)
+        state.latents = out
+
+    def mask(self, prompt: int, image: int = 0) -> Tensor | None:
+        """Where an edit may show: bool [frames, height, width] over the latent.
+
+        None where neither the source nor the edit has words to blend: then it may everywhere.
+        """
+        mine, less = (self._one(which, prompt, image) for which in (0, 1))
+        return mine if less is None or mine is None else mine & ~less
+
+    def _one(self, which: int, prompt: int, image: int) -> Tensor | None:
+        sums = self._sums[which]
+        masks = []
+        for key in {(0, image), (prompt, image)} & set(sums):
+            pooled = sums[key][:, None]
+            if which == 0:
+                pooled = F.max_pool2d(pooled, 3, 1, 1)
+            fine = F.interpolate(pooled, size=self._size)[:, 0]
+            # A word that draws no attention at all masks nothing, instead of 0 / 0.
+            top = fine.amax((-2, -1), keepdim=True).clamp_min(1e-12)
+            masks.append(fine / top > self.thresholds[which])
+        return torch.stack(masks).any(0) if masks else None
 
 
 def _fit(mask: Tensor, latent: Tensor) -> Tensor:
@@ -78,5 +135,23 @@ def _fit(mask: Tensor, latent: Tensor) -> Tensor:
     if latent.dim() == 2:  # packed tokens [height * width, channels]
         return mask[0].reshape(-1, 1)
     if latent.dim() == 4:  # [channels, frames, height, width]
-        return mask[None] if mask.shape[0] in (1, latent.shape[1]) else mask[:1][None]
+        frames = latent.shape[1]
+        return (mask if mask.shape[0] in (1, frames) else mask.any(0, keepdim=True))[None]
     return mask
+
+
+def words_of(value: Words | Sequence[Words], prompts: int, name: str) -> list[tuple[str, ...]]:
+    """Words for each prompt: one word for all, or one entry (a word, several, None) for each."""
+    entries = [value] * prompts if value is None or isinstance(value, str) else list(value)
+    if len(entries) != prompts:
+        raise InputError(
+            f"{name}={value!r} has {len(entries)} entries for {prompts} prompts; give one word "
+            "for all, or one entry for each prompt: a word, several, or None"
+        )
+    out = []
+    for entry in entries:
+        words = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+        if any(not isinstance(word, str) for word in words):
+            raise InputError(f"{name}={value!r}; {entry!r} is neither a word, words nor None")
+        out.append(words)
+    return out

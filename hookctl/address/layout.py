@@ -10,25 +10,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from fractions import Fraction
 
-from hookctl.address.sites import Grid, Site
+from hookctl.address.sites import Site
 
 LAYOUT_RESOLUTION = Fraction(1, 4)
 LAYOUT_CELLS = 16
 
 
-def within(grid: Grid, latent: tuple[int, ...], resolution: Fraction = LAYOUT_RESOLUTION) -> bool:
-    """Whether a grid is no finer than `resolution` of the latent (or than LAYOUT_CELLS cells)."""
-    side = max(latent[-2:])
-    return max(grid.height, grid.width) <= max(side * resolution, min(side, LAYOUT_CELLS))
-
-
 def finest_within(
     sites: Iterable[Site], latent: tuple[int, ...], resolution: Fraction = LAYOUT_RESOLUTION
 ) -> Fraction | None:
-    """The finest resolution among `sites` that is `within`, else the coarsest there is."""
+    """The finest resolution among `sites` that holds the layout of a latent ([frames,] h, w).
+
+    That is no finer than `resolution` of the latent, or than LAYOUT_CELLS cells. Where no site is
+    as coarse (a transformer has one grid throughout), the coarsest there is; None without any.
+    """
     side = max(latent[-2:])
     known = sorted({site.resolution for site in sites if site.resolution is not None})
-    bound = max(side * resolution, min(side, LAYOUT_CELLS))
+    bound = max(side * resolution, Fraction(min(side, LAYOUT_CELLS)))
     fitting = [r for r in known if side * r <= bound]
     if fitting:
         return fitting[-1]

@@ -32,6 +32,11 @@ class PromptText:
         start, last = self.streams[-1]
         return start + last.length
 
+    @property
+    def words(self) -> int:
+        """How many words the prompt has."""
+        return len(self.streams[0][1].words)
+
     def find(self, phrase: str | int | Sequence[int]) -> tuple[int, ...]:
         """Positions of a word or phrase in the whole sequence; WordError if it is not there."""
         if not isinstance(phrase, str):
@@ -43,16 +48,13 @@ class PromptText:
             return positions
         return tuple(start + p for start, prompt in self.streams for p in prompt.find(phrase))
 
-    def content(self) -> tuple[int, ...]:
-        """Positions of the prompt's own tokens, without specials and padding."""
-        return tuple(start + p for start, t in self.streams for p in range(t.start, t.end))
-
 
 class TextLayout:
     """How a pipeline turns prompts into the text sequence of its attention."""
 
     def __init__(self, pipe: Any) -> None:
         self._streams: tuple[TextStream, ...] = text_streams(pipe)
+        self._pipe = pipe
 
     def read(self, prompt: str, tokens: int | None = None) -> PromptText:
         """One prompt; tokens: the length of the sequence where it is known.
@@ -64,10 +66,21 @@ class TextLayout:
             length = stream.length
             if tokens is not None and i == len(self._streams) - 1:
                 length = tokens - stream.start
+            text = self._as_encoded(prompt, stream.tokenizer)
             streams.append(
-                (stream.start, PromptTokens.encode(prompt, stream.tokenizer, length=length))
+                (stream.start, PromptTokens.encode(text, stream.tokenizer, length=length))
             )
         return PromptText(prompt, tuple(streams))
+
+    def _as_encoded(self, prompt: str, tokenizer: Any) -> str:
+        """The prompt as the pipeline hands it to a tokenizer."""
+        if not isinstance(prompt, str):
+            return prompt  # PromptTokens says what is wrong with it
+        if hasattr(self._pipe, "_text_preprocessing"):  # PixArt and its kin lower the case
+            prompt = self._pipe._text_preprocessing(prompt, clean_caption=False)[0]
+        if hasattr(self._pipe, "maybe_convert_prompt"):  # a textual inversion of several vectors
+            prompt = self._pipe.maybe_convert_prompt(prompt, tokenizer)
+        return prompt
 
 
 def align(
