@@ -1,0 +1,97 @@
+"""The command `hookctl`: demos, runs of a stack, and what there is to see in a model.
+
+Exit status: 0 fine, 1 failure, 2 bad input, 130 interrupted. Results go to standard output,
+progress and errors to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import NoReturn
+
+import hookctl
+from hookctl.cli import demo, inspect, maps, run
+from hookctl.cli.common import Formatter
+from hookctl.cli.quiet import quiet
+from hookctl.errors import HookctlError, InputError
+
+_EXAMPLES = """
+examples:
+  hookctl demo --out out                      # edit pictures of the embedded pipeline, measured
+  hookctl run recolour --out out              # a stack that comes with hookctl
+  hookctl maps shapes --prompt "a red circle above a blue square" --out out
+  hookctl inspect stabilityai/stable-diffusion-2-1
+
+"shapes" is the embedded pipeline: no download, seconds on a CPU.
+`hookctl COMMAND --help` has more examples.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            message += self._near(message.partition(": ")[2].split()[0])
+        print(f"hookctl: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+    def _near(self, option: str) -> str:
+        near = get_close_matches(option, self._option_string_actions, n=2)
+        return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def parser() -> argparse.ArgumentParser:
+    top = Parser(
+        prog="hookctl",
+        description="Attention control for diffusion models.",
+        epilog=_EXAMPLES,
+        formatter_class=Formatter,
+    )
+    top.add_argument("--version", action="version", version=f"hookctl {hookctl.__version__}")
+    commands = top.add_subparsers(metavar="COMMAND", required=True, dest="command")
+    for module in (demo, run, inspect, maps):
+        module.add(commands)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status."""
+    trace = bool(os.environ.get("HOOKCTL_TRACE"))
+    try:
+        options = parser().parse_args(arguments)
+        with quiet():
+            options.main(options)
+            sys.stdout.flush()
+        return 0
+    except SystemExit as done:  # argparse: help, version, or an error that it has printed
+        return done.code if isinstance(done.code, int) else 2
+    except KeyboardInterrupt:
+        print("hookctl: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `hookctl inspect shapes | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (InputError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
+        return _fail(error, str(error), 2, trace)
+    except HookctlError as error:
+        return _fail(error, str(error), 1, trace)
+    except Exception as error:
+        hint = "" if trace else " (HOOKCTL_TRACE=1 shows where)"
+        return _fail(error, f"{type(error).__name__}: {error}{hint}", 1, trace)
+
+
+def _fail(error: Exception, message: str, status: int, trace: bool) -> int:
+    if trace:
+        traceback.print_exception(error)
+    print(f"hookctl: error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

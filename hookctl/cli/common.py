@@ -1,0 +1,170 @@
+"""What the commands share: options and their types, files, progress."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hookctl
+from hookctl.errors import InputError
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the examples as they are written, and the columns of options narrow."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28)
+
+
+def add_command(
+    commands: Any, name: str, main: Callable[[Any], None], summary: str, text: str, examples: str
+) -> argparse.ArgumentParser:
+    """A command with its help: a summary for the list, a text, and examples."""
+    epilog = "examples:\n" + "\n".join(f"  {line}" for line in examples.strip().splitlines())
+    added: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=text,
+        epilog=epilog,
+        formatter_class=Formatter,
+        allow_abbrev=False,
+    )
+    added.set_defaults(main=main)
+    return added
+
+
+# -- types of options ------------------------------------------------------------------------------
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number from `least` on."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value < 2**63:
+            raise argparse.ArgumentTypeError(f"{text!r} given; a whole number >= {least} expected")
+        return value
+
+    return read
+
+
+def number(text: str) -> float:
+    """The type of an option that is a finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} given; a number expected")
+    return value
+
+
+def words(text: str) -> list[str]:
+    """The type of an option that lists words or phrases, split by commas."""
+    found = [word.strip() for word in text.split(",") if word.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} given; words expected, split by commas")
+    return found
+
+
+# -- groups of options -----------------------------------------------------------------------------
+
+MODEL_HELP = (
+    "a folder in the diffusers layout, a model id such as owner/name, or 'shapes', the embedded "
+    "pipeline"
+)
+
+
+def add_machine(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("machine")
+    group.add_argument("--device", help="where to run (default: cuda if there is one, else cpu)")
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="of the weights (default: float32 on a CPU; on a GPU what the family is used with)",
+    )
+
+
+def add_progress(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        help="show progress bars on standard error (default: if it is a terminal)",
+    )
+
+
+def add_drawing(command: argparse.ArgumentParser, *, images: bool) -> None:
+    group = command.add_argument_group("drawing")
+    group.add_argument("--seed", type=whole(0), metavar="N", help="of the first noise (default: 0)")
+    group.add_argument("--steps", type=whole(1), metavar="N", help="of the sampler (default: 30)")
+    group.add_argument(
+        "--guidance", type=number, metavar="X", help="guidance scale (default: the pipeline's own)"
+    )
+    group.add_argument("--negative", metavar="TEXT", help="negative prompt")
+    if images:
+        group.add_argument(
+            "--images", type=whole(1), metavar="N", help="pictures of each prompt (default: 1)"
+        )
+    group.add_argument("--width", type=whole(1), metavar="PX", help="default: the model's own")
+    group.add_argument("--height", type=whole(1), metavar="PX", help="default: the model's own")
+
+
+def add_out(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out"),
+        metavar="DIR",
+        help="folder for what is made; files of the same names are replaced (default: out)",
+    )
+
+
+# -- progress and files ----------------------------------------------------------------------------
+
+
+def wants_progress(options: Any) -> bool:
+    return bool(sys.stderr.isatty() if options.progress is None else options.progress)
+
+
+def make_folder(out: Path) -> Path:
+    """The folder for results, made if need be; InputError if it can't be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: can't be made a folder ({error.strerror})") from None
+    return out
+
+
+def write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n", "utf-8")
+
+
+def file_name(text: str) -> str:
+    """A word or phrase as a part of a file name, in any script."""
+    return re.sub(r"[^\w-]+", "_", text).strip("_")[:60] or "word"
+
+
+def versions() -> dict[str, str]:
+    """What ran: the versions of the libraries that decide about a picture."""
+    import diffusers
+    import torch
+    import transformers
+
+    return {
+        "hookctl": hookctl.__version__,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }

@@ -1,0 +1,87 @@
+"""One call of a pipeline from options: what it is given, and the pictures that come back."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+from hookctl.errors import InputError, UnsupportedError
+
+STEPS = 30
+_NAMES = {  # option -> argument of a pipeline's call
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "negative": "negative_prompt",
+    "images": "num_images_per_prompt",
+    "width": "width",
+    "height": "height",
+}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How pictures are drawn; None is the pipeline's own."""
+
+    seed: int = 0
+    steps: int = STEPS
+    guidance: float | None = None
+    negative: str | None = None
+    images: int = 1
+    width: int | None = None
+    height: int | None = None
+
+    @classmethod
+    def of(cls, options: Any, defaults: Mapping[str, Any] | None = None) -> Drawing:
+        """From the command line, else from `defaults` (a file), else the usual."""
+        given = dict(defaults or {}) | {k: v for k, v in vars(options).items() if v is not None}
+        return cls(**{name: given[name] for name in cls.__annotations__ if name in given})
+
+    def data(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def arguments(self, pipe: Any, prompts: Sequence[str]) -> dict[str, Any]:
+        """The keywords of the pipeline's call. Every prompt starts from the same noises.
+
+        InputError if the pipeline takes no such thing.
+        """
+        taken = inspect.signature(type(pipe).__call__).parameters
+        if "prompt" not in taken:
+            raise UnsupportedError(f"{type(pipe).__name__} takes no prompt; give one that does")
+        given: dict[str, Any] = {"prompt": list(prompts), "generator": self.generators(prompts)}
+        for option, name in _NAMES.items():
+            value = getattr(self, option)
+            if value is None or (option == "images" and value == 1):
+                continue
+            if name not in taken:
+                raise InputError(
+                    f"{type(pipe).__name__} takes no {name}; leave out {option} (--{option})"
+                )
+            given[name] = [value] * len(prompts) if option == "negative" else value
+        return given
+
+    def generators(self, prompts: Sequence[str]) -> list[torch.Generator]:
+        """Picture j of each prompt is seeded with seed + j, on the CPU: the same everywhere."""
+        return [
+            torch.Generator("cpu").manual_seed(self.seed + j)
+            for _ in prompts
+            for j in range(self.images)
+        ]
+
+
+def pictures(
+    pipe: Any, drawing: Drawing, prompts: Sequence[str], title: str, progress: bool
+) -> list[Image]:
+    """The pictures of one call, prompt by prompt."""
+    pipe.set_progress_bar_config(desc=title, disable=not progress, leave=False, file=sys.stderr)
+    drawn = getattr(pipe(**drawing.arguments(pipe, prompts)), "images", None)
+    if drawn is None:
+        raise UnsupportedError(
+            f"{type(pipe).__name__} makes no pictures; use hookctl.control() from Python on it"
+        )
+    return list(drawn)

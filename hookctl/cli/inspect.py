@@ -1,0 +1,94 @@
+"""`hookctl inspect`: what there is to control in a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from PIL import Image
+from torch import nn
+
+from hookctl.cli import common
+from hookctl.cli.draw import Drawing
+from hookctl.cli.models import load_for_survey, load_pipeline
+from hookctl.errors import InputError
+from hookctl.inspection import Survey, pipeline_arguments, survey
+from hookctl.probe import Probed, probe
+from hookctl.tables import table
+
+_TEXT = """
+List the attention sites of a model, what its family does with text and guidance, and which sites
+can be caught. Weights are not read unless --run is given: that draws one short picture and says
+which sites were really caught. Takes a pipeline or a bare denoiser folder.
+
+A site is selected by kind, place, resolution relative to the latent, or path:
+  sites="self up @<=1/2, mid"    self-attention of the up blocks at half the latent or coarser,
+                                 and everything in the middle
+"""
+_EXAMPLES = """
+hookctl inspect shapes                        # the embedded pipeline
+hookctl inspect ./sd15                        # a pipeline folder (no weights are read)
+hookctl inspect ./sd15/unet --json            # one model of it, for programs
+hookctl inspect shapes --run                  # what is really caught
+"""
+_RUN_STEPS = 2
+
+
+def add(commands: Any) -> None:
+    command = common.add_command(
+        commands, "inspect", main, "list what there is to control in a model", _TEXT, _EXAMPLES
+    )
+    command.add_argument("model", metavar="MODEL", help=common.MODEL_HELP)
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--run", action="store_true", help="draw once and say what was caught")
+    common.add_machine(command)
+    common.add_progress(command)
+
+
+def main(options: Any) -> None:
+    if not options.run:
+        target = load_for_survey(options.model)
+    else:
+        target = load_pipeline(options.model, options.device, options.dtype)
+    found = survey(target)
+    probed = _probe(target, options) if options.run else None
+    if options.json:
+        data = {"model": options.model, **found.data()}
+        data["run"] = None if probed is None else probed.data()
+        print(json.dumps(data, indent=2, ensure_ascii=False))
+        return
+    print(f"{options.model}\n")
+    print("\n".join(found.lines()))
+    if probed is not None:
+        print()
+        print("\n".join(run_lines(found, probed)))
+
+
+def _probe(pipe: Any, options: Any) -> Probed:
+    if isinstance(pipe, nn.Module):
+        raise InputError("--run needs a whole pipeline")
+    pipe.set_progress_bar_config(disable=not common.wants_progress(options), leave=False)
+    drawing = Drawing(steps=_RUN_STEPS)
+    arguments = drawing.arguments(pipe, ["a photo"])
+    if "output_type" in pipeline_arguments(pipe):
+        arguments["output_type"] = "latent"
+    if "image" in pipeline_arguments(pipe):  # what else it is conditioned on does not matter
+        factor = getattr(pipe, "vae_scale_factor", 8)
+        size = getattr(getattr(pipe, "unet", None), "config", {}).get("sample_size", 64)
+        arguments["image"] = Image.new("RGB", (size * factor, size * factor), "grey")
+    return probe(pipe, **arguments)
+
+
+def run_lines(found: Survey, probed: Probed) -> Iterator[str]:
+    """What the run showed, site by site where there is something to say."""
+    total = len(found.sites)
+    yield f"In a run of {_RUN_STEPS} steps {len(probed.seen)} of {total} sites were caught:"
+    labels = {fact.site.path: fact.site.label for fact in found.sites}
+    rows = [
+        (labels[path], seen.calls, seen.rows, seen.queries, seen.keys, "caught")
+        for path, seen in probed.seen.items()
+    ]
+    rows += [(labels[path], 0, 0, 0, 0, f"NOT CAUGHT: {why}") for path, why in probed.holes.items()]
+    rows += [(labels[path], 0, 0, 0, 0, "never ran") for path in probed.silent]
+    yield table(rows, ("site", "calls", "rows", "queries", "keys", ""))

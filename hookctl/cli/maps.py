@@ -1,0 +1,143 @@
+"""`hookctl maps`: which places of a picture attend to which words of its prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+import hookctl
+from hookctl import show
+from hookctl.attention.maps import WordMaps
+from hookctl.cli import common
+from hookctl.cli.draw import Drawing, pictures
+from hookctl.cli.models import load_pipeline
+from hookctl.tables import table
+
+_TEXT = """
+Draw a picture and write the attention maps of its words: how much each place attends to a word,
+averaged over heads, sites and turns of the schedule.
+
+writes to --out:
+  picture.png       what was drawn
+  maps.png          every word over the picture
+  overlay-WORD.png  one word over the picture
+  grids-WORD.png    the word on each grid of the model
+  time-WORD.png     the word over the turns
+  maps.npz          WORD@HxW [turns, H, W], float32, for each word and grid
+  maps.json         figures of each map, and what was run
+"""
+_ALSO = "picture.png, overlay-*, grids-*, time-*, maps.npz, maps.json"
+_EXAMPLES = """
+hookctl maps shapes --prompt "a red circle above a blue square" --out out
+hookctl maps shapes --prompt "a red circle above a blue square" --words circle,square
+hookctl maps ./sd15 --prompt "a cat on a mat" --words "cat,on a mat" --steps 20 --seed 3
+hookctl maps owner/name --prompt "a cat" --dtype float16 --device cuda
+"""
+
+
+def add(commands: Any) -> None:
+    command = common.add_command(
+        commands,
+        "maps",
+        main,
+        "write the attention maps of the words of a prompt",
+        _TEXT,
+        _EXAMPLES,
+    )
+    command.add_argument("model", metavar="MODEL", help=common.MODEL_HELP)
+    command.add_argument("--prompt", required=True, metavar="TEXT")
+    command.add_argument(
+        "--words", type=common.words, metavar="A,B", help="words or phrases (default: every word)"
+    )
+    common.add_out(command)
+    common.add_drawing(command, images=False)
+    common.add_machine(command)
+    common.add_progress(command)
+
+
+def main(options: Any) -> None:
+    drawing = Drawing.of(options)
+    out = common.make_folder(options.out)
+    pipe = load_pipeline(options.model, options.device, options.dtype)
+    with hookctl.control(pipe, hookctl.Maps(*(options.words or ()))) as session:
+        progress = common.wants_progress(options)
+        [picture] = pictures(pipe, drawing, [options.prompt], "maps", progress)
+    words = {word: session.maps[word] for word in session.maps.words}
+    picture.save(out / "picture.png")
+    names = _names(words)
+    overlays = []
+    for word, maps in words.items():
+        overlays.append(maps.overlay(picture, label=word))
+        overlays[-1].save(out / f"overlay-{names[word]}.png")
+        _grids(maps).save(out / f"grids-{names[word]}.png")
+        maps.strip(picture).save(out / f"time-{names[word]}.png")
+    show.contact_sheet([picture, *overlays], ["picture", *words]).save(out / "maps.png")
+    arrays = {f"{word}@{h}x{w}": a for word, m in words.items() for (h, w), a in _arrays(m).items()}
+    np.savez_compressed(out / "maps.npz", **arrays)  # type: ignore[arg-type]
+    figures = {word: _figures(maps) for word, maps in words.items()}
+    common.write_json(
+        out / "maps.json",
+        {
+            "model": options.model,
+            "prompt": options.prompt,
+            **drawing.data(),
+            "words": {w: {"file": names[w], **f} for w, f in figures.items()},
+            "versions": common.versions(),
+        },
+    )
+    rows = [(w, f["share"], *f["centre"], *f["peak"]) for w, f in figures.items()]
+    print(table(rows, ("word", "share", "centre x", "centre y", "peak x", "peak y")))
+    print(f"\nlook at {out / 'maps.png'}; also written: {_ALSO}")
+
+
+def _names(words: Any) -> dict[str, str]:
+    """A file name for each word, none twice."""
+    names: dict[str, str] = {}
+    for word in words:
+        name = common.file_name(word)
+        while name.lower() in {n.lower() for n in names.values()}:
+            name += "_"
+        names[word] = name
+    return names
+
+
+def _grids(maps: WordMaps) -> Image:
+    """The mean map on each grid, side by side."""
+    means = [maps.where(grid=grid).mean().detach().cpu() for grid in maps.grids]
+    titles = [f"{h} x {w}" for h, w in maps.grids]
+    return show.grid([[show.heatmap(m) for m in means]], titles, [maps.word])
+
+
+def _arrays(maps: WordMaps) -> dict[tuple[int, int], np.ndarray[Any, Any]]:
+    """(h, w) -> the maps of that grid by turn [turns, h, w], float32."""
+    found = {}
+    for grid in maps.grids:
+        on_grid = maps.where(grid=grid)
+        by_turn = [on_grid.where(turns=[t]).mean().detach().float().cpu() for t in on_grid.turns]
+        found[grid] = torch.stack(by_turn).numpy()
+    return found
+
+
+def _figures(maps: WordMaps) -> dict[str, Any]:
+    """share: mean attention to the word; centre, peak: (x, y) from 0 to 1, right and down."""
+    mean: Tensor = maps.mean().detach().double().cpu()
+    height, width = mean.shape
+    weight = mean / mean.sum().clamp_min(1e-12)
+    xs, ys = (torch.arange(n, dtype=torch.float64) + 0.5 for n in (width, height))
+    top = int(mean.argmax())
+    return {
+        "share": round(float(mean.mean()), 6),
+        "centre": _point((weight.sum(0) @ xs) / width, (weight.sum(1) @ ys) / height),
+        "peak": _point((top % width + 0.5) / width, (top // width + 0.5) / height),
+        "grids": [f"{h}x{w}" for h, w in maps.grids],
+        "turns": len(maps.turns),
+        "sites": list(maps.sites),
+    }
+
+
+def _point(x: Any, y: Any) -> tuple[float, float]:
+    return round(float(x), 4), round(float(y), 4)

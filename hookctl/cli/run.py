@@ -1,0 +1,245 @@
+"""`hookctl run`: a stack of editors from a file on a pipeline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from PIL.Image import Image
+
+import hookctl
+from hookctl import recipes, show
+from hookctl.address.text import TextLayout
+from hookctl.address.words import changed_words
+from hookctl.cli import common
+from hookctl.cli.draw import Drawing, pictures
+from hookctl.cli.models import load_pipeline
+from hookctl.editor import Editor
+from hookctl.errors import InputError, UnsupportedError
+from hookctl.preset import Preset, load_preset
+from hookctl.session import Session
+from hookctl.tables import table
+
+PRESETS = Path(__file__).resolve().parents[1] / "demos" / "presets"
+_SHOWN_WORDS = 3
+_TEXT = """
+Run a stack of editors from a TOML file. What the file does not say is said here, and what is said
+here goes before the file. Draws the plain pictures and the edited ones from the same noise.
+
+writes to --out:
+  grid.png          source, plain re-prompt, edited, and the maps of the words that changed
+  plain-*.png       each prompt without the stack
+  edited-*.png      each prompt under the stack
+  report.txt        which editor touched which site at which turns, by which plan
+  run.json          what was run: versions, seed, arguments, the stack's hash
+"""
+_EXAMPLES = """
+hookctl run recolour --out out               # a stack that comes with hookctl (--list)
+hookctl run stack.toml --model shapes --prompt "a red circle" --edit "a blue circle"
+hookctl run stack.toml --model ./sd15 --prompt "a cat" --edit "a dog" --edit "a fox" --seed 7
+hookctl run stack.toml --model owner/name --prompt "a cat" --edit "a dog" --dtype float16
+"""
+
+
+def add(commands: Any) -> None:
+    command = common.add_command(
+        commands, "run", main, "run a stack of editors from a file", _TEXT, _EXAMPLES
+    )
+    command.add_argument(
+        "stack", nargs="?", help="a TOML file, or the name of a stack that comes with hookctl"
+    )
+    command.add_argument("--list", action="store_true", help="list the stacks that come along")
+    command.add_argument("--model", metavar="MODEL", help=common.MODEL_HELP)
+    command.add_argument("--prompt", metavar="TEXT", help="of the source picture")
+    command.add_argument(
+        "--edit", action="append", metavar="TEXT", help="the edited prompt; may be repeated"
+    )
+    command.add_argument(
+        "--words",
+        type=common.words,
+        metavar="A,B",
+        help="whose maps to show (default: the words that changed)",
+    )
+    common.add_out(command)
+    common.add_drawing(command, images=True)
+    common.add_machine(command)
+    common.add_progress(command)
+
+
+def main(options: Any) -> None:
+    if options.list:
+        stacks = sorted(PRESETS.glob("*.toml"))
+        print(table([(s.stem, _first_comment(s)) for s in stacks], ("stack", "what it does")))
+        return
+    preset = load_preset(_stack_file(options.stack), editors_by_name())
+    prompts = _prompts(options, preset)
+    drawing = Drawing.of(options, preset.run)
+    editors = preset.editors(prompts)
+    model = options.model or preset.model
+    if model is None:
+        raise InputError(f"which model? Give --model, or model = in {preset.path}")
+    out = common.make_folder(options.out)
+    pipe = load_pipeline(model, options.device, options.dtype)
+    progress = common.wants_progress(options)
+    maps = _maps(pipe, prompts, options.words)
+    times = {}
+    # Control comes first: it refuses what can't be done before anything is drawn.
+    with hookctl.control(pipe, *editors, *maps) as session:
+        edited, times["edited"] = _timed(pipe, drawing, prompts, "edited", progress)
+    plain, times["plain"] = _timed(pipe, drawing, prompts, "plain", progress)
+    _save(out, prompts, drawing, plain, edited, session)
+    common.write_json(
+        out / "run.json",
+        {
+            "stack": str(preset.path),
+            "stack_sha256": preset.sha256,
+            "editors": [{"recipe": s.recipe, **s.arguments} for s in preset.specs],
+            "model": model,
+            "pipeline": type(pipe).__name__,
+            "device": str(pipe.device),
+            "dtype": str(pipe.dtype).removeprefix("torch."),
+            "prompts": prompts,
+            **drawing.data(),
+            "seconds": times,
+            "versions": common.versions(),
+        },
+    )
+    _say(out, session, editors, times)
+
+
+# -- before ----------------------------------------------------------------------------------------
+
+
+def editors_by_name() -> dict[str, type[Editor]]:
+    """Every editor that a stack may name: the recipes, and Maps."""
+    known = [getattr(recipes, name) for name in recipes.__all__]
+    found = {c.__name__: c for c in known if isinstance(c, type) and issubclass(c, Editor)}
+    return found | {"Maps": hookctl.Maps}
+
+
+def _stack_file(given: str | None) -> Path:
+    """The file that was meant: a path, or the name of a stack that comes with hookctl."""
+    known = {path.stem: path for path in sorted(PRESETS.glob("*.toml"))}
+    along = f"a TOML file, or one of {', '.join(known)}"
+    if given is None:
+        raise InputError(f"which stack? Give {along}")
+    if Path(given).suffix or Path(given).exists():
+        return Path(given)
+    if given in known:
+        return known[given]
+    near = get_close_matches(given, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    raise InputError(f"there is no stack {given!r}{hint} Give {along}")
+
+
+def _first_comment(path: Path) -> str:
+    return path.read_text("utf-8").partition("\n")[0].lstrip("# ")
+
+
+def _prompts(options: Any, preset: Preset) -> list[str]:
+    """The source prompt and its edits; the command line goes before the file."""
+    prompt = options.prompt if options.prompt is not None else preset.run.get("prompt")
+    if prompt is None:
+        raise InputError(f"which prompt? Give --prompt, or prompt = in [run] of {preset.path}")
+    # The file's edits belong to the file's prompt.
+    edits = options.edit
+    if edits is None and options.prompt is None:
+        edits = preset.run.get("edit")
+    edits = [edits] if isinstance(edits, str) else list(edits or [])
+    if preset.takes_prompts and not edits:
+        raise InputError(f"{preset.path} edits a prompt into another; give --edit TEXT")
+    return [prompt, *edits]
+
+
+def _maps(pipe: Any, prompts: Sequence[str], wanted: Sequence[str] | None) -> list[Editor]:
+    """The editor that reads the maps to be shown, if the pipeline has words."""
+    if wanted:
+        return [hookctl.Maps(*wanted)]
+    try:
+        layout = TextLayout(pipe)
+    except UnsupportedError:
+        return []
+    tokens = [layout.read(prompt).streams[0][1] for prompt in prompts]
+    if len(prompts) == 1:
+        return [hookctl.Maps(*[w.text for w in tokens[0].words][-_SHOWN_WORDS:])]
+    found: list[str] = []
+    for target in tokens[1:]:
+        edits = changed_words(tokens[0], target)
+        found += [target.words[i].text for edit in edits for i in edit.target][:_SHOWN_WORDS]
+    return [hookctl.Maps(*dict.fromkeys(found))] if found else []
+
+
+# -- after -----------------------------------------------------------------------------------------
+
+
+def _timed(
+    pipe: Any, drawing: Drawing, prompts: Sequence[str], title: str, progress: bool
+) -> tuple[list[Image], float]:
+    begun = time.perf_counter()
+    drawn = pictures(pipe, drawing, prompts, title, progress)
+    return drawn, round(time.perf_counter() - begun, 3)
+
+
+def _save(
+    out: Path,
+    prompts: Sequence[str],
+    drawing: Drawing,
+    plain: Sequence[Image],
+    edited: Sequence[Image],
+    session: Session,
+) -> None:
+    n = drawing.images
+    for name, drawn in (("plain", plain), ("edited", edited)):
+        for i, picture in enumerate(drawn):
+            image = f"-{i % n}" if n > 1 else ""
+            picture.save(out / f"{name}-{i // n}{image}.png")
+    (out / "report.txt").write_text(session.report() + "\n", "utf-8")
+    grid_of(prompts, n, plain, edited, session).save(out / "grid.png")
+
+
+def grid_of(
+    prompts: Sequence[str],
+    images: int,
+    plain: Sequence[Image],
+    edited: Sequence[Image],
+    session: Session,
+) -> Image:
+    """A picture a row: source (where there is an edit), plain, edited, and the maps."""
+    edits = range(1, len(prompts)) if len(prompts) > 1 else range(1)
+    shown = [(p, j) for p in edits for j in range(images)]
+    maps = [_overlays(session, p, j, edited[p * images + j]) for p, j in shown]
+    width = max(map(len, maps))
+    rows: list[list[Image | None]] = []
+    for (p, j), overlays in zip(shown, maps, strict=True):
+        i = p * images + j
+        source = [plain[j]] if len(prompts) > 1 else []
+        rows.append([*source, plain[i], edited[i], *overlays, *[None] * (width - len(overlays))])
+    titles = ["source", "plain re-prompt"] if len(prompts) > 1 else ["plain"]
+    titles += ["edited", *["attention map"] * width]
+    return show.grid(rows, column_titles=titles, row_titles=[prompts[p] for p, _ in shown])
+
+
+def _overlays(session: Session, prompt: int, image: int, picture: Image) -> list[Image]:
+    found = []
+    for word in session.maps.words:
+        maps = session.maps[word]
+        if prompt in maps.prompts:
+            chosen = maps.where(prompt=prompt, image=image)
+            found.append(chosen.overlay(picture, label=word))
+    return found[:_SHOWN_WORDS]
+
+
+def _say(
+    out: Path, session: Session, editors: Sequence[Editor], times: Mapping[str, float]
+) -> None:
+    """In short: what each editor did, and where to look."""
+    rows = session.log.rows()
+    for editor in editors:
+        mine = [row for row in rows if row[0] == editor.name]
+        sites, plans = {row[1] for row in mine}, sorted({row[4] for row in mine})
+        print(f"{editor.name}: {len(sites)} of {len(session.sites)} sites, by {', '.join(plans)}")
+    print(f"edited in {times['edited']:.1f} s, plain in {times['plain']:.1f} s")
+    print(f"look at {out / 'grid.png'}; also written: plain-*, edited-*, report.txt, run.json")

@@ -1,0 +1,256 @@
+"""A stack of editors as a TOML file, checked against what each recipe takes.
+
+    model = "shapes"                # optional
+
+    [run]                           # optional: what the run does unless told otherwise
+    prompt = "a red circle above a blue square"
+    edit = "a green circle above a blue square"
+    steps = 30
+
+    [[editor]]                      # one table for each editor, in the order of the stack
+    recipe = "PromptToPrompt"
+    cross_replace = 0.8
+    blend = ["circle", "circle"]
+
+The keys of an editor and their types are those of its recipe's `__init__`. What takes `prompts`
+gets the prompts of the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from hookctl.editor import Editor
+from hookctl.errors import InputError
+from hookctl.signature import Mismatch, convert, describe
+
+RUN_KEYS: Mapping[str, Any] = {
+    "prompt": str,
+    "edit": str | list[str],
+    "negative": str,
+    "seed": int,
+    "steps": int,
+    "guidance": float,
+    "images": int,
+    "width": int,
+    "height": int,
+}
+_TOP_KEYS = ("model", "run", "editor")
+_GIVEN = "prompts"  # the parameter that a run fills
+
+
+@dataclass(frozen=True)
+class EditorSpec:
+    """One editor of a stack: its class, the arguments of the file and where they stand."""
+
+    recipe: str
+    cls: type[Editor]
+    arguments: Mapping[str, Any]
+    where: str = ""
+
+    @property
+    def takes_prompts(self) -> bool:
+        return _GIVEN in inspect.signature(self.cls).parameters
+
+    def make(self, prompts: Sequence[str]) -> Editor:
+        """The editor, for these prompts; InputError says where in the file an argument is wrong."""
+        keywords = dict(self.arguments)
+        positional: list[Any] = []
+        for name, parameter in inspect.signature(self.cls).parameters.items():
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                positional = list(keywords.pop(name, ()))
+        if self.takes_prompts:
+            keywords[_GIVEN] = list(prompts)
+        try:
+            return self.cls(*positional, **keywords)
+        except InputError as error:
+            raise type(error)(f"{self.where}: {error}" if self.where else str(error)) from None
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a file says: which editors, and the arguments of a run (keys of RUN_KEYS)."""
+
+    specs: tuple[EditorSpec, ...]
+    run: Mapping[str, Any] = field(default_factory=dict)
+    model: str | None = None
+    path: Path | None = None
+    sha256: str | None = None
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether an editor compares prompts, so that a run needs an edit."""
+        return any(spec.takes_prompts for spec in self.specs)
+
+    def editors(self, prompts: Sequence[str] = ()) -> list[Editor]:
+        """New editors for a run of these prompts (the source, then its edits)."""
+        return [spec.make(prompts) for spec in self.specs]
+
+
+def load_preset(path: Path | str, recipes: Mapping[str, type[Editor]]) -> Preset:
+    """Read a stack; `recipes` are the editors that it may name.
+
+    Raises FileNotFoundError if there is no such file, and InputError, with the file, the key and
+    what would do, for anything in it that is wrong.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file; give a stack of editors in TOML")
+    content = path.read_bytes()
+    try:
+        data = tomllib.loads(content.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is not text in UTF-8; give a stack of editors in TOML") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: is not TOML: {error}") from None
+    _known(data, _TOP_KEYS, str(path), "a stack")
+    model = data.get("model")
+    if model is not None:
+        model = _typed(model, str, f"{path}: model")
+    return Preset(
+        tuple(_editors(data.get("editor"), recipes, path)),
+        _run(data.get("run", {}), path),
+        model,
+        path,
+        hashlib.sha256(content).hexdigest(),
+    )
+
+
+def _run(table: Any, path: Path) -> dict[str, Any]:
+    where = f"{path}: [run]"
+    if not isinstance(table, dict):
+        raise InputError(f"{where}: {table!r} given; a table expected, such as [run] steps = 30")
+    _known(table, RUN_KEYS, where, "a run")
+    return {key: _typed(value, RUN_KEYS[key], f"{where} {key}") for key, value in table.items()}
+
+
+def _editors(tables: Any, recipes: Mapping[str, type[Editor]], path: Path) -> Sequence[EditorSpec]:
+    if not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables) or not tables:
+        raise InputError(
+            f"{path}: holds no editor; write a table for each, such as "
+            f'[[editor]] recipe = "{next(iter(recipes), "...")}"'
+        )
+    found = []
+    for number, table in enumerate(tables, 1):
+        where = f"{path}: [[editor]] {number}"
+        name = table.get("recipe")
+        if not isinstance(name, str):
+            raise InputError(f"{where}: recipe is missing; give one of: {', '.join(recipes)}")
+        if name not in recipes:
+            raise InputError(
+                f"{where}: recipe={name!r} is not known{_near(name, recipes)}; there are: "
+                f"{', '.join(recipes)}"
+            )
+        where = f"{where} ({name})"
+        arguments = {key: value for key, value in table.items() if key != "recipe"}
+        found.append(
+            EditorSpec(name, recipes[name], _checked(arguments, recipes[name], where), where)
+        )
+    return found
+
+
+def _checked(arguments: Mapping[str, Any], cls: type, where: str) -> dict[str, Any]:
+    """The arguments of one editor, with the types that its `__init__` wants."""
+    parameters = {
+        name: p
+        for name, p in inspect.signature(cls).parameters.items()
+        if p.kind is not p.VAR_KEYWORD
+    }
+    if _GIVEN in arguments and _GIVEN in parameters:
+        raise InputError(
+            f"{where}: {_GIVEN} belong to the run; write prompt = and edit = in [run], or give "
+            "--prompt and --edit"
+        )
+    allowed = [name for name in parameters if name != _GIVEN]
+    _known(arguments, allowed, where, cls.__name__)
+    missing = [
+        name
+        for name in allowed
+        if parameters[name].default is inspect.Parameter.empty
+        and parameters[name].kind is not inspect.Parameter.VAR_POSITIONAL
+        and name not in arguments
+    ]
+    hints = _hints(cls)
+    if missing:
+        wanted = ", ".join(f"{name} ({describe(hints.get(name, Any))})" for name in missing)
+        raise InputError(f"{where}: needs {wanted}")
+    checked = {}
+    for name, value in arguments.items():
+        hint = hints.get(name, Any)
+        if parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
+            hint = list[hint]  # type: ignore[valid-type]
+        checked[name] = _typed(value, hint, f"{where} {name}")
+    return checked
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    try:
+        return get_type_hints(cls.__init__)  # type: ignore[misc]
+    except NameError:  # a name that is imported for types only: nothing is known, nothing refused
+        return {}
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    try:
+        return convert(value, hint)
+    except Mismatch:
+        raise InputError(f"{where} = {value!r}; give {describe(hint)}") from None
+
+
+def _known(given: Mapping[str, Any], allowed: Any, where: str, owner: str) -> None:
+    for key in given:
+        if key not in allowed:
+            raise InputError(
+                f"{where}: {key!r} is not a key of {owner}{_near(key, allowed)}; there are: "
+                f"{', '.join(allowed)}"
+            )
+
+
+def _near(name: str, known: Any) -> str:
+    lower = {one.lower(): one for one in known}
+    near = [lower[m] for m in get_close_matches(name.lower(), lower, n=3, cutoff=0.6)]
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+def dump_preset(preset: Preset) -> str:
+    """The TOML text that `load_preset` reads back as the same stack."""
+    lines = [] if preset.model is None else [f"model = {_toml(preset.model)}", ""]
+    if preset.run:
+        lines += ["[run]", *_pairs(preset.run), ""]
+    for spec in preset.specs:
+        lines += ["[[editor]]", f"recipe = {_toml(spec.recipe)}", *_pairs(spec.arguments), ""]
+    return "\n".join(lines)
+
+
+def _pairs(values: Mapping[str, Any]) -> list[str]:
+    return [f"{_key(key)} = {_toml(value)}" for key, value in values.items() if value is not None]
+
+
+def _key(key: str) -> str:
+    bare = key.isascii() and key.replace("_", "").replace("-", "").isalnum()
+    return key if bare else _toml(key)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)  # inf and nan are written so in TOML too
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_key(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, Sequence):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    raise InputError(f"{value!r} has no form in TOML; give numbers, texts, lists or tables")
