@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hookctl.address import families
-from hookctl.address.sites import Site, select
+from hookctl.address.sites import Site
 from hookctl.attention.caught import Caught, edit, per_sample, ungrouped
 from hookctl.attention.intercept import SitePort, mode_depth, unwind
 from hookctl.attention.stack import check_conflicts
@@ -27,6 +27,7 @@ from hookctl.loop.context import own_part, widen
 from hookctl.loop.denoise import DenoiserPort, Inner, PipelinePort, SchedulerPort
 from hookctl.loop.exchange import Exchange
 from hookctl.loop.features import Concat, ConcatPort, FeatureCall, concats
+from hookctl.loop.reach import sites_for
 from hookctl.loop.run import Run
 from hookctl.loop.state import State, check_finite
 from hookctl.loop.turn import Turn
@@ -100,7 +101,10 @@ class Engine:
     def add(self, session: Any, editors: Sequence[Editor]) -> None:
         """Attach a session's editors; on any error nothing has changed."""
         with _lock:
-            new = [Attached(editor, session, self._resolve(editor)) for editor in editors]
+            new = [
+                Attached(editor, session, sites_for(editor, self.model, self.modules))
+                for editor in editors
+            ]
             check_conflicts([(a.editor, self.sites) for a in self.attached + new])
             first = not self._sessions
             if first:
@@ -129,51 +133,6 @@ class Engine:
         given = [s.rows for s in self._sessions if s.rows is not None]
         self.run.branches = given[-1] if given else None
         self._sync_ports()
-
-    def _resolve(self, editor: Editor) -> frozenset[str]:
-        """The sites whose calls the editor must be shown."""
-        editor.window()
-        paths: set[str] = set()
-        if overrides(editor, "attention"):
-            if not self.modules:
-                raise UnsupportedError(
-                    f"{type(self.model).__name__} has no attention that can be caught (softmax "
-                    f"attention), so {editor.name} can't act on it"
-                )
-            chosen = select(self.sites, editor.sites, who=editor.name)
-            for site in chosen:
-                self._check_catchable(site, editor)
-            paths |= {site.path for site in chosen}
-        if overrides(editor, "features") and not any(True for _ in concats(self.model)):
-            raise UnsupportedError(
-                f"{editor.name} edits skip connections, and {type(self.model).__name__} has none"
-            )
-        if overrides(editor, "context"):
-            paths |= self._widened(editor)
-        return frozenset(paths)
-
-    def _check_catchable(self, site: Site, editor: Editor) -> None:
-        reason = families.uncatchable(self.modules[site.path][1])
-        if reason:
-            raise UnsupportedError(
-                f"{editor.name} can't act on {site.path}: {reason}. Leave it out with sites="
-            )
-
-    def _widened(self, editor: Editor) -> set[str]:
-        """The sites that attend to the text an editor widens."""
-        name = type(self.model).__name__
-        if self.order is not None:
-            raise UnsupportedError(
-                f"{editor.name} widens the text, which {name} holds in one sequence with the image"
-            )
-        sites = [(s, module) for s, module in self.modules.values() if s.kind == "cross"]
-        fixed = next((s.path for s, module in sites if families.counts_text(module)), None)
-        if fixed is not None:
-            raise UnsupportedError(
-                f"{editor.name} widens the text, but {fixed} of this {name} tells text and picture "
-                "keys apart by their number"
-            )
-        return {site.path for site, _ in sites}
 
     def _install(self) -> None:
         self._denoiser_port = DenoiserPort(self.denoiser, self._around_denoiser)
@@ -357,17 +316,26 @@ class Engine:
         return len(call.state.rows) if call is not None else 1
 
     def attend(
-        self, port: SitePort, index: int, q: Tensor, k: Tensor, v: Tensor, rest: dict[str, Any]
+        self,
+        port: SitePort,
+        index: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rest: dict[str, Any],
+        original: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         """Show one caught call to its editors and evaluate what they made of it."""
         call = self._calls.current
         assert call is not None  # `watching` said so
         state, site = call.state, port.site
-        k, v = ungrouped(q, k, v, rest["enable_gqa"])
-        full, mask = (k, v), rest["attn_mask"]
+        grouped, mask = rest["enable_gqa"], rest["attn_mask"]
+        k, v = full = ungrouped(q, k, v, grouped)
         if state.extra_text and site.kind == "cross":
             k, v, mask = own_part(state, k, v, mask)
-        caught = Caught(q, k, v, mask, rest["dropout_p"], rest["is_causal"], rest["scale"], full)
+        caught = Caught(
+            q, k, v, mask, rest["dropout_p"], rest["is_causal"], rest["scale"], full, original
+        )
         if index != port.own_call and not per_sample(q, state.rows):
             return caught.original()
         return edit(

@@ -257,33 +257,31 @@ def _levels(model: nn.Module) -> dict[Any, Fraction]:
     return {}
 
 
-_PLAIN_TWINS = {
+_SDPA_FORMS = {
     AttnProcessor: AttnProcessor2_0,
     SlicedAttnProcessor: AttnProcessor2_0,
     XFormersAttnProcessor: AttnProcessor2_0,
     AttnAddedKVProcessor: AttnAddedKVProcessor2_0,
     SlicedAttnAddedKVProcessor: AttnAddedKVProcessor2_0,
-}
-_WEIGHTED_TWINS = {
     IPAdapterAttnProcessor: IPAdapterAttnProcessor2_0,
     CustomDiffusionAttnProcessor: CustomDiffusionAttnProcessor2_0,
 }
 
 
-def sdpa_twin(module: nn.Module) -> Any | None:
-    """A processor that does what the module's own does, ending in SDPA; None if it needs none.
+def sdpa_form(module: nn.Module) -> tuple[type, dict[str, Any]] | None:
+    """The class and state of a processor that does what the module's does, ending in SDPA.
 
-    Eager, sliced and xformers processors form the attention matrix or bypass SDPA. Processors of
-    unknown making have no twin: see `spells_out`. Raises UnsupportedError for one that can be
-    neither exchanged nor followed.
+    Eager, sliced and xformers processors form the attention matrix or bypass SDPA, and a backend
+    may replace SDPA. None if the module's own will do; processors of unknown making have no such
+    form (see `spells_out`). Raises UnsupportedError for one that can't be caught at all.
     """
     processor = processor_of(module)
     kind = type(processor)
-    if kind in _PLAIN_TWINS:
-        return _PLAIN_TWINS[kind]()
-    if kind in _WEIGHTED_TWINS:
-        return _shares_weights(processor, _WEIGHTED_TWINS[kind])
-    if re.search(r"XFormers", kind.__name__):
+    if kind in _SDPA_FORMS:
+        return _SDPA_FORMS[kind], processor.__dict__
+    if bypasses_sdpa(module):
+        return kind, processor.__dict__ | {"_attention_backend": AttentionBackendName.NATIVE}
+    if "XFormers" in kind.__name__:
         raise UnsupportedError(
             f"{kind.__name__} has no SDPA form; call "
             "disable_xformers_memory_efficient_attention() before control()"
@@ -291,25 +289,14 @@ def sdpa_twin(module: nn.Module) -> Any | None:
     return None
 
 
-def _shares_weights(processor: Any, twin_class: Any) -> Any:
-    """A twin of a processor with weights: the same state, another forward."""
-    twin = twin_class.__new__(twin_class)
-    twin.__dict__ = processor.__dict__
-    return twin
-
-
-def bypasses_sdpa(module: nn.Module) -> str | None:
-    """The name of the attention backend that the module would use instead of SDPA, if any."""
+def bypasses_sdpa(module: nn.Module) -> bool:
+    """Whether the module's attention backend is one that never calls SDPA."""
     processor = processor_of(module)
     if not hasattr(processor, "_attention_backend"):
-        return None
+        return False
     backend = processor._attention_backend or _AttentionBackendRegistry._active_backend
     name = str(getattr(backend, "value", backend))
-    return None if name == "native" or name.startswith("_native_") else name
-
-
-def native_backend() -> Any:
-    return AttentionBackendName.NATIVE
+    return name != "native" and not name.startswith("_native_")
 
 
 def spells_out(module: nn.Module) -> bool:

@@ -52,7 +52,7 @@ class Rows(Sequence[Row]):
         self._rows = tuple(rows)
         self._by_key = {(r.branch, r.prompt, r.image): r for r in self._rows}
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+    def __getitem__(self, index):
         return self._rows[index]
 
     def __len__(self) -> int:

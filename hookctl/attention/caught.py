@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from hookctl.attention.call import AttentionCall
 class Caught:
     """The arguments of one `scaled_dot_product_attention`, text of other editors cut off.
 
-    full: k and v before the cut.
+    full: k and v before the cut; own: what the model itself would do, None for SDPA.
     """
 
     q: Tensor
@@ -30,9 +30,12 @@ class Caught:
     is_causal: bool
     scale: float | None
     full: tuple[Tensor, Tensor]
+    own: Callable[[], Tensor] | None = None
 
     def original(self) -> Tensor:
         """What the model itself would have got."""
+        if self.own is not None and self.k is self.full[0]:
+            return self.own()
         return F.scaled_dot_product_attention(
             self.q, self.k, self.v, self.mask, self.dropout_p, self.is_causal, scale=self.scale
         )

@@ -79,7 +79,7 @@ def _forward_op(
 
 
 @_forward_op.register_fake
-def _(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, port, index):  # type: ignore[no-untyped-def]
+def _(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, port, index):
     if port in ports:
         ports[port].traced = True
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
@@ -100,19 +100,19 @@ def _backward_op(
     index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Make the edited call again, with gradients: the edit itself is differentiable."""
-    leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+    q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
     with torch.enable_grad():
-        out = _evaluate(*leaves, attn_mask, dropout_p, is_causal, scale, enable_gqa, port, index)
-    found = torch.autograd.grad(out, leaves, grad, allow_unused=True)
-    q, k, v = (
+        out = _evaluate(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, port, index)
+    found = torch.autograd.grad(out, (q, k, v), grad, allow_unused=True)
+    dq, dk, dv = (
         torch.zeros_like(x) if g is None else g.contiguous()
-        for x, g in zip(leaves, found, strict=True)
+        for x, g in zip((q, k, v), found, strict=True)
     )
-    return q, k, v
+    return dq, dk, dv
 
 
 @_backward_op.register_fake
-def _(grad, query, key, value, *rest):  # type: ignore[no-untyped-def]
+def _(grad, query, key, value, *rest):
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
 
 

@@ -20,8 +20,8 @@ _SOFTMAX = {torch.softmax, Tensor.softmax, torch.nn.functional.softmax}
 _SAME = {Tensor.to, Tensor.float, Tensor.half, Tensor.type, Tensor.contiguous, Tensor.clone}
 _BIASES = {torch.add, Tensor.add, Tensor.__add__}
 
-# (q, k, v, mask, scale) -> output, all [batch, heads, tokens, channels].
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+# (q, k, v, mask, scale, the model's own way) -> output, all [batch, heads, tokens, channels].
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float, Callable[[], Tensor]], Tensor]
 
 
 @dataclass(eq=False)
@@ -47,7 +47,7 @@ class EagerFollower:
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Do the torch call, or the edited attention in its place when the chain is complete."""
         if func in _PRODUCTS or func is torch.baddbmm:
-            done = self._finish(func, args)
+            done = self._finish(func, args, kwargs)
             if done is not None:
                 return done
         out = func(*args, **kwargs)
@@ -55,8 +55,10 @@ class EagerFollower:
             return out
         if func in _PRODUCTS:
             self._begin(func, args, out)
-        elif func is torch.baddbmm and not kwargs.get("beta", 1):
-            self._note(out, args[1], args[2].mT, kwargs.get("alpha", 1.0))
+        elif func is torch.baddbmm:
+            # scores = beta * bias + alpha * q k^T
+            beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
+            self._note(out, args[1], args[2].mT, alpha, args[0] * beta if beta else None)
         else:
             self._carry(func, args, kwargs, out)
         return out
@@ -82,8 +84,10 @@ class EagerFollower:
         if out.shape[-2:] == (q.shape[-2], k.shape[-2]):
             self._note(out, q, k)
 
-    def _note(self, out: Tensor, q: Tensor, k: Tensor, scale: float = 1.0) -> None:
-        self._seen[id(out)] = _Scores(out, q, k, float(scale))
+    def _note(
+        self, out: Tensor, q: Tensor, k: Tensor, scale: float = 1.0, bias: Tensor | None = None
+    ) -> None:
+        self._seen[id(out)] = _Scores(out, q, k, float(scale), bias)
 
     def _carry(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         source = next((self._seen[id(a)] for a in args if id(a) in self._seen), None)
@@ -111,7 +115,7 @@ class EagerFollower:
         # In-place calls return the tensor they changed, under the same id.
         self._seen[id(out)] = replace(source, tensor=out)
 
-    def _finish(self, func: Any, args: tuple[Any, ...]) -> Tensor | None:
+    def _finish(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         operands = self._operands(func, args)
         if operands is None:
             return None
@@ -124,8 +128,10 @@ class EagerFollower:
         self.caught += 1
         split = self._split
         mask = None if scores.bias is None else split(scores.bias.expand(p.shape))
-        out = self.attend(split(scores.q), split(scores.k), split(v), mask, scores.scale)
-        return out.flatten(0, 1) if p.dim() == 3 else out
+        # A model may compute its scores in a wider dtype than its values.
+        q, k, wide = split(scores.q), split(scores.k), split(v).to(scores.q.dtype)
+        out = self.attend(q, k, wide, mask, scores.scale, lambda: split(func(*args, **kwargs)))
+        return (out.flatten(0, 1) if p.dim() == 3 else out).to(v.dtype)
 
     def _split(self, x: Tensor) -> Tensor:
         """[batch * heads, ...] -> [batch, heads, ...]; heads stand inside the batch."""

@@ -8,6 +8,7 @@ and v arrive after projection, norm, LoRA and rotary embedding, whatever process
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +33,10 @@ _TELLTALES: dict[Any, str] = {
 }
 
 
+class Untouched(Exception):
+    """No editor rewrote this call: let the processor that was exchanged do it in its own way."""
+
+
 class Handler(Protocol):
     """What a port asks of its owner."""
 
@@ -39,9 +44,19 @@ class Handler(Protocol):
         """Whether anything wants this site's calls now; notes that the site ran."""
 
     def attend(
-        self, port: SitePort, index: int, q: Tensor, k: Tensor, v: Tensor, rest: dict[str, Any]
+        self,
+        port: SitePort,
+        index: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rest: dict[str, Any],
+        original: Callable[[], Tensor] | None = None,
     ) -> Tensor:
-        """The output of one attention call, [batch, heads, N, channels]."""
+        """The output of one attention call, [batch, heads, N, channels].
+
+        original: what the model itself would do, None for SDPA over these arguments.
+        """
 
     def batch(self) -> int:
         """Rows of the denoiser call in progress."""
@@ -72,10 +87,16 @@ class SiteMode(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _followed(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        original: Callable[[], Tensor],
     ) -> Tensor:
         index, self.calls = self.calls, self.calls + 1
-        return self.port.caught(index, q, k, v, attn_mask=mask, scale=scale)
+        return self.port.caught(index, q, k, v, mask, scale=scale, original=original)
 
 
 class CompiledMode(TorchFunctionMode):
@@ -98,8 +119,9 @@ class CompiledMode(TorchFunctionMode):
 class SitePort:
     """The hooks on one attention module, with one owner.
 
-    spelled_out: the module forms its matrix itself, so its torch calls are followed; own_call:
-    which attention call of its forward is the model's own (adapters make further ones).
+    own_call: which attention call of the module's forward is the model's own (adapters make
+    further ones). spelled_out: the module forms its matrix itself, so its torch calls are
+    followed; exchanged: its processor stands in for another, which does the untouched calls.
     """
 
     def __init__(
@@ -108,11 +130,10 @@ class SitePort:
         module: nn.Module,
         handler: Handler,
         *,
-        spelled_out: bool = False,
         own_call: int = 0,
     ) -> None:
-        self.site, self.module, self.handler = site, module, handler
-        self.spelled_out, self.own_call = spelled_out, own_call
+        self.site, self.module, self.handler, self.own_call = site, module, handler, own_call
+        self.spelled_out = self.exchanged = False
         self.number = next(compiled.numbers)
         self.traced = False
         compiled.ports[self.number] = self
@@ -134,7 +155,7 @@ class SitePort:
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
-            _get_current_function_mode().__exit__(None, None, None)  # type: ignore[union-attr]
+            _get_current_function_mode().__exit__(None, None, None)
             return
         mode = _get_current_function_mode()
         if isinstance(mode, CompiledMode) and mode.number == self.number:
@@ -164,6 +185,8 @@ class SitePort:
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
+        *,
+        original: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         rest = {
             "attn_mask": attn_mask,
@@ -172,7 +195,13 @@ class SitePort:
             "scale": scale,
             "enable_gqa": enable_gqa,
         }
-        return self.handler.attend(self, index, query, key, value, rest)
+        if self.exchanged and index == 0 and not torch.compiler.is_compiling():
+            original = _raise_untouched
+        return self.handler.attend(self, index, query, key, value, rest, original)
+
+
+def _raise_untouched() -> Tensor:
+    raise Untouched
 
 
 def unwind(depth: int) -> None:
@@ -189,4 +218,4 @@ def mode_depth() -> int:
     return torch._C._len_torch_function_stack()
 
 
-__all__ = ["Handler", "SitePort", "mode_depth", "unwind"]
+__all__ = ["Handler", "SitePort", "Untouched", "mode_depth", "unwind"]

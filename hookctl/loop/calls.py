@@ -77,7 +77,8 @@ class Calls:
         made = prediction_of(output)
         if made is None or made.grad_fn is None:
             return
-        made.grad_fn.metadata["hookctl"] = call  # lives as long as the graph
+        metadata: Any = made.grad_fn.metadata
+        metadata["hookctl"] = call  # lives as long as the graph
         self._graphs.add(call)
         if call.by_site and _recomputes(denoiser):
 
@@ -95,7 +96,7 @@ class Calls:
         node = torch._C._current_autograd_node()
         if node is None:
             return None
-        number, thread = node._sequence_nr(), threading.get_ident()  # type: ignore[attr-defined]
+        number, thread = node._sequence_nr(), threading.get_ident()
         inside = [c for c in self._graphs if c.nodes[0] <= number < c.nodes[1]]
         # Numbers are per thread; a nested call's interval lies inside its outer call's.
         inside.sort(key=lambda c: (c.thread == thread, c.nodes[0]))
@@ -108,7 +109,8 @@ def in_backward() -> bool:
 
 
 def _next_node() -> int:
-    return torch._C._autograd._get_sequence_nr()  # type: ignore[attr-defined, no-any-return]
+    number: int = torch._C._autograd._get_sequence_nr()
+    return number
 
 
 def _recomputes(denoiser: nn.Module) -> bool:

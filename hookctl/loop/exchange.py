@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import torch
 from torch import nn
 
 from hookctl.address import families
-from hookctl.attention.intercept import SitePort
+from hookctl.attention.intercept import SitePort, Untouched
 
 
 class Exchange:
     """Keeps the edited modules on processors whose attention can be caught.
 
-    Only edited sites are touched. What the user sets meanwhile is respected and exchanged in its
-    turn; what was found is put back.
+    Only edited sites are touched. A stand-in asks the editors first; where none of them rewrites
+    the call, the processor that was found does it, bit for bit as without us. What the user sets
+    meanwhile is respected and exchanged in its turn; what was found is put back.
     """
 
     def __init__(self) -> None:
         self._ports: dict[str, SitePort] = {}
         self._checked: dict[str, Any] = {}
         self._found: dict[str, tuple[Any, Any]] = {}
-        self._backends: dict[str, dict[int, tuple[Any, Any]]] = {}
 
     def watch(self, path: str, port: SitePort) -> None:
         self._ports[path] = port
@@ -36,27 +38,51 @@ class Exchange:
 
     def _check(self, path: str, port: SitePort) -> None:
         module = port.module
-        twin = families.sdpa_twin(module)
-        if twin is not None:
-            self._found[path] = (families.processor_of(module), twin)
-            _put(module, twin)
+        found, stand_in = self._found.get(path, (None, None))
         processor = families.processor_of(module)
-        if families.bypasses_sdpa(module):
-            kept = self._backends.setdefault(path, {})
-            kept[id(processor)] = (processor, processor._attention_backend)
-            processor._attention_backend = families.native_backend()
-        self._checked[path] = processor
-        port.spelled_out = families.spells_out(module)
+        if stand_in is not None and processor is stand_in:
+            # A backend was set on the stand-in; the one it stands for is meant.
+            found._attention_backend = stand_in._attention_backend
+            self._put_back(path, port)
+        form = families.sdpa_form(module)
+        port.exchanged = form is not None
+        if form is not None:
+            found = families.processor_of(module)
+            stand_in = _stand_in(found, *form)
+            self._found[path] = (found, stand_in)
+            _put(module, stand_in)
+        self._checked[path] = families.processor_of(module)
+        port.spelled_out = form is None and families.spells_out(module)
 
     def restore(self, path: str) -> None:
         port = self._ports.pop(path)
         del self._checked[path]
-        for processor, backend in self._backends.pop(path, {}).values():
-            processor._attention_backend = backend
-        if path in self._found:
-            found, twin = self._found.pop(path)
-            if families.processor_of(port.module) is twin:
-                _put(port.module, found)
+        self._put_back(path, port)
+        port.exchanged = port.spelled_out = False
+
+    def _put_back(self, path: str, port: SitePort) -> None:
+        found, stand_in = self._found.pop(path, (None, None))
+        if stand_in is not None and families.processor_of(port.module) is stand_in:
+            _put(port.module, found)
+
+
+def _stand_in(found: Any, form: type, state: dict[str, Any]) -> Any:
+    """A processor of class `form` over the state of `found`, which does the untouched calls."""
+    call: Any = form.__call__
+
+    @functools.wraps(call)
+    def either(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return call(self, *args, **kwargs)
+        try:
+            return call(self, *args, **kwargs)
+        except Untouched:
+            return found(*args, **kwargs)
+
+    kind: Any = type(form.__name__, (form,), {"__call__": either, "__module__": form.__module__})
+    stand_in = kind.__new__(kind)
+    stand_in.__dict__ = state
+    return stand_in
 
 
 def _put(module: Any, processor: Any) -> None:

@@ -126,7 +126,7 @@ def _features_op(joined: Tensor, port: int) -> Tensor:
 
 
 @_features_op.register_fake
-def _(joined, port):  # type: ignore[no-untyped-def]
+def _(joined, port):
     if port in _ports:
         _ports[port].traced = True
     return torch.empty_like(joined)
@@ -141,7 +141,7 @@ def _features_backward_op(grad: Tensor, joined: Tensor, port: int) -> Tensor:
 
 
 @_features_backward_op.register_fake
-def _(grad, joined, port):  # type: ignore[no-untyped-def]
+def _(grad, joined, port):
     return torch.empty(joined.shape, dtype=joined.dtype, device=joined.device)
 
 

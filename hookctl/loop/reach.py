@@ -1,0 +1,66 @@
+"""Which sites an editor must be shown, and whether the model has what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from hookctl.address import families
+from hookctl.address.sites import Site, select
+from hookctl.editor import Editor, overrides
+from hookctl.errors import UnsupportedError
+from hookctl.loop.features import concats
+
+Modules = Mapping[str, tuple[Site, nn.Module]]
+
+
+def sites_for(editor: Editor, model: nn.Module, modules: Modules) -> frozenset[str]:
+    """The paths of the sites whose calls an editor must be shown.
+
+    Raises InputError or UnsupportedError, before any work, if it can't act on this model.
+    """
+    editor.window()
+    paths: set[str] = set()
+    if overrides(editor, "attention"):
+        paths |= _selected(editor, model, modules)
+    if overrides(editor, "features") and not any(True for _ in concats(model)):
+        raise UnsupportedError(
+            f"{editor.name} edits skip connections, and {type(model).__name__} has none"
+        )
+    if overrides(editor, "context"):
+        paths |= _widened(editor, model, modules)
+    return frozenset(paths)
+
+
+def _selected(editor: Editor, model: nn.Module, modules: Modules) -> set[str]:
+    if not modules:
+        raise UnsupportedError(
+            f"{type(model).__name__} has no attention that can be caught (softmax attention), so "
+            f"{editor.name} can't act on it"
+        )
+    chosen = select([site for site, _ in modules.values()], editor.sites, who=editor.name)
+    for site in chosen:
+        reason = families.uncatchable(modules[site.path][1])
+        if reason:
+            raise UnsupportedError(
+                f"{editor.name} can't act on {site.path}: {reason}. Leave it out with sites="
+            )
+    return {site.path for site in chosen}
+
+
+def _widened(editor: Editor, model: nn.Module, modules: Modules) -> set[str]:
+    """The sites that attend to the text an editor widens."""
+    name = type(model).__name__
+    if families.joint_order(model) is not None:
+        raise UnsupportedError(
+            f"{editor.name} widens the text, which {name} holds in one sequence with the image"
+        )
+    cross = [pair for pair in modules.values() if pair[0].kind == "cross"]
+    for site, module in cross:
+        if families.counts_text(module):
+            raise UnsupportedError(
+                f"{editor.name} widens the text, but {site.path} of this {name} tells text and "
+                "picture keys apart by their number"
+            )
+    return {site.path for site, _ in cross}
