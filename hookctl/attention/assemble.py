@@ -5,15 +5,18 @@ Every evaluator starts here, so that they can differ in how they evaluate but no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from hookctl.attention.term import Segment, Term, ValueMap, gather
+from hookctl.attention.term import Segment, Term, gather, rows_of
+from hookctl.attention.token_map import ValueMap
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Scores:
     """What the scores of a batch of terms are made of.
 
@@ -27,7 +30,7 @@ class Scores:
     scale: float
 
 
-def scores_of(terms: list[Term], mask: Tensor | None, *, widen: bool = False) -> Scores:
+def scores_of(terms: Sequence[Term], mask: Tensor | None, *, widen: bool = False) -> Scores:
     """Gather the queries and keys of terms of equal form.
 
     widen: carry rank-r biases as extra channels of q and k instead of in `bias`, so that no
@@ -36,62 +39,76 @@ def scores_of(terms: list[Term], mask: Tensor | None, *, widen: bool = False) ->
     first = terms[0]
     q = gather([term.q for term in terms])
     k = _join([gather([t.segments[i].k for t in terms]) for i in range(len(first.segments))])
-    bias = _key_bias(terms, mask, k)
-    for queries, keys in first.factors:
-        keys = torch.nn.functional.pad(keys, (0, 0, 0, k.shape[-2] - keys.shape[0]))
-        if widen:
-            q = torch.cat([q, queries.expand(*q.shape[:-1], -1)], -1)
-            k = torch.cat([k, (keys / first.scale).expand(*k.shape[:-1], -1)], -1)
-        else:
-            low_rank = queries @ keys.mT
-            bias = low_rank if bias is None else bias + low_rank
-    return Scores(q, k, bias, first.scale)
+    scores = Scores(q, k, key_bias(terms, mask), first.scale)
+    if first.factors and widen:
+        _widen(scores, first)
+    elif first.factors:
+        low_rank = factors_bias(first)
+        scores.bias = low_rank if scores.bias is None else scores.bias + low_rank
+    return scores
 
 
-def values_of(terms: list[Term]) -> Tensor:
+def _widen(scores: Scores, term: Term) -> None:
+    tokens = scores.k.shape[-2]
+    q, k = [scores.q], [scores.k]
+    for queries, keys in term.factors:
+        if queries is None:
+            queries = keys.new_ones(scores.q.shape[-2], 1)
+        keys = F.pad(keys, (0, 0, 0, tokens - keys.shape[0])) / term.scale
+        q.append(queries.expand(*scores.q.shape[:-1], -1))
+        k.append(keys.expand(*scores.k.shape[:-1], -1))
+    scores.q, scores.k = torch.cat(q, -1), torch.cat(k, -1)
+
+
+def factors_bias(term: Term) -> Tensor:
+    """The rank-r biases of a term written out, [N | 1, M]."""
+    total: Tensor | None = None
+    tokens = sum(s.tokens for s in term.segments)
+    for queries, keys in term.factors:
+        bias = keys.mT if queries is None else queries @ keys.mT
+        total = bias if total is None else total + bias
+    assert total is not None  # the caller saw that there are factors
+    return F.pad(total, (0, tokens - total.shape[-1]))
+
+
+def values_of(terms: Sequence[Term]) -> Tensor:
     """The values of terms of equal signature, mapped: [rows, sub-batch, heads, M, channels]."""
     first = terms[0]
     own = gather([term.own.v for term in terms])
     for i in range(len(first.maps)):
-        own = map_values(own, [term.maps[i] for term in terms])
+        own = _mapped(own, [term.maps[i] for term in terms])
+    if len(first.segments) == 1:
+        return own
     rest = [gather([t.segments[i].v for t in terms]) for i in range(1, len(first.segments))]
     return _join([own, *rest])
 
 
-def weight_of(terms: list[Term], like: Tensor) -> Tensor | float:
+def _mapped(v: Tensor, maps: list[ValueMap]) -> Tensor:
+    """One value map per row."""
+    if all(m is maps[0] for m in maps):
+        return maps[0].apply(v)
+    return torch.stack([m.apply(row) for m, row in zip(maps, v, strict=True)])
+
+
+def weight_of(terms: Sequence[Term], like: Tensor) -> Tensor | float:
     """The weights of like terms: a number, or [rows, 1, 1, N, 1] in the dtype of `like`."""
-    first = terms[0].weight
-    if not isinstance(first, Tensor):
-        return first
+    if not isinstance(terms[0].weight, Tensor):
+        return terms[0].weight
     weights = [t.weight for t in terms if isinstance(t.weight, Tensor)]
     return torch.stack(weights).to(like)[:, None, None, :, None]
 
 
-def map_values(v: Tensor, maps: list[ValueMap], *, stacked: bool = True) -> Tensor:
-    """Apply one value map per row to v [rows, sub-batch, heads, tokens, channels].
-
-    stacked=False: apply the single map to any [..., tokens, channels].
-    """
-    first = maps[0]
-    shared = not stacked or all(m.matrix is first.matrix for m in maps)
-    matrix = first.matrix if shared else torch.stack([m.matrix for m in maps])[:, None, None]
-    matrix = matrix.to(v)
-    start, stop = first.start, first.start + first.matrix.shape[-1]
-    part = v[..., start:stop, :]
-    mapped = matrix[..., None] * part if first.diagonal else matrix @ part
-    if start == 0 and stop == v.shape[-2]:
-        return mapped
-    outside = (v[..., :start, :] * first.rest, mapped, v[..., stop:, :] * first.rest)
-    return torch.cat(outside, -2)
+def weigh(part: Tensor, weight: Tensor | float) -> Tensor:
+    return part * weight if isinstance(weight, Tensor) or weight != 1.0 else part
 
 
-def _join(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
-
-
-def _key_bias(terms: list[Term], mask: Tensor | None, k: Tensor) -> Tensor | None:
+def key_bias(terms: Sequence[Term], mask: Tensor | None) -> Tensor | None:
+    """The model's mask and the shifts of segments, [rows | 1, ..., N | 1, M], or None."""
+    first = terms[0]
+    if mask is None and all(s.shift is None for s in first.segments):
+        return None
     columns = [
-        _segment_bias([t.segments[i] for t in terms], mask) for i in range(len(terms[0].segments))
+        _segment_bias([t.segments[i] for t in terms], mask) for i in range(len(first.segments))
     ]
     if all(column is None for column in columns):
         return None
@@ -99,30 +116,34 @@ def _key_bias(terms: list[Term], mask: Tensor | None, k: Tensor) -> Tensor | Non
         return columns[0]
     shape = torch.broadcast_shapes(*(c.shape[:-1] for c in columns if c is not None))
     filled = [
-        k.new_zeros(*shape, s.tokens) if c is None else c.to(k.dtype).expand(*shape, s.tokens)
-        for c, s in zip(columns, terms[0].segments, strict=True)
+        s.k.base.new_zeros(1).expand(*shape, s.tokens)
+        if c is None
+        else c.to(s.k.base.dtype).expand(*shape, s.tokens)
+        for c, s in zip(columns, first.segments, strict=True)
     ]
     return torch.cat(filled, -1)
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
 
 def _segment_bias(segments: list[Segment], mask: Tensor | None) -> Tensor | None:
     first = segments[0]
     bias = None
     if mask is not None and first.mask_row is not None:
-        rows = [0 if mask.shape[0] == 1 else s.mask_row or 0 for s in segments]
-        bias = mask[rows] if mask.shape[0] > 1 else mask
+        rows = [s.mask_row or 0 for s in segments]
+        bias = mask if mask.shape[0] == 1 else rows_of(mask, rows)
         if bias.dtype == torch.bool:
-            dtype = first.k.base.dtype
-            bias = torch.zeros(bias.shape, dtype=dtype, device=bias.device).masked_fill(
-                ~bias, float("-inf")
-            )
+            bias = first.k.base.new_zeros(bias.shape).masked_fill(~bias, float("-inf"))
     if first.shift is not None:
-        shifts = [
-            torch.as_tensor(s.shift, dtype=first.k.base.dtype, device=first.k.base.device).expand(
-                first.tokens
-            )
-            for s in segments
-        ]
-        shift = torch.stack(shifts)[:, None, None, None, :]
+        shift = torch.stack([_shift(s) for s in segments])[:, None, None, None, :]
         bias = shift if bias is None else bias + shift
     return bias
+
+
+def _shift(segment: Segment) -> Tensor:
+    base = segment.k.base
+    if isinstance(segment.shift, Tensor):
+        return segment.shift.to(base).expand(segment.tokens)
+    return base.new_full((1,), float(segment.shift or 0.0)).expand(segment.tokens)

@@ -3,14 +3,15 @@
 Verbs do not compute: they note an operation with its stage, and the stack folds the operations
 into terms when every editor has spoken (substitution, extension, restriction, token map,
 addition, override, read-out; the order of the editors inside a stage). Editors therefore compose
-whatever order they were written in, and nothing is evaluated twice.
+whatever order they were written in, and nothing is evaluated twice. A verb that would change
+nothing (scale 0, a bias of zeros, a row that borrows from itself) notes nothing, and the call
+stays the model's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from enum import IntEnum
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -20,35 +21,16 @@ from torch import Tensor
 from hookctl.address.clock import Clock
 from hookctl.address.rows import Row, Rows
 from hookctl.address.sites import Grid, Site, grid_of
-from hookctl.attention.term import Ref, Regions, Segment, Sum, Term, ValueMap
+from hookctl.attention import operations as does
+from hookctl.attention.operations import Operation, Probabilities, Stage
+from hookctl.attention.prepared import cast, is_all, is_finite, regions_of
+from hookctl.attention.spans import Spans, spans_of
+from hookctl.attention.term import Ref, Segment, Sum, Term
+from hookctl.attention.token_map import Routing
 from hookctl.errors import InputError, UnsupportedError
 
-
-class Stage(IntEnum):
-    """The order in which operations are folded into terms."""
-
-    SUBSTITUTION = 0
-    EXTENSION = 1
-    RESTRICTION = 2
-    TOKEN_MAP = 3
-    ADDITION = 4
-    OVERRIDE = 5
-    READ_OUT = 6
-
-
-Terms = dict[int, tuple[Term, ...]]
 RowLike = Row | int
-Probabilities = Callable[[Tensor], Tensor]
 Sink = Callable[[Row, Tensor], None]
-
-
-@dataclass(frozen=True, eq=False)
-class Operation:
-    stage: Stage
-    editor: Any
-    verb: str
-    rows: tuple[int, ...]
-    fold: Callable[[Terms, Terms], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,68 +40,6 @@ class ReadOut:
     row: Row
     tokens: tuple[int, ...]
     into: Sink
-
-
-@dataclass(frozen=True)
-class Spans:
-    """Where text and image tokens stand: (start, stop) among queries and among keys."""
-
-    image_queries: tuple[int, int]
-    image_keys: tuple[int, int] | None
-    text_keys: tuple[int, int] | None
-
-
-class Routing:
-    """A token map with its gains, prepared once and used at every site and turn.
-
-    source_map: T diag(blend * gain), [text, text] or a diagonal [text]; own_gain: [text].
-    """
-
-    def __init__(self, source_map: Tensor, own_gain: Tensor) -> None:
-        self.tokens = own_gain.shape[0]
-        self.moves = bool(source_map.any())
-        self.keeps_own = bool((own_gain == 1).all())
-        self.drops_own = not bool(own_gain.any())
-        self._maps = {"source": source_map, "own": own_gain}
-        self._cast: dict[Any, Tensor] = {}
-
-    @classmethod
-    def of(
-        cls,
-        tokens: int,
-        token_map: Tensor | None = None,
-        blend: Tensor | float = 1.0,
-        gain: Tensor | float = 1.0,
-    ) -> Routing:
-        """The routing A' = [(A_source T) * blend + A_own * (1 - blend)] * gain."""
-        given = {"blend": blend, "gain": gain}
-        for name, value in given.items():
-            if not isinstance(value, Tensor):
-                given[name] = torch.full((tokens,), float(value), dtype=torch.float64)
-            elif tuple(value.shape) != (tokens,):
-                raise InputError(
-                    f"route: {name} is {tuple(value.shape)}; the text has {tokens} tokens"
-                )
-        if token_map is not None and tuple(token_map.shape) != (tokens, tokens):
-            raise InputError(
-                f"route: token_map is {tuple(token_map.shape)}; the text has {tokens} tokens, "
-                f"so give [{tokens}, {tokens}]"
-            )
-        b, g = (torch.as_tensor(given[name]).double() for name in ("blend", "gain"))
-        moved = b * g if token_map is None else token_map.to(b) * (b * g)
-        return cls(moved, (1 - b) * g)
-
-    def source(self, like: Tensor) -> Tensor:
-        return self._as(like, "source")
-
-    def own(self, like: Tensor) -> Tensor:
-        return self._as(like, "own")
-
-    def _as(self, like: Tensor, which: str) -> Tensor:
-        key = (which, like.dtype, like.device)
-        if key not in self._cast:
-            self._cast[key] = self._maps[which].to(like)
-        return self._cast[key]
 
 
 class AttentionCall:
@@ -157,7 +77,6 @@ class AttentionCall:
         self._context = dict(context or {})
         self.operations: list[Operation] = []
         self.read_outs: list[ReadOut] = []
-        self.overrides: dict[int, list[Probabilities]] = {}
         self.editor: Any = None
 
     # -- where ---------------------------------------------------------------------------------
@@ -165,20 +84,13 @@ class AttentionCall:
     @cached_property
     def spans(self) -> Spans:
         """Where the text and the image stand among queries and keys."""
-        n, m = self.q.shape[-2], self.k.shape[-2]
-        if self.site.kind == "cross":
-            return Spans((0, n), None, (0, m))
-        if self.site.kind != "joint":
-            return Spans((0, n), (0, m), None)
-        text = self._text_tokens
-        if text is None or text >= m:
-            raise UnsupportedError(
-                f"{self.site.path}: the length of the text in this joint sequence of {m} tokens "
-                "is unknown"
-            )
-        if self._joint_order == "image_text":
-            return Spans((0, n if n < m - text else m - text), (0, m - text), (m - text, m))
-        return Spans((n - (m - text), n), (text, m), (0, text))
+        return spans_of(
+            self.site,
+            self.q.shape[-2],
+            self.k.shape[-2],
+            self._text_tokens,
+            self._joint_order,
+        )
 
     @cached_property
     def grid(self) -> Grid | None:
@@ -215,34 +127,21 @@ class AttentionCall:
         where: per-query weight [N] of the borrowed form; the own form keeps 1 - where.
         """
         targets = self._indices(rows, "rows")
-        sources = {n: None if r is None else self._index(r, n) for n, r in zip("qkv", (q, k, v))}
-        if all(source is None for source in sources.values()):
+        given = {n: row for n, row in {"q": q, "k": k, "v": v}.items() if row is not None}
+        if not given:
             raise InputError("borrow: give at least one of q=, k=, v=, the row to take it from")
-        weight = None if where is None else self._per_query(where, "where")
-
-        def one(term: Term, row: int) -> Term:
-            changes: dict[str, Any] = {}
-            if sources["k"] is not None:
-                changes |= {"k": Ref(self.k, sources["k"]), "mask_row": sources["k"]}
-            if sources["v"] is not None:
-                changes["v"] = Ref(self.v, sources["v"])
-            moved = term.with_own(**changes)
-            return moved if sources["q"] is None else replace(moved, q=Ref(self.q, sources["q"]))
-
-        def fold(terms: Terms, before: Terms) -> None:
-            for row in targets:
-                if all(source in (None, row) for source in sources.values()):
-                    continue
-                if weight is None:
-                    terms[row] = tuple(one(t, row) for t in terms[row])
-                else:
-                    terms[row] = tuple(
-                        part
-                        for t in terms[row]
-                        for part in (one(t, row).weighted(weight), t.weighted(1 - weight))
-                    )
-
-        self._note(Stage.SUBSTITUTION, "borrow", targets, fold)
+        sources = {name: self._index(row, f"borrow: {name}") for name, row in given.items()}
+        weight = None if where is None else self._per_query(where, "borrow: where")
+        targets = tuple(t for t in targets if any(s != t for s in sources.values()))
+        if where is not None and is_all(where, 0):
+            return
+        if where is not None and is_all(where, 1):
+            weight = None
+        stacks = {"q": self.q, "k": self.k, "v": self.v}
+        refs = {name: Ref(stacks[name], row) for name, row in sources.items()}
+        self._note(
+            Stage.SUBSTITUTION, "borrow", targets, does.borrow(refs, sources.get("k"), weight)
+        )
 
     def extend(
         self,
@@ -258,20 +157,24 @@ class AttentionCall:
         sub-batch); shift: added to the scores of the new keys, a number or [tokens].
         """
         targets = self._indices(rows, "rows")
-        new_k, mask_row = self._ref(k, self.k, "k")
-        new_v, _ = self._ref(v, self.v, "v")
-        if new_k.base.shape[-2] != new_v.base.shape[-2]:
+        new_k, mask_row = self._ref(k, self.k, "extend: k")
+        new_v, _ = self._ref(v, self.v, "extend: v")
+        tokens = new_k.base.shape[-2]
+        if tokens != new_v.base.shape[-2]:
             raise InputError(
-                f"extend: k has {new_k.base.shape[-2]} tokens and v has {new_v.base.shape[-2]}; "
-                "they must be as many"
+                f"extend: k has {tokens} tokens and v has {new_v.base.shape[-2]}; they must be "
+                "as many"
             )
-        segment = Segment(new_k, new_v, shift, mask_row)
-
-        def fold(terms: Terms, before: Terms) -> None:
-            for row in targets:
-                terms[row] = tuple(replace(t, segments=(*t.segments, segment)) for t in terms[row])
-
-        self._note(Stage.EXTENSION, "extend", targets, fold)
+        if isinstance(shift, Tensor):
+            if tuple(shift.shape) not in ((), (tokens,)):
+                raise InputError(
+                    f"extend: shift is {tuple(shift.shape)}; the new keys are {tokens}, so give "
+                    f"a number or [{tokens}]"
+                )
+            shift = cast(shift, self.q)
+        if tokens:
+            segment = Segment(new_k, new_v, shift, mask_row)
+            self._note(Stage.EXTENSION, "extend", targets, does.extend(segment))
 
     def restrict(
         self, rows: RowLike | Iterable[RowLike], query_regions: Tensor, key_regions: Tensor
@@ -290,22 +193,9 @@ class AttentionCall:
                 raise InputError(
                     f"restrict: {name} is {value.dtype} {tuple(value.shape)}; give int64 [{length}]"
                 )
-        regions = Regions(query_regions.to(self.q.device), key_regions.to(self.q.device))
-
-        def fold(terms: Terms, before: Terms) -> None:
-            for row in targets:
-                terms[row] = tuple(self._restricted(t, regions) for t in terms[row])
-
-        self._note(Stage.RESTRICTION, "restrict", targets, fold)
-
-    @staticmethod
-    def _restricted(term: Term, regions: Regions) -> Term:
-        if term.regions is not None:
-            raise UnsupportedError("restrict: this row's attention is already restricted")
-        extra = sum(s.tokens for s in term.segments[1:])
-        # Keys that an extension added belong to every region.
-        keys = torch.nn.functional.pad(regions.keys, (0, extra), value=-1)
-        return replace(term, regions=Regions(regions.queries, keys) if extra else regions)
+        regions = regions_of(query_regions, key_regions, self.q.device)
+        if not regions.allow_all:
+            self._note(Stage.RESTRICTION, "restrict", targets, does.restrict(regions))
 
     def bias(
         self,
@@ -319,24 +209,28 @@ class AttentionCall:
         query_factors: [N, r], or None for a bias of the keys alone; key_factors: [M, r] or [M].
         """
         targets = self._indices(rows, "rows")
-        keys = key_factors if key_factors.dim() == 2 else key_factors[:, None]
-        if query_factors is None:
-            query_factors = keys.new_ones(self.q.shape[-2], keys.shape[1])
-        wanted = ((self.q.shape[-2], keys.shape[1]), (self.k.shape[-2], keys.shape[1]))
-        if (tuple(query_factors.shape), tuple(keys.shape)) != wanted:
+        n, m = self.q.shape[-2], self.k.shape[-2]
+        r = key_factors.shape[1] if key_factors.dim() == 2 else 1
+        if tuple(key_factors.shape) not in ((m,), (m, r)):
             raise InputError(
-                f"bias: query_factors {tuple(query_factors.shape)} and key_factors "
-                f"{tuple(keys.shape)}; this site needs {wanted[0]} and {wanted[1]}"
+                f"bias: key_factors is {tuple(key_factors.shape)}; {self.site.path} has {m} keys, "
+                f"so give [{m}] or [{m}, r]"
             )
-        if not bool(keys.any()):
+        if query_factors is not None and tuple(query_factors.shape) != (n, r):
+            raise InputError(
+                f"bias: query_factors is {tuple(query_factors.shape)}; {self.site.path} has {n} "
+                f"queries and key_factors has r = {r}, so give [{n}, {r}]"
+            )
+        factors = [key_factors] if query_factors is None else [key_factors, query_factors]
+        if not all(is_finite(factor) for factor in factors):
+            raise InputError("bias: the factors are not all finite; to forbid keys use restrict")
+        if any(is_all(factor, 0) for factor in factors):
             return
-        pair = (query_factors.to(self.q), keys.to(self.q))
-
-        def fold(terms: Terms, before: Terms) -> None:
-            for row in targets:
-                terms[row] = tuple(replace(t, factors=(*t.factors, pair)) for t in terms[row])
-
-        self._note(Stage.RESTRICTION, "bias", targets, fold)
+        keys = cast(key_factors, self.k).reshape(m, r)
+        queries = None if query_factors is None else cast(query_factors, self.q)
+        if queries is None and r > 1:
+            keys = keys.sum(1, keepdim=True)
+        self._note(Stage.RESTRICTION, "bias", targets, does.bias(queries, keys))
 
     def route(
         self,
@@ -354,7 +248,7 @@ class AttentionCall:
 
         evaluated without the maps as two terms, since A V is linear in A (Hertz et al., arXiv
         2208.01626, in the form of equation 1). token_map: T, [text, text], None for the identity;
-        blend, gain: per token [text] or numbers. source=None rescales the own map. On a joint
+        blend, gain: per token [text] or numbers. source=None: the row is its own source. On a joint
         site only the image's queries are edited; image_from_source takes the map over the image's
         keys from the source too.
         """
@@ -379,35 +273,22 @@ class AttentionCall:
                 f"({self.site.path}) has {stop - start}"
             )
         joint = self.site.kind == "joint"
-        origin = None if source is None else self._index(source, "source")
-        moves = origin is not None and (routing.moves or (joint and image_from_source))
-        if not moves and routing.keeps_own:
+        origin = None if source is None else self._index(source, "route: source")
+        # What is not moved from the source, over the image's keys of a joint site, stays.
+        stays = not (joint and image_from_source)
+        moves = routing.moves or not stays
+        if routing.keeps_alone if origin is None else routing.keeps_own and not moves:
             return
-        from_source = ValueMap(routing.source(self.v), start, float(image_from_source))
-        from_own = ValueMap(routing.own(self.v), start, float(not image_from_source))
-        own_vanishes = routing.drops_own and (not joint or image_from_source)
-        edited = self._image_queries() if joint else None
-
-        def fold(terms: Terms, before: Terms) -> None:
-            for row in targets:
-                own = terms[row]
-                new: list[Term] = []
-                if moves and origin is not None:
-                    new += [
-                        replace(t.with_own(v=own[0].own.v), maps=(*own[0].maps, from_source))
-                        for t in before[origin]
-                    ]
-                if not own_vanishes:
-                    new += [
-                        t if routing.keeps_own else replace(t, maps=(*t.maps, from_own))
-                        for t in own
-                    ]
-                if edited is not None:
-                    new = [t.weighted(edited) for t in new]
-                    new += [t.weighted(1 - edited) for t in own]
-                terms[row] = tuple(new)
-
-        self._note(Stage.TOKEN_MAP, "route", targets, fold)
+        if origin is None:
+            maps = {"from_own": routing.alone(self.v, start)}
+        else:
+            maps = {}
+            if moves:
+                maps["from_source"] = routing.source(self.v, start, float(not stays))
+            if not routing.drops_own or (joint and stays):
+                maps["from_own"] = routing.own(self.v, start, float(stays))
+        operation = does.route(origin, **maps, queries=self._image_queries() if joint else None)
+        self._note(Stage.TOKEN_MAP, "route", targets, operation)
 
     def add(
         self,
@@ -423,18 +304,24 @@ class AttentionCall:
         k, v: [heads, tokens, channels] or with a leading sub-batch; mask: [N].
         """
         targets = self._indices(rows, "rows")
-        if scale == 0.0:
+        new_k, _ = self._ref(k, self.k, "add: k")
+        new_v, _ = self._ref(v, self.v, "add: v")
+        if new_k.base.shape[-2] != new_v.base.shape[-2]:
+            raise InputError(
+                f"add: k has {new_k.base.shape[-2]} tokens and v has {new_v.base.shape[-2]}; they "
+                "must be as many"
+            )
+        weight: Tensor | float = scale
+        if mask is not None:
+            weight = self._per_query(mask, "add: mask") * scale
+        if scale == 0.0 or new_k.base.shape[-2] == 0 or (mask is not None and is_all(mask, 0)):
             return
-        new_k, _ = self._ref(k, self.k, "k")
-        new_v, _ = self._ref(v, self.v, "v")
-        weight: Tensor | float = scale if mask is None else self._per_query(mask, "mask") * scale
+        segments = (Segment(new_k, new_v),)
 
-        def fold(terms: Terms, before: Terms) -> None:
-            for row in targets:
-                extra = Term(Ref(self.q, row), (Segment(new_k, new_v),), self.scale, weight=weight)
-                terms[row] = (*terms[row], extra)
+        def term(row: int) -> Term:
+            return Term(Ref(self.q, row), segments, self.scale, weight=weight, extra=True)
 
-        self._note(Stage.ADDITION, "add", targets, fold)
+        self._note(Stage.ADDITION, "add", targets, does.add(term))
 
     def skip(self, rows: RowLike | Iterable[RowLike]) -> None:
         """Replace the probabilities of `rows` by the identity: the output is v (PAG)."""
@@ -444,12 +331,7 @@ class AttentionCall:
                 f"skip: {self.site.path} has {self.q.shape[-2]} queries and {self.k.shape[-2]} "
                 "keys; identity attention needs a self-attention site"
             )
-
-        def fold(terms: Terms, before: Terms) -> None:
-            for row in targets:
-                terms[row] = (replace(terms[row][0], maps=(), weight=1.0, value_only=True),)
-
-        self._note(Stage.OVERRIDE, "skip", targets, fold)
+        self._note(Stage.OVERRIDE, "skip", targets, does.skip)
 
     def probabilities(self, rows: RowLike | Iterable[RowLike], fn: Probabilities) -> None:
         """The escape hatch: `fn` gets [sub-batch, heads, N, M] and returns it edited.
@@ -457,9 +339,7 @@ class AttentionCall:
         It costs the matrix, for these rows at this site, and the report says so. Prefer a verb.
         """
         targets = self._indices(rows, "rows")
-        for row in targets:
-            self.overrides.setdefault(row, []).append(fn)
-        self._note(Stage.OVERRIDE, "probabilities", targets, lambda terms, before: None)
+        self._note(Stage.OVERRIDE, "probabilities", targets, does.probabilities(fn))
 
     def read(self, rows: RowLike | Iterable[RowLike], tokens: Sequence[int], into: Sink) -> None:
         """Hand the edited probabilities of some keys, averaged over heads, to `into(row, map)`.
@@ -479,39 +359,20 @@ class AttentionCall:
 
     # -- folding -------------------------------------------------------------------------------
 
-    def plain_terms(self) -> Terms:
-        return {
-            row: (
-                Term(
-                    Ref(self.q, row),
-                    (Segment(Ref(self.k, row), Ref(self.v, row), mask_row=row),),
-                    self.scale,
-                ),
-            )
-            for row in range(self.q.shape[0])
-        }
+    def plain(self, row: int) -> Term:
+        """The term of a row that nothing rewrote."""
+        own = Segment(Ref(self.k, row), Ref(self.v, row), mask_row=row)
+        return Term(Ref(self.q, row), (own,), self.scale)
 
     def fold(self) -> Sum:
         """The finished sum: every operation applied, stage by stage, in order inside a stage."""
-        terms = self.plain_terms()
-        plain = dict(terms)
-        for stage in Stage:
-            before = dict(terms)
-            for operation in self.operations:
-                if operation.stage is stage:
-                    operation.fold(terms, before)
-        touched = {row for row in terms if terms[row] is not plain[row]} | set(self.overrides)
-        return Sum(terms, touched, self.mask)
+        return does.folded(self.plain, self.operations, self.q.shape[0], self.mask)
 
     def _note(
-        self,
-        stage: Stage,
-        verb: str,
-        rows: tuple[int, ...],
-        fold: Callable[[Terms, Terms], None],
+        self, stage: Stage, verb: str, rows: tuple[int, ...], apply: Callable[..., None]
     ) -> None:
         if rows:
-            self.operations.append(Operation(stage, self.editor, verb, rows, fold))
+            self.operations.append(Operation(stage, self.editor, verb, rows, apply))
 
     # -- arguments -----------------------------------------------------------------------------
 
@@ -522,8 +383,8 @@ class AttentionCall:
         return index
 
     def _indices(self, rows: RowLike | Iterable[RowLike], name: str) -> tuple[int, ...]:
-        many = (rows,) if isinstance(rows, Row | int) else tuple(rows)
-        return tuple(self._index(row, name) for row in many)
+        many = (rows,) if isinstance(rows, Row | int) else rows
+        return tuple(dict.fromkeys(self._index(row, name) for row in many))
 
     def _ref(self, value: Tensor | RowLike, own: Tensor, name: str) -> tuple[Ref, int | None]:
         if not isinstance(value, Tensor):
@@ -545,7 +406,7 @@ class AttentionCall:
             raise InputError(
                 f"{name} is {tuple(value.shape)}; {self.site.path} has {self.q.shape[-2]} queries"
             )
-        return value.to(self.q)
+        return cast(value, self.q)
 
     def _image_queries(self) -> Tensor:
         start, stop = self.spans.image_queries

@@ -1,17 +1,15 @@
 """How a finished sum is evaluated: by the cheapest exact means, with the reason.
 
-    pass-through   nothing was rewritten: the model's own call, bit-identical
-    sdpa           one scaled_dot_product_attention per group of like terms
-    shared         short keys on a CPU: each distinct softmax once, used by every row
-    matrix         an editor asked for the probabilities themselves
-    reference      explicit matrices in float64, on request
-
-Rows that no editor touched keep the model's own call wherever that is not dearer.
+pass-through   nothing was rewritten: the model's own call, bit-identical
+shared         short keys on a CPU: each distinct softmax once, used by every row
+sdpa           one scaled_dot_product_attention per group of like terms
+reference      explicit matrices in float64, on request
+matrix         rows whose probabilities an editor asked for; the others as above
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,16 +17,15 @@ from torch import Tensor
 
 from hookctl.attention import reference, sdpa, shared
 from hookctl.attention.call import AttentionCall, ReadOut
+from hookctl.attention.sdpa import Piece
 from hookctl.attention.term import Sum
 from hookctl.errors import InputError, UnsupportedError
 
 BACKENDS = ("auto", "triton", "sdpa", "reference")
 
-# Measured on a CPU (torch 2.13, float32, one thread): up to this many keys a thin explicit matrix
-# beats one SDPA call per term, and up to this many queries it beats SDPA for the rows that no
-# editor touched as well.
-SHORT_KEYS = 256
-FEW_QUERIES = 1024
+# Up to this many keys a thin explicit matrix is cheaper than one SDPA call per term, and than SDPA
+# for the rows that no editor touched as well. Measured on a CPU: tests/benchmarks/cpu_attention.py.
+SHORT_KEYS = 128
 
 
 @dataclass(frozen=True)
@@ -41,17 +38,62 @@ class Plan:
 
 PASS_THROUGH = Plan("pass-through", "no editor rewrote this call")
 
-Original = Callable[[slice | None], Tensor]
+
+@dataclass(frozen=True)
+class Evaluator:
+    """A way to evaluate a finished sum.
+
+    missing: why it can't run in this installation, None if it can; suits: why it is the one to
+    take for a call, None if it is not, asked when `backend` is auto; evaluate: the sums of some
+    rows, in pieces of stacked rows.
+    """
+
+    name: str
+    missing: Callable[[], str | None]
+    suits: Callable[[AttentionCall, Sum], str | None]
+    evaluate: Callable[[Sum, Sequence[int]], list[Piece]]
+
+
+def _here() -> None:
+    return None
+
+
+def _suits_shared(call: AttentionCall, finished: Sum) -> str | None:
+    keys = call.k.shape[-2]
+    if (
+        call.site.kind != "cross"
+        or call.q.device.type != "cpu"
+        or call.q.dtype not in (torch.float32, torch.float64)
+        or keys > SHORT_KEYS
+        or any(t.regions or t.value_only for terms in finished.terms.values() for t in terms)
+    ):
+        return None
+    return f"{keys} keys on a CPU: one softmax serves several rows"
+
+
+# In the order in which `auto` asks them. The last suits every call.
+EVALUATORS = (
+    Evaluator("shared", _here, _suits_shared, shared.evaluate),
+    Evaluator("reference", _here, lambda call, finished: None, reference.evaluate),
+    Evaluator(
+        "sdpa",
+        _here,
+        lambda call, finished: "edited rows by SDPA over rewritten terms",
+        sdpa.evaluate,
+    ),
+)
 
 
 def check_backend(backend: str) -> None:
     """Raise InputError for a backend that does not exist, UnsupportedError for one not here."""
     if backend not in BACKENDS:
         raise InputError(f"backend={backend!r}; give one of {', '.join(BACKENDS)}")
-    if backend == "triton":
-        raise UnsupportedError(
-            "backend='triton': this build has no fused kernels; use 'auto' or 'sdpa'"
-        )
+    if backend == "auto":
+        return
+    found = [e for e in EVALUATORS if e.name == backend]
+    missing = found[0].missing() if found else "this build has no fused kernels"
+    if missing:
+        raise UnsupportedError(f"backend={backend!r}: {missing}; use 'auto' or 'sdpa'")
 
 
 def evaluate(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Plan]:
@@ -61,16 +103,14 @@ def evaluate(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Plan]:
     passes calls without any operation through itself.
     """
     finished = call.fold()
-    plan = _choose(call, finished, backend)
-    out: Tensor
-    if plan.name == "reference":
-        edits = [call.overrides.get(row, []) for row in range(len(finished.terms))]
-        out = reference.evaluate([finished.terms[r] for r in finished.terms], call.mask, edits)
-    else:
-        out = _by_rows(call, finished, plan)
+    evaluator, plan = _choose(call, finished, backend)
+    rows = [row for row in range(finished.rows) if row not in finished.functions]
+    pieces = evaluator.evaluate(finished, rows) if rows else []
+    if finished.functions:
+        pieces += reference.evaluate(finished, sorted(finished.functions), dtype=None)
     for request in call.read_outs:
         request.into(request.row, _read(finished, request, call))
-    return out, plan
+    return _placed(pieces, call), plan
 
 
 def read_only(call: AttentionCall) -> None:
@@ -80,61 +120,36 @@ def read_only(call: AttentionCall) -> None:
         request.into(request.row, _read(finished, request, call))
 
 
-def _choose(call: AttentionCall, finished: Sum, backend: str) -> Plan:
-    if backend == "reference":
-        return Plan("reference", "backend='reference' was asked for")
-    if call.overrides:
-        names = ", ".join(sorted({type(o.editor).__name__ for o in call.operations}))
-        return Plan("matrix", f"{names} asked for the probabilities")
-    keys = call.k.shape[-2]
-    routed = any(
-        len(finished.terms[row]) > 1 or finished.terms[row][0].maps for row in finished.touched
-    )
-    plain = all(
-        t.regions is None and not t.value_only for row in finished.terms.values() for t in row
-    )
-    if (
-        backend == "auto"
-        and routed
-        and plain
-        and keys <= SHORT_KEYS
-        and call.q.device.type == "cpu"
-    ):
-        return Plan("shared", f"{keys} keys on a CPU: one softmax serves several rows")
-    return Plan("sdpa", "edited rows by SDPA over rewritten terms")
+def _choose(call: AttentionCall, finished: Sum, backend: str) -> tuple[Evaluator, Plan]:
+    for evaluator in EVALUATORS:
+        if backend == evaluator.name:
+            reason: str | None = f"backend={backend!r} was asked for"
+        elif backend == "auto" and evaluator.missing() is None:
+            reason = evaluator.suits(call, finished)
+        else:
+            reason = None
+        if reason is None:
+            continue
+        if not finished.touched:
+            # By the same evaluator as the model's own call.
+            return EVALUATORS[-1], PASS_THROUGH
+        if finished.functions:
+            names = {type(o.editor).__name__ for o in call.operations if o.verb == "probabilities"}
+            reason = f"{', '.join(sorted(names))} asked for the probabilities"
+            return evaluator, Plan("matrix", reason)
+        return evaluator, Plan(evaluator.name, reason)
+    raise UnsupportedError(f"backend={backend!r} can't evaluate {call.site.path}")
 
 
-def _by_rows(call: AttentionCall, finished: Sum, plan: Plan) -> Tensor:
-    rows = list(finished.terms)
-    done: dict[int, Tensor] = {}
-    if plan.name == "shared":
-        chosen = rows if call.q.shape[-2] <= FEW_QUERIES else _with_sources(finished)
-        parts = shared.evaluate([finished.terms[row] for row in chosen], call.mask)
-        done = dict(zip(chosen, parts, strict=True))
-    for row in call.overrides:
-        done[row] = reference.evaluate(
-            [finished.terms[row]], call.mask, [call.overrides[row]], dtype=None
-        )[0]
-    left = [row for row in rows if row not in done]
-    groups = [
-        (group, sdpa.evaluate([finished.terms[row] for row in group], call.mask))
-        for group in finished.groups(left)
-    ]
-    if not done and len(groups) == 1:
-        return groups[0][1]
-    out = call.q.new_empty(*call.q.shape[:-1], call.v.shape[-1])
-    for group, part in groups:
+def _placed(pieces: list[Piece], call: AttentionCall) -> Tensor:
+    """Pieces put together, laid out so that merging the heads afterwards copies nothing."""
+    if len(pieces) == 1:
+        return pieces[0][1]
+    rows, sub, heads, tokens, _ = call.q.shape
+    out = call.q.new_empty(rows, sub, tokens, heads, call.v.shape[-1]).transpose(2, 3)
+    for group, part in pieces:
         out[_index(group)] = part
-    for row, one in done.items():
-        out[row] = one
     return out
-
-
-def _with_sources(finished: Sum) -> list[int]:
-    """Edited rows, and the rows whose probabilities they use: those come free."""
-    rows = set(finished.touched)
-    rows |= {term.q.row for row in finished.touched for term in finished.terms[row]}
-    return sorted(rows)
 
 
 def _index(rows: list[int]) -> slice | list[int]:
@@ -143,11 +158,17 @@ def _index(rows: list[int]) -> slice | list[int]:
 
 
 def _read(finished: Sum, request: ReadOut, call: AttentionCall) -> Tensor:
-    total: Tensor | None = None
-    for term in finished.terms[request.row.index]:
-        part = sdpa.columns(term, finished.mask, request.tokens)
-        total = part if total is None else total + part
-    assert total is not None  # a row has at least one term
+    """[sub-batch, image queries, tokens], averaged over heads."""
+    row, keys = request.row.index, call.k.shape[-2]
+    if row in finished.functions or (call.site.kind == "cross" and keys <= SHORT_KEYS):
+        total = reference.columns(finished, row, request.tokens)
+    else:
+        parts = [
+            sdpa.columns(term, finished.mask, request.tokens)
+            for term in finished.terms[row]
+            if not term.extra
+        ]
+        total = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
     start, stop = call.spans.image_queries
     return total.mean(1)[:, start:stop]
 

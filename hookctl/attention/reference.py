@@ -6,13 +6,74 @@ editor asks for the probabilities themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hookctl.attention.assemble import scores_of, values_of, weight_of
-from hookctl.attention.term import Term
+from hookctl.attention.assemble import scores_of, weigh, weight_of
+from hookctl.attention.sdpa import Piece
+from hookctl.attention.term import Sum, Term
+
+Edit = Callable[[Tensor], Tensor]
+
+
+def evaluate(
+    finished: Sum, rows: Sequence[int], dtype: torch.dtype | None = torch.float64
+) -> list[Piece]:
+    """The sums of some rows, in pieces [1, sub-batch, heads, N, channels] in the dtype of v."""
+    pieces = []
+    for row in rows:
+        total: Tensor | None = None
+        for p, values, _ in matrices(finished, row, dtype):
+            part = p @ values.to(p.dtype)
+            total = part if total is None else total + part
+        assert total is not None  # a row has at least one term
+        pieces.append(([row], total[None].to(finished.terms[row][0].own.v.base.dtype)))
+    return pieces
+
+
+def columns(
+    finished: Sum, row: int, tokens: tuple[int, ...], dtype: torch.dtype | None = None
+) -> Tensor:
+    """The edited probabilities of some of the row's own keys, [sub-batch, heads, N, t]."""
+    own = [p for p, _, extra in matrices(finished, row, dtype) if not extra]
+    return torch.stack([p[..., list(tokens)] for p in own]).sum(0)
+
+
+def matrices(
+    finished: Sum, row: int, dtype: torch.dtype | None
+) -> list[tuple[Tensor, Tensor, bool]]:
+    """(probabilities [sub-batch, heads, N, M], values, whether they are an addition) of a row.
+
+    Terms over the same values are one matrix, and what an editor asked to do to the row's
+    probabilities is done to it; additions are softmaxes of their own and stay as they are.
+    """
+    groups: dict[Any, list[Term]] = {}
+    for i, term in enumerate(finished.terms[row]):
+        key = (i if term.extra else None, *((id(s.v.base), s.v.row) for s in term.segments))
+        groups.setdefault(key, []).append(term)
+    found = []
+    for terms in groups.values():
+        p = torch.stack([_weighted(term, finished.mask, dtype) for term in terms]).sum(0)
+        if not terms[0].extra:
+            for edit in finished.functions.get(row, ()):
+                p = edit(p)
+        values = [s.v.tensor for s in terms[0].segments]
+        found.append((p, torch.cat(values, -2), terms[0].extra))
+    return found
+
+
+def _weighted(term: Term, mask: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    """A term's probabilities, mapped and weighted."""
+    p = probabilities(term, mask, dtype)
+    own = p[..., : term.own.tokens]
+    for value_map in reversed(term.maps):
+        own = value_map.apply_to_probabilities(own)
+    p = torch.cat([own, p[..., term.own.tokens :]], -1)
+    weight = weight_of([term], p)
+    return weigh(p, weight[0] if isinstance(weight, Tensor) else weight)
 
 
 def probabilities(term: Term, mask: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
@@ -29,32 +90,7 @@ def probabilities(term: Term, mask: Tensor | None, dtype: torch.dtype | None = N
     if term.regions is not None:
         allowed = (term.regions.queries[:, None] & term.regions.keys[None]) != 0
         scores = scores.masked_fill(~allowed, float("-inf"))
-    p = scores.softmax(-1)
-    return p if parts.bias is None and term.regions is None else p.nan_to_num(0.0)
-
-
-def evaluate(
-    rows: list[tuple[Term, ...]],
-    mask: Tensor | None,
-    edits: list[list[Callable[[Tensor], Tensor]]] | None = None,
-    dtype: torch.dtype | None = torch.float64,
-) -> Tensor:
-    """The sums of rows of terms, [rows, sub-batch, heads, N, channels], in the dtype of v.
-
-    edits: per row, functions applied to the probabilities of every term.
-    """
-    out = []
-    for i, terms in enumerate(rows):
-        total: Tensor | None = None
-        for term in terms:
-            p = probabilities(term, mask, dtype)
-            for edit in edits[i] if edits else ():
-                p = edit(p)
-            v = values_of([term])[0]
-            part = p @ v.to(p.dtype)
-            weight = weight_of([term], part)
-            part = part * (weight[0] if isinstance(weight, Tensor) else weight)
-            total = part if total is None else total + part
-        assert total is not None  # a row has at least one term
-        out.append(total.to(terms[0].own.v.base.dtype))
-    return torch.stack(out)
+    if parts.bias is None and term.regions is None:
+        return scores.softmax(-1)
+    empty = (scores == float("-inf")).all(-1, keepdim=True)
+    return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)

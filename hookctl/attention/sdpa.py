@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hookctl.attention.assemble import Scores, map_values, scores_of, values_of, weight_of
-from hookctl.attention.term import Regions, Term
+from hookctl.attention.assemble import Scores, scores_of, values_of, weigh, weight_of
+from hookctl.attention.term import Sum, Term
+from hookctl.attention.visibility import Regions
 
-# Read-outs over long keys go through one-hot values; more columns than this need several passes.
-_MOST_LABELS = 64
+# Queries that see the same keys attend together; of more kinds than this, a mask is made for a
+# chunk of queries at a time.
+_MOST_KINDS = 64
 _QUERY_CHUNK = 256
 
+# Fused kernels want whole groups of channels.
+_CHANNELS = 8
 
-def evaluate(rows: list[tuple[Term, ...]], mask: Tensor | None) -> Tensor:
-    """The sums of rows of like terms, [rows, sub-batch, heads, N, channels]."""
+Piece = tuple[list[int], Tensor]
+
+
+def evaluate(finished: Sum, rows: Sequence[int]) -> list[Piece]:
+    """The sums of some rows, in pieces [rows, sub-batch, heads, N, channels]."""
+    return [
+        (group, _batch([finished.terms[row] for row in group], finished.mask))
+        for group in finished.groups(rows)
+    ]
+
+
+def _batch(rows: list[tuple[Term, ...]], mask: Tensor | None) -> Tensor:
+    """The sums of rows of like terms."""
     total: Tensor | None = None
     for place in range(len(rows[0])):
         terms = [row[place] for row in rows]
         part = values_of(terms)
         if not terms[0].value_only:
-            scores = scores_of(terms, mask, widen=terms[0].regions is None)
-            part = attend(scores, part, terms[0].regions)
-        weight = weight_of(terms, part)
-        if isinstance(weight, Tensor) or weight != 1.0:
-            part = part * weight
+            part = attend(scores_of(terms, mask, widen=True), part, terms[0].regions)
+        part = weigh(part, weight_of(terms, part))
         total = part if total is None else total + part
     assert total is not None  # a row has at least one term
     return total
@@ -37,9 +51,9 @@ def attend(scores: Scores, v: Tensor, regions: Regions | None = None) -> Tensor:
         return _by_region(scores, v, regions)
     q, k = scores.q, scores.k
     channels = v.shape[-1]
-    width = max(q.shape[-1], channels)
     if not q.shape[-1] == k.shape[-1] == channels:
-        # The fused CPU and CUDA kernels take one width; zero channels change no score.
+        # The fused kernels take one width; zero channels change no score.
+        width = -(-max(q.shape[-1], channels) // _CHANNELS) * _CHANNELS
         q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
     out = F.scaled_dot_product_attention(
         q.flatten(0, 1),
@@ -55,41 +69,41 @@ def _flat_bias(bias: Tensor | None, q: Tensor) -> Tensor | None:
     if bias is None:
         return None
     bias = bias.to(q.dtype)
-    while bias.dim() < 5:
-        bias = bias[None]
     if bias.shape[0] == bias.shape[1] == 1:
         return bias[0]
     return bias.expand(q.shape[0], q.shape[1], *bias.shape[2:]).flatten(0, 1)
 
 
 def _by_region(scores: Scores, v: Tensor, regions: Regions) -> Tensor:
-    """Queries with equal bit sets share their keys: attend label by label, without a mask."""
-    labels, which = regions.queries.unique(return_inverse=True)
-    if len(labels) > _MOST_LABELS:
+    """Queries of one kind share their keys: attend kind by kind, without a mask."""
+    if regions.kinds > _MOST_KINDS:
         return _by_chunk(scores, v, regions)
     out = v.new_zeros(*scores.q.shape[:-1], v.shape[-1])
-    for i, label in enumerate(labels):
-        queries = (which == i).nonzero()[:, 0]
-        keys = ((regions.keys & label) != 0).nonzero()[:, 0]
-        if not len(keys):
-            continue
+    for queries, keys in regions.blocks:
         bias = scores.bias
         if bias is not None:
-            bias = bias[..., keys]
-            bias = bias[..., queries, :] if bias.shape[-2] > 1 else bias
-        part = Scores(scores.q[..., queries, :], scores.k[..., keys, :], bias, scores.scale)
-        out = out.index_copy(-2, queries, attend(part, v[..., keys, :]))
+            bias = _some(bias, keys, -1)
+            bias = _some(bias, queries, -2) if bias.shape[-2] > 1 else bias
+        part = Scores(_some(scores.q, queries, -2), _some(scores.k, keys, -2), bias, scores.scale)
+        block = attend(part, _some(v, keys, -2))
+        if queries is None:
+            return block
+        out = out.index_copy_(-2, queries, block)
     return out
 
 
+def _some(x: Tensor, positions: Tensor | None, dim: int) -> Tensor:
+    return x if positions is None else x.index_select(dim, positions)
+
+
 def _by_chunk(scores: Scores, v: Tensor, regions: Regions) -> Tensor:
-    """Many labels: a dense mask, but only for a chunk of queries at a time."""
+    """Many kinds of queries: a dense mask, but only for a chunk of queries at a time."""
     parts = []
     for start in range(0, scores.q.shape[-2], _QUERY_CHUNK):
         chunk = slice(start, start + _QUERY_CHUNK)
         allowed = (regions.queries[chunk, None] & regions.keys[None]) != 0
-        bias = torch.zeros(allowed.shape, dtype=scores.q.dtype, device=scores.q.device)
-        bias = bias.masked_fill(~allowed, float("-inf"))
+        bias = scores.q.new_zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
+        bias = bias[None, None, None]
         if scores.bias is not None:
             own = scores.bias
             bias = bias + (own[..., chunk, :] if own.shape[-2] > 1 else own)
@@ -104,16 +118,20 @@ def columns(term: Term, mask: Tensor | None, tokens: tuple[int, ...]) -> Tensor:
 
     The columns are attention over one-hot values, so they too need no matrix.
     """
-    scores = scores_of([term], mask, widen=term.regions is None)
-    one_hot = scores.k.new_zeros(scores.k.shape[-2], len(tokens))
-    one_hot[list(tokens), range(len(tokens))] = 1
-    own, rest = one_hot[: term.own.tokens], one_hot[term.own.tokens :]
-    for value_map in term.maps:
-        own = map_values(own, [value_map], stacked=False)
-    one_hot = torch.cat([own, rest])
+    scores = scores_of([term], mask, widen=True)
+    one_hot = one_hot_values(term, tokens, scores.q)
     if term.value_only:
         out = one_hot.expand(*scores.q.shape[1:3], *one_hot.shape)
     else:
         out = attend(scores, one_hot.expand(*scores.q.shape[:3], *one_hot.shape), term.regions)[0]
     weight = weight_of([term], out)
-    return out * (weight[0] if isinstance(weight, Tensor) else weight)
+    return weigh(out, weight[0] if isinstance(weight, Tensor) else weight)
+
+
+def one_hot_values(term: Term, tokens: tuple[int, ...], like: Tensor) -> Tensor:
+    """Values that turn attention into the columns `tokens` of the row's own keys, mapped."""
+    place = torch.tensor(tokens, device=like.device)
+    own = (torch.arange(term.own.tokens, device=like.device)[:, None] == place).to(like.dtype)
+    for value_map in term.maps:
+        own = value_map.apply(own)
+    return F.pad(own, (0, 0, 0, sum(s.tokens for s in term.segments[1:])))

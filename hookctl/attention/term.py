@@ -11,14 +11,18 @@ evaluation when the sum is finished.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hookctl.attention.token_map import ValueMap
+from hookctl.attention.visibility import Regions
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(slots=True, eq=False)
 class Ref:
     """Row `row` of `base`, a stack [rows, sub-batch, heads, tokens, channels]."""
 
@@ -31,7 +35,7 @@ class Ref:
         return self.base[self.row]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Segment:
     """A stretch of keys with their values.
 
@@ -50,40 +54,14 @@ class Segment:
 
 
 @dataclass(frozen=True, eq=False)
-class ValueMap:
-    """A linear map of the values along the token axis, folded out of the probabilities.
-
-    matrix: [T, T] or its diagonal [T], applied to the tokens start .. start + T; rest: gain of
-    the values of every other token of the segment.
-    """
-
-    matrix: Tensor
-    start: int = 0
-    rest: float = 1.0
-
-    @property
-    def diagonal(self) -> bool:
-        return self.matrix.dim() == 1
-
-
-@dataclass(frozen=True, eq=False)
-class Regions:
-    """Per-token bit sets: a query sees a key where `queries & keys` is not 0.
-
-    queries: int64 [N]; keys: int64 [M]. A query that may see no key gives 0.
-    """
-
-    queries: Tensor
-    keys: Tensor
-
-
-@dataclass(frozen=True, eq=False)
 class Term:
     """One summand of equation (1) for one row.
 
     The first segment holds the row's own tokens; value maps and read-outs speak of it.
-    weight: a number, or per query [N]; factors: rank-r biases, pairs ([N, r], [M, r]);
-    value_only: the probabilities are the identity, so that the term is its values.
+    maps: applied to the values in this order; weight: a number, or per query [N]; factors: rank-r
+    biases, pairs ([N, r], [M, r]) whose first is None for ones; value_only: the probabilities are
+    the identity, so that the term is its values; extra: the term was added, over keys that are
+    not the row's own.
     """
 
     q: Ref
@@ -91,9 +69,10 @@ class Term:
     scale: float
     maps: tuple[ValueMap, ...] = ()
     weight: Tensor | float = 1.0
-    factors: tuple[tuple[Tensor, Tensor], ...] = ()
+    factors: tuple[tuple[Tensor | None, Tensor], ...] = ()
     regions: Regions | None = None
     value_only: bool = False
+    extra: bool = False
 
     @property
     def own(self) -> Segment:
@@ -113,10 +92,10 @@ class Term:
                 (id(s.k.base), id(s.v.base), _form(s.shift), s.mask_row is None)
                 for s in self.segments
             ),
-            tuple((m.matrix.shape, m.start, m.rest) for m in self.maps),
+            len(self.maps),
             _form(self.weight),
             tuple((id(a), id(b)) for a, b in self.factors),
-            None if self.regions is None else (id(self.regions.queries), id(self.regions.keys)),
+            id(self.regions),
             self.scale,
             self.value_only,
         )
@@ -126,33 +105,61 @@ def _form(value: Tensor | float | None) -> Any:
     return tuple(value.shape) if isinstance(value, Tensor) else value
 
 
+class Terms(dict[int, tuple[Term, ...]]):
+    """The rewritten terms of rows; a row that nothing rewrote gives its plain term."""
+
+    def __init__(self, plain: Callable[[int], Term], given: Iterable[Any] = ()) -> None:
+        super().__init__(given)
+        self.plain = plain
+
+    def __missing__(self, row: int) -> tuple[Term, ...]:
+        return (self.plain(row),)
+
+    def snapshot(self) -> Terms:
+        return Terms(self.plain, self)
+
+
 @dataclass(eq=False)
 class Sum:
     """The terms of every row of one attention call, ready to be evaluated.
 
-    terms: row -> its terms; touched: the rows whose terms were rewritten; mask: the model's own
-    bias as a stack [rows | 1, sub-batch | 1, heads | 1, N | 1, M], additive or bool.
+    terms: row -> its terms; rows: how many there are; mask: the model's own bias as a stack
+    [rows | 1, sub-batch | 1, heads | 1, N | 1, M], additive or bool; functions: row -> what edits
+    its probabilities themselves.
     """
 
-    terms: dict[int, tuple[Term, ...]]
-    touched: set[int] = field(default_factory=set)
+    terms: Terms
+    rows: int
     mask: Tensor | None = None
+    functions: dict[int, list[Callable[[Tensor], Tensor]]] = field(default_factory=dict)
 
-    def groups(self, rows: list[int]) -> list[list[int]]:
-        """The rows sorted into groups that can be evaluated in one batch."""
+    @property
+    def touched(self) -> set[int]:
+        """The rows whose attention was rewritten."""
+        return {*self.terms, *self.functions}
+
+    def groups(self, rows: Iterable[int]) -> list[list[int]]:
+        """The rows sorted into groups that can be evaluated in one batch, without copying q or k
+        for the rows that nothing rewrote."""
         groups: dict[Any, list[int]] = {}
+        run = -1
         for row in rows:
-            key = tuple(term.signature() for term in self.terms[row])
+            if row in self.terms:
+                key: Any = tuple(term.signature() for term in self.terms[row])
+            else:
+                run = run if groups.get(run, [None])[-1] == row - 1 else -1 - len(groups)
+                key = run
             groups.setdefault(key, []).append(row)
         return list(groups.values())
 
 
-def gather(refs: list[Ref]) -> Tensor:
-    """The rows of one stack as a batch, [len(refs), sub-batch, heads, tokens, channels].
+def gather(refs: Sequence[Ref]) -> Tensor:
+    """The rows of one stack as a batch, [len(refs), sub-batch, heads, tokens, channels]."""
+    return rows_of(refs[0].base, [ref.row for ref in refs])
 
-    Copies nothing if the rows are adjacent or all the same.
-    """
-    base, rows = refs[0].base, [ref.row for ref in refs]
+
+def rows_of(base: Tensor, rows: Sequence[int]) -> Tensor:
+    """Some rows of a stack; copies nothing if they are adjacent or all the same."""
     if len(rows) == 1 or all(b - a == 1 for a, b in zip(rows, rows[1:], strict=False)):
         return base[rows[0] : rows[-1] + 1]
     if all(row == rows[0] for row in rows):

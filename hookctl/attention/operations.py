@@ -1,0 +1,211 @@
+"""What the verbs of `AttentionCall` do to terms, once all editors have spoken.
+
+Each operation rewrites the terms of its rows. They are folded stage by stage, so that editors
+compose in whatever order they spoke; inside a stage they are folded in that order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import Any
+
+from torch import Tensor
+
+from hookctl.attention.term import Ref, Segment, Sum, Term, Terms
+from hookctl.attention.token_map import ValueMap
+from hookctl.attention.visibility import Regions
+
+
+class Stage(IntEnum):
+    """The order in which operations are folded into terms."""
+
+    SUBSTITUTION = 0
+    EXTENSION = 1
+    RESTRICTION = 2
+    TOKEN_MAP = 3
+    ADDITION = 4
+    OVERRIDE = 5
+    READ_OUT = 6
+
+
+Probabilities = Callable[[Tensor], Tensor]
+
+
+@dataclass(eq=False, slots=True)
+class Fold:
+    """The state of a fold.
+
+    terms: as rewritten so far; before: as they were when the stage began; values: per row that was
+    substituted, the terms whose values and weights make up its own values; functions: what edits
+    the probabilities of a row.
+    """
+
+    terms: Terms
+    before: Terms
+    values: Terms
+    functions: dict[int, list[Probabilities]]
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """One use of a verb by one editor."""
+
+    stage: Stage
+    editor: Any
+    verb: str
+    rows: tuple[int, ...]
+    apply: Callable[[Fold, int], None]
+
+
+def folded(
+    plain: Callable[[int], Term], operations: Iterable[Operation], rows: int, mask: Tensor | None
+) -> Sum:
+    """The finished sum of a call of `rows` rows: every operation applied, stage by stage."""
+    terms = Terms(plain)
+    state = Fold(terms, terms, terms, {})
+    stage = Stage.SUBSTITUTION
+    for operation in sorted(operations, key=lambda o: o.stage):
+        if operation.stage is not stage:
+            state.before = terms.snapshot()
+            if stage is Stage.SUBSTITUTION:
+                state.values = state.before
+            stage = operation.stage
+        for row in operation.rows:
+            operation.apply(state, row)
+    return Sum(terms, rows, mask, state.functions)
+
+
+def borrow(
+    sources: dict[str, Ref], mask_row: int | None, weight: Tensor | None
+) -> Callable[[Fold, int], None]:
+    """sources: some of q, k, v; mask_row: row of the mask that comes with k; weight: [N]."""
+    q = sources.get("q")
+    changes: dict[str, Any] = {name: ref for name, ref in sources.items() if name != "q"}
+    if "k" in sources:
+        changes["mask_row"] = mask_row
+
+    def one(term: Term) -> Term:
+        segments = (replace(term.own, **changes), *term.segments[1:])
+        return replace(term, q=q or term.q, segments=segments)
+
+    def apply(state: Fold, row: int) -> None:
+        terms = state.terms[row]
+        if weight is None:
+            state.terms[row] = tuple(one(t) for t in terms)
+        else:
+            state.terms[row] = tuple(
+                part for t in terms for part in (one(t).weighted(weight), t.weighted(1 - weight))
+            )
+
+    return apply
+
+
+def extend(segment: Segment) -> Callable[[Fold, int], None]:
+    def apply(state: Fold, row: int) -> None:
+        state.terms[row] = tuple(
+            replace(t, segments=(*t.segments, segment)) for t in state.terms[row]
+        )
+
+    return apply
+
+
+def restrict(regions: Regions) -> Callable[[Fold, int], None]:
+    def one(term: Term) -> Term:
+        allowed = regions.extended(sum(s.tokens for s in term.segments[1:]))
+        return replace(term, regions=term.regions.both(allowed) if term.regions else allowed)
+
+    def apply(state: Fold, row: int) -> None:
+        state.terms[row] = tuple(one(t) for t in state.terms[row])
+
+    return apply
+
+
+def bias(queries: Tensor | None, keys: Tensor) -> Callable[[Fold, int], None]:
+    """queries: [N, r] or None for ones; keys: [M, r]."""
+    pair = (queries, keys)
+
+    def apply(state: Fold, row: int) -> None:
+        state.terms[row] = tuple(replace(t, factors=(*t.factors, pair)) for t in state.terms[row])
+
+    return apply
+
+
+def route(
+    origin: int | None,
+    from_source: ValueMap | None = None,
+    from_own: ValueMap | None = None,
+    queries: Tensor | None = None,
+) -> Callable[[Fold, int], None]:
+    """origin: the source row; from_source, from_own: what the maps of the source and of the row
+    are multiplied by, None if nothing of them is left; queries: weight [N] of the queries that are
+    edited, None for all."""
+
+    def moved(state: Fold, row: int) -> list[Term]:
+        """The source's probabilities over the row's values."""
+        if origin is None or from_source is None:
+            return []
+        source = state.before[origin]
+        if origin != row:
+            source = tuple(
+                t.with_own(v=v).weighted(weight)
+                for v, weight in own_values(state, row)
+                for t in source
+            )
+        return [replace(t, maps=(from_source, *t.maps)) for t in source]
+
+    def apply(state: Fold, row: int) -> None:
+        own = state.terms[row]
+        new = moved(state, row)
+        if from_own is not None:
+            # P L R V: the newest map is the first that the values pass.
+            new += [replace(t, maps=(from_own, *t.maps)) for t in own]
+        if queries is not None:
+            new = [t.weighted(queries) for t in new]
+            new += [t.weighted(1 - queries) for t in own]
+        state.terms[row] = tuple(new)
+
+    return apply
+
+
+def own_values(state: Fold, row: int) -> list[tuple[Ref, Tensor | float]]:
+    """The values that a row's probabilities weigh, with their weights, which add up to 1."""
+    terms = state.values[row]
+    first = terms[0].own.v
+    if all(t.own.v.base is first.base and t.own.v.row == first.row for t in terms):
+        return [(first, 1.0)]
+    return [(t.own.v, t.weight) for t in terms]
+
+
+def add(term: Callable[[int], Term]) -> Callable[[Fold, int], None]:
+    def apply(state: Fold, row: int) -> None:
+        state.terms[row] = (*state.terms[row], term(row))
+
+    return apply
+
+
+def skip(state: Fold, row: int) -> None:
+    """The values of the row as they are; what was added beside them stays."""
+    first = state.terms[row][0]
+    own = [
+        replace(
+            first,
+            segments=(replace(first.own, v=v),),
+            maps=(),
+            weight=weight,
+            factors=(),
+            regions=None,
+            value_only=True,
+        )
+        for v, weight in own_values(state, row)
+    ]
+    state.terms[row] = (*own, *(t for t in state.terms[row] if t.extra))
+    state.functions.pop(row, None)
+
+
+def probabilities(fn: Probabilities) -> Callable[[Fold, int], None]:
+    def apply(state: Fold, row: int) -> None:
+        state.functions.setdefault(row, []).append(fn)
+
+    return apply

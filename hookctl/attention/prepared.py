@@ -1,0 +1,64 @@
+"""Arguments of verbs, prepared once and used at every site and turn.
+
+A verb is called thousands of times in a run with the same few tensors. What it needs to know of
+their values is found here once, on the CPU where they were made, so that no call waits for a GPU.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from hookctl.attention.visibility import Regions
+
+T = TypeVar("T")
+
+_KEPT = 64
+_memory: OrderedDict[Hashable, tuple[tuple[Tensor, ...], Any]] = OrderedDict()
+
+
+def remembered(make: Callable[[], T], what: Hashable, *values: Tensor) -> T:
+    """`make()`, or what it gave for the same tensors when they were last seen unchanged."""
+    if any(v.requires_grad or v.is_inference() for v in values):
+        return make()
+    key = (what, *((id(v), v._version) for v in values))
+    found = _memory.get(key)
+    if found is None:
+        # The tensors are kept with the result: an id stays theirs as long as it is a key.
+        found = _memory[key] = (values, make())
+        if len(_memory) > _KEPT:
+            _memory.popitem(last=False)
+    made: T = found[1]
+    return made
+
+
+def cast(value: Tensor, like: Tensor) -> Tensor:
+    """`value` in the dtype and on the device of `like`."""
+    if value.dtype == like.dtype and value.device == like.device:
+        return value
+    return remembered(lambda: value.to(like), ("cast", like.dtype, like.device), value)
+
+
+def is_all(value: Tensor, number: float) -> bool:
+    """Whether every element is known to be `number` and will stay so.
+
+    Not known of a tensor on another device (looking would wait for it) or of one being learned.
+    """
+    if value.device.type != "cpu" or value.requires_grad:
+        return False
+    return remembered(lambda: bool((value == number).all()), ("is", number), value)
+
+
+def is_finite(value: Tensor) -> bool:
+    """False if an element is known not to be finite."""
+    if value.device.type != "cpu":
+        return True
+    return remembered(lambda: bool(value.isfinite().all()), "finite", value)
+
+
+def regions_of(queries: Tensor, keys: Tensor, device: torch.device) -> Regions:
+    return remembered(lambda: Regions(queries, keys, device), ("regions", device), queries, keys)

@@ -1,0 +1,85 @@
+"""Which keys a query may see, as bit sets per token: no mask is ever formed."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hookctl.errors import UnsupportedError
+
+_BITS = 64
+
+
+class Regions:
+    """Per-token bit sets: a query sees a key where `queries & keys` is not 0.
+
+    queries: int64 [N]; keys: int64 [M], on `device`. A query that may see no key gives 0.
+    """
+
+    def __init__(self, queries: Tensor, keys: Tensor, device: torch.device) -> None:
+        self.queries, self.keys = queries.to(device), keys.to(device)
+        # Their values are looked at where they were made: the CPU, so that no call waits.
+        self._made = (queries, keys)
+        self._extended: dict[int, Regions] = {}
+        self._joined: dict[Regions, Regions] = {}
+
+    @cached_property
+    def _kinds(self) -> tuple[Tensor, Tensor]:
+        return self._made[0].unique(return_inverse=True)
+
+    @property
+    def kinds(self) -> int:
+        """How many distinct bit sets the queries have."""
+        return len(self._kinds[0])
+
+    @cached_property
+    def blocks(self) -> tuple[tuple[Tensor | None, Tensor | None], ...]:
+        """(positions of queries, of the keys they see) for each distinct bit set of a query.
+
+        None means all; queries that see nothing are left out.
+        """
+        device, found = self.queries.device, []
+        labels, which = self._kinds
+        for i, label in enumerate(labels.tolist()):
+            seen = (self._made[1] & label) != 0
+            if bool(seen.any()):
+                rows = None if len(labels) == 1 else (which == i).nonzero()[:, 0].to(device)
+                found.append((rows, None if bool(seen.all()) else seen.nonzero()[:, 0].to(device)))
+        return tuple(found)
+
+    @cached_property
+    def allow_all(self) -> bool:
+        """Whether every query is known to see every key; never known of tensors on a device."""
+        if any(made.device.type != "cpu" for made in self._made):
+            return False
+        return all(bool((self._made[1] & label).all()) for label in self._kinds[0].tolist())
+
+    def extended(self, extra: int) -> Regions:
+        """With `extra` further keys, which belong to every region."""
+        if not extra:
+            return self
+        if extra not in self._extended:
+            keys = F.pad(self._made[1], (0, extra), value=-1)
+            self._extended[extra] = Regions(self._made[0], keys, self.queries.device)
+        return self._extended[extra]
+
+    def both(self, other: Regions) -> Regions:
+        """What both allow: each distinct pair of a query's bit sets becomes one bit."""
+        if other not in self._joined:
+            (q, k), (other_q, other_k) = ([m.cpu() for m in r._made] for r in (self, other))
+            pairs, which = torch.stack([q, other_q]).unique(dim=1, return_inverse=True)
+            kinds = pairs.shape[1]
+            if kinds > _BITS:
+                raise UnsupportedError(
+                    f"restrict: two restrictions of one row divide its queries into {kinds} "
+                    f"kinds, and at most {_BITS} can be told apart; join them in one restrict"
+                )
+            bits = torch.ones(kinds, dtype=torch.int64) << torch.arange(kinds)
+            seen = ((k[:, None] & pairs[0]) != 0) & ((other_k[:, None] & pairs[1]) != 0)
+            # Distinct bits: their sum is their union.
+            keys = torch.where(seen, bits, 0).sum(1)
+            self._joined[other] = Regions(bits[which], keys, self.queries.device)
+        return self._joined[other]
