@@ -1,0 +1,248 @@
+"""Prompt-to-Prompt against the paper's matrices, through whole pipelines in float64."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hookctl import control
+from hookctl.recipes import PromptToPrompt
+from tests import zoo
+from tests.recipes.literal_prompt_to_prompt import TOKENS, Controller, Processor, as_matrix
+
+STEPS = 5
+CAT = "a red cat above a blue square"
+DOG = "a red dog above a blue square"
+SQUIRREL = "a red squirrel above a blue square"  # two tokens for one
+LONGER = "a photo of a red cat above a green square"
+
+
+@cache
+def double(name: str) -> Any:
+    """A pipeline in float64, made once: every run leaves it as it was."""
+    return zoo.PIPELINES[name].make().to(torch.float64)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def literally(
+    name: str, controller: Controller | None, edit: PromptToPrompt, **call: Any
+) -> Tensor:
+    """The run of the literal implementation, from the same noise."""
+    pipe = double(name)
+    before = pipe.unet.attn_processors
+    pipe.unet.set_attn_processor(Processor(controller))
+    if controller is not None:
+        call["callback_on_step_end"] = controller.after_step
+    try:
+        return zoo.PIPELINES[name].run(pipe, edit.prompts, generator=edit.generators(), **call)
+    finally:
+        pipe.unet.set_attn_processor(before)
+
+
+def controlled(name: str, edit: PromptToPrompt, **call: Any) -> Tensor:
+    pipe = double(name)
+    with control(pipe, edit):
+        return zoo.PIPELINES[name].run(pipe, edit.prompts, generator=edit.generators(), **call)
+
+
+@cache
+def _plain(name: str, prompts: tuple[str, ...]) -> Tensor:
+    generators = PromptToPrompt(prompts).generators()
+    return zoo.PIPELINES[name].run(double(name), prompts, steps=STEPS, generator=generators)
+
+
+def plain(name: str, prompts: list[str]) -> Tensor:
+    """The run without any edit, from the same noise."""
+    return _plain(name, tuple(prompts))
+
+
+def test_the_literal_processor_is_plain_attention() -> None:
+    result = literally("sd15", None, PromptToPrompt([CAT, DOG]), steps=STEPS)
+    assert relative(result, plain("sd15", [CAT, DOG])) < 1e-12
+
+
+# (prompts, arguments of the recipe, the same in the words of the literal implementation)
+BOTH = ["sd15", "sdxl"]
+CASES: dict[str, tuple[list[str], list[str], dict[str, Any], dict[str, Any]]] = {
+    "replace": (["sd15"], [CAT, DOG], {}, {}),
+    "replace, one token by two": (BOTH, [CAT, SQUIRREL], {}, {}),
+    "replace, two tokens by one": (["sd15"], [SQUIRREL, CAT], {}, {}),
+    "replace, two words": (["sd15"], [CAT, "a green squirrel above a red square"], {}, {}),
+    "refine": (["sd15"], [CAT, LONGER], {}, {"kind": "refine"}),
+    "refine, words left out": (["sd15"], [LONGER, CAT], {}, {"kind": "refine"}),
+    "refine, as many words": (
+        ["sd15"],
+        [CAT, SQUIRREL],
+        {"mode": "refine"},
+        {"kind": "refine"},
+    ),
+    "reweight alone": (
+        ["sd15"],
+        [CAT, CAT],
+        {"reweight": {"cat": 3.0}},
+        {"kind": None, "equalizers": [{"cat": 3.0}]},
+    ),
+    "reweight, negative and zero": (
+        ["sd15"],
+        [CAT, CAT],
+        {"reweight": {"cat": -2.0, "blue": 0.0}},
+        {"kind": None, "equalizers": [{"cat": -2.0, "blue": 0.0}]},
+    ),
+    "reweight over replace": (
+        ["sd15"],
+        [CAT, SQUIRREL],
+        {"reweight": {"squirrel": 2.5}},
+        {"equalizers": [{"squirrel": 2.5}]},
+    ),
+    "reweight over refine": (
+        BOTH,
+        [CAT, LONGER],
+        {"reweight": {"photo": -1.5, "cat": 2.0}},
+        {"kind": "refine", "equalizers": [{"photo": -1.5, "cat": 2.0}]},
+    ),
+    "windows by word": (
+        BOTH,
+        [CAT, DOG],
+        {"cross_replace": {"default": 0.6, "dog": (0.2, 0.4), "red": (0.5, 1.0)}},
+        {"cross": {"default": 0.6, "dog": (0.2, 0.4), "red": (0.5, 1.0)}},
+    ),
+    "windows by word, without a default": (
+        ["sd15"],
+        [CAT, DOG],
+        {"cross_replace": {"dog": 0.2}, "self_replace": 0.0},
+        {"cross": {"dog": 0.2}, "self_steps": 0.0},
+    ),
+    "self window": (
+        ["sd15"],
+        [CAT, DOG],
+        {"cross_replace": 0.0, "self_replace": (0.2, 0.8)},
+        {"cross": 0.0, "self_steps": (0.2, 0.8)},
+    ),
+    "blend": (
+        ["sd15"],
+        [CAT, DOG],
+        {"blend": ["cat", "dog"], "blend_threshold": 0.9},
+        {"blend": [["cat"], ["dog"]], "thresholds": (0.9, 0.9)},
+    ),
+    "blend, several words, subtract": (
+        BOTH,
+        [CAT, LONGER],
+        {
+            "blend": [["red", "cat"], ["photo", "cat"]],
+            "subtract": ["square", None],
+            "blend_start": 0.4,
+            "blend_threshold": (0.5, 0.8),
+        },
+        {
+            "kind": "refine",
+            "blend": [["red", "cat"], ["photo", "cat"]],
+            "subtract": [["square"], []],
+            "start": 0.4,
+            "thresholds": (0.5, 0.8),
+        },
+    ),
+    "several edits": (
+        BOTH,
+        [CAT, DOG, SQUIRREL],
+        {
+            "reweight": [None, {"squirrel": 2.0}],
+            "blend": ["cat", "dog", "squirrel"],
+            "blend_threshold": 0.9,
+        },
+        {
+            "thresholds": (0.9, 0.9),
+            "equalizers": [{}, {"squirrel": 2.0}],
+            "blend": [["cat"], ["dog"], ["squirrel"]],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "case"), [(name, key) for key, case in CASES.items() for name in case[0]]
+)
+def test_equals_the_official_matrices(name: str, case: str) -> None:
+    _, prompts, ours, theirs = CASES[case]
+    edit = PromptToPrompt(prompts, paper=True, **ours)
+    controller = Controller(prompts, double(name).tokenizer, STEPS, **theirs)
+    expected = literally(name, controller, edit, steps=STEPS)
+    result = controlled(name, edit, steps=STEPS)
+    assert relative(result, expected) < 1e-9  # float64
+    assert relative(expected[1:], plain(name, prompts)[1:]) > 1e-3  # the edit did something
+    if controller.blend is not None and edit.local is not None:
+        for i in edit.edits:
+            mask = edit.local.mask(i)
+            assert mask is not None and torch.equal(mask, controller.masks[-1][i])
+            assert 0 < mask.double().mean() < 1
+
+
+def test_self_attention_keeps_fine_grids_to_itself() -> None:
+    """At a latent of 32 x 32 the 16 x 16 sites are replaced and the 32 x 32 sites are not."""
+    size = {"height": 256, "width": 256, "steps": 1, "guidance": 1.0}
+    for cap, ours in ((16**2, {}), (8**2, {"self_resolution": 0.25})):
+        edit = PromptToPrompt([CAT, DOG], cross_replace=0.0, self_replace=1.0, **ours)
+        tokenizer = double("sd15").tokenizer
+        controller = Controller(edit.prompts, tokenizer, 1, cross=0.0, self_steps=1.0, cap=cap)
+        expected = literally("sd15", controller, edit, **size)
+        assert relative(controlled("sd15", edit, **size), expected) < 1e-9
+
+
+# -- without the official misalignment ---------------------------------------------------------
+
+
+def shifted(source: int, target: int, at: int) -> Tensor:
+    """T where the word at `at` has `source` tokens in one prompt and `target` in the other."""
+    matrix = torch.zeros(TOKENS, TOKENS, dtype=torch.float64)
+    for i in range(at):
+        matrix[i, i] = 1
+    matrix[at : at + source, at : at + target] = 1 / target
+    for i in range(at + source, TOKENS):
+        matrix[i, min(i + target - source, TOKENS - 1)] += 1
+    if target < source:  # the last padding of the source is shared out
+        last = TOKENS - 1
+        matrix[last, last - 1 :] = 0.5
+    return matrix
+
+
+@pytest.mark.parametrize(
+    ("prompts", "token_map"),
+    [([CAT, SQUIRREL], shifted(1, 2, 3)), ([SQUIRREL, CAT], shifted(2, 1, 3))],
+    ids=["one by two", "two by one"],
+)
+@pytest.mark.parametrize("name", BOTH)
+def test_unequal_tokens_stay_aligned(name: str, prompts: list[str], token_map: Tensor) -> None:
+    """Behind a word of another length, words still meet the same words."""
+    edit = PromptToPrompt(prompts)
+    tokenizer = double(name).tokenizer
+    flags = torch.ones(TOKENS, dtype=torch.float64)
+    fixed = Controller(prompts, tokenizer, STEPS, maps=[(token_map, flags)])
+    result = controlled(name, edit, steps=STEPS)
+    assert relative(result, literally(name, fixed, edit, steps=STEPS)) < 1e-9  # float64
+    official = literally(name, Controller(prompts, tokenizer, STEPS), edit, steps=STEPS)
+    assert relative(official[1:], result[1:]) > 1e-3
+
+
+def test_refine_aligns_whole_words_and_padding() -> None:
+    edit = PromptToPrompt([CAT, "a red squirrel cat above a blue square"])
+    sources = [0, 1, 2, -1, -1, 3, *range(4, TOKENS - 2)]
+    mapper = torch.tensor(sources)
+    flags = (mapper >= 0).double()
+    maps = [(as_matrix(mapper), flags)]
+    controller = Controller(edit.prompts, double("sd15").tokenizer, STEPS, maps=maps)
+    result = controlled("sd15", edit, steps=STEPS)
+    assert relative(result, literally("sd15", controller, edit, steps=STEPS)) < 1e-9  # float64
+
+
+def test_words_are_found_as_written_by_people() -> None:
+    """Case, punctuation, doubled spaces and phrases, where the official code finds nothing."""
+    prompts = ["A red cat,  above a blue square", "A red squirrel,  above a blue square"]
+    edit = PromptToPrompt(prompts, blend=["CAT", "red squirrel"], reweight={"Squirrel": 2.0})
+    result = controlled("sd15", edit, steps=STEPS)
+    assert relative(result[1], plain("sd15", prompts)[1]) > 1e-3
