@@ -147,6 +147,12 @@ class SitePort:
             handle.remove()
         self._handles = []
 
+    @property
+    def watched(self) -> bool:
+        """Whether the module's forward is running under our eyes."""
+        mode = _get_current_function_mode()
+        return isinstance(mode, SiteMode) and mode.port is self
+
     def _enter(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             CompiledMode(self.number).__enter__()

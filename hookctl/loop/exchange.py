@@ -48,7 +48,7 @@ class Exchange:
         port.exchanged = form is not None
         if form is not None:
             found = families.processor_of(module)
-            stand_in = _stand_in(found, *form)
+            stand_in = _stand_in(port, found, *form)
             self._found[path] = (found, stand_in)
             _put(module, stand_in)
         self._checked[path] = families.processor_of(module)
@@ -66,7 +66,7 @@ class Exchange:
             _put(port.module, found)
 
 
-def _stand_in(found: Any, form: type, state: dict[str, Any]) -> Any:
+def _stand_in(port: SitePort, found: Any, form: type, state: dict[str, Any]) -> Any:
     """A processor of class `form` over the state of `found`, which does the untouched calls."""
     call: Any = form.__call__
 
@@ -74,6 +74,8 @@ def _stand_in(found: Any, form: type, state: dict[str, Any]) -> Any:
     def either(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return call(self, *args, **kwargs)
+        if not port.watched:
+            return found(*args, **kwargs)
         try:
             return call(self, *args, **kwargs)
         except Untouched:
