@@ -80,6 +80,10 @@ def values_of(terms: Sequence[Term]) -> Tensor:
     if len(first.segments) == 1:
         return own
     rest = [gather([t.segments[i].v for t in terms]) for i in range(1, len(first.segments))]
+    rest = [
+        v if s.counts else v.new_zeros(1).expand_as(v)
+        for s, v in zip(first.segments[1:], rest, strict=True)
+    ]
     return _join([own, *rest])
 
 

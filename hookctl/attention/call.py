@@ -285,9 +285,14 @@ class AttentionCall:
             maps = {}
             if moves:
                 maps["from_source"] = routing.source(self.v, start, float(not stays))
-            if not routing.drops_own or (joint and stays):
-                maps["from_own"] = routing.own(self.v, start, float(stays))
-        operation = does.route(origin, **maps, queries=self._image_queries() if joint else None)
+            maps["from_own"] = routing.own(self.v, start, float(stays))
+        operation = does.route(
+            origin,
+            **maps,
+            vanishes="from_source" in maps and routing.drops_own and not (joint and stays),
+            stays=stays,
+            queries=self._image_queries() if joint else None,
+        )
         self._note(Stage.TOKEN_MAP, "route", targets, operation)
 
     def add(

@@ -136,11 +136,15 @@ def route(
     origin: int | None,
     from_source: ValueMap | None = None,
     from_own: ValueMap | None = None,
+    *,
+    vanishes: bool = False,
+    stays: bool = True,
     queries: Tensor | None = None,
 ) -> Callable[[Fold, int], None]:
     """origin: the source row; from_source, from_own: what the maps of the source and of the row
-    are multiplied by, None if nothing of them is left; queries: weight [N] of the queries that are
-    edited, None for all."""
+    are multiplied by, None for nothing; vanishes: whether that leaves nothing of the own map;
+    stays: whether keys that are not mapped keep the own map, or get the source's; queries: weight
+    [N] of the queries that are edited, None for all."""
 
     def moved(state: Fold, row: int) -> list[Term]:
         """The source's probabilities over the row's values."""
@@ -153,20 +157,29 @@ def route(
                 for v, weight in own_values(state, row)
                 for t in source
             )
-        return [replace(t, maps=(from_source, *t.maps)) for t in source]
+        return [_mapped(t, from_source, rest_counts=not stays) for t in source]
 
     def apply(state: Fold, row: int) -> None:
         own = state.terms[row]
         new = moved(state, row)
-        if from_own is not None:
-            # P L R V: the newest map is the first that the values pass.
-            new += [replace(t, maps=(from_own, *t.maps)) for t in own]
+        extended = stays and any(len(t.segments) > 1 for t in own)
+        if from_own is not None and (extended or not vanishes):
+            counts = stays or origin is None
+            new += [_mapped(t, from_own, rest_counts=counts) for t in own]
         if queries is not None:
             new = [t.weighted(queries) for t in new]
             new += [t.weighted(1 - queries) for t in own]
         state.terms[row] = tuple(new)
 
     return apply
+
+
+def _mapped(term: Term, value_map: ValueMap, *, rest_counts: bool) -> Term:
+    """P L R V: the newest map is the first that the values pass."""
+    rest = term.segments[1:]
+    if not rest_counts:
+        rest = tuple(replace(s, counts=False) for s in rest)
+    return replace(term, maps=(value_map, *term.maps), segments=(term.own, *rest))
 
 
 def own_values(state: Fold, row: int) -> list[tuple[Ref, Tensor | float]]:

@@ -47,33 +47,41 @@ def matrices(
 ) -> list[tuple[Tensor, Tensor, bool]]:
     """(probabilities [sub-batch, heads, N, M], values, whether they are an addition) of a row.
 
-    Terms over the same values are one matrix, and what an editor asked to do to the row's
-    probabilities is done to it; additions are softmaxes of their own and stay as they are.
+    Terms over the same own values are one matrix, the own keys first and those of extensions after
+    them, and what an editor asked to do to the row's probabilities is done to it. Additions are
+    softmaxes of their own and stay as they are.
     """
-    groups: dict[Any, list[Term]] = {}
+    groups: dict[Any, dict[Any, tuple[Tensor, Tensor]]] = {}
     for i, term in enumerate(finished.terms[row]):
-        key = (i if term.extra else None, *((id(s.v.base), s.v.row) for s in term.segments))
-        groups.setdefault(key, []).append(term)
+        v = term.own.v
+        blocks = groups.setdefault((i if term.extra else None, id(v.base), v.row), {})
+        for key, p, values in _blocks(term, finished.mask, dtype):
+            blocks[key] = (blocks[key][0] + p if key in blocks else p, values)
     found = []
-    for terms in groups.values():
-        p = torch.stack([_weighted(term, finished.mask, dtype) for term in terms]).sum(0)
-        if not terms[0].extra:
+    for (extra, *_), blocks in groups.items():
+        p = torch.cat([p for p, _ in blocks.values()], -1)
+        if extra is None:
             for edit in finished.functions.get(row, ()):
                 p = edit(p)
-        values = [s.v.tensor for s in terms[0].segments]
-        found.append((p, torch.cat(values, -2), terms[0].extra))
+        found.append((p, torch.cat([v for _, v in blocks.values()], -2), extra is not None))
     return found
 
 
-def _weighted(term: Term, mask: Tensor | None, dtype: torch.dtype | None) -> Tensor:
-    """A term's probabilities, mapped and weighted."""
+def _blocks(
+    term: Term, mask: Tensor | None, dtype: torch.dtype | None
+) -> list[tuple[Any, Tensor, Tensor]]:
+    """A term's probabilities, mapped and weighted, segment by segment, with their values."""
     p = probabilities(term, mask, dtype)
-    own = p[..., : term.own.tokens]
+    weight = weight_of([term], p)
+    p = weigh(p, weight[0] if isinstance(weight, Tensor) else weight)
+    own, *rest = p.split([s.tokens for s in term.segments], -1)
     for value_map in reversed(term.maps):
         own = value_map.apply_to_probabilities(own)
-    p = torch.cat([own, p[..., term.own.tokens :]], -1)
-    weight = weight_of([term], p)
-    return weigh(p, weight[0] if isinstance(weight, Tensor) else weight)
+    found: list[tuple[Any, Tensor, Tensor]] = [("own", own, term.own.v.tensor)]
+    for segment, part in zip(term.segments[1:], rest, strict=True):
+        if segment.counts:
+            found.append((id(segment), part, segment.v.tensor))
+    return found
 
 
 def probabilities(term: Term, mask: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:

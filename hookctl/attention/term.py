@@ -40,13 +40,15 @@ class Segment:
     """A stretch of keys with their values.
 
     shift: added to the scores of these keys, [tokens] or a number; mask_row: row of the model's
-    own mask that applies to them, None for keys that the model does not know.
+    own mask that applies to them, None for keys that the model does not know; counts: whether the
+    values reach the output, or the keys only take their share of the softmax.
     """
 
     k: Ref
     v: Ref
     shift: Tensor | float | None = None
     mask_row: int | None = None
+    counts: bool = True
 
     @property
     def tokens(self) -> int:
@@ -89,7 +91,7 @@ class Term:
         return (
             id(self.q.base),
             tuple(
-                (id(s.k.base), id(s.v.base), _form(s.shift), s.mask_row is None)
+                (id(s.k.base), id(s.v.base), _form(s.shift), s.mask_row is None, s.counts)
                 for s in self.segments
             ),
             len(self.maps),

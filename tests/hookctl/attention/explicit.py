@@ -1,0 +1,179 @@
+"""The verbs of `AttentionCall` once more, by explicit matrices and nothing else.
+
+Every row is a list of (matrix over the row's own keys, values) pairs plus the same for keys that
+an extension brought and for added terms. Nothing of `hookctl` is used here but row numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Pairs = list[tuple[Tensor, Tensor]]
+
+STAGES = ("borrow", "extend", "restrict bias", "route", "add", "skip probabilities")
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """Rows of which every score is -inf are 0."""
+    e = (scores - scores.amax(-1, keepdim=True).clamp(min=-1e300)).exp()
+    return e / e.sum(-1, keepdim=True).clamp(min=1e-300)
+
+
+class Explicit:
+    """Stands in for an AttentionCall: note verbs, then ask for `output()` and `maps()`."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        mask: Tensor | None = None,
+        text: tuple[int, int] | None = None,
+        edited: Tensor | None = None,
+    ) -> None:
+        self.q, self.k, self.v, self.scale = q, k, v, scale
+        self.n, self.m = q.shape[-2], k.shape[-2]
+        self.text = text or (0, self.m)
+        self.edited = q.new_ones(self.n) if edited is None else edited
+        self.joint = edited is not None
+        bias = q.new_zeros(q.shape[0], 1, 1, 1, self.m) if mask is None else mask
+        if bias.dtype == torch.bool:
+            bias = torch.zeros(bias.shape, dtype=q.dtype).masked_fill(~bias, -torch.inf)
+        self.mask = bias.expand(q.shape[0], *q.shape[1:3], self.n, self.m)
+        self.noted: list[tuple[str, Any, dict[str, Any]]] = []
+
+    def __getattr__(self, verb: str) -> Callable[..., None]:
+        def note(rows: Any, *args: Any, **kwargs: Any) -> None:
+            names = {
+                "extend": ("k", "v"),
+                "restrict": ("query_regions", "key_regions"),
+                "route": ("source",),
+                "add": ("k", "v"),
+                "probabilities": ("fn",),
+            }.get(verb, ())
+            given = dict(zip(names, args, strict=False)) | kwargs
+            self.noted.append((verb, rows if isinstance(rows, tuple) else (rows,), given))
+
+        return note
+
+    def verbs(self, stage: str, row: int) -> list[tuple[str, dict[str, Any]]]:
+        return [(n, a) for n, rows, a in self.noted if n in stage.split() and row in rows]
+
+    def branches(self, row: int) -> list[dict[str, Any]]:
+        """Weight, q, k, v and mask of every form that `borrow` made of a row."""
+        own = {"w": self.q.new_ones(self.n), "q": row, "k": row, "v": row}
+        found = [own]
+        for _, a in self.verbs("borrow", row):
+            taken = {name: a[name] for name in "qkv" if a.get(name) is not None}
+            where = a.get("where")
+            if where is None:
+                found = [b | taken for b in found]
+            else:
+                found = [
+                    part
+                    for b in found
+                    for part in (b | taken | {"w": b["w"] * where}, b | {"w": b["w"] * (1 - where)})
+                ]
+        return found
+
+    def matrices(self, row: int) -> list[tuple[Tensor, Tensor, Pairs]]:
+        """Per branch: weighted probabilities over its own keys, its values, its extensions."""
+        found = []
+        for b in self.branches(row):
+            scores = self.q[b["q"]] @ self.k[b["k"]].mT * self.scale + self.mask[b["k"]]
+            bits = torch.ones(self.n, self.m, dtype=torch.bool)
+            some = torch.ones(self.n, dtype=torch.bool)
+            for verb, a in self.verbs("restrict bias", row):
+                if verb == "restrict":
+                    bits &= (a["query_regions"][:, None] & a["key_regions"]) != 0
+                    some &= a["query_regions"] != 0
+                elif a.get("query_factors") is None:
+                    scores = scores + a["key_factors"].reshape(self.m, -1).sum(1)
+                else:
+                    scores = scores + a["query_factors"] @ a["key_factors"].reshape(self.m, -1).mT
+            blocks = [scores.masked_fill(~bits, -torch.inf)]
+            values = []
+            for _, a in self.verbs("extend", row):
+                k, v = a["k"], a["v"]
+                shift = 0.0 if a.get("shift") is None else a["shift"]
+                new = self.q[b["q"]] @ (self.k[k] if isinstance(k, int) else k).mT * self.scale
+                new = new + shift + (self.mask[k] if isinstance(k, int) else 0.0)
+                blocks.append(new.masked_fill(~some[:, None], -torch.inf))
+                values.append(self.v[v] if isinstance(v, int) else v)
+            p = softmax(torch.cat(blocks, -1)) * b["w"][:, None]
+            parts = p.split([x.shape[-1] for x in blocks], -1)
+            found.append((parts[0], self.v[b["v"]], list(zip(parts[1:], values, strict=True))))
+        return found
+
+    def routed(self, row: int) -> tuple[Pairs, Pairs]:
+        """(matrix, values) over the own keys, and over the extensions."""
+        plain = self.matrices(row)
+        own = [(p, v) for p, v, _ in plain]
+        further = [pair for *_, pairs in plain for pair in pairs]
+        weights = [b["w"][:, None] for b in self.branches(row)]
+        start, stop = self.text
+        for _, a in self.verbs("route", row):
+            source = row if a["source"] is None else a["source"]
+            theirs = self.matrices(source)
+            their_own = sum(p for p, *_ in theirs)
+            eye = torch.eye(stop - start, dtype=self.q.dtype)
+            t = eye if a.get("token_map") is None else a["token_map"]
+            b, g = a.get("blend", 1.0), a.get("gain", 1.0)
+            image = bool(a.get("image_from_source")) and self.joint and a["source"] is not None
+            new = []
+            for (p, v), w, (before, *_) in zip(own, weights, plain, strict=True):
+                s = {None: p, row: before}.get(a["source"], their_own * w)
+                mixed = (s if image else p).clone()
+                text = (s[..., start:stop] @ t * b + p[..., start:stop] * (1 - b)) * g
+                mixed[..., start:stop] = text
+                e = self.edited[:, None]
+                new.append((e * mixed + (1 - e) * p, v))
+            own = new
+            if image:
+                e = self.edited[:, None]
+                further = [(p * (1 - e), v) for p, v in further]
+                further += [(p * e, v) for *_, pairs in theirs for p, v in pairs]
+        return own, further
+
+    def finished(self, row: int) -> tuple[Pairs, Pairs, Pairs]:
+        own, further = self.routed(row)
+        added = []
+        for _, a in self.verbs("add", row):
+            p = softmax(self.q[row] @ a["k"].mT * self.scale) * a.get("scale", 1.0)
+            if a.get("mask") is not None:
+                p = p * a["mask"][:, None]
+            added.append((p, a["v"]))
+        for verb, a in self.verbs("skip probabilities", row):
+            if verb == "skip":
+                eye = torch.eye(self.n, dtype=self.q.dtype).expand_as(own[0][0])
+                branches = self.branches(row)
+                own = [(eye * b["w"][:, None], self.v[b["v"]]) for b in branches]
+                further = []
+            else:
+                # Branches over the same values are one matrix; with extensions, all must be.
+                groups: dict[int, Pairs] = {}
+                for p, v in own:
+                    groups.setdefault(v.data_ptr(), []).append((p, v))
+                own, keys = [], further
+                for group in groups.values():
+                    p = torch.cat([sum(p for p, _ in group), *(p for p, _ in keys)], -1)
+                    parts = a["fn"](p).split([self.m, *(x.shape[-1] for x, _ in keys)], -1)
+                    own.append((parts[0], group[0][1]))
+                    further = [(x, v) for x, (_, v) in zip(parts[1:], keys, strict=True)]
+        return own, further, added
+
+    def output(self) -> Tensor:
+        rows = []
+        for row in range(self.q.shape[0]):
+            own, further, added = self.finished(row)
+            rows.append(sum(p @ v for p, v in own + further + added))
+        return torch.stack(rows)
+
+    def maps(self, row: int, tokens: list[int]) -> Tensor:
+        own, *_ = self.finished(row)
+        return sum(p for p, _ in own)[..., [self.text[0] + t for t in tokens]].mean(1)
