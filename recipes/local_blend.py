@@ -142,7 +142,7 @@ def _fit(mask: Tensor, latent: Tensor) -> Tensor:
 
 def words_of(value: Words | Sequence[Words], prompts: int, name: str) -> list[tuple[str, ...]]:
     """Words for each prompt: one word for all, or one entry (a word, several, None) for each."""
-    entries = [value] * prompts if value is None or isinstance(value, str) else list(value)
+    entries = list(value) if isinstance(value, list | tuple) else [value] * prompts
     if len(entries) != prompts:
         raise InputError(
             f"{name}={value!r} has {len(entries)} entries for {prompts} prompts; give one word "
@@ -150,8 +150,8 @@ def words_of(value: Words | Sequence[Words], prompts: int, name: str) -> list[tu
         )
     out = []
     for entry in entries:
-        words = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-        if any(not isinstance(word, str) for word in words):
+        words = [entry] if isinstance(entry, str) else entry or ()
+        if not isinstance(words, Sequence) or any(not isinstance(word, str) for word in words):
             raise InputError(f"{name}={value!r}; {entry!r} is neither a word, words nor None")
-        out.append(words)
+        out.append(tuple(words))
     return out

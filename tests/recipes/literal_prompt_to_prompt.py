@@ -7,7 +7,8 @@ controller edits explicit probabilities of the conditional half, and the blend w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,6 +98,20 @@ def as_matrix(mapper: Tensor) -> Tensor:
     """A gather as a matrix [source, target], for the cases without the official aligner."""
     matrix = torch.zeros(TOKENS, TOKENS, dtype=torch.float64)
     matrix[mapper, torch.arange(TOKENS)] = 1
+    return matrix
+
+
+def shifted(source: int, target: int, at: int, length: int = TOKENS) -> Tensor:
+    """T where the word at `at` has `source` tokens in one prompt and `target` in the other."""
+    matrix = torch.zeros(length, length, dtype=torch.float64)
+    for i in range(at):
+        matrix[i, i] = 1
+    matrix[at : at + source, at : at + target] = 1 / target
+    for i in range(at + source, length):
+        matrix[i, min(i + target - source, length - 1)] += 1
+    if target < source:  # the last padding of the source is shared out
+        last = length - 1
+        matrix[last, last - 1 :] = 0.5
     return matrix
 
 
@@ -234,3 +249,90 @@ class Processor:
         for layer in attn.to_out:
             out = layer(out)
         return out
+
+
+# -- other families ----------------------------------------------------------------------------
+
+
+@dataclass
+class Everywhere:
+    """The same edits on any family, by taking the place of scaled_dot_product_attention.
+
+    token_map, flags, equalizer: of the one edit, over the whole text; cross, self_turns: until
+    which turn; joint: where the text stands among the tokens of a joint sequence, None where the
+    text has attention of its own; sequential: guidance is a second call of the denoiser.
+    """
+
+    token_map: Tensor
+    flags: Tensor
+    equalizer: Tensor
+    cross: int
+    self_turns: int
+    joint: slice | None = None
+    sequential: bool = False
+    guided: bool = True
+    frames: int = 1
+    turn: int = -1
+    calls: int = 0
+
+    @contextmanager
+    def instead(self, denoiser: torch.nn.Module) -> Iterator[None]:
+        """Act inside the denoiser, and only there."""
+        sdpa = F.scaled_dot_product_attention
+
+        def enter(*_: Any) -> None:
+            per_turn = 2 if self.sequential and self.guided else 1
+            self.turn, self.calls = self.calls // per_turn, self.calls + 1
+            conditional = per_turn == 1 or self.calls % 2 == 1
+            if conditional:
+                F.scaled_dot_product_attention = self.attend  # type: ignore[assignment]
+
+        def leave(*_: Any) -> None:
+            F.scaled_dot_product_attention = sdpa
+
+        handles = [
+            denoiser.register_forward_pre_hook(enter),
+            denoiser.register_forward_hook(leave, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **_: Any
+    ) -> Tensor:
+        scores = query @ key.mT * query.shape[-1] ** -0.5
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, float("-inf"))
+        elif attn_mask is not None:
+            scores = scores + attn_mask
+        p = scores.softmax(-1)
+        rows = 2 if self.sequential or not self.guided else 4
+        if p.shape[-1] == p.shape[-2] == self.frames:
+            return p @ value  # between frames
+        p = p.unflatten(0, (rows, -1))
+        source, edit = p[-2], p[-1]  # [frames, heads, N, M]
+        text = len(self.flags)
+        replaces_self = self.turn < self.self_turns
+        if self.joint is not None and p.shape[-1] > text and p.shape[-2] == p.shape[-1]:
+            image = torch.ones(p.shape[-1], dtype=torch.bool)
+            image[self.joint] = False
+            new = edit.clone()
+            new[..., self.joint] = self._tokens(source[..., self.joint], edit[..., self.joint])
+            if replaces_self:
+                new[..., image] = source[..., image]
+            # Only what the image attends to is edited.
+            edit[..., image, :] = new[..., image, :]
+        elif p.shape[-1] == text:
+            edit[:] = self._tokens(source, edit)
+        elif replaces_self:
+            edit[:] = source
+        return p.flatten(0, 1) @ value
+
+    def _tokens(self, source: Tensor, edit: Tensor) -> Tensor:
+        if self.turn >= self.cross:
+            return edit.clone()
+        a = self.flags
+        return ((source @ self.token_map) * a + edit * (1 - a)) * self.equalizer

@@ -7,12 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import HeunDiscreteScheduler
 from torch import Tensor
 
 from hookctl import control
 from hookctl.recipes import PromptToPrompt
 from tests import zoo
-from tests.recipes.literal_prompt_to_prompt import TOKENS, Controller, Processor, as_matrix
+from tests.recipes.literal_prompt_to_prompt import (
+    TOKENS,
+    Controller,
+    Everywhere,
+    Processor,
+    as_matrix,
+    shifted,
+)
+from tests.zoo.transformers import T5_TOKENS
 
 STEPS = 5
 CAT = "a red cat above a blue square"
@@ -197,20 +206,6 @@ def test_self_attention_keeps_fine_grids_to_itself() -> None:
 # -- without the official misalignment ---------------------------------------------------------
 
 
-def shifted(source: int, target: int, at: int) -> Tensor:
-    """T where the word at `at` has `source` tokens in one prompt and `target` in the other."""
-    matrix = torch.zeros(TOKENS, TOKENS, dtype=torch.float64)
-    for i in range(at):
-        matrix[i, i] = 1
-    matrix[at : at + source, at : at + target] = 1 / target
-    for i in range(at + source, TOKENS):
-        matrix[i, min(i + target - source, TOKENS - 1)] += 1
-    if target < source:  # the last padding of the source is shared out
-        last = TOKENS - 1
-        matrix[last, last - 1 :] = 0.5
-    return matrix
-
-
 @pytest.mark.parametrize(
     ("prompts", "token_map"),
     [([CAT, SQUIRREL], shifted(1, 2, 3)), ([SQUIRREL, CAT], shifted(2, 1, 3))],
@@ -246,3 +241,102 @@ def test_words_are_found_as_written_by_people() -> None:
     edit = PromptToPrompt(prompts, blend=["CAT", "red squirrel"], reweight={"Squirrel": 2.0})
     result = controlled("sd15", edit, steps=STEPS)
     assert relative(result[1], plain("sd15", prompts)[1]) > 1e-3
+
+
+def test_without_guidance() -> None:
+    """Half of the batch is not the conditional half then."""
+    edit = PromptToPrompt([CAT, DOG], paper=True)
+    controller = Controller(edit.prompts, double("sd15").tokenizer, STEPS)
+    expected = literally("sd15", controller, edit, steps=STEPS, guidance=1.0)
+    result = controlled("sd15", edit, steps=STEPS, guidance=1.0)
+    assert relative(result, expected) < 1e-9  # float64
+
+
+def test_a_scheduler_of_second_order() -> None:
+    """Windows count turns, of which Heun takes two for a step."""
+    pipe, before = double("sd15"), double("sd15").scheduler
+    pipe.scheduler = HeunDiscreteScheduler.from_config(before.config)
+    try:
+        pipe.scheduler.set_timesteps(3)
+        turns = len(pipe.scheduler.timesteps)
+        assert turns > 3
+        ours = {"blend": ["cat", "dog"], "blend_threshold": 0.9, "cross_replace": 0.5}
+        edit = PromptToPrompt([CAT, DOG], paper=True, **ours)
+        theirs = {"blend": [["cat"], ["dog"]], "thresholds": (0.9, 0.9), "cross": 0.5}
+        controller = Controller(edit.prompts, pipe.tokenizer, turns, **theirs)
+        expected = literally("sd15", controller, edit, steps=3)
+        assert relative(controlled("sd15", edit, steps=3), expected) < 1e-9  # float64
+    finally:
+        pipe.scheduler = before
+
+
+def test_reweight_in_a_window_of_its_own() -> None:
+    """Without the source's attention, the own map is rescaled, until the window ends."""
+    edit = PromptToPrompt(
+        [CAT, DOG], cross_replace=0.0, reweight={"dog": -2.0}, reweight_window=(0.4, 0.8)
+    )
+    own = (torch.eye(TOKENS, dtype=torch.float64), torch.zeros(TOKENS, dtype=torch.float64))
+    window = (2.1 / (STEPS + 1), 4.1 / (STEPS + 1))  # turns 2 and 3 of the table
+    controller = Controller(
+        edit.prompts,
+        double("sd15").tokenizer,
+        STEPS,
+        cross=window,
+        maps=[own],
+        equalizers=[{"dog": -2.0}],
+    )
+    expected = literally("sd15", controller, edit, steps=STEPS)
+    assert relative(controlled("sd15", edit, steps=STEPS), expected) < 1e-9  # float64
+
+
+# -- other families ----------------------------------------------------------------------------
+
+
+def blocks(*parts: Tensor) -> Tensor:
+    return torch.block_diag(*parts).to(torch.float64)
+
+
+def swap(family: str) -> tuple[Tensor, tuple[int, ...]]:
+    """T of cat -> squirrel over the whole text of a family, and where 'squirrel' stands."""
+    if family == "animatediff":
+        return shifted(1, 2, 3), (3, 4)
+    t5 = shifted(1, 2, 2, T5_TOKENS)  # no token before the words
+    if family == "sd3":
+        return blocks(shifted(1, 2, 3), t5), (3, 4, TOKENS + 2, TOKENS + 3)
+    return t5, (2, 3)
+
+
+@pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
+@pytest.mark.parametrize("family", ["sd3", "flux", "pixart", "wan", "animatediff"])
+def test_equals_the_matrices_on_every_family(family: str, guided: bool) -> None:
+    """Self, cross and joint attention, T5 padding masked or not, one call or two for guidance."""
+    case, pipe = zoo.PIPELINES[family], double(family)
+    token_map, word = swap(family)
+    equalizer = torch.ones(len(token_map), dtype=torch.float64)
+    equalizer[list(word)] = -1.5
+    image = 64
+    joint = {"sd3": slice(image, None), "flux": slice(0, T5_TOKENS)}.get(family)
+    literal = Everywhere(
+        token_map,
+        torch.ones(len(token_map), dtype=torch.float64),
+        equalizer,
+        cross=3,
+        self_turns=2,
+        joint=joint,
+        sequential=family in ("flux", "wan"),
+        guided=guided,
+        frames=case.frames,
+    )
+    edit = PromptToPrompt(
+        [CAT, SQUIRREL], cross_replace=0.61, self_replace=0.5, reweight={"squirrel": -1.5}
+    )
+    call = {"steps": 4, "guidance": 4.0 if guided else 1.0, "generator": edit.generators()}
+    with literal.instead(case.denoiser_of(pipe)):
+        expected = case.run(pipe, edit.prompts, **call)
+    call["generator"] = edit.generators()
+    with control(pipe, edit):
+        result = case.run(pipe, edit.prompts, **call)
+    call["generator"] = edit.generators()
+    plain_one = case.run(pipe, edit.prompts, **call)
+    assert relative(expected[1:], plain_one[1:]) > 1e-3
+    assert relative(result, expected) < 1e-9  # float64
