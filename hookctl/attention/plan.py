@@ -148,13 +148,10 @@ def _placed(pieces: list[Piece], call: AttentionCall) -> Tensor:
     rows, sub, heads, tokens, _ = call.q.shape
     out = call.q.new_empty(rows, sub, tokens, heads, call.v.shape[-1]).transpose(2, 3)
     for group, part in pieces:
-        out[_index(group)] = part
+        # Row by row: nothing is gained by indexing several at once, and lists copy to a device.
+        for row, one in zip(group, part, strict=True):
+            out[row] = one
     return out
-
-
-def _index(rows: list[int]) -> slice | list[int]:
-    adjacent = all(b - a == 1 for a, b in zip(rows, rows[1:], strict=False))
-    return slice(rows[0], rows[-1] + 1) if adjacent else rows
 
 
 def _read(finished: Sum, request: ReadOut, call: AttentionCall) -> Tensor:
