@@ -209,17 +209,17 @@ def _site_facts(site: Site, module: nn.Module, latent: tuple[int, int] | None) -
 
 def _catch(module: nn.Module, processor: str) -> tuple[bool, str]:
     """Whether a module's calls can be caught, and how or why not."""
-    if isinstance(module, nn.MultiheadAttention):
-        return False, "torch.nn.MultiheadAttention computes attention by itself"
+    reason = families.uncatchable(module)
+    if reason is not None:
+        return False, reason
     try:
-        twin = families.sdpa_twin(module)
+        form = families.sdpa_form(module)
     except UnsupportedError as error:
         return False, str(error)
-    if twin is not None:
-        return True, f"{processor} bypasses SDPA; {type(twin).__name__} stands in"
-    backend = families.bypasses_sdpa(module)
-    if backend is not None:
-        return True, f"backend {backend!r} bypasses SDPA; native stands in"
+    if form is not None:
+        backend = families.bypasses_sdpa(module)
+        what = f"the backend of {processor}" if backend else processor
+        return True, f"{what} bypasses SDPA; {form[0].__name__} stands in"
     if families.spells_out(module):
         return True, "its own softmax is followed"
     return True, "SDPA"

@@ -114,9 +114,10 @@ def load_preset(path: Path | str, recipes: Mapping[str, type[Editor]]) -> Preset
     model = data.get("model")
     if model is not None:
         model = _typed(model, str, f"{path}: model")
+    run = _run(data.get("run", {}), path)
     return Preset(
         tuple(_editors(data.get("editor"), recipes, path)),
-        _run(data.get("run", {}), path),
+        run,
         model,
         path,
         hashlib.sha256(content).hexdigest(),

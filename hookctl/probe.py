@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from hookctl.address import families
-from hookctl.address.sites import Site
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import Editor
 from hookctl.errors import HoleError
@@ -87,10 +86,10 @@ def probe(pipe: Any, **arguments: Any) -> Probed:
     return Probed({}, holes, ())
 
 
-def _alike(path: str, left: set[str], described: dict[str, tuple[Site, nn.Module]]) -> set[str]:
+def _alike(path: str, left: set[str], described: dict[str, nn.Module]) -> set[str]:
     """The sites that compute as this one does: their calls are lost in the same way."""
 
     def making(module: nn.Module) -> tuple[type, type]:
         return type(module), type(getattr(module, "processor", None))
 
-    return {p for p in left if making(described[p][1]) == making(described[path][1])}
+    return {p for p in left if making(described[p]) == making(described[path])}

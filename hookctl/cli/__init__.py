@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hookctl
 from hookctl.cli import demo, inspect, maps, run
@@ -36,14 +36,17 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments: "):
-            message += self._near(message.partition(": ")[2].split()[0])
         print(f"hookctl: error: {message} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
 
-    def _near(self, option: str) -> str:
-        near = get_close_matches(option, self._option_string_actions, n=2)
-        return f"; did you mean {' or '.join(near)}?" if near else ""
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Also a command's own parser refuses what it does not know, and says what is near."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            near = get_close_matches(unknown[0], self._option_string_actions, n=2)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return known, unknown
 
 
 def parser() -> argparse.ArgumentParser:

@@ -82,22 +82,34 @@ def _bar(name: str, shown: bool) -> Iterator[Any]:
     with tqdm(desc=name, disable=not shown, leave=False, unit="case") as bar:
 
         def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+            bar.total, bar.n = total, done
+            bar.refresh()
 
         yield progress
 
 
-def figures(report: Mapping[str, Any], indent: str = "") -> Iterator[str]:
-    """A report as lines; nested parts are indented."""
+def figures(report: Mapping[str, Any]) -> Iterator[str]:
+    """A report as lines: single figures, then a table of what was measured for each kind."""
     for key, value in report.items():
-        title = str(key).replace("_", " ")
         if isinstance(value, Mapping):
-            yield f"{indent}{title}"
-            yield from figures(value, indent + "  ")
+            columns = {str(kind): dict(_flat(one)) for kind, one in value.items()}
+            names = dict.fromkeys(name for column in columns.values() for name in column)
+            rows = [(name, *(column.get(name) for column in columns.values())) for name in names]
+            yield f"\n{table(rows, (_title(key), *columns))}\n"
         else:
-            shown = f"{value:.4g}" if isinstance(value, float) else value
-            yield f"{indent}{title:<{max(1, 36 - len(indent))}s} {shown}"
+            yield f"{_title(key)}: {value}"
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, Mapping):
+        yield name, value
+        return
+    for key, inner in value.items():
+        yield from _flat(inner, f"{name}: {_title(key)}" if name else _title(key))
+
+
+def _title(key: object) -> str:
+    return str(key).replace("_", " ")
 
 
 def _files(out: Path) -> list[str]:

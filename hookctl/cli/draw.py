@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -36,6 +37,15 @@ class Drawing:
     width: int | None = None
     height: int | None = None
 
+    def __post_init__(self) -> None:
+        least = {"seed": 0, "steps": 1, "images": 1, "width": 1, "height": 1}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value < 2**63:
+                raise InputError(f"{name} = {value}; give a whole number >= {low}")
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise InputError(f"guidance = {self.guidance}; give a number")
+
     @classmethod
     def of(cls, options: Any, defaults: Mapping[str, Any] | None = None) -> Drawing:
         """From the command line, else from `defaults` (a file), else the usual."""
@@ -62,6 +72,9 @@ class Drawing:
                 raise InputError(
                     f"{type(pipe).__name__} takes no {name}; leave out {option} (--{option})"
                 )
+            factor = getattr(pipe, "vae_scale_factor", 1)
+            if option in ("width", "height") and value % factor:
+                raise InputError(f"{option} = {value}; this model wants a multiple of {factor}")
             given[name] = [value] * len(prompts) if option == "negative" else value
         return given
 

@@ -60,7 +60,7 @@ def _empty(folder: Path) -> nn.Module:
     """A denoiser from its configuration, without memory for its weights."""
     name = _class_name(folder)
     cls: Any = getattr(diffusers, name or "", None)
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+    if not isinstance(cls, type) or nn.Module not in cls.__mro__:
         raise InputError(
             f"{folder}: config.json names the class {name!r}, which is no model of diffusers "
             f"{diffusers.__version__}; give a pipeline folder or a denoiser that diffusers knows"

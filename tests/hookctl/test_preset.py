@@ -1,0 +1,220 @@
+"""A stack survives the way to TOML and back; what is wrong in a file is said with file and key."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from hookctl.editor import Editor
+from hookctl.errors import InputError
+from hookctl.preset import EditorSpec, Preset, dump_preset, load_preset
+from hookctl.reading import Maps
+from hookctl.recipes import PromptToPrompt
+from hookctl.signature import Mismatch, convert, describe
+
+PRESETS = Path(__file__).parents[2] / "demos" / "presets"
+PROMPTS = ["a red circle", "a blue circle"]
+
+
+class Freedom(Editor):
+    """An editor with an argument of every kind."""
+
+    def __init__(
+        self,
+        strength: float,
+        *,
+        steps: int = 3,
+        place: Literal["up", "down"] = "up",
+        window: float | tuple[float, float] = 1.0,
+        gains: Mapping[str, float] | None = None,
+        words: str | Sequence[str] = (),
+        test: Callable[[Any], bool] | None = None,
+        on: bool = True,
+    ) -> None:
+        if strength > 9:
+            raise InputError(f"strength={strength}; give at most 9")
+        self.strength, self.steps, self.place, self.span = strength, steps, place, window
+        self.gains, self.words, self.on = gains, words, on
+
+
+RECIPES: dict[str, type[Editor]] = {
+    "PromptToPrompt": PromptToPrompt,
+    "Freedom": Freedom,
+    "Maps": Maps,
+}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str], Path]:
+    def one(text: str) -> Path:
+        path = tmp_path / "stack.toml"
+        path.write_text(text, "utf-8")
+        return path
+
+    return one
+
+
+Write = Callable[[str], Path]
+
+
+def test_a_stack(write: Write) -> None:
+    path = write(
+        """
+        model = "shapes"
+        [run]
+        edit = ["a blue circle"]
+        steps = 5
+        guidance = 4
+        [[editor]]
+        recipe = "Freedom"
+        strength = 1
+        window = [0.1, 0.5]
+        gains = {red = 2, "red circle" = -1.5}
+        [[editor]]
+        recipe = "PromptToPrompt"
+        self_replace = 0.25
+        blend = [["red", "circle"], "circle"]
+        [[editor]]
+        recipe = "Maps"
+        words = ["red", "circle"]
+        """
+    )
+    preset = load_preset(path, RECIPES)
+    assert preset.model == "shapes" and preset.takes_prompts and preset.path == path
+    assert preset.run == {"edit": ["a blue circle"], "steps": 5, "guidance": 4.0}
+    freedom, edit, maps = preset.editors(PROMPTS)
+    assert isinstance(freedom, Freedom) and isinstance(edit, PromptToPrompt)
+    assert isinstance(maps, Maps) and maps.words == ("red", "circle")
+    assert freedom.strength == 1.0 and isinstance(freedom.strength, float)
+    assert freedom.span == (0.1, 0.5) and freedom.gains == {"red": 2.0, "red circle": -1.5}
+    assert edit.prompts == PROMPTS and edit.blend == [("red", "circle"), ("circle",)]
+    assert preset.editors(PROMPTS)[0] is not freedom
+
+
+def test_there_and_back(write: Write) -> None:
+    arguments = {
+        "strength": 0.1,
+        "gains": {'réd "x"\n\\': 1e-7, "b": -3.0},
+        "words": ["a", "ä\t"],
+        "on": False,
+        "window": (0.0, 0.3),
+    }
+    preset = Preset((EditorSpec("Freedom", Freedom, arguments),), {"prompt": "x", "seed": 3}, "m/n")
+    back = load_preset(write(dump_preset(preset)), RECIPES)
+    assert back.model == preset.model and back.run == preset.run
+    assert [s.arguments for s in back.specs] == [arguments]
+    assert dump_preset(back) == dump_preset(preset)
+
+
+@pytest.mark.parametrize("path", sorted(PRESETS.glob("*.toml")), ids=lambda path: path.stem)
+def test_stacks_that_come_along(path: Path) -> None:
+    """Each can be made, says what it does, and survives being written."""
+    preset = load_preset(path, RECIPES)
+    edits = preset.run["edit"]
+    edits = [edits] if isinstance(edits, str) else edits
+    assert preset.editors([preset.run["prompt"], *edits])
+    assert preset.model == "shapes" and path.read_text("utf-8").startswith("# ")
+    path_back = dump_preset(preset)
+    assert "[[editor]]" in path_back
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", ["holds no editor", "[[editor]]", "PromptToPrompt"]),
+        ("editor = 3", ["holds no editor"]),
+        ("x = [", ["is not TOML"]),
+        ("[[editors]]", ["'editors'", "did you mean 'editor'?"]),
+        ("[run]\nstep = 3", ["[run]", "'step'", "did you mean 'steps'"]),
+        ("[run]\nsteps = 3.5", ["[run] steps = 3.5; give a whole number"]),
+        ("[run]\nsteps = true", ["steps = True; give a whole number"]),
+        ("run = 3", ["[run]", "a table expected"]),
+        ("model = 3", ["model = 3; give a text"]),
+        ("[[editor]]\nstrength = 3", ["[[editor]] 1", "recipe is missing", "Freedom"]),
+        (
+            '[[editor]]\nrecipe = "Promptoprompt"',
+            ["'Promptoprompt' is not known", "did you mean 'PromptToPrompt'?", "Freedom"],
+        ),
+        (
+            '[[editor]]\nrecipe = "PromptToPrompt"\ncros_replace = 1',
+            ["[[editor]] 1 (PromptToPrompt)", "'cros_replace'", "did you mean 'cross_replace'"],
+        ),
+        (
+            '[[editor]]\nrecipe = "PromptToPrompt"\ncross_replace = "much"',
+            ["cross_replace = 'much'; give a number or [a number, a number] or a table"],
+        ),
+        (
+            '[[editor]]\nrecipe = "PromptToPrompt"\nprompts = ["a", "b"]',
+            ["prompts belong to the run", "[run]"],
+        ),
+        ('[[editor]]\nrecipe = "Freedom"', ["needs strength (a number)"]),
+        ('[[editor]]\nrecipe = "Freedom"\nstrength = true', ["strength = True; give a number"]),
+        (
+            '[[editor]]\nrecipe = "Freedom"\nstrength = 1\nplace = "mid"',
+            ["place = 'mid'; give 'up' or 'down'"],
+        ),
+        (
+            '[[editor]]\nrecipe = "Freedom"\nstrength = 1\nwindow = [1.0]',
+            ["window = [1.0]; give a number or [a number, a number]"],
+        ),
+        (
+            '[[editor]]\nrecipe = "Freedom"\nstrength = 1\ntest = "x"',
+            ["test = 'x'; give nothing that a file can hold"],
+        ),
+    ],
+)
+def test_what_is_wrong_is_said(write: Write, text: str, says: list[str]) -> None:
+    path = write(text)
+    with pytest.raises(InputError) as caught:
+        load_preset(path, RECIPES)
+    message = str(caught.value)
+    assert message.startswith(str(path)) and "\n" not in message
+    for part in says:
+        assert part in message
+
+
+def test_the_recipe_s_own_errors_name_the_file(write: Write) -> None:
+    path = write('[[editor]]\nrecipe = "Freedom"\nstrength = 10')
+    with pytest.raises(InputError, match=r"stack.toml: \[\[editor\]\] 1 \(Freedom\): strength=10"):
+        load_preset(path, RECIPES).editors()
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none.toml: there is no such file"):
+        load_preset(tmp_path / "none.toml", RECIPES)
+    binary = tmp_path / "binary.toml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="is not text"):
+        load_preset(binary, RECIPES)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "want"),
+    [
+        (1, float, 1.0),
+        (1, int | float, 1),
+        ([1, 2], tuple[float, ...], (1.0, 2.0)),
+        ([[1], []], Sequence[Sequence[int]], [[1], []]),
+        ({"a": [1, 2]}, Mapping[str, tuple[int, int]], {"a": (1, 2)}),
+        ("up", Literal["up"], "up"),
+        ({"a": 1}, dict[str, Any], {"a": 1}),
+    ],
+)
+def test_values_take_the_form_of_their_hint(value: Any, hint: Any, want: Any) -> None:
+    found = convert(value, hint)
+    assert found == want and type(found) is type(want)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [(True, int), (True, float), (1, bool), (1.5, int), ("a", list[str]), ([1], list[str])],
+)
+def test_values_that_do_not_fit(value: Any, hint: Any) -> None:
+    with pytest.raises(Mismatch):
+        convert(value, hint)
+
+
+def test_hints_in_words() -> None:
+    assert describe(str | Sequence[str] | None) == "a text or a list of (a text)"
+    assert describe(Mapping[str, float]) == "a table {word = a number}"
