@@ -31,7 +31,7 @@ class EditCase:
     @property
     def title(self) -> str:
         a, b = (_say(*self.before), _say(*self.after))
-        return f"{self.kind}: {a} \N{RIGHTWARDS ARROW} {b}"
+        return f"{self.kind}: {a} to {b}"
 
 
 def _say(shape: str, colour: str, pattern: str) -> str:
