@@ -150,6 +150,10 @@ class Controller:
         for i, values in enumerate(self.equalizers or []):
             for word, value in values.items():
                 self.eq[i, word_tokens(self.prompts[i + 1], word, self.tokenizer)] = value
+        if self.kind is not None and self.maps is None:
+            align = replacement if self.kind == "replace" else refinement
+            edits = self.prompts[1:]
+            self.aligned: list[Any] = [align(self.prompts[0], e, self.tokenizer) for e in edits]
         bounds = self.self_steps if isinstance(self.self_steps, tuple) else (0.0, self.self_steps)
         self.self_range = [int(self.steps * b) for b in bounds]
 
@@ -190,11 +194,10 @@ class Controller:
         if self.maps is not None:
             token_map, flags = self.maps[edit - 1]
             return (base @ token_map) * flags + own * (1 - flags)
-        pair = (self.prompts[0], self.prompts[edit], self.tokenizer)
         if self.kind == "replace":
-            return torch.einsum("hpw,wn->hpn", base, replacement(*pair))
+            return torch.einsum("hpw,wn->hpn", base, self.aligned[edit - 1])
         if self.kind == "refine":
-            mapper, flags = refinement(*pair)
+            mapper, flags = self.aligned[edit - 1]
             return base[:, :, mapper] * flags + own * (1 - flags)
         return base
 

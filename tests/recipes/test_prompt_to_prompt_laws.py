@@ -44,9 +44,10 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_strength_is_no_edit_bit_for_bit(family: str) -> None:
-    for options in ({}, {"reweight": {"dog": 3.0}}, {"reweight": {"dog": 1.0}}):
+    before = plain(family, PromptToPrompt([CAT, DOG]))
+    for options in ({}, {"reweight": {"dog": 3.0}}):
         edit = PromptToPrompt([CAT, DOG], cross_replace=0.0, self_replace=0.0, **options)
-        assert torch.equal(draw(family, edit), plain(family, edit))
+        assert torch.equal(draw(family, edit), before)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -91,7 +92,7 @@ def test_every_frame_has_its_mask(family: str) -> None:
     assert any(not torch.equal(mask[0], frame) for frame in mask[1:])
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux", "pixart"])
+@pytest.mark.parametrize("family", ["sd15", "sd3", "flux", "pixart"])
 def test_several_images_of_each_prompt(family: str) -> None:
     """Image j of an edit answers to image j of the source."""
     options = {"blend": ["cat", "dog"], "blend_threshold": 0.9}
