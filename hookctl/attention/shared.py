@@ -33,10 +33,8 @@ def evaluate(finished: Sum, rows: Sequence[int]) -> list[Piece]:
         p = probabilities(uses[0][1], finished.mask)
         for row, term in uses:
             totals[row] = _added(totals.get(row), p, term)
-    return [
-        ([row], totals[row].unflatten(0, (1, *finished.terms[row][0].q.base.shape[1:3])))
-        for row in rows
-    ]
+    shape = finished.terms[rows[0]][0].q.base.shape[1:3]
+    return [([row], totals[row].unflatten(0, (1, *shape))) for row in rows]
 
 
 def _key(term: Term) -> tuple[Any, ...]:

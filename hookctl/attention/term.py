@@ -110,15 +110,22 @@ def _form(value: Tensor | float | None) -> Any:
 class Terms(dict[int, tuple[Term, ...]]):
     """The rewritten terms of rows; a row that nothing rewrote gives its plain term."""
 
-    def __init__(self, plain: Callable[[int], Term], given: Iterable[Any] = ()) -> None:
-        super().__init__(given)
-        self.plain = plain
+    def __init__(self, plain: Callable[[int], Term]) -> None:
+        super().__init__()
+        self._plain = plain
+        self._made: dict[int, tuple[Term, ...]] = {}
 
     def __missing__(self, row: int) -> tuple[Term, ...]:
-        return (self.plain(row),)
+        if row not in self._made:
+            self._made[row] = (self._plain(row),)
+        return self._made[row]
 
     def snapshot(self) -> Terms:
-        return Terms(self.plain, self)
+        """A copy that does not follow later rewriting; plain terms are shared."""
+        copy = Terms(self._plain)
+        copy.update(self)
+        copy._made = self._made
+        return copy
 
 
 @dataclass(eq=False)
