@@ -11,6 +11,7 @@ from hookctl.address import families
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import Editor
 from hookctl.errors import HoleError
+from hookctl.inspection import survey
 from hookctl.session import control
 
 
@@ -63,11 +64,11 @@ def probe(pipe: Any, **arguments: Any) -> Probed:
 
     arguments: of the pipeline's own call.
     """
-    described = dict(
-        (s.path, (s, m)) for s, m in families.describe_sites(families.denoiser_of(pipe))
-    )
-    left = set(described)
-    holes: dict[str, str] = {}
+    modules = dict(families.uncompiled(families.denoiser_of(pipe)).named_modules())
+    facts = survey(pipe).sites
+    described = {fact.site.path: modules[fact.site.path] for fact in facts}
+    holes = {fact.site.path: fact.how for fact in facts if not fact.caught}
+    left = set(described) - set(holes)
     while left:
         editor = Probe(frozenset(left))
         try:

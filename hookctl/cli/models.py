@@ -60,7 +60,7 @@ def _empty(folder: Path) -> nn.Module:
     """A denoiser from its configuration, without memory for its weights."""
     name = _class_name(folder)
     cls: Any = getattr(diffusers, name or "", None)
-    if not isinstance(cls, type) or nn.Module not in cls.__mro__:
+    if not _is_model(cls):
         raise InputError(
             f"{folder}: config.json names the class {name!r}, which is no model of diffusers "
             f"{diffusers.__version__}; give a pipeline folder or a denoiser that diffusers knows"
@@ -68,6 +68,10 @@ def _empty(folder: Path) -> nn.Module:
     with torch.device("meta"):
         model: nn.Module = cls.from_config(cls.load_config(str(folder)))
     return model
+
+
+def _is_model(cls: Any) -> bool:
+    return isinstance(cls, type) and issubclass(cls, nn.Module)
 
 
 def _class_name(folder: Path) -> str | None:

@@ -62,6 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 @pytest.fixture
 def say(capsys: pytest.CaptureFixture[str]) -> Say:
     def run(*arguments: Any) -> Said:
+        capsys.readouterr()  # what saving a pipeline prints is not the command's
         status = main([str(a) for a in arguments])
         captured = capsys.readouterr()
         return status, captured.out, captured.err
