@@ -137,6 +137,8 @@ class SitePort:
         self.number = next(compiled.numbers)
         self.traced = False
         compiled.ports[self.number] = self
+        # Made beforehand: traced code can't make a mode and leave it entered at a graph break.
+        self._compiled = CompiledMode(self.number)
         self._handles = [
             module.register_forward_pre_hook(self._enter),
             module.register_forward_hook(self._leave, always_call=True),
@@ -155,16 +157,17 @@ class SitePort:
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
-            CompiledMode(self.number).__enter__()
+            self._compiled.calls = 0
+            self._compiled.__enter__()
         elif self.handler.watching(self.site):
             SiteMode(self).__enter__()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
-            _get_current_function_mode().__exit__(None, None, None)
+            self._compiled.__exit__(None, None, None)
             return
         mode = _get_current_function_mode()
-        if isinstance(mode, CompiledMode) and mode.number == self.number:
+        if mode is self._compiled:
             mode.__exit__(None, None, None)  # entered in compiled code, left after a graph break
             return
         if not isinstance(mode, SiteMode) or mode.port is not self:
