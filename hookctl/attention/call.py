@@ -11,7 +11,6 @@ stays the model's own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -22,24 +21,14 @@ from hookctl.address.clock import Clock
 from hookctl.address.rows import Row, Rows
 from hookctl.address.sites import Grid, Site, grid_of
 from hookctl.attention import operations as does
-from hookctl.attention.operations import Operation, Probabilities, Stage
-from hookctl.attention.prepared import cast, is_all, is_finite, regions_of
+from hookctl.attention.operations import Operation, Probabilities, ReadOut, Sink, Stage
+from hookctl.attention.prepared import cast, is_all, is_finite, regions_of, stacked
 from hookctl.attention.spans import Spans, spans_of
 from hookctl.attention.term import Ref, Segment, Sum, Term
 from hookctl.attention.token_map import Routing
 from hookctl.errors import InputError, UnsupportedError
 
 RowLike = Row | int
-Sink = Callable[[Row, Tensor], None]
-
-
-@dataclass(frozen=True, eq=False)
-class ReadOut:
-    """A request for the probabilities of some key tokens, averaged over heads."""
-
-    row: Row
-    tokens: tuple[int, ...]
-    into: Sink
 
 
 class AttentionCall:
@@ -395,16 +384,7 @@ class AttentionCall:
         if not isinstance(value, Tensor):
             index = self._index(value, name)
             return Ref(own, index), index
-        stack = value if value.dim() == 4 else value[None]
-        if stack.dim() != 4 or stack.shape[1] != own.shape[2] or stack.shape[-1] != own.shape[-1]:
-            raise InputError(
-                f"{name} is {tuple(value.shape)}; {self.site.path} needs "
-                f"[heads={own.shape[2]}, tokens, channels={own.shape[-1]}]"
-            )
-        sub = own.shape[1]
-        if stack.shape[0] not in (1, sub):
-            raise InputError(f"{name} has a sub-batch of {stack.shape[0]}; give 1 or {sub}")
-        return Ref(stack.to(own).expand(sub, *stack.shape[1:])[None], 0), None
+        return Ref(stacked(value, own, f"{name} of {self.site.path}"), 0), None
 
     def _per_query(self, value: Tensor, name: str) -> Tensor:
         if tuple(value.shape) != (self.q.shape[-2],):

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hookctl.address.rows import Row
 from hookctl.attention.term import Ref, Segment, Sum, Term, Terms
 from hookctl.attention.token_map import ValueMap
 from hookctl.attention.visibility import Regions
@@ -31,6 +32,7 @@ class Stage(IntEnum):
 
 
 Probabilities = Callable[[Tensor], Tensor]
+Sink = Callable[[Row, Tensor], None]
 
 
 @dataclass(eq=False, slots=True)
@@ -57,6 +59,15 @@ class Operation:
     verb: str
     rows: tuple[int, ...]
     apply: Callable[[Fold, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class ReadOut:
+    """A request for the probabilities of some key tokens, averaged over heads."""
+
+    row: Row
+    tokens: tuple[int, ...]
+    into: Sink
 
 
 def folded(

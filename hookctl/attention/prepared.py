@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hookctl.attention.visibility import Regions
+from hookctl.errors import InputError
 
 T = TypeVar("T")
 
@@ -62,3 +63,17 @@ def is_finite(value: Tensor) -> bool:
 
 def regions_of(queries: Tensor, keys: Tensor, device: torch.device) -> Regions:
     return remembered(lambda: Regions(queries, keys, device), ("regions", device), queries, keys)
+
+
+def stacked(value: Tensor, own: Tensor, name: str) -> Tensor:
+    """Tensors [heads, tokens, channels], or of every member of the sub-batch, as a stack of one
+    row like `own`."""
+    stack = value if value.dim() == 4 else value[None]
+    _, sub, heads, _, channels = own.shape
+    if stack.dim() != 4 or stack.shape[1] != heads or stack.shape[-1] != channels:
+        raise InputError(
+            f"{name} is {tuple(value.shape)}; give [heads={heads}, tokens, channels={channels}]"
+        )
+    if stack.shape[0] not in (1, sub):
+        raise InputError(f"{name} has a sub-batch of {stack.shape[0]}; give 1 or {sub}")
+    return stack.to(own).expand(sub, *stack.shape[1:])[None]

@@ -2,7 +2,8 @@
 
 Over 77 text tokens the matrix is thin (N x 77), and the source's probabilities serve the source's
 edits at once: one softmax, several value tensors. Values that a token map gives no weight are not
-multiplied. On a CPU this beats one SDPA call per term.
+multiplied. On a CPU this beats one SDPA call per term; rows are taken one at a time, so that q, k
+and v are read where they lie.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from torch import Tensor
 
 from hookctl.attention.assemble import factors_bias, key_bias, values_of
 from hookctl.attention.sdpa import Piece
-from hookctl.attention.term import Sum, Term
+from hookctl.attention.term import Ref, Sum, Term
 
 
 def evaluate(finished: Sum, rows: Sequence[int]) -> list[Piece]:
-    """The sums of some rows, in pieces [1, sub-batch, heads, N, channels].
+    """The sums of some rows, in one piece [rows, sub-batch, heads, N, channels].
 
     Each distinct softmax is formed once, [sub-batch * heads, N, M] for M keys: use it where M is
     short.
@@ -33,8 +34,13 @@ def evaluate(finished: Sum, rows: Sequence[int]) -> list[Piece]:
         p = probabilities(uses[0][1], finished.mask)
         for row, term in uses:
             totals[row] = _added(totals.get(row), p, term)
-    shape = finished.terms[rows[0]][0].q.base.shape[1:3]
-    return [([row], totals[row].unflatten(0, (1, *shape))) for row in rows]
+    # Tokens before heads: merging the heads afterwards copies nothing.
+    _, sub, heads, *_ = users[next(iter(users))][0][1].q.base.shape
+    if sub == 1:
+        stacked = torch.stack([totals[row].transpose(0, 1) for row in rows])
+        return [(list(rows), stacked[:, None].transpose(2, 3))]
+    parts = [totals[row].unflatten(0, (sub, heads)).transpose(1, 2) for row in rows]
+    return [(list(rows), torch.stack(parts).transpose(2, 3))]
 
 
 def _key(term: Term) -> tuple[Any, ...]:
@@ -49,12 +55,10 @@ def _key(term: Term) -> tuple[Any, ...]:
 
 def probabilities(term: Term, mask: Tensor | None) -> Tensor:
     """[sub-batch * heads, N, M]; rows without any allowed key are 0."""
-    q = term.q.tensor.flatten(0, 1)
-    keys = [s.k.tensor for s in term.segments]
-    k = (keys[0] if len(keys) == 1 else torch.cat(keys, -2)).flatten(0, 1)
-    # beta=0: the first argument is never read, only its shape.
-    unread = q.new_empty(1, 1, 1).expand(q.shape[0], q.shape[1], k.shape[1])
-    scores = torch.baddbmm(unread, q, k.mT, beta=0, alpha=term.scale)
+    q = _flat(term.q)
+    keys = [_flat(s.k) for s in term.segments]
+    k = keys[0] if len(keys) == 1 else torch.cat(keys, -2)
+    scores = torch.baddbmm(_unread(q), q, k.mT, beta=0, alpha=term.scale)
     if term.factors:
         scores = scores + factors_bias(term)
     bias = key_bias([term], mask)
@@ -66,20 +70,40 @@ def probabilities(term: Term, mask: Tensor | None) -> Tensor:
     return scores.softmax(-1).masked_fill(empty[0], 0.0).flatten(0, 1)
 
 
+_zero: dict[torch.dtype, Tensor] = {}
+
+
+def _unread(like: Tensor) -> Tensor:
+    """The first argument of baddbmm, which it never reads if beta is 0."""
+    if like.device.type != "cpu":
+        return like.new_zeros(())
+    if like.dtype not in _zero:
+        _zero[like.dtype] = torch.zeros((), dtype=like.dtype)
+    return _zero[like.dtype]
+
+
+def _flat(ref: Ref) -> Tensor:
+    """[sub-batch * heads, tokens, channels], without a copy if the sub-batch is 1."""
+    base = ref.base
+    return base[ref.row, 0] if base.shape[1] == 1 else base[ref.row].flatten(0, 1)
+
+
 def _added(total: Tensor | None, p: Tensor, term: Term) -> Tensor:
     """total + weight * P V, [sub-batch * heads, N, channels]."""
-    only = term.maps[0] if len(term.maps) == 1 and len(term.segments) == 1 else None
-    if only is not None and only.covers(term.own.tokens):
-        if only.used is not None:
-            p = p[..., only.used[0] : only.used[1]]
-        v = only.apply_used(term.own.v.tensor)
+    maps, single = term.maps, len(term.segments) == 1
+    if not maps and single:
+        v = _flat(term.own.v)
+    elif len(maps) == 1 and single and maps[0].covers(term.own.tokens):
+        if maps[0].used is not None and maps[0].used != (0, term.own.tokens):
+            p = p[..., maps[0].used[0] : maps[0].used[1]]
+        v = maps[0].apply_used(_flat(term.own.v))
     else:
-        v = values_of([term])[0]
-    v = v.flatten(0, 1)
-    if isinstance(term.weight, Tensor):
-        part = torch.bmm(p, v) * term.weight[:, None]
+        v = values_of([term])[0].flatten(0, 1)
+    weight = term.weight
+    if isinstance(weight, Tensor):
+        part = torch.bmm(p, v) * weight[:, None]
         return part if total is None else total + part
     if total is None:
         part = torch.bmm(p, v)
-        return part if term.weight == 1.0 else part * term.weight
-    return total.baddbmm_(p, v, alpha=term.weight)
+        return part if weight == 1.0 else part * weight
+    return total.baddbmm_(p, v, alpha=weight)

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from hookctl.errors import InputError
 
+# From this many values on, moving them costs less than a product with a matrix of tokens.
+_WORTH_GATHERING = 16_384
+
 
 @dataclass(frozen=True, eq=False)
 class Gather:
@@ -78,7 +81,8 @@ class ValueMap:
         if self.diagonal:
             mapped = part * self.matrix[:, None]
         else:
-            mapped = self.gather.apply(part) if self.gather else self.matrix @ part
+            gather = self.gather if part.numel() >= _WORTH_GATHERING else None
+            mapped = gather.apply(part) if gather else self.matrix @ part
         if covers:
             return mapped
         outside = (v[..., : self.start, :] * self.rest, mapped, v[..., stop:, :] * self.rest)

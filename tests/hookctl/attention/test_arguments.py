@@ -20,7 +20,7 @@ WRONG: dict[str, tuple[Callable[[AttentionCall], Any], str]] = {
     "where": (lambda c: c.borrow(3, k=2, where=random(5)), r"borrow: where is \(5,\).* 12 queries"),
     "k": (
         lambda c: c.extend(3, random(3, 4, 8), random(3, 4, 8)),
-        r"extend: k is \(3, 4, 8\); a.site needs \[heads=2, tokens, channels=8\]",
+        r"extend: k of a.site is \(3, 4, 8\); give \[heads=2, tokens, channels=8\]",
     ),
     "unequal": (
         lambda c: c.extend(3, random(2, 4, 8), random(2, 5, 8)),
@@ -32,7 +32,7 @@ WRONG: dict[str, tuple[Callable[[AttentionCall], Any], str]] = {
     ),
     "sub-batch": (
         lambda c: c.add(3, random(3, 2, 4, 8), random(3, 2, 4, 8)),
-        r"add: k has a sub-batch of 3; give 1 or 1",
+        r"add: k of a.site has a sub-batch of 3; give 1 or 1",
     ),
     "add, unequal": (
         lambda c: c.add(3, random(2, 4, 8), random(2, 5, 8)),
