@@ -37,12 +37,20 @@ class MapStore:
     """Every map that was read in a run, by word."""
 
     records: list[MapRecord] = field(default_factory=list)
+    _seen: set[tuple[str, str, int, int, int]] = field(default_factory=set)
 
     def clear(self) -> None:
-        self.records = []
+        self.records, self._seen = [], set()
 
     def note(self, word: str, site: Site, turn: int, row: Row, values: Tensor, grid: Grid) -> None:
-        """Keep a read-out: values [sub-batch, N, tokens], with its graph if it has one."""
+        """Keep a read-out: values [sub-batch, N, tokens], with its graph if it has one.
+
+        Two editors may read one word at one site: the map is kept once, or means would lean to it.
+        """
+        key = (word, site.path, turn, row.prompt, row.image)
+        if key in self._seen:
+            return
+        self._seen.add(key)
         image = values.sum(-1)
         image = image.reshape(-1, grid.height, grid.width)
         self.records.append(MapRecord(word, site, turn, row.prompt, row.image, image))

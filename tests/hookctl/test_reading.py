@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hookctl import Maps, control
+from hookctl.address.rows import Row
+from hookctl.address.sites import Grid, Site
+from hookctl.attention.maps import MapStore
 from hookctl.errors import HookctlError, InputError, SelectorError, UnsupportedError, WordError
 from hookctl.recipes import PromptToPrompt
 from tests import zoo
@@ -242,3 +245,15 @@ def test_arguments() -> None:
         Maps("cat", start=0.8, stop=0.2)
     with pytest.raises(UnsupportedError, match="no tokenizer"), control(made("sd15").unet, Maps()):
         pytest.fail("the context was entered")
+
+
+def test_a_map_that_two_editors_read_is_kept_once() -> None:
+    store = MapStore()
+    site = Site("a.attn2", "cross", "down", 0, 0)
+    for _ in range(2):
+        store.note("cat", site, 0, Row(0, "cond", 0, 0), torch.ones(1, 4, 1), Grid(2, 2))
+    store.note("cat", site, 1, Row(0, "cond", 0, 0), torch.ones(1, 4, 1), Grid(2, 2))
+    assert [record.turn for record in store["cat"].records] == [0, 1]
+    store.clear()
+    store.note("cat", site, 0, Row(0, "cond", 0, 0), torch.ones(1, 4, 1), Grid(2, 2))
+    assert len(store.records) == 1
