@@ -15,13 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Ports by the number that compiled graphs know them by.
-ports: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-numbers = itertools.count(1)
+# Ports by the name that compiled graphs know them by: a number would be made a free variable.
+ports: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+_numbers = itertools.count(1)
+
+
+def register(port: Any, path: str) -> str:
+    """A name of its own for a port."""
+    name = f"{path}#{next(_numbers)}"
+    ports[name] = port
+    return name
 
 
 def attention(
-    port: int,
+    port: str,
     index: int,
     query: Tensor,
     key: Tensor,
@@ -48,7 +55,7 @@ def _evaluate(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
-    port: int,
+    port: str,
     index: int,
 ) -> Tensor:
     owner = ports.get(port)
@@ -69,7 +76,7 @@ def _forward_op(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
-    port: int,
+    port: str,
     index: int,
 ) -> Tensor:
     out = _evaluate(
@@ -96,7 +103,7 @@ def _backward_op(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
-    port: int,
+    port: str,
     index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Make the edited call again, with gradients: the edit itself is differentiable."""

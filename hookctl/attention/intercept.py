@@ -102,9 +102,9 @@ class SiteMode(TorchFunctionMode):
 class CompiledMode(TorchFunctionMode):
     """The same while `torch.compile` traces: the call becomes one opaque operator."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__()
-        self.number = number
+        self.name = name
         self.calls = 0
 
     def __torch_function__(
@@ -112,7 +112,10 @@ class CompiledMode(TorchFunctionMode):
     ) -> Any:
         if func is SDPA:
             index, self.calls = self.calls, self.calls + 1
-            return compiled.attention(self.number, index, *args, **(kwargs or {}))
+            return compiled.attention(self.name, index, *args, **(kwargs or {}))
+        if func is Tensor.unflatten:
+            # Under a mode, tracing breaks at the `super()` call inside the method.
+            return torch.unflatten(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -134,11 +137,9 @@ class SitePort:
     ) -> None:
         self.site, self.module, self.handler, self.own_call = site, module, handler, own_call
         self.spelled_out = self.exchanged = False
-        self.number = next(compiled.numbers)
         self.traced = False
-        compiled.ports[self.number] = self
         # Made beforehand: traced code can't make a mode and leave it entered at a graph break.
-        self._compiled = CompiledMode(self.number)
+        self._compiled = CompiledMode(compiled.register(self, site.path))
         self._handles = [
             module.register_forward_pre_hook(self._enter),
             module.register_forward_hook(self._leave, always_call=True),

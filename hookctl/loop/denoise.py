@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._dynamo.eval_frame import set_eval_frame
 
 from hookctl.loop.patch import Patch
 from hookctl.loop.state import Scaling
@@ -30,7 +31,7 @@ class DenoiserPort:
     def __init__(self, module: nn.Module, around: Callable[[Inner, Any, Any], Any]) -> None:
         self.module, self.around = module, around
         self.compiled: Inner | None = module.__dict__.get(_SLOT)
-        # Not recursive: what the model compiled inside the call stays compiled.
+        # Not recursive: a model compiled round the hook is compiled inside it.
         call = torch.compiler.disable(self._call, recursive=False)
         self._patches = [
             Patch(module, _SLOT, call),
@@ -47,8 +48,20 @@ class DenoiserPort:
             self.module.__dict__[_SLOT] = self.compiled
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        inner = self.compiled or self.module._call_impl
-        return self.around(inner, args, kwargs)
+        # torch.compile must see the model, but none of what is done round it.
+        tracer = set_eval_frame(None)
+
+        def inner(*args: Any, **kwargs: Any) -> Any:
+            set_eval_frame(tracer)
+            try:
+                return (self.compiled or self.module._call_impl)(*args, **kwargs)
+            finally:
+                set_eval_frame(None)
+
+        try:
+            return self.around(inner, args, kwargs)
+        finally:
+            set_eval_frame(tracer)
 
     def _compile(self, *args: Any, **kwargs: Any) -> None:
         """`module.compile()` inside the context: compiled within the hook, not over it."""

@@ -88,8 +88,8 @@ class ConcatPort:
 
     def __init__(self, concat: Concat, edit: Edit) -> None:
         self.concat, self.edit = concat, edit
-        self.number, self.traced = next(_numbers), False
-        _ports[self.number] = self
+        self.name, self.traced = f"{concat.path}#{next(_numbers)}", False
+        _ports[self.name] = self
         self._handle = concat.module.register_forward_pre_hook(self._before)
 
     def remove(self) -> None:
@@ -97,7 +97,7 @@ class ConcatPort:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         if torch.compiler.is_compiling():
-            return (torch.ops.hookctl.features(args[0], self.number), *args[1:])
+            return (torch.ops.hookctl.features(args[0], self.name), *args[1:])
         joined = self.joined(args[0])
         return None if joined is args[0] else (joined, *args[1:])
 
@@ -110,17 +110,17 @@ class ConcatPort:
 
 # -- torch.compile: an opaque operator, as for attention (`attention/compiled.py`) ----------------
 
-_ports: weakref.WeakValueDictionary[int, ConcatPort] = weakref.WeakValueDictionary()
+_ports: weakref.WeakValueDictionary[str, ConcatPort] = weakref.WeakValueDictionary()
 _numbers = itertools.count(1)
 
 
-def _evaluate(joined: Tensor, port: int) -> Tensor:
+def _evaluate(joined: Tensor, port: str) -> Tensor:
     owner = _ports.get(port)
     return joined if owner is None else owner.joined(joined)
 
 
 @torch.library.custom_op("hookctl::features", mutates_args=())
-def _features_op(joined: Tensor, port: int) -> Tensor:
+def _features_op(joined: Tensor, port: str) -> Tensor:
     out = _evaluate(joined, port)
     return out.clone() if out is joined else out.contiguous()  # an operator returns no input
 
@@ -133,7 +133,7 @@ def _(joined, port):
 
 
 @torch.library.custom_op("hookctl::features_backward", mutates_args=())
-def _features_backward_op(grad: Tensor, joined: Tensor, port: int) -> Tensor:
+def _features_backward_op(grad: Tensor, joined: Tensor, port: str) -> Tensor:
     leaf = joined.detach().requires_grad_()
     with torch.enable_grad():
         (found,) = torch.autograd.grad(_evaluate(leaf * 1, port), leaf, grad)

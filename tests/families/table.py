@@ -1,0 +1,80 @@
+"""The conformance table: every promise run on every family.
+
+    python -m tests.families.table [out/conformance.md] [subject ...]
+
+A cell is a tick where the promise was run and kept, a dash where it does not apply, a cross where
+it is broken; the notes below the table say why a dash is a dash.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from hookctl.tables import markdown_table
+from tests.families import compiling, promises
+from tests.families.promises import NotApplicable
+from tests.families.subjects import SUBJECTS, Subject
+
+PROMISES: dict[str, Callable[[Subject], None]] = {
+    "sites found": promises.sites_found,
+    "q, k, v caught": promises.calls_caught,
+    "idle exact, edit right": promises.idle_and_edited,
+    "rows": promises.rows_resolved,
+    "LoRA": promises.with_lora,
+    "IP-Adapter": promises.with_ip_adapter,
+    "fused QKV": promises.with_fused_projections,
+    "sliced": promises.with_sliced_attention,
+    "eager": promises.with_eager_processors,
+    "unknown processor": promises.with_unknown_processors,
+    "flex backend": promises.with_flex_backend,
+    "math backend": promises.with_math_backend,
+    "model offload": promises.with_model_offload,
+    "sequential offload": promises.with_sequential_offload,
+    "checkpointing": promises.gradients_checkpointed,
+    "exceptions": promises.exceptions_leave_nothing,
+    "nesting": promises.contexts_nest,
+    "threads": promises.threads_do_not_meet,
+    "compiled before": compiling.compiled_before,
+    "compiled after": compiling.compiled_after,
+}
+COMPILED_HERE = ("plain_sdpa", "compvis")  # the subjects that the test suite itself compiles
+
+
+def result(subject: Subject, name: str) -> tuple[str, str]:
+    """The mark of a cell and the reason for it."""
+    try:
+        PROMISES[name](subject)
+    except NotApplicable as reason:
+        return "–", str(reason)
+    except Exception as error:  # a broken promise is a cell of the table
+        return "✗", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return "✓", ""
+
+
+def main(path: str = "out/conformance.md", *names: str) -> int:
+    torch.set_num_threads(1)
+    subjects = [s for s in SUBJECTS if not names or s.name in names]
+    cells: dict[str, list[str]] = {name: [] for name in PROMISES}
+    notes: dict[str, list[str]] = {}
+    for subject in subjects:
+        for name in PROMISES:
+            mark, reason = result(subject, name)
+            cells[name].append(mark)
+            print(subject.name, name, mark, reason, flush=True)
+            if reason:
+                notes.setdefault(f"{mark} {name}: {reason}", []).append(subject.name)
+    rows = [[name, *marks] for name, marks in cells.items()]
+    text = markdown_table(rows, ["promise", *(s.name for s in subjects)])
+    listed = "\n".join(f"- {note} ({', '.join(where)})" for note, where in notes.items())
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(f"{text}\n\n{listed}\n", "utf-8")
+    print(text)
+    return int(any("✗" in marks for marks in cells.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
