@@ -72,12 +72,18 @@ def concats(denoiser: nn.Module) -> Iterator[Concat]:
                     order,
                     Fraction(1, 2 ** (len(ups) - 1 - block)),
                 )
-            before = getattr(resnet, "out_channels", None)
+            before = _channels(resnet)
             order += 1
 
 
 def _out_channels(resnets: Any) -> int | None:
-    return getattr(resnets[-1], "out_channels", None) if resnets else None
+    return _channels(resnets[-1]) if resnets else None
+
+
+def _channels(resnet: nn.Module) -> int | None:
+    """Output channels of a residual block; in video models a spatial one holds the number."""
+    spatial = getattr(resnet, "spatial_res_block", resnet)
+    return getattr(spatial, "out_channels", None)
 
 
 Edit = Callable[[Concat, Tensor, Tensor], "tuple[Tensor, Tensor] | None"]

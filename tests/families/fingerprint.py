@@ -36,7 +36,10 @@ def fingerprint(target: Any) -> dict[str, Any]:
         parts[f"{name}.requires_grad"] = tuple(p.requires_grad for p in model.parameters())
         parts[f"{name}.weights"] = tuple(p._version for p in model.parameters())
     if not isinstance(target, nn.Module):
-        parts["pipe"] = set(target.__dict__)
+        # Pipelines keep numbers of their last run; methods are what we could leave behind.
+        parts["pipe"] = {
+            key: id(value) for key, value in target.__dict__.items() if callable(value)
+        }
         scheduler = target.scheduler
         parts["scheduler"] = {
             key: id(value) for key, value in scheduler.__dict__.items() if callable(value)

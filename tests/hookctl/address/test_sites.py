@@ -1,0 +1,90 @@
+"""Which layer: names, selectors and grids."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+
+from hookctl.address.families import describe_sites
+from hookctl.address.sites import Grid, Site, grid_of, matcher, select
+from hookctl.errors import SelectorError
+from tests import zoo
+
+SITES = tuple(s for s, _ in describe_sites(zoo.PIPELINES["sd15"].make().unet))
+
+
+def chosen(selector: object) -> set[str]:
+    return {site.label for site in select(SITES, selector)}  # type: ignore[arg-type]
+
+
+def test_places_and_resolutions() -> None:
+    by_path = {site.path: site for site in SITES}
+    down = by_path["down_blocks.2.attentions.0.transformer_blocks.0.attn2"]
+    assert (down.kind, down.place, down.block, down.resolution) == (
+        "cross",
+        "down",
+        2,
+        Fraction(1, 4),
+    )
+    assert down.label == "down2.cross0@1/4"
+    assert {s.resolution for s in SITES if s.place == "mid"} == {Fraction(1, 8)}
+    assert {s.resolution for s in SITES if s.block == 3} == {Fraction(1)}
+    assert {site.heads for site in SITES} == {2, 4}
+    order = [site.place for site in SITES]
+    assert order == sorted(order, key=["down", "mid", "up"].index)
+
+
+@pytest.mark.parametrize(
+    ("selector", "expected"),
+    [
+        ("self mid", {"mid0.self0@1/8"}),
+        ("cross down @<=1/4", {"down2.cross0@1/4"}),
+        ("mid", {"mid0.self0@1/8", "mid0.cross0@1/8"}),
+        ("cross down1, self down0", {"down1.cross0@1/2", "down0.self0@1"}),
+        ("self down !@1", {"down1.self0@1/2", "down2.self0@1/4"}),
+        (["mid_block.*attn1"], {"mid0.self0@1/8"}),
+        ("mid_block.*.attn2", {"mid0.cross0@1/8"}),
+        (lambda site: site.block == 2 and site.place == "down" and site.kind == "self", None),
+    ],
+)
+def test_selectors(selector: object, expected: set[str] | None) -> None:
+    assert chosen(selector) == (expected or {"down2.self0@1/4"})
+
+
+def test_all() -> None:
+    assert chosen(None) == chosen("all") == {site.label for site in SITES}
+
+
+@pytest.mark.parametrize("bad", ["", "  ,", "@x", "@1/"])
+def test_bad_selectors(bad: str) -> None:
+    with pytest.raises(SelectorError):
+        matcher(bad)
+
+
+def test_no_match_says_what_there_is() -> None:
+    with pytest.raises(SelectorError, match="Edit: sites='joint' matches none of the 20 sites"):
+        select(SITES, "joint", who="Edit")
+    assert select((), "joint") == ()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "latent", "grid"),
+    [
+        (256, (16, 16), Grid(16, 16)),
+        (64, (16, 16), Grid(8, 8)),
+        (8 * 12, (16, 24), Grid(8, 12)),
+        (5 * 7, (17, 25), Grid(5, 7)),  # strided convolutions round up
+        (3 * 16, (3, 8, 8), Grid(4, 4, 3)),
+        (16, (3, 8, 8), Grid(4, 4)),
+        (7, (16, 16), None),
+    ],
+)
+def test_grids(tokens: int, latent: tuple[int, ...], grid: Grid | None) -> None:
+    assert grid_of(tokens, latent) == grid
+    if grid is not None:
+        assert grid.tokens == tokens
+
+
+def test_labels_without_resolution() -> None:
+    assert Site("a.b", "self", "other", 0, 3).label == "other0.self3"
