@@ -335,7 +335,7 @@ def with_sequential_offload(subject: Subject) -> None:
 
 
 def gradients_checkpointed(subject: Subject) -> None:
-    """Gradient checkpointing gives equal gradients, with an edit too, in this and another thread."""
+    """Checkpointing gives equal gradients, with an edit too, in this and another thread."""
     target = subject.make()
     denoiser = subject.denoiser(target)
     need(hasattr(denoiser, "enable_gradient_checkpointing"), "has no checkpointing")

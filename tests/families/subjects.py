@@ -1,4 +1,4 @@
-"""Pipelines and bare modules of the zoo behind one face, and an edit with a reference of its own."""
+"""Pipelines and bare modules of the zoo behind one face, and an edit with its own reference."""
 
 from __future__ import annotations
 
