@@ -15,7 +15,8 @@ from hookctl.demos.shapes.world import COLOUR_NAMES, RELATIONS, SHAPES
 class EditCase:
     """One edit: the source and target prompts and the object that changes.
 
-    before, after: (shape, colour, pattern) of the edited object; other: of the one that must stay;
+    before, after: (shape, colour, pattern) of the edited object, None after if it is to go; other:
+    of the one that must stay;
     words: of the edited object's noun in source and target; options: for the recipe.
     """
 
@@ -23,15 +24,17 @@ class EditCase:
     source: str
     target: str
     before: tuple[str, str, str]
-    after: tuple[str, str, str]
+    after: tuple[str, str, str] | None
     other: tuple[str, str, str]
     words: tuple[str, str]
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
-        a, b = (_say(*self.before), _say(*self.after))
-        return f"{self.kind}: {a} to {b}"
+        if self.after is None:
+            gains = ", ".join(f"{w} x {g:g}" for w, g in self.options["reweight"].items())
+            return f"{self.kind}: {_say(*self.before)}, {gains}"
+        return f"{self.kind}: {_say(*self.before)} to {_say(*self.after)}"
 
 
 def _say(shape: str, colour: str, pattern: str) -> str:
@@ -58,8 +61,9 @@ def _draw(kind: str, rng: np.random.Generator) -> EditCase:
     shape, colour = str(rng.choice(SHAPES)), str(rng.choice(COLOUR_NAMES))
     # Another shape and another colour, so that each word names one object.
     other = (_other_than(rng, SHAPES, shape), _other_than(rng, COLOUR_NAMES, colour), "plain")
-    before = (shape, colour, "striped" if kind == "reweight" else "plain")
-    after, options = before, {}
+    before = (shape, colour, "plain")
+    after: tuple[str, str, str] | None = before
+    options: dict[str, Any] = {}
     if kind == "colour":
         after = (shape, _other_than(rng, COLOUR_NAMES, colour, other[1]), "plain")
     elif kind == "shape":
@@ -67,8 +71,8 @@ def _draw(kind: str, rng: np.random.Generator) -> EditCase:
     elif kind == "added word":
         after = (shape, colour, "striped")
     elif kind == "reweight":
-        after = (shape, colour, "plain")
-        options = {"reweight": {"striped": -1.0}}
+        # The noun carries the object: attention pushed away from it leaves the object out.
+        after, options = None, {"reweight": {shape: -2.0}}
     else:
         raise ValueError(f"no edit of kind {kind!r}")
     relation, ground = str(rng.choice(RELATIONS)), str(rng.choice(("white", "gray", "black")))
@@ -79,6 +83,15 @@ def _draw(kind: str, rng: np.random.Generator) -> EditCase:
         )
 
     source = sentence(before)
-    target = source if kind == "reweight" else sentence(after)
+    target = source if after is None else sentence(after)
     parse(source), parse(target)  # both must be sentences of the world
-    return EditCase(kind, source, target, before, after, other, (shape, after[0]), options)
+    return EditCase(
+        kind,
+        source,
+        target,
+        before,
+        after,
+        other,
+        (shape, shape if after is None else after[0]),
+        options,
+    )

@@ -41,9 +41,13 @@ def source_is_right(case: EditCase, source: Detection) -> bool:
 def measure(case: EditCase, source: Any, edited: Any) -> EditFigures:
     """Compare an edited picture with its source (PIL images or arrays of equal size)."""
     a, b = detect(source), detect(edited)
-    old, new = a.find(*case.before[:2]), b.find(*case.after[:2])
-    replaced = case.before[:2] == case.after[:2] or b.find(*case.before[:2]) is None
-    success = new is not None and new.pattern == case.after[2] and replaced
+    old, left = a.find(*case.before[:2]), b.find(*case.before[:2])
+    new = left if case.after is None else b.find(*case.after[:2])
+    if case.after is None:
+        success = new is None
+    else:
+        replaced = case.before[:2] == case.after[:2] or left is None
+        success = new is not None and new.pattern == case.after[2] and replaced
     other = a.find(*case.other[:2])
     twin = b.find(*case.other[:2])
     kept = other is not None and twin is not None and _near(other, twin, to_pixels(source).shape)

@@ -24,7 +24,7 @@ from hookctl.demos.shapes.detect import detect
 from hookctl.recipes import PromptToPrompt
 
 KINDS = ("colour", "shape", "added word", "reweight")
-STEPS, GUIDANCE = 25, 5.0
+STEPS, GUIDANCE = 25, 3.0
 SHOWN = 2  # cases of each kind in the grid
 
 # How much of the source each kind of edit holds on to.
@@ -32,7 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "colour": {"cross_replace": 0.8, "self_replace": 0.4, "self_resolution": 1.0},
     "shape": {"cross_replace": 0.8, "self_replace": 0.4, "self_resolution": 1.0},
     "added word": {"cross_replace": 0.8, "self_replace": 0.4, "self_resolution": 1.0},
-    "reweight": {"cross_replace": 1.0, "self_replace": 0.4, "self_resolution": 1.0},
+    "reweight": {"cross_replace": 1.0, "self_replace": 0.0},
 }
 
 Progress = Callable[[int, int], None]
@@ -63,7 +63,7 @@ def edit_one(pipe: Any, case: EditCase, seed: int, **settings: Any) -> Outcome:
     begun = time.perf_counter()
     source, plain = pipe(prompts, generator=edit.generators(seed), **common).images
     drawn = time.perf_counter()
-    with hookctl.control(pipe, edit, hookctl.Maps(case.words[1])) as session:
+    with hookctl.control(pipe, edit) as session:
         _, edited = pipe(prompts, generator=edit.generators(seed), **common).images
     done = time.perf_counter()
     return Outcome(
