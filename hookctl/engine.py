@@ -284,8 +284,9 @@ class Engine:
 
     def _inner(self, inner: Inner, call: Call, args: Any, kwargs: Any) -> Any:
         """The model itself; spelled-out attention can be followed in uncompiled code only."""
-        if any(self._ports[path].spelled_out for path in call.by_site) and self._compiled():
-            with torch.compiler.set_stance("force_eager"):
+        port = self._denoiser_port
+        if port is not None and any(self._ports[path].spelled_out for path in call.by_site):
+            with port.eagerly():
                 return inner(*args, **kwargs)
         return inner(*args, **kwargs)
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +32,7 @@ class DenoiserPort:
     def __init__(self, module: nn.Module, around: Callable[[Inner, Any, Any], Any]) -> None:
         self.module, self.around = module, around
         self.compiled: Inner | None = module.__dict__.get(_SLOT)
+        self._eager = False
         # Not recursive: a model compiled round the hook is compiled inside it.
         call = torch.compiler.disable(self._call, recursive=False)
         self._patches = [
@@ -52,7 +54,7 @@ class DenoiserPort:
         tracer = set_eval_frame(None)
 
         def inner(*args: Any, **kwargs: Any) -> Any:
-            set_eval_frame(tracer)
+            set_eval_frame(None if self._eager else tracer)
             try:
                 return (self.compiled or self.module._call_impl)(*args, **kwargs)
             finally:
@@ -62,6 +64,19 @@ class DenoiserPort:
             return self.around(inner, args, kwargs)
         finally:
             set_eval_frame(tracer)
+
+    @contextmanager
+    def eagerly(self) -> Iterator[None]:
+        """Run the model uncompiled meanwhile, whatever of it or round it is compiled."""
+        if "torch._dynamo" not in sys.modules:  # nothing can be compiled, and the import is dear
+            yield
+            return
+        before, self._eager = self._eager, True
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            self._eager = before
 
     def _compile(self, *args: Any, **kwargs: Any) -> None:
         """`module.compile()` inside the context: compiled within the hook, not over it."""
