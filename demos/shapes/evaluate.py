@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, nargs="+", default=[7.5])
+    parser.add_argument("--guidance", type=float, nargs="+", default=[2.5])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--device", default=None)

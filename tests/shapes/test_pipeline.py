@@ -76,6 +76,6 @@ def test_one_object_prompts_come_true(pipe: StableDiffusionPipeline) -> None:
         f"a{'n' * (colour == 'orange')} {colour} {shape}"
         for colour, shape in zip([*COLOURS, "red", "blue"], [*SHAPES, *SHAPES[:3]], strict=True)
     ]
-    pictures, _ = generate(pipe, prompts, steps=25, guidance=4.0, seed=0)
+    pictures, _ = generate(pipe, prompts, steps=25, guidance=2.5, seed=0)
     right = [matches(detect(p), text) for p, text in zip(pictures, prompts, strict=True)]
     assert np.sum(right) >= 6, dict(zip(prompts, right, strict=True))
