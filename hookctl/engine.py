@@ -22,11 +22,11 @@ from hookctl.attention.intercept import SitePort, mode_depth, unwind
 from hookctl.attention.stack import check_conflicts
 from hookctl.editor import Editor, overrides
 from hookctl.errors import HoleError, UnsupportedError
-from hookctl.loop.calls import Call, Calls, in_backward
+from hookctl.loop.calls import Call, Calls
 from hookctl.loop.context import own_part, widen
 from hookctl.loop.denoise import DenoiserPort, Inner, PipelinePort, SchedulerPort
 from hookctl.loop.exchange import Exchange
-from hookctl.loop.features import Concat, ConcatPort, FeatureCall, concats
+from hookctl.loop.features import Concat, ConcatPort, concats, edit_features
 from hookctl.loop.reach import sites_for
 from hookctl.loop.run import Run
 from hookctl.loop.state import State, check_finite
@@ -113,18 +113,24 @@ class Engine:
             self.attached += new
             try:
                 if first:
+                    self._exchange.remember(module for _, module in self.modules.values())
                     self._install()
                 self._changed()
             except BaseException:
                 self.remove(session)
                 raise
 
-    def remove(self, session: Any) -> None:
-        """Detach a session's editors, and everything when none is left."""
+    def remove(self, session: Any, *, failed: bool = False) -> None:
+        """Detach a session's editors, and everything when none is left.
+
+        failed: the session ends by an error.
+        """
         with _lock:
             self._sessions = [s for s in self._sessions if s is not session]
             self.attached = [a for a in self.attached if a.session is not session]
             self._changed()
+            if failed:
+                self._exchange.tidy()
             if not self._sessions:
                 self._uninstall()
 
@@ -216,6 +222,11 @@ class Engine:
     # -- the denoiser call ---------------------------------------------------------------------
 
     def _around_denoiser(self, inner: Inner, args: Any, kwargs: Any) -> Any:
+        if again := self._calls.repeated():
+            # Checkpointing round the whole call: the same rows, clock and editors once more.
+            state = self.run.repeat(again.state, args, kwargs)
+            call = Call(state, again.acting, again.by_site, repeated=True)
+            return self._within(call, inner, args, kwargs)
         outer, port = self._calls.open, self._denoiser_port
         nesting = outer.state if outer is not None else self._stepping()
         state = self.run.state(args, kwargs, port.branch if port else None, nesting)
@@ -225,13 +236,7 @@ class Engine:
         if self.run.fresh and nesting is None:
             self._begin(state)
         call = Call(state, *self._acting_at(state))
-        depth = mode_depth()
-        with self._calls.during(call):
-            try:
-                out = self._call(inner, call, args, kwargs)
-            except BaseException:
-                unwind(depth)
-                raise
+        out = self._within(call, inner, args, kwargs)
         if call.by_site and not call.ran:
             raise HoleError(
                 "none of the edited attention sites ran in a denoiser call: a compiled graph or a "
@@ -257,6 +262,15 @@ class Engine:
             state.maps = attached.session.maps
             attached.editor.begin(state)
         self.run.fresh = False
+
+    def _within(self, call: Call, inner: Inner, args: Any, kwargs: Any) -> Any:
+        depth = mode_depth()
+        with self._calls.during(call):
+            try:
+                return self._call(inner, call, args, kwargs)
+            except BaseException:
+                unwind(depth)
+                raise
 
     def _call(self, inner: Inner, call: Call, args: Any, kwargs: Any) -> Any:
         state = call.state
@@ -347,7 +361,7 @@ class Engine:
             index=index,
             joint_order=self.order,
             keeps_perturbed=families.keeps_perturbed(port.module),
-            repeated=in_backward() and self._calls.open is not call,
+            repeated=self._calls.repeats(call),
         )
 
     # -- features ------------------------------------------------------------------------------
@@ -361,21 +375,7 @@ class Engine:
         )
         if current is None or not acting:
             return None
-        call = FeatureCall(
-            backbone,
-            skip,
-            current.state.rows,
-            current.state.clock,
-            concat.block,
-            concat.place,
-            concat.order,
-            concat.resolution,
-        )
-        for editor in acting:
-            editor.features(call)
-        if call.backbone is backbone and call.skip is skip:
-            return None
-        return call.backbone, call.skip
+        return edit_features(concat, backbone, skip, current.state, acting)
 
     # -- the scheduler's step ------------------------------------------------------------------
 

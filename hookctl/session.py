@@ -113,7 +113,7 @@ class Session:
             return
         engine, self._engine = self._engine, None
         silent = engine.silent_sites(self) if self.strict and kind is None else ()
-        engine.remove(self)
+        engine.remove(self, failed=kind is not None)
         if silent:
             raise HoleError(
                 f"{len(silent)} edited sites never ran though the denoiser did, such as "

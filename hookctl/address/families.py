@@ -168,7 +168,9 @@ def attention_modules(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 # Attention among text or picture tokens on their way in, before they meet the image.
-_ASIDE = re.compile(r"^(encoder_hid_proj|context_embedder|context_refiner|cap_embedder|txt_)")
+_ASIDE = re.compile(
+    r"^(encoder_hid_proj|image_proj|context_embedder|context_refiner|cap_embedder|txt_)"
+)
 _SOFTMAX_FREE = re.compile(r"SanaLinear|SanaMultiscale")
 _ATTENDS = re.compile(r"scaled_dot_product_attention|\bsoftmax\b|multi_head_attention")
 

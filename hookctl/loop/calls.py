@@ -25,7 +25,8 @@ from hookctl.loop.state import State
 class Call:
     """One denoiser call: its state, the editors that act in it, and the sites that ran.
 
-    acting: attached editors; by_site: for each edited site those that are shown its calls.
+    acting: attached editors; by_site: for each edited site those that are shown its calls;
+    repeated: the whole call is made again for a backward pass.
     """
 
     state: State
@@ -34,6 +35,7 @@ class Call:
     ran: set[str] = field(default_factory=set)
     thread: int = field(default_factory=threading.get_ident)
     nodes: tuple[int, int] = (0, 0)
+    repeated: bool = False
 
 
 class Calls:
@@ -56,6 +58,14 @@ class Calls:
             if found is not None:
                 return found
         return getattr(self._local, "call", None)
+
+    def repeated(self) -> Call | None:
+        """The call of which this one, made in a backward, is the recomputation."""
+        return self._recomputed(within=False) if self._graphs and in_backward() else None
+
+    def repeats(self, call: Call) -> bool:
+        """Whether attention in `call` is computed not for the first time."""
+        return call.repeated or (in_backward() and self.open is not call)
 
     @contextmanager
     def during(self, call: Call) -> Iterator[None]:
@@ -92,15 +102,18 @@ class Calls:
 
             made.grad_fn.register_prehook(check)
 
-    def _recomputed(self) -> Call | None:
+    def _recomputed(self, within: bool = True) -> Call | None:
+        """The call that the backward's node was made in, or else the last before it."""
         node = torch._C._current_autograd_node()
         if node is None:
             return None
         number, thread = node._sequence_nr(), threading.get_ident()
-        inside = [c for c in self._graphs if c.nodes[0] <= number < c.nodes[1]]
+        calls = [c for c in self._graphs if c.nodes[0] <= number]
+        inside = [c for c in calls if number < c.nodes[1]]
+        if not inside and not within:
+            inside = calls
         # Numbers are per thread; a nested call's interval lies inside its outer call's.
-        inside.sort(key=lambda c: (c.thread == thread, c.nodes[0]))
-        return inside[-1] if inside else None
+        return max(inside, key=lambda c: (c.thread == thread, c.nodes[0]), default=None)
 
 
 def in_backward() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,6 +25,17 @@ class Exchange:
         self._ports: dict[str, SitePort] = {}
         self._checked: dict[str, Any] = {}
         self._found: dict[str, tuple[Any, Any]] = {}
+        self._first: list[tuple[nn.Module, Any]] = []
+
+    def remember(self, modules: Iterable[nn.Module]) -> None:
+        """Note the processors that a first session finds."""
+        self._first = [(module, families.processor_of(module)) for module in modules]
+
+    def tidy(self) -> None:
+        """After an error: a pipeline that changes processors for its run may have left them."""
+        for module, processor in self._first:
+            if not families.keeps_perturbed(module) and processor is not None:
+                _put(module, processor)
 
     def watch(self, path: str, port: SitePort) -> None:
         self._ports[path] = port

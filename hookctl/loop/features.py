@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hookctl.address.clock import Clock
 from hookctl.address.rows import Rows
+from hookctl.loop.state import State
+
+if TYPE_CHECKING:
+    from hookctl.editor import Editor
 
 
 @dataclass(eq=False)
@@ -84,6 +88,27 @@ def _channels(resnet: nn.Module) -> int | None:
     """Output channels of a residual block; in video models a spatial one holds the number."""
     spatial = getattr(resnet, "spatial_res_block", resnet)
     return getattr(spatial, "out_channels", None)
+
+
+def edit_features(
+    concat: Concat, backbone: Tensor, skip: Tensor, state: State, editors: Sequence[Editor]
+) -> tuple[Tensor, Tensor] | None:
+    """Show a concat to editors; both parts, or None if nobody changed any."""
+    call = FeatureCall(
+        backbone,
+        skip,
+        state.rows,
+        state.clock,
+        concat.block,
+        concat.place,
+        concat.order,
+        concat.resolution,
+    )
+    for editor in editors:
+        editor.features(call)
+    if call.backbone is backbone and call.skip is skip:
+        return None
+    return call.backbone, call.skip
 
 
 Edit = Callable[[Concat, Tensor, Tensor], "tuple[Tensor, Tensor] | None"]

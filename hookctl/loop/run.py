@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -65,8 +66,7 @@ class Run:
         self, args: Any, kwargs: Any, branch: str | None = None, outer: State | None = None
     ) -> State:
         """The state of one denoiser call; `outer`: of the call inside which an editor made it."""
-        bound = self._signature.bind(None, *args, **kwargs)
-        arguments = dict(list(bound.arguments.items())[1:])
+        arguments = self._named(args, kwargs)
         sample = next(iter(arguments))
         given = arguments[sample]
         if isinstance(given, list):
@@ -96,6 +96,15 @@ class Run:
             nested=outer is not None,
             own_text=embeddings.shape[1] if isinstance(embeddings, Tensor) else None,
         )
+
+    def repeat(self, before: State, args: Any, kwargs: Any) -> State:
+        """The state of a call that is made again with other tensors."""
+        arguments = self._named(args, kwargs)
+        return replace(before, kwargs=arguments, extra_text={}, assigned=None, stepped=None)
+
+    def _named(self, args: Any, kwargs: Any) -> dict[str, Any]:
+        bound = self._signature.bind(None, *args, **kwargs)
+        return dict(list(bound.arguments.items())[1:])
 
     def arguments(self, state: State) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's arguments after editors changed them."""

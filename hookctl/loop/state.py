@@ -136,7 +136,7 @@ def _replace_channels(model_input: Tensor, rows: Tensor) -> Tensor:
 def check_finite(latents: Any) -> None:
     """Raise InputError if the latents that a run starts from hold NaN or infinity."""
     if isinstance(latents, Tensor) and latents.is_floating_point():
-        bad = int((~torch.isfinite(latents)).sum())
+        bad = int((~torch.isfinite(latents.detach())).sum())
         if bad:
             raise InputError(
                 f"latents hold {bad} values that are NaN or infinite (of {latents.numel()}); "

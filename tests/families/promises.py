@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-from diffusers.models.attention_processor import AttnProcessor
-from torch import Tensor, nn
+from torch import Tensor
 
 from hookctl.address.families import describe_sites
 from tests.families.fingerprint import differences, fingerprint
@@ -110,13 +108,18 @@ def _tensors_at_the_kernel(subject: Subject, target: Any) -> dict[str, list[tupl
     return found
 
 
-def check(subject: Subject, prepare: Prepare | None = None, tolerance: float = TOLERANCE) -> None:
+def check(
+    subject: Subject,
+    prepare: Prepare | None = None,
+    tolerance: float = TOLERANCE,
+    by_hand: Any = borrowed_by_hand,
+) -> None:
     """Idle is bit-identical, an edit is what it should be, and everything is left as found."""
     target = subject.make()
     if prepare is not None:
         prepare(subject, target)
     plain = subject.run(target)
-    with borrowed_by_hand(subject, target):
+    with by_hand(subject, target):
         reference = subject.run(target)
     before = fingerprint(target)
     idle = Idle()
@@ -161,244 +164,6 @@ def rows_resolved(subject: Subject) -> None:
         expected = case.rows(prompts, n, guided)
         assert [[label(row) for row in one] for one in rows] == 2 * expected
         assert all(row.image < n for one in seen for row in one)
-
-
-# -- with what else a model may carry --------------------------------------------------------------
-
-
-def with_lora(subject: Subject) -> None:
-    """The edited values are those that the adapter made."""
-    from peft import LoraConfig
-
-    need(subject.is_pipeline, "no adapters outside diffusers")
-    target = subject.make()
-    need(hasattr(subject.denoiser(target), "add_adapter"), "takes no adapters")
-    plain = subject.run(target)
-
-    def prepare(subject: Subject, target: Any) -> None:
-        config = LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
-        torch.manual_seed(0)
-        subject.denoiser(target).add_adapter(config)
-        assert error(subject.run(target), plain) > 1e-3
-
-    check(subject, prepare)
-
-
-def with_ip_adapter(subject: Subject) -> None:
-    """The text's attention is edited, the adapter's is left alone."""
-    need(subject.name in ("sd15", "controlnet", "animatediff"), "no IP-Adapter made for it here")
-    check(subject, add_ip_adapter)
-
-
-def add_ip_adapter(subject: Subject, target: Any) -> None:
-    """A random IP-Adapter, its image embedding given with every call."""
-    unet = target.unet
-    torch.manual_seed(0)
-    dim, width = unet.config.cross_attention_dim, 8
-    state: dict[str, dict[str, Tensor]] = {
-        "image_proj": {
-            "proj.weight": torch.randn(4 * dim, width) * 0.2,
-            "proj.bias": torch.zeros(4 * dim),
-            "norm.weight": torch.ones(dim),
-            "norm.bias": torch.zeros(dim),
-        },
-        "ip_adapter": {},
-    }
-    place = 1
-    for name in unet.attn_processors:
-        if name.endswith("attn1.processor") or "motion_modules" in name:
-            continue
-        module = unet.get_submodule(name.removesuffix(".processor"))
-        for part in ("to_k_ip", "to_v_ip"):
-            shape = (module.inner_dim, dim)
-            state["ip_adapter"][f"{place}.{part}.weight"] = torch.randn(shape) * 0.2
-        place += 2
-    unet._load_ip_adapter_weights([state], low_cpu_mem_usage=False)
-    target.set_ip_adapter_scale(0.8)
-    # [negative | positive] for each picture drawn
-    embeds = torch.cat([torch.zeros(1, 1, width), torch.randn(1, 1, width)])
-    _always_with(target, ip_adapter_image_embeds=[embeds])
-
-
-def _always_with(target: Any, **given: Any) -> None:
-    """Give a pipeline further arguments at every call."""
-    kind = type(target)
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return kind.__call__(self, *args, **kwargs, **given)
-
-    target.__class__ = type(kind.__name__, (kind,), {"__call__": call})
-
-
-def with_fused_projections(subject: Subject) -> None:
-    """One projection for q, k and v."""
-    need(subject.is_pipeline, "no fusing outside diffusers")
-    denoiser = subject.denoiser(subject.make())
-    need(hasattr(denoiser, "fuse_qkv_projections"), "has no fuse_qkv_projections")
-    need(subject.name != "sd3", "diffusers can't fuse its dual attention")
-    check(subject, lambda subject, target: subject.denoiser(target).fuse_qkv_projections())
-
-
-def with_sliced_attention(subject: Subject) -> None:
-    """Untouched calls stay sliced."""
-    need(subject.is_pipeline, "no slicing outside diffusers")
-    denoiser = subject.denoiser(subject.make())
-    need(hasattr(denoiser, "set_attention_slice"), "has no set_attention_slice")
-    check(subject, lambda subject, target: subject.denoiser(target).set_attention_slice(1))
-
-
-def with_eager_processors(subject: Subject) -> None:
-    """Processors that form the matrix."""
-    need(subject.is_pipeline, "compvis is the eager one among the modules")
-    need(subject.name not in ("sd3", "flux", "wan"), "has no eager processor")
-    need(subject.name != "sd15_pag", "sets its own processors on the middle block")
-
-    def prepare(subject: Subject, target: Any) -> None:
-        for module in subject.denoiser(target).modules():
-            if hasattr(module, "to_q"):
-                module.set_processor(AttnProcessor())
-
-    check(subject, prepare)
-
-
-class _Unknown(AttnProcessor):
-    """A processor of unknown making that forms the matrix."""
-
-    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states=None,  # type: ignore[no-untyped-def]
-                 attention_mask=None) -> Tensor:  # fmt: skip
-        rows, residual = len(hidden_states), hidden_states
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, context.shape[1], rows)
-        parts = (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
-        q, k, v = (attn.head_to_batch_dim(part) for part in parts)
-        p = attn.get_attention_scores(q, k, attention_mask)
-        out = attn.to_out[0](attn.batch_to_head_dim(torch.bmm(p, v)))
-        return out + residual if attn.residual_connection else out
-
-
-def with_unknown_processors(subject: Subject) -> None:
-    """Processors of somebody else's that form the matrix are followed."""
-    need(subject.is_pipeline, "compvis is the eager one among the modules")
-    need(subject.name not in ("sd3", "flux", "wan"), "its attention takes no such processor")
-    need(subject.name != "sd15_pag", "sets its own processors on the middle block")
-
-    def prepare(subject: Subject, target: Any) -> None:
-        for module in subject.denoiser(target).modules():
-            if hasattr(module, "to_q"):
-                module.set_processor(_Unknown())
-
-    check(subject, prepare)
-
-
-def _with_backend(subject: Subject, backend: str) -> None:
-    need(subject.is_pipeline, "no backends outside diffusers")
-    denoiser = subject.denoiser(subject.make())
-    need(hasattr(denoiser, "set_attention_backend"), "has no set_attention_backend")
-    found = _AttentionBackendRegistry._active_backend
-    try:
-        check(subject, lambda s, target: s.denoiser(target).set_attention_backend(backend))
-    finally:
-        _AttentionBackendRegistry._active_backend = found
-
-
-def with_flex_backend(subject: Subject) -> None:
-    """A backend that never calls SDPA."""
-    _with_backend(subject, "flex")
-
-
-def with_math_backend(subject: Subject) -> None:
-    """A backend that is SDPA restricted to one kernel."""
-    _with_backend(subject, "_native_math")
-
-
-def with_model_offload(subject: Subject) -> None:
-    """The model comes and goes as a whole, its hooks renewed at every call."""
-    from accelerate import cpu_offload_with_hook
-
-    check(subject, lambda s, target: cpu_offload_with_hook(s.denoiser(target), "cpu") and None)
-
-
-def with_sequential_offload(subject: Subject) -> None:
-    """Parameters are on the meta device until a layer runs."""
-    from accelerate import cpu_offload
-
-    def prepare(subject: Subject, target: Any) -> None:
-        denoiser = subject.denoiser(target)
-        cpu_offload(denoiser, torch.device("cpu"), offload_buffers=True)
-        assert any(p.device.type == "meta" for p in denoiser.parameters())
-
-    check(subject, prepare)
-
-
-# -- training --------------------------------------------------------------------------------------
-
-
-def gradients_checkpointed(subject: Subject) -> None:
-    """Checkpointing gives equal gradients, with an edit too, in this and another thread."""
-    target = subject.make()
-    denoiser = subject.denoiser(target)
-    need(hasattr(denoiser, "enable_gradient_checkpointing"), "has no checkpointing")
-    args, kwargs, rows = denoiser_call(subject, target)
-
-    def gradients(editor: Any, thread: bool = False) -> list[Tensor]:
-        denoiser.zero_grad()
-        losses = []
-        with subject.control(denoiser, editor, rows=rows):
-            # Two calls before the backwards: each is recomputed with its own edit.
-            for scale in (1.0, 0.5):
-                out = denoiser(args[0] * scale, *args[1:], **kwargs)
-                out = out[0] if isinstance(out, tuple) else out.sample
-                losses.append((out**2).mean())
-            if thread:
-                worker = threading.Thread(target=sum(losses).backward)
-                worker.start()
-                worker.join()
-            else:
-                sum(losses).backward()
-        return [p.grad.clone() for p in denoiser.parameters() if p.grad is not None]
-
-    denoiser.requires_grad_(True)
-    denoiser.train()
-    plain, edited = gradients(Idle()), gradients(FirstHalfBorrow())
-    denoiser.enable_gradient_checkpointing()
-    before = fingerprint(denoiser)
-    for expected, editor in ((plain, Idle), (edited, FirstHalfBorrow)):
-        for thread in (False, True):
-            found = gradients(editor(), thread)
-            assert len(found) == len(expected)
-            for a, b in zip(found, expected, strict=True):
-                assert (a - b).norm() <= 1e-5 * b.norm() + 1e-9
-    assert not all(torch.equal(a, b) for a, b in zip(plain, edited, strict=True))
-    assert not differences(before, fingerprint(denoiser))
-
-
-class FirstHalfBorrow(Borrow):
-    """Acts in even turns only, so that two calls meet different edits."""
-
-    def attention(self, call: Any) -> None:
-        if call.clock.turn % 2 == 0:
-            rows = list(call.rows)
-            call.borrow(rows[-1], v=rows[0])
-
-
-def denoiser_call(subject: Subject, target: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """The arguments of a denoiser call of a run, sample first, and branches for its rows."""
-    denoiser, seen = subject.denoiser(target), []
-
-    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-        seen.append((args, dict(kwargs)))
-
-    handle = denoiser.register_forward_pre_hook(note, with_kwargs=True)
-    subject.run(target)
-    handle.remove()
-    args, kwargs = seen[0]
-    if not args:
-        name = next(n for n in ("sample", "hidden_states", "x") if n in kwargs)
-        args = (kwargs.pop(name),)
-    rows = tuple(f"{label}" for label in subject.calls[0])
-    args = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)
-    return args, {k: v for k, v in kwargs.items() if k != "return_dict"}, rows
 
 
 # -- leaving ---------------------------------------------------------------------------------------
@@ -449,14 +214,9 @@ def exceptions_leave_nothing(subject: Subject) -> None:
         del target.scheduler.__dict__["step"]
         if "callback_on_step_end" in type(target).__call__.__code__.co_varnames:
             attempt(Boom, Borrow(), callback_on_step_end=raising)
-    left = [d for d in differences(before, fingerprint(target)) if not _upstream(subject, d)]
+    left = differences(before, fingerprint(target))
     assert not left, left[:5]
     assert torch.equal(subject.run(target), plain)
-
-
-def _upstream(subject: Subject, difference: str) -> bool:
-    """A PAG pipeline leaves its own processors in the middle block after an error."""
-    return subject.name == "sd15_pag" and "processor" in difference
 
 
 def contexts_nest(subject: Subject) -> None:

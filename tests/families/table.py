@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from hookctl.tables import markdown_table
-from tests.families import compiling, promises
+from tests.families import carried, compiling, promises, training
 from tests.families.promises import NotApplicable
 from tests.families.subjects import SUBJECTS, Subject
 
@@ -24,17 +24,18 @@ PROMISES: dict[str, Callable[[Subject], None]] = {
     "q, k, v caught": promises.calls_caught,
     "idle exact, edit right": promises.idle_and_edited,
     "rows": promises.rows_resolved,
-    "LoRA": promises.with_lora,
-    "IP-Adapter": promises.with_ip_adapter,
-    "fused QKV": promises.with_fused_projections,
-    "sliced": promises.with_sliced_attention,
-    "eager": promises.with_eager_processors,
-    "unknown processor": promises.with_unknown_processors,
-    "flex backend": promises.with_flex_backend,
-    "math backend": promises.with_math_backend,
-    "model offload": promises.with_model_offload,
-    "sequential offload": promises.with_sequential_offload,
-    "checkpointing": promises.gradients_checkpointed,
+    "LoRA": carried.with_lora,
+    "IP-Adapter": carried.with_ip_adapter,
+    "fused QKV": carried.with_fused_projections,
+    "sliced": carried.with_sliced_attention,
+    "eager": carried.with_eager_processors,
+    "unknown processor": carried.with_unknown_processors,
+    "flex backend": carried.with_flex_backend,
+    "math backend": carried.with_math_backend,
+    "model offload": carried.with_model_offload,
+    "sequential offload": carried.with_sequential_offload,
+    "checkpointed blocks": training.gradients_checkpointed,
+    "checkpointed calls": training.calls_checkpointed,
     "exceptions": promises.exceptions_leave_nothing,
     "nesting": promises.contexts_nest,
     "threads": promises.threads_do_not_meet,
