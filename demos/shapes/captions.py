@@ -34,12 +34,12 @@ def relation(a: Thing, b: Thing) -> str | None:
     return None
 
 
-def describe(thing: Thing, say_size: bool = False) -> str:
-    """'a large striped red circle'; the size is said only on request and never for medium."""
+def describe(thing: Thing) -> str:
+    """'a large striped red circle'; an unsaid size means medium, an unsaid pattern plain."""
     words = [thing.colour, thing.shape]
     if thing.pattern != "plain":
         words.insert(0, thing.pattern)
-    if say_size and thing.size != "medium":
+    if thing.size != "medium":
         words.insert(0, thing.size)
     article = "an" if words[0][0] in "aeiou" else "a"
     return " ".join([article, *words])
@@ -48,7 +48,7 @@ def describe(thing: Thing, say_size: bool = False) -> str:
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """Draw one of the sentences that are true of a scene (objects in random order)."""
     things = [scene.things[i] for i in rng.permutation(len(scene.things))]
-    said = [describe(t, bool(rng.random() < 0.5)) for t in things]
+    said = [describe(t) for t in things]
     text = said[0]
     if len(things) > 1:
         related = relation(things[0], things[1]) if rng.random() < 0.7 else None
@@ -86,13 +86,12 @@ def sample(
 
 @dataclass(frozen=True)
 class Mention:
-    """One object of a sentence; `size` and `pattern` are None where the sentence leaves them open
-    (an unsaid pattern means plain in this world)."""
+    """One object of a sentence."""
 
     shape: str
     colour: str
-    pattern: str | None = None
-    size: str | None = None
+    pattern: str = "plain"
+    size: str = "medium"
     index: int = 0  # of the noun among the words of the sentence
 
 
@@ -124,7 +123,7 @@ def parse(text: str) -> Request:
         colour = next((w for w in reversed(said) if w in COLOUR_NAMES), None)
         if colour is None:
             raise ValueError(f"no colour is said of the {word} in {text!r}; one of {COLOUR_NAMES}")
-        size = next((s for s in ("small", "large") if s in said), None)
+        size = next((s for s in ("small", "large") if s in said), "medium")
         pattern = "striped" if "striped" in said else "plain"
         mentions.append(Mention(word, colour, pattern, size, i))
         relations.append(next((r for r in RELATIONS if r.split()[0] in said), None))

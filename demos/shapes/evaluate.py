@@ -145,8 +145,7 @@ def measure_prompts(prompts: list[str], pictures: NDArray[np.uint8]) -> Figures:
             o = d.find(m.shape, m.colour)
             if o is not None:
                 striped.append(o.pattern == m.pattern)
-                if m.size is not None:
-                    sized.append(o.size == m.size)
+                sized.append(o.size == m.size)
     related = [
         r for d, p in zip(found, prompts, strict=True) if (r := _relation_holds(d, p)) is not None
     ]
@@ -155,7 +154,7 @@ def measure_prompts(prompts: list[str], pictures: NDArray[np.uint8]) -> Figures:
     figures |= {
         "strict, shuffled prompts": chance, "right number": np.array(number) == counts,
         "ground, where said": grounds, "pattern of found objects": striped,
-        "size of found objects, where said": sized, "relation of found objects": related,
+        "size of found objects": sized, "relation of found objects": related,
     }  # fmt: skip
     means = {k: float(np.mean(v)) if len(v) else float("nan") for k, v in figures.items()}
     return means | {"objects found": hit / sum(w.total() for w in wanted)}

@@ -53,7 +53,7 @@ def fit_basis(seed: int, channels: int = CHANNELS, power: float = WHITENING) -> 
     """Principal components of 1024 scenes, a tenth of them off the lattice; latents have mean 0
     and variance 1 over all channels."""
     rng = np.random.default_rng(seed)
-    scenes = [sample_scene(rng, lattice=1 if i % 10 == 0 else LATTICE) for i in range(1024)]
+    scenes = [sample_scene(rng, lattice=1 if i % 10 == 0 else LATTICE, gap=4) for i in range(1024)]
     patches = F.pixel_unshuffle(render(scenes), LATTICE).permute(0, 2, 3, 1).reshape(-1, 192)
     mean = patches.mean(0)
     covariance = torch.cov(patches.T.double())
@@ -111,7 +111,7 @@ def train_vae(
         _, side, batch = [c for c in crops if c[0] <= part][-1]
         count = 1 if side < PICTURE else None
         lattice = 1 if rng.random() < 0.1 else LATTICE
-        scenes = [sample_scene(rng, count, lattice, extent=side) for _ in range(batch)]
+        scenes = [sample_scene(rng, count, lattice, extent=side, gap=4) for _ in range(batch)]
         true = render(scenes, device)[:, :, :side, :side]
         z = basis.encode(true)
         noisy = z + 0.06 * torch.randn_like(z) * torch.rand(batch, 1, 1, 1, device=device) * 2

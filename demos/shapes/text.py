@@ -76,7 +76,7 @@ def read(text: str) -> Reading:
         shape, colour = SHAPES.index(m.shape), COLOUR_NAMES.index(m.colour)
         striped = int(m.pattern == "striped")
         link = RELATIONS.index(relation) + 1 if relation else 0
-        size = ("small", "large").index(m.size) + 1 if m.size else 0
+        size = ("medium", "small", "large").index(m.size)
         nouns.append((m.index + 1, shape, colour, striped, size, order, link))
         pair = shape * len(COLOUR_NAMES) + colour
         pairs[:, pair] = torch.tensor([1.0, striped, link > 0])

@@ -1,6 +1,7 @@
-"""Trains the embedded pipeline from nothing and writes it in the diffusers layout.
+"""Trains the embedded pipeline, from nothing or further, and writes it in the diffusers layout.
 
     python -m hookctl.demos.shapes.train --out out/shapes --minutes 90
+    python -m hookctl.demos.shapes.train --out out/shapes --start demos/shapes/weights  # go on
 
 Tokenizer, text encoder, latent basis, autoencoder and denoiser are made in turn and kept in
 `--out`, where `--resume` finds them; the pipeline itself is written to `--out`/weights.
@@ -20,7 +21,7 @@ import torch.multiprocessing as mp
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from .denoiser import CPU_STAGES, GPU_STAGES, Plan, Trainer, build_scheduler
+from .denoiser import CPU_FURTHER, CPU_STAGES, GPU_STAGES, Plan, Trainer, build_scheduler
 from .latents import Basis, fit_basis, train_vae
 from .text import Words, train_text
 from .tokenizer import write_tokenizer
@@ -50,6 +51,15 @@ def prepare_vae(out: Path, seed: int, minutes: float, device: str, refine: bool 
     vae = train_vae(fit_basis(seed), seed, minutes, log, device, crops, start)
     vae.save_pretrained(out / "vae.tmp")
     publish(out / "vae.tmp", out / "vae")
+
+
+def take_over(start: Path, out: Path) -> None:
+    """Make the parts of a finished pipeline the ones to go on with."""
+    if not (start / "model_index.json").exists():
+        raise SystemExit(f"--start {start}: holds no pipeline (no model_index.json)")
+    shutil.copytree(start / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
+    CLIPTextModel.from_pretrained(start / "text_encoder").save_pretrained(out / "text")
+    AutoencoderKL.from_pretrained(start / "vae").float().save_pretrained(out / "vae")
 
 
 def export(out: Path, unet: UNet2DConditionModel) -> Path:
@@ -92,10 +102,15 @@ def _denoise(rank: int, ranks: int, options: argparse.Namespace) -> None:
     text = CLIPTextModel.from_pretrained(out / "text").eval().requires_grad_(False)
     words = Words(CLIPTokenizer.from_pretrained(str(out / "tokenizer")))
     stages = CPU_STAGES if options.device == "cpu" else GPU_STAGES
-    plan = Plan(options.minutes, out, options.seed, device=options.device, stages=stages, log=log)
+    if options.start and options.device == "cpu":
+        stages = CPU_FURTHER
+    plan = Plan(options.minutes, out, options.seed, options.rate, device=options.device,
+                stages=stages, log=log)  # fmt: skip
     trainer = Trainer(plan, basis, text, words)
     if options.resume and (out / "denoiser.pt").exists():
         trainer.resume()
+    elif options.start:
+        trainer.start(UNet2DConditionModel.from_pretrained(options.start / "unet"))
 
     def save(unet: UNet2DConditionModel) -> None:
         if (out / "vae" / "config.json").exists():
@@ -116,6 +131,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=90.0, help="wall clock of the denoiser")
     parser.add_argument("--vae-minutes", type=float, default=6.0, help="wall clock of the VAE")
     parser.add_argument("--text-steps", type=int, default=500)
+    parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--start", type=Path, help="folder of a trained pipeline to go on with")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from what --out holds")
@@ -129,6 +146,8 @@ def main() -> None:
     if not options.resume:
         for name in ("text", "vae", "tokenizer"):
             shutil.rmtree(options.out / name, ignore_errors=True)
+        if options.start:
+            take_over(options.start, options.out)
     prepare_text(options.out, options.seed, options.text_steps)
     torch.save(vars(fit_basis(options.seed)), options.out / "basis.pt")
     if options.only != "denoiser":

@@ -1,6 +1,6 @@
 """The world of the embedded pipeline: flat shapes on a flat ground.
 
-A scene has one to three objects whose centres lie on an 8 px lattice (the cell of the f8 latents)
+A scene has one to three objects whose centres lie on a 16 px lattice (two cells of the f8 latents)
 in a picture of 128 x 128 px. Everything a test may ask (boxes, masks, relations) is exact.
 """
 
@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 PICTURE = 128  # px, both sides
 LATTICE = 8  # px, the cell of the latents
+SPACING = 16  # px between the places where a centre may be
+GAP = 8  # px at least between the boxes of two objects
 STAMP = 64  # px, side of the square in which any object fits
 
 SHAPES = ("circle", "square", "triangle", "star", "cross")
@@ -153,15 +155,16 @@ def _apart(a: Box, b: Box, gap: int) -> bool:
 def sample_scene(
     rng: np.random.Generator,
     count: int | None = None,
-    lattice: int = LATTICE,
+    lattice: int = SPACING,
     counts: tuple[float, float, float] = (0.35, 0.4, 0.25),
     extent: int = PICTURE,
+    gap: int = GAP,
 ) -> Scene:
     """Draw a scene.
 
     Receives: `rng`; the number of objects (drawn with weights `counts` when None); the `lattice`
     of centres in px (1 for any pixel); the side in px of the top left square to stay within.
-    Returns: a scene whose boxes are at least 4 px apart.
+    Returns: a scene whose boxes are at least `gap` px apart.
     """
     if count is None:
         count = 1 + int(np.searchsorted(np.cumsum(counts), rng.random() * sum(counts)))
@@ -183,7 +186,7 @@ def sample_scene(
                 x = (low[0] + int(t[0] * (high[0] - low[0] + 1))) * lattice
                 y = (low[1] + int(t[1] * (high[1] - low[1] + 1))) * lattice
                 box = (x + x0, y + y0, x + x1, y + y1)
-                if all(_apart(box, other.box, 4) for other in things):
+                if all(_apart(box, other.box, gap) for other in things):
                     things.append(Thing(shape, colour, pattern, size, (x, y)))
                     break
             else:

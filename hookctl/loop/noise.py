@@ -1,0 +1,160 @@
+"""How much signal and how much noise the latents hold, for every kind of scheduler.
+
+Whatever the space that a scheduler keeps its latents in, a level is x = signal * x0 + noise * eps:
+
+    alpha-bar space (DDIM, DDPM, PNDM, DPM-Solver++, UniPC)   sqrt(alpha_bar), sqrt(1 - alpha_bar)
+    sigma space (Euler, Heun, LMS, KDPM2)                      1, sigma
+    flow matching (SD3, Flux)                                  1 - sigma, sigma
+
+so that editors and programs convert predictions and renoise without knowing which it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hookctl.errors import InputError, UnsupportedError
+
+KINDS = ("epsilon", "v_prediction", "sample", "flow_prediction")
+
+
+@dataclass(frozen=True)
+class Level:
+    """x = signal * x0 + noise * eps."""
+
+    signal: float
+    noise: float
+
+    def mix(self, x0: Tensor, eps: Tensor) -> Tensor:
+        """The latents at this level."""
+        return self.signal * x0 + self.noise * eps
+
+
+class Noise:
+    """The levels of a scheduler and what its model's predictions mean at them.
+
+    kind: "epsilon", "v_prediction", "sample" or "flow_prediction". Read anew from the scheduler at
+    every call, so that it may be made before `set_timesteps`.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self.flow = "FlowMatch" in type(scheduler).__name__ or bool(
+            getattr(scheduler.config, "use_flow_sigmas", False)
+        )
+        fallback = "flow_prediction" if self.flow else "epsilon"
+        self.kind: str = getattr(scheduler.config, "prediction_type", fallback)
+        sigmas, alphas = (hasattr(scheduler, name) for name in ("sigmas", "alphas_cumprod"))
+        if (
+            self.kind not in KINDS
+            or not (sigmas or alphas)
+            or hasattr(scheduler, "precondition_inputs")
+        ):
+            raise UnsupportedError(
+                f"{type(scheduler).__name__} (prediction_type={self.kind!r}) has levels that are "
+                "not known; use one such as DDIMScheduler, EulerDiscreteScheduler, "
+                "DPMSolverMultistepScheduler or FlowMatchEulerDiscreteScheduler"
+            )
+
+    @property
+    def timesteps(self) -> list[float]:
+        """The distinct timesteps of the run, noisiest first (PNDM visits some twice)."""
+        if self.scheduler.timesteps is None or not len(self.scheduler.timesteps):
+            raise InputError("the scheduler has no timesteps yet; call scheduler.set_timesteps(n)")
+        return list(dict.fromkeys(float(t) for t in self.scheduler.timesteps))
+
+    def level(self, timestep: Tensor | float) -> Level:
+        """The level that the latents are at when the denoiser is called with `timestep`."""
+        scheduler, t = self.scheduler, float(timestep)
+        if not hasattr(scheduler, "sigmas"):
+            return _from_alpha(float(scheduler.alphas_cumprod[int(t)]))
+        times = scheduler.timesteps
+        index = int((times.float() - t).abs().argmin())
+        return self._from_sigma(float(scheduler.sigmas[index]))
+
+    def after(self, timestep: Tensor | float) -> Level:
+        """The level that a step from `timestep` leads to."""
+        scheduler, times = self.scheduler, self.timesteps
+        index = min(range(len(times)), key=lambda i: abs(times[i] - float(timestep)))
+        if index + 1 < len(times):
+            return self.level(times[index + 1])
+        if hasattr(scheduler, "sigmas"):
+            return self._from_sigma(float(scheduler.sigmas[-1]))
+        return _from_alpha(float(getattr(scheduler, "final_alpha_cumprod", 1.0)))
+
+    def levels(self) -> list[Level]:
+        """The level of every timestep and the one that the last step leads to, noisiest first."""
+        times = self.timesteps
+        return [*(self.level(t) for t in times), self.after(times[-1])]
+
+    def _from_sigma(self, sigma: float) -> Level:
+        if self.flow:
+            return Level(1.0 - sigma, sigma)
+        root = (sigma**2 + 1) ** 0.5
+        # Only a scheduler that starts from scaled noise keeps its latents in sigma space.
+        scaled = abs(float(getattr(self.scheduler, "init_noise_sigma", 1.0)) - 1.0) > 1e-6
+        return Level(1.0, sigma) if scaled else Level(1.0 / root, sigma / root)
+
+    # -- what a prediction means ---------------------------------------------------------------
+
+    def split(self, x: Tensor, prediction: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        """Latents and the denoiser's prediction at a level -> (x0, eps), all of one shape.
+
+        At a level without any signal an epsilon-prediction says nothing of x0: UnsupportedError.
+        """
+        a, s = level.signal, level.noise
+        if self.kind == "flow_prediction":
+            x0 = (x - s * prediction) / (a + s)
+            return x0, x0 + prediction
+        if self.kind == "v_prediction":
+            r = (a * a + s * s) ** 0.5
+            x0 = (a / r) * (x / r) - (s / r) * prediction
+            return x0, (s / r) * (x / r) + (a / r) * prediction
+        if self.kind == "sample":
+            return prediction, (x - a * prediction) / max(s, 1e-8)
+        if a < 1e-6:
+            raise UnsupportedError(
+                "the clean picture can't be told from an epsilon-prediction at a level without "
+                "signal; use a model with v-prediction, or another timestep spacing"
+            )
+        return (x - s * prediction) / a, prediction
+
+    def join(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
+        """The prediction that means (x0, eps) at a level: the inverse of `split`."""
+        if self.kind == "flow_prediction":
+            return eps - x0
+        if self.kind == "v_prediction":
+            r = (level.signal**2 + level.noise**2) ** 0.5
+            return (level.signal / r) * eps - (level.noise / r) * x0
+        return x0 if self.kind == "sample" else eps
+
+    def renoise(
+        self, x: Tensor, here: Level, there: Level, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Diffuse latents from one level to a noisier one with fresh noise from `generator`.
+
+        x' = (a'/a) x + sqrt(s'^2 - (a'/a)^2 s^2) xi, xi standard normal.
+        """
+        if here.signal <= 0:
+            raise InputError("renoise: the latents hold no signal that could be kept")
+        keep = there.signal / here.signal
+        fresh = there.noise**2 - (keep * here.noise) ** 2
+        if fresh < -1e-9:
+            raise InputError(
+                f"renoise: the level {there} is not noisier than {here}; give an earlier timestep"
+            )
+        return keep * x + max(fresh, 0.0) ** 0.5 * noise_like(x, generator)
+
+
+def noise_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Standard normal noise drawn on the generator's own device, as pipelines do."""
+    device = x.device if generator is None else generator.device
+    return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
+
+
+def _from_alpha(alpha_bar: float) -> Level:
+    return Level(alpha_bar**0.5, max(1.0 - alpha_bar, 0.0) ** 0.5)
