@@ -156,6 +156,20 @@ def text_streams(pipe: Any) -> tuple[TextStream, ...]:
     return (TextStream(first),)
 
 
+# What `encode_prompt` gives beside the sequence, which comes first, and where.
+_ENCODED: tuple[tuple[str, dict[str, int]], ...] = (
+    (r"StableDiffusionXL|StableDiffusion3", {"pooled": 2}),
+    (r"^Flux", {"pooled": 1}),
+    (r"^PixArt", {"mask": 1}),
+)
+
+
+def encoded_places(pipe: Any) -> dict[str, int]:
+    """Where a pipeline's `encode_prompt` returns the pooled text and the mask of the tokens."""
+    name = type(pipe).__name__
+    return next((places for pattern, places in _ENCODED if re.search(pattern, name)), {})
+
+
 def attention_modules(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Path and module of everything in a denoiser that computes attention itself."""
     for path, module in denoiser.named_modules():

@@ -35,6 +35,7 @@ class Run:
         self.prompts: tuple[str, ...] = ()
         self.count: int | None = None
         self.images_per_prompt = 1
+        self.encoding: dict[str, Any] = {}
         self.fresh = True
         self.scaling: Scaling | None = None
         self.keeper.restart()
@@ -52,6 +53,7 @@ class Run:
         """Note what the pipeline encodes; only the first of a run is its prompts."""
         if self.count is not None:
             return
+        self.encoding = given
         prompt = given.get("prompt")
         if isinstance(prompt, str):
             self.prompts, self.count = (prompt,), 1
@@ -91,6 +93,7 @@ class Run:
             text=text,
             prompts=self.prompts,
             images_per_prompt=self.images_per_prompt,
+            encoding=self.encoding,
             scaling=self._scaling(given),
             grid=latent,
             nested=outer is not None,

@@ -32,7 +32,8 @@ class State:
     """One denoiser call.
 
     rows, clock: who and when. kwargs: every argument of the call by name (an editor's `denoise`
-    may change them before it proceeds). prompts: the texts of the run, () if unknown.
+    may change them before it proceeds). prompts: the texts of the run, () if unknown;
+    encoding: how the pipeline encoded them (arguments of its `encode_prompt`, by name).
     sample: name of the argument that holds the model input; scaling: how the scheduler made it
     from the latents, None where it is the latents; text: name of the argument with the text
     embeddings. grid: ([frames,] height, width) of the latent; nested: the call was made by an
@@ -48,6 +49,7 @@ class State:
     text: str | None = None
     prompts: tuple[str, ...] = ()
     images_per_prompt: int = 1
+    encoding: Mapping[str, Any] = field(default_factory=dict)
     scaling: Scaling | None = None
     grid: tuple[int, ...] = ()
     nested: bool = False
