@@ -1,0 +1,176 @@
+"""Every shipped form of every kernel, compiled for GPUs that are not here.
+
+    python -m tests.kernels.aot              compile, check, compare with resources.json
+    python -m tests.kernels.aot --update     and record what has changed
+
+A kernel's module lists its forms in `specimens(arch)`. What each needs of a chip (registers,
+spills, shared memory, tensor-core instructions) is compiler output, not speed. It stands in
+resources.json, so that no change of it goes unseen; other versions of Triton than the recorded
+one must keep the limits, but not the numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import hookctl.kernels
+from hookctl.kernels.launch import SHARED_LIMIT, Specimen
+
+RECORD = Path(__file__).with_name("resources.json")
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+
+Resources = dict[str, int]
+
+
+def specimens() -> Iterator[tuple[str, Specimen]]:
+    """(key in the record, form) of all kernels for all chips."""
+    for module in pkgutil.iter_modules(hookctl.kernels.__path__):
+        listed = getattr(import_module(f"hookctl.kernels.{module.name}"), "specimens", None)
+        if listed:
+            for arch in TARGETS:
+                for one in listed(arch):
+                    tile = "x".join(map(str, one.launch[:2]))
+                    yield f"{one.name} {tile} w{one.launch.warps} s{one.launch.stages} {arch}", one
+
+
+def source_of(one: Specimen) -> Any:
+    """The kernel with its arguments' types, as Triton's compiler wants it."""
+    from triton.compiler import ASTSource
+
+    names = one.kernel.arg_names
+    unknown, missing = set(one.arguments) - set(names), set(names) - set(one.arguments)
+    assert not unknown and not missing, f"{one.name}: no arguments {unknown}, not given {missing}"
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(names):
+        given = one.arguments[name]
+        if isinstance(given, str):
+            signature[name], _, multiple = given.partition(":")
+            if multiple:
+                attributes[(i,)] = [["tt.divisibility", int(multiple)]]
+        else:
+            signature[name] = "constexpr"
+            constants[(i,)] = given
+    return ASTSource(one.kernel, signature, constants, attributes)
+
+
+def resources(one: Specimen) -> Resources:
+    """Compile one form and count what it needs."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    options = {"num_warps": one.launch.warps, "num_stages": one.launch.stages}
+    built = triton.compile(source_of(one), GPUTarget(*TARGETS[one.arch]), options)
+    counted = _amd(built.asm) if one.arch.startswith("gfx") else _nvidia(built.asm)
+    return {**counted, "shared": built.metadata.shared}
+
+
+def _amd(asm: Any) -> Resources:
+    text = asm["amdgcn"]
+
+    def total(field: str) -> int:
+        return sum(map(int, re.findall(rf"\.{field}:\s*(\d+)", text)))
+
+    return {
+        "registers": total("vgpr_count"),
+        "spills": total("vgpr_spill_count"),
+        "tensor": len(re.findall("v_mfma", text)),
+    }
+
+
+def _nvidia(asm: Any) -> Resources:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        spills = 0
+        if int(re.findall(r"STACK:(\d+)", usage)[0]):
+            spills = len(re.findall(r"\b(?:STL|LDL)\b", _tool("nvdisasm", "-c", file.name)))
+    return {
+        "registers": int(re.findall(r"REG:(\d+)", usage)[0]),
+        "spills": spills,
+        "tensor": len(re.findall(r"wgmma\.mma_async|mma\.sync", asm["ptx"])),
+    }
+
+
+def _tool(name: str, *arguments: str) -> str:
+    from triton.backends import nvidia
+
+    tool = Path(nvidia.__path__[0], "bin", name)
+    return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def faults(key: str, one: Specimen, found: Resources) -> list[str]:
+    """What no form may do, whatever the record says."""
+    wrong = []
+    if found["shared"] > SHARED_LIMIT[one.arch]:
+        wrong.append(f"{key}: {found['shared']} bytes of shared memory > {SHARED_LIMIT[one.arch]}")
+    if found["spills"] and not one.spills:
+        wrong.append(f"{key}: {found['spills']} spills")
+    if one.dots and not found["tensor"]:
+        wrong.append(f"{key}: no tensor-core instruction")
+    return wrong
+
+
+def _compiled(key: str) -> tuple[str, Resources]:
+    return key, resources(dict(specimens())[key])
+
+
+def measure(keys: list[str]) -> dict[str, Resources]:
+    """The resources of some forms, compiled in as many processes as there are cores."""
+    jobs = len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
+        return dict(pool.map(_compiled, keys))
+
+
+def compare(found: dict[str, Resources], record: dict[str, Any], triton: str) -> list[str]:
+    """How the forms differ from the record."""
+    if record.get("triton") != triton:
+        return []
+    kept = record.get("forms", {})
+    wrong = [f"{key}: not recorded" for key in found if key not in kept]
+    for key, numbers in found.items():
+        if key in kept and kept[key] != numbers:
+            wrong.append(f"{key}: {numbers}, recorded {kept[key]}")
+    return wrong
+
+
+def main() -> int:
+    import triton
+
+    parser = argparse.ArgumentParser(description="Compile the kernels ahead of time.")
+    parser.add_argument("--update", action="store_true", help="record what has changed")
+    parser.add_argument("--only", default="", help="forms whose key contains this")
+    chosen = parser.parse_args()
+    listed = {key: one for key, one in specimens() if chosen.only in key}
+    found = measure(list(listed))
+    for key, numbers in found.items():
+        print(key, json.dumps(numbers))
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    wrong = [fault for key, one in listed.items() for fault in faults(key, one, found[key])]
+    if chosen.update and not wrong:
+        forms = {} if not chosen.only else record.get("forms", {})
+        record |= {"triton": triton.__version__, "forms": dict(sorted((forms | found).items()))}
+        RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    elif not chosen.update:
+        wrong += compare(found, record, triton.__version__)
+        if not chosen.only and record.get("triton") == triton.__version__:
+            wrong += [f"{key}: no longer compiled" for key in record["forms"] if key not in found]
+    print("\n".join(wrong), file=sys.stderr)
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

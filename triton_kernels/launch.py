@@ -1,0 +1,101 @@
+"""What a launch must know of the device, the dtype and the head width. Needs no Triton."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+
+# Bytes of shared memory that one block may have. sm_80 also stands for sm_86, sm_89 and sm_120,
+# which have less than an A100: what ships for it must fit them.
+SHARED_LIMIT = {"sm_80": 101_376, "sm_90": 232_448, "gfx942": 65_536}
+
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+class Launch(NamedTuple):
+    """One entry of a launch table: the tile, and what the compiler makes of it.
+
+    block_m, block_n: queries and keys of a tile.
+    """
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+# Under the interpreter tiles cost time only; several of them in each direction test more.
+INTERPRETED = Launch(16, 16, 4, 1)
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """One compiled form of a kernel, as the tests compile it ahead of time for `arch`.
+
+    arguments: by name, a type ("*fp16", "i32", "fp32"; with ":16" where the value is a multiple of
+    16) or the value of a constexpr; dots: whether it must use the tensor cores; spills: whether it
+    is known to spill registers, because no tile was found that does not.
+    """
+
+    name: str
+    kernel: Any
+    arguments: Mapping[str, Any]
+    launch: Launch
+    arch: str
+    dots: bool = True
+    spills: bool = False
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU; set before Triton is imported."""
+    return os.environ.get("TRITON_INTERPRET", "") == "1"
+
+
+def available(device: torch.device | str) -> str | None:
+    """Why the kernels can't run on a device; None if they can."""
+    device = torch.device(device)
+    if find_spec("triton") is None:
+        return "Triton is not installed; it has wheels for Linux only (pip install 'hookctl[gpu]')"
+    if interpreting():
+        return None
+    if device.type != "cuda":
+        return f"the kernels need a CUDA or ROCm device, and the tensors are on {device.type}"
+    if not torch.cuda.is_available():
+        return "the kernels need a CUDA or ROCm device, and this torch sees none"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"the kernels need compute capability 8.0 or more, and {device} has {major}.{minor}"
+    return None
+
+
+def arch_of(device: torch.device) -> str:
+    """The row of the launch tables for a device: the newest that it is known to satisfy."""
+    if torch.version.hip is not None:
+        return "gfx942"
+    return "sm_90" if torch.cuda.get_device_capability(device)[0] == 9 else "sm_80"
+
+
+def pieces(width: int) -> tuple[int, int]:
+    """The tiles of channels of a head: powers of two of at least 16 whose sum is the width or more.
+
+    80 is 64 + 16, not 128; the second is 0 where one tile is as good (40 channels are 64).
+    """
+    whole = max(16, 1 << (width - 1).bit_length())
+    first = whole // 2
+    rest = max(16, 1 << (width - first - 1).bit_length())
+    return (whole, 0) if first < 64 or first + rest >= whole else (first, rest)
+
+
+def aligned(*tensors: torch.Tensor) -> bool:
+    """Whether every token of every stack starts on 16 bytes and has its channels side by side."""
+    return all(
+        x.stride(-1) == 1
+        and x.data_ptr() % 16 == 0
+        and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+        for x in tensors
+    )
