@@ -10,97 +10,22 @@ stays the model's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from hookctl.address.clock import Clock
-from hookctl.address.rows import Row, Rows
-from hookctl.address.sites import Grid, Site, grid_of
 from hookctl.attention import operations as does
-from hookctl.attention.operations import Operation, Probabilities, ReadOut, Sink, Stage
-from hookctl.attention.prepared import cast, is_all, is_finite, regions_of, stacked
-from hookctl.attention.spans import Spans, spans_of
-from hookctl.attention.term import Ref, Segment, Sum, Term
+from hookctl.attention.noted import NotedCall, RowLike
+from hookctl.attention.operations import Probabilities, ReadOut, Sink, Stage
+from hookctl.attention.prepared import cast, is_all, is_finite, is_same, regions_of
+from hookctl.attention.term import Ref, Segment, Term
 from hookctl.attention.token_map import Routing
 from hookctl.errors import InputError, UnsupportedError
 
-RowLike = Row | int
 
-
-class AttentionCall:
-    """One attention call of one site, as its editors see it.
-
-    q, k, v: [rows, sub-batch, heads, tokens, channels], after projection, norm and rotary
-    embedding. `sub-batch` is 1 but for video models, where a row has several frames or positions.
-    rows, clock: who and when. index: which call of this module's forward it is (an adapter's
-    branches come after the text's, so 0 is the model's own).
-    """
-
-    def __init__(
-        self,
-        site: Site,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        rows: Rows,
-        clock: Clock,
-        scale: float,
-        mask: Tensor | None = None,
-        latent: Sequence[int] = (),
-        text_tokens: int | None = None,
-        joint_order: str | None = None,
-        index: int = 0,
-        context: Mapping[str, tuple[int, int]] | None = None,
-        prompts: Sequence[str] = (),
-    ) -> None:
-        self.site, self.rows, self.clock, self.index = site, rows, clock, index
-        self.q, self.k, self.v = q, k, v
-        self.prompts = tuple(prompts)
-        self.mask, self.scale, self.latent = mask, scale, tuple(latent)
-        self._text_tokens, self._joint_order = text_tokens, joint_order
-        self._context = dict(context or {})
-        self.operations: list[Operation] = []
-        self.read_outs: list[ReadOut] = []
-        self.editor: Any = None
-
-    # -- where ---------------------------------------------------------------------------------
-
-    @cached_property
-    def spans(self) -> Spans:
-        """Where the text and the image stand among queries and keys."""
-        return spans_of(
-            self.site,
-            self.q.shape[-2],
-            self.k.shape[-2],
-            self._text_tokens,
-            self._joint_order,
-        )
-
-    @cached_property
-    def grid(self) -> Grid | None:
-        """The grid of the image queries, or None if they form none over the latent."""
-        start, stop = self.spans.image_queries
-        return grid_of(stop - start, self.latent) if self.latent else None
-
-    def context(self, name: str) -> tuple[Tensor, Tensor]:
-        """k and v of an extra text that an editor's `context` gave, stacks like `k` and `v`."""
-        if name not in self._context:
-            raise InputError(
-                f"context {name!r} is not in this call; there is: {sorted(self._context) or 'none'}"
-            )
-        start, stop = self._context[name]
-        return self._full_k[..., start:stop, :], self._full_v[..., start:stop, :]
-
-    def set_context_source(self, k: Tensor, v: Tensor) -> None:
-        """Keep the widened k and v that `context` slices."""
-        self._full_k, self._full_v = k, v
-
-    # -- verbs ---------------------------------------------------------------------------------
+class AttentionCall(NotedCall):
+    """One attention call of one site, as its editors see and rewrite it."""
 
     def borrow(
         self,
@@ -131,6 +56,31 @@ class AttentionCall:
         self._note(
             Stage.SUBSTITUTION, "borrow", targets, does.borrow(refs, sources.get("k"), weight)
         )
+
+    def replace(
+        self,
+        rows: RowLike | Iterable[RowLike],
+        *,
+        q: Tensor | None = None,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+    ) -> None:
+        """Put tensors in the place of the own q, k or v of `rows` (AdaIN, injected features).
+
+        q, k, v: [heads, tokens, channels], with a leading sub-batch, or of each row,
+        [rows, sub-batch, heads, tokens, channels]; as many tokens as the row's own. Other rows
+        that borrow from a replaced row, or attend to it, take what the model gave it.
+        """
+        targets = self._indices(rows, "rows")
+        given = {n: x for n, x in {"q": q, "k": k, "v": v}.items() if x is not None}
+        if not given:
+            raise InputError("replace: give at least one of q=, k=, v=, the tensor to put there")
+        own = {"q": self.q, "k": self.k, "v": self.v}
+        refs = {name: self._refs(x, own[name], targets, name) for name, x in given.items()}
+        changed = tuple(
+            t for t in targets if any(not is_same(refs[n][t].tensor, own[n][t]) for n in refs)
+        )
+        self._note(Stage.SUBSTITUTION, "replace", changed, does.replace_own(refs))
 
     def extend(
         self,
@@ -350,51 +300,3 @@ class AttentionCall:
             )
         for index in self._indices(rows, "rows"):
             self.read_outs.append(ReadOut(self.rows[index], positions, into))
-
-    # -- folding -------------------------------------------------------------------------------
-
-    def plain(self, row: int) -> Term:
-        """The term of a row that nothing rewrote."""
-        own = Segment(Ref(self.k, row), Ref(self.v, row), mask_row=row)
-        return Term(Ref(self.q, row), (own,), self.scale)
-
-    def fold(self) -> Sum:
-        """The finished sum: every operation applied, stage by stage, in order inside a stage."""
-        return does.folded(self.plain, self.operations, self.q.shape[0], self.mask)
-
-    def _note(
-        self, stage: Stage, verb: str, rows: tuple[int, ...], apply: Callable[..., None]
-    ) -> None:
-        if rows:
-            self.operations.append(Operation(stage, self.editor, verb, rows, apply))
-
-    # -- arguments -----------------------------------------------------------------------------
-
-    def _index(self, row: RowLike, name: str) -> int:
-        index = row.index if isinstance(row, Row) else int(row)
-        if not 0 <= index < self.q.shape[0]:
-            raise InputError(f"{name}: row {index} is not in this call of {self.q.shape[0]} rows")
-        return index
-
-    def _indices(self, rows: RowLike | Iterable[RowLike], name: str) -> tuple[int, ...]:
-        many = (rows,) if isinstance(rows, Row | int) else rows
-        return tuple(dict.fromkeys(self._index(row, name) for row in many))
-
-    def _ref(self, value: Tensor | RowLike, own: Tensor, name: str) -> tuple[Ref, int | None]:
-        if not isinstance(value, Tensor):
-            index = self._index(value, name)
-            return Ref(own, index), index
-        return Ref(stacked(value, own, f"{name} of {self.site.path}"), 0), None
-
-    def _per_query(self, value: Tensor, name: str) -> Tensor:
-        if tuple(value.shape) != (self.q.shape[-2],):
-            raise InputError(
-                f"{name} is {tuple(value.shape)}; {self.site.path} has {self.q.shape[-2]} queries"
-            )
-        return cast(value, self.q)
-
-    def _image_queries(self) -> Tensor:
-        start, stop = self.spans.image_queries
-        weight = self.q.new_zeros(self.q.shape[-2])
-        weight[start:stop] = 1
-        return weight

@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from hookctl.address.rows import PERTURBED, Row, Rows
+from hookctl.address.rows import PERTURBED, Rows
 from hookctl.address.sites import Site
 from hookctl.attention import plan
 from hookctl.attention.call import AttentionCall
@@ -112,7 +112,7 @@ def _rows_of(q: Tensor, rows: Rows, index: int, keeps_perturbed: bool) -> tuple[
         return Rows(kept), len(kept)
     if per_sample(q, rows):
         row = rows[index % len(rows)]
-        return Rows([Row(0, row.branch, row.prompt, row.image)]), 1
+        return Rows([replace(row, index=0)]), 1
     return rows, len(rows)
 
 

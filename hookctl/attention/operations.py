@@ -98,8 +98,7 @@ def borrow(
         changes["mask_row"] = mask_row
 
     def one(term: Term) -> Term:
-        segments = (replace(term.own, **changes), *term.segments[1:])
-        return replace(term, q=q or term.q, segments=segments)
+        return replace(term.with_own(**changes), q=q or term.q)
 
     def apply(state: Fold, row: int) -> None:
         terms = state.terms[row]
@@ -109,6 +108,19 @@ def borrow(
             state.terms[row] = tuple(
                 part for t in terms for part in (one(t).weighted(weight), t.weighted(1 - weight))
             )
+
+    return apply
+
+
+def replace_own(refs: dict[str, dict[int, Ref]]) -> Callable[[Fold, int], None]:
+    """refs: for some of q, k, v, what each row has instead of its own."""
+
+    def apply(state: Fold, row: int) -> None:
+        q = refs["q"][row] if "q" in refs else None
+        changes = {name: by_row[row] for name, by_row in refs.items() if name != "q"}
+        state.terms[row] = tuple(
+            replace(t.with_own(**changes), q=q or t.q) for t in state.terms[row]
+        )
 
     return apply
 

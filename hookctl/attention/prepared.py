@@ -54,6 +54,16 @@ def is_all(value: Tensor, number: float) -> bool:
     return remembered(lambda: bool((value == number).all()), ("is", number), value)
 
 
+def is_same(value: Tensor, own: Tensor) -> bool:
+    """Whether a tensor is known to hold what `own` does, and not to be learned.
+
+    Never known of tensors on a device, where looking would wait for them.
+    """
+    if value.requires_grad or value.device.type != "cpu":
+        return False
+    return torch.equal(value, own)
+
+
 def is_finite(value: Tensor) -> bool:
     """False if an element is known not to be finite."""
     if value.device.type != "cpu":

@@ -14,7 +14,7 @@ from torch import Tensor
 
 Pairs = list[tuple[Tensor, Tensor]]
 
-STAGES = ("borrow", "extend", "restrict bias", "route", "add", "skip probabilities")
+STAGES = ("borrow replace", "extend", "restrict bias", "route", "add", "skip probabilities")
 
 
 def softmax(scores: Tensor) -> Tensor:
@@ -57,7 +57,8 @@ class Explicit:
                 "probabilities": ("fn",),
             }.get(verb, ())
             given = dict(zip(names, args, strict=False)) | kwargs
-            self.noted.append((verb, rows if isinstance(rows, tuple) else (rows,), given))
+            rows = rows if isinstance(rows, tuple) else (rows,)
+            self.noted.append((verb, rows, given | {"rows": rows}))
 
         return note
 
@@ -65,11 +66,19 @@ class Explicit:
         return [(n, a) for n, rows, a in self.noted if n in stage.split() and row in rows]
 
     def branches(self, row: int) -> list[dict[str, Any]]:
-        """Weight, q, k, v and mask of every form that `borrow` made of a row."""
-        own = {"w": self.q.new_ones(self.n), "q": row, "k": row, "v": row}
-        found = [own]
-        for _, a in self.verbs("borrow", row):
+        """Weight, q, k, v and mask of every form that `borrow` and `replace` made of a row."""
+        own = {name: getattr(self, name)[row] for name in "qkv"}
+        found = [own | {"w": self.q.new_ones(self.n), "mask": self.mask[row]}]
+        for verb, a in self.verbs("borrow replace", row):
             taken = {name: a[name] for name in "qkv" if a.get(name) is not None}
+            if verb == "replace":
+                taken = {
+                    name: x[a["rows"].index(row)] if x.dim() == 5 else x
+                    for name, x in taken.items()
+                }
+            else:
+                mask = {"mask": self.mask[taken["k"]]} if "k" in taken else {}
+                taken = {name: getattr(self, name)[r] for name, r in taken.items()} | mask
             where = a.get("where")
             if where is None:
                 found = [b | taken for b in found]
@@ -85,7 +94,7 @@ class Explicit:
         """Per branch: weighted probabilities over its own keys, its values, its extensions."""
         found = []
         for b in self.branches(row):
-            scores = self.q[b["q"]] @ self.k[b["k"]].mT * self.scale + self.mask[b["k"]]
+            scores = b["q"] @ b["k"].mT * self.scale + b["mask"]
             bits = torch.ones(self.n, self.m, dtype=torch.bool)
             some = torch.ones(self.n, dtype=torch.bool)
             for verb, a in self.verbs("restrict bias", row):
@@ -101,13 +110,13 @@ class Explicit:
             for _, a in self.verbs("extend", row):
                 k, v = a["k"], a["v"]
                 shift = 0.0 if a.get("shift") is None else a["shift"]
-                new = self.q[b["q"]] @ (self.k[k] if isinstance(k, int) else k).mT * self.scale
+                new = b["q"] @ (self.k[k] if isinstance(k, int) else k).mT * self.scale
                 new = new + shift + (self.mask[k] if isinstance(k, int) else 0.0)
                 blocks.append(new.masked_fill(~some[:, None], -torch.inf))
                 values.append(self.v[v] if isinstance(v, int) else v)
             p = softmax(torch.cat(blocks, -1)) * b["w"][:, None]
             parts = p.split([x.shape[-1] for x in blocks], -1)
-            found.append((parts[0], self.v[b["v"]], list(zip(parts[1:], values, strict=True))))
+            found.append((parts[0], b["v"], list(zip(parts[1:], values, strict=True))))
         return found
 
     def routed(self, row: int) -> tuple[Pairs, Pairs]:
@@ -152,7 +161,7 @@ class Explicit:
             if verb == "skip":
                 eye = torch.eye(self.n, dtype=self.q.dtype).expand_as(own[0][0])
                 branches = self.branches(row)
-                own = [(eye * b["w"][:, None], self.v[b["v"]]) for b in branches]
+                own = [(eye * b["w"][:, None], b["v"]) for b in branches]
                 further = []
             else:
                 # Branches over the same values are one matrix; with extensions, all must be.

@@ -48,6 +48,8 @@ def scripts(case: Case) -> dict[str, Script]:
     dense = random(t, t, seed=12).softmax(0)
     blend, gain = random(t, seed=13).sigmoid(), random(t, seed=14) * 2
     new = [random(heads, 5, d, seed=s) for s in (15, 16, 17, 18)]
+    sub = case.q.shape[1]
+    own = [random(2, sub, heads, x, d, seed=s) for x, s in ((n, 26), (m, 27), (m, 28))]
     queries = bits(n, 19, (1, 2, 3, SIGN, 0, SIGN | 2))
     keys = bits(m, 20, (1, 2, SIGN, 5, 0))
     other = (bits(n, 21, (1, 6, 8)), bits(m, 22, (1, 2, 9)))
@@ -63,6 +65,11 @@ def scripts(case: Case) -> dict[str, Script]:
         "borrow kv where": lambda c: c.borrow(3, k=2, v=2, where=unit),
         "borrow q where": lambda c: c.borrow(3, q=4, where=unit),
         "borrow twice": lambda c: (c.borrow(3, k=2, v=2, where=unit), c.borrow(3, k=4)),
+        "replace qk (AdaIN)": lambda c: c.replace((3, 4), q=own[0], k=own[1]),
+        "replace v": lambda c: c.replace((3, 4), v=own[2][0]),
+        "replace, borrow": lambda c: (c.replace(3, q=own[0][0]), c.borrow(3, k=2, v=2, where=unit)),
+        "borrow, replace": lambda c: (c.borrow(3, k=2, v=2, where=unit), c.replace(3, k=own[1][1])),
+        "replace the source": lambda c: (c.replace(2, k=own[1][0]), c.borrow(3, k=2)),
         "extend row": lambda c: c.extend((3, 4), 2, 2),
         "extend row shifted": lambda c: c.extend(3, 2, 2, shift=-0.7),
         "extend tensors": lambda c: c.extend(3, new[0], new[1], shift=random(5, seed=25)),
@@ -163,6 +170,7 @@ def test_sub_batches(kind: str) -> None:
         check(case, script)
     k, v = random(3, 2, 5, 8, seed=40), random(3, 2, 5, 8, seed=41)
     check(case, lambda c: c.extend(3, k, v), lambda c: c.add(4, k, v))
+    check(case, lambda c: c.replace((3, 4), q=random(*case.q.shape[1:], seed=42)))
 
 
 def stage(name: str) -> str:
@@ -170,11 +178,13 @@ def stage(name: str) -> str:
     return name.split()[0]
 
 
-ORDERED = ("borrow", "route", "probabilities", "skip")
+ORDERED = ("borrow", "replace", "route", "probabilities", "skip")
+SHARED = ({"skip", "probabilities"}, {"borrow", "replace"})
 PAIRED = (
     "borrow qk (P2P)",
     "borrow kv where",
     "borrow twice",
+    "replace qk (AdaIN)",
     "extend row shifted",
     "extend tensors",
     "restrict",
@@ -199,7 +209,7 @@ def test_pairs_in_either_order(kind: str) -> None:
     verbs = {name: script for name, script in scripts(case).items() if name in PAIRED}
     for a, b in itertools.combinations(verbs, 2):
         want = check(case, verbs[a], verbs[b], maps=False)
-        same_stage = stage(a) == stage(b) or {stage(a), stage(b)} == {"skip", "probabilities"}
+        same_stage = stage(a) == stage(b) or {stage(a), stage(b)} in SHARED
         if not same_stage or stage(a) not in ORDERED:
             call = case.call()
             verbs[b](call)
@@ -216,6 +226,8 @@ def test_triples_in_any_order() -> None:
         ("restrict twice", "route twice", "add twice"),
         ("extend twice", "route replace", "probabilities"),
         ("borrow v", "bias keys", "route itself"),
+        ("replace qk (AdaIN)", "extend row shifted", "restrict"),
+        ("replace v", "route blend", "add masked"),
         ("borrow kv where", "extend row", "route one word"),
         ("borrow kv where", "restrict", "skip"),
         ("extend twice", "add", "skip"),

@@ -18,6 +18,19 @@ WRONG: dict[str, tuple[Callable[[AttentionCall], Any], str]] = {
     "source": (lambda c: c.borrow(3, k=-1), r"borrow: k: row -1 is not in this call of 5"),
     "no source": (lambda c: c.borrow(3), r"borrow: give at least one of q=, k=, v="),
     "where": (lambda c: c.borrow(3, k=2, where=random(5)), r"borrow: where is \(5,\).* 12 queries"),
+    "nothing to replace": (lambda c: c.replace(3), r"replace: give at least one of q=, k=, v="),
+    "replace, tokens": (
+        lambda c: c.replace(3, k=random(2, 7, 8)),
+        r"replace: k has 7 tokens; the own one of a.site has 6",
+    ),
+    "replace, rows": (
+        lambda c: c.replace((3, 4), q=random(3, 1, 2, 12, 8)),
+        r"replace: q is \(3, 1, 2, 12, 8\); these 2 rows of a.site have \(2, 1, 2, 12, 8\)",
+    ),
+    "replace, heads": (
+        lambda c: c.replace(3, q=random(3, 12, 8)),
+        r"replace: q of a.site is \(3, 12, 8\); give \[heads=2, tokens, channels=8\]",
+    ),
     "k": (
         lambda c: c.extend(3, random(3, 4, 8), random(3, 4, 8)),
         r"extend: k of a.site is \(3, 4, 8\); give \[heads=2, tokens, channels=8\]",

@@ -44,6 +44,7 @@ EDITS: dict[str, Callable[[AttentionCall], Any]] = {
     "self-replacement": lambda c: c.borrow(3, q=2, k=2),
     "MasaCtrl": lambda c: c.borrow(3, k=2, v=2),
     "MasaCtrl, masked": lambda c: c.borrow(3, k=2, v=2, where=random(N).sigmoid()),
+    "replace": lambda c: c.replace((1, 3), q=random(2, 1, HEADS, N, 40)),
     "extend": lambda c: c.extend((1, 3), 2, 2, shift=0.5),
     "extend tensors": lambda c: c.extend(3, random(HEADS, 9, 40), random(HEADS, 9, 40)),
     "restrict": lambda c: c.restrict(3, 1 << labels, 3 << labels),

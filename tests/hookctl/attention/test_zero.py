@@ -19,6 +19,8 @@ NOTHING: dict[str, Callable[[AttentionCall], Any]] = {
     "borrow from itself": lambda c: c.borrow(3, q=3, k=3, v=3),
     "borrow nowhere": lambda c: c.borrow(3, k=2, v=2, where=0 * ones),
     "borrow for nobody": lambda c: c.borrow((), k=2),
+    "replace by itself": lambda c: c.replace((1, 3), q=c.q[[1, 3]], k=c.k[[1, 3]], v=c.v[[1, 3]]),
+    "replace for nobody": lambda c: c.replace((), q=c.q[3]),
     "extend by nothing": lambda c: c.extend(3, random(2, 0, 8), random(2, 0, 8)),
     "restrict to all": lambda c: c.restrict(
         3, torch.full((IMAGE,), -1), torch.full((c.k.shape[-2],), 4)
@@ -47,6 +49,19 @@ def test_everywhere_is_everywhere() -> None:
     call = make("self").call()
     call.borrow(3, k=2, v=2, where=ones)
     assert len(call.fold().terms[3]) == 1
+
+
+def test_only_rows_that_change_are_replaced() -> None:
+    call = make("self").call()
+    call.replace((1, 3), q=torch.stack([call.q[1], call.q[2]]))
+    assert call.operations[0].rows == (3,)
+
+
+def test_a_learned_replacement_is_kept() -> None:
+    """Its gradient would be lost with it."""
+    call = make("self").call()
+    call.replace(3, v=call.v[3].clone().requires_grad_())
+    assert call.operations[0].rows == (3,)
 
 
 def plain(case: Case) -> Tensor:
@@ -81,6 +96,7 @@ def test_untouched_rows_keep_their_bits(dtype: torch.dtype) -> None:
     case.q, case.k, case.v = (x.to(dtype) for x in (case.q, case.k, case.v))
     call = case.call()
     call.borrow((1, 3), q=2, k=2)
+    call.replace(3, v=2 * call.v[3])
     out, chosen = plan.evaluate(call)
     assert chosen.name == "sdpa"
     assert torch.equal(out[[0, 2, 4]], plain(case)[[0, 2, 4]])
