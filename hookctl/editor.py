@@ -18,6 +18,7 @@ from hookctl.address.sites import Selector
 
 if TYPE_CHECKING:
     from hookctl.attention.call import AttentionCall
+    from hookctl.loop.branches import Branch
     from hookctl.loop.features import FeatureCall
     from hookctl.loop.state import Predictions, Proceed, State
 
@@ -75,6 +76,14 @@ class Editor:
         `AttentionCall.context(name)`; the plain call does not attend to them.
         """
         return None
+
+    def branches(self, state: State) -> Mapping[str, Branch]:
+        """Further rows for the denoiser to predict: name of the new branch -> what it copies.
+
+        They are in every hook that follows (`context`, `attention`, `features`, `denoise`), tagged
+        with the name, and `combine` finds their predictions under it.
+        """
+        return {}
 
     def attention(self, call: AttentionCall) -> None:
         """Rewrite one attention call through its verbs."""

@@ -22,6 +22,7 @@ from hookctl.attention.intercept import SitePort, mode_depth, unwind
 from hookctl.attention.stack import check_conflicts
 from hookctl.editor import Editor, overrides
 from hookctl.errors import HoleError, UnsupportedError
+from hookctl.loop.branches import add_branches, asked_branches, cut_branches
 from hookctl.loop.calls import Call, Calls
 from hookctl.loop.context import own_part, widen
 from hookctl.loop.denoise import DenoiserPort, Inner, PipelinePort, SchedulerPort
@@ -226,7 +227,7 @@ class Engine:
             # Checkpointing round the whole call: the same rows, clock and editors once more.
             state = self.run.repeat(again.state, args, kwargs)
             call = Call(state, again.acting, again.by_site, repeated=True)
-            return self._within(call, inner, args, kwargs)
+            return cut_branches(state, self._within(call, inner, args, kwargs))
         outer, port = self._calls.open, self._denoiser_port
         nesting = outer.state if outer is not None else self._stepping()
         state = self.run.state(args, kwargs, port.branch if port else None, nesting)
@@ -251,7 +252,7 @@ class Engine:
         if nesting is None:
             wanted = any(overrides(a.editor, "combine") for a in call.acting)
             self._turn.note(state, out, predictions=wanted)
-        return out
+        return cut_branches(state, out)
 
     def _begin(self, state: State) -> None:
         """The first denoiser call of a run."""
@@ -280,13 +281,17 @@ class Engine:
                 if overrides(a.editor, "before"):
                     a.editor.before(state)
             around = [a.editor for a in call.acting if overrides(a.editor, "denoise")]
+            adding = [a.editor for a in call.acting if overrides(a.editor, "branches")]
+            if asked := asked_branches(adding, state) if adding else {}:
+                add_branches(state, asked)
         extra: dict[str, Tensor] = {}
         for a in call.acting:
             if overrides(a.editor, "context"):
                 extra |= dict(a.editor.context(state) or {})
         if extra:
             widen(state, extra)
-        if not around and not extra and state.assigned is None:
+        untouched = state.assigned is None and state.own_rows is None
+        if not around and not extra and untouched:
             return self._inner(inner, call, args, kwargs)
 
         def proceed(rest: Sequence[Editor] = tuple(around)) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hookctl.address.rows import COND, PERTURBED, Row
+from hookctl.address.rows import COND, Row
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import Editor
 from hookctl.errors import InputError
@@ -52,7 +52,7 @@ class SourceAndEdits(Editor):
         return [
             (row, call.rows.twin(row, prompt=0))
             for row in call.rows
-            if row.prompt > 0 and row.branch in (COND, PERTURBED)
+            if row.prompt > 0 and row.role == COND
         ]
 
     def generators(self, seed: int = 0, images: int = 1, device: str = "cpu") -> list[Any]:

@@ -23,12 +23,20 @@ class Row:
 
     branch: what the row predicts ("cond", "uncond", "perturbed", "image" ...).
     prompt: index of the prompt it belongs to; image: which of that prompt's pictures it draws.
+    copied: the branch that it copies with its text, None where it copies none.
     """
 
     index: int
     branch: str
     prompt: int
     image: int
+    copied: str | None = None
+
+    @property
+    def role(self) -> str:
+        """The branch whose edits the row must have: a perturbed one differs by its perturbation
+        alone."""
+        return self.copied or self.branch
 
 
 @dataclass(frozen=True)
@@ -65,13 +73,18 @@ class Rows(Sequence[Row]):
         return " ".join(f"{r.branch}[{r.prompt}.{r.image}]" for r in self._rows)
 
     def where(
-        self, branch: str | None = None, prompt: int | None = None, image: int | None = None
+        self,
+        branch: str | None = None,
+        prompt: int | None = None,
+        image: int | None = None,
+        role: str | None = None,
     ) -> tuple[Row, ...]:
         """The rows that have all the given tags."""
         return tuple(
             r
             for r in self._rows
             if (branch is None or r.branch == branch)
+            and (role is None or r.role == role)
             and (prompt is None or r.prompt == prompt)
             and (image is None or r.image == image)
         )
@@ -139,7 +152,13 @@ def _tag(batch: int, branches: tuple[str, ...], per_prompt: int) -> Rows:
     size = batch // len(branches)
     return Rows(
         [
-            Row(g * size + i, branch, i // per_prompt, i % per_prompt)
+            Row(
+                g * size + i,
+                branch,
+                i // per_prompt,
+                i % per_prompt,
+                COND if branch == PERTURBED else None,
+            )
             for g, branch in enumerate(branches)
             for i in range(size)
         ]

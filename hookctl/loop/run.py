@@ -103,7 +103,16 @@ class Run:
     def repeat(self, before: State, args: Any, kwargs: Any) -> State:
         """The state of a call that is made again with other tensors."""
         arguments = self._named(args, kwargs)
-        return replace(before, kwargs=arguments, extra_text={}, assigned=None, stepped=None)
+        own = Rows(before.rows[: before.own_rows])
+        return replace(
+            before,
+            rows=own,
+            own_rows=None,
+            kwargs=arguments,
+            extra_text={},
+            assigned=None,
+            stepped=None,
+        )
 
     def _named(self, args: Any, kwargs: Any) -> dict[str, Any]:
         bound = self._signature.bind(None, *args, **kwargs)

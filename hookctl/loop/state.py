@@ -37,7 +37,9 @@ class State:
     sample: name of the argument that holds the model input; scaling: how the scheduler made it
     from the latents, None where it is the latents; text: name of the argument with the text
     embeddings. grid: ([frames,] height, width) of the latent; nested: the call was made by an
-    editor, inside another call. maps: the store of the session whose editor is spoken to.
+    editor, inside another call. own_text: tokens of the text that the pipeline gave; own_rows:
+    how many rows are the pipeline's, None for all. maps: the store of the session whose editor is
+    spoken to.
     """
 
     denoiser: nn.Module
@@ -55,6 +57,7 @@ class State:
     nested: bool = False
     extra_text: dict[str, tuple[int, int]] = field(default_factory=dict)
     own_text: int | None = None
+    own_rows: int | None = None
     maps: Any = None
     assigned: Tensor | None = None
     stepped: Tensor | None = None
