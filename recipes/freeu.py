@@ -8,8 +8,8 @@ concat with backbone h and skip r:
 
 F_s multiplies the lowest frequencies by s. The official code masks the 2 x 2 window {-1, 0}^2 of
 the shifted spectrum and takes the real part, so a gain of s acts on the mean and (1 + s) / 2 on the
-waves (1,0), (0,1), (1,1): seven inner products per channel, no Fourier transform, any size and
-dtype.
+waves (1,0), (0,1), (1,1): no Fourier transform, any size and dtype
+(`hookctl.kernels.fourier_gain`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 from hookctl.address.families import denoiser_of
 from hookctl.editor import Editor
 from hookctl.errors import InputError
+from hookctl.kernels.fourier_gain import fourier_gain
 from hookctl.loop.features import FeatureCall, concats
 
 RULES = ("official", "diffusers")
@@ -91,32 +92,9 @@ class FreeU(Editor):
         return torch.cat([h[:, :half] * gain, h[:, half:]], 1)
 
 
-def scale_low_frequencies(x: Tensor, s: float) -> Tensor:
-    """F_s of a feature map [rows, channels, height, width]; s = 1 is the identity."""
-    height, width = x.shape[-2:]
-    waves, shares = _waves(height, width)
-    waves = waves.to(x.device)
-    flat = x.float().flatten(2)
-    amounts = (flat @ waves.mT) * ((1 - s) * shares.to(x.device))
-    return (flat - amounts @ waves).unflatten(2, (height, width)).to(x.dtype)
+def scale_low_frequencies(x: Tensor, s: Tensor | float) -> Tensor:
+    """F_s of a feature map [rows, channels, height, width]; s = 1 is the identity.
 
-
-def _waves(height: int, width: int) -> tuple[Tensor, Tensor]:
-    """The mean and the cosine and sine of the three lowest waves, orthonormal: [7, pixels].
-
-    And the share of each that the window holds: half of a wave's two frequencies, or all of it
-    where the two are one (the mean, and the shortest wave of a side of 2).
+    s: a number, or a tensor that broadcasts to [rows, channels]; differentiable in both.
     """
-    rows = torch.arange(height, dtype=torch.float64)[:, None] / height
-    columns = torch.arange(width, dtype=torch.float64)[None] / width
-    found = [torch.ones(height, width, dtype=torch.float64)]
-    shares = [1.0]
-    for u, v in ((1, 0), (0, 1), (1, 1)):
-        angle = 2 * math.pi * (u * rows + v * columns)
-        found += [angle.cos(), angle.sin()]
-        alone = 2 * u % height == 0 and 2 * v % width == 0
-        shares += [1.0 if alone else 0.5] * 2
-    flat = torch.stack([wave.flatten() for wave in found])
-    norm = flat.norm(dim=1, keepdim=True)
-    # The sine of a wave that is its own mirror vanishes, but for rounding.
-    return torch.where(norm > 1e-6, flat / norm.clamp_min(1e-6), 0).float(), torch.tensor(shares)
+    return fourier_gain(x, s)
