@@ -236,6 +236,9 @@ class Engine:
         self._exchange.refresh()
         if self.run.fresh and nesting is None:
             self._begin(state)
+        if not state.nested:
+            for session in self._sessions:
+                session.clock = state.clock
         call = Call(state, *self._acting_at(state))
         out = self._within(call, inner, args, kwargs)
         if call.by_site and not call.ran:

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from hookctl.address import families
+from hookctl.address.clock import Clock
 from hookctl.address.sites import Site
 from hookctl.attention.maps import MapStore
 from hookctl.attention.plan import Plan, check_backend
@@ -60,6 +61,7 @@ class Session:
     """A pipeline under control. Enter it, call the pipeline as ever, and look at what happened.
 
     sites: every attention site of the model; maps: the attention maps that were read, by word;
+    clock: the time of the denoiser call in progress, or of the last one (None before the first);
     log: who touched what.
     """
 
@@ -83,6 +85,7 @@ class Session:
         self.rows = None if rows is None else tuple(rows)
         self.maps = MapStore()
         self.log = Log()
+        self.clock: Clock | None = None
         self._engine: Engine | None = None
         self._depth = 0
         self._sites = tuple(site for site, _ in families.describe_sites(self.denoiser))

@@ -297,3 +297,25 @@ def test_report_names_editor_site_and_turns(pipe: Any) -> None:
     assert lines[0].split() == ["editor", "site", "verbs", "turns", "plan", "reason"]
     assert all("Borrow" in line and "0-1" in line for line in lines[2:])
     assert len(lines) == 2 + 2
+
+
+def test_clock_of_the_call_in_progress(pipe: Any) -> None:
+    """The session tells the time from outside: in another hook, and after the run."""
+    inside: list[int] = []
+    session = hookctl.control(pipe, Idle())
+    assert session.clock is None
+
+    def note(*_: Any) -> None:
+        assert session.clock is not None
+        inside.append(session.clock.turn)
+
+    handle = pipe.transformer.register_forward_pre_hook(note)
+    try:
+        with session:
+            PIXART.run(pipe, TWO, steps=3)
+    finally:
+        handle.remove()
+    assert inside == [0, 1, 2]
+    assert (
+        session.clock is not None and session.clock.turns == 3 and session.clock.fraction == 2 / 3
+    )
