@@ -20,11 +20,12 @@ from hookctl.address.sites import Site
 from hookctl.attention.caught import Caught, edit, per_sample, ungrouped
 from hookctl.attention.intercept import SitePort, mode_depth, unwind
 from hookctl.attention.stack import check_conflicts
+from hookctl.attention.widened import own_part
 from hookctl.editor import Editor, overrides
 from hookctl.errors import HoleError, UnsupportedError
 from hookctl.loop.branches import add_branches, asked_branches, cut_branches
 from hookctl.loop.calls import Call, Calls
-from hookctl.loop.context import own_part, widen
+from hookctl.loop.context import widen
 from hookctl.loop.denoise import DenoiserPort, Inner, PipelinePort, SchedulerPort
 from hookctl.loop.exchange import Exchange
 from hookctl.loop.features import Concat, ConcatPort, concats, edit_features
@@ -353,15 +354,12 @@ class Engine:
         assert call is not None  # `watching` said so
         state, site = call.state, port.site
         grouped, mask = rest["enable_gqa"], rest["attn_mask"]
-        k, v = full = ungrouped(q, k, v, grouped)
-        if state.extra_text and site.kind == "cross":
-            k, v, mask = own_part(state, k, v, mask)
-        caught = Caught(
-            q, k, v, mask, rest["dropout_p"], rest["is_causal"], rest["scale"], full, original
-        )
+        k, v = ungrouped(q, k, v, grouped)
+        own = own_part(state, site.kind, self.order, q, k, v, mask)
+        caught = Caught(own, rest["dropout_p"], rest["is_causal"], rest["scale"], original)
         if index != port.own_call and not per_sample(q, state.rows):
             return caught.original()
-        return edit(
+        out = edit(
             caught,
             site,
             state,
@@ -371,6 +369,7 @@ class Engine:
             keeps_perturbed=families.keeps_perturbed(port.module),
             repeated=self._calls.repeats(call),
         )
+        return own.whole(out, rest["scale"])
 
     # -- features ------------------------------------------------------------------------------
 

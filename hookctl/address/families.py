@@ -118,6 +118,15 @@ def joint_order(denoiser: nn.Module) -> str | None:
     return "text_image" if re.search(_TEXT_FIRST, name) else None
 
 
+def widens_joint(denoiser: nn.Module) -> bool:
+    """Whether a joint sequence may hold more text than the pipeline gave: nothing in these models
+    but the attention tells text tokens from one another."""
+    return type(uncompiled(denoiser)).__name__ in (
+        "SD3Transformer2DModel",
+        "FluxTransformer2DModel",
+    )
+
+
 def is_guided(pipe: Any) -> bool | None:
     """Whether classifier-free guidance is on, or None where the pipeline does not say."""
     try:

@@ -11,10 +11,11 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -117,6 +118,23 @@ class Region:
             raise InputError(f"{label}: an empty combination given; parts that overlap expected")
         return torch.from_numpy(covered.clip(0, 1).astype(np.float32))
 
+    def feathered(self, height: int, width: int, edge: float) -> Tensor:
+        """How much of each grid cell lies inside, with a border that falls off softly.
+
+        Receives: the grid; the width of the border, a fraction of the shorter side (a Gaussian
+        of half that as standard deviation; the edge of the canvas is no border). Returns: float32
+        [height, width], 0 to 1.
+        """
+        sigma = edge / 2 * min(height, width)
+        covered = self.coverage(height, width)
+        reach = math.ceil(3 * sigma)
+        if not reach:
+            return covered
+        away = torch.arange(-reach, reach + 1) / sigma
+        kernel = torch.softmax(-(away**2) / 2, 0)
+        wide = F.pad(covered[None, None], (reach,) * 4, mode="replicate")
+        return F.conv2d(F.conv2d(wide, kernel[None, None, None]), kernel[None, None, :, None])[0, 0]
+
     def tokens(self, height: int, width: int, threshold: float = 0.5) -> Tensor:
         """Which tokens of a grid belong.
 
@@ -130,6 +148,28 @@ class Region:
         covered = self.coverage(height, width).flatten()
         peak = float(covered.max())
         return covered >= (enough if peak >= enough else peak / 2)
+
+
+RegionLike: TypeAlias = Region | str | Sequence[float] | MaskLike
+
+
+def region_of(value: Any, argument: str = "region") -> Region:
+    """A region, however it is written: a `Region`, a text of `parse_region`, a box (x0, y0, x1,
+    y1) or a mask. Raises `InputError` that names the argument."""
+    if isinstance(value, Region):
+        return value
+    try:
+        if isinstance(value, str):
+            return parse_region(value)
+        if isinstance(value, Tensor | Image.Image | np.ndarray):
+            return Region.mask(value)
+        if isinstance(value, Sequence) and len(value) == 4:
+            return Region.box(*value)
+    except InputError as error:
+        raise InputError(f"{argument}: {error}") from None
+    raise InputError(
+        f"{argument}: {value!r} given; a Region, a box (x0, y0, x1, y1), a mask, or {FORMS}"
+    )
 
 
 def bit(index: int) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hookctl.attention import operations as does
+from hookctl.attention.division import Division, divided, segment_of
 from hookctl.attention.noted import NotedCall, RowLike
 from hookctl.attention.operations import Probabilities, ReadOut, Sink, Stage
 from hookctl.attention.prepared import cast, is_all, is_finite, is_same, regions_of
@@ -266,6 +267,35 @@ class AttentionCall(NotedCall):
             return Term(Ref(self.q, row), segments, self.scale, weight=weight, extra=True)
 
         self._note(Stage.ADDITION, "add", targets, does.add(term))
+
+    def divide(self, rows: RowLike | Iterable[RowLike], division: Division) -> None:
+        """Let the image's queries divide their attention between the own text and further ones.
+
+            out = (1 - sum_r w_r) own + sum_r w_r softmax(q k_r^T) v_r
+
+        division: the weights, by the name of each text (`Editor.context`). On a joint site a
+        further text takes the place of the own one beside the image.
+        """
+        targets = self._indices(rows, "rows")
+        start, stop = self.spans.image_queries
+        if self.site.kind not in ("cross", "joint"):
+            raise UnsupportedError(f"divide: {self.site.path} attends to no text")
+        for name, share in division.shares.items():
+            if tuple(share.shape) != (stop - start,):
+                raise InputError(
+                    f"divide: the share of {name!r} is {tuple(share.shape)}; {self.site.path} has "
+                    f"{stop - start} image queries"
+                )
+        if division.nothing:
+            return
+        laid = division.laid(
+            start, self.q.shape[-2] - stop, self.q, sparse=self.site.kind == "joint"
+        )
+        parts = {
+            name: segment_of(*self._beside(name), division.shifts.get(name), name)
+            for name in laid.shares
+        }
+        self._note(Stage.ADDITION, "divide", targets, divided(laid, parts, self.q, self.scale))
 
     def skip(self, rows: RowLike | Iterable[RowLike]) -> None:
         """Replace the probabilities of `rows` by the identity: the output is v (PAG)."""

@@ -13,31 +13,30 @@ from hookctl.address.rows import PERTURBED, Rows
 from hookctl.address.sites import Site
 from hookctl.attention import plan
 from hookctl.attention.call import AttentionCall
+from hookctl.attention.widened import OwnPart
 
 
 @dataclass(frozen=True, eq=False)
 class Caught:
-    """The arguments of one `scaled_dot_product_attention`, text of other editors cut off.
+    """The arguments of one `scaled_dot_product_attention`.
 
-    full: k and v before the cut; own: what the model itself would do, None for SDPA.
+    part: its tensors, with the texts of editors cut off; own: what the model itself would do, None
+    for SDPA.
     """
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Tensor | None
+    part: OwnPart
     dropout_p: float
     is_causal: bool
     scale: float | None
-    full: tuple[Tensor, Tensor]
     own: Callable[[], Tensor] | None = None
 
     def original(self) -> Tensor:
         """What the model itself would have got."""
-        if self.own is not None and self.k is self.full[0]:
+        part = self.part
+        if self.own is not None and part.k is part.full[0]:
             return self.own()
         return F.scaled_dot_product_attention(
-            self.q, self.k, self.v, self.mask, self.dropout_p, self.is_causal, scale=self.scale
+            part.q, part.k, part.v, part.mask, self.dropout_p, self.is_causal, scale=self.scale
         )
 
 
@@ -58,26 +57,27 @@ def edit(
     keeps_perturbed: False where the pipeline attends to its perturbed rows apart; repeated: the
     call is made again for a backward pass, so read-outs are not handed out twice.
     """
-    rows, count = _rows_of(caught.q, state.rows, index, keeps_perturbed)
-    mask = caught.mask
+    part = caught.part
+    rows, count = _rows_of(part.q, state.rows, index, keeps_perturbed)
+    mask = part.mask
     if caught.is_causal:
-        mask = plan.causal_mask(caught.q.shape[-2], caught.k.shape[-2], caught.q.device)
+        mask = plan.causal_mask(part.q.shape[-2], part.k.shape[-2], part.q.device)
     call = AttentionCall(
         site,
-        *(plan.stack_rows(x, count) for x in (caught.q, caught.k, caught.v)),
+        *(plan.stack_rows(x, count) for x in (part.q, part.k, part.v)),
         rows=rows,
         clock=state.clock,
-        scale=caught.q.shape[-1] ** -0.5 if caught.scale is None else caught.scale,
+        scale=part.q.shape[-1] ** -0.5 if caught.scale is None else caught.scale,
         mask=plan.stack_mask(mask, count),
         latent=state.grid,
         text_tokens=state.own_text,
         joint_order=joint_order,
         index=index,
-        context=state.extra_text,
+        context=part.context,
         prompts=state.prompts,
     )
-    if state.extra_text:
-        call.set_context_source(*(plan.stack_rows(x, count) for x in caught.full))
+    if part.context:
+        call.set_context_source(*(plan.stack_rows(x, count) for x in part.full))
     for one in attached:
         call.editor = one.editor
         one.editor.attention(call)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hookctl.address.clock import Clock
@@ -90,6 +91,19 @@ class NotedCall:
     def set_context_source(self, k: Tensor, v: Tensor) -> None:
         """Keep the widened k and v that `context` slices."""
         self._full_k, self._full_v = k, v
+        self._with_image: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def _beside(self, name: str) -> tuple[Tensor, Tensor]:
+        """k and v of an extra text, on a joint site with the image's before them; made once, so
+        that rows which use them are evaluated together."""
+        if name not in self._with_image:
+            k, v = self.context(name)
+            if self.spans.image_keys is not None:
+                start, stop = self.spans.image_keys
+                k = torch.cat([self.k[..., start:stop, :], k], -2)
+                v = torch.cat([self.v[..., start:stop, :], v], -2)
+            self._with_image[name] = k, v
+        return self._with_image[name]
 
     # -- folding -------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.state import State
 
 _MASK = "encoder_attention_mask"
+_IDS = "txt_ids"  # position of each text token: none of them has one
 
 
 def widen(state: State, extra: Mapping[str, Tensor]) -> None:
@@ -40,16 +41,7 @@ def widen(state: State, extra: Mapping[str, Tensor]) -> None:
         if mask.dim() != 2:
             raise UnsupportedError(f"{_MASK} {tuple(mask.shape)} can't be widened; give [rows, M]")
         state.kwargs[_MASK] = F.pad(mask, (0, end - own.shape[1]), value=1)
+    ids = state.kwargs.get(_IDS)
+    if isinstance(ids, Tensor):
+        state.kwargs[_IDS] = F.pad(ids, (0, 0, 0, end - own.shape[1]))
     state.kwargs[str(state.text)] = torch.cat(parts, 1)
-
-
-def own_part(
-    state: State, k: Tensor, v: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The keys, values and mask of a call over widened text, without what was appended."""
-    own = state.own_text
-    widest = max((stop for _, stop in state.extra_text.values()), default=0)
-    if own is None or k.shape[-2] != widest:
-        return k, v, mask
-    short = mask[..., :own] if mask is not None and mask.shape[-1] == widest else mask
-    return k[..., :own, :], v[..., :own, :], short

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hookctl.address import families
-from hookctl.errors import InputError, UnsupportedError
+from hookctl.errors import UnsupportedError
 
 # What says which text is meant, or how often; the rest (clip_skip, max_sequence_length, device ...)
 # says how to encode it.
@@ -72,15 +72,3 @@ def check_encoder(pipe: Any) -> None:
             f"{type(pipe).__name__} has no encode_prompt, so further prompts can't be encoded; "
             "give embeddings [tokens, channels] instead of texts"
         )
-
-
-def check_texts(texts: Any, who: str) -> list[str | Tensor]:
-    """Texts, or their embeddings [tokens, channels], as a list; InputError says what is wrong."""
-    many = [] if isinstance(texts, str | Tensor) or not isinstance(texts, Sequence) else list(texts)
-    for text in many:
-        if not (isinstance(text, str) or (isinstance(text, Tensor) and text.dim() == 2)):
-            shown = tuple(text.shape) if isinstance(text, Tensor) else repr(text)
-            raise InputError(f"{who}: {shown} given; a text, or embeddings [tokens, channels]")
-    if not many:
-        raise InputError(f"{who}={texts!r}; give a list of texts, one for each region")
-    return many

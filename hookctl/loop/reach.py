@@ -52,15 +52,18 @@ def _selected(editor: Editor, model: nn.Module, modules: Modules) -> set[str]:
 def _widened(editor: Editor, model: nn.Module, modules: Modules) -> set[str]:
     """The sites that attend to the text an editor widens."""
     name = type(model).__name__
-    if families.joint_order(model) is not None:
+    joint = families.joint_order(model) is not None
+    if joint and not families.widens_joint(model):
         raise UnsupportedError(
-            f"{editor.name} widens the text, which {name} holds in one sequence with the image"
+            f"{editor.name} widens the text, which {name} holds in one sequence with the image; "
+            "of such models, those of SD3 and Flux can be widened"
         )
-    cross = [pair for pair in modules.values() if pair[0].kind == "cross"]
-    for site, module in cross:
-        if families.counts_text(module):
+    kind = "joint" if joint else "cross"
+    found = [pair for pair in modules.values() if pair[0].kind == kind]
+    for site, module in found:
+        if not joint and families.counts_text(module):
             raise UnsupportedError(
                 f"{editor.name} widens the text, but {site.path} of this {name} tells text and "
                 "picture keys apart by their number"
             )
-    return {site.path for site, _ in cross}
+    return {site.path for site, _ in found}

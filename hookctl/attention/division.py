@@ -1,0 +1,128 @@
+"""Queries that divide their attention between the row's own text and further ones.
+
+    out = w_0(query) own + sum_r w_r(query) softmax(q k_r^T) v_r,      w_0 = 1 - sum_r w_r
+
+`own` is whatever the other editors made of the row. On a joint site a further text stands where
+the own one stood, beside the image: k_r = [k_image; k_r].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hookctl.attention.operations import Fold
+from hookctl.attention.prepared import cast
+from hookctl.attention.term import Ref, Segment, Term
+from hookctl.attention.visibility import Regions
+from hookctl.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Division:
+    """How the image's queries divide themselves; made once and used at every site of a grid.
+
+    shares: context name -> weight of the image's queries [N], 0 to 1, at most 1 together; shifts:
+    added to the scores of a context's tokens, [tokens], where some do not count.
+    """
+
+    shares: Mapping[str, Tensor]
+    shifts: Mapping[str, Tensor] = field(default_factory=dict)
+    _laid: dict[Any, _Laid] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def nothing(self) -> bool:
+        """Whether every query keeps to its own text."""
+        return not any(bool(share.any()) for share in self.shares.values())
+
+    def own(self) -> Tensor:
+        """What is left for the row's own text, [N]."""
+        return (1 - torch.stack(list(self.shares.values())).sum(0)).clamp(0, 1)
+
+    def laid(self, before: int, after: int, like: Tensor, *, sparse: bool) -> _Laid:
+        """The weights among all queries of a call: `before` and `after` the image's stand others,
+        which keep to their own text.
+
+        sparse: leave queries of weight 0 out of an evaluation, where that pays.
+        """
+        key = (before, after, like.dtype, like.device, sparse)
+        if key not in self._laid:
+            self._laid[key] = _Laid(self, before, after, like, sparse)
+        return self._laid[key]
+
+
+class _Laid:
+    """A division over all queries of a call."""
+
+    def __init__(
+        self, division: Division, before: int, after: int, like: Tensor, sparse: bool
+    ) -> None:
+        def padded(weight: Tensor, value: float) -> Tensor:
+            return F.pad(weight, (before, after), value=value)
+
+        full = {n: padded(w, 0.0) for n, w in division.shares.items() if bool(w.any())}
+        own = padded(division.own(), 1.0)
+        self.shares = {name: cast(weight, like) for name, weight in full.items()}
+        self.own = cast(own, like)
+        self._queries = (
+            {name: (w > 0).long() for name, w in {None: own, **full}.items()} if sparse else {}
+        )
+        self._device, self._regions = like.device, {}
+
+    def regions(self, name: str | None, keys: int) -> Regions | None:
+        """The queries that take part in one summand (None: the own one); None for all of them."""
+        queries = self._queries.get(name)
+        if queries is None or bool(queries.all()):
+            return None
+        if (name, keys) not in self._regions:
+            seen = torch.ones(keys, dtype=torch.int64)
+            self._regions[name, keys] = Regions(queries, seen, self._device)
+        return self._regions[name, keys]
+
+
+def divided(
+    laid: _Laid, parts: Mapping[str, Segment], q: Tensor, scale: float
+) -> Callable[[Fold, int], None]:
+    """parts: context name -> its keys and values, as stacks of every row."""
+
+    def further(name: str, segment: Segment, row: int) -> Term:
+        here = replace(segment, k=replace(segment.k, row=row), v=replace(segment.v, row=row))
+        return Term(
+            Ref(q, row),
+            (here,),
+            scale,
+            weight=laid.shares[name],
+            regions=laid.regions(name, segment.tokens),
+            extra=True,
+        )
+
+    def own(term: Term) -> Term:
+        if term.extra:
+            return term
+        regions = laid.regions(None, term.own.tokens)
+        if regions is not None:
+            regions = regions.extended(sum(s.tokens for s in term.segments[1:]))
+            regions = term.regions.both(regions) if term.regions else regions
+        return replace(term.weighted(laid.own), regions=regions or term.regions)
+
+    def apply(state: Fold, row: int) -> None:
+        kept = [own(term) for term in state.terms[row]]
+        state.terms[row] = (*kept, *(further(n, s, row) for n, s in parts.items()))
+
+    return apply
+
+
+def segment_of(k: Tensor, v: Tensor, shift: Tensor | None, name: str) -> Segment:
+    """Stacks of a further text as keys and values; InputError if the shift is for other tokens."""
+    if shift is not None and tuple(shift.shape) != (k.shape[-2],):
+        raise InputError(
+            f"divide: the shift of {name!r} is {tuple(shift.shape)}; its text has {k.shape[-2]} "
+            "tokens"
+        )
+    return Segment(Ref(k, 0), Ref(v, 0), shift)

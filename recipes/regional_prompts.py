@@ -1,0 +1,180 @@
+"""Regional prompts: different texts in different places of one picture.
+
+The attention-level form of MultiDiffusion's idea (Bar-Tal et al., arXiv 2302.08113), known as
+regional prompter or attention couple. At every attention to the text, a query inside regions asks
+their texts, and one outside asks the picture's own prompt:
+
+    out = (1 - (1 - b) sum_r m_r) Attn(q, k, v) + (1 - b) sum_r m_r Attn(q, k_r, v_r)
+    m_r = a_r c_r / max(1, sum_s a_s c_s)
+
+c_r(query) is how far the query's token lies in region r, a_r the region's weight, b the base
+ratio: what the prompt of the whole picture keeps inside the regions. k_r, v_r pass the model's own
+projections. Outputs are mixed, not scores, so soft and overlapping regions mean what they say (one
+softmax over all texts would make them compete), and self-attention stays global.
+
+On SD3 and Flux the further texts run along with the picture's own in the joint sequence: each sees
+itself and the image, as in a run of its own, and Attn(q, k_r, v_r) is over the image and text r.
+What these models (and SDXL) read from the pooled text stays the picture's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hookctl.address.families import denoiser_of
+from hookctl.address.rows import COND
+from hookctl.address.sites import Grid, Selector
+from hookctl.address.text import TextLayout
+from hookctl.attention.call import AttentionCall
+from hookctl.attention.division import Division
+from hookctl.editor import Editor
+from hookctl.errors import InputError, UnsupportedError
+from hookctl.loop.prompts import check_encoder, encode
+from hookctl.loop.state import State
+from hookctl.recipes import places
+from hookctl.recipes.places import Numbers, Places, Texts, check_share
+
+
+class RegionalPrompts(Editor):
+    """Give regions of a picture texts of their own.
+
+    texts, regions: what and where, as many of each; a list for every prompt of the run, or a list
+    of lists, one for each. A text may be embeddings [tokens, channels]; a region is a
+    `hookctl.Region`, a box (x0, y0, x1, y1), a mask, or a text such as "box:0,0,0.5,1". weights:
+    of the regions (default 1): below 1 a region leaves a share to the prompt, and where regions
+    overlap they divide the place in this ratio. base: share of the prompt inside the regions.
+    edge: width of their soft border, a fraction of the picture's shorter side; 0: each token is in
+    or out. No regions, or base=1, leaves a run bit for bit as it was.
+    """
+
+    def __init__(
+        self,
+        texts: Texts,
+        regions: Places,
+        *,
+        weights: Numbers | None = None,
+        base: float = 0.2,
+        edge: float = 0.0,
+        sites: Selector = "cross, joint",
+        start: float = 0.0,
+        stop: float = 1.0,
+    ) -> None:
+        self.texts = places.texts(texts, f"{self.name}: texts")
+        self.regions = places.regions(regions, f"{self.name}: regions")
+        self.texts.check_like(self.regions)
+        self.weights = None
+        if weights is not None:
+            self.weights = places.numbers(weights, f"{self.name}: weights")
+            self.weights.check_like(self.regions)
+        self.base = check_share(base, f"{self.name}: base")
+        self.edge = check_share(edge, f"{self.name}: edge")
+        self.sites, self.start, self.stop = sites, start, stop
+        self._restart()
+
+    def _restart(self) -> None:
+        self._embeddings: dict[str | Tensor, Tensor] = {}
+        self._masks: dict[str | Tensor, Tensor] = {}
+        self._divisions: dict[tuple[int, Grid], Division] = {}
+        self._context: dict[tuple[int, ...], dict[str, Tensor]] = {}
+
+    def attach(self, target: Any) -> None:
+        given = [text for items in self._all_texts() for text in items]
+        if target is denoiser_of(target):
+            if any(isinstance(text, str) for text in given):
+                raise InputError(
+                    f"{self.name}: a bare denoiser encodes no texts; give embeddings [tokens, "
+                    "channels], or control the pipeline"
+                )
+            return
+        check_encoder(target)
+        layout = TextLayout(target)
+        for text in given:
+            if isinstance(text, str):
+                layout.read(text)
+
+    def _all_texts(self) -> list[tuple[str | Tensor, ...]]:
+        return [self.texts[p] for p in range(len(self.texts))]
+
+    # -- the texts -----------------------------------------------------------------------------
+
+    def begin(self, state: State) -> None:
+        self.regions.check_rows(state.rows)
+        self._restart()
+        if self.base == 1 or not self.texts.most:
+            return
+        given = list(dict.fromkeys(text for items in self._all_texts() for text in items))
+        written = [text for text in given if isinstance(text, str)]
+        self._embeddings = {text: text for text in given if isinstance(text, Tensor)}
+        if written:
+            encoded = encode(state.pipe, written, state.encoding)
+            self._embeddings |= dict(zip(written, encoded.sequence, strict=True))
+            if encoded.mask is not None:
+                self._masks = dict(zip(written, encoded.mask, strict=True))
+
+    def context(self, state: State) -> Mapping[str, Tensor] | None:
+        """Text r of every row's prompt, for each r; a prompt without it gets another's, unused."""
+        if not self._embeddings:
+            return None
+        prompts = tuple(row.prompt for row in state.rows)
+        if prompts not in self._context:
+            self._context[prompts] = {
+                self._label(r): torch.stack([self._text(p, r) for p in prompts])
+                for r in range(self.texts.most)
+            }
+        return self._context[prompts]
+
+    def _label(self, r: int) -> str:
+        return f"{self.name} {id(self):x} {r}"  # of this editor: there may be several
+
+    def _text(self, prompt: int, r: int) -> Tensor:
+        mine = self.texts[prompt]
+        chosen = mine[r] if r < len(mine) else next(iter(self._embeddings))
+        return self._embeddings[chosen]
+
+    # -- the attention -------------------------------------------------------------------------
+
+    def attention(self, call: AttentionCall) -> None:
+        if not self._embeddings:
+            return
+        if call.grid is None:
+            raise UnsupportedError(
+                f"{self.name}: the queries of {call.site.path} form no grid over the latent, so "
+                "no region can be found among them; leave it out with sites="
+            )
+        for row in call.rows.where(role=COND):
+            call.divide(row, self.division(row.prompt, call.grid))
+
+    def division(self, prompt: int, grid: Grid) -> Division:
+        """How the queries of a prompt's pictures divide themselves on a grid."""
+        if (prompt, grid) not in self._divisions:
+            shares = (1 - self.base) * self.masks(prompt, grid.height, grid.width)
+            names = [self._label(r) for r in range(len(shares))]
+            flat = shares.flatten(1).repeat(1, grid.frames)
+            shifts = {
+                name: torch.zeros(mask.shape).masked_fill(~mask.cpu(), float("-inf"))
+                for name, text in zip(names, self.texts[prompt], strict=True)
+                if (mask := self._masks.get(text)) is not None
+            }
+            self._divisions[prompt, grid] = Division(dict(zip(names, flat, strict=True)), shifts)
+        return self._divisions[prompt, grid]
+
+    def masks(self, prompt: int, height: int, width: int) -> Tensor:
+        """m_r of a prompt on a grid: float32 [regions, height, width], at most 1 together."""
+        mine = self.regions[prompt]
+        if not mine:
+            return torch.zeros(0, height, width)
+        covered = torch.stack(
+            [
+                region.feathered(height, width, self.edge)
+                if self.edge
+                else region.tokens(height, width).float().reshape(height, width)
+                for region in mine
+            ]
+        )
+        if self.weights is not None:
+            covered = covered * torch.tensor(self.weights[prompt])[:, None, None]
+        return covered / covered.sum(0).clamp_min(1)
