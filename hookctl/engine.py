@@ -253,7 +253,7 @@ class Engine:
         if torch.is_grad_enabled():
             acting = set(call.acting)
             self._calls.keep(call, out, self.model, lambda: acting <= set(self.attached))
-        if nesting is None:
+        if not state.nested:
             wanted = any(overrides(a.editor, "combine") for a in call.acting)
             self._turn.note(state, out, predictions=wanted)
         return cut_branches(state, out)

@@ -12,6 +12,7 @@ from hookctl.address import families
 from hookctl.address.clock import Timekeeper
 from hookctl.address.rows import COND, Layout, Row, Rows, resolve_rows
 from hookctl.errors import InputError, LayoutError
+from hookctl.loop.driven import Driven, driven
 from hookctl.loop.state import Scaling, State
 
 _TIMES = ("timestep", "timesteps", "t")
@@ -38,6 +39,7 @@ class Run:
         self.encoding: dict[str, Any] = {}
         self.fresh = True
         self.scaling: Scaling | None = None
+        self._program: Any = None
         self.keeper.restart()
 
     def stepped(self) -> None:
@@ -64,11 +66,25 @@ class Run:
         images = [value for name, value in given.items() if name.startswith("num_")]
         self.images_per_prompt = next((v for v in images if isinstance(v, int)), 1)
 
+    def _follow(self, call: Driven | None) -> None:
+        """A program's calls are a run of its own."""
+        program = None if call is None else call.program
+        if program is self._program:
+            return
+        self.restart()
+        self._program = program
+        if call is not None:
+            self.prompts, self.count = call.prompts, len(call.prompts)
+            self.images_per_prompt, self.encoding = call.images_per_prompt, call.encoding
+
     def state(
         self, args: Any, kwargs: Any, branch: str | None = None, outer: State | None = None
     ) -> State:
         """The state of one denoiser call; `outer`: of the call inside which an editor made it."""
         arguments = self._named(args, kwargs)
+        call = driven(self.denoiser) if outer is None else None
+        if outer is None:
+            self._follow(call)
         sample = next(iter(arguments))
         given = arguments[sample]
         if isinstance(given, list):
@@ -77,7 +93,9 @@ class Run:
             batch, latent = given.shape[0], _latent_grid(given, arguments, self.denoiser)
         time = next((arguments[name] for name in _TIMES if name in arguments), None)
         schedule = getattr(getattr(self.pipe, "scheduler", None), "timesteps", None)
-        if outer is None:
+        if call is not None:
+            clock = call.clock
+        elif outer is None:
             clock = self.keeper.read(time, schedule)
         else:
             clock = self.keeper.peek(time, schedule, outer.clock)
@@ -86,7 +104,7 @@ class Run:
         return State(
             denoiser=self.denoiser,
             pipe=self.pipe,
-            rows=self._rows(batch, branch, outer),
+            rows=self._rows(batch, branch, outer) if call is None else call.rows,
             clock=clock,
             kwargs=arguments,
             sample=sample,
@@ -94,9 +112,9 @@ class Run:
             prompts=self.prompts,
             images_per_prompt=self.images_per_prompt,
             encoding=self.encoding,
-            scaling=self._scaling(given),
+            scaling=self._scaling(given) if call is None else call.scaling,
             grid=latent,
-            nested=outer is not None,
+            nested=outer is not None or (call is not None and not call.stepping),
             own_text=embeddings.shape[1] if isinstance(embeddings, Tensor) else None,
         )
 

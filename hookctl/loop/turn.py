@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hookctl.editor import Editor, overrides
 from hookctl.loop.calls import prediction_of
+from hookctl.loop.driven import due_offset
 from hookctl.loop.state import Predictions, State, split_branches
 
 
@@ -50,7 +51,7 @@ class Turn:
                 guided = arguments["model_output"]
                 parts = {name: _like(part, guided) for name, part in branches.items()}
                 arguments["model_output"] = editor.combine(Predictions(guided, parts, state))
-        out = step(**arguments)
+        out = _settled(step(**arguments))
         after = [editor for editor in editors if overrides(editor, "after")]
         return _edited(out, state, after) if after else out
 
@@ -61,14 +62,28 @@ def _like(prediction: Tensor, guided: Tensor) -> Tensor:
     return prediction[:, :channels] if prediction.shape[1] == 2 * channels else prediction
 
 
+def _settled(out: Any) -> Any:
+    """What the step returns, with a program's offset."""
+    offset = due_offset()
+    if offset is None:
+        return out
+    stepped = out[0] if isinstance(out, tuple) else out.prev_sample
+    return _with(out, stepped, stepped + offset.to(stepped))
+
+
 def _edited(out: Any, state: State, editors: list[Editor]) -> Any:
     """What the step returns, after the editors saw the new latents."""
     stepped = state.stepped = out[0] if isinstance(out, tuple) else out.prev_sample
     for editor in editors:
         editor.after(state)
-    if state.stepped is stepped:
+    return _with(out, stepped, state.stepped)
+
+
+def _with(out: Any, before: Tensor, now: Tensor) -> Any:
+    """What a step returns, with other latents."""
+    if now is before:
         return out
     if isinstance(out, tuple):
-        return (state.stepped, *out[1:])
-    out.prev_sample = state.stepped
+        return (now, *out[1:])
+    out.prev_sample = now
     return out

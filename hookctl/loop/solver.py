@@ -1,0 +1,122 @@
+"""A scheduler's steps at any place of its schedule, in any order.
+
+Multistep solvers remember past predictions, and most schedulers count their steps. A program that
+goes back, or two programs on one pipeline, would confuse them; so the state of the scheduler is
+kept for every level that was reached, and put back before each step.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from hookctl.errors import UnsupportedError
+from hookctl.loop.state import Scaling
+
+
+class Solver:
+    """The steps of a scheduler whose timesteps are set.
+
+    turns: for every level but the last, the entries of `scheduler.timesteps` that lead from it to
+    the next; several for solvers of second order.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self.timesteps = list(scheduler.timesteps)
+        self.turns = _turns([float(t) for t in self.timesteps])
+        self._accepted = frozenset(inspect.signature(scheduler.step).parameters)
+        self._fresh = _copied(scheduler)
+        if "_step_index" in self._fresh:
+            # Counted from the first model input, which the pipeline has made already.
+            self._fresh["_step_index"] = None
+        self._reached: dict[int, dict[str, Any]] = {}
+
+    def enter(self, level: int) -> None:
+        """Put the scheduler into the state it had at a level, or into that of a start there."""
+        state = self._reached.get(level)
+        self.scheduler.__dict__.update(_copy(self._fresh if state is None else state))
+        if state is None and level and hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(self.turns[level][0])
+
+    def leave(self, level: int) -> None:
+        """Keep the state that the scheduler is in now for the next step from a level."""
+        self._reached[level] = _copied(self.scheduler)
+
+    def forget(self) -> None:
+        """Every level's next step is a first one."""
+        self._reached.clear()
+
+    def scaling(self, latents: Tensor, turn: int) -> Scaling | None:
+        """How the scheduler makes the model input of a turn, None if it takes latents as they are.
+
+        latents: [rows, ...] of the denoiser call.
+        """
+        if not hasattr(self.scheduler, "scale_model_input"):
+            return None
+        time = self.timesteps[turn]
+        return Scaling(latents, lambda x: self.scheduler.scale_model_input(x, time))
+
+    def step(
+        self,
+        prediction: Tensor,
+        turn: int,
+        latents: Tensor,
+        *,
+        eta: float = 0.0,
+        generator: Any = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """One step of the scheduler: latents at the next turn.
+
+        eta: share of fresh noise (DDIM's); noise: used in place of noise from `generator`.
+        Raises UnsupportedError where the scheduler doesn't take what is asked for.
+        """
+        given = {"eta": eta, "generator": generator}
+        if eta:
+            self._require("eta", "DDIMScheduler")
+        if noise is not None:
+            self._require("variance_noise", "DDIMScheduler or DPMSolverMultistepScheduler")
+            given |= {"variance_noise": noise.to(latents), "generator": None}
+        known = {name: value for name, value in given.items() if name in self._accepted}
+        out = self.scheduler.step(
+            prediction, self.timesteps[turn], latents, **known, return_dict=False
+        )
+        stepped: Tensor = out[0]
+        return stepped
+
+    def _require(self, argument: str, cure: str) -> None:
+        if argument not in self._accepted:
+            raise UnsupportedError(
+                f"{type(self.scheduler).__name__}.step takes no {argument}; use {cure}"
+            )
+
+
+def _turns(times: list[float]) -> list[range]:
+    """Which entries of a list of timesteps make up the step from each distinct timestep.
+
+    A timestep that comes twice (Heun, PNDM) corrects the step to it before it starts its own.
+    """
+    last = {time: turn for turn, time in enumerate(times)}
+    starts = list(last.values())
+    return [range(a, b) for a, b in zip(starts, [*starts[1:], len(times)], strict=True)]
+
+
+def _copied(scheduler: Any) -> dict[str, Any]:
+    """The scheduler's state; hooks on its methods are not part of it."""
+    return _copy({k: v for k, v in vars(scheduler).items() if not callable(v)})
+
+
+def _copy(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state whose lists and latents are its own; schedules keep their identity."""
+    return {
+        name: list(value)
+        if isinstance(value, list)
+        else value.clone()
+        if isinstance(value, Tensor) and value.dim() > 1
+        else value
+        for name, value in state.items()
+    }

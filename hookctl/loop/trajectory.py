@@ -1,0 +1,361 @@
+"""Programs: a pipeline's denoising, step by step and in any order.
+
+    program = Trajectory(pipe, ["a red circle"], steps=25, guidance=3.0, generator=generator)
+    for i in range(program.steps):
+        program.denoise(i)
+    pictures = program.decode()
+
+draws, bit for bit, what `pipe(...)` draws. Levels are numbered from 0 (noisiest) to `steps`
+(clean); `denoise(i)` leads from level i to i + 1, `invert(i)` back, `renoise(i, j)` back by fresh
+noise, `write` replaces latents. Within `hookctl.control(pipe, ...)` the editors see every call, as
+they do when the pipeline runs itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hookctl.address import families
+from hookctl.address.clock import Clock
+from hookctl.address.rows import COND, UNCOND
+from hookctl.errors import InputError
+from hookctl.loop.calls import prediction_of
+from hookctl.loop.driven import Driven, driving, due_offset
+from hookctl.loop.noise import Level, Noise
+from hookctl.loop.pictures import decode
+from hookctl.loop.solver import Solver
+from hookctl.loop.state import Scaling, split_branches
+from hookctl.loop.template import Template, prepare
+
+Guidance = float | Sequence[float] | Tensor
+Generators = torch.Generator | Sequence[torch.Generator]
+Texts = Mapping[str, Tensor]
+
+
+class Trajectory:
+    """One run of a pipeline, driven from outside.
+
+    prompts: a text, or several; images: pictures of each. guidance: scale of classifier-free
+    guidance; up to 1 there are no unconditional rows. negative: for the unconditional rows.
+    generator, latents: as the pipeline takes them. eta: share of fresh noise in every step, for
+    schedulers that have it. arguments: further ones of the pipeline's call (height, width,
+    prompt_embeds ...).
+
+    latents: [pictures, channels, height, width] in the scheduler's space; level: the one they are
+    at; levels: signal and noise of each, `steps` + 1 of them.
+
+    Raises UnsupportedError for pipelines whose loop is more than one denoiser call, classifier-free
+    guidance and the scheduler's step.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        prompts: str | Sequence[str],
+        *,
+        steps: int = 50,
+        guidance: float = 1.0,
+        negative: str | Sequence[str] | None = None,
+        images: int = 1,
+        generator: Generators | None = None,
+        latents: Tensor | None = None,
+        eta: float = 0.0,
+        **arguments: Any,
+    ) -> None:
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not texts or any(not isinstance(text, str) for text in texts):
+            raise InputError(f"prompts={prompts!r}; give a text or several")
+        if guidance > 1 and negative is not None:
+            arguments["negative_prompt"] = (
+                [negative] * len(texts) if isinstance(negative, str) else list(negative)
+            )
+        arguments |= {
+            "prompt": texts,
+            "num_inference_steps": steps,
+            "guidance_scale": guidance,
+            "num_images_per_prompt": images,
+            "generator": generator,
+            "latents": latents,
+        }
+        self.pipe, self.prompts, self.images = pipe, tuple(texts), images
+        self.guidance, self.eta, self.generator = guidance, eta, generator
+        self.template: Template = prepare(pipe, arguments, len(texts), images)
+        self._denoiser = families.denoiser_of(pipe)
+        self.solver = Solver(pipe.scheduler)
+        self.noise = Noise(pipe.scheduler)
+        self.levels: list[Level] = self.noise.levels()
+        self.steps = len(self.solver.turns)
+        self.latents, self.level = self.template.latents, 0
+
+    # -- the operations ------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        i: int,
+        *,
+        guidance: Guidance | None = None,
+        contexts: Texts | None = None,
+        eta: float | None = None,
+        noise: Tensor | None = None,
+        offset: Tensor | None = None,
+    ) -> Tensor:
+        """One step, from level i to i + 1; returns the new latents.
+
+        guidance: scale in place of the run's, one or one for each picture; 1 for all leaves the
+        unconditional rows out. contexts: branch -> text embeddings [1 | pictures, tokens,
+        channels] in place of the prompts'. eta: in place of the run's; noise: [pictures, ...] in
+        place of the step's fresh noise. offset: [1 | pictures, ...], added to the step's result
+        before any editor's `after` sees it.
+        """
+        self._at(i, "denoise")
+        scales = self._scales(guidance)
+        self.solver.enter(i)
+        x, turns = self.latents, self.solver.turns[i]
+        for turn in turns:
+            last = turn == turns[-1]
+            call = self._call(_branches(self.template, scales), turn)
+            call.stepping, call.offset = True, offset if last else None
+            many = torch.cat([x] * (len(call.rows) // len(x)))
+            call.scaling = self.solver.scaling(many, turn)
+            with driving(call):
+                model_input = call.scaling.again(many) if call.scaling else many
+                parts = self._predict(call, model_input, turn, contexts)
+                x = self.solver.step(
+                    combined(parts, scales),
+                    turn,
+                    x,
+                    eta=self.eta if eta is None else eta,
+                    generator=self.generator,
+                    noise=noise,
+                )
+                late = due_offset()
+                x = x if late is None else x + late.to(x)
+        self.latents, self.level = x, i + 1
+        self.solver.leave(i + 1)
+        return x
+
+    @torch.no_grad()
+    def invert(
+        self,
+        i: int,
+        *,
+        guidance: Guidance | None = 1.0,
+        contexts: Texts | None = None,
+        refine: int = 0,
+        timestep: str = "target",
+    ) -> Tensor:
+        """Undo step i, from level i + 1 back to i; returns the new latents.
+
+        The step is taken as the first-order deterministic one (DDIM, Euler), whose prediction
+        belongs to latents that are not known yet. timestep: "target" takes the prediction at the
+        timestep of level i (what the published code does), "source" at that of level i + 1.
+        refine: so many times more, predict anew for the latents just found ("target" only). At the
+        fixed point, to which this tends, `denoise(i)` leads exactly back.
+        """
+        self._at(i + 1, "invert", last=self.steps)
+        if timestep not in ("target", "source"):
+            raise InputError(f"timestep={timestep!r}; give 'target' or 'source'")
+        if refine and timestep == "source":
+            raise InputError("refine tends to the inverse of a step for timestep='target' only")
+        here, there, x = self.levels[i + 1], self.levels[i], self.latents
+        if timestep == "source":
+            known = i + 1 < self.steps
+            prediction = self.predict(x, i + 1 if known else self.steps, guidance, contexts)
+            found = there.mix(*self.noise.split(x, prediction, here))
+        else:
+            found = x if self.noise.flow else x * (_size(there) / _size(here))
+            for _ in range(refine + 1):
+                prediction = self.predict(found, i, guidance, contexts)
+                found = self._undone(x, prediction, i)
+        self.latents, self.level = found, i
+        return found
+
+    def renoise(self, i: int, j: int, generator: Generators) -> Tensor:
+        """Diffuse from level i to the noisier level j with fresh noise from the generator(s)."""
+        self._at(i, "renoise", last=self.steps)
+        if not 0 <= j <= i:
+            raise InputError(f"renoise({i}, {j}): give a level from 0 to {i}")
+        here, there, x = self.levels[i], self.levels[j], self.latents
+        if isinstance(generator, torch.Generator):
+            self.latents = self.noise.renoise(x, here, there, generator)
+        elif len(generator) == len(x):
+            pairs = zip(x.split(1), generator, strict=True)
+            self.latents = torch.cat([self.noise.renoise(a, here, there, g) for a, g in pairs])
+        else:
+            raise InputError(f"{len(generator)} generators for {len(x)} pictures")
+        self.level = j
+        return self.latents
+
+    def write(
+        self, latents: Tensor, mask: Tensor | None = None, *, level: int | None = None
+    ) -> None:
+        """Replace the latents, [1 | pictures, ...], where the mask (1: replace, 0: keep) says so.
+
+        mask: broadcasts to the latents, None for everywhere; level: the one that they are at from
+        now on.
+        """
+        if level is not None and not 0 <= level <= self.steps:
+            raise InputError(f"level={level}; this run has the levels 0 to {self.steps}")
+        now = self.latents
+        if latents.shape[1:] != now.shape[1:] or latents.shape[0] not in (1, len(now)):
+            raise InputError(f"latents {tuple(latents.shape)}; this run draws {tuple(now.shape)}")
+        new = latents.to(now).expand_as(now)
+        if mask is not None:
+            m = mask.to(now)
+            new = m * new + (1 - m) * now
+        self.latents = new
+        self.level = self.level if level is None else level
+
+    def run(self, **options: Any) -> Tensor:
+        """Denoise from the present level to the end; `options` as for `denoise`."""
+        for i in range(self.level, self.steps):
+            self.denoise(i, **options)
+        return self.latents
+
+    def decode(self, output_type: str = "pil") -> Any:
+        """The latents as pictures, as the pipeline's own output_type= has them."""
+        return decode(self.pipe, self.latents, output_type)
+
+    # -- predictions ---------------------------------------------------------------------------
+
+    def predict(
+        self, x: Tensor, i: int, guidance: Guidance | None = None, contexts: Texts | None = None
+    ) -> Tensor:
+        """The guided prediction for latents at level i, without a step. Gradients as outside.
+
+        At the last level, which no timestep of the run stands for, the timestep is 0.
+        """
+        scales = self._scales(guidance)
+        return combined(self.branches(x, i, _branches(self.template, scales), contexts), scales)
+
+    def branches(
+        self,
+        x: Tensor,
+        i: int,
+        which: Sequence[str] | None = None,
+        contexts: Texts | None = None,
+    ) -> dict[str, Tensor]:
+        """Branch -> prediction [pictures, ...] for latents at level i, of all branches or some."""
+        names = self.template.branches if which is None else tuple(which)
+        if unknown := set(names) - set(self.template.branches):
+            raise InputError(
+                f"this run has no {', '.join(sorted(unknown))} rows; make it with guidance= above 1"
+            )
+        turn = self.solver.turns[i][0] if i < self.steps else None
+        call = self._call(names, turn)
+        size = 1.0 if self.noise.flow else _size(self.levels[i])
+
+        def scale(latents: Tensor) -> Tensor:
+            return latents if size == 1.0 else latents / size
+
+        many = torch.cat([x] * len(names))
+        if size != 1.0:
+            call.scaling = Scaling(many, scale)
+        with driving(call):
+            return self._predict(call, scale(many), turn, contexts)
+
+    def _predict(
+        self, call: Driven, model_input: Tensor, turn: int | None, contexts: Texts | None
+    ) -> dict[str, Tensor]:
+        names = tuple(dict.fromkeys(row.branch for row in call.rows))
+        if contexts and (unknown := set(contexts) - set(self.template.branches)):
+            raise InputError(
+                f"contexts for {', '.join(sorted(unknown))}; this run has "
+                f"{', '.join(self.template.branches)} rows"
+            )
+        times = self.solver.timesteps
+        timestep = times[turn] if turn is not None else torch.zeros_like(times[0])
+        arguments = self.template.call(
+            model_input, timestep, self.template.rows_of(names)[1], contexts
+        )
+        prediction = prediction_of(self._denoiser(**arguments))
+        assert prediction is not None  # every family's denoiser returns one
+        channels = self.latents.shape[1]
+        if prediction.shape[1] == 2 * channels:  # a learned variance, which no step here takes
+            prediction = prediction[:, :channels]
+        return split_branches(call.rows, prediction)
+
+    def _call(self, names: tuple[str, ...], turn: int | None) -> Driven:
+        turns = len(self.solver.timesteps)
+        time = float(self.solver.timesteps[turn]) if turn is not None else 0.0
+        return Driven(
+            program=self,
+            denoiser=families.uncompiled(self._denoiser),
+            prompts=self.prompts,
+            images_per_prompt=self.images,
+            encoding=self.template.encoding,
+            rows=self.template.rows_of(names)[0],
+            clock=Clock(turns - 1 if turn is None else turn, turns, time),
+        )
+
+    # -- numbers -------------------------------------------------------------------------------
+
+    def _at(self, level: int, operation: str, last: int | None = None) -> None:
+        last = self.steps - 1 if last is None else last
+        lowest = 1 if operation == "invert" else 0
+        if not lowest <= level <= last:
+            raise InputError(f"{operation}: this run has the steps 0 to {self.steps - 1}")
+        if level != self.level:
+            raise InputError(
+                f"{operation}: the latents are at level {self.level}, not at {level}; "
+                "write(latents, level=) sets both"
+            )
+
+    def _scales(self, guidance: Guidance | None) -> float | Tensor:
+        """One scale, or one for each picture in the shape of the latents."""
+        value = self.guidance if guidance is None else guidance
+        if isinstance(value, int | float):
+            scale: float | Tensor = float(value)
+        else:
+            x = self.latents
+            many = torch.as_tensor(value, dtype=torch.float32, device=x.device)
+            if many.shape != (len(x),):
+                raise InputError(
+                    f"guidance={guidance!r}; give one scale, or one for each of {len(x)} pictures"
+                )
+            shaped = many.reshape(-1, *[1] * (x.dim() - 1)).to(x.dtype)
+            scale = float(many[0]) if bool((many == many[0]).all()) else shaped
+        if UNCOND not in self.template.branches and (isinstance(scale, Tensor) or scale > 1):
+            raise InputError(
+                f"guidance={guidance!r}, but this run has no unconditional rows; make it with "
+                "guidance= above 1"
+            )
+        return scale
+
+    def _undone(self, x: Tensor, prediction: Tensor, i: int) -> Tensor:
+        """The latents at level i from which the prediction leads to x at level i + 1.
+
+        A step is linear, x' = alpha x + beta prediction, whatever the model predicts.
+        """
+        here, there = self.levels[i + 1], self.levels[i]
+        one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        alpha = float(here.mix(*self.noise.split(one, zero, there)))
+        beta = float(here.mix(*self.noise.split(zero, one, there)))
+        if abs(alpha) < 1e-8:
+            raise InputError(
+                f"step {i} can't be undone, it keeps nothing of its latents; take more steps"
+            )
+        return (x - beta * prediction) / alpha
+
+
+def combined(parts: Mapping[str, Tensor], scales: float | Tensor) -> Tensor:
+    """Classifier-free guidance: uncond + s (cond - uncond), or cond where there is nothing else."""
+    if UNCOND not in parts:
+        return parts[COND]
+    return parts[UNCOND] + scales * (parts[COND] - parts[UNCOND])
+
+
+def _branches(template: Template, scales: float | Tensor) -> tuple[str, ...]:
+    """The branches that guidance of this scale needs."""
+    alone = not isinstance(scales, Tensor) and scales == 1.0
+    return (COND,) if alone else template.branches
+
+
+def _size(level: Level) -> float:
+    """The standard deviation of latents at a level whose clean pictures have 1."""
+    return float((level.signal**2 + level.noise**2) ** 0.5)
