@@ -297,15 +297,20 @@ class AttentionCall(NotedCall):
         }
         self._note(Stage.ADDITION, "divide", targets, divided(laid, parts, self.q, self.scale))
 
-    def skip(self, rows: RowLike | Iterable[RowLike]) -> None:
-        """Replace the probabilities of `rows` by the identity: the output is v (PAG)."""
+    def skip(self, rows: RowLike | Iterable[RowLike], *, where: Tensor | None = None) -> None:
+        """Replace the probabilities of `rows` by the identity: the output is v (PAG).
+
+        where: per-query weight [N] of the identity; the attention keeps 1 - where.
+        """
         targets = self._indices(rows, "rows")
         if self.q.shape[-2] != self.k.shape[-2]:
             raise UnsupportedError(
                 f"skip: {self.site.path} has {self.q.shape[-2]} queries and {self.k.shape[-2]} "
                 "keys; identity attention needs a self-attention site"
             )
-        self._note(Stage.OVERRIDE, "skip", targets, does.skip)
+        weight = None if where is None else self._per_query(where, "skip: where")
+        if where is None or not is_all(where, 0):
+            self._note(Stage.OVERRIDE, "skip", targets, does.skip(weight))
 
     def probabilities(self, rows: RowLike | Iterable[RowLike], fn: Probabilities) -> None:
         """The escape hatch: `fn` gets [sub-batch, heads, N, M] and returns it edited.

@@ -221,23 +221,34 @@ def add(term: Callable[[int], Term]) -> Callable[[Fold, int], None]:
     return apply
 
 
-def skip(state: Fold, row: int) -> None:
-    """The values of the row as they are; what was added beside them stays."""
-    first = state.terms[row][0]
-    own = [
-        replace(
-            first,
-            segments=(replace(first.own, v=v),),
-            maps=(),
-            weight=weight,
-            factors=(),
-            regions=None,
-            value_only=True,
-        )
-        for v, weight in own_values(state, row)
-    ]
-    state.terms[row] = (*own, *(t for t in state.terms[row] if t.extra))
-    state.functions.pop(row, None)
+def skip(weight: Tensor | None) -> Callable[[Fold, int], None]:
+    """The values of the row as they are, at queries of `weight` [N] (None: all); what was added
+    beside them stays."""
+
+    def apply(state: Fold, row: int) -> None:
+        terms = state.terms[row]
+        first = terms[0]
+        values = [
+            replace(
+                first,
+                segments=(replace(first.own, v=v),),
+                maps=(),
+                weight=share,
+                factors=(),
+                regions=None,
+                value_only=True,
+            )
+            for v, share in own_values(state, row)
+        ]
+        kept: list[Term] = []
+        if weight is None:
+            state.functions.pop(row, None)
+        else:
+            kept = [t.weighted(1 - weight) for t in terms if not t.extra]
+            values = [t.weighted(weight) for t in values]
+        state.terms[row] = (*kept, *values, *(t for t in terms if t.extra))
+
+    return apply
 
 
 def probabilities(fn: Probabilities) -> Callable[[Fold, int], None]:

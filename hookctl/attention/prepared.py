@@ -18,7 +18,7 @@ from hookctl.errors import InputError
 
 T = TypeVar("T")
 
-_KEPT = 64
+_KEPT = 512
 _memory: OrderedDict[Hashable, tuple[tuple[Tensor, ...], Any]] = OrderedDict()
 
 
