@@ -10,13 +10,14 @@ stays the model's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from hookctl.attention import operations as does
 from hookctl.attention.division import Division, divided, segment_of
+from hookctl.attention.isolated import isolate
 from hookctl.attention.noted import NotedCall, RowLike
 from hookctl.attention.operations import Probabilities, ReadOut, Sink, Stage
 from hookctl.attention.prepared import cast, is_all, is_finite, is_same, regions_of
@@ -312,6 +313,30 @@ class AttentionCall(NotedCall):
         if where is None or not is_all(where, 0):
             self._note(Stage.OVERRIDE, "skip", targets, does.skip(weight))
 
+    def isolate(self, rows: RowLike | Iterable[RowLike]) -> None:
+        """Let every image token of `rows` see no other image token (PAG).
+
+        The output of a self-attention site is then v; on a joint site image tokens attend to
+        themselves and to the text, and the text's own queries to everything.
+        """
+        if self.site.kind != "joint":
+            self.skip(rows)
+        elif self.spans.image_keys != self.spans.image_queries:
+            raise UnsupportedError(f"isolate: {self.site.path} has other queries than keys")
+        else:
+            targets = self._indices(rows, "rows")
+            self._note(Stage.OVERRIDE, "isolate", targets, isolate(self.spans, self.mask))
+
+    def map_queries(
+        self, rows: RowLike | Iterable[RowLike], fn: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Pass the queries of `rows`, own or substituted, through a function (SEG).
+
+        fn: maps a stack [rows, sub-batch, heads, N, channels] to its like.
+        """
+        targets = self._indices(rows, "rows")
+        self._note(Stage.EXTENSION, "map queries", targets, does.map_queries(fn))
+
     def probabilities(self, rows: RowLike | Iterable[RowLike], fn: Probabilities) -> None:
         """The escape hatch: `fn` gets [sub-batch, heads, N, M] and returns it edited.
 
@@ -335,3 +360,17 @@ class AttentionCall(NotedCall):
             )
         for index in self._indices(rows, "rows"):
             self.read_outs.append(ReadOut(self.rows[index], positions, into))
+
+    def marginals(self, rows: RowLike | Iterable[RowLike], into: Sink) -> None:
+        """Hand the attention that each image key receives to `into(row, sums)` (SAG).
+
+        sums: the edited probabilities, averaged over heads and summed over the image's queries,
+        [sub-batch, image keys]; no matrix is formed.
+        """
+        if self.spans.image_keys is None:
+            raise UnsupportedError(
+                f"marginals: {self.site.path} attends to a text; give a self-attention site"
+            )
+        keys = tuple(range(*self.spans.image_keys))
+        for index in self._indices(rows, "rows"):
+            self.read_outs.append(ReadOut(self.rows[index], keys, into, summed=True))

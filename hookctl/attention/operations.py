@@ -63,11 +63,15 @@ class Operation:
 
 @dataclass(frozen=True, eq=False)
 class ReadOut:
-    """A request for the probabilities of some key tokens, averaged over heads."""
+    """A request for the probabilities of some key tokens, averaged over heads.
+
+    summed: over the image's queries, in place of one value for each.
+    """
 
     row: Row
     tokens: tuple[int, ...]
     into: Sink
+    summed: bool = False
 
 
 def folded(
@@ -212,6 +216,23 @@ def own_values(state: Fold, row: int) -> list[tuple[Ref, Tensor | float]]:
     if all(t.own.v.base is first.base and t.own.v.row == first.row for t in terms):
         return [(first, 1.0)]
     return [(t.own.v, t.weight) for t in terms]
+
+
+def map_queries(fn: Callable[[Tensor], Tensor]) -> Callable[[Fold, int], None]:
+    """fn: maps a stack [rows, sub-batch, heads, N, channels] of queries to its like."""
+    made: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def one(term: Term) -> Term:
+        # Stack by stack: rows of one stack are evaluated together.
+        base = term.q.base
+        if id(base) not in made:
+            made[id(base)] = base, fn(base)
+        return replace(term, q=Ref(made[id(base)][1], term.q.row))
+
+    def apply(state: Fold, row: int) -> None:
+        state.terms[row] = tuple(one(t) for t in state.terms[row])
+
+    return apply
 
 
 def add(term: Callable[[int], Term]) -> Callable[[Fold, int], None]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hookctl.attention import reference, sdpa, shared
 from hookctl.attention.call import AttentionCall, ReadOut
+from hookctl.attention.marginals import marginals
 from hookctl.attention.sdpa import Piece
 from hookctl.attention.term import Sum
 from hookctl.errors import InputError, UnsupportedError
@@ -155,8 +156,11 @@ def _placed(pieces: list[Piece], call: AttentionCall) -> Tensor:
 
 
 def _read(finished: Sum, request: ReadOut, call: AttentionCall) -> Tensor:
-    """[sub-batch, image queries, tokens], averaged over heads."""
+    """[sub-batch, image queries, tokens], averaged over heads; or [sub-batch, tokens], summed."""
     row, keys = request.row.index, call.k.shape[-2]
+    if request.summed:
+        sums = marginals(finished, row, call.spans.image_queries).mean(1)
+        return sums[:, request.tokens[0] : request.tokens[-1] + 1]
     if row in finished.functions or (call.site.kind == "cross" and keys <= SHORT_KEYS):
         total = reference.columns(finished, row, request.tokens)
     else:
