@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from hookctl.address.regions import Region
-from hookctl.attention.call import AttentionCall, Routing
-from hookctl.editor import Claim, Editor
-from hookctl.reading import Maps
-from hookctl.session import Session, control
+from hookctl import errors
+
+if TYPE_CHECKING:
+    from hookctl.address.regions import Region
+    from hookctl.attention.call import AttentionCall, Routing
+    from hookctl.editor import Claim, Editor
+    from hookctl.reading import Maps
+    from hookctl.session import Session, control
 
 __version__ = "0.1.0"
 
@@ -21,8 +25,33 @@ __all__ = [
     "Routing",
     "Session",
     "control",
+    "errors",
     "load_shapes",
 ]
+
+# Where each name lives. torch and diffusers take seconds to import: a command's help, or a wrong
+# option, must not wait for them.
+_HOMES = {
+    "AttentionCall": "hookctl.attention.call",
+    "Claim": "hookctl.editor",
+    "Editor": "hookctl.editor",
+    "Maps": "hookctl.reading",
+    "Region": "hookctl.address.regions",
+    "Routing": "hookctl.attention.call",
+    "Session": "hookctl.session",
+    "control": "hookctl.session",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def load_shapes(**options: Any) -> Any:

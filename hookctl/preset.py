@@ -25,11 +25,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
-from hookctl.editor import Editor
 from hookctl.errors import InputError
 from hookctl.signature import Mismatch, convert, describe
+
+if TYPE_CHECKING:
+    from hookctl.editor import Editor
 
 RUN_KEYS: Mapping[str, Any] = {
     "prompt": str,
@@ -100,9 +102,7 @@ def load_preset(path: Path | str, recipes: Mapping[str, type[Editor]]) -> Preset
     Raises FileNotFoundError if there is no such file, and InputError, with the file, the key and
     what would do, for anything in it that is wrong.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file; give a stack of editors in TOML")
+    path = existing(Path(path))
     content = path.read_bytes()
     try:
         data = tomllib.loads(content.decode("utf-8"))
@@ -122,6 +122,13 @@ def load_preset(path: Path | str, recipes: Mapping[str, type[Editor]]) -> Preset
         path,
         hashlib.sha256(content).hexdigest(),
     )
+
+
+def existing(path: Path) -> Path:
+    """The path, if there is such a file; else FileNotFoundError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file; give a stack of editors in TOML")
+    return path
 
 
 def _run(table: Any, path: Path) -> dict[str, Any]:

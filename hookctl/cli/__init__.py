@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 import hookctl
 from hookctl.cli import demo, inspect, maps, run
 from hookctl.cli.common import Formatter
-from hookctl.cli.quiet import quiet
 from hookctl.errors import HookctlError, InputError
 
 _EXAMPLES = """
@@ -68,9 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trace = bool(os.environ.get("HOOKCTL_TRACE"))
     try:
         options = parser().parse_args(arguments)
-        with quiet():
-            options.main(options)
-            sys.stdout.flush()
+        options.main(options)
+        sys.stdout.flush()
         return 0
     except SystemExit as done:  # argparse: help, version, or an error that it has printed
         return done.code if isinstance(done.code, int) else 2

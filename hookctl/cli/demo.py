@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -16,12 +20,19 @@ from hookctl.cli.common import (
     add_out,
     add_progress,
     make_folder,
+    versions,
     wants_progress,
     whole,
+    write_json,
 )
+from hookctl.cli.quiet import quiet
 from hookctl.demos import DEMOS
-from hookctl.errors import InputError
+from hookctl.demos.reports import groups, singles
+from hookctl.errors import HookctlError, InputError
 from hookctl.tables import table
+
+if TYPE_CHECKING:
+    from hookctl.demos.gallery import Shown
 
 _DEFAULT = "prompt_to_prompt"
 _EXAMPLES = """
@@ -56,16 +67,62 @@ def add(commands: Any) -> None:
 def main(options: Any) -> None:
     if options.list:
         print(table(list(DEMOS.items()), ("demo", "what it shows")))
-        return
-    names = list(DEMOS) if options.name == "all" else [_known(options.name)]
-    for name in names:
-        out = make_folder(options.out / name if options.name == "all" else options.out)
-        demo = importlib.import_module(f"hookctl.demos.{name}")
-        with _bar(name, wants_progress(options)) as progress:
-            report = demo.run(out=out, seed=options.seed, seeds=options.seeds, progress=progress)
-        print(f"{name}: {DEMOS[name]}\n")
-        print("\n".join(figures(report)))
-        print(f"\nwritten to {out}: {', '.join(_files(out))}\n")
+    elif options.name == "all":
+        _all(options)
+    else:
+        _run(_known(options.name), make_folder(options.out), options)
+
+
+def _all(options: Any) -> None:
+    """Every demo in a folder of its own, and a page of all; one that fails stops no other."""
+    from hookctl.demos.gallery import Shown, write_page
+
+    shown, begun = [], time.perf_counter()
+    for name in DEMOS:
+        folder = make_folder(options.out / name)
+        try:
+            shown.append(Shown.of(name, _run(name, folder, options), folder))
+        except Exception as error:
+            message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            shown.append(Shown(name, error=message))
+            print(f"hookctl: {name} failed: {message}", file=sys.stderr)
+            if os.environ.get("HOOKCTL_TRACE"):
+                traceback.print_exception(error)
+        # After each: hours may lie between the first and the last.
+        page = write_page(options.out, shown)
+        seconds = round(time.perf_counter() - begun, 1)
+        write_json(options.out / "report.json", _report(shown, seconds, options))
+    print(f"all of them: {page}")
+    failed = [one.name for one in shown if one.error is not None]
+    if failed:
+        raise HookctlError(
+            f"{len(failed)} of {len(shown)} demos failed: {', '.join(failed)} (HOOKCTL_TRACE=1 "
+            "shows where)"
+        )
+
+
+def _report(shown: Sequence[Shown], seconds: float, options: Any) -> dict[str, Any]:
+    return {
+        "seed": options.seed,
+        "seeds": options.seeds,
+        "wall_seconds": seconds,
+        "versions": versions(),
+        "demos": {one.name: one.report for one in shown if one.error is None},
+        "failed": {one.name: one.error for one in shown if one.error is not None},
+    }
+
+
+@quiet()
+def _run(name: str, out: Path, options: Any) -> Mapping[str, Any]:
+    demo = importlib.import_module(f"hookctl.demos.{name}")
+    with _bar(name, wants_progress(options)) as progress:
+        report: Mapping[str, Any] = demo.run(
+            out=out, seed=options.seed, seeds=options.seeds, progress=progress
+        )
+    print(f"{name}: {DEMOS[name]}\n")
+    print("\n".join(figures(report)))
+    print(f"\nwritten to {out}: {', '.join(_files(out))}\n")
+    return report
 
 
 def _known(name: str) -> str:
@@ -90,26 +147,10 @@ def _bar(name: str, shown: bool) -> Iterator[Any]:
 
 def figures(report: Mapping[str, Any]) -> Iterator[str]:
     """A report as lines: single figures, then a table of what was measured for each kind."""
-    for key, value in report.items():
-        if isinstance(value, Mapping):
-            columns = {str(kind): dict(_flat(one)) for kind, one in value.items()}
-            names = dict.fromkeys(name for column in columns.values() for name in column)
-            rows = [(name, *(column.get(name) for column in columns.values())) for name in names]
-            yield f"\n{table(rows, (_title(key), *columns))}\n"
-        else:
-            yield f"{_title(key)}: {value}"
-
-
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if not isinstance(value, Mapping):
-        yield name, value
-        return
-    for key, inner in value.items():
-        yield from _flat(inner, f"{name}: {_title(key)}" if name else _title(key))
-
-
-def _title(key: object) -> str:
-    return str(key).replace("_", " ")
+    for name, value in singles(report).items():
+        yield f"{name}: {value}"
+    for group in groups(report):
+        yield f"\n{table(group.rows, group.headers)}\n"
 
 
 def _files(out: Path) -> list[str]:

@@ -7,12 +7,13 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
-
-import torch
-from PIL.Image import Image
+from typing import TYPE_CHECKING, Any
 
 from hookctl.errors import InputError, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
 
 STEPS = 30
 _NAMES = {  # option -> argument of a pipeline's call
@@ -80,6 +81,8 @@ class Drawing:
 
     def generators(self, prompts: Sequence[str]) -> list[torch.Generator]:
         """Picture j of each prompt is seeded with seed + j, on the CPU: the same everywhere."""
+        import torch
+
         return [
             torch.Generator("cpu").manual_seed(self.seed + j)
             for _ in prompts

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
-
-from PIL import Image
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from hookctl.cli import common
 from hookctl.cli.draw import Drawing
-from hookctl.cli.models import load_for_survey, load_pipeline
-from hookctl.errors import InputError
-from hookctl.inspection import Survey, pipeline_arguments, survey
-from hookctl.probe import Probed, probe
+from hookctl.cli.models import find_model
+from hookctl.cli.quiet import quiet
 from hookctl.tables import table
+
+if TYPE_CHECKING:
+    from hookctl.inspection import Survey
+    from hookctl.probe import Probed
 
 _TEXT = """
 List the attention sites of a model, what its family does with text and guidance, and which sites
@@ -47,6 +46,15 @@ def add(commands: Any) -> None:
 
 
 def main(options: Any) -> None:
+    find_model(options.model, whole=options.run)
+    _inspect(options)
+
+
+@quiet()
+def _inspect(options: Any) -> None:
+    from hookctl.cli.loading import load_for_survey, load_pipeline
+    from hookctl.inspection import survey
+
     if not options.run:
         target = load_for_survey(options.model)
     else:
@@ -66,8 +74,11 @@ def main(options: Any) -> None:
 
 
 def _probe(pipe: Any, options: Any) -> Probed:
-    if isinstance(pipe, nn.Module):
-        raise InputError("--run needs a whole pipeline")
+    from PIL import Image
+
+    from hookctl.inspection import pipeline_arguments
+    from hookctl.probe import probe
+
     pipe.set_progress_bar_config(disable=not common.wants_progress(options), leave=False)
     drawing = Drawing(steps=_RUN_STEPS)
     arguments = drawing.arguments(pipe, ["a photo"])

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-import torch
-from PIL.Image import Image
-from torch import Tensor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import hookctl
-from hookctl import show
-from hookctl.attention.maps import WordMaps
 from hookctl.cli import common
 from hookctl.cli.draw import Drawing, pictures
-from hookctl.cli.models import load_pipeline
+from hookctl.cli.models import find_model
+from hookctl.cli.quiet import quiet
 from hookctl.tables import table
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from hookctl.attention.maps import WordMaps
 
 _TEXT = """
 Draw a picture and write the attention maps of its words: how much each place attends to a word,
@@ -61,7 +63,17 @@ def add(commands: Any) -> None:
 
 def main(options: Any) -> None:
     drawing = Drawing.of(options)
-    out = common.make_folder(options.out)
+    find_model(options.model)
+    _write(drawing, common.make_folder(options.out), options)
+
+
+@quiet()
+def _write(drawing: Drawing, out: Path, options: Any) -> None:
+    import numpy as np
+
+    from hookctl import show
+    from hookctl.cli.loading import load_pipeline
+
     pipe = load_pipeline(options.model, options.device, options.dtype)
     with hookctl.control(pipe, hookctl.Maps(*(options.words or ()))) as session:
         progress = common.wants_progress(options)
@@ -107,6 +119,8 @@ def _names(words: Any) -> dict[str, str]:
 
 def _grids(maps: WordMaps) -> Image:
     """The mean map on each grid, side by side."""
+    from hookctl import show
+
     means = [maps.where(grid=grid).mean().detach().cpu() for grid in maps.grids]
     titles = [f"{h} x {w}" for h, w in maps.grids]
     return show.grid([[show.heatmap(m) for m in means]], titles, [maps.word])
@@ -114,6 +128,8 @@ def _grids(maps: WordMaps) -> Image:
 
 def _arrays(maps: WordMaps) -> dict[tuple[int, int], np.ndarray[Any, Any]]:
     """(h, w) -> the maps of that grid by turn [turns, h, w], float32."""
+    import torch
+
     found = {}
     for grid in maps.grids:
         on_grid = maps.where(grid=grid)
@@ -124,6 +140,8 @@ def _arrays(maps: WordMaps) -> dict[tuple[int, int], np.ndarray[Any, Any]]:
 
 def _figures(maps: WordMaps) -> dict[str, Any]:
     """share: mean attention to the word; centre, peak: (x, y) from 0 to 1, right and down."""
+    import torch
+
     mean: Tensor = maps.mean().detach().double().cpu()
     height, width = mean.shape
     weight = mean / mean.sum().clamp_min(1e-12)

@@ -1,4 +1,7 @@
-"""From what was typed as a model to a pipeline, with an error that says what would do."""
+"""What was typed as a model: a folder, a model id or the embedded pipeline, or what would do.
+
+Only looks at files, so that a mistyped folder is known before torch is imported.
+"""
 
 from __future__ import annotations
 
@@ -6,90 +9,35 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import diffusers
-import torch
-from torch import nn
-
-import hookctl
-from hookctl.address import families
 from hookctl.errors import InputError
 
 SHAPES = "shapes"
-_INDEX = "model_index.json"
+INDEX = "model_index.json"
 _MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HEAVY = re.compile(r"text_encoder|vae|vqgan|image_encoder|safety_checker|prior|decoder")
+_WHAT_WOULD_DO = "a folder in the diffusers layout, a model id (owner/name), or 'shapes'"
 
 
-def load_pipeline(model: str, device: str | None = None, dtype: str | None = None) -> Any:
-    """The pipeline of a folder, a model id, or the embedded one.
+def find_model(model: str, *, whole: bool = True) -> Path | None:
+    """The folder that was meant, None for a model id or the embedded pipeline.
 
-    A folder is read without the network, and no code of its own is run.
+    whole: a single denoiser will not do. Raises InputError with what would.
     """
-    where = _device(device)
     if model == SHAPES:
-        return hookctl.load_shapes(device=where, dtype=getattr(torch, dtype or "float32"))
+        return None
     folder = _folder(model)
-    if folder is not None and not (folder / _INDEX).is_file():
+    alone = not whole and folder is not None and (folder / "config.json").is_file()
+    if folder is not None and not (folder / INDEX).is_file() and not alone:
         raise InputError(_not_a_pipeline(folder))
-    pipe = _from_pretrained(model, folder, torch_dtype=_dtype(dtype, where, folder))
-    return pipe.to(where)
+    return folder
 
 
-def load_for_survey(model: str) -> Any:
-    """A pipeline or a bare denoiser of which only the form matters: weights stay on the disk."""
-    if model == SHAPES:
-        return hookctl.load_shapes(device="cpu")
-    folder = _folder(model)
-    if folder is None:
-        return _from_pretrained(model, None)
-    if (folder / _INDEX).is_file():
-        index = json.loads((folder / _INDEX).read_text("utf-8"))
-        parts: dict[str, Any] = {name: None for name in index if _HEAVY.search(name)}
-        for name in families.DENOISERS:
-            if (folder / name / "config.json").is_file():
-                parts[name] = _empty(folder / name)
-        return _from_pretrained(model, folder, **parts)
-    if (folder / "config.json").is_file():
-        return _empty(folder)
-    raise InputError(_not_a_pipeline(folder))
-
-
-def _empty(folder: Path) -> nn.Module:
-    """A denoiser from its configuration, without memory for its weights."""
-    name = _class_name(folder)
-    cls: Any = getattr(diffusers, name or "", None)
-    if not _is_model(cls):
-        raise InputError(
-            f"{folder}: config.json names the class {name!r}, which is no model of diffusers "
-            f"{diffusers.__version__}; give a pipeline folder or a denoiser that diffusers knows"
-        )
-    with torch.device("meta"):
-        model: nn.Module = cls.from_config(cls.load_config(str(folder)))
-    return model
-
-
-def _is_model(cls: Any) -> bool:
-    return isinstance(cls, type) and issubclass(cls, nn.Module)
-
-
-def _class_name(folder: Path) -> str | None:
+def class_name(folder: Path) -> str | None:
     try:
         found = json.loads((folder / "config.json").read_text("utf-8")).get("_class_name")
     except (OSError, ValueError, AttributeError):
         return None
     return found if isinstance(found, str) else None
-
-
-def _from_pretrained(model: str, folder: Path | None, **options: Any) -> Any:
-    try:
-        return diffusers.DiffusionPipeline.from_pretrained(
-            str(folder or model), local_files_only=folder is not None, **options
-        )
-    except (OSError, ValueError, AttributeError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{model}: can't be loaded as a pipeline: {reason[:400]}") from error
 
 
 def _folder(model: str) -> Path | None:
@@ -107,44 +55,19 @@ def _folder(model: str) -> Path | None:
     raise InputError(f"{model}: there is no such folder; give {_WHAT_WOULD_DO}")
 
 
-_WHAT_WOULD_DO = "a folder in the diffusers layout, a model id (owner/name), or 'shapes'"
-
-
 def _not_a_pipeline(folder: Path) -> str:
     """Why a folder is no pipeline, and where there may be one."""
     near = next(_pipelines_near(folder), None)
     hint = f"; did you mean {near}?" if near else f"; give {_WHAT_WOULD_DO}"
-    name = _class_name(folder)
+    name = class_name(folder)
     if name:
         return f"{folder}: holds one model ({name}), and a whole pipeline is needed{hint}"
     held = sorted(item.name for item in folder.iterdir())
     some = ", ".join(held[:6]) + (", ..." if len(held) > 6 else "")
-    return f"{folder}: is no pipeline ({_INDEX} is missing; it holds: {some or 'nothing'}){hint}"
+    return f"{folder}: is no pipeline ({INDEX} is missing; it holds: {some or 'nothing'}){hint}"
 
 
 def _pipelines_near(folder: Path) -> Iterator[Path]:
     for candidate in (folder.parent, *sorted(folder.iterdir())):
-        if (candidate / _INDEX).is_file():
+        if (candidate / INDEX).is_file():
             yield candidate
-
-
-def _device(device: str | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        where = torch.device(device)
-        torch.empty(1, device=where)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {device}: can't be used here ({reason})") from None
-    return where
-
-
-def _dtype(dtype: str | None, device: torch.device, folder: Path | None) -> torch.dtype:
-    if dtype is not None:
-        return getattr(torch, dtype)
-    if device.type == "cpu":
-        return torch.float32
-    # Transformers are trained in bfloat16 and leave the range of float16.
-    transformer = folder is not None and (folder / "transformer").is_dir()
-    return torch.bfloat16 if transformer else torch.float16

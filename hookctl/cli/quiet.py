@@ -1,4 +1,4 @@
-"""Silence from other libraries while a command runs: what they log is not about the user's work."""
+"""Silence from other libraries while a command works: their logs are not about the user's work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ LIBRARIES = ("diffusers", "transformers", "huggingface_hub", "accelerate", "torc
 
 
 def _bars() -> tuple[Any, ...]:
-    """The switches of the loading bars of the model libraries."""
+    """The switches of the loading bars of the model libraries.
+
+    Imports them first: on import they set the levels of their logs anew.
+    """
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 

@@ -6,22 +6,22 @@ import time
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
-
-from PIL.Image import Image
+from typing import TYPE_CHECKING, Any
 
 import hookctl
-from hookctl import recipes, show
-from hookctl.address.text import TextLayout
-from hookctl.address.words import changed_words
 from hookctl.cli import common
 from hookctl.cli.draw import Drawing, pictures
-from hookctl.cli.models import load_pipeline
-from hookctl.editor import Editor
+from hookctl.cli.models import find_model
+from hookctl.cli.quiet import quiet
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.preset import Preset, load_preset
-from hookctl.session import Session
+from hookctl.preset import Preset, existing, load_preset
 from hookctl.tables import table
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from hookctl.editor import Editor
+    from hookctl.session import Session
 
 PRESETS = Path(__file__).resolve().parents[1] / "demos" / "presets"
 _SHOWN_WORDS = 3
@@ -74,7 +74,17 @@ def main(options: Any) -> None:
         stacks = sorted(PRESETS.glob("*.toml"))
         print(table([(s.stem, _first_comment(s)) for s in stacks], ("stack", "what it does")))
         return
-    preset = load_preset(_stack_file(options.stack), editors_by_name())
+    path = _stack_file(options.stack)
+    if options.model is not None:
+        find_model(options.model)
+    _run(path, options)
+
+
+@quiet()
+def _run(path: Path, options: Any) -> None:
+    from hookctl.cli.loading import load_pipeline
+
+    preset = load_preset(path, editors_by_name())
     prompts = _prompts(options, preset)
     drawing = Drawing.of(options, preset.run)
     editors = preset.editors(prompts)
@@ -115,8 +125,10 @@ def main(options: Any) -> None:
 
 def editors_by_name() -> dict[str, type[Editor]]:
     """Every editor that a stack may name: the recipes, and Maps."""
+    from hookctl import recipes
+
     known = [getattr(recipes, name) for name in recipes.__all__]
-    found = {c.__name__: c for c in known if isinstance(c, type) and issubclass(c, Editor)}
+    found = {c.__name__: c for c in known if isinstance(c, type) and issubclass(c, hookctl.Editor)}
     return found | {"Maps": hookctl.Maps}
 
 
@@ -127,7 +139,7 @@ def _stack_file(given: str | None) -> Path:
     if given is None:
         raise InputError(f"which stack? Give {along}")
     if Path(given).suffix or Path(given).exists():
-        return Path(given)
+        return existing(Path(given))
     if given in known:
         return known[given]
     near = get_close_matches(given, known, n=1)
@@ -158,6 +170,9 @@ def _maps(pipe: Any, prompts: Sequence[str], wanted: Sequence[str] | None) -> li
     """The editor that reads the maps to be shown, if the pipeline has words."""
     if wanted:
         return [hookctl.Maps(*wanted)]
+    from hookctl.address.text import TextLayout
+    from hookctl.address.words import changed_words
+
     try:
         layout = TextLayout(pipe)
     except UnsupportedError:
@@ -208,6 +223,8 @@ def grid_of(
     session: Session,
 ) -> Image:
     """A picture a row: source (where there is an edit), plain, edited, and the maps."""
+    from hookctl import show
+
     edits = range(1, len(prompts)) if len(prompts) > 1 else range(1)
     shown = [(p, j) for p in edits for j in range(images)]
     maps = [_overlays(session, p, j, edited[p * images + j]) for p, j in shown]

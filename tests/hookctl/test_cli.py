@@ -196,9 +196,6 @@ def test_demo(say: Say, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert said.status == 0 and "2/2" in said.err
     assert seen == {"out": tmp_path / "o", "seed": 3, "seeds": 2}
     assert "steps: 5" in said.out and "edit: success" in said.out and "grid.png" in said.out
-    said = say("demo", "all", "--out", tmp_path / "all")
-    assert said.status == 0 and not said.err  # no terminal, no bar
-    assert (tmp_path / "all" / "prompt_to_prompt" / "grid.png").exists()
 
 
 def test_quiet_leaves_things_as_they_were() -> None:

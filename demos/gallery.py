@@ -1,0 +1,144 @@
+"""The gallery: one page with the picture and the figures of every demo.
+
+    hookctl demo all --seeds 32 --out out
+    python -m hookctl.demos.gallery --from out --to demos/gallery
+
+The first writes `gallery.md` beside the pictures as the demos drew them; the second makes a page
+small enough to keep, `demos/gallery.md` with its pictures in `demos/gallery/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from hookctl.demos import DEMOS
+from hookctl.demos.reports import groups, singles, title_of
+from hookctl.errors import InputError
+from hookctl.tables import markdown_table
+
+LARGEST, ALTOGETHER = 300_000, 6_000_000  # bytes: of one picture, of all
+WIDEST = 1400  # px
+
+Link = Callable[[Path], str]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One demo: its report, or why there is none, and the pictures it drew."""
+
+    name: str
+    report: Mapping[str, Any] = field(default_factory=dict)
+    error: str | None = None
+    pictures: tuple[Path, ...] = ()
+
+    @classmethod
+    def of(cls, name: str, report: Mapping[str, Any], folder: Path) -> Shown:
+        """A demo that has run, and the folder that it wrote to."""
+        return cls(name, report, None, tuple(sorted(folder.glob("grid*.png"))))
+
+
+def page(shown: Sequence[Shown], link: Link) -> str:
+    """The page in Markdown; `link` says where a picture is found from there."""
+    parts = ["# Gallery", _INTRODUCTION]
+    for one in shown:
+        parts += _section(one, link)
+    return "\n\n".join(parts) + "\n"
+
+
+_INTRODUCTION = (
+    "Every method on the embedded pipeline, beside the plain picture of the same noise. The "
+    "figures are read off the pictures by the detector."
+)
+
+
+def _section(one: Shown, link: Link) -> Iterator[str]:
+    title = title_of(one.name)
+    yield f"## {title[0].upper()}{title[1:]}"
+    what = DEMOS.get(one.name, "")
+    yield f"{what[:1].upper()}{what[1:]}."
+    if one.error is not None:
+        yield f"**Failed**: {one.error}"
+        return
+    for picture in one.pictures:
+        yield f"![{title}]({link(picture)})"
+    for group in groups(one.report):
+        yield markdown_table(group.rows, group.headers)
+    alone = singles({k: v for k, v in one.report.items() if k != "demo"})
+    yield "; ".join(f"{name} {value}" for name, value in alone.items())
+
+
+def write_page(out: Path, shown: Sequence[Shown]) -> Path:
+    """`out/gallery.md`, for the folder that the demos wrote to."""
+    path = out / "gallery.md"
+    path.write_text(page(shown, lambda p: p.relative_to(out).as_posix()), "utf-8")
+    return path
+
+
+def write_small(out: Path, shown: Sequence[Shown]) -> Path:
+    """The page `out.md` and small pictures in the folder `out`, which holds nothing else."""
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = [picture for one in shown for picture in one.pictures]
+    limit = min(LARGEST, ALTOGETHER // max(1, len(pictures)))
+    places: dict[Path, str] = {}
+    for one in shown:
+        for picture in one.pictures:
+            stem = picture.stem.replace("grid", one.name, 1)
+            places[picture] = f"{out.name}/{stem}.jpg"
+            (out / f"{stem}.jpg").write_bytes(small(Image.open(picture), limit))
+    path = out.with_suffix(".md")
+    path.write_text(page(shown, places.__getitem__), "utf-8")
+    return path
+
+
+def small(picture: Image.Image, limit: int) -> bytes:
+    """A picture as JPEG of at most `limit` bytes: coarser first, then smaller."""
+    picture = picture.convert("RGB")
+    scale = min(1.0, WIDEST / picture.width)
+    while True:
+        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+        resized = picture.resize(size, Image.Resampling.LANCZOS) if scale < 1 else picture
+        for quality in (90, 80, 70):
+            data = BytesIO()
+            resized.save(data, "JPEG", quality=quality, optimize=True)
+            if data.tell() <= limit or max(size) == 1:
+                return data.getvalue()
+        scale *= 0.85
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m hookctl.demos.gallery", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--from", dest="source", type=Path, default=Path("out"), metavar="DIR")
+    parser.add_argument("--to", type=Path, default=Path("demos/gallery"), metavar="DIR")
+    options = parser.parse_args(arguments)
+    folders = {name: options.source / name for name in DEMOS}
+    have = [name for name, folder in folders.items() if (folder / "report.json").is_file()]
+    if not have:
+        raise InputError(
+            f"--from {options.source}: holds no report of a demo; run `hookctl demo all --out "
+            f"{options.source}` first"
+        )
+    shown = [
+        Shown.of(
+            name, json.loads((folders[name] / "report.json").read_text("utf-8")), folders[name]
+        )
+        for name in have
+    ]
+    print(f"written: {write_small(options.to, shown)}")
+    missing = [name for name in DEMOS if name not in have]
+    if missing:
+        print(f"not in it, for want of a report: {', '.join(missing)}", file=sys.stderr)
+    return int(bool(missing))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
