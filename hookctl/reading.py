@@ -94,7 +94,9 @@ class Maps(Editor):
         key = (call.prompts[row.prompt], stop - start)
         if key not in self._found:
             text = self._layout.read(*key)
-            words = self.words or dict.fromkeys(w.text for w in text.streams[0][1].words)
+            words = self.words or dict.fromkeys(
+                word.text for _, prompt in text.streams for word in prompt.words
+            )
             self._found[key] = tuple((word, text.find(word)) for word in words if _has(text, word))
         return self._found[key]
 

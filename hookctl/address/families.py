@@ -75,12 +75,14 @@ _SINGLE_STREAM = r"single_(transformer_)?blocks"
 class TextStream:
     """A stretch of the text sequence: which tokenizer fills it, from which position on.
 
-    length: tokens that the pipeline pads to by default (None: the tokenizer's maximum).
+    length: tokens that the pipeline pads to by default (None: the tokenizer's maximum); prompts:
+    the arguments whose texts are in it. Where there are two, two encoders share the positions.
     """
 
     tokenizer: Any
     start: int = 0
     length: int | None = None
+    prompts: tuple[str, ...] = ("prompt",)
 
 
 def denoiser_of(target: Any) -> nn.Module:
@@ -147,10 +149,10 @@ def text_streams(pipe: Any) -> tuple[TextStream, ...]:
     if re.search(r"StableDiffusion3", name):
         clip = first.model_max_length
         third = getattr(pipe, "tokenizer_3", None)
-        t5 = (TextStream(third, clip, 256),) if third is not None else ()
-        return (TextStream(first), *t5)
+        t5 = (TextStream(third, clip, 256, ("prompt_3",)),) if third is not None else ()
+        return (TextStream(first, prompts=("prompt", "prompt_2")), *t5)
     if re.search(r"^Flux", name) and getattr(pipe, "tokenizer_2", None) is not None:
-        return (TextStream(pipe.tokenizer_2, 0, 512),)
+        return (TextStream(pipe.tokenizer_2, 0, 512, ("prompt_2",)),)
     if re.search(r"^PixArt", name):
         return (TextStream(first, 0, 300 if "Sigma" in name else 120),)
     if re.search(r"^Wan", name):
@@ -162,6 +164,8 @@ def text_streams(pipe: Any) -> tuple[TextStream, ...]:
             f"{name} has no tokenizer, so words can't be addressed; use token positions on a "
             "pipeline with a text encoder"
         )
+    if "XL" in name and getattr(pipe, "tokenizer_2", None) is not None:
+        return (TextStream(first, prompts=("prompt", "prompt_2")),)
     return (TextStream(first),)
 
 

@@ -2,11 +2,13 @@
 
 A pipeline may fill the sequence with several tokenizers, one stretch after another (SD3: CLIP,
 then T5). A word is then found in each stretch, and two prompts are aligned stretch by stretch.
+Where the encoders were given texts of their own (`prompt_2=`, `prompt_3=`), each stretch is read
+in its own text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +18,33 @@ from torch import Tensor
 from hookctl.address.alignment import refinement_map, replacement_map
 from hookctl.address.families import TextStream, text_streams
 from hookctl.address.words import PromptTokens
-from hookctl.errors import InputError
+from hookctl.errors import InputError, UnsupportedError, WordError
+
+
+class Prompt(str):
+    """A prompt whose encoders were given different texts; it equals no plain text.
+
+    given: argument of the pipeline's call -> text; the first is the prompt itself.
+    """
+
+    given: Mapping[str, str]
+
+    def __new__(cls, given: Mapping[str, str]) -> Prompt:
+        self = super().__new__(cls, next(iter(given.values())))
+        self.given = dict(given)
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Prompt) and self.given == other.given
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.given.values()))
+
+    def __repr__(self) -> str:
+        return "(" + ", ".join(f"{name}={text!r}" for name, text in self.given.items()) + ")"
 
 
 @dataclass(frozen=True)
@@ -46,7 +74,16 @@ class PromptText:
                     f"token positions {positions} are not in the {self.tokens} tokens of the prompt"
                 )
             return positions
-        return tuple(start + p for start, prompt in self.streams for p in prompt.find(phrase))
+        found: list[int] = []
+        missing: list[WordError] = []
+        for start, prompt in self.streams:
+            try:
+                found += [start + p for p in prompt.find(phrase)]
+            except WordError as error:  # another stretch may hold another text
+                missing.append(error)
+        if not found:
+            raise missing[0]
+        return tuple(found)
 
 
 class TextLayout:
@@ -66,7 +103,7 @@ class TextLayout:
             length = stream.length
             if tokens is not None and i == len(self._streams) - 1:
                 length = tokens - stream.start
-            text = self._as_encoded(prompt, stream.tokenizer)
+            text = self._as_encoded(_in_stream(prompt, stream), stream.tokenizer)
             streams.append(
                 (stream.start, PromptTokens.encode(text, stream.tokenizer, length=length))
             )
@@ -81,6 +118,47 @@ class TextLayout:
         if hasattr(self._pipe, "maybe_convert_prompt"):  # a textual inversion of several vectors
             prompt = self._pipe.maybe_convert_prompt(prompt, tokenizer)
         return prompt
+
+
+def _in_stream(prompt: str, stream: TextStream) -> str:
+    """The text that fills a stretch."""
+    if not isinstance(prompt, Prompt):
+        return prompt
+    texts = {name: prompt.given[name] for name in stream.prompts if name in prompt.given}
+    if len(set(texts.values())) > 1:
+        differing = " and ".join(f"{name}={text!r}" for name, text in texts.items())
+        raise InputError(
+            f"{differing}: this pipeline's encoders share their token positions, so a position "
+            f"holds a word of each and none can be addressed; give one text for both "
+            f"(leave {stream.prompts[-1]} out)"
+        )
+    return next(iter(texts.values()), str(prompt))
+
+
+def prompts_given(pipe: Any, arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """The prompts of a pipeline's call, as far as its attention sees them.
+
+    arguments: of `encode_prompt`, by name. A prompt is a `Prompt` where encoders were given
+    different texts; on a pipeline that shows its attention one of them only (Flux), it is that one.
+    """
+    try:
+        streams = text_streams(pipe)
+    except UnsupportedError:
+        streams = ()
+    names = dict.fromkeys(name for stream in streams for name in stream.prompts) or {"prompt": None}
+    # As the pipelines have it: what is not said again is the prompt.
+    texts = [_listed(arguments.get(name) or arguments.get("prompt")) for name in names]
+    prompts = []
+    for said in zip(*texts, strict=False):
+        same = len(set(said)) == 1
+        prompts.append(said[0] if same else Prompt(dict(zip(names, said, strict=True))))
+    return tuple(prompts)
+
+
+def _listed(given: Any) -> list[str]:
+    if isinstance(given, str):
+        return [given]
+    return list(map(str, given)) if isinstance(given, list | tuple) else []
 
 
 def align(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hookctl.address import families
 from hookctl.address.clock import Timekeeper
 from hookctl.address.rows import COND, Layout, Row, Rows, resolve_rows
+from hookctl.address.text import prompts_given
 from hookctl.errors import InputError, LayoutError
 from hookctl.loop.driven import Driven, driven
 from hookctl.loop.state import Scaling, State
@@ -57,10 +58,9 @@ class Run:
             return
         self.encoding = given
         prompt = given.get("prompt")
-        if isinstance(prompt, str):
-            self.prompts, self.count = (prompt,), 1
-        elif isinstance(prompt, list | tuple):
-            self.prompts, self.count = tuple(map(str, prompt)), len(prompt)
+        if isinstance(prompt, str | list | tuple):
+            self.prompts = prompts_given(self.pipe, given)
+            self.count = 1 if isinstance(prompt, str) else len(prompt)
         elif isinstance(given.get("prompt_embeds"), Tensor):
             self.count = given["prompt_embeds"].shape[0]
         images = [value for name, value in given.items() if name.startswith("num_")]

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from hookctl import Maps, Session, control
 from hookctl.address.families import denoiser_of, describe_sites
 from hookctl.address.layout import finest_within
-from hookctl.address.text import PromptText, TextLayout, align
+from hookctl.address.text import Prompt, PromptText, TextLayout, align, prompts_given
 from hookctl.errors import AlignmentError, InputError, WordError
+from hookctl.recipes import PromptToPrompt
 from tests import zoo
+from tests.families.subjects import Idle
 
 CAT, SQUIRREL = "a red cat", "a red squirrel"
 
@@ -77,3 +80,90 @@ def test_the_sites_that_hold_the_layout(
     sites = [site for site, _ in describe_sites(denoiser_of(zoo.PIPELINES[family].make()))]
     assert finest_within(sites, latent) == expected
     assert finest_within([], latent) is None
+
+
+# -- encoders with texts of their own --------------------------------------------------------------
+
+
+class Words(Maps):
+    """Maps, and which token positions they were read from."""
+
+    read: list[tuple[int, ...]]
+
+    def begin(self, state: Any) -> None:
+        super().begin(state)
+        self.read = []
+
+    def attention(self, call: Any) -> None:
+        super().attention(call)
+        self.read += [tokens for found in self._found.values() for _, tokens in found]
+
+
+def drawn(family: str, *editors: Any, prompts: Any, **texts: Any) -> Session:
+    case = zoo.PIPELINES[family]
+    pipe = case.make()
+    with control(pipe, *editors) as session:
+        case.run(pipe, prompts, steps=1, **texts)
+    return session
+
+
+def test_a_text_for_t5_alone() -> None:
+    """SD3: each stretch is read in its own text."""
+    prompt = Prompt({"prompt": CAT, "prompt_2": CAT, "prompt_3": "a blue dog and a cat"})
+    text, start = read("sd3", prompt, 77 + 16), 77
+    assert text.find("red") == (2,)
+    assert text.find("dog") == (start + 2,)
+    assert text.find("cat") == (3, start + 5)
+    with pytest.raises(WordError, match="squirrel"):
+        text.find("squirrel")
+
+
+def test_the_maps_of_a_text_for_t5_alone() -> None:
+    words = Words("dog")
+    session = drawn("sd3", words, prompts=CAT, prompt_3="a blue dog", max_sequence_length=16)
+    assert set(words.read) == {(77 + 2,)} and "dog" in session.maps
+    every = Maps()
+    assert {"red", "dog"} <= set(
+        drawn("sd3", every, prompts=CAT, prompt_3="a blue dog", max_sequence_length=16).maps.words
+    )
+
+
+def test_flux_shows_its_attention_the_second_text() -> None:
+    words = Words("dog")
+    drawn("flux", words, prompts=CAT, prompt_2="a blue dog", max_sequence_length=16)
+    assert set(words.read) == {(2,)}
+    with pytest.raises(WordError, match="'cat' is not in the prompt 'a blue dog'"):
+        drawn("flux", Maps("cat"), prompts=CAT, prompt_2="a blue dog", max_sequence_length=16)
+    edit = PromptToPrompt(["a red dog", "a blue dog"])
+    case = zoo.PIPELINES["flux"]
+    with control(pipe := case.make(), edit):
+        case.run(pipe, [CAT, CAT], steps=1, prompt_2=edit.prompts, max_sequence_length=16)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_encoders_that_share_positions(family: str) -> None:
+    """A position holds a word of both texts: refused where they differ, before any denoising."""
+    idle = Idle()
+    with pytest.raises(InputError, match="prompt_2='a blue dog'.*leave prompt_2 out"):
+        drawn(family, idle, Maps("cat"), prompts=CAT, prompt_2="a blue dog")
+    assert not idle.calls
+    drawn(family, Maps("cat"), prompts=CAT, prompt_2=CAT)
+    drawn(family, Idle(), prompts=CAT, prompt_2="a blue dog")  # no word is asked for
+
+
+def test_an_edit_of_texts_that_differ() -> None:
+    edit = PromptToPrompt([CAT, "a red dog"])
+    with pytest.raises(InputError, match="called with .*prompt_2='a blue dog'"):
+        drawn("sdxl", edit, prompts=edit.prompts, prompt_2=["a blue dog", "a dog"])
+
+
+def test_a_prompt_of_several_texts() -> None:
+    pipe = zoo.PIPELINES["sdxl"].make()
+    [one] = prompts_given(pipe, {"prompt": CAT, "prompt_2": SQUIRREL})
+    assert isinstance(one, Prompt) and str(one) == CAT and one != CAT and CAT != one
+    [again] = prompts_given(pipe, {"prompt": [CAT], "prompt_2": [SQUIRREL]})
+    assert one == again and hash(one) == hash(again)
+    assert repr(one) == f"(prompt={CAT!r}, prompt_2={SQUIRREL!r})"
+    assert prompts_given(pipe, {"prompt": CAT, "prompt_2": None}) == (CAT,)
+    assert prompts_given(pipe, {"prompt": [CAT, SQUIRREL]}) == (CAT, SQUIRREL)
+    assert prompts_given(pipe, {"prompt_embeds": torch.zeros(1)}) == ()
