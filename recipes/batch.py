@@ -43,17 +43,18 @@ class SourceAndEdits(Editor):
         )
 
     @staticmethod
-    def edited(call: AttentionCall) -> list[tuple[Row, Row]]:
+    def paired(call: AttentionCall) -> list[tuple[Row, Row]]:
+        """(row, its source's row) for every row of an edit, the unconditional ones included."""
+        return [(row, call.rows.twin(row, prompt=0)) for row in call.rows if row.prompt > 0]
+
+    @classmethod
+    def edited(cls, call: AttentionCall) -> list[tuple[Row, Row]]:
         """(row, its source's row) for every row of an edit that sees the prompt.
 
         Rows of a perturbed guidance are edited as their prompt's are: they must differ by the
         perturbation alone.
         """
-        return [
-            (row, call.rows.twin(row, prompt=0))
-            for row in call.rows
-            if row.prompt > 0 and row.role == COND
-        ]
+        return [(row, source) for row, source in cls.paired(call) if row.role == COND]
 
     def generators(self, seed: int = 0, images: int = 1, device: str = "cpu") -> list[Any]:
         """One generator for each picture: every prompt starts from the same noises.

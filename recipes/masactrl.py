@@ -1,0 +1,188 @@
+"""MasaCtrl: another pose or place for the same thing, by attending to the source's appearance.
+
+Cao et al., "MasaCtrl: Tuning-Free Mutual Self-Attention Control for Consistent Image Synthesis and
+Editing", arXiv 2304.08465 (ICCV 2023). The source and its edits are drawn in one batch from one
+noise. Once the layout stands (from step 4 of 50 on), in the decoder's fine self-attention, the
+queries of an edit look into the keys and values of the source:
+
+    mutual  Attn(q_e, k_s, v_s)                in the conditional and the unconditional rows
+    union   Attn(q_e, [k_e; k_s], [v_e; v_s])
+    masked  M_e Attn(q_e, k_s, v_s; M_s) + (1 - M_e) Attn(q_e, k_s, v_s; 1 - M_s)
+
+M_s and M_e are where the thing is in the source and in the edit. Each query sees the keys of its
+own side alone, so the masked form is one attention with a region for either side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hookctl.address.clock import Window
+from hookctl.address.families import denoiser_of, describe_sites
+from hookctl.address.regions import RegionLike
+from hookctl.address.rows import Row
+from hookctl.address.sites import Selector, Site, matcher, select
+from hookctl.address.text import PromptText, TextLayout
+from hookctl.attention.call import AttentionCall
+from hookctl.editor import Claim
+from hookctl.errors import InputError
+from hookctl.loop.state import State
+from hookctl.recipes.batch import SourceAndEdits
+from hookctl.recipes.foreground import GivenMasks, WordMasks, parted
+from hookctl.recipes.local_blend import Words, words_of
+from hookctl.recipes.pinned import Pinned
+
+FINE = "self up @>=1/2, self blocks, joint"
+KINDS = ("self", "joint")
+
+
+class MasaCtrl(SourceAndEdits):
+    """Edit poses and places, keep the source's appearance.
+
+        edit = MasaCtrl(["a striped red star", "a striped red star on a black background"])
+        source, edited = edit.run(pipe, seed=0)
+
+    prompts: the source, then its edits.
+    start, stop: fractions of the schedule; the paper starts at 4 of 50 steps.
+    sites: self-attention to act in, by default the fine half of a UNet's decoder. On a joint site
+        the image's keys are taken from the source, the text's stay the row's own.
+    union: attend to the source's keys beside the own ones, instead of in their place.
+    source_mask, target_mask: where the thing is in the source and in the edit (regions, boxes or
+        masks; for the edit one for all or a list); foreground then looks into foreground only, and
+        ground into ground.
+    words: take both masks from the maps of words instead: one for all prompts, or a list with one
+        entry for each prompt. threshold: of the maps, scaled to 0..1.
+    trajectory: noisy latents of the source at every level, noisiest first, [turns or more,
+        channels, height, width]: those of an inverted picture, which the source then is. The edits
+        start from its noise too.
+    paper: masks by nearest sampling and from the maps of the same turn alone, as the official code
+        has them; otherwise a token belongs where half of it is covered, and sites before the first
+        map of a turn use the last turn's.
+
+    A mask that would leave a query without keys (empty, or everything) is not used, and the site is
+    edited as without one; the official code then attends to everything evenly.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        *,
+        start: float = 0.08,
+        stop: float = 1.0,
+        sites: Selector = FINE,
+        union: bool = False,
+        source_mask: RegionLike | None = None,
+        target_mask: RegionLike | Sequence[RegionLike] | None = None,
+        words: Words | Sequence[Words] = None,
+        threshold: float = 0.1,
+        trajectory: Tensor | Sequence[Tensor] | None = None,
+        paper: bool = False,
+    ) -> None:
+        super().__init__(prompts)
+        self.acts = Window.of((start, stop), "MasaCtrl: start, stop")
+        self.edit_sites, self.union, self.paper = sites, union, paper
+        given = source_mask is not None or target_mask is not None
+        chosen = words_of(words, len(self.prompts), "words")
+        if given + any(chosen) + union > 1:
+            raise InputError(
+                "MasaCtrl: give one of source_mask with target_mask, words, or union=True"
+            )
+        self.given_masks = (
+            GivenMasks(source_mask, target_mask, len(self.edits), nearest=paper) if given else None
+        )
+        self.word_masks = WordMasks(chosen, threshold, same_turn=paper) if any(chosen) else None
+        self.pin = None if trajectory is None else Pinned(trajectory, self.name, together=True)
+        self.sites = self._shown
+
+    def _shown(self, site: Site) -> bool:
+        """Sites to edit, and those whose maps the masks are made of."""
+        maps = self.word_masks is not None and site.kind in ("cross", "joint")
+        return maps or matcher(self.edit_sites)(site)
+
+    # -- before anything runs ------------------------------------------------------------------
+
+    def claims(self) -> Sequence[Claim]:
+        if self.union or self.acts.start >= self.acts.stop:
+            return ()
+        return [Claim("substitution", self.edit_sites, self.acts, tuple(self.edits))]
+
+    def attach(self, target: Any) -> None:
+        every = [site for site, _ in describe_sites(denoiser_of(target))]
+        self._edited = {site.path for site in select(every, self.edit_sites, who=self.name)}
+        if wrong := [s for s in every if s.path in self._edited and s.kind not in KINDS]:
+            raise InputError(
+                f"{self.name}: sites={self.edit_sites!r} holds {wrong[0].path}, a {wrong[0].kind} "
+                "site; give sites where the image attends to itself, such as 'self up'"
+            )
+        self._text_sites = [site for site in every if site.kind in ("cross", "joint")]
+        self._texts: dict[int | None, list[PromptText]] = {}
+        if self.word_masks is not None:
+            self._layout = TextLayout(target)
+            for text, words in zip(self._read(None), self.word_masks.words, strict=True):
+                for word in words:
+                    text.find(word)
+
+    def begin(self, state: State) -> None:
+        super().begin(state)
+        if self.word_masks is not None:
+            self.word_masks.begin(self._text_sites, state)
+        if self.pin is not None:
+            self.pin.begin(state)
+
+    def before(self, state: State) -> None:
+        if self.pin is not None:
+            self.pin.before(state)
+
+    # -- attention -----------------------------------------------------------------------------
+
+    def attention(self, call: AttentionCall) -> None:
+        if not self.acts.holds(call.clock):
+            return
+        if call.site.path in self._edited:
+            for row, source in self.paired(call):
+                self._take(call, row, source)
+            self._part(call)
+        if self.word_masks is not None and call.spans.text_keys is not None:
+            start, stop = call.spans.text_keys
+            self.word_masks.read(call, self._read(stop - start))
+
+    def _take(self, call: AttentionCall, row: Row, source: Row) -> None:
+        if call.site.kind == "self":
+            if self.union:
+                call.extend(row, source, source)
+            else:
+                call.borrow(row, k=source, v=source)
+            return
+        span = call.spans.image_keys or (0, call.k.shape[-2])
+        k, v = (x[source.index][..., slice(*span), :] for x in (call.k, call.v))
+        if self.union:
+            call.extend(row, k, v)
+        else:
+            own = call.k[row.index], call.v[row.index]
+            call.replace(row, k=_put(own[0], k, span), v=_put(own[1], v, span))
+
+    def _part(self, call: AttentionCall) -> None:
+        """Foreground looks into foreground, ground into ground."""
+        masks = self.given_masks or self.word_masks
+        if masks is None or call.grid is None:
+            return
+        for prompt, image in dict.fromkeys((r.prompt, r.image) for r in call.rows if r.prompt):
+            pair = masks.pair(prompt, image, call.grid, call.clock.turn)
+            bits = None if pair is None else parted(*pair, call)
+            if bits is not None:
+                call.restrict(call.rows.where(prompt=prompt, image=image), *bits)
+
+    def _read(self, tokens: int | None) -> list[PromptText]:
+        if tokens not in self._texts:
+            self._texts[tokens] = [self._layout.read(prompt, tokens) for prompt in self.prompts]
+        return self._texts[tokens]
+
+
+def _put(own: Tensor, image: Tensor, span: tuple[int, int]) -> Tensor:
+    """Tokens of a joint sequence with the image's replaced."""
+    start, stop = span
+    return torch.cat([own[..., :start, :], image, own[..., stop:, :]], -2)
