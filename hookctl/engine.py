@@ -241,6 +241,8 @@ class Engine:
             for session in self._sessions:
                 session.clock = state.clock
         call = Call(state, *self._acting_at(state))
+        if state.reading is not None:
+            self._calls.follow(call, state.reading)
         out = self._within(call, inner, args, kwargs)
         if call.by_site and not call.ran:
             raise HoleError(
@@ -306,9 +308,13 @@ class Engine:
         return proceed()
 
     def _inner(self, inner: Inner, call: Call, args: Any, kwargs: Any) -> Any:
-        """The model itself; spelled-out attention can be followed in uncompiled code only."""
+        """The model itself; spelled-out attention, and a call that may end early, can be followed
+        in uncompiled code only."""
         port = self._denoiser_port
-        if port is not None and any(self._ports[path].spelled_out for path in call.by_site):
+        eager = call.state.reading is not None or any(
+            self._ports[path].spelled_out for path in call.by_site
+        )
+        if port is not None and eager:
             with port.eagerly():
                 return inner(*args, **kwargs)
         return inner(*args, **kwargs)

@@ -91,11 +91,13 @@ class AttentionCall(NotedCall):
         v: Tensor | RowLike,
         *,
         shift: Tensor | float | None = None,
+        share: float = 1.0,
     ) -> None:
         """Let `rows` attend to further keys in the same softmax (StyleAligned, reference).
 
         k, v: a row of this call, or tensors [heads, tokens, channels] (or with a leading
-        sub-batch); shift: added to the scores of the new keys, a number or [tokens].
+        sub-batch); shift: added to the scores of the new keys, a number or [tokens]; share: weight
+        of the extended form, the own form keeps 1 - share.
         """
         targets = self._indices(rows, "rows")
         new_k, mask_row = self._ref(k, self.k, "extend: k")
@@ -113,9 +115,11 @@ class AttentionCall(NotedCall):
                     f"a number or [{tokens}]"
                 )
             shift = cast(shift, self.q)
-        if tokens:
+        if not 0.0 <= share <= 1.0:
+            raise InputError(f"extend: share={share!r}; give a weight from 0 to 1")
+        if tokens and share != 0.0:
             segment = Segment(new_k, new_v, shift, mask_row)
-            self._note(Stage.EXTENSION, "extend", targets, does.extend(segment))
+            self._note(Stage.EXTENSION, "extend", targets, does.extend(segment, float(share)))
 
     def restrict(
         self, rows: RowLike | Iterable[RowLike], query_regions: Tensor, key_regions: Tensor
@@ -345,11 +349,19 @@ class AttentionCall(NotedCall):
         targets = self._indices(rows, "rows")
         self._note(Stage.OVERRIDE, "probabilities", targets, does.probabilities(fn))
 
-    def read(self, rows: RowLike | Iterable[RowLike], tokens: Sequence[int], into: Sink) -> None:
+    def read(
+        self,
+        rows: RowLike | Iterable[RowLike],
+        tokens: Sequence[int],
+        into: Sink,
+        *,
+        heads: bool = False,
+    ) -> None:
         """Hand the edited probabilities of some keys, averaged over heads, to `into(row, map)`.
 
         tokens: positions among the text's keys (all keys where there is no text); the map is
         [sub-batch, N, len(tokens)], of image queries only on a joint site, differentiable.
+        heads: a map for each head instead, [sub-batch, heads, N, len(tokens)].
         """
         start, stop = self.spans.text_keys or (0, self.k.shape[-2])
         positions = tuple(start + int(t) for t in tokens)
@@ -359,7 +371,9 @@ class AttentionCall(NotedCall):
                 f"{self.site.path}"
             )
         for index in self._indices(rows, "rows"):
-            self.read_outs.append(ReadOut(self.rows[index], positions, into))
+            self.read_outs.append(
+                ReadOut(self.rows[index], positions, into, heads=heads, editor=self.editor)
+            )
 
     def marginals(self, rows: RowLike | Iterable[RowLike], into: Sink) -> None:
         """Hand the attention that each image key receives to `into(row, sums)` (SAG).
@@ -373,4 +387,6 @@ class AttentionCall(NotedCall):
             )
         keys = tuple(range(*self.spans.image_keys))
         for index in self._indices(rows, "rows"):
-            self.read_outs.append(ReadOut(self.rows[index], keys, into, summed=True))
+            self.read_outs.append(
+                ReadOut(self.rows[index], keys, into, summed=True, editor=self.editor)
+            )

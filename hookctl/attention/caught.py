@@ -81,6 +81,9 @@ def edit(
     for one in attached:
         call.editor = one.editor
         one.editor.attention(call)
+    if state.reading is not None:
+        # A call made to read maps: those that others read belong to the pipeline's own calls.
+        call.read_outs = [r for r in call.read_outs if r.editor is state.reading.reader]
     if repeated:
         call.read_outs = [replace(r, into=lambda row, values: None) for r in call.read_outs]
     if not call.operations:

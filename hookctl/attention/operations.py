@@ -65,13 +65,16 @@ class Operation:
 class ReadOut:
     """A request for the probabilities of some key tokens, averaged over heads.
 
-    summed: over the image's queries, in place of one value for each.
+    summed: over the image's queries, in place of one value for each; heads: one value for each
+    head, in place of their mean; editor: who asks.
     """
 
     row: Row
     tokens: tuple[int, ...]
     into: Sink
     summed: bool = False
+    heads: bool = False
+    editor: Any = None
 
 
 def folded(
@@ -129,11 +132,17 @@ def replace_own(refs: dict[str, dict[int, Ref]]) -> Callable[[Fold, int], None]:
     return apply
 
 
-def extend(segment: Segment) -> Callable[[Fold, int], None]:
+def extend(segment: Segment, share: float = 1.0) -> Callable[[Fold, int], None]:
+    """share: weight of the extended form beside the own one."""
+
+    def one(term: Term) -> tuple[Term, ...]:
+        extended = replace(term, segments=(*term.segments, segment))
+        if share == 1.0:
+            return (extended,)
+        return extended.weighted(share), term.weighted(1.0 - share)
+
     def apply(state: Fold, row: int) -> None:
-        state.terms[row] = tuple(
-            replace(t, segments=(*t.segments, segment)) for t in state.terms[row]
-        )
+        state.terms[row] = tuple(part for term in state.terms[row] for part in one(term))
 
     return apply
 

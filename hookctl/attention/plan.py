@@ -156,7 +156,8 @@ def _placed(pieces: list[Piece], call: AttentionCall) -> Tensor:
 
 
 def _read(finished: Sum, request: ReadOut, call: AttentionCall) -> Tensor:
-    """[sub-batch, image queries, tokens], averaged over heads; or [sub-batch, tokens], summed."""
+    """[sub-batch, image queries, tokens], averaged over heads; [sub-batch, tokens] if summed;
+    [sub-batch, heads, image queries, tokens] if of each head."""
     row, keys = request.row.index, call.k.shape[-2]
     if request.summed:
         sums = marginals(finished, row, call.spans.image_queries).mean(1)
@@ -171,7 +172,7 @@ def _read(finished: Sum, request: ReadOut, call: AttentionCall) -> Tensor:
         ]
         total = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
     start, stop = call.spans.image_queries
-    return total.mean(1)[:, start:stop]
+    return total[:, :, start:stop] if request.heads else total.mean(1)[:, start:stop]
 
 
 def stack_rows(x: Tensor, rows: int) -> Tensor:

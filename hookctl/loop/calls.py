@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hookctl.errors import HoleError
+from hookctl.loop.nested import Reading
 from hookctl.loop.state import State
 
 
@@ -101,6 +102,12 @@ class Calls:
                     )
 
             made.grad_fn.register_prehook(check)
+
+    def follow(self, call: Call, reading: Reading) -> None:
+        """Let a backward of a call that is made for its maps find it again: it may end early, and
+        then has no output to be kept by."""
+        reading.call = call
+        self._graphs.add(call)
 
     def _recomputed(self, within: bool = True) -> Call | None:
         """The call that the backward's node was made in, or else the last before it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,3 +46,12 @@ def widen(state: State, extra: Mapping[str, Tensor]) -> None:
     if isinstance(ids, Tensor):
         state.kwargs[_IDS] = F.pad(ids, (0, 0, 0, end - own.shape[1]))
     state.kwargs[str(state.text)] = torch.cat(parts, 1)
+
+
+def narrow(state: State, kwargs: dict[str, Any]) -> None:
+    """Take from the arguments of a call what `widen` appended to those of `state`."""
+    if not state.extra_text or state.own_text is None:
+        return
+    for name, dim in ((str(state.text), 1), (_MASK, 1), (_IDS, 0)):
+        if isinstance(kwargs.get(name), Tensor):
+            kwargs[name] = kwargs[name].narrow(dim, 0, state.own_text)

@@ -14,6 +14,7 @@ from hookctl.address.rows import COND, Layout, Row, Rows, resolve_rows
 from hookctl.address.text import prompts_given
 from hookctl.errors import InputError, LayoutError
 from hookctl.loop.driven import Driven, driven
+from hookctl.loop.nested import reading_of
 from hookctl.loop.state import Scaling, State
 
 _TIMES = ("timestep", "timesteps", "t")
@@ -116,6 +117,7 @@ class Run:
             grid=latent,
             nested=outer is not None or (call is not None and not call.stepping),
             own_text=embeddings.shape[1] if isinstance(embeddings, Tensor) else None,
+            reading=reading_of(self.denoiser),
         )
 
     def repeat(self, before: State, args: Any, kwargs: Any) -> State:
@@ -143,6 +145,8 @@ class Run:
         return bound.args[1:], bound.kwargs
 
     def _rows(self, batch: int, branch: str | None, outer: State | None) -> Rows:
+        if outer is not None and outer.asking is not None:
+            return outer.asking
         if outer is not None and batch == len(outer.rows):
             return outer.rows
         if self.branches is not None:

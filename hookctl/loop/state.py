@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hookctl.address.clock import Clock
 from hookctl.address.rows import COND, Rows
 from hookctl.errors import InputError, LayoutError
+from hookctl.loop.nested import Reading
 
 Proceed = Callable[[], Any]
 
@@ -38,8 +39,9 @@ class State:
     from the latents, None where it is the latents; text: name of the argument with the text
     embeddings. grid: ([frames,] height, width) of the latent; nested: the call was made by an
     editor, inside another call. own_text: tokens of the text that the pipeline gave; own_rows:
-    how many rows are the pipeline's, None for all. maps: the store of the session whose editor is
-    spoken to.
+    how many rows are the pipeline's, None for all. asking: the rows of a call that an editor makes
+    inside this one, where they are not all of its rows; reading: what this call is made for, if it
+    is to read maps (`energy`). maps: the store of the session whose editor is spoken to.
     """
 
     denoiser: nn.Module
@@ -58,6 +60,8 @@ class State:
     extra_text: dict[str, tuple[int, int]] = field(default_factory=dict)
     own_text: int | None = None
     own_rows: int | None = None
+    asking: Rows | None = None
+    reading: Reading | None = None
     maps: Any = None
     assigned: Tensor | None = None
     stepped: Tensor | None = None
@@ -90,10 +94,13 @@ class State:
             return
         model_input = self.kwargs[self.sample]
         rows = value.repeat(len(self.rows) // value.shape[0], *([1] * (value.dim() - 1)))
-        if self.scaling is not None:
-            rows = self.scaling.again(rows)
-        self.kwargs[self.sample] = _replace_channels(model_input, rows.to(model_input))
+        self.kwargs[self.sample] = self.model_input(rows, model_input)
         self.assigned = value
+
+    def model_input(self, latents: Tensor, like: Tensor) -> Tensor:
+        """What the denoiser is given of some latents, [rows, ...], in the place of `like`."""
+        rows = latents if self.scaling is None else self.scaling.again(latents)
+        return replace_channels(like, rows.to(like))
 
     @property
     def pictures(self) -> Rows:
@@ -129,7 +136,7 @@ class Predictions:
             ) from None
 
 
-def _replace_channels(model_input: Tensor, rows: Tensor) -> Tensor:
+def replace_channels(model_input: Tensor, rows: Tensor) -> Tensor:
     """The model input with its first channels replaced; pipelines append pictures and masks."""
     if rows.shape == model_input.shape:
         return rows

@@ -1,0 +1,280 @@
+"""Energies: a scalar of each picture's attention maps or latents, and its gradient.
+
+    found = energies(state, scalar, reader=self, sites=paths, tokens={0: (2, 5)})
+    state.latents = state.latents - step * found.gradient
+
+The maps come from a denoiser call of the energy's own, of the rows that see the prompt alone. It
+passes the hooks like any other, so every editor of the stack that changes the model acts in it, and
+it ends as soon as the last site has been read: what lies behind that is neither computed nor
+differentiated. Parameters are frozen meanwhile, whatever the pipeline's mode. Rows of a call do not
+see each other (unless an editor makes them), so the gradient of the sum over pictures is each
+picture's own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hookctl.address.families import uncompiled
+from hookctl.address.rows import COND, Row, Rows
+from hookctl.address.sites import Grid, Selector, Site
+from hookctl.attention.call import AttentionCall
+from hookctl.editor import Editor
+from hookctl.errors import HoleError, InputError, LayoutError, UnsupportedError
+from hookctl.loop.context import narrow
+from hookctl.loop.nested import Reading, reading_in
+from hookctl.loop.rowwise import take_rows
+from hookctl.loop.state import State
+
+# Gradients of float16 calls are multiplied by this and divided again, or small ones would vanish.
+_HALF_SCALE = 1024.0
+
+Key = tuple[int, int]  # prompt, image
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """What an energy sees of one picture.
+
+    row: whose it is; latents: [channels, ...], in the scheduler's space; maps: for each site that
+    was read [frames, heads, height, width, tokens], with heads = 1 for their mean.
+    """
+
+    row: Row
+    latents: Tensor
+    maps: Mapping[Site, Tensor]
+
+
+Scalar = Callable[[Picture], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Energies:
+    """The energies of a call: one row of terms for each picture, and the gradient.
+
+    terms: [pictures, k]; the first is the energy, the others are what the scalar reports beside it.
+    gradient: of the energy, in the shape of what it was taken to; None if none was asked for.
+    """
+
+    terms: Tensor
+    gradient: Tensor | None
+
+    @property
+    def values(self) -> Tensor:
+        """[pictures]"""
+        return self.terms[:, 0]
+
+
+class _AllRead(Exception):
+    """Every map that was wanted has been read: the rest of the model need not run."""
+
+
+@dataclass(eq=False)
+class _Collection:
+    """The maps of one call, as they come in."""
+
+    sites: frozenset[str]
+    tokens: Mapping[int, Sequence[int]]
+    heads: bool
+    pending: set[tuple[str, Key]]
+    early: bool
+    maps: dict[Key, dict[Site, Tensor]] = field(default_factory=dict)
+
+    def ask(self, call: AttentionCall) -> None:
+        if call.site.path not in self.sites:
+            return
+        if call.grid is None:
+            raise UnsupportedError(
+                f"the queries of {call.site.path} form no grid over the latent, so its maps have "
+                "no places; leave it out with sites="
+            )
+        for row in call.rows:
+            if tokens := self.tokens.get(row.prompt):
+                call.read(row, tokens, partial(self._keep, call.site, call.grid), heads=self.heads)
+
+    def _keep(self, site: Site, grid: Grid, row: Row, values: Tensor) -> None:
+        """values: [sub-batch, (heads,) N, tokens]."""
+        if not self.heads:
+            values = values[:, None]
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        laid = values.unflatten(2, (grid.frames, grid.height, grid.width))
+        key = (row.prompt, row.image)
+        self.maps.setdefault(key, {})[site] = laid.movedim(2, 1).flatten(0, 1)
+        self.pending.discard((site.path, key))
+        if self.early and not self.pending:
+            raise _AllRead
+
+
+class MapReader(Editor):
+    """An editor that reads maps by denoiser calls of its own; the pipeline's calls it leaves alone.
+
+    sites: those that it may read; heads: whether it wants a map of each head.
+    """
+
+    sites: Selector = "cross, joint"
+    heads = False
+    _collection: _Collection | None = None
+
+    def attention(self, call: AttentionCall) -> None:
+        if self._collection is not None:
+            self._collection.ask(call)
+
+
+def energies(
+    state: State,
+    scalar: Scalar,
+    *,
+    reader: MapReader | None = None,
+    sites: Collection[str] = (),
+    tokens: Mapping[int, Sequence[int]] | None = None,
+    latents: Tensor | None = None,
+    text: Tensor | None = None,
+    wrt: str | Tensor | None = "latents",
+    early_exit: bool = True,
+) -> Energies:
+    """The energy of each picture of a denoiser call, and its gradient.
+
+    Receives: the call; the energy of one picture, a number or [k] whose first entry counts; the
+    editor of the stack that reads, the paths of the sites and the text positions of each prompt
+    (none of these for an energy of the latents alone); other latents [pictures, ...] in the
+    scheduler's space, or another text [1 | pictures, tokens, channels], in place of the call's;
+    wrt, what to differentiate to: "latents", "text", None, or a tensor on which the latents or the
+    text that were given depend.
+    Returns: float32 or finer, in the order of `state.pictures`.
+    Raises InputError inside `torch.inference_mode()`, LayoutError without rows that see the prompt.
+    """
+    if torch.is_inference_mode_enabled():
+        raise InputError("an energy has no gradient in torch.inference_mode(); use torch.no_grad()")
+    rows = state.rows.where(branch=COND)
+    if not rows:
+        raise LayoutError(f"no row of this call sees the prompt; its rows are: {state.rows!r}")
+    with _frozen(state.denoiser), torch.set_grad_enabled(wrt is not None):
+        x = _fine(state.latents if latents is None else latents)
+        words = _text_of(state, rows) if text is None and wrt == "text" else text
+        if wrt == "latents":
+            x = x.detach().requires_grad_()
+        elif wrt == "text" and words is not None:
+            words = _fine(words).detach().requires_grad_()
+        leaf = {"latents": x, "text": words}.get(wrt) if isinstance(wrt, str) else wrt
+        if wrt is not None and leaf is None:
+            raise InputError(f"wrt={wrt!r}; give 'latents', 'text' (if there is one) or a tensor")
+        collection = _collection(rows, sites, tokens or {}, reader, early_exit)
+        reading = Reading(uncompiled(state.denoiser), reader)
+        with _collecting(reader, collection), reading_in(reading):
+            if collection.pending:
+                _call(state, rows, x, words)
+            if collection.pending:
+                raise HoleError(
+                    f"the maps of {min(collection.pending)[0]!r} were wanted, but a whole denoiser "
+                    "call didn't show them; is the reader in the stack of control(...)?"
+                )
+            terms = torch.stack(
+                [
+                    torch.atleast_1d(scalar(Picture(row, one, collection.maps.get(key, {}))))
+                    for row, one in zip(rows, x, strict=True)
+                    for key in [(row.prompt, row.image)]
+                ]
+            )
+            half = state.kwargs[state.sample].dtype == torch.float16
+            gradient = None if leaf is None else _gradient(terms, leaf, half)
+    return Energies(terms.detach(), gradient)
+
+
+def _gradient(terms: Tensor, leaf: Tensor, half: bool) -> Tensor:
+    scale = _HALF_SCALE if half else 1.0
+    total = terms[:, 0].sum() * scale
+    if not total.requires_grad:
+        return torch.zeros_like(leaf)
+    (found,) = torch.autograd.grad(total, leaf, allow_unused=True, materialize_grads=True)
+    return found / scale
+
+
+def _collection(
+    rows: Sequence[Row],
+    sites: Collection[str],
+    tokens: Mapping[int, Sequence[int]],
+    reader: MapReader | None,
+    early: bool,
+) -> _Collection:
+    keys = [(row.prompt, row.image) for row in rows if tokens.get(row.prompt)]
+    pending = {(path, key) for path in sites for key in keys} if reader is not None else set()
+    heads = reader is not None and reader.heads
+    return _Collection(frozenset(sites), tokens, heads, pending, early)
+
+
+@contextmanager
+def _collecting(reader: MapReader | None, collection: _Collection) -> Iterator[None]:
+    """The reader asks for maps meanwhile: in the call, and where a backward recomputes it."""
+    if reader is None:
+        yield
+        return
+    reader._collection = collection
+    try:
+        yield
+    finally:
+        reader._collection = None
+
+
+def _call(state: State, rows: Sequence[Row], x: Tensor, text: Tensor | None) -> None:
+    """The denoiser call of these rows, up to the last site that is read."""
+    arguments = _given(state, rows)
+    arguments[state.sample] = state.model_input(x, arguments[state.sample])
+    if text is not None:
+        before = arguments[str(state.text)]
+        arguments[str(state.text)] = text.to(before).expand(before.shape[0], -1, -1)
+    state.asking = Rows([replace(row, index=i) for i, row in enumerate(rows)])
+    try:
+        called(state.denoiser, arguments)
+    except _AllRead:
+        pass
+    finally:
+        state.asking = None
+
+
+def called(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Any:
+    """What a denoiser returns for arguments by name."""
+    bound = inspect.signature(type(uncompiled(denoiser)).forward).bind_partial(None)
+    bound.arguments.update(arguments)
+    return denoiser(*bound.args[1:], **bound.kwargs)
+
+
+def _given(state: State, rows: Sequence[Row]) -> dict[str, Any]:
+    """The arguments of the call for some of its rows, without the texts that editors appended."""
+    arguments = take_rows(state, [(rows[0].index, rows[-1].index + 1)])
+    narrow(state, arguments)
+    return arguments
+
+
+def _text_of(state: State, rows: Sequence[Row]) -> Tensor | None:
+    found = _given(state, rows).get(str(state.text))
+    return found if isinstance(found, Tensor) else None
+
+
+def _fine(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No gradient to parameters and no dropout meanwhile."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    training = [m for m in model.modules() if m.training]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.training = True
