@@ -29,6 +29,14 @@ class Launch(NamedTuple):
     stages: int
 
 
+# Head widths in the field: SD1.5 (40, 80, 160), SDXL and SD3 (64), PixArt (72), Flux (128). One of
+# each split of a head is shipped and compiled ahead of time; others run on the nearest.
+WIDTHS = (64, 80, 96, 128, 160)
+WIDEST = 192
+
+# fp32 has no tensor cores here; what matters is that it fits anywhere.
+SINGLES = Launch(32, 32, 4, 1)
+
 # Under the interpreter tiles cost time only; several of them in each direction test more.
 INTERPRETED = Launch(16, 16, 4, 1)
 
@@ -89,6 +97,17 @@ def pieces(width: int) -> tuple[int, int]:
     first = whole // 2
     rest = max(16, 1 << (width - first - 1).bit_length())
     return (whole, 0) if first < 64 or first + rest >= whole else (first, rest)
+
+
+def tile_for(table: Mapping[str, Mapping[Any, Launch]], key: Any, like: torch.Tensor) -> Launch:
+    """The entry of a launch table for the device and dtype of a tensor: of the key itself, or of
+    the next that is listed."""
+    if interpreting():
+        return INTERPRETED
+    if like.dtype == torch.float32:
+        return SINGLES
+    of_arch = table[arch_of(like.device)]
+    return of_arch[min((x for x in of_arch if x >= key), default=max(of_arch))]
 
 
 def aligned(*tensors: torch.Tensor) -> bool:

@@ -1,0 +1,236 @@
+"""Flash attention over any number of terms per output row:
+
+    out = sum_j  w_j(query) * softmax(Q_j K_j^T * scale + bias_j) V_j
+
+Each term names the rows of the stacks that its q, k and v come from, so that rows which borrow
+from each other are one launch and nothing is gathered. A softmax may run over several stretches
+of keys. The kernels are in `sum_of_terms_forward` and `sum_of_terms_backward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hookctl.kernels import stretches
+from hookctl.kernels.arguments import Extras, tables_of
+from hookctl.kernels.launch import DTYPES, WIDEST, available
+from hookctl.kernels.stretches import STACKS, Stretch
+from hookctl.kernels.sum_of_terms_backward import gradients
+from hookctl.kernels.sum_of_terms_forward import forward
+
+__all__ = ["Stretch", "reference", "sum_of_terms"]
+
+
+def reference(
+    q: Sequence[Tensor],
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    terms: Sequence[Stretch],
+    scale: float,
+    *,
+    weights: Tensor | None = None,
+    bias: Tensor | None = None,
+    factors: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The sum by explicit matrices, in the dtype of its arguments; see `sum_of_terms`."""
+    out: dict[int, Tensor] = {}
+    found = []
+    for term in stretches.terms(terms):
+        scores = torch.cat([_scores(q, k, s, scale, bias, factors) for s in term], -1)
+        values = torch.cat([stretches.row_of(v, s.v) for s in term], -2)
+        empty = (scores == float("-inf")).all(-1)
+        scores = scores.masked_fill(empty[..., None], 0.0)
+        p = scores.softmax(-1).masked_fill(empty[..., None], 0.0)
+        found.append(scores.logsumexp(-1).masked_fill(empty, float("-inf")))
+        last = term[-1]
+        part = p @ values * last.weight
+        if last.weights >= 0 and weights is not None:
+            part = part * weights[last.weights, :, None]
+        out[last.row] = out[last.row] + part if last.row in out else part
+    return torch.stack([out[row] for row in sorted(out)]), torch.stack(found)
+
+
+def _scores(
+    q: Sequence[Tensor],
+    k: Sequence[Tensor],
+    s: Stretch,
+    scale: float,
+    bias: Tensor | None,
+    factors: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    scores = stretches.row_of(q, s.q) @ stretches.row_of(k, s.k).mT * scale + s.shift
+    keys = scores.shape[-1]
+    if bias is not None and s.bias >= 0:
+        scores = scores + bias[s.bias, ..., None, :keys]
+    if factors is not None and s.factors >= 0:
+        scores = scores + (factors[0][s.factors] @ factors[1][s.factors].mT)[:, :keys]
+    return scores
+
+
+_ARGUMENTS = (
+    "Tensor[] q, Tensor[] k, Tensor[] v, Tensor? weights, Tensor? bias, Tensor? query_factors, "
+    "Tensor? key_factors, int[] integers, float[] numbers, int rows, float scale"
+)
+
+
+def _empty(q: Sequence[Tensor], rows: int, terms: int, lse: bool) -> tuple[Tensor, Tensor]:
+    """The outputs; tokens before heads, so that merging the heads afterwards copies nothing."""
+    _, sub, heads, n, d = q[0].shape
+    out = q[0].new_empty(rows, sub, n, heads, d).transpose(2, 3)
+    shape = (terms, sub, heads, n) if lse else (0,)
+    return out, q[0].new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "hookctl::sum_of_terms",
+    mutates_args=(),
+    schema=f"({_ARGUMENTS}, bool lse) -> (Tensor, Tensor)",
+)
+def _forward_op(
+    q: Any, k: Any, v: Any, weights: Any, bias: Any, query_factors: Any, key_factors: Any,
+    integers: Any, numbers: Any, rows: int, scale: float, lse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    extras = Extras(weights, bias, query_factors, key_factors)
+    t = tables_of(q, k, v, extras, integers, numbers, rows)
+    out, found = _empty(q, rows, len(t.terms), lse)
+    forward(q, k, v, extras, t, scale, out, found if lse else None)
+    return out, found
+
+
+@_forward_op.register_fake
+def _(
+    q: Any, k: Any, v: Any, weights: Any, bias: Any, query_factors: Any, key_factors: Any,
+    integers: Any, numbers: Any, rows: int, scale: float, lse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _empty(q, rows, sum(s.closes for s in stretches.decode(integers, numbers)), lse)
+
+
+@torch.library.custom_op(
+    "hookctl::sum_of_terms_backward",
+    mutates_args=(),
+    schema=f"({_ARGUMENTS}, Tensor out, Tensor lse, Tensor gradient, Tensor lse_gradient, "
+    "bool[] wanted) -> Tensor[]",
+)
+def _backward_op(
+    q: Any, k: Any, v: Any, weights: Any, bias: Any, query_factors: Any, key_factors: Any,
+    integers: Any, numbers: Any, rows: int, scale: float, out: Tensor, lse: Tensor,
+    gradient: Tensor, lse_gradient: Tensor, wanted: Any,
+) -> list[Tensor]:  # fmt: skip
+    extras = Extras(weights, bias, query_factors, key_factors)
+    t = tables_of(q, k, v, extras, integers, numbers, rows)
+    return gradients(q, k, v, extras, t, scale, out, lse, gradient, lse_gradient, wanted)
+
+
+@_backward_op.register_fake
+def _(
+    q: Any, k: Any, v: Any, weights: Any, bias: Any, query_factors: Any, key_factors: Any,
+    integers: Any, numbers: Any, rows: int, scale: float, out: Tensor, lse: Tensor,
+    gradient: Tensor, lse_gradient: Tensor, wanted: Any,
+) -> list[Tensor]:  # fmt: skip
+    given = [*q, *k, *v, *([] if weights is None else [weights])]
+    return [x.new_empty(x.shape if w else (0,)) for x, w in zip(given, wanted, strict=True)]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *extras = inputs[:7]
+    ctx.counts = len(q), len(k), len(v)
+    ctx.rest = inputs[7:11]
+    ctx.given = [x is not None for x in extras]
+    ctx.wanted = [x.requires_grad for x in (*q, *k, *v)]
+    ctx.wanted += [extras[0].requires_grad] if ctx.given[0] else []
+    kept = [x for x in extras if x is not None]
+    ctx.save_for_backward(*q, *k, *v, *kept, *output)
+
+
+def _backward(ctx: Any, gradient: Tensor, lse_gradient: Tensor) -> tuple[Any, ...]:
+    saved = iter(ctx.saved_tensors)
+    q, k, v = ([next(saved) for _ in range(count)] for count in ctx.counts)
+    extras = [next(saved) if given else None for given in ctx.given]
+    out, lse = saved
+    found = _backward_op(q, k, v, *extras, *ctx.rest, out, lse, gradient, lse_gradient, ctx.wanted)
+    grads = iter(g if w else None for g, w in zip(found, ctx.wanted, strict=True))
+    of_stacks = [[next(grads) for _ in range(count)] for count in ctx.counts]
+    return (*of_stacks, next(grads, None), None, None, None, None, None, None, None, None)
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup)
+
+
+def sum_of_terms(
+    q: Sequence[Tensor],
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    terms: Sequence[Stretch],
+    scale: float,
+    *,
+    weights: Tensor | None = None,
+    bias: Tensor | None = None,
+    factors: tuple[Tensor, Tensor] | None = None,
+    lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The sum of the terms of each output row.
+
+    Receives
+      q, k, v: up to three stacks each [rows, sub-batch, heads, tokens, channels], of any strides,
+        one dtype and one head width; the queries of one length, the keys of any.
+      terms: sorted by output row, from 0 on without a gap.
+      weights: per query, [W, N]; bias: of the keys, [B, sub-batch | 1, heads | 1, M]; factors:
+        rank-r biases, [F, N, r] and [F, M, r], added to the scaled scores.
+    Returns
+      out: [rows, sub-batch, heads, N, channels] in the dtype of q; a query without any allowed key
+        gets 0. lse: natural log-sum-exp of the scores [terms, sub-batch, heads, N] in fp32, -inf
+        for such a query; None unless asked for.
+
+    Differentiable in q, k, v and weights, and through lse; biases are constants.
+    """
+    q, k, v, terms = list(q), list(k), list(v), list(terms)
+    _check(q, k, v, terms, bias, factors)
+    extras = Extras.of(q[0], weights, bias, factors)
+    given = [*q, *k, *v, *([] if weights is None else [weights])]
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    integers, numbers = stretches.encode(terms)
+    rows = terms[-1].row + 1
+    out, found = _forward_op(q, k, v, *extras, integers, numbers, rows, scale, lse or learns)
+    return out, found if lse else None
+
+
+def _check(
+    q: list[Tensor],
+    k: list[Tensor],
+    v: list[Tensor],
+    terms: list[Stretch],
+    bias: Tensor | None,
+    factors: tuple[Tensor, Tensor] | None,
+) -> None:
+    first = q[0]
+    why = available(first.device)
+    if why:
+        raise ValueError(f"sum_of_terms: {why}")
+    for name, stacks in (("q", q), ("k", k), ("v", v)):
+        if not 0 < len(stacks) <= STACKS:
+            raise ValueError(f"sum_of_terms: {name} is {len(stacks)} stacks; give 1 to {STACKS}")
+        for x in stacks:
+            alike = x.dtype == first.dtype and x.device == first.device and x.dim() == 5
+            if not alike or (x.shape[1:3], x.shape[-1]) != (first.shape[1:3], first.shape[-1]):
+                raise ValueError(
+                    f"sum_of_terms: {name} has {x.dtype} {tuple(x.shape)} on {x.device}; it must "
+                    f"be like q, {first.dtype} {tuple(first.shape)} on {first.device}, but for its "
+                    "rows and tokens"
+                )
+    if first.dtype not in DTYPES or first.shape[-1] > WIDEST:
+        raise ValueError(
+            f"sum_of_terms: q is {first.dtype} with {first.shape[-1]} channels; give fp32, fp16 "
+            f"or bf16 with at most {WIDEST}"
+        )
+    rows = [s.row for s in terms]
+    if rows != sorted(rows) or set(rows) != set(range(rows[-1] + 1)) or not terms[-1].closes:
+        raise ValueError("sum_of_terms: sort the terms by row, each row from 0 on with one or more")
+    constants = [x for x in (bias, *(factors or ())) if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in constants):
+        raise ValueError(
+            "sum_of_terms: biases are constants; detach them, or use SDPA to learn them"
+        )

@@ -1,0 +1,262 @@
+"""The forward kernels of the sum of terms; `sum_of_terms` has the formula.
+
+`_long` walks over the keys with an online softmax (Dao, arXiv 2307.08691). `_short` holds the
+whole softmax of up to 256 keys in registers and lets every term of a row add to one accumulator:
+prompt-to-prompt edits and decoupled adapters in one pass.
+"""
+
+# mypy: disallow-incomplete-defs=False
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hookctl.kernels import stretches
+from hookctl.kernels.arguments import Extras, common, form, out_strides
+from hookctl.kernels.launch import WIDTHS, Launch, Specimen, interpreting, tile_for
+from hookctl.kernels.stretches import Stretch, Tables
+from hookctl.kernels.tiles import (
+    LOG2E,
+    add_products,
+    biased,
+    nothing,
+    parts,
+    per_query,
+    place,
+    products,
+    store,
+)
+
+SHORT = 256  # keys whose softmax fits in registers
+
+_COLUMNS = tl.constexpr(stretches.COLUMNS)
+_K, _V, _KEYS = (tl.constexpr(c) for c in (stretches.K, stretches.V, stretches.KEYS))
+_TERM, _CLOSES = tl.constexpr(stretches.TERM), tl.constexpr(stretches.CLOSES)
+_WEIGHT, _BIAS = tl.constexpr(stretches.WEIGHT), tl.constexpr(stretches.BIAS)
+
+
+@triton.jit
+def _close(
+    step, number, top, norm, lse, weights, m, tokens,
+    WEIGHTED: tl.constexpr, LSE: tl.constexpr,
+):  # fmt: skip
+    """What the accumulator of a finished softmax is multiplied by; its log-sum-exp is kept."""
+    if LSE:
+        at = tl.load(step + _TERM) * tl.num_programs(1) + tl.program_id(1)
+        tl.store(lse + at * tokens + m, (top + tl.log2(norm)) / LOG2E, mask=m < tokens)
+    gain = tl.where(norm > 0, tl.load(number) / norm, 0.0)
+    if WEIGHTED:
+        gain *= per_query(weights, tl.load(step + _WEIGHT), m, tokens)
+    return gain[:, None]
+
+
+@triton.jit
+def _long(
+    q0, q1, q2, k0, k1, k2, v0, v1, v2, out, lse,
+    steps, numbers, starts, weights, bias, query_factors, key_factors,
+    tokens, heads, scale, o_row, o_sub, o_head, o_token,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ALIGN: tl.constexpr, SINGLE: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr,
+    RANK: tl.constexpr, LSE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries of one head of one output row, over all its terms.
+
+    SINGLE: every row has one term, and needs no sum beside the accumulator.
+    """
+    row = tl.program_id(2).to(tl.int64)
+    sub = (tl.program_id(1) // heads).to(tl.int64)
+    head = (tl.program_id(1) % heads).to(tl.int64)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    out += row * o_row + sub * o_sub + head * o_head
+    acc_0, acc_1 = nothing(BM, D0, D1)
+    if not SINGLE:
+        sum_0, sum_1 = nothing(BM, D0, D1)
+    top = tl.full([BM], float("-inf"), tl.float32)
+    norm = tl.zeros([BM], tl.float32)
+    last = tl.load(starts + row + 1)
+    for s in range(tl.load(starts + row), last):
+        step = steps + s * _COLUMNS
+        q, q_t, q_c = place(step, q0, q1, q2, sub, head, ALIGN)
+        k, k_t, k_c = place(step + _K, k0, k1, k2, sub, head, ALIGN)
+        v, v_t, v_c = place(step + _V, v0, v1, v2, sub, head, ALIGN)
+        keys = tl.load(step + _KEYS).to(tl.int32)
+        shift = tl.load(numbers + 2 * s + 1)
+        q_0, q_1 = parts(q, q_t, q_c, m, tokens, D, D0, D1, ALIGN)
+        for first in range(0, keys, BN):
+            n = first + tl.arange(0, BN)
+            scores = products(q_0, q_1, k, k_t, k_c, n, keys, D, D0, D1, ALIGN, UPCAST)
+            scores = biased(
+                scores * (scale * LOG2E), step + _BIAS, shift, bias, query_factors, key_factors,
+                sub, head, m, n, tokens, keys, False, BIASED, RANK, UPCAST,
+            )  # fmt: skip
+            new = tl.maximum(top, tl.max(scores, 1))
+            # A row without any key so far keeps a finite pivot, so that nothing becomes NaN.
+            pivot = tl.where(new == float("-inf"), 0.0, new)
+            p = tl.exp2(scores - pivot[:, None])
+            fade = tl.exp2(top - pivot)
+            norm = norm * fade + tl.sum(p, 1)
+            acc_0, acc_1 = add_products(
+                acc_0 * fade[:, None], acc_1 * fade[:, None], p,
+                v, v_t, v_c, n, keys, D, D0, D1, ALIGN, UPCAST,
+            )  # fmt: skip
+            top = new
+        if not SINGLE:
+            if tl.load(step + _CLOSES) != 0:
+                gain = _close(
+                    step, numbers + 2 * s, top, norm, lse, weights, m, tokens, WEIGHTED, LSE
+                )
+                sum_0 += acc_0 * gain
+                sum_1 += acc_1 * gain
+                acc_0, acc_1 = nothing(BM, D0, D1)
+                top = tl.full([BM], float("-inf"), tl.float32)
+                norm = tl.zeros([BM], tl.float32)
+    if SINGLE:
+        step = steps + (last - 1) * _COLUMNS
+        number = numbers + 2 * (last - 1)
+        gain = _close(step, number, top, norm, lse, weights, m, tokens, WEIGHTED, LSE)
+        sum_0 = acc_0 * gain
+        sum_1 = acc_1 * gain
+    store(out, o_token, m, tokens, sum_0, sum_1, D, D0, D1)
+
+
+@triton.jit
+def _short(
+    q0, q1, q2, k0, k1, k2, v0, v1, v2, out, lse,
+    steps, numbers, starts, weights, bias, query_factors, key_factors,
+    tokens, heads, scale, o_row, o_sub, o_head, o_token,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ALIGN: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, RANK: tl.constexpr,
+    LSE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """As `_long`, each softmax over one stretch of at most BN keys."""
+    row = tl.program_id(2).to(tl.int64)
+    sub = (tl.program_id(1) // heads).to(tl.int64)
+    head = (tl.program_id(1) % heads).to(tl.int64)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.arange(0, BN)
+    out += row * o_row + sub * o_sub + head * o_head
+    sum_0, sum_1 = nothing(BM, D0, D1)
+    for s in range(tl.load(starts + row), tl.load(starts + row + 1)):
+        step = steps + s * _COLUMNS
+        q, q_t, q_c = place(step, q0, q1, q2, sub, head, ALIGN)
+        k, k_t, k_c = place(step + _K, k0, k1, k2, sub, head, ALIGN)
+        v, v_t, v_c = place(step + _V, v0, v1, v2, sub, head, ALIGN)
+        keys = tl.load(step + _KEYS).to(tl.int32)
+        q_0, q_1 = parts(q, q_t, q_c, m, tokens, D, D0, D1, ALIGN)
+        scores = products(q_0, q_1, k, k_t, k_c, n, keys, D, D0, D1, ALIGN, UPCAST)
+        scores = biased(
+            scores * (scale * LOG2E), step + _BIAS, tl.load(numbers + 2 * s + 1), bias,
+            query_factors, key_factors, sub, head, m, n, tokens, keys, False, BIASED, RANK, UPCAST,
+        )  # fmt: skip
+        top = tl.max(scores, 1)
+        p = tl.exp2(scores - tl.where(top == float("-inf"), 0.0, top)[:, None])
+        norm = tl.sum(p, 1)
+        gain = _close(step, numbers + 2 * s, top, norm, lse, weights, m, tokens, WEIGHTED, LSE)
+        sum_0, sum_1 = add_products(
+            sum_0, sum_1, p * gain, v, v_t, v_c, n, keys, D, D0, D1, ALIGN, UPCAST
+        )
+    store(out, o_token, m, tokens, sum_0, sum_1, D, D0, D1)
+
+
+# Tiles by architecture and by the parts of a head, for fp16 and bf16; chosen from compiler output
+# (tests/kernels/resources.json), not from timings.
+_LONG: dict[str, dict[tuple[int, int], Launch]] = {
+    "sm_80": {
+        (64, 0): Launch(128, 64, 8, 3),
+        (64, 16): Launch(128, 32, 8, 3),
+        (64, 32): Launch(128, 32, 8, 3),
+        (128, 0): Launch(128, 32, 8, 3),
+        (128, 32): Launch(128, 32, 8, 2),
+    },
+    "sm_90": {
+        (64, 0): Launch(128, 64, 8, 3),
+        (64, 16): Launch(128, 64, 8, 3),
+        (64, 32): Launch(128, 64, 8, 3),
+        (128, 0): Launch(128, 64, 8, 3),
+        (128, 32): Launch(128, 32, 8, 2),
+    },
+    "gfx942": {
+        (64, 0): Launch(128, 64, 4, 1),
+        (64, 16): Launch(128, 32, 4, 1),
+        (64, 32): Launch(128, 32, 4, 1),
+        (128, 0): Launch(128, 32, 4, 1),
+        (128, 32): Launch(64, 32, 4, 1),
+    },
+}
+# By the keys that a tile holds, 128 or 256.
+_SHORT: dict[str, dict[int, Launch]] = {
+    "sm_80": {128: Launch(128, 128, 8, 1), 256: Launch(64, 256, 8, 1)},
+    "sm_90": {128: Launch(128, 128, 8, 1), 256: Launch(64, 256, 8, 1)},
+    "gfx942": {128: Launch(64, 128, 4, 1), 256: Launch(64, 256, 8, 1)},
+}
+
+
+def _is_short(q: Tensor, k: Sequence[Tensor], terms: Sequence[Stretch]) -> bool:
+    whole = all(s.closes for s in terms) and max(x.shape[-2] for x in k) <= SHORT
+    return whole and (q.dtype != torch.float32 or interpreting())
+
+
+def forward(
+    q: Sequence[Tensor],
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    extras: Extras,
+    t: Tables,
+    scale: float,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """Fill `out` [rows, sub-batch, heads, N, channels] and `lse` [terms, sub-batch, heads, N]."""
+    arguments = common(q, k, v, extras, t, scale)
+    kernel: Any
+    if _is_short(q[0], k, t.stretches):
+        keys = max(128, 1 << (max(x.shape[-2] for x in k) - 1).bit_length())
+        kernel, tile = _short, tile_for(_SHORT, keys, q[0])
+        arguments["BN"] = tile.block_n if not interpreting() else keys
+    else:
+        kernel, tile = _long, tile_for(_LONG, (arguments["D0"], arguments["D1"]), q[0])
+        arguments |= {"BN": tile.block_n, "SINGLE": t.single}
+    _, sub, heads, n, _ = q[0].shape
+    with torch.cuda.device_of(q[0]):
+        kernel[triton.cdiv(n, tile.block_m), sub * heads, out.shape[0]](
+            **arguments,
+            **out_strides(out),
+            out=out,
+            lse=lse,
+            starts=t.starts,
+            weights=extras.weights,
+            WEIGHTED=extras.weights is not None,
+            LSE=lse is not None,
+            BM=tile.block_m,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+
+
+def _is_short(q: Tensor, k: Sequence[Tensor], terms: Sequence[Stretch]) -> bool:
+    """Whether every softmax fits; fp32 has no tensor cores, and gains nothing by it."""
+    whole = all(s.closes for s in terms) and max(x.shape[-2] for x in k) <= SHORT
+    return whole and (q.dtype != torch.float32 or interpreting())
+
+
+def specimens(arch: str) -> Iterator[Specimen]:
+    """What ships for an architecture: plain, and with everything that a row may have."""
+    none = {"weights": None, "lse": None, "WEIGHTED": False, "LSE": False}
+    full = {"weights": "*fp32:16", "lse": "*fp32:16", "bias": "*fp32:16"}
+    full |= dict.fromkeys(("WEIGHTED", "LSE", "BIASED"), True)
+    for d in WIDTHS:
+        given = form("fp16", d) | {"out": "*fp16:16", "starts": "*i32:16"}
+        tile = _LONG[arch][given["D0"], given["D1"]]
+        for single, options in ((True, none), (False, full)):
+            name = f"sum of terms, long, {'one' if single else 'several'}, {d}"
+            sizes = {"SINGLE": single, "BM": tile.block_m, "BN": tile.block_n}
+            yield Specimen(name, _long, given | options | sizes, tile, arch)
+        for keys, tile in _SHORT[arch].items():
+            sizes = {"BM": tile.block_m, "BN": keys}
+            yield Specimen(f"sum of terms, short, {d}", _short, given | full | sizes, tile, arch)
