@@ -1,0 +1,220 @@
+"""The gradient of `map_readout`, by recomputation:
+
+    dS = P * (dP - r),    r_n = sum_t P_nt dP_nt,    dP = dmap / heads at the chosen keys, else 0
+
+dP of a tile of keys is dmap times a one-hot matrix, so a map may be of any keys in any order. dk is
+summed over splits of the queries in partial results, not by atomics: runs are bit-identical.
+"""
+
+# mypy: disallow-incomplete-defs=False
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hookctl.kernels.guard import form
+from hookctl.kernels.launch import INTERPRETED, Launch, Specimen, arch_of, interpreting, pieces
+from hookctl.kernels.tiles import LOG2E, add_products, dot, nothing, parts, products, store
+
+PROGRAMS = 256  # queries are split until there are about so many
+
+
+def padded(count: int) -> int:
+    """Columns of a tile of so many chosen tokens."""
+    return max(16, triton.next_power_of_2(count))
+
+
+@triton.jit
+def _spread(grad, one_hot, SPLIT: tl.constexpr, UPCAST: tl.constexpr):
+    """grad [m, t] times a one-hot matrix [t, n], by tensor cores where SPLIT.
+
+    Two bf16 pieces hold 16 bits of grad, and the product with 0 and 1 is exact: more than the half
+    precision of the operands that it meets.
+    """
+    acc = tl.zeros([grad.shape[0], one_hot.shape[1]], tl.float32)
+    if SPLIT:
+        coarse = grad.to(tl.bfloat16)
+        fine = (grad - coarse.to(tl.float32)).to(tl.bfloat16)
+        which = one_hot.to(tl.float32).to(tl.bfloat16)
+        acc = dot(coarse, which, acc, UPCAST)
+        return dot(fine, which, acc, UPCAST)
+    else:
+        return dot(grad, one_hot.to(tl.float32), acc, UPCAST)
+
+
+@triton.jit
+def _chosen_and_grad(
+    chosen_ptr, grad_ptr, b, m, tokens, keys, heads, count, chosen_stride, grad_stride_b,
+    BT: tl.constexpr,
+):  # fmt: skip
+    """The chosen keys [t], and dP at them [m, t]."""
+    t = tl.arange(0, BT)
+    chosen = tl.load(chosen_ptr + b * chosen_stride + t, mask=t < count, other=keys).to(tl.int32)
+    mask = (m < tokens)[:, None] & (chosen < keys)[None, :]
+    at = b * grad_stride_b + m[:, None] * count + t[None, :]
+    return chosen, tl.load(grad_ptr + at, mask=mask, other=0.0) / heads
+
+
+@triton.jit
+def _of_queries(
+    q_ptr, k_ptr, chosen_ptr, lse_ptr, grad_ptr, dq_ptr, r_ptr, tokens, keys, heads, count, scale,
+    q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
+    dq_stride_b, dq_stride_h, dq_stride_n, chosen_stride, grad_stride_b,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BT: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """dq and r of one tile of queries of one head."""
+    b = (tl.program_id(1) // heads).to(tl.int64)
+    h = (tl.program_id(1) % heads).to(tl.int64)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    k_ptr += b * k_stride_b + h * k_stride_h
+    q_ptr += b * q_stride_b + h * q_stride_h
+    q_0, q_1 = parts(q_ptr, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN)
+    row = tl.program_id(1).to(tl.int64) * tokens + m
+    lse = tl.load(lse_ptr + row, mask=m < tokens, other=float("inf")) * LOG2E
+    chosen, grad = _chosen_and_grad(
+        chosen_ptr, grad_ptr, b, m, tokens, keys, heads, count, chosen_stride, grad_stride_b, BT
+    )
+    scores = products(
+        q_0, q_1, k_ptr, k_stride_n, k_stride_d, chosen, keys, D, D0, D1, ALIGN, UPCAST
+    )
+    r = tl.sum(tl.exp2(scores * (scale * LOG2E) - lse[:, None]) * grad, 1)
+    tl.store(r_ptr + row, r, mask=m < tokens)
+    dq_0, dq_1 = nothing(BM, D0, D1)
+    for first in range(0, keys, BN):
+        n = first + tl.arange(0, BN)
+        scores = products(
+            q_0, q_1, k_ptr, k_stride_n, k_stride_d, n, keys, D, D0, D1, ALIGN, UPCAST
+        )
+        p = tl.exp2(scores * (scale * LOG2E) - lse[:, None])
+        dp = _spread(grad, chosen[:, None] == n[None, :], SPLIT, UPCAST)
+        # Keys past the end are loaded as 0, and add nothing.
+        dq_0, dq_1 = add_products(
+            dq_0, dq_1, p * (dp - r[:, None]), k_ptr, k_stride_n, k_stride_d, n, keys,
+            D, D0, D1, ALIGN, UPCAST,
+        )  # fmt: skip
+    dq_ptr += b * dq_stride_b + h * dq_stride_h
+    store(dq_ptr, dq_stride_n, m, tokens, dq_0 * scale, dq_1 * scale, D, D0, D1)
+
+
+@triton.jit
+def _of_keys(
+    q_ptr, k_ptr, chosen_ptr, lse_ptr, grad_ptr, r_ptr, dk_ptr, tokens, keys, heads, count, scale,
+    q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
+    chosen_stride, grad_stride_b,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BT: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """dk of one tile of keys of one head, over every num_programs(2)-th tile of queries."""
+    b = (tl.program_id(1) // heads).to(tl.int64)
+    h = (tl.program_id(1) % heads).to(tl.int64)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    q_ptr += b * q_stride_b + h * q_stride_h
+    k_ptr += b * k_stride_b + h * k_stride_h
+    lse_ptr += tl.program_id(1).to(tl.int64) * tokens
+    r_ptr += tl.program_id(1).to(tl.int64) * tokens
+    k_0, k_1 = parts(k_ptr, k_stride_n, k_stride_d, n, keys, D, D0, D1, ALIGN)
+    dk_0, dk_1 = nothing(BN, D0, D1)
+    for first in range(tl.program_id(2) * BM, tokens, tl.num_programs(2) * BM):
+        m = first + tl.arange(0, BM)
+        scores = products(
+            k_0, k_1, q_ptr, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN, UPCAST
+        )
+        lse = tl.load(lse_ptr + m, mask=m < tokens, other=float("inf")) * LOG2E
+        p = tl.exp2(scores * (scale * LOG2E) - lse[None, :])
+        chosen, grad = _chosen_and_grad(
+            chosen_ptr, grad_ptr, b, m, tokens, keys, heads, count, chosen_stride,
+            grad_stride_b, BT,
+        )  # fmt: skip
+        dp = tl.trans(_spread(grad, chosen[:, None] == n[None, :], SPLIT, UPCAST))
+        r = tl.load(r_ptr + m, mask=m < tokens, other=0.0)
+        dk_0, dk_1 = add_products(
+            dk_0, dk_1, p * (dp - r[None, :]), q_ptr, q_stride_n, q_stride_d, m, tokens,
+            D, D0, D1, ALIGN, UPCAST,
+        )  # fmt: skip
+    dk_ptr += (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * keys * D
+    store(dk_ptr, D, n, keys, dk_0 * scale, dk_1 * scale, D, D0, D1)
+
+
+# (chip, whether elements have 4 bytes, whether the head is wider than 128) -> tile
+LAUNCHES = {
+    ("sm_80", False, False): Launch(64, 32, 4, 1),
+    ("sm_80", False, True): Launch(32, 32, 4, 1),
+    ("sm_80", True, False): Launch(32, 32, 4, 1),
+    ("sm_80", True, True): Launch(32, 16, 4, 1),
+    ("sm_90", False, False): Launch(64, 64, 4, 2),
+    ("sm_90", False, True): Launch(64, 32, 8, 1),
+    ("sm_90", True, False): Launch(32, 32, 4, 1),
+    ("sm_90", True, True): Launch(32, 16, 4, 1),
+    ("gfx942", False, False): Launch(64, 32, 4, 1),
+    ("gfx942", False, True): Launch(32, 32, 4, 1),
+    ("gfx942", True, False): Launch(32, 32, 4, 1),
+    ("gfx942", True, True): Launch(16, 16, 4, 1),
+}
+
+
+@torch.library.custom_op("hookctl::map_gradients", mutates_args=())
+def operator(
+    q: Tensor, k: Tensor, tokens: Tensor, lse: Tensor, grad: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """dq and dk. tokens: int64 [batch, T], those without a key beyond the last."""
+    batch, heads, length, width = q.shape
+    keys, count = k.shape[2], tokens.shape[1]
+    tile = INTERPRETED
+    if not interpreting():
+        tile = LAUNCHES[arch_of(q.device), q.element_size() == 4, width > 128]
+    d0, d1 = pieces(width)
+    constants: dict[str, Any] = {
+        "D": width, "D0": d0, "D1": d1, "BM": tile.block_m, "BN": tile.block_n,
+        "BT": padded(count), "SPLIT": q.element_size() == 2,
+        "ALIGN": 2 if q.stride(-1) == k.stride(-1) == 1 else 1, "UPCAST": interpreting(),
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    grad, r, dq = grad.contiguous(), torch.empty_like(lse), _like(q)
+    tiles, key_tiles = (triton.cdiv(x, b) for x, b in zip((length, keys), tile[:2], strict=True))
+    _of_queries[tiles, batch * heads](
+        q, k, tokens, lse, grad, dq, r, length, keys, heads, count, scale,
+        *q.stride(), *k.stride(), *dq.stride()[:3], tokens.stride(0), grad.stride(0), **constants,
+    )  # fmt: skip
+    splits = max(1, min(tiles, PROGRAMS // (key_tiles * batch * heads)))
+    dk = q.new_empty(splits, batch, heads, keys, width, dtype=torch.float32)
+    _of_keys[key_tiles, batch * heads, splits](
+        q, k, tokens, lse, grad, r, dk, length, keys, heads, count, scale,
+        *q.stride(), *k.stride(), tokens.stride(0), grad.stride(0), **constants,
+    )  # fmt: skip
+    return dq, dk.sum(0).to(k.dtype)
+
+
+def _like(q: Tensor) -> Tensor:
+    """With the heads of a token beside each other, as the model's projections want them."""
+    batch, heads, length, width = q.shape
+    return q.new_empty(batch, length, heads, width).transpose(1, 2)
+
+
+@operator.register_fake
+def _(q, k, tokens, lse, grad, scale):
+    return _like(q), k.new_empty(k.shape)
+
+
+def specimens(arch: str) -> Iterator[Specimen]:
+    for element, width in (("fp16", 64), ("fp16", 128), ("fp16", 160), ("fp32", 64)):
+        tile = LAUNCHES[arch, element == "fp32", width > 128]
+        d0, d1 = pieces(width)
+        types = {
+            "D": width, "D0": d0, "D1": d1, "BM": tile.block_m, "BN": tile.block_n, "BT": 16,
+            "SPLIT": element != "fp32", "ALIGN": 2, "UPCAST": False, "scale": "fp32",
+            "chosen_ptr": "*i64:16", "lse_ptr": "*fp32:16", "grad_ptr": "*fp32:16",
+            "r_ptr": "*fp32:16", "q_stride_d": "i32", "k_stride_d": "i32", "chosen_stride": "i32",
+            "grad_stride_b": "i32",
+        }  # fmt: skip
+        for name, kernel in (("dq", _of_queries), ("dk", _of_keys)):
+            more = {} if kernel is _of_queries else {"dk_ptr": "*fp32:16"}
+            arguments = form(kernel, element, **types, **more)
+            full = f"map_readout {name} {element} d{width}"
+            yield Specimen(full, kernel, arguments, tile, arch, dots=element != "fp32")

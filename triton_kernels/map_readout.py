@@ -1,0 +1,263 @@
+"""Attention maps of chosen keys, averaged over heads, from q and k alone:
+
+    map[n, t] = mean_h softmax_m(q_hn k_hm * scale)     at m = tokens[t]
+
+The matrix is never formed: the log-sum-exp of a query is found tile by tile, or given, and then
+only the chosen columns are. The gradient (`map_gradients`) recomputes the probabilities, so an
+energy over a map costs no matrix either. `key_marginals` is the other thin view of the matrix, the
+attention that each key draws from all queries (Hong et al., arXiv 2210.00939).
+"""
+
+# mypy: disallow-incomplete-defs=False
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hookctl.kernels import map_gradients
+from hookctl.kernels.guard import form
+from hookctl.kernels.launch import INTERPRETED, Launch, Specimen, arch_of, interpreting, pieces
+from hookctl.kernels.tiles import LOG2E, parts, products
+
+MOST_TOKENS = 128  # of one launch
+PROGRAMS = 256  # work is split over heads or queries until there are about so many
+
+
+def reference(q: Tensor, k: Tensor, tokens: Tensor, scale: float | None = None) -> Tensor:
+    """`map_readout` from the explicit matrix, in the dtype of its arguments."""
+    p = (q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)).softmax(-1).mean(1)
+    chosen = tokens.expand(q.shape[0], -1)[:, None].expand(-1, q.shape[2], -1)
+    return p.gather(-1, chosen.clamp_min(0)).masked_fill(chosen < 0, 0.0)
+
+
+@triton.jit
+def _log_sum_exp(
+    q_0, q_1, k_ptr, k_token, k_channel, keys, scale,
+    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    ALIGN: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Of the scores of some queries over all keys, in base 2."""
+    top = tl.full([BM], float("-inf"), tl.float32)
+    norm = tl.zeros([BM], tl.float32)
+    for first in range(0, keys, BN):
+        n = first + tl.arange(0, BN)
+        scores = products(q_0, q_1, k_ptr, k_token, k_channel, n, keys, D, D0, D1, ALIGN, UPCAST)
+        scores = tl.where((n < keys)[None, :], scores * scale, float("-inf"))
+        new = tl.maximum(top, tl.max(scores, 1))
+        norm = norm * tl.exp2(top - new) + tl.sum(tl.exp2(scores - new[:, None]), 1)
+        top = new
+    return top + tl.log2(norm)
+
+
+@triton.jit
+def _forward(
+    q_ptr, k_ptr, chosen_ptr, given_ptr, map_ptr, lse_ptr, tokens, keys, heads, count, scale,
+    q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
+    chosen_stride,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BT: tl.constexpr, GIVEN: tl.constexpr, ALIGN: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Maps [splits, batch, N, count] of a tile of queries, summed over the heads of one split.
+
+    chosen: positions of keys, those without a key beyond the last. GIVEN: whether the
+    log-sum-exps are; else they are found and written to lse.
+    """
+    b = tl.program_id(1).to(tl.int64)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    t = tl.arange(0, BT)
+    chosen = tl.load(chosen_ptr + b * chosen_stride + t, mask=t < count, other=keys).to(tl.int32)
+    total = tl.zeros([BM, BT], tl.float32)
+    for h in range(tl.program_id(2), heads, tl.num_programs(2)):
+        q_at = q_ptr + b * q_stride_b + h * q_stride_h
+        k_at = k_ptr + b * k_stride_b + h * k_stride_h
+        q_0, q_1 = parts(q_at, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN)
+        at = (b * heads + h) * tokens + m
+        if GIVEN:
+            lse = tl.load(given_ptr + at, mask=m < tokens, other=0.0) * LOG2E
+        else:
+            lse = _log_sum_exp(
+                q_0, q_1, k_at, k_stride_n, k_stride_d, keys, scale * LOG2E,
+                BM, BN, D, D0, D1, ALIGN, UPCAST,
+            )  # fmt: skip
+            tl.store(lse_ptr + at, lse / LOG2E, mask=m < tokens)
+        scores = products(
+            q_0, q_1, k_at, k_stride_n, k_stride_d, chosen, keys, D, D0, D1, ALIGN, UPCAST
+        )
+        total += tl.exp2(scores * (scale * LOG2E) - lse[:, None])
+    total = tl.where((chosen < keys)[None, :], total / heads, 0.0)
+    rows = (tl.program_id(2) * tl.num_programs(1) + b) * tokens + m
+    mask = (m < tokens)[:, None] & (t < count)[None, :]
+    tl.store(map_ptr + rows[:, None] * count + t[None, :], total, mask=mask)
+
+
+@triton.jit
+def _marginals(
+    q_ptr, k_ptr, lse_ptr, out_ptr, tokens, keys, heads, scale,
+    q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ALIGN: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Probabilities of a tile of keys summed over all queries, [batch, heads, M]."""
+    b = (tl.program_id(1) // heads).to(tl.int64)
+    h = (tl.program_id(1) % heads).to(tl.int64)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    q_ptr += b * q_stride_b + h * q_stride_h
+    k_ptr += b * k_stride_b + h * k_stride_h
+    lse_ptr += tl.program_id(1).to(tl.int64) * tokens
+    k_0, k_1 = parts(k_ptr, k_stride_n, k_stride_d, n, keys, D, D0, D1, ALIGN)
+    total = tl.zeros([BN], tl.float32)
+    for first in range(0, tokens, BM):
+        m = first + tl.arange(0, BM)
+        scores = products(
+            k_0, k_1, q_ptr, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN, UPCAST
+        )
+        lse = tl.load(lse_ptr + m, mask=m < tokens, other=float("inf")) * LOG2E
+        total += tl.sum(tl.exp2(scores * (scale * LOG2E) - lse[None, :]), 1)
+    out_ptr += tl.program_id(1).to(tl.int64) * keys
+    tl.store(out_ptr + n, total, mask=n < keys)
+
+
+# (chip, whether elements have 4 bytes, whether the head is wider than 128) -> tile
+LAUNCHES = {
+    ("sm_80", False, False): Launch(64, 64, 4, 2),
+    ("sm_80", False, True): Launch(64, 32, 4, 2),
+    ("sm_80", True, False): Launch(32, 32, 4, 1),
+    ("sm_80", True, True): Launch(32, 32, 4, 1),
+    ("sm_90", False, False): Launch(64, 64, 4, 2),
+    ("sm_90", False, True): Launch(64, 64, 4, 2),
+    ("sm_90", True, False): Launch(32, 32, 4, 2),
+    ("sm_90", True, True): Launch(32, 32, 4, 1),
+    ("gfx942", False, False): Launch(64, 32, 4, 1),
+    ("gfx942", False, True): Launch(32, 32, 4, 1),
+    ("gfx942", True, False): Launch(32, 32, 4, 1),
+    ("gfx942", True, True): Launch(32, 16, 4, 1),
+}
+
+
+def _constants(q: Tensor, k: Tensor) -> dict[str, Any]:
+    tile = INTERPRETED
+    if not interpreting():
+        tile = LAUNCHES[arch_of(q.device), q.element_size() == 4, q.shape[-1] > 128]
+    d0, d1 = pieces(q.shape[-1])
+    return {
+        "D": q.shape[-1], "D0": d0, "D1": d1, "BM": tile.block_m, "BN": tile.block_n,
+        "ALIGN": 2 if q.stride(-1) == k.stride(-1) == 1 else 1, "UPCAST": interpreting(),
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+
+
+@torch.library.custom_op("hookctl::map_readout", mutates_args=())
+def _operator(
+    q: Tensor, k: Tensor, tokens: Tensor, lse: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    batch, heads, length, _ = q.shape
+    constants, count = _constants(q, k), tokens.shape[1]
+    tiles = triton.cdiv(length, constants["BM"])
+    splits = max(1, min(heads, PROGRAMS // (tiles * batch)))
+    maps = q.new_empty(splits, batch, length, count, dtype=torch.float32)
+    found = q.new_empty(batch, heads, length, dtype=torch.float32)
+    _forward[tiles, batch, splits](
+        q, k, tokens, found if lse is None else lse.contiguous(), maps, found,
+        length, k.shape[2], heads, count, scale, *q.stride(), *k.stride(), tokens.stride(0),
+        BT=map_gradients.padded(count), GIVEN=lse is not None, **constants,
+    )  # fmt: skip
+    return maps.sum(0), found if lse is None else lse.clone()
+
+
+@_operator.register_fake
+def _(q, k, tokens, lse, scale):
+    batch, heads, length, _ = q.shape
+    maps = q.new_empty(batch, length, tokens.shape[1], dtype=torch.float32)
+    return maps, q.new_empty(batch, heads, length, dtype=torch.float32)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, tokens, _, ctx.scale = inputs
+    ctx.save_for_backward(q, k, tokens, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+    dq, dk = map_gradients.operator(*ctx.saved_tensors, grad, ctx.scale)
+    return dq, dk, None, None, None
+
+
+_operator.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op("hookctl::key_marginals", mutates_args=())
+def _marginals_operator(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> Tensor:
+    batch, heads, length, _ = q.shape
+    out = q.new_empty(batch, heads, k.shape[2], dtype=torch.float32)
+    constants = _constants(q, k)
+    _marginals[triton.cdiv(k.shape[2], constants["BN"]), batch * heads](
+        q, k, lse, out, length, k.shape[2], heads, scale, *q.stride(), *k.stride(), **constants
+    )
+    return out
+
+
+@_marginals_operator.register_fake
+def _(q, k, lse, scale):
+    return q.new_empty(*q.shape[:2], k.shape[2], dtype=torch.float32)
+
+
+def map_readout(
+    q: Tensor, k: Tensor, tokens: Tensor, scale: float | None = None, lse: Tensor | None = None
+) -> Tensor:
+    """Probabilities of chosen keys, averaged over heads: float32 [batch, N, T], differentiable.
+
+    q: [batch, heads, N, channels]; k: [batch, heads, M, channels], up to 160 channels, any strides;
+    tokens: int64 [T], or a row for each of the batch, where -1 stands for no key and gives 0;
+    scale: channels ** -0.5 by default; lse: log-sum-exp of the scores, float32 [batch, heads, N],
+    if an attention over the same q and k has given it.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    chosen = torch.where(tokens < 0, k.shape[2], tokens).expand(q.shape[0], -1)
+    parts = []
+    for some in chosen.split(MOST_TOKENS, 1):
+        part, lse = _operator(q, k, some, lse, scale)
+        parts.append(part)
+    return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+
+
+def key_marginals(
+    q: Tensor, k: Tensor, scale: float | None = None, lse: Tensor | None = None
+) -> Tensor:
+    """The attention that each key draws, summed over queries and averaged over heads.
+
+    Arguments as of `map_readout`. Returns float32 [batch, M], without a gradient.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    with torch.no_grad():
+        if lse is None:
+            nothing = torch.full((1, 1), k.shape[2], device=q.device).expand(q.shape[0], 1)
+            lse = _operator(q, k, nothing, None, scale)[1]
+        return _marginals_operator(q, k, lse.contiguous(), scale).mean(1)
+
+
+def specimens(arch: str) -> Iterator[Specimen]:
+    for element, width in (("fp16", 64), ("fp16", 80), ("fp16", 128), ("fp16", 160), ("fp32", 64)):
+        tile = LAUNCHES[arch, element == "fp32", width > 128]
+        d0, d1 = pieces(width)
+        types = {
+            "D": width, "D0": d0, "D1": d1, "BM": tile.block_m, "BN": tile.block_n, "ALIGN": 2,
+            "UPCAST": False, "scale": "fp32", "lse_ptr": "*fp32:16",
+            "q_stride_d": "i32", "k_stride_d": "i32",
+        }  # fmt: skip
+        more = {
+            "chosen_ptr": "*i64:16", "given_ptr": "*fp32:16", "map_ptr": "*fp32:16",
+            "chosen_stride": "i32", "BT": 16, "GIVEN": False,
+        }  # fmt: skip
+        dots = element != "fp32"
+        arguments = form(_forward, element, **types, **more)
+        yield Specimen(f"map_readout {element} d{width}", _forward, arguments, tile, arch, dots)
+        if width == 160:
+            arguments = form(_marginals, element, **types, out_ptr="*fp32:16")
+            name = f"key_marginals {element} d{width}"
+            yield Specimen(name, _marginals, arguments, tile, arch, dots)

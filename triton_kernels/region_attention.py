@@ -1,0 +1,266 @@
+"""Flash attention between tokens that share a region:
+
+    out_n = sum_m softmax_m(q_n k_m * scale) v_m     over the keys with query_regions & key_regions
+
+Every token has an int64 bit set, and no mask is formed. A tile of queries walks over a list of the
+tiles of keys that it may see (`region_lists`): a branch instead would keep the loop from being
+pipelined. Tiles that one region covers come first and need no test. A query that shares a region
+with no key gives 0, and its log-sum-exp is -inf. The gradients (`region_gradients`) are recomputed
+tile by tile (Dao, arXiv 2307.08691), without atomics: runs are bit-identical.
+"""
+
+# mypy: disallow-incomplete-defs=False
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hookctl.kernels import region_gradients
+from hookctl.kernels.guard import form
+from hookctl.kernels.launch import INTERPRETED, Launch, Specimen, arch_of, interpreting, pieces
+from hookctl.kernels.region_lists import tile_lists
+from hookctl.kernels.tiles import LOG2E, add_products, nothing, parts, products, store
+
+WIDTHS = (64, 80, 96, 128, 160)  # 40 is 64 to the compiler
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_regions: Tensor,
+    key_regions: Tensor,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`region_attention` by an explicit matrix, in the dtype of its arguments."""
+    allowed = (query_regions[..., :, None] & key_regions[..., None, :]) != 0
+    allowed = allowed[:, None] if allowed.dim() == 3 else allowed
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    empty = ~allowed.any(-1, keepdim=True)
+    # Rows without a key are let see all of them and cut afterwards: their gradient is 0, not NaN.
+    scores = scores.masked_fill(~(allowed | empty), float("-inf"))
+    lse = scores.logsumexp(-1).masked_fill(empty[..., 0], float("-inf"))
+    return (scores.softmax(-1) @ v).masked_fill(empty, 0.0), lse
+
+
+@triton.jit
+def region_bits(pointer, i, length):
+    """Bit sets of the tokens i; those past the end are in no region."""
+    return tl.load(pointer + i, mask=i < length, other=0)
+
+
+@triton.jit
+def _walk(
+    q_0, q_1, of_queries, top, norm, acc_0, acc_1, order, first, last,
+    k_ptr, v_ptr, k_regions_ptr, k_token, k_channel, v_token, v_channel, keys, scale,
+    TEST: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BN: tl.constexpr,
+    ALIGN: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over the listed tiles of keys; scores in base 2."""
+    for i in range(first, last):
+        n = tl.load(order + i) * BN + tl.arange(0, BN)
+        scores = scale * products(
+            q_0, q_1, k_ptr, k_token, k_channel, n, keys, D, D0, D1, ALIGN, UPCAST
+        )
+        if TEST:
+            of_keys = region_bits(k_regions_ptr, n, keys)
+            allowed = (of_queries[:, None] & of_keys[None, :]) != 0
+            scores = tl.where(allowed, scores, float("-inf"))
+        new = tl.maximum(top, tl.max(scores, 1))
+        # A query without any key so far keeps a finite pivot, so that nothing becomes NaN.
+        pivot = tl.where(new == float("-inf"), 0.0, new)
+        p = tl.exp2(scores - pivot[:, None])
+        fade = tl.exp2(top - pivot)
+        norm = norm * fade + tl.sum(p, 1)
+        acc_0, acc_1 = add_products(
+            acc_0 * fade[:, None], acc_1 * fade[:, None], p,
+            v_ptr, v_token, v_channel, n, keys, D, D0, D1, ALIGN, UPCAST,
+        )  # fmt: skip
+        top = new
+    return top, norm, acc_0, acc_1
+
+
+@triton.jit
+def _forward(
+    q_ptr, k_ptr, v_ptr, q_regions_ptr, k_regions_ptr, order_ptr, counts_ptr, out_ptr, lse_ptr,
+    tokens, keys, heads, listed, scale,
+    q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
+    v_stride_b, v_stride_h, v_stride_n, v_stride_d, out_stride_b, out_stride_h, out_stride_n,
+    q_regions_stride, k_regions_stride, lists_b,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ALIGN: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries of one head. lists_b: lists (tiles of queries) from one row of the batch
+    to the next, 0 where it shares them; listed: length of a list."""
+    b = (tl.program_id(1) // heads).to(tl.int64)
+    h = (tl.program_id(1) % heads).to(tl.int64)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    q_ptr += b * q_stride_b + h * q_stride_h
+    k_ptr += b * k_stride_b + h * k_stride_h
+    v_ptr += b * v_stride_b + h * v_stride_h
+    k_regions_ptr += b * k_regions_stride
+    at = b * lists_b + tl.program_id(0)
+    whole = tl.load(counts_ptr + 2 * at)
+    order = order_ptr + at * listed
+    q_0, q_1 = parts(q_ptr, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN)
+    of_queries = region_bits(q_regions_ptr + b * q_regions_stride, m, tokens)
+    top = tl.full([BM], float("-inf"), tl.float32)
+    norm = tl.zeros([BM], tl.float32)
+    acc_0, acc_1 = nothing(BM, D0, D1)
+    top, norm, acc_0, acc_1 = _walk(
+        q_0, q_1, of_queries, top, norm, acc_0, acc_1, order, 0, whole,
+        k_ptr, v_ptr, k_regions_ptr, k_stride_n, k_stride_d, v_stride_n, v_stride_d,
+        keys, scale * LOG2E, False, D, D0, D1, BN, ALIGN, UPCAST,
+    )  # fmt: skip
+    top, norm, acc_0, acc_1 = _walk(
+        q_0, q_1, of_queries, top, norm, acc_0, acc_1, order, whole,
+        tl.load(counts_ptr + 2 * at + 1),
+        k_ptr, v_ptr, k_regions_ptr, k_stride_n, k_stride_d, v_stride_n, v_stride_d,
+        keys, scale * LOG2E, True, D, D0, D1, BN, ALIGN, UPCAST,
+    )  # fmt: skip
+    gain = (1.0 / tl.where(norm > 0, norm, 1.0))[:, None]
+    out_ptr += b * out_stride_b + h * out_stride_h
+    store(out_ptr, out_stride_n, m, tokens, acc_0 * gain, acc_1 * gain, D, D0, D1)
+    lse_ptr += tl.program_id(1).to(tl.int64) * tokens
+    tl.store(lse_ptr + m, (top + tl.log2(norm)) / LOG2E, mask=m < tokens)
+
+
+# (chip, whether elements have 4 bytes, whether the head is wider than 128) -> tile
+LAUNCHES = {
+    ("sm_80", False, False): Launch(128, 64, 8, 2),
+    ("sm_80", False, True): Launch(128, 32, 8, 2),
+    ("sm_80", True, False): Launch(64, 32, 4, 2),
+    ("sm_80", True, True): Launch(32, 32, 4, 1),
+    ("sm_90", False, False): Launch(128, 64, 8, 3),
+    ("sm_90", False, True): Launch(128, 32, 8, 2),
+    ("sm_90", True, False): Launch(64, 32, 4, 2),
+    ("sm_90", True, True): Launch(32, 32, 4, 1),
+    ("gfx942", False, False): Launch(64, 64, 4, 1),
+    ("gfx942", False, True): Launch(64, 32, 4, 1),
+    ("gfx942", True, False): Launch(32, 32, 4, 1),
+    ("gfx942", True, True): Launch(32, 32, 4, 1),
+}
+
+
+def _launch(x: Tensor) -> Launch:
+    if interpreting():
+        return INTERPRETED
+    return LAUNCHES[arch_of(x.device), x.element_size() == 4, x.shape[-1] > 128]
+
+
+@torch.library.custom_op("hookctl::region_attention", mutates_args=())
+def _operator(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_regions: Tensor,
+    key_regions: Tensor,
+    order: Tensor,
+    counts: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    out, lse = _outputs(q, v)
+    batch, heads, tokens, width = q.shape
+    tile, (d0, d1) = _launch(q), pieces(width)
+    _forward[order.shape[1], batch * heads](
+        q, k, v, query_regions, key_regions, order, counts, out, lse,
+        tokens, k.shape[2], heads, order.shape[2], scale,
+        *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3],
+        query_regions.stride(0), key_regions.stride(0), lists_between(order),
+        D=width, D0=d0, D1=d1, BM=tile.block_m, BN=tile.block_n,
+        ALIGN=side_by_side(q, k, v), UPCAST=interpreting(),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out, lse
+
+
+def side_by_side(*stacks: Tensor) -> int:
+    """For the loads of tiles: above 1 where all channels lie side by side."""
+    return 16 // stacks[0].element_size() if all(x.stride(-1) == 1 for x in stacks) else 1
+
+
+def lists_between(order: Tensor) -> int:
+    """Lists from one row of the batch to the next."""
+    return order.shape[1] if order.shape[0] > 1 else 0
+
+
+@_operator.register_fake
+def _(q, k, v, query_regions, key_regions, order, counts, scale):
+    return _outputs(q, v)
+
+
+def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The output, with its heads beside each other as the model merges them, and the lse."""
+    batch, heads, tokens, width = q.shape
+    out = v.new_empty(batch, tokens, heads, width).transpose(1, 2)
+    return out, q.new_empty(batch, heads, tokens, dtype=torch.float32)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *given, ctx.scale = inputs
+    ctx.save_for_backward(*given[:5], *output)
+
+
+def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+    grads = region_gradients.operator(*ctx.saved_tensors, grad, grad_lse, ctx.scale)
+    return *grads, None, None, None, None, None
+
+
+_operator.register_autograd(_backward, setup_context=_setup)
+
+
+def lists(query_regions: Tensor, key_regions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The lists of tiles for queries `like` these, made once and given to many calls."""
+    tile = _launch(like)
+    return tile_lists(
+        query_regions.reshape(-1, query_regions.shape[-1]),
+        key_regions.reshape(-1, key_regions.shape[-1]),
+        tile.block_m,
+        tile.block_n,
+    )
+
+
+def region_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_regions: Tensor,
+    key_regions: Tensor,
+    scale: float | None = None,
+    listed: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The output and the log-sum-exp of the scores, both differentiable in q, k and v.
+
+    q: [batch, heads, N, channels]; k, v: [batch, heads, M, channels], up to 160 channels, any
+    strides; query_regions, key_regions: int64 [N] and [M] on the same device, or a row of both for
+    each of the batch; scale: channels ** -0.5 by default; listed: `lists` of the same regions.
+    Returns [batch, heads, N, channels] and float32 [batch, heads, N].
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    order, counts = listed or lists(query_regions, key_regions, q)
+    of_queries, of_keys = (
+        r.contiguous().expand(q.shape[0], -1) for r in (query_regions, key_regions)
+    )
+    return _operator(q, k, v, of_queries, of_keys, order, counts, scale)
+
+
+def specimens(arch: str) -> Iterator[Specimen]:
+    wanted = [("fp16", width) for width in WIDTHS] + [("bf16", 64), ("fp32", 64), ("fp32", 160)]
+    for element, width in wanted:
+        tile = LAUNCHES[arch, element == "fp32", width > 128]
+        d0, d1 = pieces(width)
+        common = {
+            "D": width, "D0": d0, "D1": d1, "BM": tile.block_m, "BN": tile.block_n,
+            "ALIGN": 8, "UPCAST": False, "scale": "fp32", "q_regions_ptr": "*i64:16",
+            "k_regions_ptr": "*i64:16", "order_ptr": "*i32:16", "counts_ptr": "*i32:16",
+            "lse_ptr": "*fp32:16", "q_stride_d": "i32", "k_stride_d": "i32", "v_stride_d": "i32",
+        }  # fmt: skip
+        arguments = form(_forward, element, **common)
+        name = f"region_attention forward {element} d{width}"
+        yield Specimen(name, _forward, arguments, tile, arch, dots=element != "fp32")

@@ -1,0 +1,288 @@
+"""Gradients of `region_attention`, recomputed tile by tile:
+
+    P = exp(S - lse),   dS = P * (dP - delta),   delta_n = <grad_n, out_n> - grad of lse_n
+
+dq walks over the tiles of keys as the forward does, dk and dv over the tiles of queries that see a
+tile of keys. Nothing is summed by atomics.
+"""
+
+# mypy: disallow-incomplete-defs=False
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hookctl.kernels.guard import form
+from hookctl.kernels.launch import INTERPRETED, Launch, Specimen, arch_of, interpreting, pieces
+from hookctl.kernels.region_lists import tile_lists
+from hookctl.kernels.tiles import LOG2E, add_products, nothing, parts, products, store
+
+
+@triton.jit
+def _bits(pointer, i, length):
+    return tl.load(pointer + i, mask=i < length, other=0)
+
+
+@triton.jit
+def _base_2(lse):
+    """Log-sum-exps in base 2; +inf for rows without any key, so that their probabilities are 0."""
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+
+
+@triton.jit
+def _walk_keys(
+    q_0, q_1, g_0, g_1, of_queries, lse, delta, dq_0, dq_1, order, first, last,
+    k_ptr, v_ptr, k_regions_ptr, k_token, k_channel, v_token, v_channel, keys, scale,
+    TEST: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BN: tl.constexpr,
+    ALIGN: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """dq / scale over the listed tiles of keys."""
+    for i in range(first, last):
+        n = tl.load(order + i) * BN + tl.arange(0, BN)
+        scores = products(q_0, q_1, k_ptr, k_token, k_channel, n, keys, D, D0, D1, ALIGN, UPCAST)
+        p = tl.exp2(scores * scale - lse[:, None])
+        if TEST:
+            of_keys = _bits(k_regions_ptr, n, keys)
+            p = tl.where((of_queries[:, None] & of_keys[None, :]) != 0, p, 0.0)
+        dp = products(g_0, g_1, v_ptr, v_token, v_channel, n, keys, D, D0, D1, ALIGN, UPCAST)
+        dq_0, dq_1 = add_products(
+            dq_0, dq_1, p * (dp - delta[:, None]),
+            k_ptr, k_token, k_channel, n, keys, D, D0, D1, ALIGN, UPCAST,
+        )  # fmt: skip
+    return dq_0, dq_1
+
+
+@triton.jit
+def _of_queries(
+    q_ptr, k_ptr, v_ptr, q_regions_ptr, k_regions_ptr, order_ptr, counts_ptr, out_ptr, lse_ptr,
+    grad_ptr, grad_lse_ptr, dq_ptr, delta_ptr, tokens, keys, heads, listed, scale,
+    q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
+    v_stride_b, v_stride_h, v_stride_n, v_stride_d, out_stride_b, out_stride_h, out_stride_n,
+    grad_stride_b, grad_stride_h, grad_stride_n, dq_stride_b, dq_stride_h, dq_stride_n,
+    q_regions_stride, k_regions_stride, lists_b,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ALIGN: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """dq and delta of one tile of queries of one head."""
+    b = (tl.program_id(1) // heads).to(tl.int64)
+    h = (tl.program_id(1) % heads).to(tl.int64)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    k_ptr += b * k_stride_b + h * k_stride_h
+    v_ptr += b * v_stride_b + h * v_stride_h
+    k_regions_ptr += b * k_regions_stride
+    at = b * lists_b + tl.program_id(0)
+    order = order_ptr + at * listed
+    whole = tl.load(counts_ptr + 2 * at)
+    row = tl.program_id(1).to(tl.int64) * tokens + m
+    q_0, q_1 = parts(
+        q_ptr + b * q_stride_b + h * q_stride_h, q_stride_n, q_stride_d, m, tokens,
+        D, D0, D1, ALIGN,
+    )  # fmt: skip
+    out_ptr += b * out_stride_b + h * out_stride_h
+    o_0, o_1 = parts(out_ptr, out_stride_n, 1, m, tokens, D, D0, D1, 2)
+    grad_ptr += b * grad_stride_b + h * grad_stride_h
+    g_0, g_1 = parts(grad_ptr, grad_stride_n, 1, m, tokens, D, D0, D1, 2)
+    delta = tl.sum(g_0.to(tl.float32) * o_0.to(tl.float32), 1)
+    if D1:
+        delta += tl.sum(g_1.to(tl.float32) * o_1.to(tl.float32), 1)
+    delta -= tl.load(grad_lse_ptr + row, mask=m < tokens, other=0.0)
+    tl.store(delta_ptr + row, delta, mask=m < tokens)
+    lse = _base_2(tl.load(lse_ptr + row, mask=m < tokens, other=float("-inf")))
+    of_queries = _bits(q_regions_ptr + b * q_regions_stride, m, tokens)
+    dq_0, dq_1 = nothing(BM, D0, D1)
+    dq_0, dq_1 = _walk_keys(
+        q_0, q_1, g_0, g_1, of_queries, lse, delta, dq_0, dq_1, order, 0, whole,
+        k_ptr, v_ptr, k_regions_ptr, k_stride_n, k_stride_d, v_stride_n, v_stride_d,
+        keys, scale * LOG2E, False, D, D0, D1, BN, ALIGN, UPCAST,
+    )  # fmt: skip
+    dq_0, dq_1 = _walk_keys(
+        q_0, q_1, g_0, g_1, of_queries, lse, delta, dq_0, dq_1, order, whole,
+        tl.load(counts_ptr + 2 * at + 1),
+        k_ptr, v_ptr, k_regions_ptr, k_stride_n, k_stride_d, v_stride_n, v_stride_d,
+        keys, scale * LOG2E, True, D, D0, D1, BN, ALIGN, UPCAST,
+    )  # fmt: skip
+    dq_ptr += b * dq_stride_b + h * dq_stride_h
+    store(dq_ptr, dq_stride_n, m, tokens, dq_0 * scale, dq_1 * scale, D, D0, D1)
+
+
+@triton.jit
+def _walk_queries(
+    k_0, k_1, v_0, v_1, of_keys, dk_0, dk_1, dv_0, dv_1, order, first, last,
+    q_ptr, grad_ptr, lse_ptr, delta_ptr, q_regions_ptr, q_token, q_channel, grad_token,
+    tokens, scale, TEST: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    BM: tl.constexpr, ALIGN: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """dk / scale and dv over the listed tiles of queries; tiles are [keys, queries]."""
+    for i in range(first, last):
+        m = tl.load(order + i) * BM + tl.arange(0, BM)
+        lse = _base_2(tl.load(lse_ptr + m, mask=m < tokens, other=float("-inf")))
+        delta = tl.load(delta_ptr + m, mask=m < tokens, other=0.0)
+        scores = products(k_0, k_1, q_ptr, q_token, q_channel, m, tokens, D, D0, D1, ALIGN, UPCAST)
+        p = tl.exp2(scores * scale - lse[None, :])
+        if TEST:
+            of_queries = _bits(q_regions_ptr, m, tokens)
+            p = tl.where((of_keys[:, None] & of_queries[None, :]) != 0, p, 0.0)
+        dv_0, dv_1 = add_products(
+            dv_0, dv_1, p, grad_ptr, grad_token, 1, m, tokens, D, D0, D1, 2, UPCAST
+        )
+        dp = products(v_0, v_1, grad_ptr, grad_token, 1, m, tokens, D, D0, D1, 2, UPCAST)
+        dk_0, dk_1 = add_products(
+            dk_0, dk_1, p * (dp - delta[None, :]),
+            q_ptr, q_token, q_channel, m, tokens, D, D0, D1, ALIGN, UPCAST,
+        )  # fmt: skip
+    return dk_0, dk_1, dv_0, dv_1
+
+
+@triton.jit
+def _of_keys(
+    q_ptr, k_ptr, v_ptr, q_regions_ptr, k_regions_ptr, order_ptr, counts_ptr, lse_ptr, delta_ptr,
+    grad_ptr, dk_ptr, dv_ptr, tokens, keys, heads, listed, scale,
+    q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
+    v_stride_b, v_stride_h, v_stride_n, v_stride_d, grad_stride_b, grad_stride_h, grad_stride_n,
+    dk_stride_b, dk_stride_h, dk_stride_n, dv_stride_b, dv_stride_h, dv_stride_n,
+    q_regions_stride, k_regions_stride, lists_b,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ALIGN: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one tile of keys of one head."""
+    b = (tl.program_id(1) // heads).to(tl.int64)
+    h = (tl.program_id(1) % heads).to(tl.int64)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    q_ptr += b * q_stride_b + h * q_stride_h
+    grad_ptr += b * grad_stride_b + h * grad_stride_h
+    q_regions_ptr += b * q_regions_stride
+    lse_ptr += tl.program_id(1).to(tl.int64) * tokens
+    delta_ptr += tl.program_id(1).to(tl.int64) * tokens
+    at = b * lists_b + tl.program_id(0)
+    order = order_ptr + at * listed
+    whole = tl.load(counts_ptr + 2 * at)
+    k_0, k_1 = parts(
+        k_ptr + b * k_stride_b + h * k_stride_h, k_stride_n, k_stride_d, n, keys,
+        D, D0, D1, ALIGN,
+    )  # fmt: skip
+    v_0, v_1 = parts(
+        v_ptr + b * v_stride_b + h * v_stride_h, v_stride_n, v_stride_d, n, keys,
+        D, D0, D1, ALIGN,
+    )  # fmt: skip
+    of_keys = _bits(k_regions_ptr + b * k_regions_stride, n, keys)
+    dk_0, dk_1 = nothing(BN, D0, D1)
+    dv_0, dv_1 = nothing(BN, D0, D1)
+    dk_0, dk_1, dv_0, dv_1 = _walk_queries(
+        k_0, k_1, v_0, v_1, of_keys, dk_0, dk_1, dv_0, dv_1, order, 0, whole,
+        q_ptr, grad_ptr, lse_ptr, delta_ptr, q_regions_ptr, q_stride_n, q_stride_d, grad_stride_n,
+        tokens, scale * LOG2E, False, D, D0, D1, BM, ALIGN, UPCAST,
+    )  # fmt: skip
+    dk_0, dk_1, dv_0, dv_1 = _walk_queries(
+        k_0, k_1, v_0, v_1, of_keys, dk_0, dk_1, dv_0, dv_1, order, whole,
+        tl.load(counts_ptr + 2 * at + 1),
+        q_ptr, grad_ptr, lse_ptr, delta_ptr, q_regions_ptr, q_stride_n, q_stride_d, grad_stride_n,
+        tokens, scale * LOG2E, True, D, D0, D1, BM, ALIGN, UPCAST,
+    )  # fmt: skip
+    dk_ptr += b * dk_stride_b + h * dk_stride_h
+    store(dk_ptr, dk_stride_n, n, keys, dk_0 * scale, dk_1 * scale, D, D0, D1)
+    dv_ptr += b * dv_stride_b + h * dv_stride_h
+    store(dv_ptr, dv_stride_n, n, keys, dv_0, dv_1, D, D0, D1)
+
+
+# (chip, whether elements have 4 bytes, whether the head is wider than 128) -> tile
+LAUNCHES = {
+    (arch, wide, long): tile
+    for arch, tiles in {
+        "sm_80": (Launch(64, 32, 8, 2), Launch(32, 32, 8, 1), Launch(32, 32, 4, 1)),
+        "sm_90": (Launch(64, 64, 8, 2), Launch(64, 32, 8, 1), Launch(32, 32, 4, 1)),
+        "gfx942": (Launch(64, 32, 4, 1), Launch(32, 32, 4, 1), Launch(16, 16, 4, 1)),
+    }.items()
+    for wide, long, tile in (
+        (False, False, tiles[0]),
+        (False, True, tiles[1]),
+        (True, False, tiles[2]),
+        (True, True, tiles[2]),
+    )
+}
+
+
+@torch.library.custom_op("hookctl::region_gradients", mutates_args=())
+def operator(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_regions: Tensor,
+    key_regions: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    grad_lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv. Regions: int64 [batch, tokens], whose first stride may be 0."""
+    dq, dk, dv = _outputs(q, k, v)
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    delta, grad_lse = torch.empty_like(lse), grad_lse.contiguous()
+    batch, heads, tokens, width = q.shape
+    keys = k.shape[2]
+    tile = INTERPRETED if interpreting() else LAUNCHES[
+        arch_of(q.device), q.element_size() == 4, width > 128
+    ]  # fmt: skip
+    same = query_regions.stride(0) == key_regions.stride(0) == 0
+    of_queries, of_keys = (r[:1] if same else r for r in (query_regions, key_regions))
+    d0, d1 = pieces(width)
+    constants = {
+        "D": width, "D0": d0, "D1": d1, "BM": tile.block_m, "BN": tile.block_n,
+        "ALIGN": 2 if q.stride(-1) == k.stride(-1) == v.stride(-1) == 1 else 1,
+        "UPCAST": interpreting(), "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    order, counts = tile_lists(of_queries, of_keys, tile.block_m, tile.block_n)
+    _of_queries[order.shape[1], batch * heads](
+        q, k, v, query_regions, key_regions, order, counts, out, lse, grad, grad_lse, dq, delta,
+        tokens, keys, heads, order.shape[2], scale,
+        *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3], *grad.stride()[:3],
+        *dq.stride()[:3], query_regions.stride(0), key_regions.stride(0),
+        0 if same else order.shape[1], **constants,
+    )  # fmt: skip
+    order, counts = tile_lists(of_keys, of_queries, tile.block_n, tile.block_m)
+    _of_keys[order.shape[1], batch * heads](
+        q, k, v, query_regions, key_regions, order, counts, lse, delta, grad, dk, dv,
+        tokens, keys, heads, order.shape[2], scale,
+        *q.stride(), *k.stride(), *v.stride(), *grad.stride()[:3], *dk.stride()[:3],
+        *dv.stride()[:3], query_regions.stride(0), key_regions.stride(0),
+        0 if same else order.shape[1], **constants,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+@operator.register_fake
+def _(q, k, v, query_regions, key_regions, out, lse, grad, grad_lse, scale):
+    return _outputs(q, k, v)
+
+
+def _outputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """With the heads of a token beside each other, as the model's projections want them."""
+    dq, dk, dv = (
+        x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+        for x in (q, k, v)
+    )
+    return dq, dk, dv
+
+
+def specimens(arch: str) -> Iterator[Specimen]:
+    for element, width in (("fp16", 64), ("fp16", 80), ("fp16", 128), ("fp16", 160), ("fp32", 64)):
+        tile = LAUNCHES[arch, element == "fp32", width > 128]
+        d0, d1 = pieces(width)
+        common = {
+            "D": width, "D0": d0, "D1": d1, "BM": tile.block_m, "BN": tile.block_n,
+            "ALIGN": 2, "UPCAST": False, "scale": "fp32", "q_regions_ptr": "*i64:16",
+            "k_regions_ptr": "*i64:16", "order_ptr": "*i32:16", "counts_ptr": "*i32:16",
+            "lse_ptr": "*fp32:16", "delta_ptr": "*fp32:16",
+            "q_stride_d": "i32", "k_stride_d": "i32", "v_stride_d": "i32",
+        }  # fmt: skip
+        for name, kernel in (("dq", _of_queries), ("dk dv", _of_keys)):
+            more = {"grad_lse_ptr": "*fp32:16"} if kernel is _of_queries else {}
+            yield Specimen(
+                f"region_attention {name} {element} d{width}", kernel,
+                form(kernel, element, **common, **more), tile, arch, dots=element != "fp32",
+            )  # fmt: skip
