@@ -23,6 +23,15 @@ def softmax(scores: Tensor) -> Tensor:
     return e / e.sum(-1, keepdim=True).clamp(min=1e-300)
 
 
+def joined(pairs: Pairs) -> Pairs:
+    """Matrices over the same values added up."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for p, v in pairs:
+        key = v.data_ptr()
+        found[key] = (found[key][0] + p if key in found else p, v)
+    return list(found.values())
+
+
 class Explicit:
     """Stands in for an AttentionCall: note verbs, then ask for `output()` and `maps()`."""
 
@@ -90,6 +99,19 @@ class Explicit:
                 ]
         return found
 
+    def extensions(self, row: int) -> list[tuple[float, list[dict[str, Any]]]]:
+        """Weight and extensions of every form that `extend` made of a branch."""
+        found: list[tuple[float, list[dict[str, Any]]]] = [(1.0, [])]
+        for _, a in self.verbs("extend", row):
+            share = a.get("share", 1.0)
+            found = [
+                form
+                for weight, before in found
+                for form in ((weight * share, [*before, a]), (weight * (1 - share), before))
+                if form[0]
+            ]
+        return found
+
     def matrices(self, row: int) -> list[tuple[Tensor, Tensor, Pairs]]:
         """Per branch: weighted probabilities over its own keys, its values, its extensions."""
         found = []
@@ -105,18 +127,19 @@ class Explicit:
                     scores = scores + a["key_factors"].reshape(self.m, -1).sum(1)
                 else:
                     scores = scores + a["query_factors"] @ a["key_factors"].reshape(self.m, -1).mT
-            blocks = [scores.masked_fill(~bits, -torch.inf)]
-            values = []
-            for _, a in self.verbs("extend", row):
-                k, v = a["k"], a["v"]
-                shift = 0.0 if a.get("shift") is None else a["shift"]
-                new = b["q"] @ (self.k[k] if isinstance(k, int) else k).mT * self.scale
-                new = new + shift + (self.mask[k] if isinstance(k, int) else 0.0)
-                blocks.append(new.masked_fill(~some[:, None], -torch.inf))
-                values.append(self.v[v] if isinstance(v, int) else v)
-            p = softmax(torch.cat(blocks, -1)) * b["w"][:, None]
-            parts = p.split([x.shape[-1] for x in blocks], -1)
-            found.append((parts[0], b["v"], list(zip(parts[1:], values, strict=True))))
+            for weight, extensions in self.extensions(row):
+                blocks = [scores.masked_fill(~bits, -torch.inf)]
+                values = []
+                for a in extensions:
+                    k, v = a["k"], a["v"]
+                    shift = 0.0 if a.get("shift") is None else a["shift"]
+                    new = b["q"] @ (self.k[k] if isinstance(k, int) else k).mT * self.scale
+                    new = new + shift + (self.mask[k] if isinstance(k, int) else 0.0)
+                    blocks.append(new.masked_fill(~some[:, None], -torch.inf))
+                    values.append(self.v[v] if isinstance(v, int) else v)
+                p = softmax(torch.cat(blocks, -1)) * b["w"][:, None] * weight
+                parts = p.split([x.shape[-1] for x in blocks], -1)
+                found.append((parts[0], b["v"], list(zip(parts[1:], values, strict=True))))
         return found
 
     def routed(self, row: int) -> tuple[Pairs, Pairs]:
@@ -124,7 +147,7 @@ class Explicit:
         plain = self.matrices(row)
         own = [(p, v) for p, v, _ in plain]
         further = [pair for *_, pairs in plain for pair in pairs]
-        weights = [b["w"][:, None] for b in self.branches(row)]
+        weights = [b["w"][:, None] * w for b in self.branches(row) for w, _ in self.extensions(row)]
         start, stop = self.text
         for _, a in self.verbs("route", row):
             source = row if a["source"] is None else a["source"]
@@ -165,14 +188,11 @@ class Explicit:
                 further = []
             else:
                 # Branches over the same values are one matrix; with extensions, all must be.
-                groups: dict[int, Pairs] = {}
-                for p, v in own:
-                    groups.setdefault(v.data_ptr(), []).append((p, v))
-                own, keys = [], further
-                for group in groups.values():
-                    p = torch.cat([sum(p for p, _ in group), *(p for p, _ in keys)], -1)
-                    parts = a["fn"](p).split([self.m, *(x.shape[-1] for x, _ in keys)], -1)
-                    own.append((parts[0], group[0][1]))
+                groups, keys, own = joined(own), joined(further), []
+                for p, v in groups:
+                    joint = torch.cat([p, *(p for p, _ in keys)], -1)
+                    parts = a["fn"](joint).split([self.m, *(x.shape[-1] for x, _ in keys)], -1)
+                    own.append((parts[0], v))
                     further = [(x, v) for x, (_, v) in zip(parts[1:], keys, strict=True)]
         return own, further, added
 

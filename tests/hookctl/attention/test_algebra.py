@@ -73,6 +73,10 @@ def scripts(case: Case) -> dict[str, Script]:
         "extend row": lambda c: c.extend((3, 4), 2, 2),
         "extend row shifted": lambda c: c.extend(3, 2, 2, shift=-0.7),
         "extend tensors": lambda c: c.extend(3, new[0], new[1], shift=random(5, seed=25)),
+        "extend by a share": lambda c: (
+            c.extend((3, 4), 2, 2, shift=0.4, share=0.3),
+            c.extend(3, new[0], new[1], share=0.6),
+        ),
         "extend twice": lambda c: (c.extend(3, 2, 2), c.extend((3, 0), new[0], new[1], shift=0.3)),
         "restrict": lambda c: c.restrict((1, 3), queries, keys),
         "restrict twice": lambda c: (c.restrict(3, queries, keys), c.restrict(3, *other)),
@@ -187,6 +191,7 @@ PAIRED = (
     "replace qk (AdaIN)",
     "extend row shifted",
     "extend tensors",
+    "extend by a share",
     "restrict",
     "restrict twice",
     "bias rank 3",

@@ -43,6 +43,10 @@ WRONG: dict[str, tuple[Callable[[AttentionCall], Any], str]] = {
         lambda c: c.extend(3, random(2, 4, 8), random(2, 4, 8), shift=random(3)),
         r"extend: shift is \(3,\); the new keys are 4",
     ),
+    "share": (
+        lambda c: c.extend(3, 2, 2, share=1.5),
+        r"extend: share=1.5; give a weight from 0 to 1",
+    ),
     "sub-batch": (
         lambda c: c.add(3, random(3, 2, 4, 8), random(3, 2, 4, 8)),
         r"add: k of a.site has a sub-batch of 3; give 1 or 1",

@@ -22,6 +22,7 @@ NOTHING: dict[str, Callable[[AttentionCall], Any]] = {
     "replace by itself": lambda c: c.replace((1, 3), q=c.q[[1, 3]], k=c.k[[1, 3]], v=c.v[[1, 3]]),
     "replace for nobody": lambda c: c.replace((), q=c.q[3]),
     "extend by nothing": lambda c: c.extend(3, random(2, 0, 8), random(2, 0, 8)),
+    "extend by no share": lambda c: c.extend(3, 2, 2, share=0.0),
     "restrict to all": lambda c: c.restrict(
         3, torch.full((IMAGE,), -1), torch.full((c.k.shape[-2],), 4)
     ),
