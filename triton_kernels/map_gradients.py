@@ -114,15 +114,15 @@ def _of_keys(
     """dk of one tile of keys of one head, over every num_programs(2)-th tile of queries."""
     b = (tl.program_id(1) // heads).to(tl.int64)
     h = (tl.program_id(1) % heads).to(tl.int64)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    n = tl.program_id(0) * BM + tl.arange(0, BM)
     q_ptr += b * q_stride_b + h * q_stride_h
     k_ptr += b * k_stride_b + h * k_stride_h
     lse_ptr += tl.program_id(1).to(tl.int64) * tokens
     r_ptr += tl.program_id(1).to(tl.int64) * tokens
     k_0, k_1 = parts(k_ptr, k_stride_n, k_stride_d, n, keys, D, D0, D1, ALIGN)
-    dk_0, dk_1 = nothing(BN, D0, D1)
-    for first in range(tl.program_id(2) * BM, tokens, tl.num_programs(2) * BM):
-        m = first + tl.arange(0, BM)
+    dk_0, dk_1 = nothing(BM, D0, D1)
+    for first in range(tl.program_id(2) * BN, tokens, tl.num_programs(2) * BN):
+        m = first + tl.arange(0, BN)
         scores = products(
             k_0, k_1, q_ptr, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN, UPCAST
         )
@@ -142,7 +142,8 @@ def _of_keys(
     store(dk_ptr, D, n, keys, dk_0 * scale, dk_1 * scale, D, D0, D1)
 
 
-# (chip, whether elements have 4 bytes, whether the head is wider than 128) -> tile
+# (chip, whether elements have 4 bytes, whether the head is wider than 128) -> tile. block_m are the
+# tokens that a program owns (queries for dq, keys for dk), block_n those that it walks over.
 LAUNCHES = {
     ("sm_80", False, False): Launch(64, 32, 4, 1),
     ("sm_80", False, True): Launch(32, 32, 4, 1),
@@ -177,12 +178,12 @@ def operator(
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     grad, r, dq = grad.contiguous(), torch.empty_like(lse), _like(q)
-    tiles, key_tiles = (triton.cdiv(x, b) for x, b in zip((length, keys), tile[:2], strict=True))
+    tiles, key_tiles = (triton.cdiv(x, tile.block_m) for x in (length, keys))
     _of_queries[tiles, batch * heads](
         q, k, tokens, lse, grad, dq, r, length, keys, heads, count, scale,
         *q.stride(), *k.stride(), *dq.stride()[:3], tokens.stride(0), grad.stride(0), **constants,
     )  # fmt: skip
-    splits = max(1, min(tiles, PROGRAMS // (key_tiles * batch * heads)))
+    splits = max(1, min(triton.cdiv(length, tile.block_n), PROGRAMS // (key_tiles * batch * heads)))
     dk = q.new_empty(splits, batch, heads, keys, width, dtype=torch.float32)
     _of_keys[key_tiles, batch * heads, splits](
         q, k, tokens, lse, grad, r, dk, length, keys, heads, count, scale,

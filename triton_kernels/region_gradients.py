@@ -115,11 +115,11 @@ def _walk_queries(
     k_0, k_1, v_0, v_1, of_keys, dk_0, dk_1, dv_0, dv_1, order, first, last,
     q_ptr, grad_ptr, lse_ptr, delta_ptr, q_regions_ptr, q_token, q_channel, grad_token,
     tokens, scale, TEST: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    BM: tl.constexpr, ALIGN: tl.constexpr, UPCAST: tl.constexpr,
+    BN: tl.constexpr, ALIGN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dk / scale and dv over the listed tiles of queries; tiles are [keys, queries]."""
     for i in range(first, last):
-        m = tl.load(order + i) * BM + tl.arange(0, BM)
+        m = tl.load(order + i) * BN + tl.arange(0, BN)
         lse = _base_2(tl.load(lse_ptr + m, mask=m < tokens, other=float("-inf")))
         delta = tl.load(delta_ptr + m, mask=m < tokens, other=0.0)
         scores = products(k_0, k_1, q_ptr, q_token, q_channel, m, tokens, D, D0, D1, ALIGN, UPCAST)
@@ -152,7 +152,7 @@ def _of_keys(
     """dk and dv of one tile of keys of one head."""
     b = (tl.program_id(1) // heads).to(tl.int64)
     h = (tl.program_id(1) % heads).to(tl.int64)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    n = tl.program_id(0) * BM + tl.arange(0, BM)
     q_ptr += b * q_stride_b + h * q_stride_h
     grad_ptr += b * grad_stride_b + h * grad_stride_h
     q_regions_ptr += b * q_regions_stride
@@ -170,18 +170,18 @@ def _of_keys(
         D, D0, D1, ALIGN,
     )  # fmt: skip
     of_keys = _bits(k_regions_ptr + b * k_regions_stride, n, keys)
-    dk_0, dk_1 = nothing(BN, D0, D1)
-    dv_0, dv_1 = nothing(BN, D0, D1)
+    dk_0, dk_1 = nothing(BM, D0, D1)
+    dv_0, dv_1 = nothing(BM, D0, D1)
     dk_0, dk_1, dv_0, dv_1 = _walk_queries(
         k_0, k_1, v_0, v_1, of_keys, dk_0, dk_1, dv_0, dv_1, order, 0, whole,
         q_ptr, grad_ptr, lse_ptr, delta_ptr, q_regions_ptr, q_stride_n, q_stride_d, grad_stride_n,
-        tokens, scale * LOG2E, False, D, D0, D1, BM, ALIGN, UPCAST,
+        tokens, scale * LOG2E, False, D, D0, D1, BN, ALIGN, UPCAST,
     )  # fmt: skip
     dk_0, dk_1, dv_0, dv_1 = _walk_queries(
         k_0, k_1, v_0, v_1, of_keys, dk_0, dk_1, dv_0, dv_1, order, whole,
         tl.load(counts_ptr + 2 * at + 1),
         q_ptr, grad_ptr, lse_ptr, delta_ptr, q_regions_ptr, q_stride_n, q_stride_d, grad_stride_n,
-        tokens, scale * LOG2E, True, D, D0, D1, BM, ALIGN, UPCAST,
+        tokens, scale * LOG2E, True, D, D0, D1, BN, ALIGN, UPCAST,
     )  # fmt: skip
     dk_ptr += b * dk_stride_b + h * dk_stride_h
     store(dk_ptr, dk_stride_n, n, keys, dk_0 * scale, dk_1 * scale, D, D0, D1)
@@ -189,7 +189,8 @@ def _of_keys(
     store(dv_ptr, dv_stride_n, n, keys, dv_0, dv_1, D, D0, D1)
 
 
-# (chip, whether elements have 4 bytes, whether the head is wider than 128) -> tile
+# (chip, whether elements have 4 bytes, whether the head is wider than 128) -> tile. block_m are the
+# tokens that a program owns (queries for dq, keys for dk and dv), block_n those that it walks over.
 LAUNCHES = {
     (arch, wide, long): tile
     for arch, tiles in {
@@ -244,7 +245,7 @@ def operator(
         *dq.stride()[:3], query_regions.stride(0), key_regions.stride(0),
         0 if same else order.shape[1], **constants,
     )  # fmt: skip
-    order, counts = tile_lists(of_keys, of_queries, tile.block_n, tile.block_m)
+    order, counts = tile_lists(of_keys, of_queries, tile.block_m, tile.block_n)
     _of_keys[order.shape[1], batch * heads](
         q, k, v, query_regions, key_regions, order, counts, lse, delta, grad, dk, dv,
         tokens, keys, heads, order.shape[2], scale,

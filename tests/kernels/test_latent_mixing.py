@@ -1,0 +1,82 @@
+"""Latent mixing: kernels and references against the formulas in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from hookctl.kernels import latent_mixing as mixing
+from tests.kernels.closeness import DEVICE, TOLERANCE, close, random
+
+Form = Callable[..., Tensor]
+DTYPES = list(TOLERANCE)
+SHAPE = (3, 2, 21, 27)  # one row is more than one program's places
+
+
+@pytest.mark.parametrize("form", [mixing.blend_kernel, mixing.blend_reference])
+def test_a_hard_blend_copies_bits(form: Form) -> None:
+    x = random(*SHAPE, dtype=torch.float16).transpose(2, 3)
+    sources = torch.tensor([0, 0, 1], device=DEVICE)
+    mask = random(3, 27, 21, seed=1) > 0
+    out = form(x, sources, mask)
+    for row, source in enumerate((0, 0, 1)):
+        assert torch.equal(out[row], torch.where(mask[row], x[row], x[source]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", [mixing.blend_kernel, mixing.blend_reference])
+def test_a_soft_blend(form: Form, dtype: torch.dtype) -> None:
+    x, mask = random(*SHAPE, dtype=dtype), random(1, 21, 27, seed=1).sigmoid()
+    sources = torch.tensor([0, 0, 1], device=DEVICE)
+    exact = x.double()
+    want = exact[sources] + mask[:, None].double() * (exact - exact[sources])
+    close("out", form(x, sources, mask), want, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", [mixing.merge_kernel, mixing.merge_reference])
+def test_merging(form: Form, dtype: torch.dtype) -> None:
+    x, masks = random(*SHAPE, dtype=dtype), random(2, 21, 27, seed=1) > 0
+    close("mean", form(x, None), x.double().mean(0), TOLERANCE[dtype])
+    want = torch.where(masks[1], x[2], torch.where(masks[0], x[1], x[0]))
+    close("pasted", form(x, masks), want.double(), TOLERANCE[dtype])
+    assert torch.equal(form(x[:1], None), x[0]) and torch.equal(form(x[:1], masks[:0]), x[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", [mixing.mix_kernel, mixing.mix_reference])
+def test_mixing(form: Form, dtype: torch.dtype) -> None:
+    a, b = random(*SHAPE, dtype=dtype), random(*SHAPE, seed=1, dtype=dtype)
+    maps = random(2, 1, 21, 27, seed=2).double()
+    shares = maps.softmax(0)[:, :, None]
+    want = shares[0] * a.double() + shares[1] * b.double()
+    close("out", form(a, b, (maps[0] - maps[1]).float()), want, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("form", [mixing.update_kernel, mixing.update_reference])
+def test_the_update_is_that_of_both_maps(form: Form) -> None:
+    """Two maps, each after a gradient step of a loss of the trial latent x' = A x + B eps."""
+    a, b, target = (random(*SHAPE, seed=i).double() for i in range(3))
+    maps = random(2, 3, 21, 27, seed=3).double().requires_grad_()
+    shares = maps.softmax(0)[:, :, None]
+    trial = 0.3 * (shares[0] * a + shares[1] * b)
+    loss = ((trial - target) ** 2).sum()
+    grad, of_trial = torch.autograd.grad(loss, [maps, trial])
+    after = maps.detach() - 0.7 * grad
+    d = (maps[0] - maps[1]).detach().float()
+    got = form(d, of_trial.float(), a.float(), b.float(), 0.7 * 0.3)
+    close("d", got, after[0] - after[1], TOLERANCE[torch.float32])
+
+
+def test_compiled_without_graph_breaks_and_learned_by_reference() -> None:
+    a, b, d = random(1, 2, 5, 7), random(1, 2, 5, 7, seed=1), random(1, 5, 7, seed=2)
+    compiled = torch.compile(
+        lambda a, b, d: mixing.mix_kernel(a * 2, b, d), fullgraph=True, backend="aot_eager"
+    )
+    close("out", compiled(a, b, d), mixing.mix_reference(a * 2, b, d).double(), 5e-6)
+    leaf = d.clone().requires_grad_()
+    mixing.mix_predictions(a, b, leaf).sum().backward()
+    assert leaf.grad is not None and torch.isfinite(leaf.grad).all()

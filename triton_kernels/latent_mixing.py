@@ -1,0 +1,278 @@
+"""What methods do to latents between two denoiser calls, each in one launch.
+
+    local_blend        x <- x_source + M (x - x_source)         (Hertz et al., arXiv 2208.01626)
+    merge_instances    mean of the latents of all instances, or each pasted into its place
+                       (Wang et al., arXiv 2402.03290, multi-instance sampler)
+    mix_predictions    sigma(d) eps_a + (1 - sigma(d)) eps_b    (Zhang et al., arXiv 2402.12908)
+    update_difference  d - 2 rate B sigma'(d) <G, eps_a - eps_b>, the step of the same method
+
+RealCompo's two influence maps go through a softmax and get opposite gradients, so one map d, their
+difference, is enough. Latents are [rows, channels, *places]; a mask or d has one value a place.
+"""
+
+# mypy: disallow-incomplete-defs=False
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hookctl.kernels.guard import form, fused, jit, tl
+from hookctl.kernels.launch import Launch, Specimen
+
+LAUNCH = Launch(1, 512, 4, 1)  # places of one program
+
+
+# -- references ------------------------------------------------------------------------------------
+
+
+def blend_reference(x: Tensor, sources: Tensor, mask: Tensor) -> Tensor:
+    """`local_blend` in plain torch."""
+    source, share = x[sources], mask[:, None]
+    if mask.dtype == torch.bool:
+        return torch.where(share, x, source)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (source.to(wide) + share.to(wide) * (x.to(wide) - source.to(wide))).to(x.dtype)
+
+
+def merge_reference(x: Tensor, masks: Tensor | None) -> Tensor:
+    """`merge_instances` in plain torch."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if masks is None:
+        return x.to(wide).mean(0).to(x.dtype)
+    out = x[0].to(wide)
+    for one, mask in zip(x[1:], masks, strict=True):
+        out = out + mask.to(wide) * (one.to(wide) - out)
+    return out.to(x.dtype)
+
+
+def mix_reference(a: Tensor, b: Tensor, d: Tensor) -> Tensor:
+    """`mix_predictions` in plain torch."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    share = d.to(wide).sigmoid()[:, None]
+    return (b.to(wide) + share * (a.to(wide) - b.to(wide))).to(a.dtype)
+
+
+def update_reference(d: Tensor, grad: Tensor, a: Tensor, b: Tensor, rate: float) -> Tensor:
+    """`update_difference` in plain torch."""
+    wide = torch.promote_types(d.dtype, torch.float32)
+    share = d.to(wide).sigmoid()
+    along = (grad.to(wide) * (a.to(wide) - b.to(wide))).sum(1)
+    return (d.to(wide) - 2 * rate * share * (1 - share) * along).to(d.dtype)
+
+
+# -- kernels: contiguous [rows, channels, places]; a program has some places of one row ------------
+
+
+@jit
+def _blend_kernel(x_ptr, sources_ptr, mask_ptr, out_ptr, channels, places,
+                  HARD: tl.constexpr, P: tl.constexpr):  # fmt: skip
+    row = tl.program_id(1).to(tl.int64)
+    p = tl.program_id(0) * P + tl.arange(0, P)
+    exists = p < places
+    source = tl.load(sources_ptr + row)
+    share = tl.load(mask_ptr + row * places + p, mask=exists, other=0)
+    for c in range(0, channels):
+        x = tl.load(x_ptr + (row * channels + c) * places + p, mask=exists)
+        y = tl.load(x_ptr + (source * channels + c) * places + p, mask=exists)
+        if HARD:
+            out = tl.where(share != 0, x, y)
+        else:
+            wide = y.to(tl.float32)
+            out = wide + share.to(tl.float32) * (x.to(tl.float32) - wide)
+        at = out_ptr + (row * channels + c) * places + p
+        tl.store(at, out.to(out_ptr.dtype.element_ty), mask=exists)
+
+
+@jit
+def _merge_kernel(x_ptr, masks_ptr, out_ptr, rows, channels, places,
+                  MASKED: tl.constexpr, P: tl.constexpr):  # fmt: skip
+    p = tl.program_id(0) * P + tl.arange(0, P)
+    c = tl.program_id(1).to(tl.int64)
+    exists = p < places
+    out = tl.load(x_ptr + c * places + p, mask=exists).to(tl.float32)
+    for row in range(1, rows):
+        x = tl.load(x_ptr + (row * channels + c) * places + p, mask=exists).to(tl.float32)
+        if MASKED:
+            share = tl.load(masks_ptr + (row - 1) * places + p, mask=exists).to(tl.float32)
+            out += share * (x - out)
+        else:
+            out += x
+    if not MASKED:
+        out /= rows
+    tl.store(out_ptr + c * places + p, out.to(out_ptr.dtype.element_ty), mask=exists)
+
+
+@jit
+def _mix_kernel(a_ptr, b_ptr, d_ptr, out_ptr, channels, places, P: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    p = tl.program_id(0) * P + tl.arange(0, P)
+    exists = p < places
+    share = tl.sigmoid(tl.load(d_ptr + row * places + p, mask=exists).to(tl.float32))
+    for c in range(0, channels):
+        at = (row * channels + c) * places + p
+        a = tl.load(a_ptr + at, mask=exists).to(tl.float32)
+        b = tl.load(b_ptr + at, mask=exists).to(tl.float32)
+        out = b + share * (a - b)
+        tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=exists)
+
+
+@jit
+def _update_kernel(d_ptr, grad_ptr, a_ptr, b_ptr, out_ptr, channels, places, rate,
+                   P: tl.constexpr):  # fmt: skip
+    row = tl.program_id(1).to(tl.int64)
+    p = tl.program_id(0) * P + tl.arange(0, P)
+    exists = p < places
+    d = tl.load(d_ptr + row * places + p, mask=exists).to(tl.float32)
+    along = tl.zeros([P], tl.float32)
+    for c in range(0, channels):
+        at = (row * channels + c) * places + p
+        a = tl.load(a_ptr + at, mask=exists).to(tl.float32)
+        b = tl.load(b_ptr + at, mask=exists).to(tl.float32)
+        along += tl.load(grad_ptr + at, mask=exists).to(tl.float32) * (a - b)
+    share = tl.sigmoid(d)
+    out = d - 2.0 * rate * share * (1.0 - share) * along
+    at = out_ptr + row * places + p
+    tl.store(at, out.to(out_ptr.dtype.element_ty), mask=exists)
+
+
+# -- operators -------------------------------------------------------------------------------------
+
+
+def _grid(places: int, rows: int) -> tuple[int, int]:
+    return -(-places // LAUNCH.block_n), rows
+
+
+@torch.library.custom_op("hookctl::local_blend", mutates_args=())
+def blend_kernel(x: Tensor, sources: Tensor, mask: Tensor) -> Tensor:
+    """`local_blend` by the kernel, on a GPU or in the interpreter."""
+    x, hard = x.contiguous(), mask.dtype == torch.bool
+    mask = (mask.view(torch.uint8) if hard else mask).expand(x.shape[0], *x.shape[2:]).contiguous()
+    out = torch.empty_like(x)
+    rows, channels, places = x.flatten(2).shape
+    _blend_kernel[_grid(places, rows)](
+        x, sources, mask, out, channels, places,
+        HARD=hard, P=LAUNCH.block_n, num_warps=LAUNCH.warps,
+    )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("hookctl::merge_instances", mutates_args=())
+def merge_kernel(x: Tensor, masks: Tensor | None) -> Tensor:
+    """`merge_instances` by the kernel, on a GPU or in the interpreter."""
+    x = x.contiguous()
+    out = torch.empty_like(x[0])
+    rows, channels, places = x.flatten(2).shape
+    if masks is not None:
+        masks = masks.float().contiguous()
+    _merge_kernel[_grid(places, channels)](
+        x, x if masks is None else masks, out, rows, channels, places,
+        MASKED=masks is not None, P=LAUNCH.block_n, num_warps=LAUNCH.warps,
+    )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("hookctl::mix_predictions", mutates_args=())
+def mix_kernel(a: Tensor, b: Tensor, d: Tensor) -> Tensor:
+    """`mix_predictions` by the kernel, on a GPU or in the interpreter."""
+    a, b = a.contiguous(), b.contiguous()
+    out = torch.empty_like(a)
+    rows, channels, places = a.flatten(2).shape
+    d = d.expand(rows, *a.shape[2:]).contiguous()
+    _mix_kernel[_grid(places, rows)](
+        a, b, d, out, channels, places, P=LAUNCH.block_n, num_warps=LAUNCH.warps
+    )
+    return out
+
+
+@torch.library.custom_op("hookctl::update_difference", mutates_args=())
+def update_kernel(d: Tensor, grad: Tensor, a: Tensor, b: Tensor, rate: float) -> Tensor:
+    """`update_difference` by the kernel, on a GPU or in the interpreter."""
+    d, grad, a, b = (x.contiguous() for x in (d, grad, a, b))
+    out = torch.empty_like(d)
+    rows, channels, places = a.flatten(2).shape
+    _update_kernel[_grid(places, rows)](
+        d, grad, a, b, out, channels, places, rate, P=LAUNCH.block_n, num_warps=LAUNCH.warps
+    )
+    return out
+
+
+@blend_kernel.register_fake
+def _(x, sources, mask):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@merge_kernel.register_fake
+def _(x, masks):
+    return torch.empty_like(x[0], memory_format=torch.contiguous_format)
+
+
+@mix_kernel.register_fake
+def _(a, b, d):
+    return torch.empty_like(a, memory_format=torch.contiguous_format)
+
+
+@update_kernel.register_fake
+def _(d, grad, a, b, rate):
+    return torch.empty_like(d, memory_format=torch.contiguous_format)
+
+
+# -- functions: a kernel on a GPU, the reference elsewhere and where a gradient is wanted ----------
+
+
+def _plain(*tensors: Tensor | None) -> bool:
+    given = [x for x in tensors if x is not None]
+    learned = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    return learned or not fused(given[0])
+
+
+def local_blend(x: Tensor, sources: Tensor, mask: Tensor) -> Tensor:
+    """Each row of x inside its mask, and the row that it comes from outside.
+
+    x: [rows, channels, *places]; sources: int64 [rows], on its device; mask: [rows | 1, *places],
+    bool, or shares from 0 to 1.
+    """
+    return (blend_reference if _plain(x, mask) else blend_kernel)(x, sources, mask)
+
+
+def merge_instances(x: Tensor, masks: Tensor | None = None) -> Tensor:
+    """One latent from that of the whole picture and those of its instances.
+
+    x: [1 + instances, channels, *places], the whole picture first; masks: [instances, *places], 0
+    to 1: each instance is pasted into its own, in order; None: the mean of all.
+    """
+    return (merge_reference if _plain(x, masks) else merge_kernel)(x, masks)
+
+
+def mix_predictions(a: Tensor, b: Tensor, d: Tensor) -> Tensor:
+    """sigma(d) a + (1 - sigma(d)) b, the softmax of two maps whose difference is d.
+
+    a, b: [rows, channels, *places]; d: [rows | 1, *places].
+    """
+    return (mix_reference if _plain(a, b, d) else mix_kernel)(a, b, d)
+
+
+def update_difference(d: Tensor, grad: Tensor, a: Tensor, b: Tensor, rate: float) -> Tensor:
+    """d after one gradient step of both maps whose difference it is.
+
+    d: [rows, *places]; grad: of the loss with respect to the trial latent, [rows, channels,
+    *places], like the predictions a and b; rate: the step times how far the trial latent moves with
+    the prediction (rho B).
+    """
+    return (update_reference if _plain(d, grad, a, b) else update_kernel)(d, grad, a, b, rate)
+
+
+def specimens(arch: str) -> Iterator[Specimen]:
+    tile = {"P": LAUNCH.block_n}
+    forms = (
+        (_blend_kernel, {"sources_ptr": "*i64:16", "mask_ptr": "*u8:16", "HARD": True}),
+        (_merge_kernel, {"masks_ptr": "*fp32:16", "MASKED": True}),
+        (_mix_kernel, {"d_ptr": "*fp32:16"}),
+        (_update_kernel, {"d_ptr": "*fp32:16", "out_ptr": "*fp32:16", "rate": "fp32"}),
+    )
+    names = ("local_blend", "merge_instances", "mix_predictions", "update_difference")
+    for name, (kernel, types) in zip(names, forms, strict=True):
+        arguments = form(kernel, "fp16", **tile, **types)
+        yield Specimen(f"{name} fp16", kernel, arguments, LAUNCH, arch, dots=False)
