@@ -311,7 +311,8 @@ class Engine:
         """The model itself; spelled-out attention, and a call that may end early, can be followed
         in uncompiled code only."""
         port = self._denoiser_port
-        eager = call.state.reading is not None or any(
+        reading = call.state.reading
+        eager = (reading is not None and reading.reader is not None) or any(
             self._ports[path].spelled_out for path in call.by_site
         )
         if port is not None and eager:

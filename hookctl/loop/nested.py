@@ -1,4 +1,4 @@
-"""What an editor says of a denoiser call that it makes to read attention maps."""
+"""What an editor says of a denoiser call that it makes: whose read-outs it serves."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from hookctl.address.families import uncompiled
 
 @dataclass(eq=False)
 class Reading:
-    """A denoiser call made for its maps: the editors that change the model act in it as ever.
+    """A denoiser call of an editor: the editors that change the model act in it as ever.
 
-    reader: the editor whose read-outs are handed out (others read the pipeline's own calls only).
+    reader: the editor whose read-outs are handed out (others read the pipeline's own calls only),
+    None for nobody's.
     call: kept here while a backward pass may recompute parts of it.
     """
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
+from hookctl.cli.run import editors_by_name
 from hookctl.editor import Editor
 from hookctl.errors import InputError
 from hookctl.preset import EditorSpec, Preset, dump_preset, load_preset
@@ -110,8 +111,8 @@ def test_there_and_back(write: Write) -> None:
 @pytest.mark.parametrize("path", sorted(PRESETS.glob("*.toml")), ids=lambda path: path.stem)
 def test_stacks_that_come_along(path: Path) -> None:
     """Each can be made, says what it does, and survives being written."""
-    preset = load_preset(path, RECIPES)
-    edits = preset.run["edit"]
+    preset = load_preset(path, editors_by_name())
+    edits = preset.run.get("edit", [])
     edits = [edits] if isinstance(edits, str) else edits
     assert preset.editors([preset.run["prompt"], *edits])
     assert preset.model == "shapes" and path.read_text("utf-8").startswith("# ")
