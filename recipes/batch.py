@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hookctl.address.rows import COND, Row
+from hookctl.address.rows import COND, Row, Rows
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import Editor
 from hookctl.errors import InputError
@@ -17,15 +17,18 @@ from hookctl.session import control
 
 
 class SourceAndEdits(Editor):
-    """Base of recipes whose prompts are the source's, then those of its edits."""
+    """Base of recipes whose prompts are the source's, then those of its edits.
+
+    least: how many prompts there must be.
+    """
+
+    least = 2
 
     def __init__(self, prompts: Sequence[str]) -> None:
         texts = [] if isinstance(prompts, str) else list(prompts)
-        if len(texts) < 2 or any(not isinstance(text, str) for text in texts):
-            raise InputError(
-                f"{self.name}: prompts={prompts!r}; give the source prompt and at least one edit, "
-                "as a list of texts"
-            )
+        if len(texts) < self.least or any(not isinstance(text, str) for text in texts):
+            wanted = "the source prompt" + " and at least one edit" * (self.least > 1)
+            raise InputError(f"{self.name}: prompts={prompts!r}; give {wanted}, as a list of texts")
         self.prompts = texts
 
     @property
@@ -43,9 +46,9 @@ class SourceAndEdits(Editor):
         )
 
     @staticmethod
-    def paired(call: AttentionCall) -> list[tuple[Row, Row]]:
+    def paired(rows: Rows) -> list[tuple[Row, Row]]:
         """(row, its source's row) for every row of an edit, the unconditional ones included."""
-        return [(row, call.rows.twin(row, prompt=0)) for row in call.rows if row.prompt > 0]
+        return [(row, rows.twin(row, prompt=0)) for row in rows if row.prompt > 0]
 
     @classmethod
     def edited(cls, call: AttentionCall) -> list[tuple[Row, Row]]:
@@ -54,7 +57,7 @@ class SourceAndEdits(Editor):
         Rows of a perturbed guidance are edited as their prompt's are: they must differ by the
         perturbation alone.
         """
-        return [(row, source) for row, source in cls.paired(call) if row.role == COND]
+        return [(row, source) for row, source in cls.paired(call.rows) if row.role == COND]
 
     def generators(self, seed: int = 0, images: int = 1, device: str = "cpu") -> list[Any]:
         """One generator for each picture: every prompt starts from the same noises.

@@ -18,14 +18,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from hookctl.address.clock import Window
 from hookctl.address.families import denoiser_of, describe_sites
 from hookctl.address.regions import RegionLike
 from hookctl.address.rows import Row
-from hookctl.address.sites import Selector, Site, matcher, select
+from hookctl.address.sites import Selector, Site, matcher
 from hookctl.address.text import PromptText, TextLayout
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import Claim
@@ -33,11 +30,11 @@ from hookctl.errors import InputError
 from hookctl.loop.state import State
 from hookctl.recipes.batch import SourceAndEdits
 from hookctl.recipes.foreground import GivenMasks, WordMasks, parted
+from hookctl.recipes.image_tokens import image_keys, image_sites, with_image
 from hookctl.recipes.local_blend import Words, words_of
-from hookctl.recipes.pinned import Pinned
+from hookctl.recipes.pinned import Path, Pinned
 
 FINE = "self up @>=1/2, self blocks, joint"
-KINDS = ("self", "joint")
 
 
 class MasaCtrl(SourceAndEdits):
@@ -56,9 +53,8 @@ class MasaCtrl(SourceAndEdits):
         ground into ground.
     words: take both masks from the maps of words instead: one for all prompts, or a list with one
         entry for each prompt. threshold: of the maps, scaled to 0..1.
-    trajectory: noisy latents of the source at every level, noisiest first, [turns or more,
-        channels, height, width]: those of an inverted picture, which the source then is. The edits
-        start from its noise too.
+    path: latents of the source at every level, noisiest first: those of an inverted picture
+        (`loop.inversion`), which the source then is. The edits start from its noise too.
     paper: masks by nearest sampling and from the maps of the same turn alone, as the official code
         has them; otherwise a token belongs where half of it is covered, and sites before the first
         map of a turn use the last turn's.
@@ -79,7 +75,7 @@ class MasaCtrl(SourceAndEdits):
         target_mask: RegionLike | Sequence[RegionLike] | None = None,
         words: Words | Sequence[Words] = None,
         threshold: float = 0.1,
-        trajectory: Tensor | Sequence[Tensor] | None = None,
+        path: Path | None = None,
         paper: bool = False,
     ) -> None:
         super().__init__(prompts)
@@ -95,7 +91,7 @@ class MasaCtrl(SourceAndEdits):
             GivenMasks(source_mask, target_mask, len(self.edits), nearest=paper) if given else None
         )
         self.word_masks = WordMasks(chosen, threshold, same_turn=paper) if any(chosen) else None
-        self.pin = None if trajectory is None else Pinned(trajectory, self.name, together=True)
+        self.pin = None if path is None else Pinned(path, self.name, together=True)
         self.sites = self._shown
 
     def _shown(self, site: Site) -> bool:
@@ -111,13 +107,8 @@ class MasaCtrl(SourceAndEdits):
         return [Claim("substitution", self.edit_sites, self.acts, tuple(self.edits))]
 
     def attach(self, target: Any) -> None:
+        self._edited = {s.path for s in image_sites(self.name, target, self.edit_sites)}
         every = [site for site, _ in describe_sites(denoiser_of(target))]
-        self._edited = {site.path for site in select(every, self.edit_sites, who=self.name)}
-        if wrong := [s for s in every if s.path in self._edited and s.kind not in KINDS]:
-            raise InputError(
-                f"{self.name}: sites={self.edit_sites!r} holds {wrong[0].path}, a {wrong[0].kind} "
-                "site; give sites where the image attends to itself, such as 'self up'"
-            )
         self._text_sites = [site for site in every if site.kind in ("cross", "joint")]
         self._texts: dict[int | None, list[PromptText]] = {}
         if self.word_masks is not None:
@@ -143,7 +134,7 @@ class MasaCtrl(SourceAndEdits):
         if not self.acts.holds(call.clock):
             return
         if call.site.path in self._edited:
-            for row, source in self.paired(call):
+            for row, source in self.paired(call.rows):
                 self._take(call, row, source)
             self._part(call)
         if self.word_masks is not None and call.spans.text_keys is not None:
@@ -157,13 +148,12 @@ class MasaCtrl(SourceAndEdits):
             else:
                 call.borrow(row, k=source, v=source)
             return
-        span = call.spans.image_keys or (0, call.k.shape[-2])
-        k, v = (x[source.index][..., slice(*span), :] for x in (call.k, call.v))
+        k, v = (image_keys(x[source.index], call) for x in (call.k, call.v))
         if self.union:
             call.extend(row, k, v)
         else:
-            own = call.k[row.index], call.v[row.index]
-            call.replace(row, k=_put(own[0], k, span), v=_put(own[1], v, span))
+            span, own = call.spans.image_keys, (call.k[row.index], call.v[row.index])
+            call.replace(row, k=with_image(own[0], k, span), v=with_image(own[1], v, span))
 
     def _part(self, call: AttentionCall) -> None:
         """Foreground looks into foreground, ground into ground."""
@@ -180,9 +170,3 @@ class MasaCtrl(SourceAndEdits):
         if tokens not in self._texts:
             self._texts[tokens] = [self._layout.read(prompt, tokens) for prompt in self.prompts]
         return self._texts[tokens]
-
-
-def _put(own: Tensor, image: Tensor, span: tuple[int, int]) -> Tensor:
-    """Tokens of a joint sequence with the image's replaced."""
-    start, stop = span
-    return torch.cat([own[..., :start, :], image, own[..., stop:, :]], -2)

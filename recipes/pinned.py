@@ -1,4 +1,4 @@
-"""The source kept on a stored trajectory, such as that of an inverted picture."""
+"""The source kept on a path of latents, such as that of an inverted picture."""
 
 from __future__ import annotations
 
@@ -11,52 +11,50 @@ from hookctl.errors import InputError
 from hookctl.loop.noise import Noise
 from hookctl.loop.state import State
 
+Path = Tensor | Sequence[Tensor]
+
 
 class Pinned:
-    """Before every turn the latents of prompt 0 are set to those of a trajectory.
+    """Before every turn the latents of prompt 0 are set to those of a path.
 
-    trajectory: latents at the level of each timestep, noisiest first, [levels, channels, ...];
-    further ones (the clean picture) are not used. earliest: no level before this one is taken, so
-    that a run starts from a cleaner source. together: the other pictures start from the same noise.
-    who: named in errors.
+    path: latents at the level of each timestep, noisiest first (`loop.inversion`), one picture's,
+    [channels, ...], or one for each image of a prompt, [1 | images, channels, ...]; further levels
+    (the clean picture) are not used. together: the other prompts start from the same noise.
+    earliest: the first turn takes this level and later ones none before the next, so that the
+    source is cleaner than what is drawn. who: named in errors.
     """
 
-    def __init__(
-        self,
-        trajectory: Tensor | Sequence[Tensor],
-        who: str,
-        *,
-        earliest: int = 0,
-        together: bool = False,
-    ) -> None:
-        levels = list(trajectory)
-        if not levels or any(not isinstance(x, Tensor) for x in levels):
-            raise InputError(f"{who}: trajectory holds no latents; give one tensor for each level")
-        # An inversion of one picture may keep its batch dimension.
-        flat = [x[0] if x.dim() == 4 and x.shape[0] == 1 else x for x in levels]
-        self.trajectory, self.earliest, self.who = torch.stack(flat), earliest, who
-        self.together = together
+    def __init__(self, path: Path, who: str, *, together: bool = False, earliest: int = 0) -> None:
+        levels = list(path)
+        if not levels or any(not isinstance(x, Tensor) or x.dim() < 2 for x in levels):
+            raise InputError(f"{who}: path holds no latents; give one tensor for each level")
+        self.path, self.who = torch.stack(levels), who
+        self.together, self.earliest = together, earliest
 
     def begin(self, state: State) -> None:
-        """Check the trajectory against the run."""
-        levels, shape = len(self.trajectory), tuple(self.trajectory.shape[1:])
+        """Check the path against the run."""
+        shape = tuple(state.latents.shape[1:])
+        if tuple(self.path.shape[1:]) == shape:
+            self.path = self.path[:, None]
         self._times = Noise(state.pipe.scheduler).timesteps
-        if levels < len(self._times):
+        if len(self.path) < len(self._times):
             raise InputError(
-                f"{self.who}: trajectory has {levels} levels and this run {len(self._times)} "
+                f"{self.who}: path has {len(self.path)} levels and this run {len(self._times)} "
                 "timesteps; invert with as many steps"
             )
-        if shape != tuple(state.latents.shape[1:]):
+        images = 1 + max(row.image for row in state.pictures)
+        if tuple(self.path.shape[2:]) != shape or self.path.shape[1] not in (1, images):
             raise InputError(
-                f"{self.who}: trajectory is of latents {shape}; this run draws "
-                f"{tuple(state.latents.shape[1:])}"
+                f"{self.who}: path is of latents {tuple(self.path.shape[1:])}; this run draws "
+                f"{shape}, {images} of each prompt"
             )
 
     def before(self, state: State) -> None:
         now = state.clock.timestep
         level = min(range(len(self._times)), key=lambda i: abs(self._times[i] - now))
-        latents = state.latents.clone()
         every = self.together and level == 0
+        held = self.path[max(level, self.earliest + (level > 0)) if self.earliest else level]
+        latents = state.latents.clone()
         for row in state.pictures if every else state.pictures.where(prompt=0):
-            latents[row.index] = self.trajectory[max(level, self.earliest)].to(latents)
+            latents[row.index] = held[row.image if len(held) > 1 else 0].to(latents)
         state.latents = latents

@@ -271,9 +271,9 @@ def test_one_denoiser_call_per_step() -> None:
 # -- a pinned source ---------------------------------------------------------------------------
 
 
-def test_the_source_follows_its_trajectory() -> None:
+def test_the_source_follows_its_path() -> None:
     """Before every turn; the edits start from its noise and then go their own way."""
-    trajectory = torch.randn(STEPS + 1, 4, 16, 16, generator=torch.Generator().manual_seed(7))
+    path = torch.randn(STEPS + 1, 4, 16, 16, generator=torch.Generator().manual_seed(7))
     seen: list[Tensor] = []
 
     class Record(Editor):
@@ -282,13 +282,13 @@ def test_the_source_follows_its_trajectory() -> None:
 
     for options in ({}, {"start": 1.0}):
         seen.clear()
-        edit = MasaCtrl([CAT, DOG], trajectory=trajectory, **options)
+        edit = MasaCtrl([CAT, DOG], path=path, **options)
         draw("sd15", edit, Record())
-        assert torch.equal(torch.stack([x[0] for x in seen]), trajectory[:STEPS])
-        assert torch.equal(seen[0][1], trajectory[0]) and not torch.equal(seen[1][1], trajectory[1])
+        assert torch.equal(torch.stack([x[0] for x in seen]), path[:STEPS])
+        assert torch.equal(seen[0][1], path[0]) and not torch.equal(seen[1][1], path[1])
 
 
-def test_a_trajectory_that_is_the_plain_one_changes_nothing() -> None:
+def test_a_path_that_is_the_plain_one_changes_nothing() -> None:
     seen: list[Tensor] = []
 
     class Record(Editor):
@@ -297,7 +297,7 @@ def test_a_trajectory_that_is_the_plain_one_changes_nothing() -> None:
 
     edit = MasaCtrl([CAT, DOG])
     want = draw("sd15", edit, Record())
-    assert torch.equal(draw("sd15", MasaCtrl([CAT, DOG], trajectory=seen)), want)
+    assert torch.equal(draw("sd15", MasaCtrl([CAT, DOG], path=seen)), want)
 
 
 # -- bad input ---------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ def test_a_trajectory_that_is_the_plain_one_changes_nothing() -> None:
         ({"source_mask": LEFT}, r"give source_mask and target_mask, both or neither"),
         ({"source_mask": LEFT, "target_mask": [LEFT, LEFT]}, r"has 2 entries for 1 edits"),
         ({"source_mask": (0.5, 0, 0.2, 1), "target_mask": LEFT}, r"source_mask: box: 0.5"),
-        ({"trajectory": []}, r"trajectory holds no latents"),
+        ({"path": []}, r"path holds no latents"),
     ],
 )
 def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
@@ -326,8 +326,8 @@ def test_wrong_for_the_model() -> None:
     for options, message in (
         ({"words": "horse"}, "'horse' is not in the prompt"),
         ({"sites": "cross up"}, "holds up_blocks.* a cross site; give sites where the image"),
-        ({"trajectory": torch.zeros(2, 4, 16, 16)}, "trajectory has 2 levels and this run 3"),
-        ({"trajectory": torch.zeros(4, 4, 8, 8)}, r"is of latents \(4, 8, 8\); this run draws"),
+        ({"path": torch.zeros(2, 4, 16, 16)}, "path has 2 levels and this run 3"),
+        ({"path": torch.zeros(4, 4, 8, 8)}, r"is of latents \(4, 8, 8\); this run draws"),
     ):
         with pytest.raises(InputError, match=message):
             draw("sd15", MasaCtrl([CAT, DOG], **options))

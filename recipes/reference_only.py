@@ -1,0 +1,96 @@
+"""Reference-only: pictures in the manner of a given one, without training and without inversion.
+
+Zhang, "Reference-only Control" (Mikubill/sd-webui-controlnet, discussion 1236, 2023), as the
+community pipelines of diffusers have it. At every turn the reference is noised to the run's level,
+
+    x_r = signal * x0_r + noise * xi          xi drawn anew at each turn
+
+and runs beside the others; in self-attention they look at its tokens too: Attn(q, [k; k_r],
+[v; v_r]). Unconditional rows mix that with their own attention, by the fidelity f:
+f Attn(q, k, v) + (1 - f) Attn(q, [k; k_r], [v; v_r]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from hookctl.address.rows import UNCOND
+from hookctl.address.sites import Selector
+from hookctl.errors import InputError
+from hookctl.loop.noise import Noise, noise_like
+from hookctl.loop.pictures import encode
+from hookctl.loop.state import State
+from hookctl.recipes.style_aligned import StyleAligned
+
+
+class ReferenceOnly(StyleAligned):
+    """Draw prompts in the manner of a picture.
+
+        edit = ReferenceOnly(["a striped red star", "a striped red circle"], picture)
+        again, drawn = edit.run(pipe, seed=0)
+
+    prompts: the first describes the picture, the others are drawn.
+    picture: the reference, PIL in mode RGB or the path of a file, of the size that is drawn.
+    fidelity: 0..1, how little the unconditional rows see of the reference; the more, the stronger
+        guidance pulls towards it.
+    seed: of the noise on the reference.
+    sites: self-attention to act in (the community form drops sites as its weight falls).
+
+    The first picture that comes out is the reference, drawn from its last noised form.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        picture: Any,
+        *,
+        fidelity: float = 0.5,
+        seed: int = 0,
+        sites: Selector = "self, joint",
+        start: float = 0.0,
+        stop: float = 1.0,
+    ) -> None:
+        super().__init__(prompts, adain=False, sites=sites, start=start, stop=stop)
+        if not 0 <= fidelity <= 1:
+            raise InputError(f"ReferenceOnly: fidelity={fidelity!r}; give a number from 0 to 1")
+        self.picture, self.seed = picture, int(seed)
+        self.shares = {UNCOND: 1.0 - float(fidelity)}
+
+    def attach(self, target: Any) -> None:
+        super().attach(target)
+        self._clean = encode(target, opened(self.picture))
+
+    def begin(self, state: State) -> None:
+        super().begin(state)
+        size, wanted = tuple(self._clean.shape[1:]), tuple(state.latents.shape[1:])
+        if size != wanted:
+            raise InputError(
+                f"ReferenceOnly: the picture's latents are {size}, and this run draws {wanted}; "
+                "resize the picture"
+            )
+        self._noise = Noise(state.pipe.scheduler)
+        self._generator = torch.Generator().manual_seed(self.seed)
+
+    def before(self, state: State) -> None:
+        latents = state.latents.clone()
+        level = self._noise.level(state.clock.timestep)
+        for row in state.pictures.where(prompt=0):
+            clean = self._clean[0].to(latents)
+            latents[row.index] = level.mix(clean, noise_like(clean, self._generator))
+        state.latents = latents
+
+
+def opened(picture: Any) -> Any:
+    """A picture as it is, or the file at a path, in RGB."""
+    if not isinstance(picture, str | Path):
+        return picture
+    try:
+        with Image.open(picture) as file:
+            return file.convert("RGB")
+    except OSError as error:
+        raise InputError(f"picture={str(picture)!r}: {error}; give a readable picture") from None

@@ -1,0 +1,153 @@
+"""StyleAligned: pictures in one style, by attending to the first of them.
+
+Hertz et al., "Style Aligned Image Generation via Shared Attention", arXiv 2312.02133 (CVPR 2024).
+In self-attention, with r the first prompt's row of the same branch,
+
+    q~ = AdaIN(q, q_r),  k~ = AdaIN(k, k_r),  out = Attn(q~, [k~; s k_r], [v; v_r]; [0; b])
+
+AdaIN gives q and k the reference's mean and deviation, per head and channel over the tokens. The
+reference sees itself alone: a duplicate of its own keys would change nothing, whatever the shift b.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hookctl.address.clock import Window
+from hookctl.address.families import denoiser_of
+from hookctl.address.rows import Row
+from hookctl.address.sites import Selector
+from hookctl.attention.call import AttentionCall
+from hookctl.attention.statistics import adain
+from hookctl.attention.term import rows_of
+from hookctl.editor import Claim
+from hookctl.errors import InputError, UnsupportedError
+from hookctl.loop.norms import shared_group_norms
+from hookctl.loop.state import Proceed, State
+from hookctl.recipes.batch import SourceAndEdits
+from hookctl.recipes.image_tokens import image_keys, image_sites, with_image
+from hookctl.recipes.pinned import Path, Pinned
+
+
+class StyleAligned(SourceAndEdits):
+    """Draw a set of prompts in the style of the first.
+
+        edit = StyleAligned(["a striped red star", "a striped red circle"])
+        pictures = edit.run(pipe, seed=0)
+
+    prompts: the first one's picture is the reference; one alone is drawn as ever.
+    adain: align queries and keys. share: let the others attend to the reference.
+    shift: added to the scores of the reference's keys: ln 2 for a picture, -inf for none of them.
+    scale: factor of the reference's keys.
+    group_norm: normalise the features together with the reference's, as the paper's transfer of a
+        picture does. (Sharing layer norms, which the official code offers, changes nothing: they
+        are per token.)
+    sites: self-attention to act in. On a joint site the image's tokens are aligned and shared.
+    path: latents of the reference at every level, noisiest first: those of an inverted picture
+        (`loop.inversion`), which the first prompt then draws.
+    paper: hold the reference's path a little cleaner than the others at the start, as the official
+        code does: at level 5 in the first turn, and none before 6 later.
+    """
+
+    least = 1
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        *,
+        adain: bool = True,
+        share: bool = True,
+        shift: float = 0.0,
+        scale: float = 1.0,
+        group_norm: bool = False,
+        sites: Selector = "self, joint",
+        start: float = 0.0,
+        stop: float = 1.0,
+        path: Path | None = None,
+        paper: bool = False,
+    ) -> None:
+        super().__init__(prompts)
+        if math.isnan(shift) or shift == math.inf:
+            raise InputError(f"{self.name}: shift={shift}; give a number, such as ln 2 = 0.69")
+        if not math.isfinite(scale):
+            raise InputError(f"{self.name}: scale={scale}; give a finite number, such as 1")
+        self.acts = Window.of((start, stop), f"{self.name}: start, stop")
+        self.align, self.share = bool(adain), share and shift != -math.inf
+        self.shift, self.scale = float(shift), float(scale)
+        self.group_norm, self.sites = group_norm, sites
+        self.shares: dict[str, float] = {}  # branch -> weight of the extended form, 1 if not said
+        self.pin = None if path is None else Pinned(path, self.name, earliest=5 if paper else 0)
+
+    def generators(self, seed: int = 0, images: int = 1, device: str = "cpu") -> list[Any]:
+        """One generator for each picture: every picture starts from a noise of its own."""
+        count = len(self.prompts) * images
+        return [torch.Generator(device).manual_seed(seed + i) for i in range(count)]
+
+    # -- before anything runs ------------------------------------------------------------------
+
+    def claims(self) -> Sequence[Claim]:
+        if not self.align or self.acts.start >= self.acts.stop:
+            return ()
+        return [Claim("substitution", self.sites, self.acts, tuple(self.edits))]
+
+    def attach(self, target: Any) -> None:
+        image_sites(self.name, target, self.sites)
+        model = denoiser_of(target)
+        norms = any(isinstance(m, nn.GroupNorm) for m in model.modules())
+        if self.group_norm and not norms:
+            raise UnsupportedError(
+                f"{self.name}: {type(model).__name__} has no group norms; leave group_norm out"
+            )
+
+    def begin(self, state: State) -> None:
+        super().begin(state)
+        if self.pin is not None:
+            self.pin.begin(state)
+
+    def before(self, state: State) -> None:
+        if self.pin is not None:
+            self.pin.before(state)
+
+    # -- sharing -------------------------------------------------------------------------------
+
+    def denoise(self, state: State, proceed: Proceed) -> Any:
+        if not self.group_norm or not self.acts.holds(state.clock):
+            return proceed()
+        sources = {row.index: source.index for row, source in self.paired(state.rows)}
+        with shared_group_norms(state.denoiser, len(state.rows), sources):
+            return proceed()
+
+    def attention(self, call: AttentionCall) -> None:
+        pairs = self.paired(call.rows) if self.acts.holds(call.clock) else []
+        if pairs and self.align:
+            rows, sources = ([row.index for row in side] for side in zip(*pairs, strict=True))
+            q, k = (_aligned(x, rows, sources, call) for x in (call.q, call.k))
+            call.replace(rows, q=q, k=k)
+        by_source: dict[Row, list[Row]] = {}
+        for row, source in pairs if self.share else ():
+            by_source.setdefault(source, []).append(row)
+        for source, others in by_source.items():
+            self.extend(call, others, source)
+
+    def extend(self, call: AttentionCall, rows: list[Row], source: Row) -> None:
+        """The reference's keys for those of its branch who look at it."""
+        k: Any = source
+        v: Any = source
+        if call.site.kind == "joint" or self.scale != 1.0:
+            k, v = (image_keys(x[source.index], call) for x in (call.k, call.v))
+            k = k * self.scale
+        share = self.shares.get(source.branch, 1.0)
+        call.extend(rows, k, v, shift=self.shift or None, share=share)
+
+
+def _aligned(x: Tensor, rows: list[int], sources: list[int], call: AttentionCall) -> Tensor:
+    """Rows of q or k with their sources' statistics over the image's tokens."""
+    own, theirs = rows_of(x, rows), rows_of(x, sources)
+    span = call.spans.image_queries if x is call.q else call.spans.image_keys
+    part = slice(*span) if span else slice(None)
+    return with_image(own, adain(own[..., part, :], theirs[..., part, :]), span)
