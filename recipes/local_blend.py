@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hookctl.address.layout import finest_within
+from hookctl.address.layout import finest_within, over_latent
 from hookctl.address.rows import COND, Row
 from hookctl.address.sites import Grid, Site
 from hookctl.address.text import PromptText
@@ -105,7 +105,7 @@ class LocalBlend:
             mask = self.mask(row.prompt, row.image) if row.prompt else None
             if mask is not None:
                 source = latents[place[0, row.image]]
-                out[row.index] = torch.where(_fit(mask, source), latents[row.index], source)
+                out[row.index] = torch.where(over_latent(mask, source), latents[row.index], source)
         state.latents = out
 
     def mask(self, prompt: int, image: int = 0) -> Tensor | None:
@@ -128,16 +128,6 @@ class LocalBlend:
             top = fine.amax((-2, -1), keepdim=True).clamp_min(1e-12)
             masks.append(fine / top > self.thresholds[which])
         return torch.stack(masks).any(0) if masks else None
-
-
-def _fit(mask: Tensor, latent: Tensor) -> Tensor:
-    """A mask [frames, height, width] in the shape of one latent of any family."""
-    if latent.dim() == 2:  # packed tokens [height * width, channels]
-        return mask[0].reshape(-1, 1)
-    if latent.dim() == 4:  # [channels, frames, height, width]
-        frames = latent.shape[1]
-        return (mask if mask.shape[0] in (1, frames) else mask.any(0, keepdim=True))[None]
-    return mask
 
 
 def words_of(value: Words | Sequence[Words], prompts: int, name: str) -> list[tuple[str, ...]]:

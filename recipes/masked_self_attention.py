@@ -31,7 +31,7 @@ from hookctl.editor import Editor
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.state import State
 from hookctl.recipes import places
-from hookctl.recipes.places import Places
+from hookctl.recipes.places import Places, grid_in
 
 SEEN = ("background", "all", "itself")
 IMAGE = "self, joint"
@@ -87,16 +87,17 @@ class MaskedSelfAttention(Editor):
                 f"{self.name}: {call.site.path} is no attention among image tokens; leave it out "
                 "with sites="
             )
-        if call.grid is None:
+        if call.site.kind == "joint" and self.background == "itself":
             raise UnsupportedError(
-                f"{self.name}: the tokens of {call.site.path} form no grid over the latent, so no "
-                "region can be found among them; leave it out with sites="
+                f"{self.name}: background='itself' would cut the background of a joint sequence "
+                "off from the text; give 'background' or 'all'"
             )
+        grid = grid_in(call, self.name)
         start, stop = call.spans.image_queries
         around = (start, call.q.shape[-2] - stop)
         for row in call.rows:
             if self.regions[row.prompt]:
-                queries, keys, alone = self.bits(row.prompt, call.grid, around)
+                queries, keys, alone = self.bits(row.prompt, grid, around)
                 call.restrict(row, queries, keys)
                 if alone is not None:
                     call.skip(row, where=alone)

@@ -6,11 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from hookctl.address.regions import Region, RegionLike, region_of
 from hookctl.address.rows import Rows
-from hookctl.errors import InputError
+from hookctl.address.sites import Grid
+from hookctl.attention.call import AttentionCall
+from hookctl.errors import InputError, UnsupportedError
 
 T = TypeVar("T")
 
@@ -51,6 +54,11 @@ class PerPrompt(Sequence[tuple[T, ...]]):
         return self._lists[0 if self.shared else prompt]
 
     @property
+    def every(self) -> list[T]:
+        """All items of all prompts."""
+        return [item for items in self._lists for item in items]
+
+    @property
     def most(self) -> int:
         """The most items that a prompt has."""
         return max(map(len, self._lists), default=0)
@@ -89,11 +97,51 @@ def numbers(given: Numbers, who: str) -> PerPrompt[float]:
     return PerPrompt.read(given, who, one=_number, is_list=_is_sequence)
 
 
+def shares(
+    places: Sequence[Region],
+    height: int,
+    width: int,
+    *,
+    edge: float = 0.0,
+    weights: Sequence[float] | None = None,
+) -> Tensor:
+    """How a grid is divided among regions: float32 [regions, height, width], at most 1 together.
+
+        m_r = a_r c_r / max(1, sum_s a_s c_s)
+
+    c_r: how far a token lies in region r, with a soft border of width `edge` (0: in or out); a_r:
+    the weights, 1 unless given.
+    """
+    if not places:
+        return torch.zeros(0, height, width)
+    covered = torch.stack(
+        [
+            place.feathered(height, width, edge)
+            if edge
+            else place.tokens(height, width).float().reshape(height, width)
+            for place in places
+        ]
+    )
+    if weights is not None:
+        covered = covered * torch.tensor(weights)[:, None, None]
+    return covered / covered.sum(0).clamp_min(1)
+
+
 def check_share(value: Any, who: str) -> float:
     """A number from 0 to 1, or InputError."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise InputError(f"{who}={value!r}; give a number from 0 to 1")
     return float(value)
+
+
+def grid_in(call: AttentionCall, who: str) -> Grid:
+    """The grid of a call's image queries, or UnsupportedError."""
+    if call.grid is None:
+        raise UnsupportedError(
+            f"{who}: the queries of {call.site.path} form no grid over the latent, so no region "
+            "can be found among them; leave it out with sites="
+        )
+    return call.grid
 
 
 def _is_sequence(item: Any) -> bool:

@@ -25,18 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hookctl.address.families import denoiser_of
 from hookctl.address.rows import COND
 from hookctl.address.sites import Grid, Selector
-from hookctl.address.text import TextLayout
 from hookctl.attention.call import AttentionCall
 from hookctl.attention.division import Division
 from hookctl.editor import Editor
-from hookctl.errors import InputError, UnsupportedError
-from hookctl.loop.prompts import check_encoder, encode
+from hookctl.loop.prompts import EncodedTexts, check_texts
 from hookctl.loop.state import State
 from hookctl.recipes import places
-from hookctl.recipes.places import Numbers, Places, Texts, check_share
+from hookctl.recipes.places import Numbers, Places, Texts, check_share, grid_in, shares
 
 
 class RegionalPrompts(Editor):
@@ -76,48 +73,24 @@ class RegionalPrompts(Editor):
         self._restart()
 
     def _restart(self) -> None:
-        self._embeddings: dict[str | Tensor, Tensor] = {}
-        self._masks: dict[str | Tensor, Tensor] = {}
+        self._encoded: EncodedTexts | None = None
         self._divisions: dict[tuple[int, Grid], Division] = {}
         self._context: dict[tuple[int, ...], dict[str, Tensor]] = {}
 
     def attach(self, target: Any) -> None:
-        given = [text for items in self._all_texts() for text in items]
-        if target is denoiser_of(target):
-            if any(isinstance(text, str) for text in given):
-                raise InputError(
-                    f"{self.name}: a bare denoiser encodes no texts; give embeddings [tokens, "
-                    "channels], or control the pipeline"
-                )
-            return
-        check_encoder(target)
-        layout = TextLayout(target)
-        for text in given:
-            if isinstance(text, str):
-                layout.read(text)
-
-    def _all_texts(self) -> list[tuple[str | Tensor, ...]]:
-        return [self.texts[p] for p in range(len(self.texts))]
+        check_texts(target, self.texts.every, self.name)
 
     # -- the texts -----------------------------------------------------------------------------
 
     def begin(self, state: State) -> None:
         self.regions.check_rows(state.rows)
         self._restart()
-        if self.base == 1 or not self.texts.most:
-            return
-        given = list(dict.fromkeys(text for items in self._all_texts() for text in items))
-        written = [text for text in given if isinstance(text, str)]
-        self._embeddings = {text: text for text in given if isinstance(text, Tensor)}
-        if written:
-            encoded = encode(state.pipe, written, state.encoding)
-            self._embeddings |= dict(zip(written, encoded.sequence, strict=True))
-            if encoded.mask is not None:
-                self._masks = dict(zip(written, encoded.mask, strict=True))
+        if self.base < 1 and self.texts.most:
+            self._encoded = EncodedTexts(state, self.texts.every)
 
     def context(self, state: State) -> Mapping[str, Tensor] | None:
         """Text r of every row's prompt, for each r; a prompt without it gets another's, unused."""
-        if not self._embeddings:
+        if self._encoded is None:
             return None
         prompts = tuple(row.prompt for row in state.rows)
         if prompts not in self._context:
@@ -131,50 +104,33 @@ class RegionalPrompts(Editor):
         return f"{self.name} {id(self):x} {r}"  # of this editor: there may be several
 
     def _text(self, prompt: int, r: int) -> Tensor:
+        assert self._encoded is not None  # `context` looked
         mine = self.texts[prompt]
-        chosen = mine[r] if r < len(mine) else next(iter(self._embeddings))
-        return self._embeddings[chosen]
+        return self._encoded.sequence(mine[r] if r < len(mine) else self._encoded.any)
 
     # -- the attention -------------------------------------------------------------------------
 
     def attention(self, call: AttentionCall) -> None:
-        if not self._embeddings:
+        if self._encoded is None:
             return
-        if call.grid is None:
-            raise UnsupportedError(
-                f"{self.name}: the queries of {call.site.path} form no grid over the latent, so "
-                "no region can be found among them; leave it out with sites="
-            )
+        grid = grid_in(call, self.name)
         for row in call.rows.where(role=COND):
-            call.divide(row, self.division(row.prompt, call.grid))
+            call.divide(row, self.division(row.prompt, grid))
 
     def division(self, prompt: int, grid: Grid) -> Division:
         """How the queries of a prompt's pictures divide themselves on a grid."""
         if (prompt, grid) not in self._divisions:
-            shares = (1 - self.base) * self.masks(prompt, grid.height, grid.width)
-            names = [self._label(r) for r in range(len(shares))]
-            flat = shares.flatten(1).repeat(1, grid.frames)
+            assert self._encoded is not None  # `attention` looked
+            weights = None if self.weights is None else self.weights[prompt]
+            mine = shares(
+                self.regions[prompt], grid.height, grid.width, edge=self.edge, weights=weights
+            )
+            flat = ((1 - self.base) * mine).flatten(1).repeat(1, grid.frames)
+            names = [self._label(r) for r in range(len(flat))]
             shifts = {
-                name: torch.zeros(mask.shape).masked_fill(~mask.cpu(), float("-inf"))
+                name: shift
                 for name, text in zip(names, self.texts[prompt], strict=True)
-                if (mask := self._masks.get(text)) is not None
+                if (shift := self._encoded.shift(text)) is not None
             }
             self._divisions[prompt, grid] = Division(dict(zip(names, flat, strict=True)), shifts)
         return self._divisions[prompt, grid]
-
-    def masks(self, prompt: int, height: int, width: int) -> Tensor:
-        """m_r of a prompt on a grid: float32 [regions, height, width], at most 1 together."""
-        mine = self.regions[prompt]
-        if not mine:
-            return torch.zeros(0, height, width)
-        covered = torch.stack(
-            [
-                region.feathered(height, width, self.edge)
-                if self.edge
-                else region.tokens(height, width).float().reshape(height, width)
-                for region in mine
-            ]
-        )
-        if self.weights is not None:
-            covered = covered * torch.tensor(self.weights[prompt])[:, None, None]
-        return covered / covered.sum(0).clamp_min(1)

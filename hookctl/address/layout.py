@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from fractions import Fraction
 
+from torch import Tensor
+
 from hookctl.address.sites import Site
 
 LAYOUT_RESOLUTION = Fraction(1, 4)
@@ -31,3 +33,13 @@ def finest_within(
     if fitting:
         return fitting[-1]
     return known[0] if known else None
+
+
+def over_latent(mask: Tensor, latent: Tensor) -> Tensor:
+    """A mask, or weights, [frames | 1, height, width] in the shape of one latent of any family."""
+    if latent.dim() == 2:  # packed tokens [height * width, channels]
+        return mask[0].reshape(-1, 1)
+    if latent.dim() == 4:  # [channels, frames, height, width]
+        frames = latent.shape[1]
+        return (mask if mask.shape[0] in (1, frames) else mask.any(0, keepdim=True))[None]
+    return mask

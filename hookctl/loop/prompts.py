@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 
 from hookctl.address import families
-from hookctl.errors import UnsupportedError
+from hookctl.address.text import TextLayout
+from hookctl.errors import InputError, UnsupportedError
+from hookctl.loop.state import State
+
+_MASK = "encoder_attention_mask"
 
 # What says which text is meant, or how often; the rest (clip_skip, max_sequence_length, device ...)
 # says how to encode it.
@@ -63,6 +67,94 @@ def encode(pipe: Any, texts: Sequence[str], like: Mapping[str, Any] | None = Non
     places = families.encoded_places(pipe)
     pooled, mask = (found[places[n]] if n in places else None for n in ("pooled", "mask"))
     return Encoded(found[0], pooled, None if mask is None else mask.bool())
+
+
+Text = str | Tensor
+
+
+class EncodedTexts:
+    """Texts, or their embeddings [tokens, channels], encoded once for a run."""
+
+    def __init__(self, state: State, given: Iterable[Text]) -> None:
+        every = list(given)
+        written = list(dict.fromkeys(text for text in every if isinstance(text, str)))
+        self._found: dict[Text, tuple[Tensor, Tensor | None, Tensor | None]] = {
+            text: (text, None, None) for text in every if isinstance(text, Tensor)
+        }
+        if written:
+            encoded = encode(state.pipe, written, state.encoding)
+            for i, text in enumerate(written):
+                pooled, mask = (
+                    None if part is None else part[i] for part in (encoded.pooled, encoded.mask)
+                )
+                self._found[text] = encoded.sequence[i], pooled, mask
+        self._shifts: dict[Text, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    @property
+    def any(self) -> Text:
+        """One of the texts."""
+        return next(iter(self._found))
+
+    def sequence(self, text: Text) -> Tensor:
+        """[tokens, channels]"""
+        return self._found[text][0]
+
+    def shift(self, text: Text) -> Tensor | None:
+        """What hides the padding from attention, [tokens]; None where nothing is hidden."""
+        mask = self._found[text][2]
+        if mask is not None and text not in self._shifts:
+            hidden = ~mask.cpu()
+            self._shifts[text] = torch.zeros(hidden.shape).masked_fill(hidden, float("-inf"))
+        return self._shifts.get(text)
+
+    def put(self, kwargs: dict[str, Any], state: State, rows: Mapping[int, Text]) -> None:
+        """Make these the texts of some rows of a call, pooled forms and masks included."""
+        own = kwargs[str(state.text)]
+        repeats = own.shape[0] // len(state.rows)  # video models repeat a row for every frame
+        kwargs[str(state.text)] = _with(
+            own, {r: self._found[t][0] for r, t in rows.items()}, repeats
+        )
+        pooled = {r: p for r, t in rows.items() if (p := self._found[t][1]) is not None}
+        masks = {r: m for r, t in rows.items() if (m := self._found[t][2]) is not None}
+        for name, parts in (("pooled_projections", pooled), (_MASK, masks)):
+            if isinstance(kwargs.get(name), Tensor) and parts:
+                kwargs[name] = _with(kwargs[name], parts, repeats)
+        added = kwargs.get("added_cond_kwargs")
+        if pooled and isinstance(added, Mapping) and "text_embeds" in added:
+            replaced = _with(added["text_embeds"], pooled, repeats)
+            kwargs["added_cond_kwargs"] = {**added, "text_embeds": replaced}
+
+
+def _with(own: Tensor, rows: Mapping[int, Tensor], repeats: int) -> Tensor:
+    """A batch with some rows replaced."""
+    out = own.clone()
+    for row, value in rows.items():
+        if value.shape != own.shape[1:]:
+            raise InputError(
+                f"a text of {tuple(value.shape)} can't stand in the place of one of "
+                f"{tuple(own.shape[1:])}; give as many tokens"
+            )
+        out[row * repeats : (row + 1) * repeats] = value.to(own)
+    return out
+
+
+def check_texts(target: Any, texts: Iterable[Text], who: str) -> None:
+    """Raise InputError or UnsupportedError unless a target can encode these texts."""
+    written = [text for text in texts if isinstance(text, str)]
+    if not written:
+        return
+    if target is families.denoiser_of(target):
+        raise InputError(
+            f"{who}: a bare denoiser encodes no texts; give embeddings [tokens, channels], or "
+            "control the pipeline"
+        )
+    check_encoder(target)
+    layout = TextLayout(target)
+    for text in written:
+        layout.read(text)
 
 
 def check_encoder(pipe: Any) -> None:
