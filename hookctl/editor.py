@@ -23,18 +23,26 @@ if TYPE_CHECKING:
     from hookctl.loop.state import Predictions, Proceed, State
 
 
+# Shared by editors to whom places of the picture or its whole latents mean something, held alone by
+# one that shows the denoiser parts of the picture.
+WHOLE_PICTURE = "whole picture"
+
+
 @dataclass(frozen=True)
 class Claim:
     """Something that only one editor can do at a site at a time.
 
-    what: the thing claimed, e.g. "substitution" (whose q, k, v), "token map", "override";
-    sites: where; window: when; prompts: for the rows of which prompts, None for all.
+    what: the thing claimed, e.g. "substitution" (whose q, k, v), "token map", WHOLE_PICTURE;
+    sites: where; window: when; prompts: for the rows of which prompts, None for all. shared:
+    others may share it, but none may have it alone. cure: what to do about a conflict.
     """
 
     what: str
     sites: Selector = None
     window: Window = Window()
     prompts: tuple[int, ...] | None = None
+    shared: bool = False
+    cure: str = ""
 
 
 class Editor:

@@ -45,7 +45,9 @@ class PerturbedGuidance(Editor):
         self.sites, self.start, self.stop = sites, start, stop
 
     def claims(self) -> Sequence[Claim]:
-        return [Claim(f"branch {self.branch!r}", None, self.window())] if self.scale else []
+        cure = "Give one of them another branch=, or windows that do not overlap"
+        what = f"branch {self.branch!r}"
+        return [Claim(what, None, self.window(), cure=cure)] if self.scale else []
 
     def attach(self, target: Any) -> None:
         every = [site for site, _ in describe_sites(denoiser_of(target))]

@@ -16,6 +16,7 @@ sharpen the picture too).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from hookctl.address.rows import COND, UNCOND, Row
 from hookctl.address.sites import Selector
 from hookctl.attention.call import AttentionCall
 from hookctl.attention.smoothing import blur, cut_blur_matrix
-from hookctl.editor import Editor
+from hookctl.editor import WHOLE_PICTURE, Claim, Editor
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.again import predict_again
 from hookctl.loop.noise import Noise
@@ -69,6 +70,9 @@ class SAG(Editor):
         self.kernel, self._sites = kernel, sites
         self.sites, self.start, self.stop = sites, start, stop
         self.masks: Tensor | None = None
+
+    def claims(self) -> Sequence[Claim]:
+        return [Claim(WHOLE_PICTURE, window=self.window(), shared=True)] if self.scale else []
 
     def attach(self, target: Any) -> None:
         scheduler = getattr(target, "scheduler", None)

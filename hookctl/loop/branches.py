@@ -8,7 +8,7 @@ name of their own, and cut off again before the pipeline sees the output.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from hookctl.address import families
 from hookctl.address.rows import COND, PERTURBED, Row, Rows
 from hookctl.errors import ConflictError, InputError, LayoutError, UnsupportedError
+from hookctl.loop.calls import prediction_of, with_prediction
 from hookctl.loop.rowwise import take_rows
 from hookctl.loop.state import State
 
@@ -91,14 +92,8 @@ def add_branches(state: State, asked: Mapping[str, Branch]) -> None:
 
 def cut_branches(state: State, output: Any) -> Any:
     """What the denoiser returned, without the rows that were added."""
-    own = state.own_rows
-    if own is None:
-        return output
-    if isinstance(output, Tensor):
-        return output[:own]
-    if isinstance(output, tuple):
-        return (output[0][:own], *output[1:])
-    return replace(output, sample=output.sample[:own])
+    prediction = None if state.own_rows is None else prediction_of(output)
+    return output if prediction is None else with_prediction(output, prediction[: state.own_rows])
 
 
 def _set_text(state: State, name: str, text: Tensor) -> None:

@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -141,3 +141,12 @@ def prediction_of(output: Any) -> Tensor | None:
     """The prediction in what a denoiser returns: a tensor, a tuple or an output object."""
     found = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
     return found if isinstance(found, Tensor) else None
+
+
+def with_prediction(output: Any, prediction: Tensor) -> Any:
+    """What a denoiser returned, with another prediction in its place."""
+    if isinstance(output, Tensor):
+        return prediction
+    if isinstance(output, tuple):
+        return (prediction, *output[1:])
+    return replace(output, sample=prediction)
