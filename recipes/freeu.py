@@ -85,11 +85,16 @@ class FreeU(Editor):
         half = h.shape[1] // 2
         gain: Tensor | float = b
         if self.version == 2:
-            mean = h.mean(1, keepdim=True)
-            low, high = mean.amin((2, 3), keepdim=True), mean.amax((2, 3), keepdim=True)
-            # A constant feature map has no structure to follow: its gain is 1, not 0 / 0.
-            gain = (b - 1) * (mean - low) / (high - low).clamp_min(1e-12) + 1
+            gain = (b - 1) * structure(h) + 1
         return torch.cat([h[:, :half] * gain, h[:, half:]], 1)
+
+
+def structure(h: Tensor) -> Tensor:
+    """The channel mean of features, scaled to 0..1 per picture: [rows, 1, height, width]."""
+    mean = h.mean(1, keepdim=True)
+    low, high = mean.amin((2, 3), keepdim=True), mean.amax((2, 3), keepdim=True)
+    # A constant feature map has no structure to follow: 0 everywhere, not 0 / 0.
+    return (mean - low) / (high - low).clamp_min(1e-12)
 
 
 def scale_low_frequencies(x: Tensor, s: Tensor | float) -> Tensor:
