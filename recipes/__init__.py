@@ -1,11 +1,41 @@
 """Published methods as editors: one file each, named as its paper."""
 
+from hookctl.recipes.attend_and_excite import AttendAndExcite
+from hookctl.recipes.box_diff import BoxDiff
+from hookctl.recipes.ddim_inversion import DDIMInversion
+from hookctl.recipes.direct_inversion import DirectInversion
+from hookctl.recipes.edit_friendly_ddpm import EditFriendlyDDPM
 from hookctl.recipes.freeu import FreeU
+from hookctl.recipes.layout_guidance import LayoutGuidance
 from hookctl.recipes.masactrl import MasaCtrl
 from hookctl.recipes.multi_diffusion import MultiDiffusion
+from hookctl.recipes.negative_prompt_inversion import NegativePromptInversion
+from hookctl.recipes.null_text import NullTextInversion
 from hookctl.recipes.pag import PAG
 from hookctl.recipes.prompt_to_prompt import PromptToPrompt
+from hookctl.recipes.proximal_guidance import ProximalGuidance
+from hookctl.recipes.reference_only import ReferenceOnly
 from hookctl.recipes.sag import SAG
 from hookctl.recipes.seg import SEG
+from hookctl.recipes.style_aligned import StyleAligned
 
-__all__ = ["PAG", "SAG", "SEG", "FreeU", "MasaCtrl", "MultiDiffusion", "PromptToPrompt"]
+__all__ = [
+    "AttendAndExcite",
+    "BoxDiff",
+    "DDIMInversion",
+    "DirectInversion",
+    "EditFriendlyDDPM",
+    "FreeU",
+    "LayoutGuidance",
+    "MasaCtrl",
+    "MultiDiffusion",
+    "NegativePromptInversion",
+    "NullTextInversion",
+    "PAG",
+    "PromptToPrompt",
+    "ProximalGuidance",
+    "ReferenceOnly",
+    "SAG",
+    "SEG",
+    "StyleAligned",
+]
