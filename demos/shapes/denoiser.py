@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from .latents import CELL, Basis
 from .muon import Muon
 from .render import render
 from .text import WIDTH, Words
+from .world import PICTURE, Scene, ghost
 
 Mix = tuple[float, float, float]
 
@@ -28,6 +29,11 @@ Mix = tuple[float, float, float]
 # objects there are, and where, is decided in strong noise and takes the longest.
 TIMES = (0.0, 250.0, 500.0, 750.0, 1000.0)
 SHARES = (0.0, 0.08, 0.25, 0.57, 1.0)
+
+# The share of the samples that show a weaker copy of one object beside it. Sampling passes through
+# such states wherever two places are as likely, and clean pictures never teach how to leave them.
+GHOSTED = 0.5
+HAZY = 350  # the time from which on: later there is nothing left to decide
 
 
 def build_unet(channels: int, widths: tuple[int, int, int] = (64, 96, 128)) -> UNet2DConditionModel:
@@ -125,26 +131,59 @@ class Trainer:
         grow(self.unet, unet.state_dict())
         self.ema = [p.detach().clone() for p in self.parameters]
 
-    def batch(self, stage: Stage) -> tuple[Tensor, Tensor]:
-        """Fresh latents [batch, channels, side / 8, side / 8] and text states [batch, 32, 128]."""
+    def batch(self, stage: Stage) -> tuple[Tensor, Tensor, Tensor]:
+        """Fresh latents [batch, channels, side / 8, side / 8], what is seen of them instead, and
+        text states [batch, 32, 128]."""
         rng = np.random.default_rng((self.plan.seed, self.rank, self.steps))
         pairs = [sample(rng, counts=stage.counts, extent=stage.side) for _ in range(stage.batch)]
         texts = ["" if rng.random() < self.plan.drop else text for _, text in pairs]
-        pictures = render([scene for scene, _ in pairs], self.plan.device)
-        z = self.basis.encode(pictures[:, :, : stage.side, : stage.side].contiguous())
+        scenes = [scene for scene, _ in pairs]
+        z = self.encode(scenes, stage.side)
+        seen = self.haunted(scenes, z, rng) if stage.side == PICTURE else z
         with torch.no_grad():
             states = self.text(self.words(texts).to(self.plan.device)).last_hidden_state
-        return z, states
+        return z, seen, states
 
-    def loss(self, z: Tensor, states: Tensor) -> Tensor:
-        """v-prediction loss with stratified times, most of them where the layout is decided."""
+    def encode(self, scenes: Sequence[Scene], side: int = PICTURE) -> Tensor:
+        """Latents of the top left `side` px of scenes."""
+        pictures = render(scenes, self.plan.device)
+        return self.basis.encode(pictures[:, :, :side, :side].contiguous())
+
+    def haunted(self, scenes: Sequence[Scene], z: Tensor, rng: np.random.Generator) -> Tensor:
+        """Latents in which some scenes show one object at a strength p and a copy at q < p."""
+        found = {
+            i: made
+            for i, scene in enumerate(scenes)
+            if rng.random() < GHOSTED and (made := ghost(scene, rng)) is not None
+        }
+        if not found:
+            return z
+        at = list(found)
+        rest, moved = self.encode([made[k] for k in (0, 1) for made in found.values()]).chunk(2)
+        p = rng.uniform(0.4, 1.0, len(at))
+        q = p * rng.uniform(0.0, 0.9, len(at))
+        # Where the two overlap they share one object's strength.
+        q = np.where([clear for _, _, clear in found.values()], q, np.minimum(q, 1.0 - p))
+        p, q = (torch.from_numpy(x).to(z)[:, None, None, None] for x in (p, q))
+        seen = z.clone()
+        seen[at] = rest + p * (z[at] - rest) + q * (moved - rest)
+        return seen
+
+    def loss(self, z: Tensor, seen: Tensor, states: Tensor) -> Tensor:
+        """v-prediction loss with stratified times, most of them where the layout is decided.
+
+        z is what is to be found in noisy latents that were made of `seen`.
+        """
         n = z.shape[0]
         u = (torch.randperm(n) + torch.rand(n)) / n
         times = np.interp(u.numpy(), SHARES, TIMES)
         t = torch.from_numpy(times).long().clamp(max=999).to(z.device)
         a = self.alphas[t].view(-1, 1, 1, 1)
         eps = torch.randn_like(z)
-        noisy, v = a.sqrt() * z + (1 - a).sqrt() * eps, a.sqrt() * eps - (1 - a).sqrt() * z
+        seen = torch.where((t >= HAZY).view(-1, 1, 1, 1), seen, z)
+        noisy = a.sqrt() * seen + (1 - a).sqrt() * eps
+        told = (noisy - a.sqrt() * z) / (1 - a).sqrt()  # eps, wherever z is what is seen
+        v = a.sqrt() * told - (1 - a).sqrt() * z
         on_gpu = z.device.type == "cuda"  # on the CPU float32 was the quicker
         with torch.autocast(z.device.type, dtype=torch.bfloat16, enabled=on_gpu):
             made = self.unet(noisy, t, states, return_dict=False)[0]

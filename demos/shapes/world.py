@@ -6,7 +6,7 @@ in a picture of 128 x 128 px. Everything a test may ask (boxes, masks, relations
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -193,3 +193,23 @@ def sample_scene(
                 break
         if len(things) == count:
             return Scene(tuple(things), ground)
+
+
+def ghost(scene: Scene, rng: np.random.Generator) -> tuple[Scene, Scene, bool] | None:
+    """One thing of a scene taken away, and a copy of it elsewhere instead.
+
+    Returns: the scene without the thing; with its copy in another place that the rest leaves free;
+    and whether that place is clear of the old one. None where no place was free.
+    """
+    which = int(rng.integers(len(scene.things)))
+    thing = scene.things[which]
+    others = tuple(other for i, other in enumerate(scene.things) if i != which)
+    for t in rng.random((12, 2)):
+        x, y = (SPACING * int(1 + v * (PICTURE // SPACING - 1)) for v in t)
+        copy = replace(thing, centre=(x, y))
+        box = copy.box
+        inside = min(box[:2]) >= 2 and max(box[2:]) <= PICTURE - 2
+        if (x, y) != thing.centre and inside and all(_apart(box, o.box, GAP) for o in others):
+            rest, moved = Scene(others, scene.ground), Scene((*others, copy), scene.ground)
+            return rest, moved, _apart(box, thing.box, 0)
+    return None
