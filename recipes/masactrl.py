@@ -25,7 +25,7 @@ from hookctl.address.rows import Row
 from hookctl.address.sites import Selector, Site, matcher
 from hookctl.address.text import PromptText, TextLayout
 from hookctl.attention.call import AttentionCall
-from hookctl.editor import Claim
+from hookctl.editor import WHOLE_PICTURE, Claim
 from hookctl.errors import InputError
 from hookctl.loop.state import State
 from hookctl.recipes.batch import SourceAndEdits
@@ -104,7 +104,10 @@ class MasaCtrl(SourceAndEdits):
     def claims(self) -> Sequence[Claim]:
         if self.union or self.acts.start >= self.acts.stop:
             return ()
-        return [Claim("substitution", self.edit_sites, self.acts, tuple(self.edits))]
+        claims = [Claim("substitution", self.edit_sites, self.acts, tuple(self.edits))]
+        if self.given_masks is not None or self.word_masks is not None:
+            claims.append(Claim(WHOLE_PICTURE, window=self.acts, shared=True))
+        return claims
 
     def attach(self, target: Any) -> None:
         self._edited = {s.path for s in image_sites(self.name, target, self.edit_sites)}

@@ -17,6 +17,7 @@ rows, so every mask is transposed; and the shipped configurations switch the who
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -27,7 +28,7 @@ from hookctl.address.families import denoiser_of, describe_sites
 from hookctl.address.regions import BACKGROUND, bit_sets
 from hookctl.address.sites import Grid, Selector, select
 from hookctl.attention.call import AttentionCall
-from hookctl.editor import Editor
+from hookctl.editor import WHOLE_PICTURE, Claim, Editor
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.state import State
 from hookctl.recipes import places
@@ -69,6 +70,9 @@ class MaskedSelfAttention(Editor):
         self.sites = IMAGE if sites is None else sites
         self.start, self.stop = start, stop
         self._bits: dict[Any, tuple[Tensor, Tensor, Tensor | None]] = {}
+
+    def claims(self) -> Sequence[Claim]:
+        return [Claim(WHOLE_PICTURE, window=self.window(), shared=True)]
 
     def attach(self, target: Any) -> None:
         if self._given is None and self.paper:

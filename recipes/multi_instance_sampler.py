@@ -20,7 +20,7 @@ an instance's picture shows beyond its region, and the phrase is asked for insid
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -33,7 +33,7 @@ from hookctl.address.rows import COND, Row, Rows
 from hookctl.address.sites import Grid, Selector
 from hookctl.attention.call import AttentionCall
 from hookctl.attention.division import Division
-from hookctl.editor import Editor
+from hookctl.editor import WHOLE_PICTURE, Claim, Editor
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.beside import Beside, guidance_of
 from hookctl.loop.prompts import EncodedTexts, Text, check_texts
@@ -87,6 +87,9 @@ class MultiInstanceSampler(Editor):
         self._instances: dict[str, Beside] = {}
         self._encoded: EncodedTexts | None = None
         self._divisions: dict[tuple[int, int, Grid], Division] = {}
+
+    def claims(self) -> Sequence[Claim]:
+        return [Claim(WHOLE_PICTURE, window=self.window(), shared=True)]
 
     def attach(self, target: Any) -> None:
         if not hasattr(getattr(target, "scheduler", None), "step"):

@@ -27,7 +27,7 @@ from hookctl.address.layout import finest_within
 from hookctl.address.sites import Selector, Site, matcher, select
 from hookctl.address.text import PromptText, TextLayout, align
 from hookctl.attention.call import AttentionCall, Routing
-from hookctl.editor import Claim
+from hookctl.editor import WHOLE_PICTURE, Claim
 from hookctl.errors import InputError, WordError
 from hookctl.loop.state import State
 from hookctl.recipes.batch import SourceAndEdits
@@ -117,6 +117,8 @@ class PromptToPrompt(SourceAndEdits):
         late = [self.reweight_window] if self.reweight_window and any(self.gains) else []
         windows = [w for w in (*self.cross.windows, *late) if w.start < w.stop]
         claims = []
+        if self.local is not None:
+            claims.append(Claim(WHOLE_PICTURE, window=Window(self.local.start, 1.0), shared=True))
         if self.self_window.start < self.self_window.stop:
             images = _both(mine, "self", "joint")
             claims.append(Claim("substitution", images, self.self_window, targets))

@@ -19,7 +19,7 @@ What these models (and SDXL) read from the pooled text stays the picture's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from hookctl.address.rows import COND
 from hookctl.address.sites import Grid, Selector
 from hookctl.attention.call import AttentionCall
 from hookctl.attention.division import Division
-from hookctl.editor import Editor
+from hookctl.editor import WHOLE_PICTURE, Claim, Editor
 from hookctl.loop.prompts import EncodedTexts, check_texts
 from hookctl.loop.state import State
 from hookctl.recipes import places
@@ -76,6 +76,9 @@ class RegionalPrompts(Editor):
         self._encoded: EncodedTexts | None = None
         self._divisions: dict[tuple[int, Grid], Division] = {}
         self._context: dict[tuple[int, ...], dict[str, Tensor]] = {}
+
+    def claims(self) -> Sequence[Claim]:
+        return [Claim(WHOLE_PICTURE, window=self.window(), shared=True)]
 
     def attach(self, target: Any) -> None:
         check_texts(target, self.texts.every, self.name)
