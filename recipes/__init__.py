@@ -8,14 +8,18 @@ from hookctl.recipes.edit_friendly_ddpm import EditFriendlyDDPM
 from hookctl.recipes.freeu import FreeU
 from hookctl.recipes.layout_guidance import LayoutGuidance
 from hookctl.recipes.masactrl import MasaCtrl
+from hookctl.recipes.masked_self_attention import MaskedSelfAttention
 from hookctl.recipes.multi_diffusion import MultiDiffusion
+from hookctl.recipes.multi_instance_sampler import MultiInstanceSampler
 from hookctl.recipes.negative_prompt_inversion import NegativePromptInversion
 from hookctl.recipes.null_text import NullTextInversion
 from hookctl.recipes.pag import PAG
 from hookctl.recipes.prompt_to_prompt import PromptToPrompt
 from hookctl.recipes.proximal_guidance import ProximalGuidance
 from hookctl.recipes.reference_only import ReferenceOnly
+from hookctl.recipes.regional_prompts import RegionalPrompts
 from hookctl.recipes.sag import SAG
+from hookctl.recipes.scale_u import ScaleU
 from hookctl.recipes.seg import SEG
 from hookctl.recipes.style_aligned import StyleAligned
 
@@ -37,5 +41,9 @@ __all__ = [
     "ReferenceOnly",
     "SAG",
     "SEG",
+    "MaskedSelfAttention",
+    "MultiInstanceSampler",
+    "RegionalPrompts",
+    "ScaleU",
     "StyleAligned",
 ]
