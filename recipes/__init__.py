@@ -2,6 +2,7 @@
 
 from hookctl.recipes.attend_and_excite import AttendAndExcite
 from hookctl.recipes.box_diff import BoxDiff
+from hookctl.recipes.cyclic_one_way import CyclicOneWay
 from hookctl.recipes.ddim_inversion import DDIMInversion
 from hookctl.recipes.direct_inversion import DirectInversion
 from hookctl.recipes.edit_friendly_ddpm import EditFriendlyDDPM
@@ -13,6 +14,7 @@ from hookctl.recipes.multi_diffusion import MultiDiffusion
 from hookctl.recipes.multi_instance_sampler import MultiInstanceSampler
 from hookctl.recipes.negative_prompt_inversion import NegativePromptInversion
 from hookctl.recipes.null_text import NullTextInversion
+from hookctl.recipes.one_way_flow import OneWayFlow
 from hookctl.recipes.pag import PAG
 from hookctl.recipes.prompt_to_prompt import PromptToPrompt
 from hookctl.recipes.proximal_guidance import ProximalGuidance
@@ -21,11 +23,13 @@ from hookctl.recipes.regional_prompts import RegionalPrompts
 from hookctl.recipes.sag import SAG
 from hookctl.recipes.scale_u import ScaleU
 from hookctl.recipes.seg import SEG
+from hookctl.recipes.selective_one_way import SelectiveOneWay
 from hookctl.recipes.style_aligned import StyleAligned
 
 __all__ = [
     "AttendAndExcite",
     "BoxDiff",
+    "CyclicOneWay",
     "DDIMInversion",
     "DirectInversion",
     "EditFriendlyDDPM",
@@ -35,6 +39,7 @@ __all__ = [
     "MultiDiffusion",
     "NegativePromptInversion",
     "NullTextInversion",
+    "OneWayFlow",
     "PAG",
     "PromptToPrompt",
     "ProximalGuidance",
@@ -45,5 +50,6 @@ __all__ = [
     "MultiInstanceSampler",
     "RegionalPrompts",
     "ScaleU",
+    "SelectiveOneWay",
     "StyleAligned",
 ]

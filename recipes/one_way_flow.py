@@ -1,0 +1,155 @@
+"""One-way flow between regions, by a low-rank bias on self-attention (SOW).
+
+Pei et al., "SOW: Selective One-Way Diffusion" (arXiv 2411.19182), which extends Cyclic One-Way
+diffusion by a modulation of attention between regions: scores raised between two regions let
+content spread from one to the other, scores lowered keep a region intact. No formula is public;
+here the queries n of a region R_j attend to the keys m of a region S_j with
+
+    scores[n, m] + sum_j beta_j(t) R_j(n) S_j(m)          beta_j(t) = beta_j (1 - u)
+
+u is the share of the editor's window that has passed. One channel of q and k carries each flow, so
+no mask is formed. beta_j = -inf forbids the flow for the whole window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hookctl.address.clock import Window
+from hookctl.address.regions import Region, RegionLike, region_of
+from hookctl.address.sites import Grid, Selector
+from hookctl.attention.call import AttentionCall
+from hookctl.editor import WHOLE_PICTURE, Claim, Editor
+from hookctl.errors import InputError, UnsupportedError
+from hookctl.loop.state import State
+from hookctl.recipes.image_tokens import image_sites
+
+Flow = tuple[str, str, float]
+REST = "rest"  # what lies in no named region
+
+
+class OneWayFlow(Editor):
+    """Strengthen or cut the flow of content between regions.
+
+        seed = (0.25, 0.25, 0.75, 0.75)
+        OneWayFlow({"seed": seed}, [("rest", "seed", -4.0), ("seed", "rest", 1.0)])
+
+    regions: by name; "rest" is what lies in none of them.
+    flows: (from, to, strength): the queries of `to` look at the keys of `from` more (above 0) or
+        less (below 0) by this much, in units of scores; -inf: not at all.
+    anneal: let the strength fall linearly to 0 over the window, else it is constant.
+    sites: self-attention to act in.
+    """
+
+    def __init__(
+        self,
+        regions: Mapping[str, RegionLike],
+        flows: Sequence[Flow],
+        *,
+        anneal: bool = True,
+        sites: Selector = "self, joint",
+        start: float = 0.0,
+        stop: float = 1.0,
+    ) -> None:
+        self.regions: dict[str, Region] = {
+            name: region_of(value, f"regions[{name!r}]") for name, value in regions.items()
+        }
+        if not self.regions or REST in self.regions:
+            raise InputError(
+                f"OneWayFlow: regions={list(self.regions)}; name at least one, and none {REST!r}, "
+                "which is what lies in none of them"
+            )
+        self.flows = [self._flow(flow) for flow in flows]
+        self.anneal, self.sites = anneal, sites
+        self.start, self.stop = start, stop
+        self._window = Window.of((start, stop), "OneWayFlow: start, stop")
+        self._laid: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def _flow(self, flow: Flow) -> Flow:
+        known = [*self.regions, REST]
+        if not isinstance(flow, Sequence) or len(flow) != 3 or not set(flow[:2]) <= set(known):
+            raise InputError(
+                f"OneWayFlow: flow {flow!r}; give (from, to, strength) with names of "
+                f"{', '.join(known)}"
+            )
+        strength = float(flow[2])
+        if math.isnan(strength) or strength == math.inf:
+            raise InputError(f"OneWayFlow: flow {flow!r}; give a finite strength, or -inf to cut")
+        return (flow[0], flow[1], strength)
+
+    def claims(self) -> Sequence[Claim]:
+        return [Claim(WHOLE_PICTURE, window=self.window(), shared=True)]
+
+    def attach(self, target: Any) -> None:
+        image_sites(self.name, target, self.sites)
+
+    def begin(self, state: State) -> None:
+        self._laid.clear()
+
+    def attention(self, call: AttentionCall) -> None:
+        if call.grid is None:
+            raise UnsupportedError(f"{self.name}: {call.site.path} has no grid; leave it out")
+        share = self._share(call)
+        finite = [flow for flow in self.flows if math.isfinite(flow[2]) and flow[2] * share]
+        if finite:
+            queries, keys = self._factors(finite, call)
+            strengths = queries.new_tensor([flow[2] * share for flow in finite])
+            call.bias(list(call.rows), query_factors=queries * strengths, key_factors=keys)
+        for flow in self.flows:
+            if flow[2] == -math.inf:
+                call.restrict(list(call.rows), *self._cut(flow, call))
+
+    def _share(self, call: AttentionCall) -> float:
+        """How much of the strength is left at this turn."""
+        if not self.anneal:
+            return 1.0
+        passed = (call.clock.fraction - self._window.start) / (
+            self._window.stop - self._window.start
+        )
+        return min(max(1.0 - passed, 0.0), 1.0)
+
+    def _factors(self, flows: list[Flow], call: AttentionCall) -> tuple[Tensor, Tensor]:
+        """R [queries, flows] and S [keys, flows], 0 or 1; the text of a joint site is in none."""
+        key = (tuple(flows), call.grid, call.q.shape[-2], call.k.shape[-2])
+        if key not in self._laid:
+            sides = ((1, call.q, call.spans.image_queries), (0, call.k, call.spans.image_keys))
+            queries, keys = (
+                torch.stack([self._on(f[end], call, x.shape[-2], span) for f in flows], -1)
+                for end, x, span in sides
+            )
+            self._laid[key] = queries, keys
+        return self._laid[key]
+
+    def _cut(self, flow: Flow, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        """Bit sets: who is cut off sees only keys outside, everybody else sees all."""
+        key = (flow, call.grid, call.q.shape[-2], call.k.shape[-2])
+        if key not in self._laid:
+            queries, keys = self._factors([(flow[0], flow[1], 1.0)], call)
+            if bool(queries.any()) and bool(keys.all()):
+                raise InputError(f"OneWayFlow: flow {flow!r} leaves queries without any key")
+            self._laid[key] = (
+                torch.where(queries[:, 0] > 0, 1, 3),
+                torch.where(keys[:, 0] > 0, 2, 1),
+            )
+        return self._laid[key]
+
+    def _on(
+        self, name: str, call: AttentionCall, tokens: int, span: tuple[int, int] | None
+    ) -> Tensor:
+        """Which of the tokens of a call lie in a region, [tokens]."""
+        grid, (start, stop) = call.grid, span or (0, tokens)
+        assert grid is not None  # `attention` saw that there is one
+        inside = self._cells(name, grid).float().repeat(grid.frames)
+        return F.pad(inside, (start, tokens - stop))
+
+    def _cells(self, name: str, grid: Grid) -> Tensor:
+        if name != REST:
+            return self.regions[name].tokens(grid.height, grid.width)
+        every = [region.tokens(grid.height, grid.width) for region in self.regions.values()]
+        return ~torch.stack(every).any(0)

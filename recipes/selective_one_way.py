@@ -1,0 +1,54 @@
+"""Selective One-Way diffusion (SOW): cycles round a picture, with the flow of attention steered.
+
+Pei et al., "SOW: Selective One-Way Diffusion", arXiv 2411.19182. The cycles and writes are those of
+Cyclic One-Way diffusion (`cyclic_one_way`), the modulation of self-attention is `one_way_flow`: the
+picture's region sees less of the rest, and the region that is to take after it sees more of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hookctl.address.regions import Region, RegionLike, region_of
+from hookctl.editor import Editor
+from hookctl.recipes.cyclic_one_way import CyclicOneWay
+from hookctl.recipes.one_way_flow import REST, OneWayFlow
+
+
+class SelectiveOneWay(CyclicOneWay):
+    """Draw a scene round a picture, and let chosen parts of it take after the picture.
+
+        program = SelectiveOneWay(pipe, picture, prompt, at=(128, 0), related=(0.2, 0.5, 0.8, 1.0))
+
+    related: the part of the canvas that is to take after the picture, by default the rest of it.
+    spread: strength of the flow from the picture to there; isolate: of that from anywhere to the
+    picture, below 0. anneal: let both fall to 0 over the schedule. Everything else is as for
+    `CyclicOneWay`.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        related: RegionLike | None = None,
+        spread: float = 1.0,
+        isolate: float = -2.0,
+        anneal: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(*arguments, **options)
+        regions: dict[str, RegionLike] = {"seed": self._box()}
+        goal = REST
+        if related is not None:
+            regions["related"], goal = region_of(related, "related"), "related"
+        others = [name for name in (*regions, REST) if name != "seed"]
+        flows = [("seed", goal, spread), *((name, "seed", isolate) for name in others)]
+        self.flow = OneWayFlow(regions, flows, anneal=anneal)
+
+    def _box(self) -> Region:
+        """Where the picture stands on the canvas."""
+        (x, y), (width, height) = self.at, self.pictures[0].size
+        columns, rows = self.size
+        return Region.box(x / columns, y / rows, (x + width) / columns, (y + height) / rows)
+
+    def run(self, *editors: Editor, output_type: str = "pil") -> Any:
+        return super().run(self.flow, *editors, output_type=output_type)
