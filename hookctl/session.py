@@ -76,9 +76,8 @@ class Session:
     ) -> None:
         for i, editor in enumerate(editors):
             if not isinstance(editor, Editor):
-                raise InputError(
-                    f"editors[{i}] is a {type(editor).__name__}; give hookctl.Editor instances"
-                )
+                given = f"the class {editor.__name__}" if isinstance(editor, type) else repr(editor)
+                raise InputError(f"editors[{i}] is {given}; give instances of hookctl.Editor")
         check_backend(backend)
         self.target, self.editors, self.backend, self.strict = target, editors, backend, strict
         self.denoiser = families.denoiser_of(target)

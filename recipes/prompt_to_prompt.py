@@ -48,7 +48,8 @@ class PromptToPrompt(SourceAndEdits):
     generator=edit.generators(seed=0))`.
 
     prompts: the source, then its edits. A word is looked up in the prompt by its letters, whatever
-        number of tokens it has; every occurrence counts.
+        number of tokens it has; every occurrence counts. Where a pipeline has several encoders,
+        prompt_2= and prompt_3= of its call must be left out; on Flux, prompts are prompt_2.
     mode: "replace" (as many words, swapped), "refine" (words added or left out), "auto" (replace
         where the word counts agree), or a list with one for each edit.
     cross_replace: until when the source's cross-attention is used: a fraction of the schedule, a

@@ -116,6 +116,8 @@ def test_features_and_context_where_there_are_none(pipe: Any) -> None:
     refused(pipe, features, error=UnsupportedError, match="skip connections")
     context = type("Context", (Editor,), {"context": lambda self, state: None})()
     flux = zoo.PIPELINES["flux"].make()
+    own = type(flux.transformer)
+    flux.transformer.__class__ = type("QwenImageTransformer2DModel", (own,), {})
     refused(flux, context, error=UnsupportedError, match="one sequence with the image")
 
 
