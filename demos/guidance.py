@@ -27,9 +27,9 @@ from hookctl.recipes import PAG, SAG, SEG, FreeU
 STEPS, GUIDANCE, BATCH = 25, 3.0, 16
 SHOWN = 6  # cases in the grid
 
-# PAG and SEG act in the middle block, which in Stable Diffusion holds all attention on the coarsest
-# grid. Here more blocks do.
-COARSE = "self @<=1/4"
+# The middle block, where PAG and SEG act in Stable Diffusion, says next to nothing in this model:
+# its skip connections pass it by. So they act on all grids but the finest.
+COARSE = "self @<=1/2"
 
 METHODS: dict[str, Callable[[], Editor | None]] = {
     "plain": lambda: None,

@@ -101,8 +101,9 @@ def guidance_of(predictions: Predictions) -> float | None:
     if UNCOND not in branches or COND not in branches:
         return None
     u, c = branches[UNCOND].double(), branches[COND].double()
+    own = predictions.guided if predictions.own is None else predictions.own
     towards = c - u
     size = float((towards * towards).sum())
     if not size:
         return 1.0
-    return float(((predictions.guided.double() - u) * towards).sum()) / size
+    return float(((own.double() - u) * towards).sum()) / size

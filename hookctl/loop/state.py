@@ -118,13 +118,15 @@ class State:
 class Predictions:
     """The predictions of one turn.
 
-    guided: what the pipeline made of them and would hand to the scheduler, [pictures, ...];
-    branches: branch -> its rows' predictions, [pictures, ...].
+    guided: what the pipeline, and the editors before this one, made of them and would hand to the
+    scheduler, [pictures, ...]; branches: branch -> its rows' predictions, [pictures, ...]; own:
+    what the pipeline alone made of them, None if that is not known.
     """
 
     guided: Tensor
     branches: Mapping[str, Tensor]
     state: State
+    own: Tensor | None = None
 
     def __getitem__(self, branch: str) -> Tensor:
         try:

@@ -46,11 +46,12 @@ class Turn:
             return step(**arguments)
         if latents is not None:
             arguments["sample"] = latents.to(arguments["sample"])
+        own = arguments["model_output"]
         for editor in editors:
             if overrides(editor, "combine"):
                 guided = arguments["model_output"]
                 parts = {name: _like(part, guided) for name, part in branches.items()}
-                arguments["model_output"] = editor.combine(Predictions(guided, parts, state))
+                arguments["model_output"] = editor.combine(Predictions(guided, parts, state, own))
         out = _settled(step(**arguments))
         after = [editor for editor in editors if overrides(editor, "after")]
         return _edited(out, state, after) if after else out

@@ -89,5 +89,11 @@ def test_pair(pair: tuple[str, str]) -> None:
         assert error(both, alone(other)) > 1e-5, f"nothing is left of {name} beside {other}"
 
 
+@pytest.mark.parametrize("other", ["MultiInstanceSampler", "SEG", "SAG", "FreeU", "PromptToPrompt"])
+def test_guidance_is_added_in_any_order(other: str) -> None:
+    if other in NAMES:
+        assert error(draw("PAG", other), draw(other, "PAG")) < 1e-4
+
+
 def test_nothing_stays_behind() -> None:
     assert error(SD15.run(pipe(), PROMPTS), SD15.run(SD15.make(), PROMPTS)) == 0
