@@ -15,16 +15,20 @@ import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .denoiser import CPU_FURTHER, CPU_STAGES, GPU_STAGES, Plan, Trainer, build_scheduler
 from .latents import Basis, fit_basis, train_vae
+from .render import render
 from .text import Words, train_text
 from .tokenizer import write_tokenizer
+from .world import sample_scene
 
 
 def log(text: str) -> None:
@@ -60,6 +64,23 @@ def take_over(start: Path, out: Path) -> None:
     shutil.copytree(start / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
     CLIPTextModel.from_pretrained(start / "text_encoder").save_pretrained(out / "text")
     AutoencoderKL.from_pretrained(start / "vae").float().save_pretrained(out / "vae")
+
+
+def fit_or_refuse(options: argparse.Namespace) -> Basis:
+    """The latent basis of the seed; with --start it must be the one of that autoencoder."""
+    basis = fit_basis(options.seed)
+    if options.start:
+        vae = AutoencoderKL.from_pretrained(options.start / "vae").float()
+        rng = np.random.default_rng(options.seed)
+        pictures = render([sample_scene(rng) for _ in range(16)])
+        with torch.no_grad():
+            apart = F.mse_loss(vae.encode(pictures).latent_dist.mode(), basis.encode(pictures))
+        if apart > 0.02:
+            raise SystemExit(
+                f"--start {options.start}: its latents are not those of this world (mean squared "
+                f"difference {apart:.3f}); train without --start, or with the --seed it was made by"
+            )
+    return basis
 
 
 def export(out: Path, unet: UNet2DConditionModel) -> Path:
@@ -149,7 +170,7 @@ def main() -> None:
         if options.start:
             take_over(options.start, options.out)
     prepare_text(options.out, options.seed, options.text_steps)
-    torch.save(vars(fit_basis(options.seed)), options.out / "basis.pt")
+    torch.save(vars(fit_or_refuse(options)), options.out / "basis.pt")
     if options.only != "denoiser":
         refine = options.only == "vae"
         prepare_vae(options.out, options.seed, options.vae_minutes, options.device, refine)
