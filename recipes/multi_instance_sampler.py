@@ -15,7 +15,9 @@ the height by x; here x is to the right.
 
 The official instance branches are grounded by trained modules. Without such, `outside` says what
 an instance's picture shows beyond its region, and the phrase is asked for inside alone, as by
-`RegionalPrompts`; without `outside` the phrase is asked for everywhere.
+`RegionalPrompts`; without `outside` the phrase is asked for everywhere. `ground` paints what is
+beyond in a plain colour at the noise level of every turn, as MultiDiffusion's bootstrapping does
+(Bar-Tal et al., arXiv 2302.08113, section 4.2): the instance then has to find room inside.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from hookctl.address.layout import over_latent
@@ -36,12 +39,15 @@ from hookctl.attention.division import Division
 from hookctl.editor import WHOLE_PICTURE, Claim, Editor
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.beside import Beside, guidance_of
+from hookctl.loop.noise import Noise
+from hookctl.loop.pictures import encode
 from hookctl.loop.prompts import EncodedTexts, Text, check_texts
 from hookctl.loop.state import Predictions, State
 from hookctl.recipes import places
 from hookctl.recipes.places import Places, Texts, check_share, grid_in, shares
 
 MERGES = ("mean", "paste")
+Colour = tuple[int, int, int]
 
 
 class MultiInstanceSampler(Editor):
@@ -50,9 +56,10 @@ class MultiInstanceSampler(Editor):
     texts, regions: phrase and place of each instance, for every prompt of the run, or a list of
     lists, one for each. share: of the schedule before the merge (0.36 in the official code, 0.1 in
     the paper's figures). merge: "mean" or "paste". outside: text of an instance's picture beyond
-    its region, None for its phrase everywhere. edge: soft border of the regions, a fraction of the
-    shorter side. renormalise: keep the standard deviation of each picture. seed: of the noise that
-    solvers of instances draw, where they draw any.
+    its region, None for its phrase everywhere. ground: colour (red, green, blue; 0 to 255) of the
+    plain surface that the picture is kept to there, or one for each prompt. edge: soft border of
+    the regions, a fraction of the shorter side. renormalise: keep the standard deviation of each
+    picture. seed: of the noise that solvers of instances draw, where they draw any.
 
     share=0 or no instances leave a run bit for bit as it was. Instances are guided by the scale
     that the pipeline's own combination shows, so list this editor before others that guide. After
@@ -67,6 +74,7 @@ class MultiInstanceSampler(Editor):
         share: float = 0.36,
         merge: Literal["mean", "paste"] = "mean",
         outside: str | None = None,
+        ground: Colour | Sequence[Colour] | None = None,
         edge: float = 0.0,
         renormalise: bool = False,
         seed: int = 0,
@@ -78,6 +86,7 @@ class MultiInstanceSampler(Editor):
         if merge not in MERGES:
             raise InputError(f"{self.name}: merge={merge!r}; give one of {', '.join(MERGES)}")
         self.merge, self.outside, self.renormalise = merge, outside, renormalise
+        self.ground = None if ground is None else _colours(ground, f"{self.name}: ground")
         self.edge = check_share(edge, f"{self.name}: edge")
         self.sites, self.stop, self.seed = sites, check_share(share, f"{self.name}: share"), seed
         self._restart()
@@ -86,6 +95,7 @@ class MultiInstanceSampler(Editor):
         self.spread: list[tuple[float, float]] = []
         self._instances: dict[str, Beside] = {}
         self._encoded: EncodedTexts | None = None
+        self._surface: tuple[Tensor, Tensor] | None = None
         self._divisions: dict[tuple[int, int, Grid], Division] = {}
 
     def claims(self) -> Sequence[Claim]:
@@ -97,12 +107,16 @@ class MultiInstanceSampler(Editor):
                 f"{self.name} keeps a solver for each instance: control a pipeline with a scheduler"
             )
         check_texts(target, self._every, self.name)
+        if self.ground is not None:
+            Noise(target.scheduler)
 
     # -- the instances' own pictures -----------------------------------------------------------
 
     def begin(self, state: State) -> None:
         self.regions.check_rows(state.rows)
         self._restart()
+        if self.ground is not None and self.texts.most:
+            self._surface = self._painted(state)
         if self.texts.most:
             self._encoded = EncodedTexts(state, self._every)
             self._instances = {
@@ -113,8 +127,41 @@ class MultiInstanceSampler(Editor):
     def before(self, state: State) -> None:
         for index, instance in enumerate(self._instances.values()):
             assert self._encoded is not None  # there are instances
+            if self._surface is not None:
+                instance.latents = self._kept(state, instance.latents, index)
             asked = self._asked(state.rows, index)
             instance.predict(state, partial(self._encoded.put, state=state, rows=asked))
+
+    def _painted(self, state: State) -> tuple[Tensor, Tensor]:
+        """(x0, eps) of plain surfaces: [pictures, channels, height, width] each."""
+        colours, latents = self.ground or [], state.latents
+        drawn = len({row.prompt for row in state.rows})
+        if len(colours) not in (1, drawn):
+            raise InputError(
+                f"{self.name}: ground has {len(colours)} colours, but the pipeline draws {drawn} "
+                "prompts; give one for all, or one for each"
+            )
+        if latents.dim() != 4:
+            raise UnsupportedError(f"{self.name}: ground is for latents [pictures, c, h, w]")
+        factor = state.pipe.vae_scale_factor
+        size = (latents.shape[-1] * factor, latents.shape[-2] * factor)
+        x0 = [encode(state.pipe, Image.new("RGB", size, colour)) for colour in colours]
+        chosen = [x0[row.prompt if len(x0) > 1 else 0] for row in state.pictures]
+        sigma = float(getattr(state.pipe.scheduler, "init_noise_sigma", 1.0))
+        return torch.cat(chosen).to(latents), latents / sigma
+
+    def _kept(self, state: State, latents: Tensor, index: int) -> Tensor:
+        """An instance's latents, with the plain surface of this turn's level beyond its region."""
+        assert self._surface is not None  # the caller looked
+        level = Noise(state.pipe.scheduler).level(state.clock.timestep)
+        surface = level.mix(*self._surface)
+        kept = latents.clone()
+        for row in state.pictures:
+            region = self.regions[row.prompt][index : index + 1]
+            if region:
+                share = shares(region, *state.grid[-2:], edge=self.edge).to(latents)
+                kept[row.index] = torch.lerp(surface[row.index], latents[row.index], share)
+        return kept
 
     def _asked(self, rows: Rows, index: int) -> dict[int, Text]:
         """The text of every conditional row, by row, in an instance's picture."""
@@ -212,3 +259,12 @@ class MultiInstanceSampler(Editor):
             middle = merged.mean()
             merged = middle + (merged - middle) * (own.std() / merged.std())
         return merged
+
+
+def _colours(given: Any, who: str) -> list[Colour]:
+    """One colour, or several, as a list."""
+    many = [given] if given and isinstance(given[0], int) else list(given)
+    for colour in many:
+        if len(colour) != 3 or any(not isinstance(c, int) or not 0 <= c <= 255 for c in colour):
+            raise InputError(f"{who}={given!r}; give (red, green, blue), each from 0 to 255")
+    return [(int(r), int(g), int(b)) for r, g, b in many]
