@@ -109,7 +109,7 @@ def _noises(seed: int, count: int) -> list[torch.Generator]:
 
 
 def _wide(edit: MultiDiffusion | None, pipe: Any, prompts: list[str], seed: int) -> Any:
-    given = {
+    given: dict[str, Any] = {
         "height": PICTURE,
         "width": WIDTH,
         "num_inference_steps": STEPS,

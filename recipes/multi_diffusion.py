@@ -118,7 +118,8 @@ class MultiDiffusion(Editor):
             raise UnsupportedError(f"{self.name} can't cut windows of a ControlNet's residuals")
         self.regions.check_rows(state.rows)
         assert self._size is not None  # `attach` saw to it
-        self.windows = windows_of(*state.grid[-2:], self._size, self.stride, wrap=self.wrap)
+        height, width = state.grid[-2:]
+        self.windows = windows_of(height, width, self._size, self.stride, wrap=self.wrap)
         self._paths: dict[tuple[int, ...], list[Path]] = {}
         self._texts = EncodedTexts(state, self.texts.every) if self.texts.every else None
         if self._texts is not None and self.bootstrap:

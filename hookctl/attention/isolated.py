@@ -54,8 +54,10 @@ def _isolated(term: Term, spans: Spans, mask: Tensor | None) -> Tensor:
     q, k, v = term.q.tensor, term.own.k.tensor, term.own.v.tensor
     assert spans.image_keys is not None and spans.text_keys is not None  # a joint site
     image, text = slice(*spans.image_keys), slice(*spans.text_keys)
-    bias = _additive(mask, q)
-    out = F.scaled_dot_product_attention(q[..., text, :], k, v, _rows(bias, text), scale=term.scale)
+    bias = None if mask is None else _additive(mask, q)
+    out = F.scaled_dot_product_attention(
+        q[..., text, :], k, v, None if bias is None else _rows(bias, text), scale=term.scale
+    )
     parts = []
     for start in range(image.start, image.stop, _CHUNK):
         at = slice(start, min(start + _CHUNK, image.stop))
@@ -69,12 +71,12 @@ def _isolated(term: Term, spans: Spans, mask: Tensor | None) -> Tensor:
     return torch.cat(whole, -2)
 
 
-def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    if mask is None or mask.dtype != torch.bool:
+def _additive(mask: Tensor, like: Tensor) -> Tensor:
+    if mask.dtype != torch.bool:
         return mask
     return like.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
 
 
-def _rows(bias: Tensor | None, queries: slice) -> Tensor | None:
+def _rows(bias: Tensor, queries: slice) -> Tensor:
     """The part of a bias [..., N | 1, M] for some queries."""
-    return bias if bias is None or bias.shape[-2] == 1 else bias[..., queries, :]
+    return bias if bias.shape[-2] == 1 else bias[..., queries, :]
