@@ -18,6 +18,7 @@ from hookctl.recipes.one_way_flow import OneWayFlow
 from hookctl.recipes.pag import PAG
 from hookctl.recipes.prompt_to_prompt import PromptToPrompt
 from hookctl.recipes.proximal_guidance import ProximalGuidance
+from hookctl.recipes.real_compo import RealCompo
 from hookctl.recipes.reference_only import ReferenceOnly
 from hookctl.recipes.regional_prompts import RegionalPrompts
 from hookctl.recipes.sag import SAG
@@ -43,6 +44,7 @@ __all__ = [
     "PAG",
     "PromptToPrompt",
     "ProximalGuidance",
+    "RealCompo",
     "ReferenceOnly",
     "SAG",
     "SEG",

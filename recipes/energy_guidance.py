@@ -67,6 +67,7 @@ class WordEnergy(MapReader):
     """
 
     whole_text = False  # whether the energy compares the words with all other tokens
+    reader: MapReader | None = None  # who reads in the stack, if not this editor itself
 
     def __init__(self, words: Words, regions: Places | None, sites: Selector) -> None:
         self.words = places.texts(words, f"{self.name}: words")
@@ -88,7 +89,7 @@ class WordEnergy(MapReader):
             raise InputError(f"{self.name}: a bare denoiser has no words; control the pipeline")
         self._layout = TextLayout(target)
         every = [site for site, _ in describe_sites(denoiser)]
-        self._sites = select(every, self.sites, who=self.name)
+        self._sites = select(every, self.chosen or ATTENDING, who=self.name)
         if self._sites and not any(site.kind in ("cross", "joint") for site in self._sites):
             raise SelectorError(
                 f"{self.name}: sites={self.sites!r} are no sites where the image attends to the "
@@ -142,7 +143,13 @@ class WordEnergy(MapReader):
     def measured(self, state: State, scalar: Any, **options: Any) -> Energies:
         """The energies of a call's pictures by a scalar of the maps of the words."""
         return energies(
-            state, scalar, reader=self, sites=self._paths, tokens=self._tokens, **options
+            state,
+            scalar,
+            reader=self.reader or self,
+            sites=self._paths,
+            tokens=self._tokens,
+            heads=self.heads,
+            **options,
         )
 
 
@@ -192,12 +199,18 @@ class EnergyGuidance(WordEnergy, ABC):
         self.record, self._last = [], None
 
     def before(self, state: State) -> None:
+        moved = self.moved(state)
+        if moved is not None:
+            state.latents = moved
+
+    def moved(self, state: State) -> Tensor | None:
+        """The latents of a call after this turn's steps, None if none is taken."""
         if self.scale == 0 or not self.subjects:
-            return
+            return None
         given = state.latents
         if self._last is not None and torch.equal(self._last[0], given):
-            state.latents = self._last[1]  # another call of the same turn: of the other branch
-        elif state.rows.where(branch=COND):
+            return self._last[1]  # another call of the same turn: of the other branch
+        if state.rows.where(branch=COND):
             guided = self.guided(state).to(given)
             if not torch.isfinite(guided).all():
                 raise UnsupportedError(
@@ -205,7 +218,8 @@ class EnergyGuidance(WordEnergy, ABC):
                     "finite; run the denoiser in float32 or bfloat16, or lower scale="
                 )
             self._last = given, guided
-            state.latents = guided
+            return guided
+        return None
 
     def guided(self, state: State) -> Tensor:
         """The latents of a call after this turn's steps, [pictures, ...]."""

@@ -138,6 +138,7 @@ def energies(
     latents: Tensor | None = None,
     text: Tensor | None = None,
     wrt: str | Tensor | None = "latents",
+    heads: bool | None = None,
     early_exit: bool = True,
 ) -> Energies:
     """The energy of each picture of a denoiser call, and its gradient.
@@ -147,7 +148,8 @@ def energies(
     (none of these for an energy of the latents alone); other latents [pictures, ...] in the
     scheduler's space, or another text [1 | pictures, tokens, channels], in place of the call's;
     wrt, what to differentiate to: "latents", "text", None, or a tensor on which the latents or the
-    text that were given depend.
+    text that were given depend; heads, whether maps are of each head (by default as the reader
+    says).
     Returns: float32 or finer, in the order of `state.pictures`.
     Raises InputError inside `torch.inference_mode()`, LayoutError without rows that see the prompt.
     """
@@ -156,7 +158,7 @@ def energies(
     rows = state.rows.where(branch=COND)
     if not rows:
         raise LayoutError(f"no row of this call sees the prompt; its rows are: {state.rows!r}")
-    with _frozen(state.denoiser), torch.set_grad_enabled(wrt is not None):
+    with frozen(state.denoiser), torch.set_grad_enabled(wrt is not None):
         x = _fine(state.latents if latents is None else latents)
         words = _text_of(state, rows) if text is None and wrt == "text" else text
         if wrt == "latents":
@@ -166,7 +168,8 @@ def energies(
         leaf = {"latents": x, "text": words}.get(wrt) if isinstance(wrt, str) else wrt
         if wrt is not None and leaf is None:
             raise InputError(f"wrt={wrt!r}; give 'latents', 'text' (if there is one) or a tensor")
-        collection = _collection(rows, sites, tokens or {}, reader, early_exit)
+        each = reader is not None and reader.heads if heads is None else heads
+        collection = _collection(rows, sites, tokens or {}, reader, each, early_exit)
         reading = Reading(uncompiled(state.denoiser), reader)
         with _collecting(reader, collection), reading_in(reading):
             if collection.pending:
@@ -202,11 +205,11 @@ def _collection(
     sites: Collection[str],
     tokens: Mapping[int, Sequence[int]],
     reader: MapReader | None,
+    heads: bool,
     early: bool,
 ) -> _Collection:
     keys = [(row.prompt, row.image) for row in rows if tokens.get(row.prompt)]
     pending = {(path, key) for path in sites for key in keys} if reader is not None else set()
-    heads = reader is not None and reader.heads
     return _Collection(frozenset(sites), tokens, heads, pending, early)
 
 
@@ -263,7 +266,7 @@ def _fine(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """No gradient to parameters and no dropout meanwhile."""
     learning = [p for p in model.parameters() if p.requires_grad]
     training = [m for m in model.modules() if m.training]

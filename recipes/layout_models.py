@@ -1,0 +1,167 @@
+"""The layout-to-image model of a mixture: what `RealCompo` asks of one, and two that there are.
+
+SecondModel      another pipeline or denoiser of the same latent space, with whatever editors
+                 it is under (`with hookctl.control(other, Grounding(...)):` round the run)
+GuidedModel      the pipeline's own denoiser under layout guidance
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from hookctl.address.families import denoiser_of, uncompiled
+from hookctl.address.rows import Row, Rows
+from hookctl.errors import InputError, UnsupportedError
+from hookctl.loop.calls import prediction_of
+from hookctl.loop.context import narrow
+from hookctl.loop.driven import Driven, driving
+from hookctl.loop.energy import Energies, MapReader, called
+from hookctl.loop.noise import Noise
+from hookctl.loop.rowwise import take_rows
+from hookctl.loop.state import State
+from hookctl.recipes.energy_guidance import EnergyGuidance, WordEnergy, level_of
+from hookctl.session import control
+
+Measure = Callable[[State], Energies]
+
+
+class LayoutModel(Protocol):
+    """A model whose predictions keep a layout, for the rows of the pipeline's calls."""
+
+    def attach(self, target: Any, reader: WordEnergy) -> None:
+        """Check the pipeline; reader: the editor of the stack, which reads maps for the model."""
+
+    def begin(self, state: State) -> None:
+        """A run starts."""
+
+    def predict(self, state: State) -> Tensor:
+        """The prediction for every row of a call that is the pipeline's own, [rows, ...]."""
+
+    def measured(self, state: State, measure: Measure) -> Energies | None:
+        """`measure` of this model's maps in a call; None if they are those of the pipeline's own
+        model."""
+
+
+class SecondModel:
+    """Another pipeline, or a bare denoiser, that takes the same latents, times and text."""
+
+    def __init__(self, target: Any) -> None:
+        self.target, self.denoiser = target, denoiser_of(target)
+
+    def attach(self, target: Any, reader: WordEnergy) -> None:
+        if uncompiled(self.denoiser) is uncompiled(denoiser_of(target)):
+            raise InputError(
+                "layout is the pipeline's own denoiser; give another one, or a LayoutGuidance"
+            )
+        self._reader = reader
+
+    def begin(self, state: State) -> None:
+        self._run = object()
+
+    def predict(self, state: State) -> Tensor:
+        rows = Rows(state.rows[: state.own_rows])
+        with driving(self._told(state, rows)):
+            found = prediction_of(called(self.denoiser, _arguments(state)))
+        return _tensor(found, self.denoiser)
+
+    def measured(self, state: State, measure: Measure) -> Energies:
+        pipe = None if self.target is self.denoiser else self.target
+        rows = Rows([_numbered(row, i) for i, row in enumerate(state.rows.where(branch="cond"))])
+        there = replace(state, denoiser=self.denoiser, pipe=pipe)
+        self._reader.reader = MapReader()  # the other model's calls are shown to its own editors
+        try:
+            with control(self.target, self._reader.reader), driving(self._told(state, rows)):
+                return measure(there)
+        finally:
+            self._reader.reader = None
+
+    def _told(self, state: State, rows: Rows) -> Driven:
+        return Driven(
+            self._run,
+            uncompiled(self.denoiser),
+            state.prompts,
+            state.images_per_prompt,
+            dict(state.encoding),
+            rows,
+            state.clock,
+        )
+
+
+class GuidedModel:
+    """The pipeline's own denoiser, shown latents that an energy guidance has moved.
+
+    Its prediction says of the unmoved latents x what the denoiser says of the moved ones x': the
+    same clean picture x0, and the noise that is left, eps = (x - signal x0) / noise.
+    """
+
+    def __init__(self, guidance: EnergyGuidance) -> None:
+        self.guidance = guidance
+
+    def attach(self, target: Any, reader: WordEnergy) -> None:
+        self.guidance.reader = reader
+        self.guidance.attach(target)
+
+    def begin(self, state: State) -> None:
+        self.guidance.begin(state)
+
+    def predict(self, state: State) -> Tensor:
+        x = state.latents
+        moved = self.guidance.moved(state) if self.guidance.active(state.clock) else None
+        arguments = _arguments(state)
+        rows = Rows(state.rows[: state.own_rows])
+        repeats = (len(rows) // len(x), *([1] * (x.dim() - 1)))
+        if moved is not None:
+            like = arguments[state.sample]
+            arguments[state.sample] = state.model_input(moved.repeat(repeats), like)
+        state.asking = rows
+        try:
+            found = _tensor(prediction_of(called(state.denoiser, arguments)), state.denoiser)
+        finally:
+            state.asking = None
+        level, noise = level_of(state), Noise(state.pipe.scheduler)
+        if moved is None or level.noise < 1e-6:
+            return found
+        x0, _ = noise.split(moved.repeat(repeats), found, level)
+        left = (x.repeat(repeats) - level.signal * x0) / level.noise
+        return noise.join(x0, left, level).to(found)
+
+    def measured(self, state: State, measure: Measure) -> None:
+        return None
+
+
+def layout_model(given: Any) -> LayoutModel:
+    """A layout model, from a guidance, a pipeline or a denoiser, or one as it is."""
+    if isinstance(given, EnergyGuidance):
+        return GuidedModel(given)
+    if all(hasattr(given, name) for name in ("predict", "measured", "attach", "begin")):
+        model: LayoutModel = given
+        return model
+    try:
+        return SecondModel(given)
+    except InputError as error:
+        raise InputError(
+            f"layout is a {type(given).__name__}; give a LayoutGuidance or BoxDiff, a pipeline, a "
+            "denoiser, or an object as in hookctl.recipes.layout_models"
+        ) from error
+
+
+def _arguments(state: State) -> dict[str, Any]:
+    """The pipeline's own rows of a call, without what editors appended."""
+    own = len(state.rows) if state.own_rows is None else state.own_rows
+    arguments = take_rows(state, [(0, own)])
+    narrow(state, arguments)
+    return arguments
+
+
+def _numbered(row: Row, index: int) -> Row:
+    return replace(row, index=index)
+
+
+def _tensor(found: Tensor | None, denoiser: Any) -> Tensor:
+    if found is None:
+        raise UnsupportedError(f"{type(denoiser).__name__} returns no tensor of predictions")
+    return found.detach()
