@@ -257,6 +257,7 @@ def _say(
     for editor in editors:
         mine = [row for row in rows if row[0] == editor.name]
         sites, plans = {row[1] for row in mine}, sorted({row[4] for row in mine})
-        print(f"{editor.name}: {len(sites)} of {len(session.sites)} sites, by {', '.join(plans)}")
+        where = f"{len(sites)} of {len(session.sites)} sites, by {', '.join(plans)}"
+        print(f"{editor.name}: {where if sites else 'acts round the attention'}")
     print(f"edited in {times['edited']:.1f} s, plain in {times['plain']:.1f} s")
     print(f"look at {out / 'grid.png'}; also written: plain-*, edited-*, report.txt, run.json")

@@ -87,8 +87,8 @@ def test_window_outside_the_schedule(pipe: Any, window: Any) -> None:
 
 
 def test_no_editor(pipe: Any) -> None:
-    refused(pipe, "masactrl", error=InputError, match=r"editors\[0\] is a str")
-    refused(pipe, Borrow, error=InputError, match=r"editors\[0\] is a type")
+    refused(pipe, "masactrl", error=InputError, match=r"editors\[0\] is 'masactrl'")
+    refused(pipe, Borrow, error=InputError, match=r"editors\[0\] is the class Borrow")
 
 
 def test_bad_backend(pipe: Any) -> None:
