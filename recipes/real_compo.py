@@ -38,6 +38,7 @@ from hookctl.recipes.energy_guidance import (
     level_of,
     mean_map,
 )
+from hookctl.recipes.layout_guidance import LayoutGuidance
 from hookctl.recipes.layout_models import layout_model
 from hookctl.recipes.perturbation import number
 from hookctl.recipes.places import Places, check_share
@@ -50,8 +51,7 @@ class RealCompo(WordEnergy):
     """Mix the pipeline, the text model, with a layout model.
 
     words, regions: as many of each, for every prompt or a list for each. layout: the layout model:
-    a guidance such as `LayoutGuidance(words, regions)` (the pipeline's own denoiser under it),
-    another pipeline or denoiser of the same latent space, or an object as in
+    a guidance of the pipeline's own denoiser (by default `LayoutGuidance(words, regions)`), another pipeline or denoiser of the same latent space, or an object as in
     `recipes.layout_models`. rho: size of the largest change of d in a turn. alone: until this
     fraction of the schedule the layout model draws alone. coefficient: a fixed c instead, 0 for
     the text model (bit for bit) and 1 for the layout model. generator: draws the first d, from
@@ -67,7 +67,7 @@ class RealCompo(WordEnergy):
         self,
         words: Words,
         regions: Places,
-        layout: Any,
+        layout: Any = None,
         *,
         rho: float = 1.0,
         alone: float = 0.4,
@@ -78,7 +78,7 @@ class RealCompo(WordEnergy):
     ) -> None:
         super().__init__(words, regions, sites)
         self.sites = ATTENDING  # also what the layout model reads
-        self.layout = layout_model(layout)
+        self.layout = layout_model(LayoutGuidance(words, regions) if layout is None else layout)
         self.rho = number(rho, "RealCompo: rho")
         self.alone = check_share(alone, "RealCompo: alone")
         if coefficient is not None:

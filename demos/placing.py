@@ -1,0 +1,194 @@
+"""What the demos of objects and their places share: drawing a set of cases by a method, and looking
+at where things are."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+import hookctl
+from hookctl import Editor, show
+from hookctl.address.regions import Region
+from hookctl.attention.maps import MapStore
+from hookctl.demos.cost import counted
+from hookctl.demos.layouts import LayoutCase, found_in_place, overlap
+from hookctl.demos.shapes.detect import Found, detect
+from hookctl.demos.shapes.world import COLOURS, PICTURE, Thing
+
+STEPS, GUIDANCE, BATCH = 25, 3.0, 16
+IN_PLACE = 0.3  # intersection over union from which on an object hits its box
+SHOWN = 6
+
+Progress = Callable[[int, int], None]
+Stack = Callable[[Sequence[LayoutCase]], list[Editor]]
+
+
+@dataclass(eq=False)
+class Drawn:
+    """What a method drew: the pictures, the share of attention in each box, and the cost."""
+
+    pictures: list[Image.Image]
+    shares: list[float]
+    rows: float  # that the denoiser evaluated, for each picture, partial calls included
+    partial: float  # of them those of calls that energies made
+
+
+def words(cases: Sequence[LayoutCase]) -> list[list[str]]:
+    """The noun of each object: it carries the object in the embedded model."""
+    return [[thing.shape for thing in case.things] for case in cases]
+
+
+def boxes(cases: Sequence[LayoutCase]) -> list[list[Any]]:
+    return [list(case.boxes) for case in cases]
+
+
+def draw(pipe: Any, cases: Sequence[LayoutCase], stack: Stack, seed: int) -> Drawn:
+    """Every case once; case i starts from the noise of seed + i."""
+    made, shares, partial = [], [], 0
+    with counted(pipe.unet) as cost:
+        for i in range(0, len(cases), BATCH):
+            some, editors = cases[i : i + BATCH], stack(cases[i : i + BATCH])
+            nouns = sorted({word for one in words(some) for word in one})
+            reading = hookctl.Maps(*nouns, sites="cross @1", start=0.5)
+            with hookctl.control(pipe, *editors, reading) as session:
+                made += pipe(
+                    [case.prompt for case in some],
+                    num_inference_steps=STEPS,
+                    guidance_scale=GUIDANCE,
+                    generator=[
+                        torch.Generator().manual_seed(seed + i + j) for j in range(len(some))
+                    ],
+                ).images
+            shares += in_box(session.maps, some)
+            partial += len(some) * sum(len(calls_of(editor)) for editor in editors)
+    return Drawn(made, shares, cost.rows / len(cases), partial / len(cases))
+
+
+def calls_of(editor: Any) -> Sequence[Any]:
+    """The energies that an editor asked for, its layout model's included."""
+    inner = getattr(getattr(editor, "layout", None), "guidance", None)
+    return [*getattr(editor, "record", ()), *getattr(inner, "record", ())]
+
+
+def in_box(maps: MapStore, cases: Sequence[LayoutCase]) -> list[float]:
+    """The share of each noun's attention that lies in its box, over the second half of the run."""
+    shares = []
+    for p, case in enumerate(cases):
+        for thing, box in zip(case.things, case.boxes, strict=True):
+            mean = maps[thing.shape].where(prompt=p).mean().detach()
+            inside = Region.box(*box).coverage(*mean.shape)
+            shares.append(float((mean * inside).sum() / mean.sum()))
+    return shares
+
+
+# -- what became of the objects --------------------------------------------------------------------
+
+
+def placed(cases: Sequence[LayoutCase], pictures: Sequence[Image.Image]) -> dict[str, float]:
+    """hits: share of the objects that are in their box; iou: mean overlap, 0 for those not found."""
+    ious = []
+    for case, drawn in zip(cases, pictures, strict=True):
+        for found, box in zip(found_in_place(detect(drawn), case), case.boxes, strict=True):
+            ious.append(overlap(found, box) if found is not None else 0.0)
+    hits = float(np.mean([iou >= IN_PLACE for iou in ious]))
+    return {"hits": round(hits, 3), "box_iou": round(float(np.mean(ious)), 3)}
+
+
+def named(cases: Sequence[LayoutCase], pictures: Sequence[Image.Image]) -> dict[str, float]:
+    """missing: share of the objects that are nowhere; attributes: share that have their pattern
+    and size too; whole: pictures where no object is missing; surplus: objects and blobs beyond
+    those asked for."""
+    there, right, whole, surplus = [], [], [], []
+    for case, drawn in zip(cases, pictures, strict=True):
+        detection = detect(drawn)
+        found = [detection.find(thing.shape, thing.colour) for thing in case.things]
+        there += [one is not None for one in found]
+        whole.append(all(one is not None for one in found))
+        right += [_fits(one, thing) for one, thing in zip(found, case.things, strict=True)]
+        surplus.append(len(detection.objects) + len(detection.extras) - len(case.things))
+    return {
+        "missing": round(1 - float(np.mean(there)), 3),
+        "attributes": round(float(np.mean(right)), 3),
+        "whole": round(float(np.mean(whole)), 3),
+        "surplus": round(float(np.mean(surplus)), 2),
+    }
+
+
+def _fits(found: Found | None, thing: Thing) -> bool:
+    return found is not None and (found.pattern, found.size) == (thing.pattern, thing.size)
+
+
+# -- the report ------------------------------------------------------------------------------------
+
+
+def compare(
+    demo: str,
+    out: Path,
+    cases: Sequence[LayoutCase],
+    methods: Mapping[str, Stack],
+    seed: int,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Draw all cases by every method with the same noise; writes grid.png and report.json."""
+    out.mkdir(parents=True, exist_ok=True)
+    pipe, begun = hookctl.load_shapes(), time.perf_counter()
+    drawn: dict[str, Drawn] = {}
+    for done, (name, stack) in enumerate(methods.items(), 1):
+        drawn[name] = draw(pipe, cases, stack, seed)
+        if progress is not None:
+            progress(done, len(methods))
+    report = {
+        "demo": demo,
+        "seed": seed,
+        "cases": len(cases),
+        "steps": STEPS,
+        "guidance_scale": GUIDANCE,
+        "methods": {
+            name: {
+                "share_in_box": round(float(np.mean(one.shares)), 3),
+                **placed(cases, one.pictures),
+                **named(cases, one.pictures),
+            }
+            for name, one in drawn.items()
+        },
+        "cost": {
+            name: {
+                "rows_per_picture": round(one.rows, 1),
+                "of_them_partial": round(one.partial, 1),
+                "rows_in_theory": round(theory(name) + one.partial, 1),
+            }
+            for name, one in drawn.items()
+        },
+        "wall_seconds": round(time.perf_counter() - begun, 1),
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    rows = [[layout(c), *(d.pictures[i] for d in drawn.values())] for i, c in enumerate(cases)]
+    show.grid(
+        rows[:SHOWN],
+        column_titles=["layout", *drawn],
+        row_titles=[case.prompt for case in cases[:SHOWN]],
+        cell=(140, 140),
+    ).save(out / "grid.png")
+    return report
+
+
+def theory(name: str) -> float:
+    """Rows of whole denoiser calls for a picture: two a turn for each model."""
+    return 2.0 * STEPS * (2 if name == "RealCompo" else 1)
+
+
+def layout(case: LayoutCase) -> Image.Image:
+    """The boxes of a scene in their objects' colours."""
+    canvas = np.full((PICTURE, PICTURE, 3), 235, np.uint8)
+    for thing in case.things:
+        x0, y0, x1, y1 = (int(side) for side in thing.box)
+        canvas[y0:y1, x0:x1] = COLOURS[thing.colour]
+    return Image.fromarray(canvas)
