@@ -6,7 +6,7 @@ program knows. It says so while it makes the call, and the hooks believe it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -19,6 +19,8 @@ from hookctl.address.families import uncompiled
 from hookctl.address.rows import Rows
 from hookctl.loop.state import Scaling
 
+Settle = Callable[[Tensor], Tensor]
+
 
 @dataclass(eq=False)
 class Driven:
@@ -27,7 +29,7 @@ class Driven:
     program: whose call it is, one object for all calls of a run; prompts, images_per_prompt,
     encoding, rows, clock, scaling: as in `State`. stepping: a step follows; without one
     (an inversion, a gradient) the editors that change the model act, not those that change
-    latents and predictions. offset: [pictures, ...], added once to what the step returns.
+    latents and predictions. settle: changes what the step returns, once.
     """
 
     program: Any
@@ -39,7 +41,7 @@ class Driven:
     clock: Clock
     scaling: Scaling | None = None
     stepping: bool = False
-    offset: Tensor | None = None
+    settle: Settle | None = None
 
 
 _now: ContextVar[Driven | None] = ContextVar("driven", default=None)
@@ -61,13 +63,13 @@ def driven(denoiser: nn.Module) -> Driven | None:
     return call if call is not None and call.denoiser is uncompiled(denoiser) else None
 
 
-def due_offset() -> Tensor | None:
-    """What the program wants added to the result of the step just taken; handed out once.
+def settled(latents: Tensor) -> Tensor:
+    """What a step returned, as its program wants it.
 
-    It is due before any editor's `after`, and whoever ends the step adds it.
+    The program's change comes once and before any editor's `after`, whoever ends the step.
     """
     call = _now.get()
-    if call is None:
-        return None
-    offset, call.offset = call.offset, None
-    return offset
+    if call is None or call.settle is None:
+        return latents
+    settle, call.settle = call.settle, None
+    return settle(latents)

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hookctl.errors import UnsupportedError
@@ -76,7 +77,7 @@ class Solver:
         Raises UnsupportedError where the scheduler doesn't take what is asked for.
         """
         given = {"eta": eta, "generator": generator}
-        if eta:
+        if eta and noise is None:
             self._require("eta", "DDIMScheduler")
         if noise is not None:
             self._require("variance_noise", "DDIMScheduler or DPMSolverMultistepScheduler")
@@ -87,6 +88,17 @@ class Solver:
         )
         stepped: Tensor = out[0]
         return stepped
+
+    def at(self, level: int, prediction: Tensor, latents: Tensor, **options: Any) -> Tensor:
+        """The step from a level, in the state kept for it; `options` as for `step`."""
+        self.enter(level)
+        return self.step(prediction, self.turns[level][0], latents, **options)
+
+    def spread(self, level: int, like: Tensor, eta: float) -> float:
+        """The standard deviation of the fresh noise in the step from a level."""
+        zero = torch.zeros_like(like[:1])
+        noise = [self.at(level, zero, zero, eta=eta, noise=zero + n) for n in (0.0, 1.0)]
+        return float((noise[1] - noise[0]).float().mean())
 
     def _require(self, argument: str, cure: str) -> None:
         if argument not in self._accepted:

@@ -58,6 +58,12 @@ class Template:
     def branches(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(row.branch for row in self.rows))
 
+    def text(self, branch: str) -> Tensor:
+        """The text embeddings of a branch's rows, [pictures, tokens, channels]."""
+        index = self.rows_of([branch])[1]
+        embeddings: Tensor = self.arguments[TEXT]
+        return embeddings[index.to(embeddings.device)]
+
     def rows_of(self, branches: Sequence[str]) -> tuple[Rows, Tensor]:
         """The rows of a call with these branches alone, and their indices in the full call."""
         kept = [row for row in self.rows if row.branch in branches]

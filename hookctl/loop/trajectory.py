@@ -24,7 +24,7 @@ from hookctl.address.clock import Clock
 from hookctl.address.rows import COND, UNCOND
 from hookctl.errors import InputError
 from hookctl.loop.calls import prediction_of
-from hookctl.loop.driven import Driven, driving, due_offset
+from hookctl.loop.driven import Driven, Settle, driving, settled
 from hookctl.loop.noise import Level, Noise
 from hookctl.loop.pictures import decode
 from hookctl.loop.solver import Solver
@@ -84,7 +84,7 @@ class Trajectory:
         self.pipe, self.prompts, self.images = pipe, tuple(texts), images
         self.guidance, self.eta, self.generator = guidance, eta, generator
         self.template: Template = prepare(pipe, arguments, len(texts), images)
-        self._denoiser = families.denoiser_of(pipe)
+        self.denoiser = families.denoiser_of(pipe)
         self.solver = Solver(pipe.scheduler)
         self.noise = Noise(pipe.scheduler)
         self.levels: list[Level] = self.noise.levels()
@@ -102,14 +102,14 @@ class Trajectory:
         contexts: Texts | None = None,
         eta: float | None = None,
         noise: Tensor | None = None,
-        offset: Tensor | None = None,
+        settle: Settle | None = None,
     ) -> Tensor:
         """One step, from level i to i + 1; returns the new latents.
 
         guidance: scale in place of the run's, one or one for each picture; 1 for all leaves the
         unconditional rows out. contexts: branch -> text embeddings [1 | pictures, tokens,
         channels] in place of the prompts'. eta: in place of the run's; noise: [pictures, ...] in
-        place of the step's fresh noise. offset: [1 | pictures, ...], added to the step's result
+        place of the step's fresh noise. settle: changes the step's result, such as by an offset,
         before any editor's `after` sees it.
         """
         self._at(i, "denoise")
@@ -119,7 +119,7 @@ class Trajectory:
         for turn in turns:
             last = turn == turns[-1]
             call = self._call(_branches(self.template, scales), turn)
-            call.stepping, call.offset = True, offset if last else None
+            call.stepping, call.settle = True, settle if last else None
             many = torch.cat([x] * (len(call.rows) // len(x)))
             call.scaling = self.solver.scaling(many, turn)
             with driving(call):
@@ -133,8 +133,7 @@ class Trajectory:
                     generator=self.generator,
                     noise=noise,
                 )
-                late = due_offset()
-                x = x if late is None else x + late.to(x)
+                x = settled(x)
         self.latents, self.level = x, i + 1
         self.solver.leave(i + 1)
         return x
@@ -273,7 +272,7 @@ class Trajectory:
         arguments = self.template.call(
             model_input, timestep, self.template.rows_of(names)[1], contexts
         )
-        prediction = prediction_of(self._denoiser(**arguments))
+        prediction = prediction_of(self.denoiser(**arguments))
         assert prediction is not None  # every family's denoiser returns one
         channels = self.latents.shape[1]
         if prediction.shape[1] == 2 * channels:  # a learned variance, which no step here takes
@@ -285,7 +284,7 @@ class Trajectory:
         time = float(self.solver.timesteps[turn]) if turn is not None else 0.0
         return Driven(
             program=self,
-            denoiser=families.uncompiled(self._denoiser),
+            denoiser=families.uncompiled(self.denoiser),
             prompts=self.prompts,
             images_per_prompt=self.images,
             encoding=self.template.encoding,
@@ -327,15 +326,22 @@ class Trajectory:
             )
         return scale
 
-    def _undone(self, x: Tensor, prediction: Tensor, i: int) -> Tensor:
-        """The latents at level i from which the prediction leads to x at level i + 1.
+    def factors(self, i: int) -> tuple[float, float]:
+        """(alpha, beta) of step i, x' = alpha x + beta prediction, as a first-order one.
 
-        A step is linear, x' = alpha x + beta prediction, whatever the model predicts.
+        So are the deterministic steps of DDIM, Euler and flow matching, whatever is predicted.
         """
-        here, there = self.levels[i + 1], self.levels[i]
+        here, there = self.levels[i], self.levels[i + 1]
         one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-        alpha = float(here.mix(*self.noise.split(one, zero, there)))
-        beta = float(here.mix(*self.noise.split(zero, one, there)))
+        alpha, beta = (
+            float(there.mix(*self.noise.split(x, prediction, here)))
+            for x, prediction in ((one, zero), (zero, one))
+        )
+        return alpha, beta
+
+    def _undone(self, x: Tensor, prediction: Tensor, i: int) -> Tensor:
+        """The latents at level i from which the prediction leads to x at level i + 1."""
+        alpha, beta = self.factors(i)
         if abs(alpha) < 1e-8:
             raise InputError(
                 f"step {i} can't be undone, it keeps nothing of its latents; take more steps"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hookctl.editor import Editor, overrides
 from hookctl.loop.calls import prediction_of
-from hookctl.loop.driven import due_offset
+from hookctl.loop.driven import settled
 from hookctl.loop.state import Predictions, State, split_branches
 
 
@@ -64,12 +64,9 @@ def _like(prediction: Tensor, guided: Tensor) -> Tensor:
 
 
 def _settled(out: Any) -> Any:
-    """What the step returns, with a program's offset."""
-    offset = due_offset()
-    if offset is None:
-        return out
-    stepped = out[0] if isinstance(out, tuple) else out.prev_sample
-    return _with(out, stepped, stepped + offset.to(stepped))
+    """What the step returns, as a program wants it."""
+    stepped = out[0] if isinstance(out, tuple) else getattr(out, "prev_sample", None)
+    return out if stepped is None else _with(out, stepped, settled(stepped))
 
 
 def _edited(out: Any, state: State, editors: list[Editor]) -> Any:

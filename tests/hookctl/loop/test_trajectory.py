@@ -154,16 +154,16 @@ def test_an_editor_sees_who_and_when(scheduler: Any) -> None:
     assert not torch.equal(start, run.latents)
 
 
-def test_an_offset_comes_before_the_editors_after() -> None:
+def test_a_program_settles_a_step_before_the_editors_after() -> None:
     pipe, watch = make(), Watch()
     offset = torch.zeros(2, 1, 1, 1)
     offset[0] = 1.0
     plain = program(pipe, TWO).denoise(0)
     with hookctl.control(pipe, watch):
-        moved = program(pipe, TWO).denoise(0, offset=offset)
+        moved = program(pipe, TWO).denoise(0, settle=lambda x: x + offset)
         assert torch.equal(watch.latents, moved)
     assert torch.equal(moved, plain + offset)
-    assert torch.equal(program(pipe, TWO).denoise(0, offset=offset), moved)
+    assert torch.equal(program(pipe, TWO).denoise(0, settle=lambda x: x + offset), moved)
 
 
 @pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])

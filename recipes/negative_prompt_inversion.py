@@ -1,0 +1,60 @@
+"""Negative-prompt inversion: the source's prompt in place of the unconditional one.
+
+Miyake et al., "Negative-prompt Inversion: Fast Image Inversion for Editing with Text-guided
+Diffusion Models", arXiv 2305.16807. The embedding that null-text optimisation seeks is near the
+prompt's own; put in its place outright, the source's guidance becomes
+
+    eps = eps(c_s) + s (eps(c_s) - eps(c_s)) = eps(c_s)
+
+so that its row is drawn as if unguided, on the inverted path, and edits are guided away from the
+source's prompt. Nothing is optimised. With `proximal` the guidance of the edits is limited to where
+it is strong (`ProximalGuidance`; Han et al., arXiv 2306.05414).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from hookctl.loop.inversion import Progress, ddim_path, require_first_order
+from hookctl.loop.trajectory import Trajectory
+from hookctl.recipes.inverted import Inversion, Inverted
+from hookctl.recipes.proximal_guidance import ProximalGuidance
+
+
+class NegativePromptInversion(Inversion):
+    """A picture whose own prompt is its edits' negative prompt.
+
+        inverted = NegativePromptInversion(pipe, picture, prompt, proximal=0.7).run()
+
+    guidance: scale for its edits. proximal: quantile of `ProximalGuidance`, None for none; for its
+    further options give the editor to `edit` yourself. refine: of the DDIM inversion.
+    Cost: a denoiser call of one row for each step.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        picture: Any,
+        prompt: str | Sequence[str],
+        *,
+        steps: int = 50,
+        guidance: float = 7.5,
+        proximal: float | None = None,
+        refine: int = 0,
+    ) -> None:
+        super().__init__(pipe, picture, prompt, steps=steps, guidance=guidance)
+        self.limits = () if proximal is None else (ProximalGuidance(proximal),)
+        self.refine = refine
+
+    def run(self, progress: Progress | None = None) -> Any:
+        found = super().run(progress)
+        every = [found] if self.single else found
+        every = [replace(one, negative=one.prompt) for one in every]
+        return every[0] if self.single else every
+
+    def _invert(self, program: Trajectory, progress: Progress | None) -> Inverted:
+        require_first_order(program, type(self).__name__)
+        path = ddim_path(program, self.clean, refine=self.refine, progress=progress)
+        return self._found(program, path, edit_guidance=self.guidance, editors=self.limits)
