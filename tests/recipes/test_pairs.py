@@ -18,6 +18,7 @@ from hookctl import Editor, recipes
 from hookctl.errors import ConflictError
 from tests import zoo
 from tests.families.subjects import error
+from tests.recipes.pictures import picture
 
 SD15 = zoo.PIPELINES["sd15"]
 PROMPTS = ["a red cat", "a blue cat"]
@@ -44,6 +45,16 @@ RECIPES: dict[str, Callable[[Any], Editor]] = {
     "StyleAligned": lambda r: r.StyleAligned(PROMPTS),
 }
 NAMES = [name for name in RECIPES if name in recipes.__all__]
+
+# Inversions of a picture, whose edits are drawn by a program under further editors.
+INVERSIONS: dict[str, dict[str, Any]] = {
+    "DDIMInversion": {},
+    "DirectInversion": {},
+    "EditFriendlyDDPM": {"skip": 0.0},
+    "NegativePromptInversion": {},
+    "NullTextInversion": {"iterations": 1},
+}
+BESIDE = ("FreeU", "MaskedSelfAttention", "PAG", "PromptToPrompt", "SAG", "SEG", "StyleAligned")
 
 # Editors that need more than a prompt (a picture, a second model) have stacks in their own tests.
 APART = {"ReferenceOnly", "RealCompo"}
@@ -87,6 +98,23 @@ def test_pair(pair: tuple[str, str]) -> None:
         return
     for name, other in (pair, pair[::-1]):
         assert error(both, alone(other)) > 1e-5, f"nothing is left of {name} beside {other}"
+
+
+@pytest.mark.parametrize("name", [name for name in INVERSIONS if name in recipes.__all__])
+def test_inversions_under_editors(name: str) -> None:
+    """Every editor changes what is drawn beside an inverted picture."""
+    inversion = getattr(recipes, name)
+    inverted = inversion(pipe(), picture(), PROMPTS[0], steps=2, **INVERSIONS[name]).run()
+
+    def edited(*editors: Editor) -> Tensor:
+        given = {"prompts": PROMPTS, "guidance": 4.0, "output_type": "latent"}
+        latents: Tensor = inverted.edit(pipe(), *editors, **given)
+        return latents
+
+    alone = edited()
+    for other in BESIDE:
+        if other in NAMES:
+            assert error(edited(RECIPES[other](recipes)), alone) > 1e-5, other
 
 
 @pytest.mark.parametrize("other", ["MultiInstanceSampler", "SEG", "SAG", "FreeU", "PromptToPrompt"])
