@@ -135,12 +135,12 @@ def _forward(
 LAUNCHES = {
     ("sm_80", False, False): Launch(128, 64, 8, 2),
     ("sm_80", False, True): Launch(128, 32, 8, 2),
-    ("sm_80", True, False): Launch(64, 32, 4, 2),
-    ("sm_80", True, True): Launch(32, 32, 4, 1),
+    ("sm_80", True, False): Launch(32, 32, 8, 1),
+    ("sm_80", True, True): Launch(16, 16, 4, 1),
     ("sm_90", False, False): Launch(128, 64, 8, 3),
     ("sm_90", False, True): Launch(128, 32, 8, 2),
-    ("sm_90", True, False): Launch(64, 32, 4, 2),
-    ("sm_90", True, True): Launch(32, 32, 4, 1),
+    ("sm_90", True, False): Launch(32, 32, 8, 1),
+    ("sm_90", True, True): Launch(16, 16, 4, 1),
     ("gfx942", False, False): Launch(64, 64, 4, 1),
     ("gfx942", False, True): Launch(64, 32, 4, 1),
     ("gfx942", True, False): Launch(32, 32, 4, 1),
@@ -251,7 +251,7 @@ def region_attention(
 
 
 def specimens(arch: str) -> Iterator[Specimen]:
-    wanted = [("fp16", width) for width in WIDTHS] + [("bf16", 64), ("fp32", 64), ("fp32", 160)]
+    wanted = [("fp16", width) for width in WIDTHS] + [("bf16", 64), ("fp32", 128), ("fp32", 160)]
     for element, width in wanted:
         tile = LAUNCHES[arch, element == "fp32", width > 128]
         d0, d1 = pieces(width)

@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 import hookctl
-from hookctl.cli import demo, inspect, maps, run
+from hookctl.cli import bench, demo, inspect, maps, run
 from hookctl.cli.common import Formatter
 from hookctl.errors import HookctlError, InputError
 
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"hookctl {hookctl.__version__}")
     commands = top.add_subparsers(metavar="COMMAND", required=True, dest="command")
-    for module in (demo, run, inspect, maps):
+    for module in (demo, run, inspect, maps, bench):
         module.add(commands)
     return top
 

@@ -1,0 +1,225 @@
+"""Cases of one attention call: shapes of the common models, kinds of edits, shares of regions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hookctl.address.clock import Clock
+from hookctl.address.rows import COND, Rows
+from hookctl.address.sites import Site
+from hookctl.attention import plan
+from hookctl.attention.call import AttentionCall
+from hookctl.bench.edits import (
+    TEXT,
+    Edit,
+    adapter,
+    cross,
+    density,
+    masked,
+    probabilities,
+    regions_of,
+    rows_of,
+    sampled,
+    self_replacement,
+)
+from hookctl.bench.measure import OURS, PLAIN, Case, Form
+
+Shape = tuple[int, int, int]  # tokens, heads, channels
+
+SHAPES: dict[str, tuple[Shape, ...]] = {
+    "SD1.5-512": ((4096, 8, 40), (1024, 8, 80), (256, 8, 160), (64, 8, 160)),
+    "SDXL-1024": ((4096, 10, 64), (1024, 20, 64)),
+    "SD3-1024": ((4096, 24, 64),),
+    "Flux-1024": ((4096, 24, 128),),
+    "SDXL-2048": ((16384, 10, 64), (4096, 20, 64)),
+}
+QUICK: tuple[Shape, ...] = ((1024, 8, 80), (256, 8, 160), (64, 8, 160), (256, 2, 32))
+DENSITIES = ((2, 1.0), (4, 0.5), (4, 1.0), (8, 1.0))  # instances, share of the canvas they cover
+TOLERANCES = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+CHECKED = 64  # queries whose result is compared with float64
+READ = (2, 5)  # tokens whose maps are read
+
+
+class Bench:
+    """Where and in what calls are measured. most: bytes that the matrices of one form may take."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, most: float, flex: bool) -> None:
+        self.device, self.dtype, self.most, self.flex = device, dtype, most, flex
+        self.tolerance = TOLERANCES[dtype]
+
+    def given(self, rows: int, n: int, m: int, heads: int, d: int) -> list[Tensor]:
+        """q, k, v [rows, heads, tokens, channels], laid out as projections give them."""
+        generator = torch.Generator().manual_seed(n + 3 * d)
+        found = (torch.randn(rows, t, heads * d, generator=generator) for t in (n, m, m))
+        return [
+            x.to(self.device, self.dtype).unflatten(-1, (heads, d)).transpose(1, 2) for x in found
+        ]
+
+    def scaling(self, most_tokens: int, most_regions: int, most_edits: int) -> Iterator[Case]:
+        """Cost against tokens, regions and edits of one source, each doubled up to its most."""
+        for tokens in (4**i for i in range(4, 8)):
+            if tokens <= most_tokens:
+                shape = (tokens, 8, 40)
+                yield self.case("self-replacement", self_replacement(), shape, group="tokens")
+                yield self.regions(shape, 4, 1.0, group="tokens")
+        for count in (2**i for i in range(6)):
+            if count <= most_regions:
+                yield self.regions((1024, 8, 40), count, 1.0, group="regions")
+        for edits in (2**i for i in range(4)):
+            if edits <= most_edits:
+                edit = self_replacement(edits)
+                yield self.case("self-replacement", edit, (1024, 8, 40), edits=edits, group="edits")
+
+    def cross_cases(self, shape: Shape) -> Iterator[Case]:
+        _, heads, d = shape
+        for kind in ("replace", "refine", "reweight"):
+            yield self.case(f"P2P {kind}", cross(kind, self.device), shape)
+        yield self.case("adapter", adapter(heads, d, self.device, self.dtype), shape)
+        yield self.maps(shape)
+
+    def self_cases(self, shape: Shape, densities: tuple[tuple[int, float], ...]) -> Iterator[Case]:
+        yield self.case("self-replacement", self_replacement(), shape)
+        for count, cover in densities:
+            yield self.regions(shape, count, cover)
+
+    def regions(self, shape: Shape, count: int, cover: float, group: str = "call") -> Case:
+        bits = regions_of(shape[0], count, cover, self.device)
+        more = {"regions": count, "density": round(density(bits), 3)}
+        return self.case("regions", masked(bits), shape, group=group, **more)
+
+    def case(
+        self,
+        name: str,
+        edit: Edit,
+        shape: Shape,
+        *,
+        edits: int = 1,
+        group: str = "call",
+        **more: float,
+    ) -> Case:
+        """One kind of edit at one shape, in every form that fits."""
+        n, heads, d = shape
+        m = n if edit.keys is None else edit.keys
+        rows = rows_of(edits)
+        q, k, v = self.given(len(rows), n, m, heads, d)
+        size = q.element_size()
+        forms: dict[str, Form] = {OURS: self.engine(edit, q, k, v, rows)}
+        for evaluator in plan.EVALUATORS:
+            if self.takes(evaluator, edit):
+                forms[f"plan {evaluator.name}"] = self.engine(edit, q, k, v, rows, evaluator.name)
+        if 2 * len(rows) * heads * n * m * size <= self.most:
+            forms["eager"] = lambda: merged(edit.explicit(q, k, v))
+        if edit.hand != "dense mask" or n * m <= self.most:
+            forms[edit.hand] = lambda: merged(edit.by_hand(q, k, v))
+        if self.flex and edit.bits is not None:
+            forms["flex"] = flex(q, k, v, edit.bits)
+        forms[PLAIN] = lambda: merged(torch.nn.functional.scaled_dot_product_attention(q, k, v))
+        places = sampled(n, min(n, CHECKED)).to(self.device)
+
+        def truth() -> Tensor:
+            exact = (x.double() for x in (q[:, :, places], k, v))
+            return merged(edit.explicit(*exact))
+
+        if edits > 1:
+            more["edits"] = edits
+        return Case(
+            group, name, {"tokens": n, "heads": heads, "channels": d, **more}, forms, truth,
+            lambda out: out[:, places], self.tolerance,
+            flops=4.0 * len(rows) * heads * n * m * d * edit.work,
+            traffic=size * len(rows) * heads * d * (2 * n + 2 * m),
+        )  # fmt: skip
+
+    def takes(self, evaluator: plan.Evaluator, edit: Edit) -> bool:
+        """Whether an evaluator is one of the choices for an edit. A shared softmax knows no
+        regions, and holds the matrix: it is for short keys."""
+        if evaluator.name == "reference" or evaluator.missing() is not None:
+            return False
+        return evaluator.name != "shared" or (edit.keys is not None and edit.bits is None)
+
+    def engine(
+        self, edit: Edit, q: Tensor, k: Tensor, v: Tensor, rows: Rows, backend: str = "auto"
+    ) -> Form:
+        site = Site("site", "self" if edit.keys is None else "cross", "down", 0, 0)
+
+        def run() -> Tensor:
+            call = call_of(site, q, k, v, rows)
+            edit.apply(call)
+            return merged(plan.evaluate(call, backend)[0].flatten(0, 1))
+
+        return run
+
+    def maps(self, shape: Shape, group: str = "call") -> Case:
+        """Maps of two words on the guided rows: what capture adds to a call that nothing edits."""
+        n, heads, d = shape
+        rows = rows_of()
+        q, k, v = self.given(len(rows), n, TEXT, heads, d)
+        site = Site("site", "cross", "down", 0, 0)
+        guided = [row.index for row in rows.where(branch=COND)]
+
+        def ours() -> Tensor:
+            call = call_of(site, q, k, v, rows)
+            found: list[Tensor] = []
+            call.read(rows.where(branch=COND), READ, lambda row, values: found.append(values[0]))
+            plan.read_only(call)
+            return torch.stack(found)
+
+        def eager() -> Tensor:
+            """As capture does it in the wild: the matrices of all rows, then those that count."""
+            return probabilities(q, k)[guided].mean(1)[..., list(READ)]
+
+        def truth() -> Tensor:
+            return probabilities(q[guided].double(), k[guided].double()).mean(1)[..., list(READ)]
+
+        size = q.element_size()
+        return Case(
+            group, "map capture", {"tokens": n, "heads": heads, "channels": d},
+            {OURS: ours, "eager": eager}, truth, tolerance=self.tolerance,
+            flops=2.0 * len(guided) * heads * n * TEXT * d,
+            traffic=size * len(guided) * heads * d * (n + TEXT),
+        )  # fmt: skip
+
+
+def call_of(site: Site, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> AttentionCall:
+    stacks = (x.unsqueeze(1) for x in (q, k, v))
+    clock = Clock(0, 10, 1.0)
+    return AttentionCall(site, *stacks, rows=rows, clock=clock, scale=q.shape[-1] ** -0.5)
+
+
+def merged(x: Tensor) -> Tensor:
+    """Heads joined, as the model goes on: [rows, N, heads * channels]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+_compiled: dict[str, Callable[..., Any]] = {}
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, bits: Tensor) -> Form:
+    """FlexAttention, compiled, with the same regions on the guided half of the rows."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    if not _compiled:
+        _compiled["attention"] = torch.compile(flex_attention, dynamic=False)
+    half = q.shape[0] // 2
+
+    def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (b < half) | ((bits[i] & bits[j]) != 0)
+
+    n = q.shape[2]
+    mask = create_block_mask(sees, q.shape[0], None, n, n, device=str(q.device))
+    return lambda: merged(_compiled["attention"](q, k, v, block_mask=mask))
+
+
+def most_bytes(device: torch.device) -> float:
+    """Memory that explicit matrices may take: a third of what is free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 3
+    try:
+        with open("/proc/meminfo") as file:
+            free = next(line for line in file if line.startswith("MemAvailable"))
+        return int(free.split()[1]) * 1024 / 3
+    except OSError:  # not Linux
+        return 4e9

@@ -1,0 +1,112 @@
+"""`hookctl bench`: what edits cost on this machine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from hookctl.cli.common import add_command, add_out, make_folder, whole, write_json
+
+GROUPS = ("calls", "steps", "scaling")
+_EXAMPLES = """
+hookctl bench --quick                        # two minutes on one core of a CPU
+hookctl bench                                # every shape; on a GPU, all figures of the README
+hookctl bench calls --only regions --flex    # one kind of edit, also against FlexAttention
+"""
+
+
+def add(commands: Any) -> None:
+    command = add_command(
+        commands,
+        "bench",
+        main,
+        "measure what edits cost on this machine",
+        "Measure edited attention against the plain call, against eager control and against SDPA: "
+        "interleaved medians with quartiles, time and peak memory together. Every form is compared "
+        "with float64 first; if one disagrees, there are no figures.",
+        _EXAMPLES,
+    )
+    command.add_argument(
+        "groups",
+        nargs="*",
+        default=[],
+        metavar="GROUP",
+        help=f"of {', '.join(GROUPS)} (default: all)",
+    )
+    command.add_argument("--quick", action="store_true", help="small shapes and few rounds")
+    command.add_argument("--only", default="", metavar="WORD", help="cases whose name has this")
+    command.add_argument("--flex", action="store_true", help="FlexAttention too, where it compiles")
+    command.add_argument(
+        "--seconds", type=float, metavar="S", help="of each case (default: 4; quick: 0.6)"
+    )
+    command.add_argument("--threads", type=whole(1), default=1, help="of a CPU (default: 1)")
+    command.add_argument("--device", help="where to run (default: cuda if there is one, else cpu)")
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="of the tensors (default: float32 on a CPU, bfloat16 on a GPU)",
+    )
+    add_out(command)
+
+
+def main(options: Any) -> None:
+    import torch
+
+    from hookctl.bench import report
+    from hookctl.bench.calls import Bench, most_bytes
+    from hookctl.bench.limits import Limits
+    from hookctl.bench.measure import Measured, measure
+    from hookctl.errors import InputError
+    from hookctl.tables import table
+
+    unknown = set(options.groups) - set(GROUPS)
+    if unknown:
+        raise InputError(f"group {min(unknown)!r} given; give some of {', '.join(GROUPS)}")
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    usual = "float32" if device.type == "cpu" else "bfloat16"
+    dtype = getattr(torch, options.dtype or usual)
+    before = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    seconds = options.seconds or (0.6 if options.quick else 4.0)
+    measured: list[Measured] = []
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            limits = Limits.of(device, dtype)
+            bench = Bench(device, dtype, most_bytes(device), options.flex)
+            for case in _cases(bench, options):
+                if options.only not in case.name:
+                    continue
+                print(f"\r{case.group}: {case.name} {dict(case.shape)}", end="", file=sys.stderr)
+                limit = limits.seconds(case.flops, case.traffic)
+                measured.append(measure(case, limit, device, seconds))
+    finally:
+        torch.set_num_threads(before)
+        print(file=sys.stderr)
+    if not measured:
+        raise InputError(f"--only {options.only!r}: no case has that in its name")
+    print(table(report.rows(measured), report.HEADERS))
+    out = make_folder(options.out)
+    write_json(out / "bench.json", report.data(measured, limits, device, dtype))
+    report.plot(measured).save(out / "bench.png")
+    print(f"\nwritten to {out}: bench.json, bench.png")
+
+
+def _cases(bench: Any, options: Any) -> Iterator[Any]:
+    """One after the other, so that the tensors of a case live only as long as it is measured."""
+    from hookctl.bench.calls import DENSITIES, QUICK, SHAPES
+    from hookctl.cli.bench_steps import steps
+
+    groups = options.groups or GROUPS
+    if "calls" in groups:
+        shapes = QUICK if options.quick else dict.fromkeys(s for of in SHAPES.values() for s in of)
+        for shape in shapes:
+            yield from bench.cross_cases(shape)
+            if shape[0] > 256 or not options.quick:
+                yield from bench.self_cases(shape, DENSITIES[:2] if options.quick else DENSITIES)
+            else:
+                yield from bench.self_cases(shape, ())
+    if "scaling" in groups:
+        yield from bench.scaling(*((1024, 8, 4) if options.quick else (16384, 32, 8)))
+    if "steps" in groups:
+        yield from steps(bench, options.quick)
