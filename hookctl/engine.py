@@ -26,7 +26,7 @@ from hookctl.errors import HoleError, UnsupportedError
 from hookctl.loop.branches import add_branches, asked_branches, cut_branches
 from hookctl.loop.calls import Call, Calls
 from hookctl.loop.context import widen
-from hookctl.loop.denoise import DenoiserPort, Inner, PipelinePort, SchedulerPort
+from hookctl.loop.denoise import DenoiserPort, Inner, PipelinePort, SchedulerPort, is_compiled
 from hookctl.loop.exchange import Exchange
 from hookctl.loop.features import Concat, ConcatPort, concats, edit_features
 from hookctl.loop.reach import sites_for
@@ -192,24 +192,10 @@ class Engine:
                 concat_port.remove()
             found = concats(self.model) if features else ()
             self._concat_ports = [ConcatPort(c, self._edit_features) for c in found]
-        if traced or (changed and self._compiled()):
+        now = families.denoiser_of(self.pipe) if self.pipe is not None else self.denoiser
+        if traced or (changed and is_compiled(self._denoiser_port, self.denoiser, now)):
             # Code compiled before would never notice hooks that came or went.
             torch._dynamo.reset()
-
-    def _compiled(self) -> bool:
-        """Whether any code of the denoiser may have been compiled already."""
-        port = self._denoiser_port
-        now = families.denoiser_of(self.pipe) if self.pipe is not None else self.denoiser
-        return (
-            (port is not None and port.compiled is not None)
-            or hasattr(self.denoiser, "_orig_mod")
-            or hasattr(now, "_orig_mod")
-            or any(
-                getattr(m, "_compiled_call_impl", None) is not None
-                for m in self.model.modules()
-                if m is not self.model
-            )
-        )
 
     def silent_sites(self, session: Any) -> tuple[str, ...]:
         """Sites that an editor of the session was to be shown, but that never ran."""

@@ -99,6 +99,23 @@ class DenoiserPort:
         return cache_context
 
 
+def is_compiled(port: DenoiserPort | None, *denoisers: nn.Module) -> bool:
+    """Whether any code of a denoiser may have been compiled already.
+
+    denoisers: as it was given and as the pipeline holds it now, wrappers of `torch.compile` too.
+    """
+    if port is not None and port.compiled is not None:
+        return True
+    if any(hasattr(denoiser, "_orig_mod") for denoiser in denoisers):
+        return True
+    model = denoisers[0]
+    return any(
+        getattr(module, _SLOT, None) is not None
+        for module in model.modules()
+        if module is not model
+    )
+
+
 class SchedulerPort:
     """Hands every step to `around(step, arguments)`, and every model input made to `scaled`."""
 
