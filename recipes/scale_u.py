@@ -73,6 +73,8 @@ class ScaleU(Editor):
 
     def attach(self, target: Any) -> None:
         places = {concat.order: concat for concat in concats(denoiser_of(target))}
+        if not places:
+            return  # refused as every editor of features is
         for name, gains in (("backbone", self.backbone), ("skip", self.skip)):
             for order, gain in gains.items():
                 if order not in places:
