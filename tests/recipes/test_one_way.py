@@ -1,0 +1,193 @@
+"""Cyclic and selective one-way diffusion, and the flow between regions."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hookctl import control
+from hookctl.editor import Editor
+from hookctl.errors import InputError
+from hookctl.loop.pictures import encode
+from hookctl.loop.trajectory import Trajectory
+from hookctl.recipes import CyclicOneWay, OneWayFlow, SelectiveOneWay
+from tests import zoo
+from tests.recipes.literal_appearance import Call, Literal
+
+CAT, DOG = "a red cat above a blue square", "a green dog"
+LEFT = (0.0, 0.0, 0.5, 1.0)
+
+
+@cache
+def made(dtype: torch.dtype) -> Any:
+    return zoo.PIPELINES["sd15"].make().to(dtype)
+
+
+def picture(size: int = 64) -> Image.Image:
+    ramp = np.linspace(0, 255, size).astype(np.uint8)
+    return Image.fromarray(np.stack(np.broadcast_arrays(ramp[None], ramp[:, None], ramp), -1))
+
+
+def program(prompt: str = CAT, cls: type[CyclicOneWay] = CyclicOneWay, **options: Any) -> Any:
+    common = {"at": (64, 0), "size": (128, 128), "steps": 10, "cycles": 1}
+    return cls(made(torch.float32), picture(), prompt, **common, **options)
+
+
+def latents(prompt: str = CAT, **options: Any) -> Tensor:
+    out: Tensor = program(prompt, **options).run(output_type="latent")
+    return out
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+# -- flow between regions ----------------------------------------------------------------------
+
+
+def flow(anneal: bool, cut: bool) -> OneWayFlow:
+    flows = [("rest", "left", -math.inf if cut else -2.0), ("left", "rest", 1.5)]
+    return OneWayFlow({"left": LEFT}, flows, anneal=anneal)
+
+
+@pytest.mark.parametrize(("anneal", "cut"), [(False, False), (True, False), (False, True)])
+def test_flow_equals_the_written_out_bias(anneal: bool, cut: bool) -> None:
+    def attend(call: Call) -> Tensor:
+        if call.cross:
+            return call.plain()
+        side = int(call.q.shape[2] ** 0.5)
+        left = (torch.arange(side) < side / 2).repeat(side).double()
+        share = 1 - call.turn / 2 if anneal else 1.0
+        inwards = -torch.inf if cut else -2.0 * share
+        bias = 1.5 * share * (1 - left)[:, None] * left
+        bias = bias.masked_fill((left[:, None] * (1 - left)) > 0, inwards)
+        return call.probabilities(call.q, call.k, bias) @ call.v
+
+    pipe, run = made(torch.float64), zoo.PIPELINES["sd15"].run
+    with Literal(attend).instead(pipe.unet):
+        want = run(pipe, CAT)
+    with control(pipe, flow(anneal, cut)):
+        got = run(pipe, CAT)
+    assert relative(got, want) < 1e-9  # float64
+    assert relative(got, run(pipe, CAT)) > 1e-4
+
+
+def test_no_strength_is_no_flow_bit_for_bit() -> None:
+    pipe, run = made(torch.float32), zoo.PIPELINES["sd15"].run
+    with control(pipe, OneWayFlow({"left": LEFT}, [("rest", "left", 0.0)])):
+        assert torch.equal(run(pipe, CAT), got := run(pipe, CAT))
+    assert torch.equal(run(pipe, CAT), got)
+
+
+# -- the cycles --------------------------------------------------------------------------------
+
+
+def test_without_cycles_and_writes_it_is_sampling_of_the_inverted_canvas() -> None:
+    pipe = made(torch.float32)
+    got = program(writes=False, final_eta=0.0).run(output_type="latent")
+    want = program()
+    want.cycles, want.writes, want.final_eta = 0, False, 0.0
+    canvas = Image.new("RGB", (128, 128), (128, 128, 128))
+    canvas.paste(picture(), (64, 0))
+    run = Trajectory(pipe, [CAT], steps=10, guidance=7.5, width=128, height=128)
+    run.write(encode(pipe, canvas), level=10)
+    for level in reversed(range(5, 10)):
+        run.invert(level)
+    assert torch.equal(want.run(output_type="latent"), run.run())
+    assert relative(got, run.latents) > 1e-3  # a cycle is not nothing
+
+
+def test_the_seed_takes_nothing_from_the_text() -> None:
+    """The last thing written is the picture's own; all else follows the prompt."""
+    a, b = latents(CAT, finish=0.0), latents(DOG, finish=0.0)
+    clean = encode(made(torch.float32), picture())
+    for x in (a, b):
+        assert torch.equal(x[..., :8, 8:], clean)
+    assert relative(a[..., 8:, :], b[..., 8:, :]) > 1e-3
+    assert torch.equal(a, latents(CAT, finish=0.0))  # its noise is its seed's
+
+
+def test_cost_and_rows_of_the_suppression() -> None:
+    rows: list[int] = []
+    conv = made(torch.float32).unet.conv_in
+    handle = conv.register_forward_hook(lambda m, args, out: rows.append(len(out)))
+    try:
+        latents()
+        plain, rows[:] = list(rows), []
+        latents(paper=True)
+    finally:
+        handle.remove()
+    assert plain == [1] * 7 + [1] * 5 + [2] * 2 + [2] * 5
+    assert rows == [2] * 7 + [2] * 5 + [4] * 2 + [2] * 5
+
+
+def test_official_levels_of_the_fresh_noise() -> None:
+    """One level too noisy: the signal kept is that between the levels before."""
+    for paper in (False, True):
+        it = program(paper=paper)
+        run = it._canvas()
+        run.write(torch.ones_like(run.latents))
+        it._disturb(run, torch.Generator().manual_seed(3))
+        pair = [run.levels[i - paper].signal for i in (it.low, it.high)]
+        keep = pair[1] / pair[0]
+        noise = torch.randn(run.latents.shape, generator=torch.Generator().manual_seed(3))
+        assert torch.allclose(run.latents, keep + (1 - keep**2) ** 0.5 * noise, atol=1e-5)
+        assert run.level == it.high
+
+
+def test_selective_without_strength_is_cyclic() -> None:
+    none = latents(cls=SelectiveOneWay, spread=0.0, isolate=0.0)
+    assert torch.equal(none, latents())
+    assert relative(latents(cls=SelectiveOneWay, related=(0, 0.5, 1, 1)), none) > 1e-5
+
+
+# -- bad input ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start": 0.8}, "give 0 <= finish <= start < top <= 1"),
+        ({"at": (60, 0)}, "must be multiples of 8"),
+        ({"at": (72, 0)}, "must be multiples of 8 and lie inside"),
+        ({"suppress": "a cat"}, "give suppress and diverse, both or neither"),
+        ({"paper": True, "top": 1.0}, "top=1.0 leaves no noisier level"),
+    ],
+)
+def test_wrong_programs(options: dict[str, Any], message: str) -> None:
+    given = {"at": (64, 0), "size": (128, 128), **options}
+    with pytest.raises(InputError, match=message):
+        CyclicOneWay(made(torch.float32), picture(), CAT, **given)
+
+
+@pytest.mark.parametrize(
+    ("regions", "flows", "message"),
+    [
+        ({}, [], "name at least one"),
+        ({"rest": LEFT}, [], "none 'rest'"),
+        ({"left": LEFT}, [("right", "left", 1.0)], "with names of left, rest"),
+        ({"left": LEFT}, [("rest", "left", math.inf)], "give a finite strength, or -inf"),
+        ({"left": (0.5, 0, 0.2, 1)}, [], r"regions\['left'\]: box: 0.5"),
+    ],
+)
+def test_wrong_flows(regions: Any, flows: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        OneWayFlow(regions, flows)
+
+
+def test_editors_act_in_all_of_it() -> None:
+    seen: list[int] = []
+
+    class Count(Editor):
+        def before(self, state: Any) -> None:
+            seen.append(state.clock.turn)
+
+    program().run(Count(), output_type="latent")
+    assert seen == [3, 4, 5, 6, 7, 8, 9]  # the steps of one cycle, then to the end
