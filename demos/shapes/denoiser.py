@@ -159,14 +159,15 @@ class Trainer:
         if not found:
             return z
         at = list(found)
-        rest, moved = self.encode([made[k] for k in (0, 1) for made in found.values()]).chunk(2)
-        p = rng.uniform(0.4, 1.0, len(at))
-        q = p * rng.uniform(0.0, 0.9, len(at))
+        without, moved, clear = zip(*found.values(), strict=True)
+        rest, other = self.encode([*without, *moved]).chunk(2)
+        first = rng.uniform(0.4, 1.0, len(at))
+        second = first * rng.uniform(0.0, 0.9, len(at))
         # Where the two overlap they share one object's strength.
-        q = np.where([clear for _, _, clear in found.values()], q, np.minimum(q, 1.0 - p))
-        p, q = (torch.from_numpy(x).to(z)[:, None, None, None] for x in (p, q))
+        second = np.where(clear, second, np.minimum(second, 1.0 - first))
+        p, q = (torch.from_numpy(x).to(z)[:, None, None, None] for x in (first, second))
         seen = z.clone()
-        seen[at] = rest + p * (z[at] - rest) + q * (moved - rest)
+        seen[at] = rest + p * (z[at] - rest) + q * (other - rest)
         return seen
 
     def loss(self, z: Tensor, seen: Tensor, states: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from .denoiser import CPU_FURTHER, CPU_STAGES, GPU_STAGES, Plan, Trainer, build_scheduler
+from .denoiser import CPU_FURTHER, CPU_STAGES, GPU_STAGES, Plan, Stage, Trainer, build_scheduler
 from .latents import Basis, fit_basis, train_vae
 from .render import render
 from .text import Words, train_text
@@ -122,7 +122,7 @@ def _denoise(rank: int, ranks: int, options: argparse.Namespace) -> None:
     basis = Basis(**torch.load(out / "basis.pt"))
     text = CLIPTextModel.from_pretrained(out / "text").eval().requires_grad_(False)
     words = Words(CLIPTokenizer.from_pretrained(str(out / "tokenizer")))
-    stages = CPU_STAGES if options.device == "cpu" else GPU_STAGES
+    stages: tuple[Stage, ...] = CPU_STAGES if options.device == "cpu" else GPU_STAGES
     if options.start and options.device == "cpu":
         stages = CPU_FURTHER
     plan = Plan(options.minutes, out, options.seed, options.rate, device=options.device,
