@@ -4,10 +4,17 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt
 
-.PHONY: demo test check format clean
+.PHONY: demo gallery bench test check format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hookctl demo --out out
+
+gallery: $(VENV)/.installed
+	$(BIN)/hookctl demo all --seeds 32 --out out
+	$(BIN)/python -m hookctl.demos.gallery --from out --to demos/gallery
+
+bench: $(VENV)/.installed
+	$(BIN)/hookctl bench --out out/bench
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto
