@@ -3,6 +3,7 @@
 DEMOS = {
     "attend_and_excite": "three objects and none left out: Attend-and-Excite",
     "guidance": "FreeU, PAG, SAG and SEG against plain sampling with the same noise",
+    "inversion": "real pictures inverted five ways, drawn again and recoloured",
     "layout": "objects in their boxes: layout guidance and BoxDiff",
     "masactrl": "another layout or shape with the source's appearance: MasaCtrl and StyleAligned",
     "multi_diffusion": "canvases three pictures wide, with a region for each third",
