@@ -106,7 +106,11 @@ def tile_for(table: Mapping[str, Mapping[Any, Launch]], key: Any, like: torch.Te
         return INTERPRETED
     if like.dtype == torch.float32:
         return SINGLES
-    of_arch = table[arch_of(like.device)]
+    return entry(table[arch_of(like.device)], key)
+
+
+def entry(of_arch: Mapping[Any, Launch], key: Any) -> Launch:
+    """The tile for a key, or for the next larger that is listed."""
     return of_arch[min((x for x in of_arch if x >= key), default=max(of_arch))]
 
 

@@ -112,7 +112,7 @@ def key_bias(terms: Sequence[Term], mask: Tensor | None) -> Tensor | None:
     if mask is None and all(s.shift is None for s in first.segments):
         return None
     columns = [
-        _segment_bias([t.segments[i] for t in terms], mask) for i in range(len(first.segments))
+        segment_bias([t.segments[i] for t in terms], mask) for i in range(len(first.segments))
     ]
     if all(column is None for column in columns):
         return None
@@ -132,7 +132,7 @@ def _join(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
 
-def _segment_bias(segments: list[Segment], mask: Tensor | None) -> Tensor | None:
+def segment_bias(segments: list[Segment], mask: Tensor | None) -> Tensor | None:
     first = segments[0]
     bias = None
     if mask is not None and first.mask_row is not None:

@@ -1,6 +1,7 @@
 """How a finished sum is evaluated: by the cheapest exact means, with the reason.
 
 pass-through   nothing was rewritten: the model's own call, bit-identical
+triton         one fused launch on a GPU, where a table says that it wins
 shared         short keys on a CPU: each distinct softmax once, used by every row
 sdpa           one scaled_dot_product_attention per group of like terms
 reference      explicit matrices in float64, on request
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hookctl.attention import reference, sdpa, shared
+from hookctl.attention import fused, reference, sdpa, shared
 from hookctl.attention.call import AttentionCall, ReadOut
 from hookctl.attention.marginals import marginals
 from hookctl.attention.sdpa import Piece
@@ -74,6 +75,7 @@ def _suits_shared(call: AttentionCall, finished: Sum) -> str | None:
 
 # In the order in which `auto` asks them. The last suits every call.
 EVALUATORS = (
+    Evaluator("triton", fused.missing, fused.suits, fused.evaluate),
     Evaluator("shared", _here, _suits_shared, shared.evaluate),
     Evaluator("reference", _here, lambda call, finished: None, reference.evaluate),
     Evaluator(
@@ -92,7 +94,7 @@ def check_backend(backend: str) -> None:
     if backend == "auto":
         return
     found = [e for e in EVALUATORS if e.name == backend]
-    missing = found[0].missing() if found else "this build has no fused kernels"
+    missing = found[0].missing()
     if missing:
         raise UnsupportedError(f"backend={backend!r}: {missing}; use 'auto' or 'sdpa'")
 
