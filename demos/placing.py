@@ -93,7 +93,7 @@ def in_box(maps: MapStore, cases: Sequence[LayoutCase]) -> list[float]:
 
 
 def placed(cases: Sequence[LayoutCase], pictures: Sequence[Image.Image]) -> dict[str, float]:
-    """hits: share of the objects that are in their box; iou: mean overlap, 0 for those not found."""
+    """hits: share of the objects in their box; box_iou: mean overlap, 0 for those not found."""
     ious = []
     for case, drawn in zip(cases, pictures, strict=True):
         for found, box in zip(found_in_place(detect(drawn), case), case.boxes, strict=True):

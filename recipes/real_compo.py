@@ -51,8 +51,9 @@ class RealCompo(WordEnergy):
     """Mix the pipeline, the text model, with a layout model.
 
     words, regions: as many of each, for every prompt or a list for each. layout: the layout model:
-    a guidance of the pipeline's own denoiser (by default `LayoutGuidance(words, regions)`), another pipeline or denoiser of the same latent space, or an object as in
-    `recipes.layout_models`. rho: size of the largest change of d in a turn. alone: until this
+    a guidance of the pipeline's own denoiser (by default `LayoutGuidance(words, regions)`), another
+    pipeline or denoiser of the same latent space, or an object as in `recipes.layout_models`.
+    rho: size of the largest change of d in a turn. alone: until this
     fraction of the schedule the layout model draws alone. coefficient: a fixed c instead, 0 for
     the text model (bit for bit) and 1 for the layout model. generator: draws the first d, from
     N(0, 2); without one d starts at 0. paper: the official code, where d moves by rho = 1e6
