@@ -11,4 +11,5 @@ DEMOS = {
     "prompt_to_prompt": "edit pictures by editing their prompts: colour, shape, added word, weight",
     "real_compo": "a layout model and a text model mixed place by place: RealCompo",
     "regional": "objects in their own parts of a picture: regional prompts and their kin",
+    "stacks": "six stacks of methods in one run each, measured for what their parts do",
 }

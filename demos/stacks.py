@@ -1,0 +1,217 @@
+"""Stacks: methods together in one run, each stack measured for what its parts are there for.
+
+Prompt-to-Prompt with FreeU, and on an inverted picture with a local blend; regional prompts with
+masked self-attention and the multi-instance sampler; RealCompo with FreeU; Attend-and-Excite with
+PAG; MasaCtrl with a LoRA. The plain pictures have the same prompts and noise.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+import hookctl
+from hookctl import show
+from hookctl.demos import placing
+from hookctl.demos.cases import draw as draw_edit
+from hookctl.demos.cost import counted
+from hookctl.demos.figures import background_psnr, measure, source_is_right, summary
+from hookctl.demos.layouts import LayoutCase, draw_layout
+from hookctl.demos.masactrl import SETTINGS as MASACTRL
+from hookctl.demos.masactrl import draw_case
+from hookctl.demos.prompt_to_prompt import SETTINGS as EDITS
+from hookctl.demos.real_compo import METHODS as COMPOSED
+from hookctl.demos.regional import masked, regional, sampled
+from hookctl.demos.shapes.detect import detect
+from hookctl.editor import Editor
+from hookctl.recipes import PAG, AttendAndExcite, DirectInversion, FreeU, MasaCtrl, PromptToPrompt
+
+STEPS, GUIDANCE, SHOWN = 25, 3.0, 2
+COMMON = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+# Gentle: the embedded UNet is far narrower than those that FreeU's gains were found on.
+GENTLE = {"b1": 1.05, "b2": 1.05, "s1": 0.95, "s2": 0.9}
+
+Progress = Callable[[int, int], None]
+Row = list[Image.Image]
+Result = tuple[list[Row], dict[str, Any]]
+
+
+# -- edits -----------------------------------------------------------------------------------------
+
+
+def with_freeu(pipe: Any, seed: int, count: int) -> Result:
+    """Prompt-to-Prompt; FreeU acts on the source and the edit alike."""
+    return _recoloured(pipe, seed, count, _edited_with_freeu)
+
+
+def on_inverted(pipe: Any, seed: int, count: int) -> Result:
+    """Prompt-to-Prompt with a local blend, on a picture that was inverted."""
+    return _recoloured(pipe, seed, count, _edited_inverted)
+
+
+Drawing = Callable[[Any, Any, PromptToPrompt, int], list[Image.Image]]
+
+
+def _edited_with_freeu(pipe: Any, case: Any, edit: PromptToPrompt, seed: int) -> list[Image.Image]:
+    return list(edit.run(pipe, FreeU(**GENTLE), seed=seed, **COMMON))
+
+
+def _edited_inverted(pipe: Any, case: Any, edit: PromptToPrompt, seed: int) -> list[Image.Image]:
+    generator = torch.Generator().manual_seed(seed)
+    picture = pipe(case.source, generator=generator, **COMMON).images[0]
+    inverted = DirectInversion(pipe, picture, case.source, steps=STEPS, guidance=GUIDANCE).run()
+    return [picture, inverted.edit(pipe, edit, guidance=GUIDANCE)[1]]
+
+
+def _recoloured(pipe: Any, seed: int, count: int, drawing: Drawing) -> Result:
+    rng = np.random.default_rng([seed, 11])
+    rows, plains, edits = [], [], []
+    for i in range(count):
+        case = draw_edit("colour", rng)
+        edit = PromptToPrompt([case.source, case.target], blend=case.words, **EDITS["colour"])
+        source, edited = drawing(pipe, case, edit, seed + i)
+        generator = torch.Generator().manual_seed(seed + i)
+        plain = pipe(case.target, generator=generator, **COMMON).images[0]
+        rows.append([source, plain, edited])
+        if source_is_right(case, detect(source)):
+            plains.append(measure(case, source, plain))
+            edits.append(measure(case, source, edited))
+    return rows, {"right_sources": len(edits), "stack": summary(edits), "plain": summary(plains)}
+
+
+# -- layouts ---------------------------------------------------------------------------------------
+
+
+def _layouts(
+    pipe: Any, seed: int, count: int, stack: Callable[[Sequence[LayoutCase]], list[Editor]]
+) -> Result:
+    rng = np.random.default_rng([seed, 13])
+    cases = [draw_layout(rng, 2) for _ in range(count)]
+    plain, stacked = (placing.draw(pipe, cases, one, seed) for one in (lambda _: [], stack))
+    rows = [
+        [placing.layout(case), a, b]
+        for case, a, b in zip(cases, plain.pictures, stacked.pictures, strict=True)
+    ]
+    report = {
+        name: {**placing.placed(cases, d.pictures), **placing.named(cases, d.pictures)}
+        for name, d in (("stack", stacked), ("plain", plain))
+    }
+    return rows, report
+
+
+def regions(pipe: Any, seed: int, count: int) -> Result:
+    """Regional prompts, masked self-attention and the multi-instance sampler."""
+    return _layouts(pipe, seed, count, lambda c: [*regional(c), *masked(c), *sampled(c)])
+
+
+def composed(pipe: Any, seed: int, count: int) -> Result:
+    """RealCompo and FreeU, which acts in the energies too."""
+    return _layouts(pipe, seed, count, lambda c: [*COMPOSED["RealCompo"](c), FreeU(**GENTLE)])
+
+
+def excited(pipe: Any, seed: int, count: int) -> Result:
+    """Attend-and-Excite and PAG, whose perturbed rows are edited as their prompts' are."""
+    return _layouts(
+        pipe,
+        seed,
+        count,
+        lambda c: [AttendAndExcite(placing.words(c), refinements=5), PAG(1.0)],
+    )
+
+
+# -- an adapter ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def adapter(unet: Any, strength: float = 2.0) -> Iterator[None]:
+    """A LoRA on the values and outputs of all attention, by a fixed seed, for a while."""
+    from peft import LoraConfig
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, lora_alpha=4, target_modules=["to_v", "to_out.0"])
+        unet.add_adapter(config, adapter_name="stack")
+        for name, weight in unet.named_parameters():
+            if "lora_B" in name:
+                weight.data.normal_(std=strength / weight.shape[0] ** 0.5)
+    try:
+        yield
+    finally:
+        unet.unload_lora()
+
+
+def with_lora(pipe: Any, seed: int, count: int) -> Result:
+    """MasaCtrl while a LoRA is on: the source's keys and values are the adapter's."""
+    rng = np.random.default_rng([seed, 17])
+    rows, kept, moved = [], [], []
+    for i in range(count):
+        case = draw_case("MasaCtrl", rng)
+        edit = MasaCtrl(case.prompts, **MASACTRL["MasaCtrl"])
+        without, _ = pipe(list(case.prompts), generator=edit.generators(seed + i), **COMMON).images
+        with adapter(pipe.unet):
+            source, plain = pipe(
+                list(case.prompts), generator=edit.generators(seed + i), **COMMON
+            ).images
+            again, edited = edit.run(pipe, seed=seed + i, **COMMON)
+        rows.append([source, plain, edited])
+        kept.append(np.array_equal(np.asarray(source), np.asarray(again)))
+        moved.append(background_psnr(without, source, []))
+    return rows, {
+        "source_kept": round(float(np.mean(kept)), 3),
+        "psnr_with_and_without_lora": round(float(np.mean(moved)), 2),
+    }
+
+
+STACKS: dict[str, Callable[[Any, int, int], Result]] = {
+    "Prompt-to-Prompt + FreeU": with_freeu,
+    "Prompt-to-Prompt on an inverted picture + local blend": on_inverted,
+    "regional prompts + masked self-attention + multi-instance sampler": regions,
+    "RealCompo + FreeU": composed,
+    "Attend-and-Excite + PAG": excited,
+    "MasaCtrl + LoRA": with_lora,
+}
+
+
+def run(
+    out: Path, seed: int = 0, seeds: int = 4, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Run the demo; writes grid.png and report.json to `out` and returns the report."""
+    out.mkdir(parents=True, exist_ok=True)
+    pipe = hookctl.load_shapes()
+    pipe.set_progress_bar_config(disable=True)
+    begun = time.perf_counter()
+    shown: list[tuple[str, Row]] = []
+    figures, costs = {}, {}
+    for done, (name, stack) in enumerate(STACKS.items(), 1):
+        with counted(pipe.unet) as cost:
+            rows, figures[name] = stack(pipe, seed, seeds)
+        costs[name] = {"rows_per_case_with_plain": round(cost.rows / seeds, 1)}
+        shown += [(name, row) for row in rows[:SHOWN]]
+        if progress is not None:
+            progress(done, len(STACKS))
+    report = {
+        "demo": "stacks",
+        "seed": seed,
+        "cases_per_stack": seeds,
+        "steps": STEPS,
+        "guidance_scale": GUIDANCE,
+        "stacks": figures,
+        "cost": costs,
+        "wall_seconds": round(time.perf_counter() - begun, 1),
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    show.grid(
+        [row for _, row in shown],
+        column_titles=["source or boxes", "plain", "stack"],
+        row_titles=[name for name, _ in shown],
+        cell=(128, 128),
+    ).save(out / "grid.png")
+    return report
