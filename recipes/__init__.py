@@ -7,6 +7,7 @@ from hookctl.recipes.ddim_inversion import DDIMInversion
 from hookctl.recipes.direct_inversion import DirectInversion
 from hookctl.recipes.edit_friendly_ddpm import EditFriendlyDDPM
 from hookctl.recipes.freeu import FreeU
+from hookctl.recipes.imagic import Imagic
 from hookctl.recipes.layout_guidance import LayoutGuidance
 from hookctl.recipes.masactrl import MasaCtrl
 from hookctl.recipes.masked_self_attention import MaskedSelfAttention
@@ -38,6 +39,7 @@ __all__ = [
     "DirectInversion",
     "EditFriendlyDDPM",
     "FreeU",
+    "Imagic",
     "LayoutGuidance",
     "MasaCtrl",
     "MaskedSelfAttention",

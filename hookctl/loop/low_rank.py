@@ -1,0 +1,79 @@
+"""Low-rank changes of a model's linear layers that leave its weights alone.
+
+y = W x + s B A x, with A [rank, inputs] and B [outputs, rank] beside the model (Hu et al., "LoRA",
+arXiv 2106.09685). Forward hooks add the second term while they are in; nothing is written into the
+model, so nothing has to be taken out again but the hooks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from hookctl.errors import InputError
+
+
+class LowRank:
+    """A low-rank change of every linear layer whose path matches a pattern.
+
+    factors: path -> (A, B), float32 leaves; B starts at zero, so that at first nothing changes.
+    """
+
+    def __init__(
+        self, model: nn.Module, pattern: str, rank: int, generator: torch.Generator
+    ) -> None:
+        if rank < 1:
+            raise InputError(f"rank={rank!r}; give a number from 1 on")
+        self.model, self.factors = model, dict[str, tuple[Tensor, Tensor]]()
+        for path, module in model.named_modules():
+            if isinstance(module, nn.Linear) and re.search(pattern, path):
+                device = module.weight.device
+                a = torch.randn(rank, module.in_features, generator=generator) / rank
+                b = torch.zeros(module.out_features, rank)
+                self.factors[path] = (a.to(device), b.to(device))
+        if not self.factors:
+            raise InputError(f"layers={pattern!r} matches no linear layer of the model")
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [x for pair in self.factors.values() for x in pair]
+
+    def state(self) -> dict[str, Tensor]:
+        """Every factor by name."""
+        return {
+            f"{path}.{name}": x.detach().cpu().contiguous()
+            for path, pair in self.factors.items()
+            for name, x in zip("AB", pair, strict=True)
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the factors of `state()`."""
+        with torch.no_grad():
+            for path, pair in self.factors.items():
+                for name, x in zip("AB", pair, strict=True):
+                    x.copy_(state[f"{path}.{name}"])
+
+    @contextmanager
+    def applied(self, scale: float = 1.0) -> Iterator[None]:
+        """The change is in the model meanwhile; at scale 0 nothing is hooked at all."""
+        modules = dict(self.model.named_modules())
+        hooks = []
+        if scale:
+            for path, (a, b) in self.factors.items():
+
+                def add(
+                    module: nn.Module, given: tuple[Tensor, ...], out: Tensor, a=a, b=b
+                ) -> Tensor:
+                    x = given[0]
+                    return out + scale * (x @ a.to(x).T) @ b.to(x).T
+
+                hooks.append(modules[path].register_forward_hook(add))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
