@@ -70,10 +70,10 @@ class _Laid:
         own = padded(division.own(), 1.0)
         self.shares = {name: cast(weight, like) for name, weight in full.items()}
         self.own = cast(own, like)
-        self._queries = (
-            {name: (w > 0).long() for name, w in {None: own, **full}.items()} if sparse else {}
-        )
-        self._device, self._regions = like.device, {}
+        every: list[tuple[str | None, Tensor]] = [(None, own), *full.items()]
+        self._queries = {name: (w > 0).long() for name, w in every} if sparse else {}
+        self._device = like.device
+        self._regions: dict[tuple[str | None, int], Regions] = {}
 
     def regions(self, name: str | None, keys: int) -> Regions | None:
         """The queries that take part in one summand (None: the own one); None for all of them."""
