@@ -26,7 +26,7 @@ from hookctl.errors import InputError, UnsupportedError
 BACKENDS = ("auto", "triton", "sdpa", "reference")
 
 # Up to this many keys a thin explicit matrix is cheaper than one SDPA call per term, and than SDPA
-# for the rows that no editor touched as well. Measured on a CPU: tests/benchmarks/cpu_attention.py.
+# for the rows that no editor touched as well. Measured on a CPU: hookctl bench calls.
 SHORT_KEYS = 128
 
 
