@@ -131,7 +131,7 @@ def excited(pipe: Any, seed: int, count: int) -> Result:
 
 
 @contextmanager
-def adapter(unet: Any, strength: float = 2.0) -> Iterator[None]:
+def adapter(unet: Any, strength: float = 0.7) -> Iterator[None]:
     """A LoRA on the values and outputs of all attention, by a fixed seed, for a while."""
     from peft import LoraConfig
 
