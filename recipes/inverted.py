@@ -160,7 +160,7 @@ class Inversion:
             raise InputError(f"{name}: steps={steps!r}; give a number from 1 on")
         sizes = {getattr(p, "size", None) for p in pictures}
         if len(sizes) > 1:
-            raise InputError(f"{name}: pictures of the sizes {sorted(sizes)}; give them one size")
+            raise InputError(f"{name}: pictures of the sizes {list(sizes)}; give them one size")
         clean = torch.cat([encode(pipe, p) for p in pictures])
         self.clean = clean.to(next(families.denoiser_of(pipe).parameters()).dtype)
         self.size = pictures[0].size[::-1]

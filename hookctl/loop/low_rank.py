@@ -8,7 +8,7 @@ model, so nothing has to be taken out again but the hooks.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -62,18 +62,18 @@ class LowRank:
         """The change is in the model meanwhile; at scale 0 nothing is hooked at all."""
         modules = dict(self.model.named_modules())
         hooks = []
-        if scale:
-            for path, (a, b) in self.factors.items():
-
-                def add(
-                    module: nn.Module, given: tuple[Tensor, ...], out: Tensor, a=a, b=b
-                ) -> Tensor:
-                    x = given[0]
-                    return out + scale * (x @ a.to(x).T) @ b.to(x).T
-
-                hooks.append(modules[path].register_forward_hook(add))
+        for path, (a, b) in self.factors.items() if scale else ():
+            hooks.append(modules[path].register_forward_hook(_adds(scale, a, b)))
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _adds(scale: float, a: Tensor, b: Tensor) -> Callable[..., Tensor]:
+    def add(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        x = given[0]
+        return out + scale * (x @ a.to(x).T) @ b.to(x).T
+
+    return add

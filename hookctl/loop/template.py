@@ -140,7 +140,7 @@ def prepare(pipe: Any, arguments: Mapping[str, Any], prompts: int, images: int) 
         seen["guided"] = families.is_guided(pipe)
         raise _Ready
 
-    ports = [
+    ports: list[Any] = [
         DenoiserPort(denoiser, caught),
         SchedulerPort(
             pipe.scheduler, lambda step, given: step(**given), lambda s: seen.update(scaling=s)
