@@ -11,6 +11,8 @@ all of it where the two are one. Seven inner products per channel, any size and 
 transpose, so its gradient is F of the gradient.
 """
 
+# mypy: disallow-incomplete-defs=False
+
 from __future__ import annotations
 
 import math

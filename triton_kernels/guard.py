@@ -8,15 +8,16 @@ from torch import Tensor
 
 from hookctl.kernels.launch import available
 
-tl: Any
+tl: Any = None
 try:
-    import triton.language as tl
+    import triton.language
     from triton import jit
 except ImportError:
-    tl = None
 
     def jit(fn: Any) -> Any:
         return fn
+else:
+    tl = triton.language
 
 
 def fused(x: Tensor) -> bool:

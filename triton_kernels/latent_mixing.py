@@ -15,6 +15,7 @@ difference, is enough. Latents are [rows, channels, *places]; a mask or d has on
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -266,7 +267,7 @@ def update_difference(d: Tensor, grad: Tensor, a: Tensor, b: Tensor, rate: float
 
 def specimens(arch: str) -> Iterator[Specimen]:
     tile = {"P": LAUNCH.block_n}
-    forms = (
+    forms: tuple[tuple[Any, dict[str, Any]], ...] = (
         (_blend_kernel, {"sources_ptr": "*i64:16", "mask_ptr": "*u8:16", "HARD": True}),
         (_merge_kernel, {"masks_ptr": "*fp32:16", "MASKED": True}),
         (_mix_kernel, {"d_ptr": "*fp32:16"}),

@@ -88,7 +88,7 @@ class Bench:
 
     def regions(self, shape: Shape, count: int, cover: float, group: str = "call") -> Case:
         bits = regions_of(shape[0], count, cover, self.device)
-        more = {"regions": count, "density": round(density(bits), 3)}
+        more: dict[str, Any] = {"regions": count, "density": round(density(bits), 3)}
         return self.case("regions", masked(bits), shape, group=group, **more)
 
     def case(

@@ -107,7 +107,7 @@ class Model:
         unet = UNet2DConditionModel(sample_size=self.side, **options)
         self.unet = unet.to(bench.device, bench.dtype).eval().requires_grad_(False)
         self.processors = dict(self.unet.attn_processors)
-        to = {"device": bench.device, "dtype": bench.dtype}
+        to: dict[str, Any] = {"device": bench.device, "dtype": bench.dtype}
         self.sample = torch.randn(4, 4, self.side, self.side).to(**to)
         self.text = torch.randn(4, TEXT, options["cross_attention_dim"]).to(**to)
         self.more: dict[str, Any] = {}
