@@ -5,16 +5,17 @@ missing: share of the objects of the prompt that the detector finds nowhere in t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hookctl.demos.layouts import draw_layout
-from hookctl.demos.placing import Progress, compare, words
+from hookctl.demos.placing import Progress, Stack, compare, words
 from hookctl.recipes import AttendAndExcite
 
-METHODS = {
+METHODS: Mapping[str, Stack] = {
     "plain": lambda cases: [],
     "Attend-and-Excite": lambda cases: [AttendAndExcite(words(cases), refinements=10)],
 }

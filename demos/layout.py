@@ -6,16 +6,17 @@ of the noun's attention; hits: objects found in their box.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hookctl.demos.layouts import draw_layout
-from hookctl.demos.placing import Progress, boxes, compare, words
+from hookctl.demos.placing import Progress, Stack, boxes, compare, words
 from hookctl.recipes import BoxDiff, LayoutGuidance
 
-METHODS = {
+METHODS: Mapping[str, Stack] = {
     "plain": lambda cases: [],
     "layout guidance": lambda cases: [
         LayoutGuidance(words(cases), boxes(cases), scale=60.0, stop=0.4)

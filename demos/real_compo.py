@@ -6,14 +6,14 @@ attributes (pattern and size as the prompt says).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hookctl.demos.layouts import LayoutCase, draw_layout
-from hookctl.demos.placing import Progress, boxes, compare, words
+from hookctl.demos.placing import Progress, Stack, boxes, compare, words
 from hookctl.recipes import LayoutGuidance, RealCompo
 
 
@@ -21,7 +21,7 @@ def guidance(cases: Sequence[LayoutCase]) -> LayoutGuidance:
     return LayoutGuidance(words(cases), boxes(cases), scale=60.0, stop=0.6)
 
 
-METHODS = {
+METHODS: Mapping[str, Stack] = {
     "text model": lambda cases: [],
     "layout model": lambda cases: [guidance(cases)],
     "RealCompo": lambda cases: [RealCompo(words(cases), boxes(cases), guidance(cases), alone=0.2)],

@@ -53,12 +53,11 @@ class RealCompo(WordEnergy):
     words, regions: as many of each, for every prompt or a list for each. layout: the layout model:
     a guidance of the pipeline's own denoiser (by default `LayoutGuidance(words, regions)`), another
     pipeline or denoiser of the same latent space, or an object as in `recipes.layout_models`.
-    rho: size of the largest change of d in a turn. alone: until this
-    fraction of the schedule the layout model draws alone. coefficient: a fixed c instead, 0 for
-    the text model (bit for bit) and 1 for the layout model. generator: draws the first d, from
-    N(0, 2); without one d starts at 0. paper: the official code, where d moves by rho = 1e6
-    sqrt(linspace(1, 0.5)) times the gradient of the layout model's maps alone, and starts from a
-    generator of seed 31.
+    rho: size of the largest change of d in a turn. alone: until this fraction of the schedule the
+    layout model draws alone. coefficient: a fixed c instead, 0 for the text model (bit for bit)
+    and 1 for the layout model. generator: draws the first d, from N(0, 2); without one d starts at
+    0. paper: the official code, where d moves by rho = 1e6 sqrt(linspace(1, 0.5)) times the
+    gradient of the layout model's maps alone, and starts from a generator of seed 31.
 
     Costs the layout model's call beside the text model's, and a partial forward and backward of the
     conditional rows for each model.
