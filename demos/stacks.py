@@ -35,9 +35,9 @@ from hookctl.editor import Editor
 from hookctl.recipes import PAG, AttendAndExcite, DirectInversion, FreeU, MasaCtrl, PromptToPrompt
 
 STEPS, GUIDANCE, SHOWN = 25, 3.0, 2
-COMMON = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+COMMON: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
 # Gentle: the embedded UNet is far narrower than those that FreeU's gains were found on.
-GENTLE = {"b1": 1.05, "b2": 1.05, "s1": 0.95, "s2": 0.9}
+GENTLE: dict[str, Any] = {"b1": 1.05, "b2": 1.05, "s1": 0.95, "s2": 0.9}
 
 Progress = Callable[[int, int], None]
 Row = list[Image.Image]
@@ -95,7 +95,8 @@ def _layouts(
 ) -> Result:
     rng = np.random.default_rng([seed, 13])
     cases = [draw_layout(rng, 2) for _ in range(count)]
-    plain, stacked = (placing.draw(pipe, cases, one, seed) for one in (lambda _: [], stack))
+    plain = placing.draw(pipe, cases, lambda _: [], seed)
+    stacked = placing.draw(pipe, cases, stack, seed)
     rows = [
         [placing.layout(case), a, b]
         for case, a, b in zip(cases, plain.pictures, stacked.pictures, strict=True)

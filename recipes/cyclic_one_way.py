@@ -129,10 +129,11 @@ class CyclicOneWay:
         factor = int(getattr(self.pipe, "vae_scale_factor", 8))
         side = self.pipe.unet.config.sample_size * factor if hasattr(self.pipe, "unet") else 1024
         self.size = (side, side) if size is None else (int(size[0]), int(size[1]))
-        sizes = {getattr(p, "size", None) for p in self.pictures}
-        if len(sizes) != 1 or None in sizes:
+        sizes = {p.size if isinstance(p, Image.Image) else None for p in self.pictures}
+        found = sizes.pop() if len(sizes) == 1 else None
+        if found is None:
             raise InputError("CyclicOneWay: give PIL pictures of one size")
-        (width, height), (x, y) = sizes.pop(), at
+        (width, height), (x, y) = found, at
         fits = 0 <= x and 0 <= y and x + width <= self.size[0] and y + height <= self.size[1]
         if not fits or any(side % factor for side in (x, y, width, height)):
             raise InputError(

@@ -118,10 +118,14 @@ class OneWayFlow(Editor):
         """R [queries, flows] and S [keys, flows], 0 or 1; the text of a joint site is in none."""
         key = (tuple(flows), call.grid, call.q.shape[-2], call.k.shape[-2])
         if key not in self._laid:
-            sides = ((1, call.q, call.spans.image_queries), (0, call.k, call.spans.image_keys))
+            sources, targets = [flow[0] for flow in flows], [flow[1] for flow in flows]
+            sides = (
+                (targets, call.q.shape[-2], call.spans.image_queries),
+                (sources, call.k.shape[-2], call.spans.image_keys),
+            )
             queries, keys = (
-                torch.stack([self._on(f[end], call, x.shape[-2], span) for f in flows], -1)
-                for end, x, span in sides
+                torch.stack([self._on(name, call, tokens, span) for name in names], -1)
+                for names, tokens, span in sides
             )
             self._laid[key] = queries, keys
         return self._laid[key]
