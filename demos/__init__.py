@@ -3,7 +3,6 @@
 DEMOS = {
     "attend_and_excite": "three objects and none left out: Attend-and-Excite",
     "guidance": "FreeU, PAG, SAG and SEG against plain sampling with the same noise",
-    "imagic": "one real picture fitted by embedding and low-rank change, at shares of the text",
     "inversion": "real pictures inverted five ways, drawn again and recoloured",
     "layout": "objects in their boxes: layout guidance and BoxDiff",
     "masactrl": "another layout or shape with the source's appearance: MasaCtrl and StyleAligned",

@@ -26,11 +26,11 @@ from hookctl.recipes import Imagic
 STEPS, GUIDANCE, EVERY = 25, 3.0, 4
 ALPHAS = (0.0, 0.4, 0.7, 1.0, 1.3)
 FIT: dict[str, Any] = {
-    "text_steps": 100,
-    "text_rate": 3e-3,
-    "model_steps": 250,
-    "model_rate": 3e-3,
-    "rank": 16,
+    "text_steps": 60,
+    "text_rate": 1e-2,
+    "model_steps": 60,
+    "model_rate": 2e-3,
+    "rank": 8,
     "schedule_steps": STEPS,
 }
 SHOWN = 4  # cases in the grid
