@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hookctl.kernels import stretches
 from hookctl.kernels.arguments import Extras, common, form, out_strides
-from hookctl.kernels.launch import WIDTHS, Launch, Specimen, tile_for
+from hookctl.kernels.launch import WIDTHS, Launch, Specimen, entry, tile_for
 from hookctl.kernels.stretches import Tables
 from hookctl.kernels.tiles import (
     LOG2E,
@@ -232,28 +232,32 @@ def _keys(
 
 # Tiles by architecture and by the parts of a head, for fp16 and bf16; chosen from compiler output
 # (tests/kernels/resources.json), not from timings.
-_TILES: dict[str, dict[tuple[int, int], Launch]] = {
+_OF_QUERIES: dict[str, dict[tuple[int, int], Launch]] = {
+    "sm_80": {(128, 0): Launch(64, 64, 8, 1), (128, 32): Launch(32, 32, 4, 1)},
+    "sm_90": {
+        (64, 0): Launch(64, 64, 4, 2),
+        (128, 0): Launch(64, 64, 8, 2),
+        (128, 32): Launch(64, 64, 8, 1),
+    },
+    "gfx942": {
+        (64, 0): Launch(64, 64, 4, 1),
+        (128, 0): Launch(32, 64, 4, 1),
+        (128, 32): Launch(32, 32, 4, 1),
+    },
+}
+_OF_KEYS: dict[str, dict[tuple[int, int], Launch]] = {
     "sm_80": {
         (64, 0): Launch(64, 64, 8, 1),
-        (64, 16): Launch(32, 64, 8, 1),
         (64, 32): Launch(32, 64, 8, 1),
         (128, 0): Launch(64, 64, 8, 1),
         (128, 32): Launch(16, 32, 4, 1),
     },
     "sm_90": {
         (64, 0): Launch(64, 64, 4, 2),
-        (64, 16): Launch(64, 64, 8, 2),
-        (64, 32): Launch(64, 64, 8, 2),
         (128, 0): Launch(64, 64, 8, 2),
         (128, 32): Launch(32, 64, 8, 1),
     },
-    "gfx942": {
-        (64, 0): Launch(64, 64, 4, 1),
-        (64, 16): Launch(32, 64, 4, 1),
-        (64, 32): Launch(32, 64, 4, 1),
-        (128, 0): Launch(32, 64, 4, 1),
-        (128, 32): Launch(32, 32, 4, 1),
-    },
+    "gfx942": _OF_QUERIES["gfx942"],
 }
 
 
@@ -274,10 +278,12 @@ def gradients(
     if gradient.stride(-1) != 1:
         gradient = gradient.contiguous()
     arguments = common(q, k, v, extras, t, scale, gradient, out) | out_strides(gradient)
-    tile = tile_for(_TILES, (arguments["D0"], arguments["D1"]), q[0])
+    key = arguments["D0"], arguments["D1"]
     arguments |= {"gradient": gradient, "lse": lse, "weights": extras.weights}
-    arguments |= {"WEIGHTED": extras.weights is not None, "BM": tile.block_m}
-    arguments |= {"num_warps": tile.warps, "num_stages": tile.stages}
+    arguments |= {"WEIGHTED": extras.weights is not None}
+    tile = tile_for(_OF_QUERIES, key, q[0])
+    by_queries = arguments | _sizes(tile)
+    by_keys = arguments | _sizes(tile_for(_OF_KEYS, key, q[0]))
     lse_gradient = lse_gradient.contiguous()
     of_weights = extras.weights is not None and wanted[-1]
     _, sub, heads, n, _ = q[0].shape
@@ -287,23 +293,28 @@ def gradients(
         rowsums = torch.empty_like(lse) if of_weights or not t.single else None
         grid = triton.cdiv(n, tile.block_m), sub * heads, out.shape[0]
         if rowsums is None:
-            _overlaps[grid](**_of_out(arguments, out), lse_gradient=lse_gradient, offsets=offsets)
+            _overlaps[grid](**_of_out(by_queries, out), lse_gradient=lse_gradient, offsets=offsets)
         else:
             _rowsums[grid](
-                **arguments,
-                BN=tile.block_n,
+                **by_queries,
                 lse_gradient=lse_gradient,
                 rowsums=rowsums,
                 offsets=offsets,
                 starts=t.starts,
             )
-        arguments |= {"offsets": offsets, "BN": tile.block_n}
         for which, stacks in enumerate((q, k, v)):
             of_kind = tuple(wanted[len(found) : len(found) + len(stacks)])
-            found += _of_stacks(which, stacks, of_kind, arguments, t)
+            chosen = (by_keys if which else by_queries) | {"offsets": offsets}
+            found += _of_stacks(which, stacks, of_kind, chosen, t)
     if extras.weights is not None:
         found.append(_of_weights(extras.weights, rowsums, t) if of_weights else lse.new_empty(0))
     return found
+
+
+def _sizes(tile: Launch) -> dict[str, int]:
+    """A tile as a kernel is launched with it."""
+    names = ("BM", "BN", "num_warps", "num_stages")
+    return dict(zip(names, tile, strict=True))
 
 
 def _of_out(arguments: dict[str, Any], out: Tensor) -> dict[str, Any]:
@@ -361,12 +372,17 @@ def specimens(arch: str) -> Iterator[Specimen]:
     owned = {"sources": "*i64:16", "starts": "*i32:16", "users": "*i32:16"}
     for d in WIDTHS:
         given = form("fp16", d) | plain | {"gradient": "*fp16:16"}
-        tile = _TILES[arch][given["D0"], given["D1"]]
-        given |= {"BM": tile.block_m, "BN": tile.block_n}
+        key = given["D0"], given["D1"]
+        tile = entry(_OF_QUERIES[arch], key)
+        sizes = {"BM": tile.block_m, "BN": tile.block_n}
         summed = {"lse_gradient": "*fp32:16", "rowsums": "*fp32:16", "starts": "*i32:16"}
-        yield Specimen(f"sum of terms, rowsums, {d}", _rowsums, given | summed, tile, arch)
-        dq = {f"dq{i}": "*fp16:16" for i in range(3)}
-        yield Specimen(f"sum of terms, dQ, {d}", _queries, given | owned | dq, tile, arch)
+        rowsums = given | sizes | summed
+        yield Specimen(f"sum of terms, rowsums, {d}", _rowsums, rowsums, tile, arch)
+        dq = given | sizes | owned | {f"dq{i}": "*fp16:16" for i in range(3)}
+        yield Specimen(f"sum of terms, dQ, {d}", _queries, dq, tile, arch)
+        tile = entry(_OF_KEYS[arch], key)
+        sizes = {"BM": tile.block_m, "BN": tile.block_n}
         for which in ("dK", "dV"):
-            dx = {f"dx{i}": "*fp16:16" for i in range(3)} | {"VALUES": which == "dV"}
-            yield Specimen(f"sum of terms, {which}, {d}", _keys, given | owned | dx, tile, arch)
+            dx = given | sizes | owned | {f"dx{i}": "*fp16:16" for i in range(3)}
+            dx |= {"VALUES": which == "dV"}
+            yield Specimen(f"sum of terms, {which}, {d}", _keys, dx, tile, arch)

@@ -194,7 +194,7 @@ _LONG: dict[str, dict[tuple[int, int], Launch]] = {
 _SHORT: dict[str, dict[tuple[int, int], Launch]] = {
     "sm_80": {
         (64, 0): Launch(128, SHORT, 8, 1),
-        (64, 16): Launch(64, SHORT, 4, 1),
+        (64, 32): Launch(64, SHORT, 4, 1),
         (128, 0): Launch(64, SHORT, 8, 1),
         (128, 32): Launch(32, SHORT, 4, 1),
     },
@@ -205,6 +205,7 @@ _SHORT: dict[str, dict[tuple[int, int], Launch]] = {
 _SPILLING = {
     ("sm_80", "long", 160),
     ("sm_90", "long", 160),
+    ("sm_80", "short", 96),
     ("sm_80", "short", 160),
 }
 

@@ -47,7 +47,7 @@ def check(case: Case, *chosen: Script, name: str) -> None:
     [
         ("cross", "none", 1),
         ("cross", "per head", 2),
-        ("self", "full", 1),
+        ("self", "none", 1),
         ("image_text", "bool", 1),
     ],
 )
