@@ -53,7 +53,7 @@ class Users(NamedTuple):
     sources: Tensor
     starts: Tensor
     steps: Tensor
-    count: int
+    rows: int
 
 
 def encode(stretches: Sequence[Stretch]) -> tuple[list[int], list[float]]:

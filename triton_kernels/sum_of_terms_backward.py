@@ -319,8 +319,8 @@ def _sizes(tile: Launch) -> dict[str, int]:
 
 def _of_out(arguments: dict[str, Any], out: Tensor) -> dict[str, Any]:
     """The arguments of `_overlaps`."""
-    names = ("gradient", "tokens", "heads", "o_row", "o_sub", "o_head", "o_token", "D", "D0", "D1")
-    names += ("BM", "ALIGN", "num_warps", "num_stages")
+    names = ["gradient", "tokens", "heads", "o_row", "o_sub", "o_head", "o_token", "D", "D0", "D1"]
+    names += ["BM", "ALIGN", "num_warps", "num_stages"]
     strides = zip(("x_row", "x_sub", "x_head", "x_token"), out.stride(), strict=False)
     return {name: arguments[name] for name in names} | dict(strides) | {"out": out}
 
@@ -337,7 +337,7 @@ def _of_stacks(
         x.new_zeros(x.shape) if w else x.new_empty(0) for x, w in zip(stacks, wanted, strict=True)
     ]
     users = t.users(which, wanted)
-    if not users.count:
+    if not users.rows:
         return found
     _, sub, heads, _, _ = stacks[0].shape
     tokens = max(x.shape[-2] for x in stacks)
@@ -345,7 +345,7 @@ def _of_stacks(
     prefix, block = ("dq", arguments["BM"]) if which == 0 else ("dx", arguments["BN"])
     padded = [*found, *[found[0]] * (stretches.STACKS - len(found))]
     values = {} if which == 0 else {"VALUES": which == 2}
-    kernel[triton.cdiv(tokens, block), sub * heads, users.count](
+    kernel[triton.cdiv(tokens, block), sub * heads, users.rows](
         **arguments,
         **values,
         **{f"{prefix}{i}": x for i, x in enumerate(padded)},

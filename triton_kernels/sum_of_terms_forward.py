@@ -255,7 +255,7 @@ def _is_short(q: Tensor, k: Sequence[Tensor], terms: Sequence[Stretch]) -> bool:
 def specimens(arch: str) -> Iterator[Specimen]:
     """What ships for an architecture: plain, and with everything that a row may have."""
     none = {"weights": None, "lse": None, "WEIGHTED": False, "LSE": False}
-    full = {"weights": "*fp32:16", "lse": "*fp32:16", "bias": "*fp32:16"}
+    full: dict[str, Any] = {"weights": "*fp32:16", "lse": "*fp32:16", "bias": "*fp32:16"}
     full |= dict.fromkeys(("WEIGHTED", "LSE", "BIASED"), True)
     for d in WIDTHS:
         given = form("fp16", d) | {"out": "*fp16:16", "starts": "*i32:16"}

@@ -94,12 +94,14 @@ def _launch(finished: Sum, rows: Sequence[int]) -> Piece | None:
         for term in finished.terms[row]:
             form.add(i, term)
     scales = {term.scale for row in rows for term in finished.terms[row]}
-    stacks = [form.stacks(kind) for kind in "qkv"]
+    stacks = q, k, v = form.stacks("q"), form.stacks("k"), form.stacks("v")
     if len(scales) > 1 or any(len(x) > STACKS for x in stacks):
         return None
     terms = [_numbered(stretch, stacks) for stretch in form.stretches]
     out, _ = sum_of_terms(
-        *stacks,
+        q,
+        k,
+        v,
         terms,
         scales.pop(),
         weights=torch.stack(form.weights) if form.weights else None,
@@ -109,7 +111,7 @@ def _launch(finished: Sum, rows: Sequence[int]) -> Piece | None:
     return list(rows), out
 
 
-def _numbered(stretch: dict[str, Any], stacks: list[list[Tensor]]) -> Any:
+def _numbered(stretch: dict[str, Any], stacks: Sequence[list[Tensor]]) -> Any:
     """Rows counted through the stacks one after the other."""
     from hookctl.kernels.stretches import Stretch
 

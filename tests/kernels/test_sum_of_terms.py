@@ -170,3 +170,34 @@ def test_forward(dtype: torch.dtype, name: str) -> None:
 )
 def test_backward(name: str, dtype: torch.dtype, n: int, m: int) -> None:
     check_gradients(CASES[name](dtype, n, m, 20), dtype)
+
+
+def test_one_graph_when_compiled() -> None:
+    """The operator is opaque to the compiler, forward and backward."""
+    ours, again = (borrowed(torch.float32, 9, 9, 16).learning() for _ in range(2))
+
+    def run(case: Case) -> Tensor:
+        return sum_of_terms(case.q, case.k, case.v, case.terms, case.scale, **case.options)[0]
+
+    want = run(ours)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(again)
+    want.sum().backward()
+    compiled.sum().backward()
+    assert torch.equal(compiled, want)
+    for name, x in ours.leaves().items():
+        assert torch.equal(again.leaves()[name].grad, x.grad), name
+
+
+def test_strides_and_bad_input() -> None:
+    """Transposed and expanded stacks are read where they lie; what can't be is refused."""
+    case = plain(torch.float32, 9, 11, 16)
+    want, _ = sum_of_terms(case.q, case.k, case.v, case.terms, case.scale)
+    case.q = [case.q[0].permute(4, 3, 0, 1, 2).contiguous().permute(2, 3, 4, 1, 0)]
+    case.k = [case.k[0].transpose(2, 3).contiguous().transpose(2, 3)]
+    got, _ = sum_of_terms(case.q, case.k, case.v, case.terms, case.scale)
+    assert torch.equal(got, want)
+    with pytest.raises(ValueError, match="sort the terms by row"):
+        sum_of_terms(case.q, case.k, case.v, case.terms[::-1], case.scale)
+    with pytest.raises(ValueError, match="give fp32, fp16 or bf16"):
+        wide = case.double()
+        sum_of_terms(wide.q, wide.k, wide.v, wide.terms, wide.scale)
