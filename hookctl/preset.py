@@ -12,8 +12,12 @@
     cross_replace = 0.8
     blend = ["circle", "circle"]
 
+    [inversion]                     # optional: the run edits a picture that it is given
+    recipe = "DirectInversion"
+    guidance = 3.0
+
 The keys of an editor and their types are those of its recipe's `__init__`. What takes `prompts`
-gets the prompts of the run.
+gets the prompts of the run, and an inversion its picture, prompt and steps.
 """
 
 from __future__ import annotations
@@ -21,7 +25,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -44,8 +49,18 @@ RUN_KEYS: Mapping[str, Any] = {
     "width": int,
     "height": int,
 }
-_TOP_KEYS = ("model", "run", "editor")
-_GIVEN = "prompts"  # the parameter that a run fills
+_TOP_KEYS = ("model", "run", "inversion", "editor")
+_PROMPTS = "prompts"
+# The parameters that a run fills, and how what they say is said to it.
+_GIVEN: Mapping[str, str] = {
+    _PROMPTS: "write prompt = and edit = in [run], or give --prompt and --edit"
+}
+_GIVEN_TO_INVERSIONS: Mapping[str, str] = {
+    "pipe": "write model = at the top, or give --model",
+    "picture": "give --image",
+    "prompt": "write prompt = in [run], or give --prompt",
+    "steps": "write steps = in [run], or give --steps",
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +74,7 @@ class EditorSpec:
 
     @property
     def takes_prompts(self) -> bool:
-        return _GIVEN in inspect.signature(self.cls).parameters
+        return _PROMPTS in inspect.signature(self.cls).parameters
 
     def make(self, prompts: Sequence[str]) -> Editor:
         """The editor, for these prompts; InputError says where in the file an argument is wrong."""
@@ -69,20 +84,46 @@ class EditorSpec:
             if parameter.kind is parameter.VAR_POSITIONAL:
                 positional = list(keywords.pop(name, ()))
         if self.takes_prompts:
-            keywords[_GIVEN] = list(prompts)
-        try:
+            keywords[_PROMPTS] = list(prompts)
+        with _naming(self.where):
             return self.cls(*positional, **keywords)
-        except InputError as error:
-            raise type(error)(f"{self.where}: {error}" if self.where else str(error)) from None
+
+
+@dataclass(frozen=True)
+class InversionSpec:
+    """How a run inverts its picture: a class, the arguments of the file and where they stand."""
+
+    recipe: str
+    cls: type[Any]
+    arguments: Mapping[str, Any]
+    where: str = ""
+
+    def make(self, pipe: Any, picture: Any, prompt: str, steps: int) -> Any:
+        """The inversion, to be run; InputError says where in the file an argument is wrong."""
+        with _naming(self.where):
+            return self.cls(pipe, picture, prompt, steps=steps, **self.arguments)
+
+
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """The errors of a recipe, led by where in a file it stands."""
+    try:
+        yield
+    except InputError as error:
+        raise type(error)(f"{where}: {error}" if where else str(error)) from None
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What a file says: which editors, and the arguments of a run (keys of RUN_KEYS)."""
+    """What a file says: which editors, and the arguments of a run (keys of RUN_KEYS).
+
+    inversion: of the picture that is edited, None if pictures are drawn from noise.
+    """
 
     specs: tuple[EditorSpec, ...]
     run: Mapping[str, Any] = field(default_factory=dict)
     model: str | None = None
+    inversion: InversionSpec | None = None
     path: Path | None = None
     sha256: str | None = None
 
@@ -96,8 +137,12 @@ class Preset:
         return [spec.make(prompts) for spec in self.specs]
 
 
-def load_preset(path: Path | str, recipes: Mapping[str, type[Editor]]) -> Preset:
-    """Read a stack; `recipes` are the editors that it may name.
+def load_preset(
+    path: Path | str,
+    recipes: Mapping[str, type[Editor]],
+    inversions: Mapping[str, type[Any]] | None = None,
+) -> Preset:
+    """Read a stack; `recipes` are the editors that it may name, `inversions` of its picture.
 
     Raises FileNotFoundError if there is no such file, and InputError, with the file, the key and
     what would do, for anything in it that is wrong.
@@ -119,6 +164,7 @@ def load_preset(path: Path | str, recipes: Mapping[str, type[Editor]]) -> Preset
         tuple(_editors(data.get("editor"), recipes, path)),
         run,
         model,
+        _inversion(data.get("inversion"), inversions or {}, path),
         path,
         hashlib.sha256(content).hexdigest(),
     )
@@ -148,35 +194,59 @@ def _editors(tables: Any, recipes: Mapping[str, type[Editor]], path: Path) -> Se
     found = []
     for number, table in enumerate(tables, 1):
         where = f"{path}: [[editor]] {number}"
-        name = table.get("recipe")
-        if not isinstance(name, str):
-            raise InputError(f"{where}: recipe is missing; give one of: {', '.join(recipes)}")
-        if name not in recipes:
-            raise InputError(
-                f"{where}: recipe={name!r} is not known{_near(name, recipes)}; there are: "
-                f"{', '.join(recipes)}"
-            )
+        name = _named(table, recipes, where)
         where = f"{where} ({name})"
-        arguments = {key: value for key, value in table.items() if key != "recipe"}
-        found.append(
-            EditorSpec(name, recipes[name], _checked(arguments, recipes[name], where), where)
-        )
+        arguments = _checked(table, recipes[name], where, _GIVEN)
+        found.append(EditorSpec(name, recipes[name], arguments, where))
     return found
 
 
-def _checked(arguments: Mapping[str, Any], cls: type, where: str) -> dict[str, Any]:
-    """The arguments of one editor, with the types that its `__init__` wants."""
+def _inversion(table: Any, inversions: Mapping[str, type[Any]], path: Path) -> InversionSpec | None:
+    if table is None:
+        return None
+    where = f"{path}: [inversion]"
+    if not isinstance(table, dict):
+        raise InputError(
+            f"{where}: {table!r} given; a table expected, such as [inversion] "
+            f'recipe = "{next(iter(inversions), "...")}"'
+        )
+    name = _named(table, inversions, where)
+    where = f"{where} ({name})"
+    arguments = _checked(table, inversions[name], where, _GIVEN_TO_INVERSIONS)
+    return InversionSpec(name, inversions[name], arguments, where)
+
+
+def _named(table: Mapping[str, Any], known: Mapping[str, Any], where: str) -> str:
+    """The recipe that a table names."""
+    name = table.get("recipe")
+    if not isinstance(name, str):
+        raise InputError(f"{where}: recipe is missing; give one of: {', '.join(known)}")
+    if name not in known:
+        raise InputError(
+            f"{where}: recipe={name!r} is not known{_near(name, known)}; there are: "
+            f"{', '.join(known)}"
+        )
+    return name
+
+
+def _checked(
+    table: Mapping[str, Any], cls: type, where: str, given: Mapping[str, str]
+) -> dict[str, Any]:
+    """The arguments in the table of a recipe, with the types that its `__init__` wants.
+
+    given: the parameters that the run fills, and what to write instead.
+    """
+    arguments = {key: value for key, value in table.items() if key != "recipe"}
     parameters = {
         name: p
         for name, p in inspect.signature(cls).parameters.items()
         if p.kind is not p.VAR_KEYWORD
     }
-    if _GIVEN in arguments and _GIVEN in parameters:
-        raise InputError(
-            f"{where}: {_GIVEN} belong to the run; write prompt = and edit = in [run], or give "
-            "--prompt and --edit"
-        )
-    allowed = [name for name in parameters if name != _GIVEN]
+    for name, instead in given.items():
+        if name in arguments and name in parameters:
+            verb = "belong" if name.endswith("s") else "belongs"
+            raise InputError(f"{where}: {name} {verb} to the run; {instead}")
+    allowed = [name for name in parameters if name not in given]
     _known(arguments, allowed, where, cls.__name__)
     missing = [
         name
@@ -235,6 +305,9 @@ def dump_preset(preset: Preset) -> str:
     lines = [] if preset.model is None else [f"model = {_toml(preset.model)}", ""]
     if preset.run:
         lines += ["[run]", *_pairs(preset.run), ""]
+    if preset.inversion is not None:
+        spec = preset.inversion
+        lines += ["[inversion]", f"recipe = {_toml(spec.recipe)}", *_pairs(spec.arguments), ""]
     for spec in preset.specs:
         lines += ["[[editor]]", f"recipe = {_toml(spec.recipe)}", *_pairs(spec.arguments), ""]
     return "\n".join(lines)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import hookctl
 from hookctl.cli import common
 from hookctl.cli.draw import Drawing, pictures
+from hookctl.cli.inverting import from_picture, read_picture
 from hookctl.cli.models import find_model
 from hookctl.cli.quiet import quiet
 from hookctl.errors import InputError, UnsupportedError
@@ -23,11 +25,14 @@ if TYPE_CHECKING:
     from hookctl.editor import Editor
     from hookctl.session import Session
 
+T = TypeVar("T")
+
 PRESETS = Path(__file__).resolve().parents[1] / "demos" / "presets"
 _SHOWN_WORDS = 3
 _TEXT = """
 Run a stack of editors from a TOML file. What the file does not say is said here, and what is said
-here goes before the file. Draws the plain pictures and the edited ones from the same noise.
+here goes before the file. Draws the plain pictures and the edited ones from the same noise; a
+stack with an [inversion] table takes a picture instead (--image, described by --prompt).
 
 writes to --out:
   grid.png          source, plain re-prompt, edited, and the maps of the words that changed
@@ -40,7 +45,7 @@ _EXAMPLES = """
 hookctl run recolour --out out               # a stack that comes with hookctl (--list)
 hookctl run stack.toml --model shapes --prompt "a red circle" --edit "a blue circle"
 hookctl run stack.toml --model ./sd15 --prompt "a cat" --edit "a dog" --edit "a fox" --seed 7
-hookctl run stack.toml --model owner/name --prompt "a cat" --edit "a dog" --dtype float16
+hookctl run inverted_edit --image out/plain-0.png --out edited         # edits a picture
 """
 
 
@@ -53,6 +58,9 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--list", action="store_true", help="list the stacks that come along")
     command.add_argument("--model", metavar="MODEL", help=common.MODEL_HELP)
+    command.add_argument(
+        "--image", type=Path, metavar="FILE", help="picture to edit, for a stack that inverts one"
+    )
     command.add_argument("--prompt", metavar="TEXT", help="of the source picture")
     command.add_argument(
         "--edit", action="append", metavar="TEXT", help="the edited prompt; may be repeated"
@@ -84,10 +92,11 @@ def main(options: Any) -> None:
 def _run(path: Path, options: Any) -> None:
     from hookctl.cli.loading import load_pipeline
 
-    preset = load_preset(path, editors_by_name())
+    preset = load_preset(path, editors_by_name(), inversions_by_name())
     prompts = _prompts(options, preset)
     drawing = Drawing.of(options, preset.run)
-    editors = preset.editors(prompts)
+    picture = read_picture(preset, options.image, drawing)
+    editors, inversion = preset.editors(prompts), preset.inversion
     model = options.model or preset.model
     if model is None:
         raise InputError(f"which model? Give --model, or model = in {preset.path}")
@@ -95,11 +104,14 @@ def _run(path: Path, options: Any) -> None:
     pipe = load_pipeline(model, options.device, options.dtype)
     progress = common.wants_progress(options)
     maps = _maps(pipe, prompts, options.words)
-    times = {}
+    times: dict[str, float] = {}
+    draw = partial(pictures, pipe, drawing, prompts, progress=progress)
+    if picture is not None:
+        draw = _timed(times, "inversion", from_picture, pipe, preset, picture, drawing, prompts)
     # Control comes first: it refuses what can't be done before anything is drawn.
     with hookctl.control(pipe, *editors, *maps) as session:
-        edited, times["edited"] = _timed(pipe, drawing, prompts, "edited", progress)
-    plain, times["plain"] = _timed(pipe, drawing, prompts, "plain", progress)
+        edited = _timed(times, "edited", draw, "edited")
+    plain = _timed(times, "plain", draw, "plain")
     _save(out, prompts, drawing, plain, edited, session)
     common.write_json(
         out / "run.json",
@@ -107,6 +119,8 @@ def _run(path: Path, options: Any) -> None:
             "stack": str(preset.path),
             "stack_sha256": preset.sha256,
             "editors": [{"recipe": s.recipe, **s.arguments} for s in preset.specs],
+            "inversion": inversion and {"recipe": inversion.recipe, **inversion.arguments},
+            "image": options.image,
             "model": model,
             "pipeline": type(pipe).__name__,
             "device": str(pipe.device),
@@ -130,6 +144,15 @@ def editors_by_name() -> dict[str, type[Editor]]:
     known = [getattr(recipes, name) for name in recipes.__all__]
     found = {c.__name__: c for c in known if isinstance(c, type) and issubclass(c, hookctl.Editor)}
     return found | {"Maps": hookctl.Maps}
+
+
+def inversions_by_name() -> dict[str, type[Any]]:
+    """Every recipe that a stack may invert its picture by."""
+    from hookctl import recipes
+    from hookctl.recipes.inverted import Inversion
+
+    known = [getattr(recipes, name) for name in recipes.__all__]
+    return {c.__name__: c for c in known if isinstance(c, type) and issubclass(c, Inversion)}
 
 
 def _stack_file(given: str | None) -> Path:
@@ -190,12 +213,12 @@ def _maps(pipe: Any, prompts: Sequence[str], wanted: Sequence[str] | None) -> li
 # -- after -----------------------------------------------------------------------------------------
 
 
-def _timed(
-    pipe: Any, drawing: Drawing, prompts: Sequence[str], title: str, progress: bool
-) -> tuple[list[Image], float]:
+def _timed(times: dict[str, float], name: str, make: Callable[..., T], *given: Any) -> T:
+    """make(*given), whose seconds go to `times`."""
     begun = time.perf_counter()
-    drawn = pictures(pipe, drawing, prompts, title, progress)
-    return drawn, round(time.perf_counter() - begun, 3)
+    made = make(*given)
+    times[name] = round(time.perf_counter() - begun, 3)
+    return made
 
 
 def _save(

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from hookctl.cli.run import editors_by_name
+from hookctl.cli.run import editors_by_name, inversions_by_name
 from hookctl.editor import Editor
 from hookctl.errors import InputError
 from hookctl.preset import EditorSpec, Preset, dump_preset, load_preset
@@ -38,6 +38,20 @@ class Freedom(Editor):
         self.strength, self.steps, self.place, self.span = strength, steps, place, window
         self.gains, self.words, self.on = gains, words, on
 
+
+class Turned:
+    """An inversion: `pipe`, `picture`, `prompt` and `steps` are the run's."""
+
+    def __init__(
+        self, pipe: Any, picture: Any, prompt: str, *, steps: int = 50, guidance: float = 7.5
+    ) -> None:
+        if guidance <= 0:
+            raise InputError(f"guidance={guidance}; give one above 0")
+        self.given = (pipe, picture, prompt, steps, guidance)
+
+
+INVERSIONS: dict[str, type[Any]] = {"Turned": Turned}
+ANY = '[[editor]]\nrecipe = "Maps"\nwords = ["x"]\n'
 
 RECIPES: dict[str, type[Editor]] = {
     "PromptToPrompt": PromptToPrompt,
@@ -108,10 +122,53 @@ def test_there_and_back(write: Write) -> None:
     assert dump_preset(back) == dump_preset(preset)
 
 
+def test_an_inversion(write: Write) -> None:
+    path = write('[inversion]\nrecipe = "Turned"\nguidance = 3\n' + ANY)
+    preset = load_preset(path, RECIPES, INVERSIONS)
+    assert preset.inversion is not None
+    made = preset.inversion.make("pipe", "picture", "a cat", 9)
+    assert made.given == ("pipe", "picture", "a cat", 9, 3.0)
+    back = load_preset(write(dump_preset(preset)), RECIPES, INVERSIONS)
+    assert back.inversion is not None and back.inversion.arguments == {"guidance": 3.0}
+    assert load_preset(write(ANY), RECIPES, INVERSIONS).inversion is None
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("recipe = 3", "[inversion]: recipe is missing; give one of: Turned"),
+        ('recipe = "turnd"', "recipe='turnd' is not known; did you mean 'Turned'?"),
+        (
+            'recipe = "Turned"\nscale = 3',
+            "(Turned): 'scale' is not a key of Turned; there are: gui",
+        ),
+        ('recipe = "Turned"\nguidance = "x"', "(Turned) guidance = 'x'; give a number"),
+        ('recipe = "Turned"\nsteps = 3', "steps belong to the run; write steps = in [run]"),
+        ('recipe = "Turned"\npicture = "x.png"', "picture belongs to the run; give --image"),
+        ('recipe = "Turned"\nprompt = "x"', "prompt belongs to the run; write prompt = in [run]"),
+    ],
+)
+def test_what_is_wrong_with_an_inversion_is_said(write: Write, text: str, says: str) -> None:
+    path = write(f"[inversion]\n{text}\n{ANY}")
+    with pytest.raises(InputError) as caught:
+        load_preset(path, RECIPES, INVERSIONS)
+    assert str(caught.value).startswith(f"{path}: [inversion]") and says in str(caught.value)
+
+
+def test_an_inversion_s_own_errors_name_the_file(write: Write) -> None:
+    table = '[inversion]\nrecipe = "Turned"\nguidance = 0\n'
+    spec = load_preset(write(table + ANY), RECIPES, INVERSIONS).inversion
+    assert spec is not None
+    with pytest.raises(InputError, match=r"stack.toml: \[inversion\] \(Turned\): guidance=0"):
+        spec.make(None, None, "a cat", 9)
+    with pytest.raises(InputError, match="a table expected"):
+        load_preset(write("inversion = 3\n" + ANY), RECIPES, INVERSIONS)
+
+
 @pytest.mark.parametrize("path", sorted(PRESETS.glob("*.toml")), ids=lambda path: path.stem)
 def test_stacks_that_come_along(path: Path) -> None:
     """Each can be made, says what it does, and survives being written."""
-    preset = load_preset(path, editors_by_name())
+    preset = load_preset(path, editors_by_name(), inversions_by_name())
     edits = preset.run.get("edit", [])
     edits = [edits] if isinstance(edits, str) else edits
     assert preset.editors([preset.run["prompt"], *edits])
