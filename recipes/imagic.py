@@ -8,11 +8,19 @@ Kawar et al., "Imagic: Text-Based Real Image Editing with Diffusion Models", arX
     C   draw from theta' with e = alpha e_tgt + (1 - alpha) e_opt
 
 Here theta' = theta + a low-rank change, so that the model's own weights are never touched.
+
+As published, C starts from random noise, so that whatever of the picture is to stay must have been
+fitted. `draw(inverted=True)`, which is no part of the paper, starts from the picture's own DDIM
+inversion x* at (e_opt, theta') and guides away from e_opt,
+
+    eps = eps(x, e_opt) + s (eps(x, e) - eps(x, e_opt))
+
+so that alpha = 0 gives the picture back whatever the scale s, and only e - e_opt can change it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,9 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hookctl.address.rows import COND
+from hookctl.address.rows import COND, UNCOND
 from hookctl.errors import InputError
 from hookctl.loop.energy import frozen
+from hookctl.loop.inversion import ddim_path, require_first_order
 from hookctl.loop.low_rank import LowRank
 from hookctl.loop.noise import noise_like
 from hookctl.loop.pictures import encode
@@ -41,7 +50,9 @@ class Imagic:
     text_steps, text_rate: of stage A; model_steps, model_rate: of stage B, both by Adam; rank,
         layers: of the low-rank change, layers as a pattern of paths. The published numbers for
         Stable Diffusion are 1000 steps at 2e-3 and 1500 at 5e-7 over all weights.
-    schedule_steps: levels that the picture is noised to, spread over the schedule.
+    schedule_steps: levels that the picture is noised to, spread over the schedule; window: those
+        of them that are trained, in shares of the run (0 is noise, where the layout is decided);
+        samples: levels in every training step, spread evenly over the window.
     seed: of the training noise and of the change's start.
     checkpoint: a safetensors file to write after every `save_every` steps and at the end, and to go
         on from if it is there (the optimiser's moments start anew).
@@ -60,6 +71,8 @@ class Imagic:
         rank: int = 4,
         layers: str = LAYERS,
         schedule_steps: int = 50,
+        window: tuple[float, float] = (0.0, 1.0),
+        samples: int = 1,
         seed: int = 0,
         checkpoint: str | Path | None = None,
         save_every: int = 100,
@@ -68,7 +81,13 @@ class Imagic:
             raise InputError(f"Imagic: target={target!r}; give the text of the edited picture")
         if min(text_steps, model_steps) < 0 or min(text_rate, model_rate) <= 0 or save_every < 1:
             raise InputError("Imagic: give steps from 0 on, rates above 0 and save_every from 1 on")
+        if not 0 <= window[0] < window[1] <= 1 or samples < 1:
+            raise InputError(
+                f"Imagic: window={window!r}, samples={samples!r}; give a start and a later end "
+                "between 0 and 1, and samples from 1 on"
+            )
         self.pipe, self.target, self.seed = pipe, target, seed
+        self.window, self.samples = window, samples
         clean = encode(pipe, picture)
         height, width = picture.size[::-1]
         self.size = {"height": height, "width": width}
@@ -107,11 +126,15 @@ class Imagic:
         steps: int = 50,
         seed: int = 0,
         changed: bool = True,
+        inverted: bool = False,
+        refine: int = 2,
         output_type: str = "pil",
     ) -> Any:
         """Stage C: a picture for each alpha, all from one noise.
 
-        changed: with the fitted model, or with the model as it is.
+        changed: with the fitted model, or with the model as it is. inverted: from the picture's
+        inverted noise instead of that of the seed (see above); refine: of that inversion
+        (`DDIMInversion`).
         """
         if not alphas:
             raise InputError("alphas: give a number for each picture, such as (0.6, 0.8)")
@@ -125,19 +148,34 @@ class Imagic:
         )
         contexts = {COND: torch.cat([self.text(float(alpha)) for alpha in alphas])}
         with self.change.applied() if changed else nullcontext():
+            if inverted:
+                program.write(self._inverted(steps, refine))
+                if UNCOND in program.template.branches:
+                    contexts[UNCOND] = self.fitted
             program.run(contexts=contexts)
         return program.decode(output_type)
 
+    def _inverted(self, steps: int, refine: int) -> Tensor:
+        """The noise that leads to the picture under the fitted text, as the model is now."""
+        program = Trajectory(self.pipe, self.target, steps=steps, latents=self.clean, **self.size)
+        require_first_order(program, "Imagic.draw(inverted=True)")
+        return ddim_path(program, self.clean, contexts={COND: self.fitted}, refine=refine)[0]
+
     # -- fitting -------------------------------------------------------------------------------
 
-    def _loss(self, generator: torch.Generator) -> Tensor:
-        """|| prediction - what it should be ||^2 at a random level, by the model's own target."""
-        program = self.program
-        i = int(torch.randint(program.steps, (), generator=generator))
-        level, eps = program.levels[i], noise_like(self.clean, generator)
-        prediction = program.predict(level.mix(self.clean, eps), i, 1.0, {COND: self.fitted})
-        wanted = program.noise.join(self.clean, eps, level)
-        return (prediction - wanted).float().square().mean()
+    def _losses(self, generator: torch.Generator) -> Iterator[Tensor]:
+        """|| prediction - what it should be ||^2 at random levels, by the model's own target.
+
+        One at a time, so that only one graph is held; their sum is the loss of a training step.
+        """
+        program, (begin, end) = self.program, self.window
+        for k in range(self.samples):
+            share = (k + float(torch.rand((), generator=generator))) / self.samples
+            i = min(int((begin + share * (end - begin)) * program.steps), program.steps - 1)
+            level, eps = program.levels[i], noise_like(self.clean, generator)
+            prediction = program.predict(level.mix(self.clean, eps), i, 1.0, {COND: self.fitted})
+            wanted = program.noise.join(self.clean, eps, level)
+            yield (prediction - wanted).float().square().mean() / self.samples
 
     @torch.enable_grad()
     def _stage(self, stage: str, leaves: list[Tensor], progress: Progress | None) -> None:
@@ -149,9 +187,9 @@ class Imagic:
             for step in range(self.done[stage], steps):
                 # A generator for each step, so that a resumed run sees the same noise.
                 generator = torch.Generator().manual_seed(self.seed + 2 * step + (stage == "model"))
-                found = torch.autograd.grad(self._loss(generator), leaves)
-                for leaf, gradient in zip(leaves, found, strict=True):
-                    leaf.grad = gradient
+                adam.zero_grad()
+                for loss in self._losses(generator):
+                    loss.backward(inputs=leaves)
                 adam.step()
                 self.done[stage] = step + 1
                 if self.checkpoint is not None and (step + 1) % self.save_every == 0:

@@ -42,18 +42,22 @@ def ddim_path(
     clean: Tensor,
     *,
     guidance: float = 1.0,
+    contexts: Mapping[str, Tensor] | None = None,
     refine: int = 0,
     timestep: str = "target",
     progress: Progress | None = None,
 ) -> list[Tensor]:
     """DDIM inversion: the deterministic sampler run backwards (Song et al., arXiv 2010.02502).
 
-    clean: [1 | pictures, ...]; guidance, refine, timestep: as for `Trajectory.invert`.
+    clean: [1 | pictures, ...]; guidance, contexts, refine, timestep: as for `Trajectory.invert`.
     """
     program.write(clean, level=program.steps)
     path = [program.latents]
     for i in reversed(range(program.steps)):
-        path.append(program.invert(i, guidance=guidance, refine=refine, timestep=timestep))
+        found = program.invert(
+            i, guidance=guidance, contexts=contexts, refine=refine, timestep=timestep
+        )
+        path.append(found)
         _tell(progress, program.steps - i, program.steps)
     return path[::-1]
 

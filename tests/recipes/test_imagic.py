@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-from hookctl.errors import InputError
+from hookctl.address.rows import COND
+from hookctl.errors import InputError, UnsupportedError
+from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes import Imagic
 from tests.families.fingerprint import differences, fingerprint
 from tests.recipes.pictures import TARGET, picture, pipeline
@@ -50,16 +53,48 @@ def test_nothing_fitted_is_the_plain_pipeline() -> None:
     assert torch.equal(drawn, plain)
 
 
+def test_inverted_alpha_0_leads_back_at_any_guidance() -> None:
+    """It follows the fitted text from its inverted noise; the other alphas leave that path."""
+    pipe = pipeline(scheduler=DDIMScheduler, clip_sample=False)
+    edit = Imagic(pipe, picture(), TARGET, **{**FEW, "text_rate": 0.1}).fit()
+    given: dict[str, Any] = {"steps": 3, "inverted": True, "output_type": "latent"}
+    with edit.change.applied():
+        noise = edit._inverted(3, 2)
+        program = Trajectory(pipe, TARGET, steps=3, latents=noise, **edit.size)
+        wanted = program.run(contexts={COND: edit.fitted})
+    for guidance in (1.0, 7.5):
+        same, other = edit.draw((0.0, 1.0), guidance=guidance, **given)
+        torch.testing.assert_close(same, wanted[0], rtol=1e-4, atol=1e-4)
+        assert (other - same).abs().max() > 1e-2
+
+
+def test_inverted_needs_a_first_order_scheduler() -> None:
+    pipe = pipeline(scheduler=DPMSolverMultistepScheduler)
+    edit = Imagic(pipe, picture(), TARGET, **FEW)
+    with pytest.raises(UnsupportedError, match="first-order"):
+        edit.draw((0.0,), steps=3, inverted=True)
+
+
+def test_the_window_and_the_samples_of_a_step() -> None:
+    edit = Imagic(pipeline(), picture(), TARGET, schedule_steps=10, window=(0.2, 0.6), samples=4)
+    asked: list[int] = []
+    predict = edit.program.predict
+    edit.program.predict = lambda x, i, *rest: asked.append(i) or predict(x, i, *rest)  # type: ignore
+    with torch.no_grad():
+        losses = list(edit._losses(torch.Generator().manual_seed(0)))
+    assert asked == [2, 3, 4, 5] and len(losses) == 4
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_fitting_lowers_the_loss(kind: str) -> None:
     pipe = pipeline()
     pipe.scheduler.register_to_config(prediction_type=kind)
-    given = {**FEW, "text_steps": 30, "model_steps": 30}
+    given = {**FEW, "text_steps": 15, "model_steps": 15}
     edit = Imagic(pipe, picture(), TARGET, **given)
 
     def loss() -> float:
         with torch.no_grad(), edit.change.applied():
-            many = [edit._loss(torch.Generator().manual_seed(i)) for i in range(8)]
+            many = [sum(edit._losses(torch.Generator().manual_seed(i))) for i in range(4)]
         return float(sum(many))
 
     before = loss()
@@ -91,5 +126,8 @@ def test_bad_input() -> None:
         Imagic(pipe, picture(), TARGET, rank=0)
     with pytest.raises(InputError, match="target="):
         Imagic(pipe, picture(), [TARGET])  # type: ignore[arg-type]
+    for wrong in ({"window": (0.5, 0.5)}, {"window": (0.0, 1.5)}, {"samples": 0}):
+        with pytest.raises(InputError, match="window="):
+            Imagic(pipe, picture(), TARGET, **wrong)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="alphas"):
         Imagic(pipe, picture(), TARGET, **FEW).draw(())
