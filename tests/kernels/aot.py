@@ -1,6 +1,6 @@
 """Every shipped form of every kernel, compiled for GPUs that are not here.
 
-    python -m tests.kernels.aot              compile a sample, and what is not as recorded
+    python -m tests.kernels.aot              compile a sample, see that the record is up to date
     python -m tests.kernels.aot --all        compile every form
     python -m tests.kernels.aot --update     compile what has changed, and record it
 
@@ -8,7 +8,8 @@ A kernel's module lists its forms in `specimens(arch)`. What each needs of a chi
 spills, shared memory, tensor-core instructions) is compiler output, not speed. It stands in
 resources.json, so that no change of it goes unseen; other versions of Triton than the recorded
 one must keep the limits, but not the numbers. A form whose source, arguments and compiler are
-those of the record need not be compiled again: the compiler gives the same code.
+those of the record need not be compiled again: the compiler gives the same code. The sample is
+the first form of each kernel for each chip.
 """
 
 from __future__ import annotations
@@ -34,9 +35,6 @@ from hookctl.kernels.launch import SHARED_LIMIT, Specimen
 
 RECORD = Path(__file__).with_name("resources.json")
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
-
-# Of each kernel a form for each chip is compiled whatever the record says.
-SAMPLE = re.compile(r"\b64\b.* (sm_80|sm_90|gfx942)$")
 
 Resources = dict[str, Any]
 
@@ -149,16 +147,21 @@ def measure(keys: list[str]) -> dict[str, Resources]:
         return dict(pool.map(_compiled, keys))
 
 
-def compare(found: dict[str, Resources], record: dict[str, Any], triton: str) -> list[str]:
-    """How the forms differ from the record."""
-    if record.get("triton") != triton:
-        return []
-    kept = record.get("forms", {})
-    wrong = [f"{key}: not recorded" for key in found if key not in kept]
-    for key, numbers in found.items():
-        if key in kept and {**kept[key], "digest": ""} != {**numbers, "digest": ""}:
-            wrong.append(f"{key}: {numbers}, recorded {kept[key]}")
-    return wrong
+def sample(listed: dict[str, Specimen]) -> set[str]:
+    """Keys of one form of each kernel for each chip."""
+    first: dict[tuple[int, str], str] = {}
+    for key, one in listed.items():
+        first.setdefault((id(one.kernel), one.arch), key)
+    return set(first.values())
+
+
+def compare(found: dict[str, Resources], kept: dict[str, Resources]) -> list[str]:
+    """How compiled forms differ from the record."""
+    return [
+        f"{key}: {numbers}, recorded {kept[key]}"
+        for key, numbers in found.items()
+        if key in kept and {**kept[key], "digest": ""} != {**numbers, "digest": ""}
+    ]
 
 
 def main() -> int:
@@ -176,20 +179,24 @@ def main() -> int:
         for key, one in listed.items()
         if record.get("forms", {}).get(key, {}).get("digest") == digest(one)
     }
-    sampled = {key for key in listed if SAMPLE.search(key) and not chosen.update}
-    compiled = measure([k for k in listed if k not in kept or k in sampled or chosen.all])
+    changed = [key for key in listed if key not in kept]
+    if chosen.update:
+        compiled = measure(changed)
+    else:
+        compiled = measure(sorted(listed if chosen.all or chosen.only else sample(listed)))
     for key, numbers in compiled.items():
         print(key, json.dumps(numbers))
     found = kept | compiled
-    wrong = [fault for key, one in listed.items() for fault in faults(key, one, found[key])]
+    wrong = [fault for key in found for fault in faults(key, listed[key], found[key])]
     if chosen.update and not wrong:
         forms = {} if not chosen.only else record.get("forms", {})
         record |= {"triton": triton.__version__, "forms": dict(sorted((forms | found).items()))}
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
-    elif not chosen.update:
-        wrong += compare(found, record, triton.__version__)
-        if not chosen.only and record.get("triton") == triton.__version__:
-            wrong += [f"{key}: no longer compiled" for key in record["forms"] if key not in found]
+    elif not chosen.update and record.get("triton") == triton.__version__:
+        wrong += compare(found, record["forms"])
+        wrong += [f"{key}: not as recorded; see --update" for key in changed]
+        if not chosen.only:
+            wrong += [f"{key}: no longer compiled" for key in record["forms"] if key not in listed]
     print("\n".join(wrong), file=sys.stderr)
     return bool(wrong)
 
