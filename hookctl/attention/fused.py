@@ -1,7 +1,8 @@
 """Terms by one fused kernel: the rows of a finished sum are named to it, and nothing is gathered.
 
-Dense masks over queries and keys, regions, identity attention, learned biases and terms of more
-stacks than one launch takes are left to SDPA.
+Rows of equal probabilities and regions have kernels of their own (`together`). Dense masks over
+queries and keys, identity attention, learned biases and terms of more stacks than one launch takes
+are left to SDPA.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hookctl.attention import sdpa
+from hookctl.attention import sdpa, together
 from hookctl.attention.assemble import segment_bias
 from hookctl.attention.sdpa import Piece
 from hookctl.attention.term import Segment, Sum, Term
@@ -48,7 +49,7 @@ def suits(call: AttentionCall, finished: Sum) -> str | None:
         short = call.k.shape[-2] <= keys and q.shape[-2] >= queries and most >= terms
         if short and all(_fits(t, finished.mask) for ts in finished.terms.values() for t in ts):
             return f"{most} terms over {call.k.shape[-2]} keys: one launch writes the output once"
-    return None
+    return together.suits(call, finished)
 
 
 def evaluate(finished: Sum, rows: Sequence[int]) -> list[Piece]:
@@ -56,7 +57,11 @@ def evaluate(finished: Sum, rows: Sequence[int]) -> list[Piece]:
     mask = finished.mask
     fit = [row for row in rows if all(_fits(t, mask) for t in finished.terms[row])]
     rest = [row for row in rows if row not in fit]
-    pieces = sdpa.evaluate(finished, rest) if rest else []
+    pieces, fit = together.shared(finished, fit)
+    # Over long keys a row that nothing rewrote is as fast by the model's own means as by any.
+    long = [r for r in fit if r not in finished.terms and _keys(finished, r) >= together.LONG_KEYS]
+    fit = [row for row in fit if row not in long]
+    pieces += sdpa.evaluate(finished, rest + long, together.attend) if rest or long else []
     whole = _launch(finished, fit) if fit else None
     if whole:
         return [*pieces, whole]
@@ -64,6 +69,10 @@ def evaluate(finished: Sum, rows: Sequence[int]) -> list[Piece]:
         piece = _launch(finished, group)
         pieces += [piece] if piece else sdpa.evaluate(finished, group)
     return pieces
+
+
+def _keys(finished: Sum, row: int) -> int:
+    return finished.terms[row][0].own.tokens
 
 
 def _fits(term: Term, mask: Tensor | None) -> bool:

@@ -1,7 +1,7 @@
 """How a finished sum is evaluated: by the cheapest exact means, with the reason.
 
 pass-through   nothing was rewritten: the model's own call, bit-identical
-triton         one fused launch on a GPU, where a table says that it wins
+triton         fused launches on a GPU, where a table says that they win
 shared         short keys on a CPU: each distinct softmax once, used by every row
 sdpa           one scaled_dot_product_attention per group of like terms
 reference      explicit matrices in float64, on request
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hookctl.attention import fused, reference, sdpa, shared
+from hookctl.attention import fused, reference, sdpa, shared, together
 from hookctl.attention.call import AttentionCall, ReadOut
 from hookctl.attention.marginals import marginals
 from hookctl.attention.sdpa import Piece
@@ -112,7 +112,7 @@ def evaluate(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Plan]:
     if finished.functions:
         pieces += reference.evaluate(finished, sorted(finished.functions), dtype=None)
     for request in call.read_outs:
-        request.into(request.row, _read(finished, request, call))
+        request.into(request.row, _read(finished, request, call, backend))
     return _placed(pieces, call), plan
 
 
@@ -120,7 +120,7 @@ def read_only(call: AttentionCall) -> None:
     """Serve the read-outs of a call that nothing rewrote."""
     finished = call.fold()
     for request in call.read_outs:
-        request.into(request.row, _read(finished, request, call))
+        request.into(request.row, _read(finished, request, call, "auto"))
 
 
 def _choose(call: AttentionCall, finished: Sum, backend: str) -> tuple[Evaluator, Plan]:
@@ -157,13 +157,18 @@ def _placed(pieces: list[Piece], call: AttentionCall) -> Tensor:
     return out
 
 
-def _read(finished: Sum, request: ReadOut, call: AttentionCall) -> Tensor:
+def _read(finished: Sum, request: ReadOut, call: AttentionCall, backend: str) -> Tensor:
     """[sub-batch, image queries, tokens], averaged over heads; [sub-batch, tokens] if summed;
     [sub-batch, heads, image queries, tokens] if of each head."""
     row, keys = request.row.index, call.k.shape[-2]
     if request.summed:
         sums = marginals(finished, row, call.spans.image_queries).mean(1)
         return sums[:, request.tokens[0] : request.tokens[-1] + 1]
+    start, stop = call.spans.image_queries
+    if row not in finished.functions:
+        found = together.mean_map(finished, request, call, backend)
+        if found is not None:
+            return found[:, start:stop]
     if row in finished.functions or (call.site.kind == "cross" and keys <= SHORT_KEYS):
         total = reference.columns(finished, row, request.tokens)
     else:
@@ -173,7 +178,6 @@ def _read(finished: Sum, request: ReadOut, call: AttentionCall) -> Tensor:
             if not term.extra
         ]
         total = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
-    start, stop = call.spans.image_queries
     return total[:, :, start:stop] if request.heads else total.mean(1)[:, start:stop]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,24 +21,28 @@ _QUERY_CHUNK = 256
 _CHANNELS = 8
 
 Piece = tuple[list[int], Tensor]
+Attend = Callable[[Scores, Tensor, Regions | None], Tensor]
 
 
-def evaluate(finished: Sum, rows: Sequence[int]) -> list[Piece]:
-    """The sums of some rows, in pieces [rows, sub-batch, heads, N, channels]."""
+def evaluate(finished: Sum, rows: Sequence[int], by: Attend | None = None) -> list[Piece]:
+    """The sums of some rows, in pieces [rows, sub-batch, heads, N, channels].
+
+    by: what evaluates one attention, `attend` by default.
+    """
     return [
-        (group, _batch([finished.terms[row] for row in group], finished.mask))
+        (group, _batch([finished.terms[row] for row in group], finished.mask, by or attend))
         for group in finished.groups(rows)
     ]
 
 
-def _batch(rows: list[tuple[Term, ...]], mask: Tensor | None) -> Tensor:
+def _batch(rows: list[tuple[Term, ...]], mask: Tensor | None, by: Attend) -> Tensor:
     """The sums of rows of like terms."""
     total: Tensor | None = None
     for place in range(len(rows[0])):
         terms = [row[place] for row in rows]
         part = values_of(terms)
         if not terms[0].value_only:
-            part = attend(scores_of(terms, mask, widen=True), part, terms[0].regions)
+            part = by(scores_of(terms, mask, widen=True), part, terms[0].regions)
         part = weigh(part, weight_of(terms, part))
         total = part if total is None else total + part
     assert total is not None  # a row has at least one term

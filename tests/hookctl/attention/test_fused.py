@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from hookctl.attention import plan
+from hookctl.attention import plan, together
 from tests.hookctl.attention.calls import Case, Script, close
 from tests.hookctl.attention.test_algebra import masked, scripts
 
@@ -42,16 +44,85 @@ def check(case: Case, *chosen: Script, name: str) -> None:
 
 
 @pytest.mark.slow
+def test_every_verb() -> None:
+    case = masked("cross", "none", heads=1)
+    for name, script in scripts(case).items():
+        check(case, script, name=name)
+
+
+# What masks of the model, several heads, long keys and joint sequences add to the above.
+VERBS = (
+    "borrow qk (P2P)",
+    "borrow kv where",
+    "extend by a share",
+    "restrict",
+    "bias twice",
+    "route blend",
+    "add masked",
+    "skip",
+    "route image",
+)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "mask", "heads"),
-    [
-        ("cross", "none", 1),
-        ("cross", "per head", 2),
-        ("self", "none", 1),
-        ("image_text", "bool", 1),
-    ],
+    [("cross", "per head", 2), ("self", "none", 1), ("image_text", "bool", 1)],
 )
-def test_every_verb(kind: str, mask: str, heads: int) -> None:
+def test_verbs_of_other_calls(kind: str, mask: str, heads: int) -> None:
     case = masked(kind, mask, heads=heads)
-    for name, script in scripts(case).items():
-        check(case, script, name=f"{kind}, {mask} mask: {name}")
+    known = scripts(case)
+    for name in VERBS:
+        if name in known:
+            check(case, known[name], name=f"{kind}, {mask} mask: {name}")
+
+
+@pytest.mark.slow
+def test_kernels_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared probabilities, regions and read-outs are taken, and agree."""
+    from hookctl.kernels import map_readout, region_attention, shared_probabilities
+
+    used: list[str] = []
+    for module in (map_readout, region_attention, shared_probabilities):
+        name = module.__name__.rsplit(".", 1)[1]
+        kernel = getattr(module, name)
+
+        def spied(*args: Any, kernel: Any = kernel, name: str = name, **kwargs: Any) -> Any:
+            used.append(name)
+            return kernel(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, spied)
+    case = masked("self", "none", heads=2)
+    known = scripts(case)
+    for script in ("borrow qk (P2P)", "restrict"):
+        check(case, known[script], name=script)
+    single = in_singles(case)
+    explicit, call, seen = exact(single).explicit(), single.call(), {}
+    for target in (explicit, call):
+        known["borrow qk (P2P)"](target)
+    call.read((2, 3), [0, 5], lambda row, p: seen.update({row.index: p}))
+    plan.evaluate(call, "triton")
+    for row, p in seen.items():
+        close(p.cpu(), explicit.maps(row, [0, 5]), TOLERANCE, f"map of row {row}")
+    assert sorted(seen) == [2, 3]
+    counts = {name: used.count(name) for name in used}
+    assert counts == {"shared_probabilities": 2, "region_attention": 1, "map_readout": 2}
+
+
+def test_wins_are_of_long_keys() -> None:
+    """The table names what it is sure of: rows enough of one softmax, kinds enough of regions."""
+    case = masked("self", "none", heads=1)
+    known = scripts(case)
+    call = case.call()
+    known["borrow qk (P2P)"](call)
+    finished = call.fold()
+    assert list(together.sharing(finished, range(5)).values()) == [[2, 3, 4]]
+    assert together.suits(call, finished) is None  # 12 keys
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(together, "LONG_KEYS", 12)
+        assert together.suits(call, finished) is None  # 3 rows
+        patch.setattr(together, "SHARING_ROWS", 3)
+        assert "3 rows of one softmax" in (together.suits(call, finished) or "")
+        restricted = case.call()
+        known["restrict"](restricted)
+        assert "6 kinds of queries" in (together.suits(restricted, restricted.fold()) or "")

@@ -1,0 +1,131 @@
+"""What the sum of terms leaves to kernels of their own: equal probabilities, regions, maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hookctl.attention import sdpa
+from hookctl.attention.assemble import Scores
+from hookctl.attention.sdpa import Piece
+from hookctl.attention.term import Sum, Term
+from hookctl.attention.visibility import Regions
+from hookctl.kernels.launch import DTYPES, available
+
+if TYPE_CHECKING:
+    from hookctl.attention.call import AttentionCall, ReadOut
+
+# Where these kernels are taken to win. Reasoned, not measured: R rows of one softmax cost 1 + R
+# products instead of 2 R, which from four rows on leaves room for SDPA's faster products; regions
+# cost SDPA a gathered call for each kind of query; a map costs SDPA a product with one-hot values
+# as wide as a head. Below so many keys a launch costs as much as what it saves.
+LONG_KEYS = 1024
+SHARING_ROWS = 4
+REGION_KINDS = 4
+REGION_WIDTH = 160  # widest head of the kernels of regions and maps
+
+
+def suits(call: AttentionCall, finished: Sum) -> str | None:
+    """Why a call with long keys is faster by one of these kernels; None where it is not."""
+    if call.k.shape[-2] < LONG_KEYS:
+        return None
+    most = max((len(rows) for rows in sharing(finished, range(finished.rows)).values()), default=0)
+    if most >= SHARING_ROWS:
+        return f"{most} rows of one softmax: its products are formed once"
+    kinds = max(
+        (t.regions.kinds for ts in finished.terms.values() for t in ts if t.regions), default=0
+    )
+    if kinds >= REGION_KINDS:
+        return f"{kinds} kinds of queries by region: one launch, no mask and nothing gathered"
+    return None
+
+
+def sharing(finished: Sum, rows: Sequence[int]) -> dict[tuple[Any, ...], list[int]]:
+    """Rows whose one softmax is the same, two or more of each.
+
+    Keys: what q, k and v are rows of, the scale; then the rows of q and k.
+    """
+    found: dict[tuple[Any, ...], list[int]] = {}
+    for row in rows:
+        term, *others = finished.terms[row]
+        if not others and _bare(term, finished.mask):
+            q, k, v = term.q, term.own.k, term.own.v
+            key = (id(q.base), id(k.base), id(v.base), term.scale, q.row, k.row)
+            found.setdefault(key, []).append(row)
+    return {key: alike for key, alike in found.items() if len(alike) > 1}
+
+
+def shared(finished: Sum, rows: Sequence[int]) -> tuple[list[Piece], list[int]]:
+    """The rows that share their probabilities, one launch for each choice of stacks; the rest."""
+    from hookctl.kernels.shared_probabilities import Group, shared_probabilities
+
+    launches: dict[tuple[Any, ...], list[list[int]]] = {}
+    for key, alike in sharing(finished, rows).items():
+        launches.setdefault(key[:4], []).append(alike)
+    pieces: list[Piece] = []
+    for groups in launches.values():
+        first = finished.terms[groups[0][0]][0]
+        named = []
+        for alike in groups:
+            terms = [finished.terms[row][0] for row in alike]
+            values = tuple(term.own.v.row for term in terms)
+            named.append(Group(terms[0].q.row, terms[0].own.k.row, values))
+        stacks = first.q.base, first.own.k.base, first.own.v.base
+        out, _ = shared_probabilities(*stacks, named, first.scale)
+        pieces.append(([row for alike in groups for row in alike], out))
+    done = {row for group, _ in pieces for row in group}
+    return pieces, [row for row in rows if row not in done]
+
+
+def _bare(term: Term, mask: Tensor | None) -> bool:
+    """Whether a term is a softmax of q and k alone over values as they are."""
+    own = term.own
+    edited = (
+        term.maps
+        or term.factors
+        or term.regions is not None
+        or term.value_only
+        or own.shift is not None
+        or not own.counts
+        or (mask is not None and own.mask_row is not None)
+    )
+    whole = not isinstance(term.weight, Tensor) and term.weight == 1.0
+    return not edited and whole and len(term.segments) == 1
+
+
+def attend(scores: Scores, v: Tensor, regions: Regions | None = None) -> Tensor:
+    """As `sdpa.attend`, regions without biases by their kernel."""
+    q, k = scores.q, scores.k
+    alike = q.shape[-1] == k.shape[-1] == v.shape[-1] <= REGION_WIDTH
+    if regions is None or scores.bias is not None or not alike or q.dtype not in DTYPES:
+        return sdpa.attend(scores, v, regions)
+    from hookctl.kernels.region_attention import region_attention
+
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    out, _ = region_attention(q, k, v, regions.queries, regions.keys, scores.scale)
+    return out.unflatten(0, scores.q.shape[:2])
+
+
+def mean_map(finished: Sum, request: ReadOut, call: AttentionCall, backend: str) -> Tensor | None:
+    """A read-out averaged over heads, [sub-batch, N, tokens]; None where SDPA serves it."""
+    q, k = call.q, call.k
+    own = finished.terms[request.row.index]
+    if backend == "auto":
+        taken = q.dtype in (torch.float16, torch.bfloat16) and k.shape[-2] >= LONG_KEYS
+        taken = taken and q.device.type == "cuda" and available(q.device) is None
+    else:
+        taken = backend == "triton"
+    terms = [term for term in own if not term.extra]
+    if not taken or request.heads or request.summed or len(terms) > 1:
+        return None
+    (term,) = terms
+    if not _bare(term, finished.mask) or q.dtype not in DTYPES or q.shape[-1] > REGION_WIDTH:
+        return None
+    from hookctl.kernels.map_readout import map_readout
+
+    tokens = torch.tensor(request.tokens, device=q.device)
+    maps: Tensor = map_readout(term.q.tensor, term.own.k.tensor, tokens, term.scale)
+    return maps.to(q.dtype)
