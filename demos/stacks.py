@@ -29,12 +29,13 @@ from hookctl.demos.masactrl import SETTINGS as MASACTRL
 from hookctl.demos.masactrl import draw_case
 from hookctl.demos.prompt_to_prompt import SETTINGS as EDITS
 from hookctl.demos.real_compo import METHODS as COMPOSED
-from hookctl.demos.regional import masked, regional, sampled
+from hookctl.demos.regional import figures as in_parts
+from hookctl.demos.regional import together
 from hookctl.demos.shapes.detect import detect
-from hookctl.editor import Editor
 from hookctl.recipes import PAG, AttendAndExcite, DirectInversion, FreeU, MasaCtrl, PromptToPrompt
 
 STEPS, GUIDANCE, SHOWN = 25, 3.0, 2
+MOST = 8  # cases of a stack, however many are asked for: some stacks cost a hundred rows a picture
 COMMON: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
 # Gentle: the embedded UNet is far narrower than those that FreeU's gains were found on.
 GENTLE: dict[str, Any] = {"b1": 1.05, "b2": 1.05, "s1": 0.95, "s2": 0.9}
@@ -73,13 +74,13 @@ def _edited_inverted(pipe: Any, case: Any, edit: PromptToPrompt, seed: int) -> l
 
 def _recoloured(pipe: Any, seed: int, count: int, drawing: Drawing) -> Result:
     rng = np.random.default_rng([seed, 11])
+    cases = [draw_edit("colour", rng) for _ in range(count)]
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
+    unedited = pipe([case.target for case in cases], generator=generators, **COMMON).images
     rows, plains, edits = [], [], []
-    for i in range(count):
-        case = draw_edit("colour", rng)
+    for i, (case, plain) in enumerate(zip(cases, unedited, strict=True)):
         edit = PromptToPrompt([case.source, case.target], blend=case.words, **EDITS["colour"])
         source, edited = drawing(pipe, case, edit, seed + i)
-        generator = torch.Generator().manual_seed(seed + i)
-        plain = pipe(case.target, generator=generator, **COMMON).images[0]
         rows.append([source, plain, edited])
         if source_is_right(case, detect(source)):
             plains.append(measure(case, source, plain))
@@ -89,10 +90,14 @@ def _recoloured(pipe: Any, seed: int, count: int, drawing: Drawing) -> Result:
 
 # -- layouts ---------------------------------------------------------------------------------------
 
+Reading = Callable[[Sequence[LayoutCase], Sequence[Image.Image]], dict[str, float]]
 
-def _layouts(
-    pipe: Any, seed: int, count: int, stack: Callable[[Sequence[LayoutCase]], list[Editor]]
-) -> Result:
+
+def _boxes(cases: Sequence[LayoutCase], pictures: Sequence[Image.Image]) -> dict[str, float]:
+    return {**placing.placed(cases, pictures), **placing.named(cases, pictures)}
+
+
+def _layouts(pipe: Any, seed: int, count: int, stack: placing.Stack, read: Reading) -> Result:
     rng = np.random.default_rng([seed, 13])
     cases = [draw_layout(rng, 2) for _ in range(count)]
     plain = placing.draw(pipe, cases, lambda _: [], seed)
@@ -102,20 +107,21 @@ def _layouts(
         for case, a, b in zip(cases, plain.pictures, stacked.pictures, strict=True)
     ]
     report = {
-        name: {**placing.placed(cases, d.pictures), **placing.named(cases, d.pictures)}
-        for name, d in (("stack", stacked), ("plain", plain))
+        name: read(cases, drawn.pictures) for name, drawn in (("stack", stacked), ("plain", plain))
     }
     return rows, report
 
 
 def regions(pipe: Any, seed: int, count: int) -> Result:
     """Regional prompts, masked self-attention and the multi-instance sampler."""
-    return _layouts(pipe, seed, count, lambda c: [*regional(c), *masked(c), *sampled(c)])
+    return _layouts(pipe, seed, count, together, in_parts)
 
 
 def composed(pipe: Any, seed: int, count: int) -> Result:
     """RealCompo and FreeU, which acts in the energies too."""
-    return _layouts(pipe, seed, count, lambda c: [*COMPOSED["RealCompo"](c), FreeU(**GENTLE)])
+    return _layouts(
+        pipe, seed, count, lambda c: [*COMPOSED["RealCompo"](c), FreeU(**GENTLE)], _boxes
+    )
 
 
 def excited(pipe: Any, seed: int, count: int) -> Result:
@@ -125,6 +131,7 @@ def excited(pipe: Any, seed: int, count: int) -> Result:
         seed,
         count,
         lambda c: [AttendAndExcite(placing.words(c), refinements=5), PAG(1.0)],
+        _boxes,
     )
 
 
@@ -188,20 +195,20 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     pipe = hookctl.load_shapes()
     pipe.set_progress_bar_config(disable=True)
-    begun = time.perf_counter()
+    begun, count = time.perf_counter(), min(seeds, MOST)
     shown: list[tuple[str, Row]] = []
     figures, costs = {}, {}
     for done, (name, stack) in enumerate(STACKS.items(), 1):
         with counted(pipe.unet) as cost:
-            rows, figures[name] = stack(pipe, seed, seeds)
-        costs[name] = {"rows_per_case_with_plain": round(cost.rows / seeds, 1)}
+            rows, figures[name] = stack(pipe, seed, count)
+        costs[name] = {"rows_per_case_with_plain": round(cost.rows / count, 1)}
         shown += [(name, row) for row in rows[:SHOWN]]
         if progress is not None:
             progress(done, len(STACKS))
     report = {
         "demo": "stacks",
         "seed": seed,
-        "cases_per_stack": seeds,
+        "cases_per_stack": count,
         "steps": STEPS,
         "guidance_scale": GUIDANCE,
         "stacks": figures,
