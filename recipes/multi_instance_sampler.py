@@ -38,6 +38,7 @@ from hookctl.attention.call import AttentionCall
 from hookctl.attention.division import Division
 from hookctl.editor import WHOLE_PICTURE, Claim, Editor
 from hookctl.errors import InputError, UnsupportedError
+from hookctl.kernels.latent_mixing import merge_instances
 from hookctl.loop.beside import Beside, guidance_of
 from hookctl.loop.noise import Noise
 from hookctl.loop.pictures import encode
@@ -248,7 +249,7 @@ class MultiInstanceSampler(Editor):
         if not drawn:
             return own
         if self.merge == "mean":
-            merged = torch.stack([own, *drawn]).mean(0)
+            merged = merge_instances(torch.stack([own, *drawn]))
         else:
             height, width = state.grid[-2:]
             weights = shares(regions, height, width, edge=self.edge).to(own)

@@ -26,6 +26,7 @@ from torch import Tensor
 from hookctl.address.rows import COND, UNCOND
 from hookctl.address.sites import Selector
 from hookctl.errors import InputError, UnsupportedError
+from hookctl.kernels.latent_mixing import mix_predictions
 from hookctl.loop.calls import prediction_of
 from hookctl.loop.energy import Energies, Picture
 from hookctl.loop.noise import Noise
@@ -121,20 +122,20 @@ class RealCompo(WordEnergy):
             return predictions.guided
         text, layout = predictions.guided, _guided(predictions, found)
         state, like = predictions.state, predictions.guided
-        c = self._coefficient(state, found[COND].to(like), predictions[COND].to(like))
+        self._update(state, found[COND].to(like), predictions[COND].to(like))
         turns = int(self.alone * state.clock.turns + 1e-9)
         if self.coefficient == 1 or (self.coefficient is None and state.clock.turn < turns):
             return layout
-        return text + c.to(text) * (layout - text)
-
-    def _coefficient(self, state: State, layout: Tensor, text: Tensor) -> Tensor:
-        """c after this turn's update, [pictures, 1, ...]."""
-        assert self.d is not None
         if self.coefficient is not None:
-            return torch.full_like(self.d, self.coefficient)
-        if self.subjects and self.rho:
+            return text + self.coefficient * (layout - text)
+        assert self.d is not None  # since `begin`
+        return mix_predictions(layout, text, self.d[:, 0])
+
+    def _update(self, state: State, layout: Tensor, text: Tensor) -> None:
+        """d after this turn, [pictures, 1, ...]."""
+        if self.coefficient is None and self.subjects and self.rho:
+            assert self.d is not None
             self.d = self.d - self._change(state, layout, text)
-        return self.d.sigmoid()
 
     def _change(self, state: State, layout: Tensor, text: Tensor) -> Tensor:
         assert self.d is not None
