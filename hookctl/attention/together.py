@@ -102,10 +102,13 @@ def attend(scores: Scores, v: Tensor, regions: Regions | None = None) -> Tensor:
     alike = q.shape[-1] == k.shape[-1] == v.shape[-1] <= REGION_WIDTH
     if regions is None or scores.bias is not None or not alike or q.dtype not in DTYPES:
         return sdpa.attend(scores, v, regions)
-    from hookctl.kernels.region_attention import region_attention
+    from hookctl.kernels.region_attention import lists, region_attention
 
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    out, _ = region_attention(q, k, v, regions.queries, regions.keys, scores.scale)
+    sets, form = (regions.queries, regions.keys), (q.dtype, q.shape[-1])
+    if form not in regions.tiles:
+        regions.tiles[form] = lists(*sets, q)
+    out, _ = region_attention(q, k, v, *sets, scores.scale, regions.tiles[form])
     return out.unflatten(0, scores.q.shape[:2])
 
 

@@ -25,6 +25,8 @@ class Regions:
         self._made = (queries, keys)
         self._extended: dict[int, Regions] = {}
         self._joined: dict[Regions, Regions] = {}
+        # Tiles of keys that the region kernel visits, by the dtype and width of what attends.
+        self.tiles: dict[tuple[torch.dtype, int], tuple[Tensor, Tensor]] = {}
 
     @cached_property
     def _kinds(self) -> tuple[Tensor, Tensor]:
