@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hookctl.attention import plan, together
-from tests.hookctl.attention.calls import Case, Script, close
+from tests.hookctl.attention.calls import Case, Script, close, random
 from tests.hookctl.attention.test_algebra import masked, scripts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -126,3 +126,23 @@ def test_wins_are_of_long_keys() -> None:
         restricted = case.call()
         known["restrict"](restricted)
         assert "6 kinds of queries" in (together.suits(restricted, restricted.fold()) or "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["borrow qk (P2P)", "restrict"])
+def test_gradients(name: str) -> None:
+    """Energies may flow through edited calls: gradients to q, k and v as of explicit matrices."""
+    single = in_singles(masked("self", "none", heads=1))
+    wide = exact(single)
+    script = scripts(single)[name]
+    leaves = [[x.requires_grad_() for x in (c.q, c.k, c.v)] for c in (single, wide)]
+    call, explicit = single.call(), wide.explicit()
+    script(call)
+    script(explicit)
+    out, _ = plan.evaluate(call, "triton")
+    want = explicit.output()
+    gradient = random(*want.shape, seed=50)
+    got = torch.autograd.grad(out, leaves[0], gradient.to(out))
+    wants = torch.autograd.grad(want, leaves[1], gradient.to(want))
+    for kind, mine, theirs in zip("qkv", got, wants, strict=True):
+        close(mine.cpu(), theirs.cpu(), 4 * TOLERANCE, f"{name}: gradient of {kind}")
