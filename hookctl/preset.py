@@ -306,11 +306,14 @@ def dump_preset(preset: Preset) -> str:
     if preset.run:
         lines += ["[run]", *_pairs(preset.run), ""]
     if preset.inversion is not None:
-        spec = preset.inversion
-        lines += ["[inversion]", f"recipe = {_toml(spec.recipe)}", *_pairs(spec.arguments), ""]
+        lines += ["[inversion]", *_recipe(preset.inversion)]
     for spec in preset.specs:
-        lines += ["[[editor]]", f"recipe = {_toml(spec.recipe)}", *_pairs(spec.arguments), ""]
+        lines += ["[[editor]]", *_recipe(spec)]
     return "\n".join(lines)
+
+
+def _recipe(spec: EditorSpec | InversionSpec) -> list[str]:
+    return [f"recipe = {_toml(spec.recipe)}", *_pairs(spec.arguments), ""]
 
 
 def _pairs(values: Mapping[str, Any]) -> list[str]:

@@ -105,7 +105,9 @@ def _run(path: Path, options: Any) -> None:
     progress = common.wants_progress(options)
     maps = _maps(pipe, prompts, options.words)
     times: dict[str, float] = {}
-    draw = partial(pictures, pipe, drawing, prompts, progress=progress)
+    draw: Callable[[str], list[Image]] = partial(
+        pictures, pipe, drawing, prompts, progress=progress
+    )
     if picture is not None:
         draw = _timed(times, "inversion", from_picture, pipe, preset, picture, drawing, prompts)
     # Control comes first: it refuses what can't be done before anything is drawn.
