@@ -3,6 +3,7 @@
 DEMOS = {
     "attend_and_excite": "three objects and none left out: Attend-and-Excite",
     "guidance": "FreeU, PAG, SAG and SEG against plain sampling with the same noise",
+    "imagic": "a picture fitted to a text, then changed by degrees: Imagic",
     "inversion": "real pictures inverted five ways, drawn again and recoloured",
     "layout": "objects in their boxes: layout guidance and BoxDiff",
     "masactrl": "another layout or shape with the source's appearance: MasaCtrl and StyleAligned",
