@@ -104,7 +104,7 @@ def run(
         "seed": seed,
         "steps": STEPS,
         "guidance_scale": GUIDANCE,
-        "methods": {name: figures(found) for name, found in outcomes.items()},
+        "methods": {name: appearances(found) for name, found in outcomes.items()},
         "cost": costs,
         "wall_seconds": round(time.perf_counter() - begun, 1),
     }
@@ -134,7 +134,7 @@ def edit(pipe: Any, name: str, case: Case, seed: int, images: int) -> tuple[list
 # -- what became of them ---------------------------------------------------------------------------
 
 
-def figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def appearances(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Over the cases whose first picture shows what its prompt says."""
     valid = [o for o in outcomes if _shown(o.source, o.case.things[0], o.case.ground) is not None]
     return {

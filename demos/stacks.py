@@ -26,7 +26,7 @@ from hookctl.demos.cost import counted
 from hookctl.demos.figures import background_psnr, measure, source_is_right, summary
 from hookctl.demos.layouts import LayoutCase, draw_layout
 from hookctl.demos.masactrl import SETTINGS as MASACTRL
-from hookctl.demos.masactrl import draw_case
+from hookctl.demos.masactrl import Outcome, appearances, draw_case
 from hookctl.demos.prompt_to_prompt import SETTINGS as EDITS
 from hookctl.demos.real_compo import METHODS as COMPOSED
 from hookctl.demos.regional import figures as in_parts
@@ -159,7 +159,7 @@ def adapter(unet: Any, strength: float = 0.7) -> Iterator[None]:
 def with_lora(pipe: Any, seed: int, count: int) -> Result:
     """MasaCtrl while a LoRA is on: the source's keys and values are the adapter's."""
     rng = np.random.default_rng([seed, 17])
-    rows, kept, moved = [], [], []
+    rows, outcomes, kept, moved = [], [], [], []
     for i in range(count):
         case = draw_case("MasaCtrl", rng)
         edit = MasaCtrl(case.prompts, **MASACTRL["MasaCtrl"])
@@ -170,9 +170,14 @@ def with_lora(pipe: Any, seed: int, count: int) -> Result:
             ).images
             again, edited = edit.run(pipe, seed=seed + i, **COMMON)
         rows.append([source, plain, edited])
+        outcomes.append(Outcome(case, source, [plain], [edited]))
         kept.append(np.array_equal(np.asarray(source), np.asarray(again)))
         moved.append(background_psnr(without, source, []))
+    read = appearances(outcomes)
     return rows, {
+        "right_sources": read["cases_with_right_source"],
+        "stack": read["edit"],
+        "plain": read["plain"],
         "source_kept": round(float(np.mean(kept)), 3),
         "psnr_with_and_without_lora": round(float(np.mean(moved)), 2),
     }
