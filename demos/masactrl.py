@@ -87,7 +87,8 @@ def run(
     costs: dict[str, Any] = {}
     for number, name in enumerate(METHODS):
         count = seeds if name == "MasaCtrl" else (seeds + 1) // 2
-        rng, found, rows = np.random.default_rng([seed, 7, number]), [], 0
+        found: list[Outcome] = []
+        rng, rows = np.random.default_rng([seed, 7, number]), 0
         while len(found) < count:
             images = min(NOISES[name], count - len(found))
             some, evaluated = edit(
