@@ -104,7 +104,7 @@ METHODS: Mapping[str, Stack] = {
     "sampler": sampled,
     "sampler + regional + masked": together,
     "layout guidance": guided,
-    "layout guidance + masked": lambda c: [*guided(c), *masked(c, open=True, start=0.4)],
+    "layout guidance + masked": lambda c: [*guided(c), *masked(c, open=True, start=0.7)],
 }
 
 
