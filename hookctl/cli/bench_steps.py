@@ -136,13 +136,13 @@ class Model:
         if is_cross:
             return None
         device = self.bench.device
-        return self.once((count, n), lambda: masked(regions_of(n, count, 0.5, device)))
+        return self.once(("regions", count, n), lambda: masked(regions_of(n, count, 0.5, device)))
 
     def adapter(self, n: int, heads: int, d: int, is_cross: bool) -> Edit | None:
         if not is_cross:
             return None
         device, dtype = self.bench.device, self.bench.dtype
-        return self.once((heads, d), lambda: adapter(heads, d, device, dtype))
+        return self.once(("adapter", heads, d), lambda: adapter(heads, d, device, dtype))
 
     # -- cases ---------------------------------------------------------------------------------
 
