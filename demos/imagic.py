@@ -32,14 +32,14 @@ MOST = 6  # cases: fitting is dear
 # The noisier levels decide where things are and of what colour; the rest only sharpens.
 FIT: dict[str, Any] = {
     "text_steps": 30,
-    "text_rate": 7e-3,
-    "model_steps": 15,
-    "model_rate": 5e-4,
+    "text_rate": 1e-2,
+    "model_steps": 10,
+    "model_rate": 1e-4,
     "schedule_steps": STEPS,
     "window": (0.0, 0.7),
     "samples": 2,
 }
-STARTS = {"inverted": True, "random noise": False}
+STARTS = {"inverted noise": True, "random noise": False}
 SHOWN = 3  # cases in the grid
 _LINES = {"edit_success": "#d62728", "kept": "#1f77b4"}
 
