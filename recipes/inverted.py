@@ -7,6 +7,7 @@ picture_again, edited = inverted.edit(pipe, edit)
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -130,7 +131,7 @@ class Inverted:
         return texts
 
 
-class Inversion:
+class Inversion(ABC):
     """Base of the inversion recipes: pictures, their prompts and a pipeline.
 
     picture: PIL, mode RGB, sides that the pipeline can draw; prompt: that describes it. Or a list
@@ -182,9 +183,9 @@ class Inversion:
             self.pipe, self.prompts, latents=self.clean, height=height, width=width, **given
         )
 
+    @abstractmethod
     def _invert(self, program: Trajectory, progress: Progress | None) -> Inverted:
         """All pictures at once, every tensor with one entry for each."""
-        raise NotImplementedError
 
     def _found(
         self,

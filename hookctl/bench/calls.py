@@ -19,6 +19,7 @@ from hookctl.bench.edits import (
     adapter,
     cross,
     density,
+    guided,
     masked,
     probabilities,
     regions_of,
@@ -203,10 +204,10 @@ def flex(q: Tensor, k: Tensor, v: Tensor, bits: Tensor) -> Form:
 
     if not _compiled:
         _compiled["attention"] = torch.compile(flex_attention, dynamic=False)
-    half = q.shape[0] // 2
+    first = guided(q).start  # they are the last rows
 
     def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (b < half) | ((bits[i] & bits[j]) != 0)
+        return (b < first) | ((bits[i] & bits[j]) != 0)
 
     n = q.shape[2]
     mask = create_block_mask(sees, q.shape[0], None, n, n, device=str(q.device))

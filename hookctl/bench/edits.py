@@ -19,12 +19,13 @@ Form = Callable[[Tensor, Tensor, Tensor], Tensor]
 TEXT = 77
 IMAGE_TOKENS = 16  # of a decoupled adapter
 ADAPTER_SCALE = 0.6
+BRANCHES = (UNCOND, COND)  # of every batch here, in this order
 
 
 def rows_of(edits: int = 1) -> Rows:
     """A source and its edits, guided: row (1 + edits) + p is prompt p with its text."""
     prompts = range(1 + edits)
-    named = [(branch, prompt) for branch in (UNCOND, COND) for prompt in prompts]
+    named = [(branch, prompt) for branch in BRANCHES for prompt in prompts]
     return Rows([Row(i, branch, prompt, 0) for i, (branch, prompt) in enumerate(named)])
 
 
@@ -176,6 +177,13 @@ def density(bits: Tensor) -> float:
     return float((counts.double() / len(bits)).square().sum())
 
 
+def guided(x: Tensor) -> slice:
+    """The conditional rows of a batch whose branches are `BRANCHES`, in this order."""
+    each = x.shape[0] // len(BRANCHES)
+    at = BRANCHES.index(COND) * each
+    return slice(at, at + each)
+
+
 def masked(bits: Tensor) -> Edit:
     """Self-attention of the guided rows within regions."""
     allowed = (bits[:, None] & bits[None]) != 0
@@ -186,13 +194,14 @@ def masked(bits: Tensor) -> Edit:
     def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = scores_of(q, k)
         here = allowed if q.shape[2] == len(bits) else allowed[sampled(len(bits), q.shape[2])]
-        scores[q.shape[0] // 2 :].masked_fill_(~here, float("-inf"))
+        scores[guided(q)].masked_fill_(~here, float("-inf"))
         return weigh(scores.softmax(-1), v)
 
     def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        half = q.shape[0] // 2
-        plain = F.scaled_dot_product_attention(q[:half], k[:half], v[:half])
-        inside = F.scaled_dot_product_attention(q[half:], k[half:], v[half:], attn_mask=allowed)
+        here = guided(q)
+        rest = slice(0, here.start)
+        plain = F.scaled_dot_product_attention(q[rest], k[rest], v[rest])
+        inside = F.scaled_dot_product_attention(q[here], k[here], v[here], attn_mask=allowed)
         return torch.cat([plain, inside])
 
     work = (1 + density(bits)) / 2

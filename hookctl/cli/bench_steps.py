@@ -13,6 +13,7 @@ import hookctl
 from hookctl.attention.call import AttentionCall
 from hookctl.bench.calls import READ, Bench
 from hookctl.bench.edits import (
+    BRANCHES,
     TEXT,
     Edit,
     adapter,
@@ -25,7 +26,6 @@ from hookctl.bench.edits import (
 )
 from hookctl.bench.measure import OURS, PLAIN, Case, Form
 
-ROWS = ("uncond", "cond")
 SLACK = 20  # a step's tolerance over a call's: its errors add up
 
 # (tokens, heads, channels, whether the site is cross-attention) -> the edit there
@@ -148,7 +148,7 @@ class Model:
 
     def edited(self, name: str, choice: Choice, regions: int = 0) -> Case:
         def ours() -> Tensor:
-            with hookctl.control(self.unet, Apply(choice), rows=ROWS):
+            with hookctl.control(self.unet, Apply(choice), rows=BRANCHES):
                 return self.step()
 
         def eager() -> Tensor:
@@ -168,7 +168,7 @@ class Model:
         def ours() -> Tensor:
             with torch.set_grad_enabled(energy):
                 sample, capture = self.sample.clone().requires_grad_(energy), Capture()
-                with hookctl.control(self.unet, capture, rows=ROWS):
+                with hookctl.control(self.unet, capture, rows=BRANCHES):
                     self.step(sample)
                     return found(capture.maps, sample)
 

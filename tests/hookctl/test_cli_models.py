@@ -12,14 +12,10 @@ import torch
 from PIL import Image
 
 from hookctl.cli import main
-from hookctl.demos.shapes.load import WEIGHTS
 from hookctl.inspection import survey
 from hookctl.probe import probe
 from tests import zoo
 
-needs_shapes = pytest.mark.skipif(
-    not (WEIGHTS / "model_index.json").is_file(), reason="the embedded weights are not here"
-)
 STACK = """
 [run]
 prompt = "a red cat above a blue square"
@@ -288,7 +284,6 @@ def test_run_without_an_edit(say: Say, folder: Folder, stack: Path, tmp_path: Pa
 # -- the embedded pipeline -------------------------------------------------------------------------
 
 
-@needs_shapes
 def test_shapes(say: Say, tmp_path: Path) -> None:
     status, out, err = say("inspect", "shapes")
     assert status == 0 and "StableDiffusionPipeline" in out and not err
