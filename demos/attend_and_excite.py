@@ -27,4 +27,4 @@ def run(
     """Run the demo; writes grid.png and report.json to `out` and returns the report."""
     rng = np.random.default_rng([seed, 6])
     cases = [draw_layout(rng, 3) for _ in range(seeds)]
-    return compare("attend_and_excite", out, cases, METHODS, seed, progress)
+    return compare("attend_and_excite", out, cases, METHODS, seed, progress, boxed=False)

@@ -92,6 +92,12 @@ def in_box(maps: MapStore, cases: Sequence[LayoutCase]) -> list[float]:
 # -- what became of the objects --------------------------------------------------------------------
 
 
+def in_boxes(cases: Sequence[LayoutCase], drawn: Drawn) -> dict[str, float]:
+    """How far the attention and the objects are in their boxes."""
+    share = round(float(np.mean(drawn.shares)), 3)
+    return {"share_in_box": share, **placed(cases, drawn.pictures)}
+
+
 def placed(cases: Sequence[LayoutCase], pictures: Sequence[Image.Image]) -> dict[str, float]:
     """hits: share of the objects in their box; box_iou: mean overlap, 0 for those not found."""
     ious = []
@@ -136,8 +142,11 @@ def compare(
     methods: Mapping[str, Stack],
     seed: int,
     progress: Progress | None,
+    boxed: bool = True,
 ) -> dict[str, Any]:
-    """Draw all cases by every method with the same noise; writes grid.png and report.json."""
+    """Draw all cases by every method with the same noise; writes grid.png and report.json.
+
+    boxed: whether the methods know the boxes; without, nothing of them is measured or shown."""
     out.mkdir(parents=True, exist_ok=True)
     pipe, begun = hookctl.load_shapes(), time.perf_counter()
     drawn: dict[str, Drawn] = {}
@@ -152,11 +161,7 @@ def compare(
         "steps": STEPS,
         "guidance_scale": GUIDANCE,
         "methods": {
-            name: {
-                "share_in_box": round(float(np.mean(one.shares)), 3),
-                **placed(cases, one.pictures),
-                **named(cases, one.pictures),
-            }
+            name: (in_boxes(cases, one) if boxed else {}) | named(cases, one.pictures)
             for name, one in drawn.items()
         },
         "cost": {
@@ -170,10 +175,13 @@ def compare(
         "wall_seconds": round(time.perf_counter() - begun, 1),
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    rows = [[layout(c), *(d.pictures[i] for d in drawn.values())] for i, c in enumerate(cases)]
+    rows = [
+        [*([layout(case)] if boxed else []), *(one.pictures[i] for one in drawn.values())]
+        for i, case in enumerate(cases[:SHOWN])
+    ]
     show.grid(
-        rows[:SHOWN],
-        column_titles=["layout", *drawn],
+        rows,
+        column_titles=[*(["layout"] if boxed else []), *drawn],
         row_titles=[case.prompt for case in cases[:SHOWN]],
         cell=(140, 140),
     ).save(out / "grid.png")
