@@ -21,7 +21,7 @@ from .latents import CELL, Basis
 from .muon import Muon
 from .render import render
 from .text import WIDTH, Words
-from .world import PICTURE, Scene, ghost
+from .world import PICTURE, Scene, ghost, mistake
 
 Mix = tuple[float, float, float]
 
@@ -30,9 +30,11 @@ Mix = tuple[float, float, float]
 TIMES = (0.0, 250.0, 500.0, 750.0, 1000.0)
 SHARES = (0.0, 0.08, 0.25, 0.57, 1.0)
 
-# The share of the samples that show a weaker copy of one object beside it. Sampling passes through
-# such states wherever two places are as likely, and clean pictures never teach how to leave them.
-GHOSTED = 0.5
+# The shares of the samples that show a weaker copy of one object beside it, and one object mixed
+# with another in its place. Sampling passes through such states wherever two places, or two
+# objects in a place, are as likely, and clean pictures never teach how to leave them.
+GHOSTED = 0.3
+MISTAKEN = 0.35
 HAZY = 350  # the time from which on: later there is nothing left to decide
 
 
@@ -85,7 +87,7 @@ CPU_STAGES = (
     Stage(0.14, 96, 40, (0.45, 0.45, 0.1)),
     Stage(0.45, 128, 24, (0.3, 0.4, 0.3)),
 )
-CPU_FURTHER = (Stage(0.0, 128, 32, (0.25, 0.35, 0.4)),)  # for a UNet that draws already
+CPU_FURTHER = (Stage(0.0, 128, 32, (0.12, 0.28, 0.6)),)  # for a UNet that draws already
 GPU_STAGES = (
     Stage(0.0, 64, 512, (1.0, 0.0, 0.0)),
     Stage(0.05, 128, 512, (0.35, 0.4, 0.25)),
@@ -150,22 +152,25 @@ class Trainer:
         return self.basis.encode(pictures[:, :, :side, :side].contiguous())
 
     def haunted(self, scenes: Sequence[Scene], z: Tensor, rng: np.random.Generator) -> Tensor:
-        """Latents in which some scenes show one object at a strength p and a copy at q < p."""
-        found = {
-            i: made
-            for i, scene in enumerate(scenes)
-            if rng.random() < GHOSTED and (made := ghost(scene, rng)) is not None
-        }
+        """Latents in which some scenes show one object at a strength p and, at q, what is wrong:
+        a copy of it elsewhere or another object in its place."""
+        found: dict[int, tuple[Scene, Scene, float, float]] = {}
+        for i, scene in enumerate(scenes):
+            u = rng.random()
+            if u < GHOSTED and (made := ghost(scene, rng)) is not None:
+                p = rng.uniform(0.4, 1.0)
+                # Where the two overlap they share one object's strength.
+                q = min(p * rng.uniform(0.0, 0.9), p if made[2] else 1.0 - p)
+                found[i] = made[0], made[1], p, q
+            elif u > 1.0 - MISTAKEN and (swapped := mistake(scene, rng)) is not None:
+                p = rng.uniform(0.1, 1.0)
+                found[i] = *swapped, p, (1.0 - p) * rng.uniform(0.3, 1.0)
         if not found:
             return z
         at = list(found)
-        without, moved, clear = zip(*found.values(), strict=True)
-        rest, other = self.encode([*without, *moved]).chunk(2)
-        first = rng.uniform(0.4, 1.0, len(at))
-        second = first * rng.uniform(0.0, 0.9, len(at))
-        # Where the two overlap they share one object's strength.
-        second = np.where(clear, second, np.minimum(second, 1.0 - first))
-        p, q = (torch.from_numpy(x).to(z)[:, None, None, None] for x in (first, second))
+        without, wrong, *strengths = zip(*found.values(), strict=True)
+        rest, other = self.encode([*without, *wrong]).chunk(2)
+        p, q = (torch.tensor(x, device=z.device)[:, None, None, None] for x in strengths)
         seen = z.clone()
         seen[at] = rest + p * (z[at] - rest) + q * (other - rest)
         return seen

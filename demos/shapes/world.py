@@ -213,3 +213,21 @@ def ghost(scene: Scene, rng: np.random.Generator) -> tuple[Scene, Scene, bool] |
             rest, moved = Scene(others, scene.ground), Scene((*others, copy), scene.ground)
             return rest, moved, _apart(box, thing.box, 0)
     return None
+
+
+def mistake(scene: Scene, rng: np.random.Generator) -> tuple[Scene, Scene] | None:
+    """One thing of a scene taken away, and a copy of another one in its place.
+
+    Returns: the scene without the thing; with the copy. None where the scene has one thing only,
+    or the copy has no room there.
+    """
+    if len(scene.things) < 2:
+        return None
+    which, step = int(rng.integers(len(scene.things))), int(rng.integers(1, len(scene.things)))
+    thing, other = scene.things[which], scene.things[(which + step) % len(scene.things)]
+    rest = tuple(o for i, o in enumerate(scene.things) if i != which)
+    copy = replace(other, centre=thing.centre)
+    inside = min(copy.box[:2]) >= 2 and max(copy.box[2:]) <= PICTURE - 2
+    if not inside or not all(_apart(copy.box, o.box, GAP) for o in rest):
+        return None
+    return Scene(rest, scene.ground), Scene((*rest, copy), scene.ground)
