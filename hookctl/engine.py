@@ -274,7 +274,8 @@ class Engine:
                     a.editor.before(state)
             around = [a.editor for a in call.acting if overrides(a.editor, "denoise")]
             adding = [a.editor for a in call.acting if overrides(a.editor, "branches")]
-            if asked := asked_branches(adding, state) if adding else {}:
+            wishes = [(editor.name, editor.branches(state)) for editor in adding]
+            if asked := asked_branches(wishes, state):
                 add_branches(state, asked)
         extra: dict[str, Tensor] = {}
         for a in call.acting:
@@ -370,12 +371,12 @@ class Engine:
         self, concat: Concat, backbone: Tensor, skip: Tensor
     ) -> tuple[Tensor, Tensor] | None:
         current = self._calls.current
-        acting = (
-            [a.editor for a in current.acting if overrides(a.editor, "features")] if current else []
-        )
-        if current is None or not acting:
+        if current is None:
             return None
-        return edit_features(concat, backbone, skip, current.state, acting)
+        edits = [a.editor.features for a in current.acting if overrides(a.editor, "features")]
+        if not edits:
+            return None
+        return edit_features(concat, backbone, skip, current.state, edits)
 
     # -- the scheduler's step ------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +20,6 @@ from hookctl.errors import ConflictError, InputError, LayoutError, UnsupportedEr
 from hookctl.loop.calls import prediction_of, with_prediction
 from hookctl.loop.rowwise import take_rows
 from hookctl.loop.state import State
-
-if TYPE_CHECKING:
-    from hookctl.editor import Editor
 
 _MASK = "encoder_attention_mask"
 
@@ -39,27 +36,29 @@ class Branch:
     text: Tensor | None = None
 
 
-def asked_branches(editors: Iterable[Editor], state: State) -> dict[str, Branch]:
-    """The branches that editors want in a call, in the order of the editors.
+def asked_branches(
+    wishes: Iterable[tuple[str, Mapping[str, Branch]]], state: State
+) -> dict[str, Branch]:
+    """The branches that editors want in a call, from (name of the editor, its branches) of each.
 
     Raises ConflictError if two want the same name, or the pipeline has it.
     """
     asked: dict[str, Branch] = {}
     owners: dict[str, str] = {}
-    for editor in editors:
-        for name, branch in editor.branches(state).items():
+    for owner, branches in wishes:
+        for name, branch in branches.items():
             if name in asked:
                 raise ConflictError(
-                    f"{owners[name]} and {editor.name} both add a branch {name!r}; give one of "
+                    f"{owners[name]} and {owner} both add a branch {name!r}; give one of "
                     "them another name"
                 )
             if state.rows.where(branch=name):
                 raise ConflictError(
-                    f"{editor.name} adds a branch {name!r}, but {type(state.pipe).__name__} draws "
+                    f"{owner} adds a branch {name!r}, but {type(state.pipe).__name__} draws "
                     "one itself; switch off the pipeline's own guidance by perturbation "
                     "(pag_scale=0, no skip_guidance_layers), or leave the editor out"
                 )
-            asked[name], owners[name] = branch, editor.name
+            asked[name], owners[name] = branch, owner
     return asked
 
 

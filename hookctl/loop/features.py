@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,6 @@ from torch import Tensor, nn
 from hookctl.address.clock import Clock
 from hookctl.address.rows import Rows
 from hookctl.loop.state import State
-
-if TYPE_CHECKING:
-    from hookctl.editor import Editor
 
 
 @dataclass(eq=False)
@@ -91,9 +88,13 @@ def _channels(resnet: nn.Module) -> int | None:
 
 
 def edit_features(
-    concat: Concat, backbone: Tensor, skip: Tensor, state: State, editors: Sequence[Editor]
+    concat: Concat,
+    backbone: Tensor,
+    skip: Tensor,
+    state: State,
+    edits: Iterable[Callable[[FeatureCall], None]],
 ) -> tuple[Tensor, Tensor] | None:
-    """Show a concat to editors; both parts, or None if nobody changed any."""
+    """Show a concat to what edits it; both parts, or None if nobody changed any."""
     call = FeatureCall(
         backbone,
         skip,
@@ -104,8 +105,8 @@ def edit_features(
         concat.order,
         concat.resolution,
     )
-    for editor in editors:
-        editor.features(call)
+    for edit in edits:
+        edit(call)
     if call.backbone is backbone and call.skip is skip:
         return None
     return call.backbone, call.skip
