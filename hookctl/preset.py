@@ -16,8 +16,13 @@
     recipe = "DirectInversion"
     guidance = 3.0
 
+    [program]                       # or: draws round it, by a loop of its own; may stand alone
+    recipe = "CyclicOneWay"
+    at = [32, 0]
+
 The keys of an editor and their types are those of its recipe's `__init__`. What takes `prompts`
-gets the prompts of the run, and an inversion its picture, prompt and steps.
+gets the prompts of the run, and what takes a `picture` that of the run; an inversion gets its steps
+too, and a program all that is said of the run.
 """
 
 from __future__ import annotations
@@ -30,10 +35,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from hookctl.errors import InputError
-from hookctl.signature import Mismatch, convert, describe
+from hookctl.signature import Mismatch, convert, describe, hints_of, parameters
 
 if TYPE_CHECKING:
     from hookctl.editor import Editor
@@ -49,17 +54,26 @@ RUN_KEYS: Mapping[str, Any] = {
     "width": int,
     "height": int,
 }
-_TOP_KEYS = ("model", "run", "inversion", "editor")
-_PROMPTS = "prompts"
+_TOP_KEYS = ("model", "run", "inversion", "program", "editor")
+_PROMPTS, _PICTURE = "prompts", "picture"
 # The parameters that a run fills, and how what they say is said to it.
 _GIVEN: Mapping[str, str] = {
-    _PROMPTS: "write prompt = and edit = in [run], or give --prompt and --edit"
+    _PROMPTS: "write prompt = and edit = in [run], or give --prompt and --edit",
+    _PICTURE: "give --image",
 }
 _GIVEN_TO_INVERSIONS: Mapping[str, str] = {
     "pipe": "write model = at the top, or give --model",
-    "picture": "give --image",
+    _PICTURE: "give --image",
     "prompt": "write prompt = in [run], or give --prompt",
     "steps": "write steps = in [run], or give --steps",
+}
+_GIVEN_TO_PROGRAMS: Mapping[str, str] = {
+    **_GIVEN_TO_INVERSIONS,
+    **{
+        name: f"write {name} = in [run], or give --{name}"
+        for name in ("guidance", "negative", "seed")
+    },
+    "size": "write width = and height = in [run], or give --width and --height",
 }
 
 
@@ -74,34 +88,44 @@ class EditorSpec:
 
     @property
     def takes_prompts(self) -> bool:
-        return _PROMPTS in inspect.signature(self.cls).parameters
+        return _PROMPTS in parameters(self.cls)
 
-    def make(self, prompts: Sequence[str]) -> Editor:
+    @property
+    def takes_picture(self) -> bool:
+        return _PICTURE in parameters(self.cls)
+
+    def make(self, prompts: Sequence[str], picture: Any = None) -> Editor:
         """The editor, for these prompts; InputError says where in the file an argument is wrong."""
         keywords = dict(self.arguments)
         positional: list[Any] = []
-        for name, parameter in inspect.signature(self.cls).parameters.items():
+        for name, parameter in parameters(self.cls).items():
             if parameter.kind is parameter.VAR_POSITIONAL:
                 positional = list(keywords.pop(name, ()))
         if self.takes_prompts:
             keywords[_PROMPTS] = list(prompts)
+        if self.takes_picture:
+            keywords[_PICTURE] = picture
         with _naming(self.where):
             return self.cls(*positional, **keywords)
 
 
 @dataclass(frozen=True)
-class InversionSpec:
-    """How a run inverts its picture: a class, the arguments of the file and where they stand."""
+class PictureSpec:
+    """What a run does with its picture, an inversion or a program: a class, the arguments of the
+    file and where they stand."""
 
     recipe: str
     cls: type[Any]
     arguments: Mapping[str, Any]
     where: str = ""
 
-    def make(self, pipe: Any, picture: Any, prompt: str, steps: int) -> Any:
-        """The inversion, to be run; InputError says where in the file an argument is wrong."""
+    def make(self, pipe: Any, picture: Any, prompt: str, **run: Any) -> Any:
+        """The class's object, to be run; InputError says where in the file an argument is wrong.
+
+        run: what else the run gives it.
+        """
         with _naming(self.where):
-            return self.cls(pipe, picture, prompt, steps=steps, **self.arguments)
+            return self.cls(pipe, picture, prompt, **run, **self.arguments)
 
 
 @contextmanager
@@ -117,13 +141,15 @@ def _naming(where: str) -> Iterator[None]:
 class Preset:
     """What a file says: which editors, and the arguments of a run (keys of RUN_KEYS).
 
-    inversion: of the picture that is edited, None if pictures are drawn from noise.
+    inversion: of the picture that is edited; program: that draws round the picture; None if
+    pictures are drawn from noise by the pipeline itself.
     """
 
     specs: tuple[EditorSpec, ...]
     run: Mapping[str, Any] = field(default_factory=dict)
     model: str | None = None
-    inversion: InversionSpec | None = None
+    inversion: PictureSpec | None = None
+    program: PictureSpec | None = None
     path: Path | None = None
     sha256: str | None = None
 
@@ -132,17 +158,25 @@ class Preset:
         """Whether an editor compares prompts, so that a run needs an edit."""
         return any(spec.takes_prompts for spec in self.specs)
 
-    def editors(self, prompts: Sequence[str] = ()) -> list[Editor]:
-        """New editors for a run of these prompts (the source, then its edits)."""
-        return [spec.make(prompts) for spec in self.specs]
+    @property
+    def takes_picture(self) -> bool:
+        """Whether a run needs a picture."""
+        begun = self.inversion or self.program
+        return begun is not None or any(spec.takes_picture for spec in self.specs)
+
+    def editors(self, prompts: Sequence[str] = (), picture: Any = None) -> list[Editor]:
+        """New editors for a run of these prompts (the source, then its edits) and its picture."""
+        return [spec.make(prompts, picture) for spec in self.specs]
 
 
 def load_preset(
     path: Path | str,
     recipes: Mapping[str, type[Editor]],
     inversions: Mapping[str, type[Any]] | None = None,
+    programs: Mapping[str, type[Any]] | None = None,
 ) -> Preset:
-    """Read a stack; `recipes` are the editors that it may name, `inversions` of its picture.
+    """Read a stack; `recipes` are the editors that it may name, `inversions` and `programs` what
+    it may do with a picture.
 
     Raises FileNotFoundError if there is no such file, and InputError, with the file, the key and
     what would do, for anything in it that is wrong.
@@ -160,13 +194,20 @@ def load_preset(
     if model is not None:
         model = _typed(model, str, f"{path}: model")
     run = _run(data.get("run", {}), path)
+    begun = {
+        "inversion": _begun(data, "inversion", inversions or {}, _GIVEN_TO_INVERSIONS, path),
+        "program": _begun(data, "program", programs or {}, _GIVEN_TO_PROGRAMS, path),
+    }
+    if all(begun.values()):
+        raise InputError(f"{path}: both [inversion] and [program] take the picture; give one")
+    alone = begun["program"] is not None and "editor" not in data
     return Preset(
-        tuple(_editors(data.get("editor"), recipes, path)),
+        () if alone else tuple(_editors(data.get("editor"), recipes, path)),
         run,
         model,
-        _inversion(data.get("inversion"), inversions or {}, path),
-        path,
-        hashlib.sha256(content).hexdigest(),
+        **begun,
+        path=path,
+        sha256=hashlib.sha256(content).hexdigest(),
     )
 
 
@@ -201,19 +242,25 @@ def _editors(tables: Any, recipes: Mapping[str, type[Editor]], path: Path) -> Se
     return found
 
 
-def _inversion(table: Any, inversions: Mapping[str, type[Any]], path: Path) -> InversionSpec | None:
+def _begun(
+    data: Mapping[str, Any],
+    key: str,
+    classes: Mapping[str, type[Any]],
+    given: Mapping[str, str],
+    path: Path,
+) -> PictureSpec | None:
+    """What a file says under `key` to do with the picture."""
+    table, where = data.get(key), f"{path}: [{key}]"
     if table is None:
         return None
-    where = f"{path}: [inversion]"
     if not isinstance(table, dict):
         raise InputError(
-            f"{where}: {table!r} given; a table expected, such as [inversion] "
-            f'recipe = "{next(iter(inversions), "...")}"'
+            f"{where}: {table!r} given; a table expected, such as [{key}] "
+            f'recipe = "{next(iter(classes), "...")}"'
         )
-    name = _named(table, inversions, where)
+    name = _named(table, classes, where)
     where = f"{where} ({name})"
-    arguments = _checked(table, inversions[name], where, _GIVEN_TO_INVERSIONS)
-    return InversionSpec(name, inversions[name], arguments, where)
+    return PictureSpec(name, classes[name], _checked(table, classes[name], where, given), where)
 
 
 def _named(table: Mapping[str, Any], known: Mapping[str, Any], where: str) -> str:
@@ -237,42 +284,31 @@ def _checked(
     given: the parameters that the run fills, and what to write instead.
     """
     arguments = {key: value for key, value in table.items() if key != "recipe"}
-    parameters = {
-        name: p
-        for name, p in inspect.signature(cls).parameters.items()
-        if p.kind is not p.VAR_KEYWORD
-    }
+    taken = parameters(cls)
     for name, instead in given.items():
-        if name in arguments and name in parameters:
+        if name in arguments and name in taken:
             verb = "belong" if name.endswith("s") else "belongs"
             raise InputError(f"{where}: {name} {verb} to the run; {instead}")
-    allowed = [name for name in parameters if name not in given]
+    allowed = [name for name in taken if name not in given]
     _known(arguments, allowed, where, cls.__name__)
     missing = [
         name
         for name in allowed
-        if parameters[name].default is inspect.Parameter.empty
-        and parameters[name].kind is not inspect.Parameter.VAR_POSITIONAL
+        if taken[name].default is inspect.Parameter.empty
+        and taken[name].kind is not inspect.Parameter.VAR_POSITIONAL
         and name not in arguments
     ]
-    hints = _hints(cls)
+    hints = hints_of(cls)
     if missing:
         wanted = ", ".join(f"{name} ({describe(hints.get(name, Any))})" for name in missing)
         raise InputError(f"{where}: needs {wanted}")
     checked = {}
     for name, value in arguments.items():
         hint = hints.get(name, Any)
-        if parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
+        if taken[name].kind is inspect.Parameter.VAR_POSITIONAL:
             hint = list[hint]  # type: ignore[valid-type]
         checked[name] = _typed(value, hint, f"{where} {name}")
     return checked
-
-
-def _hints(cls: type) -> dict[str, Any]:
-    try:
-        return get_type_hints(cls.__init__)  # type: ignore[misc]
-    except NameError:  # a name that is imported for types only: nothing is known, nothing refused
-        return {}
 
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
@@ -305,14 +341,15 @@ def dump_preset(preset: Preset) -> str:
     lines = [] if preset.model is None else [f"model = {_toml(preset.model)}", ""]
     if preset.run:
         lines += ["[run]", *_pairs(preset.run), ""]
-    if preset.inversion is not None:
-        lines += ["[inversion]", *_recipe(preset.inversion)]
+    for key, begun in (("inversion", preset.inversion), ("program", preset.program)):
+        if begun is not None:
+            lines += [f"[{key}]", *_recipe(begun)]
     for spec in preset.specs:
         lines += ["[[editor]]", *_recipe(spec)]
     return "\n".join(lines)
 
 
-def _recipe(spec: EditorSpec | InversionSpec) -> list[str]:
+def _recipe(spec: EditorSpec | PictureSpec) -> list[str]:
     return [f"recipe = {_toml(spec.recipe)}", *_pairs(spec.arguments), ""]
 
 

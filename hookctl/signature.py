@@ -6,15 +6,48 @@ A hint is read as what can be written in a file: numbers, texts, truth values, l
 from __future__ import annotations
 
 import collections.abc
+import inspect
 import types
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Union, get_args, get_origin
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 _WORDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
 
 
 class Mismatch(Exception):
     """A value that does not fit its hint."""
+
+
+def parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """What a class is made of, by name: with **options those of its base too."""
+    found: dict[str, inspect.Parameter] = {}
+    for init in _inits(cls):
+        for name, parameter in list(inspect.signature(init).parameters.items())[1:]:
+            if parameter.kind is not parameter.VAR_KEYWORD:
+                found.setdefault(name, parameter)
+    return found
+
+
+def hints_of(cls: type) -> dict[str, Any]:
+    """The type hints of `parameters`; none where a name is imported for types only."""
+    found: dict[str, Any] = {}
+    for init in _inits(cls):
+        try:
+            found = get_type_hints(init) | found
+        except NameError:  # nothing is known, nothing refused
+            continue
+    return found
+
+
+def _inits(cls: type) -> Iterator[Any]:
+    """The `__init__` of a class, and as long as it hands on **options those of its bases."""
+    for owner in cls.__mro__:
+        init = vars(owner).get("__init__")
+        if init is None or owner is object:
+            continue
+        yield init
+        if all(p.kind is not p.VAR_KEYWORD for p in inspect.signature(init).parameters.values()):
+            return
 
 
 def convert(value: Any, hint: Any) -> Any:

@@ -48,6 +48,8 @@ class CyclicOneWay:
     picture: PIL in mode RGB, smaller than the canvas; prompt: of the whole scene. Or a list of
         each, of pictures of one size, which are drawn in one batch.
     at: where its upper left corner goes, px: (x, y), multiples of the autoencoder's factor.
+    picture_size: (width, height) in px to which pictures are resized first (the official code: half
+        the canvas's sides), by default they are taken as they are.
     region: which part of the picture counts, by default all of it. A mask is bright there; of the
         official masks, which are black there, give `~Region.mask(mask)`.
     size: of the canvas, (width, height) in px, by default the pipeline's.
@@ -72,6 +74,7 @@ class CyclicOneWay:
         prompt: str | Sequence[str],
         *,
         at: tuple[int, int] = (0, 0),
+        picture_size: tuple[int, int] | None = None,
         region: RegionLike | None = None,
         size: tuple[int, int] | None = None,
         steps: int | None = None,
@@ -109,6 +112,8 @@ class CyclicOneWay:
         self.diverse = diverse or (DIVERSE if paper else None)
         if (self.suppress is None) != (self.diverse is None):
             raise InputError("CyclicOneWay: give suppress and diverse, both or neither")
+        if picture_size is not None:
+            self.pictures = [self._resized(p, picture_size) for p in self.pictures]
         self._set_canvas(size, at)
         self.region = Region.full() if region is None else region_of(region)
 
@@ -124,6 +129,15 @@ class CyclicOneWay:
         self.cycles = int(cycles)
         if self.paper and self.high < 1:
             raise InputError(f"CyclicOneWay: top={top} leaves no noisier level; give less than 1")
+
+    @staticmethod
+    def _resized(picture: Any, size: tuple[int, int]) -> Any:
+        if not isinstance(picture, Image.Image) or min(size) < 1:
+            raise InputError(
+                f"CyclicOneWay: a {type(picture).__name__} and picture_size={size}; give PIL "
+                "pictures and a width and height from 1 px on"
+            )
+        return picture.resize((int(size[0]), int(size[1])), Image.Resampling.LANCZOS)
 
     def _set_canvas(self, size: tuple[int, int] | None, at: tuple[int, int]) -> None:
         factor = int(getattr(self.pipe, "vae_scale_factor", 8))

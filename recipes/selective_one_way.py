@@ -7,6 +7,7 @@ picture's region sees less of the rest, and the region that is to take after it 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from hookctl.address.regions import Region, RegionLike, region_of
@@ -28,14 +29,17 @@ class SelectiveOneWay(CyclicOneWay):
 
     def __init__(
         self,
-        *arguments: Any,
+        pipe: Any,
+        picture: Any,
+        prompt: str | Sequence[str],
+        *,
         related: RegionLike | None = None,
         spread: float = 1.0,
         isolate: float = -2.0,
         anneal: bool = True,
         **options: Any,
     ) -> None:
-        super().__init__(*arguments, **options)
+        super().__init__(pipe, picture, prompt, **options)
         regions: dict[str, RegionLike] = {"seed": self._box()}
         goal = REST
         if related is not None:

@@ -1,4 +1,4 @@
-"""A picture that is given, inverted and drawn again: what `hookctl run --image` edits."""
+"""A picture that is given, and what a stack does with it: `hookctl run --image`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from hookctl.preset import Preset
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_UNUSED = ("negative", "images")  # what an inversion of one picture has no use for
+# What has no use for a run's settings where one picture is inverted, or drawn round.
+_UNUSED = {"inverted": ("negative", "images"), "drawn round": ("images",)}
 
 
 def read_picture(preset: Preset, file: Path | None, drawing: Drawing) -> Image | None:
@@ -22,19 +23,22 @@ def read_picture(preset: Preset, file: Path | None, drawing: Drawing) -> Image |
     Raises InputError where the stack and the options disagree, and for a file that is no picture;
     FileNotFoundError if there is none.
     """
-    if preset.inversion is None:
+    if not preset.takes_picture:
         if file is not None:
             raise InputError(
                 f"--image {file}: {preset.path} draws from noise; give a stack with an [inversion] "
-                "table, or leave --image out"
+                "or a [program] table or an editor that takes a picture, or leave --image out"
             )
         return None
     if file is None:
-        raise InputError(f"{preset.path} edits a picture; give --image FILE, and its --prompt")
-    for name in _UNUSED:
+        raise InputError(f"{preset.path} takes a picture; give --image FILE, and its --prompt")
+    use = "inverted" if preset.inversion else "drawn round" if preset.program else ""
+    for name in _UNUSED.get(use, ()):
         value = getattr(drawing, name)
         if value is not None and value != getattr(Drawing(), name):
-            raise InputError(f"{name} = {value}; an inverted picture takes none, so leave it out")
+            raise InputError(
+                f"{name} = {value}; a picture that is {use} takes none, so leave it out"
+            )
     if not file.is_file():
         raise FileNotFoundError(f"--image {file}: there is no such file; give a picture")
     from PIL import Image, UnidentifiedImageError
@@ -51,9 +55,9 @@ def from_picture(
     pipe: Any, preset: Preset, picture: Image, drawing: Drawing, prompts: Sequence[str]
 ) -> Callable[[str], list[Image]]:
     """Invert the picture; what comes back draws it again and its edits, as often as asked."""
-    _fits(pipe, picture, drawing)
+    check_fits(pipe, picture, drawing)
     assert preset.inversion is not None
-    inverted = preset.inversion.make(pipe, picture, prompts[0], drawing.steps).run()
+    inverted = preset.inversion.make(pipe, picture, prompts[0], steps=drawing.steps).run()
 
     def draw(title: str) -> list[Image]:
         return list(inverted.edit(pipe, prompts=prompts, guidance=drawing.guidance))
@@ -61,8 +65,34 @@ def from_picture(
     return draw
 
 
-def _fits(pipe: Any, picture: Image, drawing: Drawing) -> None:
+def round_picture(
+    pipe: Any, preset: Preset, picture: Image, drawing: Drawing, prompts: Sequence[str]
+) -> Callable[[str], list[Image]]:
+    """The program that draws a prompt round the picture, once it is asked."""
+    if len(prompts) > 1:
+        raise InputError(f"edit = {prompts[1]!r}; a picture that is drawn round takes one prompt")
+    assert preset.program is not None
+    given = {name: getattr(drawing, name) for name in ("steps", "guidance", "negative", "seed")}
+    if drawing.width is not None or drawing.height is not None:
+        given["size"] = _drawn_size(pipe, picture, drawing)
+    program = preset.program.make(
+        pipe, picture, prompts[0], **{k: v for k, v in given.items() if v is not None}
+    )
+    return lambda title: list(program.run())
+
+
+def check_fits(pipe: Any, picture: Image, drawing: Drawing) -> None:
     """InputError unless the picture has the size that was asked for, else the model's own."""
+    wanted = _drawn_size(pipe, picture, drawing)
+    if picture.size != wanted:
+        raise InputError(
+            f"--image is {picture.width} x {picture.height} px, and {wanted[0]} x {wanted[1]} are "
+            "drawn; resize it, or give its own --width and --height"
+        )
+
+
+def _drawn_size(pipe: Any, picture: Image, drawing: Drawing) -> tuple[int, int]:
+    """(width, height) that a run draws: as asked, else the model's own, else the picture's."""
     own = getattr(getattr(pipe, "unet", None), "config", {}).get("sample_size")
     sides = own if isinstance(own, list | tuple) else (own, own)
     factor = int(getattr(pipe, "vae_scale_factor", 8))
@@ -70,9 +100,4 @@ def _fits(pipe: Any, picture: Image, drawing: Drawing) -> None:
         side and side * factor if asked is None else asked
         for side, asked in zip(sides, (drawing.height, drawing.width), strict=True)
     )
-    wanted = (width or picture.width, height or picture.height)
-    if picture.size != wanted:
-        raise InputError(
-            f"--image is {picture.width} x {picture.height} px, and {wanted[0]} x {wanted[1]} are "
-            "drawn; resize it, or give its own --width and --height"
-        )
+    return width or picture.width, height or picture.height

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import hookctl
 from hookctl.cli import common
 from hookctl.cli.draw import Drawing, pictures
-from hookctl.cli.inverting import from_picture, read_picture
+from hookctl.cli.inverting import check_fits, from_picture, read_picture, round_picture
 from hookctl.cli.models import find_model
 from hookctl.cli.quiet import quiet
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.preset import Preset, existing, load_preset
+from hookctl.preset import PictureSpec, Preset, existing, load_preset
 from hookctl.tables import table
 
 if TYPE_CHECKING:
@@ -31,8 +31,9 @@ PRESETS = Path(__file__).resolve().parents[1] / "demos" / "presets"
 _SHOWN_WORDS = 3
 _TEXT = """
 Run a stack of editors from a TOML file. What the file does not say is said here, and what is said
-here goes before the file. Draws the plain pictures and the edited ones from the same noise; a
-stack with an [inversion] table takes a picture instead (--image, described by --prompt).
+here goes before the file. Draws the plain pictures and the edited ones from the same noise. Some
+stacks take a picture (--image): with an [inversion] table it is edited, and described by --prompt;
+with a [program] table the prompt is drawn round it.
 
 writes to --out:
   grid.png          source, plain re-prompt, edited, and the maps of the words that changed
@@ -46,6 +47,7 @@ hookctl run recolour --out out               # a stack that comes with hookctl (
 hookctl run stack.toml --model shapes --prompt "a red circle" --edit "a blue circle"
 hookctl run stack.toml --model ./sd15 --prompt "a cat" --edit "a dog" --edit "a fox" --seed 7
 hookctl run inverted_edit --image out/plain-0.png --out edited         # edits a picture
+hookctl run cyclic_one_way --image out/plain-0.png --out grown         # draws round it
 """
 
 
@@ -59,7 +61,7 @@ def add(commands: Any) -> None:
     command.add_argument("--list", action="store_true", help="list the stacks that come along")
     command.add_argument("--model", metavar="MODEL", help=common.MODEL_HELP)
     command.add_argument(
-        "--image", type=Path, metavar="FILE", help="picture to edit, for a stack that inverts one"
+        "--image", type=Path, metavar="FILE", help="picture, for a stack that takes one"
     )
     command.add_argument("--prompt", metavar="TEXT", help="of the source picture")
     command.add_argument(
@@ -92,11 +94,11 @@ def main(options: Any) -> None:
 def _run(path: Path, options: Any) -> None:
     from hookctl.cli.loading import load_pipeline
 
-    preset = load_preset(path, editors_by_name(), inversions_by_name())
+    preset = load_preset(path, editors_by_name(), inversions_by_name(), programs_by_name())
     prompts = _prompts(options, preset)
     drawing = Drawing.of(options, preset.run)
     picture = read_picture(preset, options.image, drawing)
-    editors, inversion = preset.editors(prompts), preset.inversion
+    editors = preset.editors(prompts, picture)
     model = options.model or preset.model
     if model is None:
         raise InputError(f"which model? Give --model, or model = in {preset.path}")
@@ -105,15 +107,21 @@ def _run(path: Path, options: Any) -> None:
     progress = common.wants_progress(options)
     maps = _maps(pipe, prompts, options.words)
     times: dict[str, float] = {}
-    draw: Callable[[str], list[Image]] = partial(
+    draw_plain: Callable[[str], list[Image]] = partial(
         pictures, pipe, drawing, prompts, progress=progress
     )
-    if picture is not None:
+    draw = draw_plain
+    if picture is not None and preset.inversion is not None:
         draw = _timed(times, "inversion", from_picture, pipe, preset, picture, drawing, prompts)
+        draw_plain = draw
+    elif picture is not None and preset.program is not None:
+        draw = round_picture(pipe, preset, picture, drawing, prompts)
+    elif picture is not None:
+        check_fits(pipe, picture, drawing)
     # Control comes first: it refuses what can't be done before anything is drawn.
     with hookctl.control(pipe, *editors, *maps) as session:
         edited = _timed(times, "edited", draw, "edited")
-    plain = _timed(times, "plain", draw, "plain")
+    plain = _timed(times, "plain", draw_plain, "plain")
     _save(out, prompts, drawing, plain, edited, session)
     common.write_json(
         out / "run.json",
@@ -121,7 +129,8 @@ def _run(path: Path, options: Any) -> None:
             "stack": str(preset.path),
             "stack_sha256": preset.sha256,
             "editors": [{"recipe": s.recipe, **s.arguments} for s in preset.specs],
-            "inversion": inversion and {"recipe": inversion.recipe, **inversion.arguments},
+            "inversion": _said(preset.inversion),
+            "program": _said(preset.program),
             "image": options.image,
             "model": model,
             "pipeline": type(pipe).__name__,
@@ -133,7 +142,7 @@ def _run(path: Path, options: Any) -> None:
             "versions": common.versions(),
         },
     )
-    _say(out, session, editors, times)
+    _say(out, session, preset, editors, times)
 
 
 # -- before ----------------------------------------------------------------------------------------
@@ -155,6 +164,15 @@ def inversions_by_name() -> dict[str, type[Any]]:
 
     known = [getattr(recipes, name) for name in recipes.__all__]
     return {c.__name__: c for c in known if isinstance(c, type) and issubclass(c, Inversion)}
+
+
+def programs_by_name() -> dict[str, type[Any]]:
+    """Every recipe that draws round a picture by a loop of its own."""
+    from hookctl import recipes
+    from hookctl.recipes import CyclicOneWay
+
+    known = [getattr(recipes, name) for name in recipes.__all__]
+    return {c.__name__: c for c in known if isinstance(c, type) and issubclass(c, CyclicOneWay)}
 
 
 def _stack_file(given: str | None) -> Path:
@@ -223,6 +241,11 @@ def _timed(times: dict[str, float], name: str, make: Callable[..., T], *given: A
     return made
 
 
+def _said(begun: PictureSpec | None) -> dict[str, Any] | None:
+    """What the file says of an inversion or a program."""
+    return None if begun is None else {"recipe": begun.recipe, **begun.arguments}
+
+
 def _save(
     out: Path,
     prompts: Sequence[str],
@@ -275,10 +298,16 @@ def _overlays(session: Session, prompt: int, image: int, picture: Image) -> list
 
 
 def _say(
-    out: Path, session: Session, editors: Sequence[Editor], times: Mapping[str, float]
+    out: Path,
+    session: Session,
+    preset: Preset,
+    editors: Sequence[Editor],
+    times: Mapping[str, float],
 ) -> None:
     """In short: what each editor did, and where to look."""
     rows = session.log.rows()
+    if preset.program is not None:
+        print(f"{preset.program.recipe}: draws by a loop of its own")
     for editor in editors:
         mine = [row for row in rows if row[0] == editor.name]
         sites, plans = {row[1] for row in mine}, sorted({row[4] for row in mine})

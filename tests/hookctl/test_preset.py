@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from hookctl.cli.run import editors_by_name, inversions_by_name
+from hookctl.cli.run import editors_by_name, inversions_by_name, programs_by_name
 from hookctl.editor import Editor
 from hookctl.errors import InputError
 from hookctl.preset import EditorSpec, Preset, dump_preset, load_preset
@@ -50,7 +50,41 @@ class Turned:
         self.given = (pipe, picture, prompt, steps, guidance)
 
 
+class Grown:
+    """A program: besides, `guidance`, `negative`, `seed` and `size` are the run's."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        picture: Any,
+        prompt: str,
+        *,
+        steps: int = 50,
+        seed: int = 0,
+        at: tuple[int, int] = (0, 0),
+    ) -> None:
+        self.given = (pipe, picture, prompt, steps, seed, at)
+
+
+class GrownMore(Grown):
+    """What it doesn't name itself goes to its base."""
+
+    def __init__(
+        self, pipe: Any, picture: Any, prompt: str, *, spread: float = 1.0, **options: Any
+    ) -> None:
+        super().__init__(pipe, picture, prompt, **options)
+        self.given += (spread,)
+
+
+class Seen(Editor):
+    """An editor that takes the run's picture."""
+
+    def __init__(self, picture: Any, *, strength: float = 1.0) -> None:
+        self.picture, self.strength = picture, strength
+
+
 INVERSIONS: dict[str, type[Any]] = {"Turned": Turned}
+PROGRAMS: dict[str, type[Any]] = {"Grown": Grown, "GrownMore": GrownMore}
 ANY = '[[editor]]\nrecipe = "Maps"\nwords = ["x"]\n'
 
 RECIPES: dict[str, type[Editor]] = {
@@ -126,11 +160,48 @@ def test_an_inversion(write: Write) -> None:
     path = write('[inversion]\nrecipe = "Turned"\nguidance = 3\n' + ANY)
     preset = load_preset(path, RECIPES, INVERSIONS)
     assert preset.inversion is not None
-    made = preset.inversion.make("pipe", "picture", "a cat", 9)
+    made = preset.inversion.make("pipe", "picture", "a cat", steps=9)
     assert made.given == ("pipe", "picture", "a cat", 9, 3.0)
     back = load_preset(write(dump_preset(preset)), RECIPES, INVERSIONS)
     assert back.inversion is not None and back.inversion.arguments == {"guidance": 3.0}
     assert load_preset(write(ANY), RECIPES, INVERSIONS).inversion is None
+
+
+def test_a_program_needs_no_editor(write: Write) -> None:
+    path = write('[program]\nrecipe = "GrownMore"\nat = [8, 0]\nspread = 2\n')
+    preset = load_preset(path, RECIPES, INVERSIONS, PROGRAMS)
+    assert preset.program is not None and preset.takes_picture and not preset.editors(["a cat"])
+    made = preset.program.make("pipe", "picture", "a cat", steps=9, seed=3)
+    assert made.given == ("pipe", "picture", "a cat", 9, 3, (8, 0), 2.0)
+    back = load_preset(write(dump_preset(preset)), RECIPES, INVERSIONS, PROGRAMS)
+    assert back.program is not None and back.program.arguments == {"at": (8, 0), "spread": 2.0}
+    assert not back.specs
+    beside = load_preset(write('[program]\nrecipe = "Grown"\n' + ANY), RECIPES, None, PROGRAMS)
+    assert [spec.recipe for spec in beside.specs] == ["Maps"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('recipe = "grow"', "recipe='grow' is not known; did you mean 'Grown' or 'GrownMore'?"),
+        ('recipe = "GrownMore"\nspred = 3', "did you mean 'spread'?; there are: spread, at"),
+        ('recipe = "GrownMore"\nat = 3', "at = 3; give [a whole number, a whole number]"),
+        ('recipe = "Grown"\nseed = 3', "seed belongs to the run; write seed = in [run]"),
+        ('recipe = "Grown"\n[inversion]\nrecipe = "Turned"', "both [inversion] and [program]"),
+    ],
+)
+def test_what_is_wrong_with_a_program_is_said(write: Write, text: str, says: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_preset(write(f"[program]\n{text}\n"), RECIPES, INVERSIONS, PROGRAMS)
+    assert says in str(caught.value)
+
+
+def test_an_editor_gets_the_run_s_picture(write: Write) -> None:
+    preset = load_preset(write('[[editor]]\nrecipe = "Seen"\nstrength = 2'), {"Seen": Seen})
+    [editor] = preset.editors(["a cat"], "picture")
+    assert preset.takes_picture and isinstance(editor, Seen) and editor.picture == "picture"
+    with pytest.raises(InputError, match="picture belongs to the run; give --image"):
+        load_preset(write('[[editor]]\nrecipe = "Seen"\npicture = "x.png"'), {"Seen": Seen})
 
 
 @pytest.mark.parametrize(
@@ -160,7 +231,7 @@ def test_an_inversion_s_own_errors_name_the_file(write: Write) -> None:
     spec = load_preset(write(table + ANY), RECIPES, INVERSIONS).inversion
     assert spec is not None
     with pytest.raises(InputError, match=r"stack.toml: \[inversion\] \(Turned\): guidance=0"):
-        spec.make(None, None, "a cat", 9)
+        spec.make(None, None, "a cat", steps=9)
     with pytest.raises(InputError, match="a table expected"):
         load_preset(write("inversion = 3\n" + ANY), RECIPES, INVERSIONS)
 
@@ -168,13 +239,13 @@ def test_an_inversion_s_own_errors_name_the_file(write: Write) -> None:
 @pytest.mark.parametrize("path", sorted(PRESETS.glob("*.toml")), ids=lambda path: path.stem)
 def test_stacks_that_come_along(path: Path) -> None:
     """Each can be made, says what it does, and survives being written."""
-    preset = load_preset(path, editors_by_name(), inversions_by_name())
+    preset = load_preset(path, editors_by_name(), inversions_by_name(), programs_by_name())
     edits = preset.run.get("edit", [])
     edits = [edits] if isinstance(edits, str) else edits
-    assert preset.editors([preset.run["prompt"], *edits])
+    assert preset.editors([preset.run["prompt"], *edits]) or preset.program
     assert preset.model == "shapes" and path.read_text("utf-8").startswith("# ")
-    path_back = dump_preset(preset)
-    assert "[[editor]]" in path_back
+    written = dump_preset(preset)
+    assert "[[editor]]" in written or "[program]" in written
 
 
 @pytest.mark.parametrize(

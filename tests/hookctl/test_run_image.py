@@ -1,4 +1,4 @@
-"""`hookctl run --image`: a picture that is given is inverted and edited; what is wrong is said."""
+"""`hookctl run --image`: a picture that is given is edited, drawn round or followed."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def test_a_picture_is_edited(files: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ([], "stack.toml edits a picture; give --image FILE"),
+        ([], "stack.toml takes a picture; give --image FILE"),
         (["--image", "none.png"], "none.png: there is no such file; give a picture"),
         (["--image", "notes.png"], "notes.png: can't be read as a picture"),
         (["--image", "cut.png"], "cut.png: can't be read as a picture"),
         (["--image", "picture.png", "--width", "64"], "--image is 128 x 128 px, and 64 x "),
-        (["--image", "picture.png", "--images", "2"], "images = 2; an inverted picture takes none"),
-        (["--image", "picture.png", "--negative", "x"], "negative = x; an inverted picture takes"),
+        (["--image", "picture.png", "--images", "2"], "images = 2; a picture that is inverted t"),
+        (["--image", "picture.png", "--negative", "x"], "negative = x; a picture that is inverted"),
     ],
 )
 def test_what_is_wrong_is_said(
@@ -80,4 +80,59 @@ def test_what_is_wrong_is_said(
 def test_a_stack_that_inverts_nothing(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = str(files / "picture.png")
     assert main(["run", "recolour", "--image", image, "--out", str(files / "out")]) == 2
-    assert "draws from noise; give a stack with an [inversion] table" in capsys.readouterr().err
+    assert "draws from noise; give a stack with an [inversion] or a" in capsys.readouterr().err
+
+
+GROWN = """
+model = "shapes"
+[run]
+prompt = "a red cat"
+steps = 4
+guidance = 3.0
+[program]
+recipe = "SelectiveOneWay"
+at = [64, 0]
+picture_size = [64, 64]
+cycles = 1
+"""
+FOLLOWED = """
+model = "shapes"
+[run]
+prompt = "a red cat"
+edit = "a dog"
+steps = 2
+[[editor]]
+recipe = "ReferenceOnly"
+"""
+
+
+@pytest.mark.parametrize(("stack", "drawn"), [(GROWN, 1), (FOLLOWED, 2)])
+def test_a_picture_is_drawn_round_or_followed(files: Path, stack: str, drawn: int) -> None:
+    (files / "stack.toml").write_text(stack, "utf-8")
+    given = [files / "stack.toml", "--image", files / "picture.png", "--out", files / "out"]
+    assert main(["run", *map(str, given), "--width", "128", "--height", "128"]) == 0
+    for i in range(drawn):
+        plain, edited = (Image.open(files / f"out/{name}-{i}.png") for name in ("plain", "edited"))
+        assert plain.size == edited.size == (128, 128)
+        assert ImageChops.difference(plain, edited).getbbox() is not None
+    program = json.loads((files / "out/run.json").read_text("utf-8"))["program"]
+    assert (program is not None) == (stack is GROWN)
+    assert len(list(files.glob("out/edited-*.png"))) == drawn
+
+
+@pytest.mark.parametrize(
+    ("stack", "options", "says"),
+    [
+        (GROWN, ["--edit", "a dog"], "a picture that is drawn round takes one prompt"),
+        (GROWN, ["--images", "2"], "images = 2; a picture that is drawn round takes none"),
+        (GROWN, ["--width", "96", "--height", "96"], "on a canvas of 96 x 96"),
+        (FOLLOWED, ["--width", "96", "--height", "96"], "and 96 x 96 are drawn"),
+    ],
+)
+def test_what_is_wrong_beside_a_picture_is_said(
+    files: Path, capsys: pytest.CaptureFixture[str], stack: str, options: list[str], says: str
+) -> None:
+    (files / "stack.toml").write_text(stack, "utf-8")
+    given = [files / "stack.toml", "--image", files / "picture.png", "--out", files / "out"]
+    assert main(["run", *map(str, given), *options]) == 2
+    assert says in capsys.readouterr().err and not list(files.glob("out/*.png"))
