@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from hookctl.address import families
+from hookctl.address import families, pipelines
 from hookctl.address.rows import Layout
 from hookctl.address.sites import Site
 from hookctl.errors import UnsupportedError
@@ -185,7 +185,7 @@ def survey(target: Any) -> Survey:
         scheduler=None if pipe is None else type(getattr(pipe, "scheduler", None)).__name__,
         latent=latent,
         joint_order=families.joint_order(denoiser),
-        layout=families.layout_of(pipe),
+        layout=pipelines.layout_of(pipe),
         text=_text(pipe),
         sites=facts,
         elsewhere=tuple(
@@ -240,7 +240,7 @@ def _text(pipe: Any) -> tuple[tuple[str, int, int | None], ...] | str:
     if pipe is None:
         return "a bare denoiser has no tokenizer"
     try:
-        streams = families.text_streams(pipe)
+        streams = pipelines.text_streams(pipe)
     except UnsupportedError as error:
         return str(error)
     found = []

@@ -1,8 +1,8 @@
-"""Facts per model family, with a generic fallback: the one place where diffusers is known.
+"""Facts per family of denoisers, with a generic fallback: the one place where diffusers is known.
 
-A family says how a pipeline lays out its batch, in which order a joint sequence holds text and
-image, and which tokenizer fills which stretch of the text. What is not listed here falls back to
-the classes, names and shapes that the model itself shows.
+A family says which of its modules are attention sites, of what kind, in which order a joint
+sequence holds text and image, and how a processor is brought to SDPA. What is not listed here
+falls back to the classes, names and shapes that the model itself shows.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import functools
 import inspect
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -32,35 +31,12 @@ from diffusers.models.attention_processor import (
     SlicedAttnProcessor,
     XFormersAttnProcessor,
 )
-from torch import Tensor, nn
+from torch import nn
 
-from hookctl.address.rows import COND, PERTURBED, UNCOND, Layout
 from hookctl.address.sites import Site
 from hookctl.errors import InputError, UnsupportedError
 
 DENOISERS = ("unet", "transformer", "dit", "prior")
-
-BATCHED = Layout({1: (COND,), 2: (UNCOND, COND)})
-POSITIVE_FIRST = Layout({1: (COND,), 2: (COND, UNCOND)})
-SEQUENTIAL = Layout({1: (COND,), 2: (UNCOND, COND)}, sequential=(COND, UNCOND))
-# A second call of the positive rows alone is skip-layer guidance.
-BATCHED_THEN_SKIP = Layout({1: (PERTURBED,), 2: (UNCOND, COND)}, unguided={1: (COND,)})
-PAG = Layout(
-    {1: (COND,), 2: (UNCOND, COND), 3: (UNCOND, COND, PERTURBED)}, unguided={2: (COND, PERTURBED)}
-)
-PIX2PIX = Layout({1: (COND,), 3: (COND, "image", UNCOND)})
-
-_LAYOUTS: tuple[tuple[str, Layout], ...] = (
-    (r"PAG", PAG),
-    (r"InstructPix2Pix", PIX2PIX),
-    (r"StableDiffusion3", BATCHED_THEN_SKIP),
-    (r"ZImage|StableCascade|Lumina(?!2)", POSITIVE_FIRST),
-    (
-        r"Flux|QwenImage|Wan|CogView4|HunyuanVideo|HunyuanImage|SkyReels|Chroma|Cosmos"
-        r"|Kandinsky[56]|Krea2|Ovis|LongCat|Bria",
-        SEQUENTIAL,
-    ),
-)
 
 # Order of a joint sequence, by denoiser class.
 _IMAGE_FIRST = r"SD3|HunyuanVideo|HunyuanImage|Mochi|HiDream|JoyImage|ErnieImage|ZImage"
@@ -69,20 +45,6 @@ _TEXT_FIRST = (
     r"|Lumina2|PRX"
 )
 _SINGLE_STREAM = r"single_(transformer_)?blocks"
-
-
-@dataclass(frozen=True)
-class TextStream:
-    """A stretch of the text sequence: which tokenizer fills it, from which position on.
-
-    length: tokens that the pipeline pads to by default (None: the tokenizer's maximum); prompts:
-    the arguments whose texts are in it. Where there are two, two encoders share the positions.
-    """
-
-    tokenizer: Any
-    start: int = 0
-    length: int | None = None
-    prompts: tuple[str, ...] = ("prompt",)
 
 
 def denoiser_of(target: Any) -> nn.Module:
@@ -107,11 +69,6 @@ def uncompiled(module: nn.Module) -> nn.Module:
     return getattr(module, "_orig_mod", module)
 
 
-def layout_of(pipe: Any) -> Layout:
-    name = type(pipe).__name__
-    return next((layout for pattern, layout in _LAYOUTS if re.search(pattern, name)), BATCHED)
-
-
 def joint_order(denoiser: nn.Module) -> str | None:
     """'image_text', 'text_image', or None where text is attended to separately."""
     name = type(uncompiled(denoiser)).__name__
@@ -127,60 +84,6 @@ def widens_joint(denoiser: nn.Module) -> bool:
         "SD3Transformer2DModel",
         "FluxTransformer2DModel",
     )
-
-
-def is_guided(pipe: Any) -> bool | None:
-    """Whether classifier-free guidance is on, or None where the pipeline does not say."""
-    try:
-        value = pipe.do_classifier_free_guidance
-    except Exception:  # a property over state that exists only during a call
-        return None
-    single = isinstance(value, Tensor) and value.numel() == 1
-    return bool(value) if single or isinstance(value, bool | int) else None
-
-
-def text_streams(pipe: Any) -> tuple[TextStream, ...]:
-    """How the text sequence that the attention sees is made up of tokenizers.
-
-    Raises UnsupportedError if the pipeline has no text.
-    """
-    name = type(pipe).__name__
-    first: Any = getattr(pipe, "tokenizer", None)
-    if re.search(r"StableDiffusion3", name):
-        clip = first.model_max_length
-        third = getattr(pipe, "tokenizer_3", None)
-        t5 = (TextStream(third, clip, 256, ("prompt_3",)),) if third is not None else ()
-        return (TextStream(first, prompts=("prompt", "prompt_2")), *t5)
-    if re.search(r"^Flux", name) and getattr(pipe, "tokenizer_2", None) is not None:
-        return (TextStream(pipe.tokenizer_2, 0, 512, ("prompt_2",)),)
-    if re.search(r"^PixArt", name):
-        return (TextStream(first, 0, 300 if "Sigma" in name else 120),)
-    if re.search(r"^Wan", name):
-        return (TextStream(first, 0, 512),)
-    if first is None:
-        first = getattr(pipe, "tokenizer_2", None)
-    if first is None:
-        raise UnsupportedError(
-            f"{name} has no tokenizer, so words can't be addressed; use token positions on a "
-            "pipeline with a text encoder"
-        )
-    if "XL" in name and getattr(pipe, "tokenizer_2", None) is not None:
-        return (TextStream(first, prompts=("prompt", "prompt_2")),)
-    return (TextStream(first),)
-
-
-# What `encode_prompt` gives beside the sequence, which comes first, and where.
-_ENCODED: tuple[tuple[str, dict[str, int]], ...] = (
-    (r"StableDiffusionXL|StableDiffusion3", {"pooled": 2}),
-    (r"^Flux", {"pooled": 1}),
-    (r"^PixArt", {"mask": 1}),
-)
-
-
-def encoded_places(pipe: Any) -> dict[str, int]:
-    """Where a pipeline's `encode_prompt` returns the pooled text and the mask of the tokens."""
-    name = type(pipe).__name__
-    return next((places for pattern, places in _ENCODED if re.search(pattern, name)), {})
 
 
 def attention_modules(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:

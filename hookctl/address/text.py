@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hookctl.address.alignment import refinement_map, replacement_map
-from hookctl.address.families import TextStream, text_streams
+from hookctl.address.pipelines import TextStream, text_streams
 from hookctl.address.words import PromptTokens
 from hookctl.errors import InputError, UnsupportedError, WordError
 

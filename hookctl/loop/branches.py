@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hookctl.address import families
+from hookctl.address import families, pipelines
 from hookctl.address.rows import COND, PERTURBED, Row, Rows
 from hookctl.errors import ConflictError, InputError, LayoutError, UnsupportedError
 from hookctl.loop.calls import prediction_of, with_prediction
@@ -141,7 +141,7 @@ def _check_batch(state: State) -> None:
 def _check_present(state: State, name: str, branch: Branch) -> None:
     """Raise LayoutError for a branch of something that no call of this pipeline predicts."""
     own = {row.branch for row in state.rows}
-    sequential = set(families.layout_of(state.pipe).sequential)
+    sequential = set(pipelines.layout_of(state.pipe).sequential)
     # Skip-layer guidance has its own rows in a call of their own.
     if (own | sequential) != {PERTURBED} and branch.of not in own | sequential:
         raise LayoutError(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hookctl.address import families
+from hookctl.address import families, pipelines
 from hookctl.address.text import TextLayout
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.state import State
@@ -64,7 +64,7 @@ def encode(pipe: Any, texts: Sequence[str], like: Mapping[str, Any] | None = Non
     del given["self"]
     found = method(pipe, **given)
     found = found if isinstance(found, tuple) else (found,)
-    places = families.encoded_places(pipe)
+    places = pipelines.encoded_places(pipe)
     pooled, mask = (found[places[n]] if n in places else None for n in ("pooled", "mask"))
     return Encoded(found[0], pooled, None if mask is None else mask.bool())
 

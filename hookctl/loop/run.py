@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hookctl.address import families
+from hookctl.address import families, pipelines
 from hookctl.address.clock import Timekeeper
 from hookctl.address.rows import COND, Layout, Row, Rows, resolve_rows
 from hookctl.address.text import prompts_given
@@ -28,7 +28,7 @@ class Run:
         self, pipe: Any, denoiser: nn.Module, branches: tuple[str, ...] | None = None
     ) -> None:
         self.pipe, self.denoiser, self.branches = pipe, denoiser, branches
-        self.layout: Layout = families.layout_of(pipe)
+        self.layout: Layout = pipelines.layout_of(pipe)
         self.keeper = Timekeeper()
         self._signature = inspect.signature(type(families.uncompiled(denoiser)).forward)
         self.restart()
@@ -162,7 +162,7 @@ class Run:
                     for i in range(size)
                 ]
             )
-        guided = families.is_guided(self.pipe)
+        guided = pipelines.is_guided(self.pipe)
         count = self.count
         groups = max(self.layout.groups)
         if count is None and guided and not self.layout.sequential and batch % groups == 0:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hookctl.address import families
+from hookctl.address import families, pipelines
 from hookctl.address.rows import COND, UNCOND, Row, Rows, resolve_rows
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.denoise import DenoiserPort, PipelinePort, SchedulerPort
@@ -121,7 +121,7 @@ def prepare(pipe: Any, arguments: Mapping[str, Any], prompts: int, images: int) 
     Raises UnsupportedError for pipelines whose loop is more than denoiser call, guidance and step.
     """
     denoiser, name = families.denoiser_of(pipe), type(pipe).__name__
-    layout = families.layout_of(pipe)
+    layout = pipelines.layout_of(pipe)
     if layout.sequential:
         raise UnsupportedError(
             f"{name} guides by several denoiser calls in a turn, which programs don't do; use one "
@@ -137,7 +137,7 @@ def prepare(pipe: Any, arguments: Mapping[str, Any], prompts: int, images: int) 
     def caught(inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         signature = inspect.signature(type(families.uncompiled(denoiser)).forward)
         seen["arguments"] = dict(list(signature.bind(None, *args, **kwargs).arguments.items())[1:])
-        seen["guided"] = families.is_guided(pipe)
+        seen["guided"] = pipelines.is_guided(pipe)
         raise _Ready
 
     ports: list[Any] = [
@@ -174,7 +174,7 @@ def _template(
         )
     rows = resolve_rows(
         given[sample].shape[0],
-        families.layout_of(pipe),
+        pipelines.layout_of(pipe),
         prompts=prompts,
         images_per_prompt=images,
         guided=seen["guided"],

@@ -1,0 +1,111 @@
+"""Facts per family of pipelines, with a generic fallback: what they make of a batch and of a text.
+
+How a pipeline lays out its batch, and which tokenizer fills which stretch of the text sequence
+that its attention sees.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from hookctl.address.rows import COND, PERTURBED, UNCOND, Layout
+from hookctl.errors import UnsupportedError
+
+BATCHED = Layout({1: (COND,), 2: (UNCOND, COND)})
+POSITIVE_FIRST = Layout({1: (COND,), 2: (COND, UNCOND)})
+SEQUENTIAL = Layout({1: (COND,), 2: (UNCOND, COND)}, sequential=(COND, UNCOND))
+# A second call of the positive rows alone is skip-layer guidance.
+BATCHED_THEN_SKIP = Layout({1: (PERTURBED,), 2: (UNCOND, COND)}, unguided={1: (COND,)})
+PAG = Layout(
+    {1: (COND,), 2: (UNCOND, COND), 3: (UNCOND, COND, PERTURBED)}, unguided={2: (COND, PERTURBED)}
+)
+PIX2PIX = Layout({1: (COND,), 3: (COND, "image", UNCOND)})
+
+_LAYOUTS: tuple[tuple[str, Layout], ...] = (
+    (r"PAG", PAG),
+    (r"InstructPix2Pix", PIX2PIX),
+    (r"StableDiffusion3", BATCHED_THEN_SKIP),
+    (r"ZImage|StableCascade|Lumina(?!2)", POSITIVE_FIRST),
+    (
+        r"Flux|QwenImage|Wan|CogView4|HunyuanVideo|HunyuanImage|SkyReels|Chroma|Cosmos"
+        r"|Kandinsky[56]|Krea2|Ovis|LongCat|Bria",
+        SEQUENTIAL,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class TextStream:
+    """A stretch of the text sequence: which tokenizer fills it, from which position on.
+
+    length: tokens that the pipeline pads to by default (None: the tokenizer's maximum); prompts:
+    the arguments whose texts are in it. Where there are two, two encoders share the positions.
+    """
+
+    tokenizer: Any
+    start: int = 0
+    length: int | None = None
+    prompts: tuple[str, ...] = ("prompt",)
+
+
+def layout_of(pipe: Any) -> Layout:
+    name = type(pipe).__name__
+    return next((layout for pattern, layout in _LAYOUTS if re.search(pattern, name)), BATCHED)
+
+
+def is_guided(pipe: Any) -> bool | None:
+    """Whether classifier-free guidance is on, or None where the pipeline does not say."""
+    try:
+        value = pipe.do_classifier_free_guidance
+    except Exception:  # a property over state that exists only during a call
+        return None
+    single = isinstance(value, Tensor) and value.numel() == 1
+    return bool(value) if single or isinstance(value, bool | int) else None
+
+
+def text_streams(pipe: Any) -> tuple[TextStream, ...]:
+    """How the text sequence that the attention sees is made up of tokenizers.
+
+    Raises UnsupportedError if the pipeline has no text.
+    """
+    name = type(pipe).__name__
+    first: Any = getattr(pipe, "tokenizer", None)
+    if re.search(r"StableDiffusion3", name):
+        clip = first.model_max_length
+        third = getattr(pipe, "tokenizer_3", None)
+        t5 = (TextStream(third, clip, 256, ("prompt_3",)),) if third is not None else ()
+        return (TextStream(first, prompts=("prompt", "prompt_2")), *t5)
+    if re.search(r"^Flux", name) and getattr(pipe, "tokenizer_2", None) is not None:
+        return (TextStream(pipe.tokenizer_2, 0, 512, ("prompt_2",)),)
+    if re.search(r"^PixArt", name):
+        return (TextStream(first, 0, 300 if "Sigma" in name else 120),)
+    if re.search(r"^Wan", name):
+        return (TextStream(first, 0, 512),)
+    if first is None:
+        first = getattr(pipe, "tokenizer_2", None)
+    if first is None:
+        raise UnsupportedError(
+            f"{name} has no tokenizer, so words can't be addressed; use token positions on a "
+            "pipeline with a text encoder"
+        )
+    if "XL" in name and getattr(pipe, "tokenizer_2", None) is not None:
+        return (TextStream(first, prompts=("prompt", "prompt_2")),)
+    return (TextStream(first),)
+
+
+# What `encode_prompt` gives beside the sequence, which comes first, and where.
+_ENCODED: tuple[tuple[str, dict[str, int]], ...] = (
+    (r"StableDiffusionXL|StableDiffusion3", {"pooled": 2}),
+    (r"^Flux", {"pooled": 1}),
+    (r"^PixArt", {"mask": 1}),
+)
+
+
+def encoded_places(pipe: Any) -> dict[str, int]:
+    """Where a pipeline's `encode_prompt` returns the pooled text and the mask of the tokens."""
+    name = type(pipe).__name__
+    return next((places for pattern, places in _ENCODED if re.search(pattern, name)), {})
