@@ -9,7 +9,7 @@ import torch
 from diffusers.callbacks import SDCFGCutoffCallback
 
 import hookctl
-from hookctl.address import families
+from hookctl.address import pipelines
 from hookctl.address.rows import Row, Rows, resolve_rows
 from hookctl.editor import Editor
 from hookctl.errors import LayoutError
@@ -29,48 +29,48 @@ def tags(rows: Rows) -> list[str]:
 
 
 def test_batched_guidance() -> None:
-    rows = resolve_rows(8, families.BATCHED, prompts=2, images_per_prompt=2, guided=True)
+    rows = resolve_rows(8, pipelines.BATCHED, prompts=2, images_per_prompt=2, guided=True)
     assert tags(rows) == [f"{b}{p}.{i}" for b in ("uncond", "cond") for p in (0, 1) for i in (0, 1)]
     assert [row.index for row in rows] == list(range(8))
 
 
 def test_positive_first() -> None:
-    rows = resolve_rows(2, families.POSITIVE_FIRST, prompts=1)
+    rows = resolve_rows(2, pipelines.POSITIVE_FIRST, prompts=1)
     assert tags(rows) == ["cond0.0", "uncond0.0"]
 
 
 def test_one_call_for_each_branch() -> None:
-    calls = [resolve_rows(2, families.SEQUENTIAL, prompts=2, call=i) for i in (0, 1)]
+    calls = [resolve_rows(2, pipelines.SEQUENTIAL, prompts=2, call=i) for i in (0, 1)]
     assert [tags(rows)[0] for rows in calls] == ["cond0.0", "uncond0.0"]
-    named = resolve_rows(2, families.SEQUENTIAL, prompts=2, call=0, branch="uncond")
+    named = resolve_rows(2, pipelines.SEQUENTIAL, prompts=2, call=0, branch="uncond")
     assert tags(named) == ["uncond0.0", "uncond1.0"]
 
 
 def test_skip_layer_guidance_makes_a_second_call() -> None:
-    rows = resolve_rows(1, families.BATCHED_THEN_SKIP, prompts=1, guided=True)
+    rows = resolve_rows(1, pipelines.BATCHED_THEN_SKIP, prompts=1, guided=True)
     assert tags(rows) == ["perturbed0.0"]
-    assert tags(resolve_rows(1, families.BATCHED_THEN_SKIP, prompts=1, guided=False)) == ["cond0.0"]
+    assert tags(resolve_rows(1, pipelines.BATCHED_THEN_SKIP, prompts=1, guided=False)) == ["cond0.0"]
 
 
 def test_perturbed_attention_guidance() -> None:
-    assert [r.branch for r in resolve_rows(3, families.PAG, prompts=1, guided=True)] == [
+    assert [r.branch for r in resolve_rows(3, pipelines.PAG, prompts=1, guided=True)] == [
         "uncond",
         "cond",
         "perturbed",
     ]
-    unguided = resolve_rows(2, families.PAG, prompts=1, guided=False)
+    unguided = resolve_rows(2, pipelines.PAG, prompts=1, guided=False)
     assert tags(unguided) == ["cond0.0", "perturbed0.0"]
 
 
 def test_unknown_batch_is_no_guess() -> None:
     with pytest.raises(LayoutError, match="has 5 rows, but the pipeline draws 2 pictures"):
-        resolve_rows(5, families.BATCHED, prompts=2)
+        resolve_rows(5, pipelines.BATCHED, prompts=2)
     with pytest.raises(LayoutError, match="2 or 4 rows"):
-        resolve_rows(6, families.BATCHED, prompts=2)
+        resolve_rows(6, pipelines.BATCHED, prompts=2)
 
 
 def test_where_and_twin() -> None:
-    rows = resolve_rows(4, families.BATCHED, prompts=2)
+    rows = resolve_rows(4, pipelines.BATCHED, prompts=2)
     assert [row.index for row in rows.where(branch="cond")] == [2, 3]
     assert rows.twin(rows[3], prompt=0) == Row(2, "cond", 0, 0)
     assert rows.twin(rows[3], branch="uncond").index == 1
