@@ -20,10 +20,9 @@ from hookctl.loop.calls import prediction_of
 from hookctl.loop.context import narrow
 from hookctl.loop.driven import Driven, driving
 from hookctl.loop.energy import Energies, MapReader, called
-from hookctl.loop.noise import Noise
 from hookctl.loop.rowwise import take_rows
 from hookctl.loop.state import State
-from hookctl.recipes.energy_guidance import EnergyGuidance, WordEnergy, level_of
+from hookctl.recipes.energy_guidance import EnergyGuidance, WordEnergy
 from hookctl.session import control
 
 Measure = Callable[[State], Energies]
@@ -38,8 +37,9 @@ class LayoutModel(Protocol):
     def begin(self, state: State) -> None:
         """A run starts."""
 
-    def predict(self, state: State) -> Tensor:
-        """The prediction for every row of a call that is the pipeline's own, [rows, ...]."""
+    def predict(self, state: State) -> tuple[Tensor, Tensor]:
+        """The prediction for every row of a call that is the pipeline's own, [rows, ...], and the
+        latents that it is of, [pictures, ...]: those of the call, as they are or moved."""
 
     def measured(self, state: State, measure: Measure) -> Energies | None:
         """`measure` of this model's maps in a call; None if they are those of the pipeline's own
@@ -62,11 +62,11 @@ class SecondModel:
     def begin(self, state: State) -> None:
         self._run = object()
 
-    def predict(self, state: State) -> Tensor:
+    def predict(self, state: State) -> tuple[Tensor, Tensor]:
         rows = Rows(state.rows[: state.own_rows])
         with driving(self._told(state, rows)):
             found = prediction_of(called(self.denoiser, _arguments(state)))
-        return _tensor(found, self.denoiser)
+        return _tensor(found, self.denoiser), state.latents
 
     def measured(self, state: State, measure: Measure) -> Energies:
         pipe = None if self.target is self.denoiser else self.target
@@ -92,11 +92,7 @@ class SecondModel:
 
 
 class GuidedModel:
-    """The pipeline's own denoiser, shown latents that an energy guidance has moved.
-
-    Its prediction says of the unmoved latents x what the denoiser says of the moved ones x': the
-    same clean picture x0, and the noise that is left, eps = (x - signal x0) / noise.
-    """
+    """The pipeline's own denoiser, shown latents that an energy guidance has moved."""
 
     def __init__(self, guidance: EnergyGuidance) -> None:
         self.guidance = guidance
@@ -108,13 +104,13 @@ class GuidedModel:
     def begin(self, state: State) -> None:
         self.guidance.begin(state)
 
-    def predict(self, state: State) -> Tensor:
+    def predict(self, state: State) -> tuple[Tensor, Tensor]:
         x = state.latents
         moved = self.guidance.moved(state) if self.guidance.active(state.clock) else None
         arguments = _arguments(state)
         rows = Rows(state.rows[: state.own_rows])
-        repeats = (len(rows) // len(x), *([1] * (x.dim() - 1)))
         if moved is not None:
+            repeats = (len(rows) // len(x), *([1] * (x.dim() - 1)))
             like = arguments[state.sample]
             arguments[state.sample] = state.model_input(moved.repeat(repeats), like)
         state.asking = rows
@@ -122,12 +118,7 @@ class GuidedModel:
             found = _tensor(prediction_of(called(state.denoiser, arguments)), state.denoiser)
         finally:
             state.asking = None
-        level, noise = level_of(state), Noise(state.pipe.scheduler)
-        if moved is None or level.noise < 1e-6:
-            return found
-        x0, _ = noise.split(moved.repeat(repeats), found, level)
-        left = (x.repeat(repeats) - level.signal * x0) / level.noise
-        return noise.join(x0, left, level).to(found)
+        return found, x if moved is None else moved
 
     def measured(self, state: State, measure: Measure) -> None:
         return None

@@ -2,22 +2,26 @@
 
 Zhang et al., "RealCompo: Balancing Realism and Compositionality Improves Text-to-Image Diffusion
 Models", arXiv 2402.12908 (NeurIPS 2024). With predictions e_l of a model that keeps a layout and
-e_t of one that draws well, and a map d for each picture, every turn
+e_t of one that draws well, each with classifier-free guidance, and a map d for each picture, every
+turn
 
-    c = sigmoid(d),   x' = x~(c e_l + (1 - c) e_t)                     trial, conditional rows alone
+    c = sigmoid(d),   x' = c T(e_l) + (1 - c) T(e_t)                   trial, conditional rows alone
     L = sum over objects and models of 1 - (attention inside) / (attention)        of the maps of x'
-    d <- d - 2 rho B c (1 - c) sum_channels grad_x' L (e_l - e_t)
-    e = c e_l + (1 - c) e_t,  each with classifier-free guidance; e_l alone in the first 2/5
+    d <- d - 2 rho c (1 - c) sum_channels grad_x' L (T(e_l) - T(e_t))
+    x <- c S_l(e_l) + (1 - c) S_t(e_t)                                c = 1 in the first 2/5
 
-The paper's two influence maps get opposite gradients, so their difference d is all there is, and
-one gradient to the trial latents gives its own by the chain rule: B = dx'/de. The trial is a
-deterministic step in the scheduler's space, seen at the turn's own time; it doesn't touch the
-solver, whose history is of the mixture.
+The paper's two influence maps get opposite gradients, so their difference d is all there is. The
+trial T is a deterministic step of first order in the scheduler's space, seen at the turn's own
+time; it doesn't touch the solvers. S_l and S_t are the scheduler's step, each with a history of its
+own model's predictions (`loop.mixture`): with a solver of first order that is the step of the mixed
+prediction, with a multistep one it is not where c changes. A layout model that guides by its
+latents steps from where it moved them, so that c = 1 is that guidance.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +33,7 @@ from hookctl.errors import InputError, UnsupportedError
 from hookctl.kernels.latent_mixing import mix_predictions
 from hookctl.loop.calls import prediction_of
 from hookctl.loop.energy import Energies, Picture
+from hookctl.loop.mixture import MixedSteps, Part
 from hookctl.loop.noise import Noise
 from hookctl.loop.state import Predictions, Proceed, State, split_branches
 from hookctl.recipes.energy_guidance import (
@@ -46,6 +51,16 @@ from hookctl.recipes.places import Places, check_share
 
 PAPER_RHO = 1e6
 PAPER_SEED = 31
+LAYOUT, TEXT, MIXTURE = "layout", "text", "mixture"  # whose history a solver has
+
+
+@dataclass(frozen=True, eq=False)
+class Guess:
+    """What a model predicts in a turn: conditional, and guided; and of which latents."""
+
+    cond: Tensor
+    guided: Tensor
+    latents: Tensor
 
 
 class RealCompo(WordEnergy):
@@ -58,7 +73,8 @@ class RealCompo(WordEnergy):
     layout model draws alone. coefficient: a fixed c instead, 0 for the text model (bit for bit)
     and 1 for the layout model. generator: draws the first d, from N(0, 2); without one d starts at
     0. paper: the official code, where d moves by rho = 1e6 sqrt(linspace(1, 0.5)) times the
-    gradient of the layout model's maps alone, and starts from a generator of seed 31.
+    gradient of the layout model's maps alone, and starts from a generator of seed 31; and one
+    solver's history is of the mixed prediction.
 
     Costs the layout model's call beside the text model's, and a partial forward and backward of the
     conditional rows for each model.
@@ -90,6 +106,9 @@ class RealCompo(WordEnergy):
         self.d: Tensor | None = None
         self.record: list[tuple[int, Tensor]] = []
         self._found: dict[str, Tensor] = {}
+        self._seen: Tensor | None = None  # the latents that `_found` is of
+        self._steps: MixedSteps | None = None
+        self._missing: Tensor | None = None  # from the pipeline's next latents
 
     def attach(self, target: Any) -> None:
         super().attach(target)
@@ -108,54 +127,87 @@ class RealCompo(WordEnergy):
                 shape, generator=self.generator, device=self.generator.device
             )
         self.d, self.record, self._found = drawn.to(x), [], {}
+        names = [MIXTURE] if self.paper else [LAYOUT, TEXT]
+        self._steps = MixedSteps(state.pipe.scheduler, names)
 
     def denoise(self, state: State, proceed: Proceed) -> Any:
         out = proceed()
         if self.coefficient != 0 and prediction_of(out) is not None:
-            own = state.rows[: state.own_rows]
-            self._found |= split_branches(type(state.rows)(own), self.layout.predict(state))
+            own = type(state.rows)(state.rows[: state.own_rows])
+            found, self._seen = self.layout.predict(state)
+            self._found |= split_branches(own, found)
         return out
 
     def combine(self, predictions: Predictions) -> Tensor:
         found, self._found = self._found, {}
         if COND not in found:
             return predictions.guided
-        text, layout = predictions.guided, _guided(predictions, found)
         state, like = predictions.state, predictions.guided
-        self._update(state, found[COND].to(like), predictions[COND].to(like))
+        layout = Guess(found[COND].to(like), _guided(predictions, found), self._seen_in(state))
+        text = Guess(predictions[COND].to(like), like, state.latents)
+        self._update(state, layout, text)
         turns = int(self.alone * state.clock.turns + 1e-9)
-        if self.coefficient == 1 or (self.coefficient is None and state.clock.turn < turns):
-            return layout
-        if self.coefficient is not None:
-            return text + self.coefficient * (layout - text)
+        share = self.coefficient
+        if share is None and state.clock.turn < turns:
+            share = 1.0
         assert self.d is not None  # since `begin`
-        return mix_predictions(layout, text, self.d[:, 0])
+        c = self.d.sigmoid() if share is None else torch.full_like(self.d, share)
+        if share is None:
+            mixed = mix_predictions(layout.guided, text.guided, self.d[:, 0])
+        else:
+            mixed = layout.guided if share == 1 else torch.lerp(text.guided, layout.guided, share)
+        self._missing = self._between(predictions, mixed, layout, text, c)
+        return mixed
 
-    def _update(self, state: State, layout: Tensor, text: Tensor) -> None:
+    def after(self, state: State) -> None:
+        missing, self._missing = self._missing, None
+        if missing is not None:
+            state.latents = state.latents + missing.to(state.latents)
+
+    def _seen_in(self, state: State) -> Tensor:
+        """The latents that the layout model saw; the pipeline's own where it moved none."""
+        x, seen = state.latents, self._seen
+        return x if seen is None or torch.equal(seen, x) else seen.to(x)
+
+    def _between(
+        self, predictions: Predictions, mixed: Tensor, layout: Guess, text: Guess, c: Tensor
+    ) -> Tensor | None:
+        """The way from the step of the mixed prediction to the mixture of the models' steps."""
+        assert self._steps is not None  # since `begin`
+        x = text.latents
+        parts = {
+            LAYOUT: Part(c, layout.guided, layout.latents),
+            TEXT: Part(1 - c, text.guided, x),
+        }
+        if self.paper:
+            seen = x if layout.latents is x else x + c * (layout.latents - x)
+            parts = {MIXTURE: Part(1.0, mixed, seen)}
+        turn = predictions.state.clock.turn
+        return self._steps.difference(turn, mixed, x, parts, predictions.options)
+
+    def _update(self, state: State, layout: Guess, text: Guess) -> None:
         """d after this turn, [pictures, 1, ...]."""
         if self.coefficient is None and self.subjects and self.rho:
             assert self.d is not None
             self.d = self.d - self._change(state, layout, text)
 
-    def _change(self, state: State, layout: Tensor, text: Tensor) -> Tensor:
+    def _change(self, state: State, layout: Guess, text: Guess) -> Tensor:
         assert self.d is not None
-        noise, here = Noise(state.pipe.scheduler), level_of(state)
-        there = noise.after(state.pipe.scheduler.timesteps[state.clock.turn])
         c = self.d.sigmoid()
-
-        def trial(x: Tensor, prediction: Tensor) -> Tensor:
-            return there.mix(*noise.split(x, prediction, here))
-
-        x = trial(state.latents, text + c * (layout - text))
-        zero = torch.zeros_like(x)
-        b = trial(zero, torch.ones_like(x))  # the trial is affine in the prediction
-        pull = self._pull(state, x)
-        change = 2 * c * (1 - c) * (b * pull * (layout - text)).sum(1, keepdim=True)
+        ends = [self._trial(state, guess) for guess in (layout, text)]
+        pull = self._pull(state, ends[1] + c * (ends[0] - ends[1]))
+        change = 2 * c * (1 - c) * (pull * (ends[0] - ends[1])).sum(1, keepdim=True)
         if self.paper:
             share = state.clock.turn / max(state.clock.turns - 1, 1)
             return change * PAPER_RHO * (1 - 0.5 * share) ** 0.5
         top = change.abs().flatten(1).amax(1).reshape(-1, *([1] * (change.dim() - 1)))
         return self.rho * change / top.clamp_min(torch.finfo(change.dtype).tiny)
+
+    def _trial(self, state: State, guess: Guess) -> Tensor:
+        """T: where a model's conditional prediction leads by a step of first order."""
+        noise = Noise(state.pipe.scheduler)
+        there = noise.after(state.pipe.scheduler.timesteps[state.clock.turn])
+        return there.mix(*noise.split(guess.latents, guess.cond, level_of(state)))
 
     def _pull(self, state: State, x: Tensor) -> Tensor:
         """The gradient of L to the trial latents."""
@@ -186,21 +238,23 @@ class RealCompo(WordEnergy):
 
 
 def _guided(predictions: Predictions, found: dict[str, Tensor]) -> Tensor:
-    """The layout model's prediction, guided as the pipeline guides its own."""
+    """The layout model's prediction, guided as the pipeline guides its own, with what editors
+    before this one have added."""
     like = predictions.guided
+    own = like if predictions.own is None else predictions.own
     if UNCOND not in found or UNCOND not in predictions.branches:
-        return found[COND].to(like)
+        return found[COND].to(like) + (like - own)
     pipe = predictions.state.pipe
     scale = float(getattr(pipe, "guidance_scale", 1.0))
     u, c = found[UNCOND].to(like), found[COND].to(like)
     if not torch.allclose(
         predictions[UNCOND] + scale * (predictions[COND] - predictions[UNCOND]),
-        like,
+        own,
         rtol=1e-2,
         atol=1e-2,
     ):
         raise InputError(
-            "RealCompo: the pipeline or another editor guides otherwise than by u + scale (c - u), "
-            "which the layout model can't follow; put RealCompo first and leave guidance_rescale 0"
+            "RealCompo: the pipeline guides otherwise than by u + scale (c - u), which the layout "
+            "model can't follow; leave guidance_rescale 0"
         )
-    return u + scale * (c - u)
+    return u + scale * (c - u) + (like - own)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hookctl.address.rows import COND, UNCOND, Row, Rows
 from hookctl.errors import UnsupportedError
 from hookctl.loop.calls import prediction_of
+from hookctl.loop.own_solver import OwnSolver
 from hookctl.loop.state import Predictions, State, replace_channels
 
 
@@ -34,11 +32,7 @@ class Beside:
             )
         self.name = name
         self.latents = state.latents.clone()
-        self._scheduler = copy.deepcopy(state.pipe.scheduler)
-        self._options: dict[str, Any] = {"return_dict": False}
-        if "generator" in inspect.signature(self._scheduler.step).parameters:
-            device = self.latents.device
-            self._options["generator"] = torch.Generator(device).manual_seed(seed)
+        self._solver = OwnSolver(state.pipe.scheduler, seed)
         self._found: dict[str, Tensor] = {}
 
     def predict(self, state: State, change: Callable[[dict[str, Any]], None]) -> None:
@@ -49,8 +43,7 @@ class Beside:
         kwargs = dict(state.kwargs)
         repeats = len(state.rows) // self.latents.shape[0]
         rows = self.latents.repeat(repeats, *([1] * (self.latents.dim() - 1)))
-        if hasattr(self._scheduler, "scale_model_input"):
-            rows = self._scheduler.scale_model_input(rows, self._time(state))
+        rows = self._solver.model_input(rows, state.clock.turn)
         like = kwargs[state.sample]
         kwargs[state.sample] = replace_channels(like, rows.to(like))
         change(kwargs)
@@ -77,18 +70,13 @@ class Beside:
         guided = found[COND]
         if scale is not None:
             guided = found[UNCOND] + scale * (guided - found[UNCOND])
-        time = self._time(predictions.state)
-        self.latents = self._scheduler.step(guided, time, self.latents, **self._options)[0]
+        turn = predictions.state.clock.turn
+        self.latents = self._solver.step(guided, turn, self.latents, predictions.options)
         self._found = {}
 
     def _tagged(self, row: Row) -> Row:
         branch = self.name if row.branch == COND else f"{self.name} {row.branch}"
         return replace(row, branch=branch, copied=None)
-
-    @staticmethod
-    def _time(state: State) -> Tensor:
-        time: Tensor = state.pipe.scheduler.timesteps[state.clock.turn]
-        return time
 
 
 def guidance_of(predictions: Predictions) -> float | None:

@@ -120,13 +120,15 @@ class Predictions:
 
     guided: what the pipeline, and the editors before this one, made of them and would hand to the
     scheduler, [pictures, ...]; branches: branch -> its rows' predictions, [pictures, ...]; own:
-    what the pipeline alone made of them, None if that is not known.
+    what the pipeline alone made of them, None if that is not known. options: of the scheduler's
+    step that follows, such as eta, by name.
     """
 
     guided: Tensor
     branches: Mapping[str, Tensor]
     state: State
     own: Tensor | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, branch: str) -> Tensor:
         try:

@@ -12,6 +12,8 @@ from hookctl.loop.calls import prediction_of
 from hookctl.loop.driven import settled
 from hookctl.loop.state import Predictions, State, split_branches
 
+_STEPPED = ("model_output", "timestep", "sample")  # what a step is of; the rest are its options
+
 
 class Turn:
     """Collects the denoiser calls of one turn until the scheduler steps."""
@@ -47,11 +49,13 @@ class Turn:
         if latents is not None:
             arguments["sample"] = latents.to(arguments["sample"])
         own = arguments["model_output"]
+        options = {name: value for name, value in arguments.items() if name not in _STEPPED}
         for editor in editors:
             if overrides(editor, "combine"):
                 guided = arguments["model_output"]
                 parts = {name: _like(part, guided) for name, part in branches.items()}
-                arguments["model_output"] = editor.combine(Predictions(guided, parts, state, own))
+                predictions = Predictions(guided, parts, state, own, options)
+                arguments["model_output"] = editor.combine(predictions)
         out = _settled(step(**arguments))
         after = [editor for editor in editors if overrides(editor, "after")]
         return _edited(out, state, after) if after else out

@@ -1,4 +1,5 @@
-"""RealCompo: equal models, forced coefficients, the chain rule of its map, cost, bad input."""
+"""RealCompo: equal models, forced coefficients, the chain rule of its map, solvers with histories,
+cost, bad input."""
 
 from __future__ import annotations
 
@@ -7,6 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor
 
 import hookctl
@@ -15,13 +23,26 @@ from hookctl.loop.noise import Noise
 from hookctl.loop.state import Predictions, State
 from hookctl.recipes.energy_guidance import level_of
 from hookctl.recipes.layout_guidance import LayoutGuidance
-from hookctl.recipes.real_compo import RealCompo
+from hookctl.recipes.real_compo import Guess, RealCompo
 from tests import zoo
 
 PROMPTS = ["a red cat above a blue square", "a blue dog"]
 WORDS = [["cat", "square"], ["dog"]]
 BOXES = [[(0, 0, 0.5, 1), (0.5, 0, 1, 1)], [(0, 0, 0.5, 1)]]
 CASE = zoo.PIPELINES["sd15"]
+STEPS = 6
+MULTISTEP = [DPMSolverMultistepScheduler, UniPCMultistepScheduler, PNDMScheduler]
+
+
+def with_scheduler(scheduler: Any) -> Any:
+    pipe = CASE.make()
+    skip = {"skip_prk_steps": True} if scheduler is PNDMScheduler else {}
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **skip)
+    return pipe
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
 
 
 def other(pipe: Any) -> Any:
@@ -53,13 +74,101 @@ def test_identities() -> None:
     assert torch.equal(CASE.run(pipe, PROMPTS, n=2), plain)
 
 
-def test_a_guidance_as_the_layout_model() -> None:
-    """Alone it draws what the guidance draws: DDIM's step is that of the same clean picture."""
-    pipe = CASE.make()
+@pytest.mark.parametrize(
+    ("scheduler", "paper"),
+    [
+        (DDIMScheduler, True),
+        *((s, False) for s in (DDIMScheduler, EulerDiscreteScheduler, *MULTISTEP)),
+    ],
+)
+def test_a_guidance_as_the_layout_model(scheduler: Any, paper: bool) -> None:
+    """Alone it draws what the guidance draws, from the latents that it moved."""
+    pipe = with_scheduler(scheduler)
+    guidance = LayoutGuidance(WORDS, BOXES, stop=0.8, scale=3.0, iterations=1)
+    with hookctl.control(pipe, guidance):
+        expected = CASE.run(pipe, PROMPTS, steps=3)
+    with hookctl.control(pipe, RealCompo(WORDS, BOXES, guidance, coefficient=1.0, paper=paper)):
+        got = CASE.run(pipe, PROMPTS, steps=3)
+    plain = CASE.run(pipe, PROMPTS, steps=3)
+    assert relative(got, expected) < 1e-4 < relative(expected, plain)
     idle = LayoutGuidance(WORDS, BOXES, scale=0.0)
-    plain = CASE.run(pipe, PROMPTS, n=2)
-    assert torch.allclose(mixed(pipe, idle, coefficient=1.0), plain, atol=1e-5)
-    assert torch.isfinite(mixed(pipe, LayoutGuidance(WORDS, BOXES))).all()
+    with hookctl.control(pipe, RealCompo(WORDS, BOXES, idle, coefficient=1.0, paper=paper)):
+        assert relative(CASE.run(pipe, PROMPTS, steps=3), plain) < 1e-5
+
+
+class Recorded(RealCompo):
+    """Keeps the coefficients that were mixed with."""
+
+    def combine(self, predictions: Predictions) -> Tensor:
+        mixture = super().combine(predictions)
+        alone = predictions.state.clock.turn < int(self.alone * predictions.state.clock.turns)
+        assert self.d is not None
+        self.coefficients.append(torch.ones_like(self.d) if alone else self.d.sigmoid())
+        return mixture
+
+    def begin(self, state: State) -> None:
+        super().begin(state)
+        self.coefficients: list[Tensor] = []
+
+
+def written_out(pipe: Any, second: Any, coefficients: list[Tensor], paper: bool) -> Tensor:
+    """The loop in full: a scheduler for each model, or one for the mixture."""
+    cond, uncond = pipe.encode_prompt(PROMPTS, "cpu", 1, True, ["blurry"] * len(PROMPTS))
+    text = torch.cat([uncond, cond])
+    pipe.scheduler.set_timesteps(STEPS)
+    shape = (1, 4, pipe.unet.config.sample_size, pipe.unet.config.sample_size)
+    noises = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    x = torch.cat(noises) * pipe.scheduler.init_noise_sigma
+    one, layout, plain = (copy.deepcopy(pipe.scheduler) for _ in range(3))
+
+    def predict(unet: Any, t: Tensor) -> Tensor:
+        u, c = unet(torch.cat([x, x]), t, text)[0].chunk(2)
+        return u + CASE.guidance * (c - u)
+
+    with torch.no_grad():
+        for c, t in zip(coefficients, pipe.scheduler.timesteps, strict=True):
+            e_l, e_t = predict(second, t), predict(pipe.unet, t)
+            if paper:
+                x = one.step(c * e_l + (1 - c) * e_t, t, x)[0]
+            else:
+                x = c * layout.step(e_l, t, x)[0] + (1 - c) * plain.step(e_t, t, x)[0]
+    return x
+
+
+@pytest.mark.parametrize("scheduler", MULTISTEP)
+@pytest.mark.parametrize("paper", [False, True])
+def test_histories_of_multistep_solvers(scheduler: Any, paper: bool) -> None:
+    """Each model's own, which the mixture's is not once the layout model has been alone."""
+    pipe = with_scheduler(scheduler)
+    second = other(pipe)
+    edit = Recorded(
+        WORDS, BOXES, second, alone=0.4, generator=torch.Generator().manual_seed(0), paper=paper
+    )
+    with hookctl.control(pipe, edit):
+        got = CASE.run(pipe, PROMPTS, steps=STEPS)
+    assert {float(c.amin()) for c in edit.coefficients[:2]} == {1.0}
+    assert relative(got, written_out(pipe, second, edit.coefficients, paper)) < 1e-4
+    assert relative(got, written_out(pipe, second, edit.coefficients, not paper)) > 1e-3
+
+
+def test_a_constant_coefficient_needs_one_history() -> None:
+    pipe = with_scheduler(DPMSolverMultistepScheduler)
+    second = other(pipe)
+    with hookctl.control(pipe, RealCompo(WORDS, BOXES, second, coefficient=0.3)):
+        got = CASE.run(pipe, PROMPTS, steps=STEPS)
+    for paper in (False, True):
+        constant = [torch.tensor(0.3)] * STEPS
+        assert relative(got, written_out(pipe, second, constant, paper)) < 1e-4
+
+
+def test_fresh_noise_is_the_pipelines() -> None:
+    """The steps beside draw noise of their own, and none of it is left."""
+    pipe = CASE.make()
+    guidance = LayoutGuidance(WORDS, BOXES, stop=0.8, scale=3.0, iterations=1)
+    with hookctl.control(pipe, guidance):
+        expected = CASE.run(pipe, PROMPTS, steps=3, eta=1.0)
+    with hookctl.control(pipe, RealCompo(WORDS, BOXES, guidance, coefficient=1.0)):
+        assert relative(CASE.run(pipe, PROMPTS, steps=3, eta=1.0), expected) < 1e-4
 
 
 class Watched(RealCompo):
@@ -68,7 +177,8 @@ class Watched(RealCompo):
     def combine(self, predictions: Predictions) -> Tensor:
         if not hasattr(self, "seen"):
             state = predictions.state
-            layout, text = self._found["cond"], predictions["cond"]
+            x = state.latents
+            layout, text = (Guess(e, e, x) for e in (self._found["cond"], predictions["cond"]))
             self.seen = self._change(state, layout, text)
             towards = torch.sign(self.seen)
             start, losses = self.d, []
@@ -80,10 +190,10 @@ class Watched(RealCompo):
             self.predicted = (self.seen * towards).sum()
         return super().combine(predictions)
 
-    def _loss(self, state: State, layout: Tensor, text: Tensor) -> Tensor:
+    def _loss(self, state: State, layout: Guess, text: Guess) -> Tensor:
         noise = Noise(state.pipe.scheduler)
-        c = self.d.sigmoid()
-        x0, eps = noise.split(state.latents, text + c * (layout - text), level_of(state))
+        mixed = text.cond + self.d.sigmoid() * (layout.cond - text.cond)
+        x0, eps = noise.split(state.latents, mixed, level_of(state))
         after = noise.after(state.pipe.scheduler.timesteps[state.clock.turn])
         return self.measured(state, self.energy, latents=after.mix(x0, eps)).values.sum()
 
@@ -115,8 +225,8 @@ class Fixed:
     def begin(self, state: State) -> None:
         pass
 
-    def predict(self, state: State) -> Tensor:
-        return self.denoiser(**state.kwargs)[0]
+    def predict(self, state: State) -> tuple[Tensor, Tensor]:
+        return self.denoiser(**state.kwargs)[0], state.latents
 
     def measured(self, state: State, measure: Any) -> None:
         return None
