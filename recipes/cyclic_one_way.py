@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from hookctl.address.regions import Region, RegionLike, region_of
-from hookctl.editor import Editor
+from hookctl.editor import WHOLE_PICTURE, Editor
 from hookctl.errors import InputError
 from hookctl.loop import prompts as further
 from hookctl.loop.branches import Branch
@@ -161,9 +161,14 @@ class CyclicOneWay:
     # -- the program ---------------------------------------------------------------------------
 
     def run(self, *editors: Editor, output_type: str = "pil") -> Any:
-        """Draw; a list of pictures, or as output_type= has it. editors: active in all of it."""
-        with control(self.pipe, *editors):
+        """Draw; a list of pictures, or as output_type= has it.
+
+        editors: active in all of it; those to whom places of the canvas mean something not where
+        the picture is inverted on its own.
+        """
+        with control(self.pipe, *(editor for editor in editors if not _of_places(editor))):
             written = self._condition()
+        with control(self.pipe, *editors):
             program = self._canvas()
             generator = program.generator
             outside = 1 - self._mask(program.latents)
@@ -259,6 +264,10 @@ class CyclicOneWay:
         """Which pixels of a picture are pasted."""
         inside = self.region.outline.inside(picture.height, picture.width)
         return Image.fromarray(inside.astype("uint8") * 255)
+
+
+def _of_places(editor: Editor) -> bool:
+    return any(claim.what == WHOLE_PICTURE for claim in editor.claims())
 
 
 class Suppression(Editor):

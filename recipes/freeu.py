@@ -102,4 +102,6 @@ def scale_low_frequencies(x: Tensor, s: Tensor | float) -> Tensor:
 
     s: a number, or a tensor that broadcasts to [rows, channels]; differentiable in both.
     """
+    if x.shape[-2:].numel() == 1:  # a single cell is its own mean
+        return x * (s.expand(x.shape[:2])[..., None, None].to(x) if isinstance(s, Tensor) else s)
     return fourier_gain(x, s)

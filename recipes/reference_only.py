@@ -21,6 +21,7 @@ from PIL import Image
 
 from hookctl.address.rows import UNCOND
 from hookctl.address.sites import Selector
+from hookctl.editor import WHOLE_PICTURE, Claim
 from hookctl.errors import InputError
 from hookctl.loop.noise import Noise, noise_like
 from hookctl.loop.pictures import encode
@@ -60,6 +61,10 @@ class ReferenceOnly(StyleAligned):
             raise InputError(f"ReferenceOnly: fidelity={fidelity!r}; give a number from 0 to 1")
         self.picture, self.seed = picture, int(seed)
         self.shares = {UNCOND: 1.0 - float(fidelity)}
+
+    def claims(self) -> Sequence[Claim]:
+        # The reference is as large as what is drawn, and in its place.
+        return [*super().claims(), Claim(WHOLE_PICTURE, window=self.window(), shared=True)]
 
     def attach(self, target: Any) -> None:
         super().attach(target)

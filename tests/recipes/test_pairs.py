@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 import hookctl
 from hookctl import Editor, recipes
-from hookctl.errors import ConflictError
+from hookctl.errors import ConflictError, InputError
+from hookctl.recipes.batch import SourceAndEdits
 from tests import zoo
 from tests.families.subjects import error
 from tests.recipes.pictures import picture
@@ -24,12 +26,25 @@ SD15 = zoo.PIPELINES["sd15"]
 PROMPTS = ["a red cat", "a blue cat"]
 LEFT, RIGHT, TOP = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0), (0.0, 0.0, 1.0, 0.5)
 
+
+@cache
+def second() -> Any:
+    """A layout model: a denoiser with weights of its own."""
+    unet = SD15.make().unet
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.mul_(1.05)
+    return unet
+
+
 # What makes each recipe act on the run that all of them share.
 RECIPES: dict[str, Callable[[Any], Editor]] = {
     "AttendAndExcite": lambda r: r.AttendAndExcite(["cat"], refinements=1),
     "BoxDiff": lambda r: r.BoxDiff(["cat"], [LEFT], refinements=1),
     "FreeU": lambda r: r.FreeU(),
-    "LayoutGuidance": lambda r: r.LayoutGuidance(["cat"], [LEFT], iterations=1, stop=0.5),
+    "LayoutGuidance": lambda r: r.LayoutGuidance(
+        ["cat"], [LEFT], threshold=0.0, iterations=1, stop=0.5
+    ),
     "MasaCtrl": lambda r: r.MasaCtrl(PROMPTS, start=0.0, sites="self"),
     "MaskedSelfAttention": lambda r: r.MaskedSelfAttention([LEFT, RIGHT]),
     "MultiDiffusion": lambda r: r.MultiDiffusion(window=12, stride=4),
@@ -38,6 +53,8 @@ RECIPES: dict[str, Callable[[Any], Editor]] = {
     "PAG": lambda r: r.PAG(sites="self @1/2"),
     "PromptToPrompt": lambda r: r.PromptToPrompt(PROMPTS, self_replace=0.5, self_resolution=1.0),
     "ProximalGuidance": lambda r: r.ProximalGuidance(),
+    "RealCompo": lambda r: r.RealCompo(["cat"], [LEFT], second(), alone=0.0),
+    "ReferenceOnly": lambda r: r.ReferenceOnly(PROMPTS, picture()),
     "RegionalPrompts": lambda r: r.RegionalPrompts(["a dog"], [LEFT]),
     "SAG": lambda r: r.SAG(sites="self @1/2"),
     "SEG": lambda r: r.SEG(sites="self @1/2"),
@@ -56,9 +73,6 @@ INVERSIONS: dict[str, dict[str, Any]] = {
 }
 BESIDE = ("FreeU", "MaskedSelfAttention", "PAG", "PromptToPrompt", "SAG", "SEG", "StyleAligned")
 
-# Editors that need more than a prompt (a picture, a second model) have stacks in their own tests.
-APART = {"ReferenceOnly", "RealCompo"}
-
 
 @cache
 def pipe() -> Any:
@@ -66,8 +80,12 @@ def pipe() -> Any:
 
 
 def draw(*names: str) -> Tensor:
-    with hookctl.control(pipe(), *(RECIPES[name](recipes) for name in names)):
-        return SD15.run(pipe(), PROMPTS)
+    return draw_with(*(RECIPES[name](recipes) for name in names))
+
+
+def draw_with(*editors: Editor, **options: Any) -> Tensor:
+    with hookctl.control(pipe(), *editors):
+        return SD15.run(pipe(), PROMPTS, **options)
 
 
 @cache
@@ -81,7 +99,7 @@ def test_every_editor_is_in_the_table() -> None:
         for name in recipes.__all__
         if isinstance(getattr(recipes, name), type) and issubclass(getattr(recipes, name), Editor)
     }
-    assert editors <= set(RECIPES) | APART
+    assert editors <= set(RECIPES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -121,6 +139,62 @@ def test_inversions_under_editors(name: str) -> None:
 def test_guidance_is_added_in_any_order(other: str) -> None:
     if other in NAMES:
         assert error(draw("PAG", other), draw(other, "PAG")) < 1e-4
+
+
+# What draws by a loop of its own, under further editors.
+
+
+def grown(name: str, *editors: Editor) -> Tensor:
+    """Two scenes round one picture."""
+    pictures, options = [picture(size=(64, 64))] * 2, {"steps": 4, "top": 0.75, "cycles": 1}
+    program = getattr(recipes, name)(pipe(), pictures, PROMPTS, at=(64, 0), **options)
+    latents: Tensor = program.run(*editors, output_type="latent")
+    return latents
+
+
+@cache
+def fitted() -> Any:
+    few = {"text_steps": 2, "text_rate": 0.1, "model_steps": 2, "model_rate": 0.01}
+    return recipes.Imagic(pipe(), picture(), PROMPTS[1], schedule_steps=2, **few).fit()
+
+
+def imagined(*editors: Editor, changed: bool = True) -> Tensor:
+    """Imagic's pictures at two strengths."""
+    with hookctl.control(pipe(), *editors):
+        latents: Tensor = fitted().draw((0.5, 1.0), steps=4, changed=changed, output_type="latent")
+    return latents
+
+
+BROUGHT = {"SelectiveOneWay": "OneWayFlow"}  # the editor by which a program claims something
+# name -> its drawing under editors, and the same without what it brings itself.
+PROGRAMS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "CyclicOneWay": (partial(grown, "CyclicOneWay"), lambda *e: draw_with(*e, steps=4)),
+    "Imagic": (imagined, partial(imagined, changed=False)),
+    "SelectiveOneWay": (partial(grown, "SelectiveOneWay"), partial(grown, "CyclicOneWay")),
+}
+
+
+@cache
+def program_alone(name: str) -> Tensor:
+    return PROGRAMS[name][0]()
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("other", NAMES)
+def test_programs_under_editors(name: str, other: str) -> None:
+    act, without = PROGRAMS[name]
+    if name == "Imagic" and isinstance(RECIPES[other](recipes), SourceAndEdits):
+        with pytest.raises(InputError, match=f"{other} edits .* but the pipeline was called"):
+            act(RECIPES[other](recipes))
+        return
+    try:
+        both = act(RECIPES[other](recipes))
+    except ConflictError as refusal:
+        assert other in str(refusal) and BROUGHT.get(name, name) in str(refusal)
+        return
+    assert error(both, program_alone(name)) > 1e-5, f"nothing is left of {other} under {name}"
+    bare = without(RECIPES[other](recipes))
+    assert error(both, bare) > 1e-5, f"nothing is left of {name} with {other}"
 
 
 def test_nothing_stays_behind() -> None:
