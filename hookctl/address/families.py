@@ -44,7 +44,10 @@ _TEXT_FIRST = (
     r"Flux|Chroma|Bria|LongCat|Ovis|QwenImage|AuraFlow|CogVideoX|ConsisID|CogView|GlmImage|Krea2"
     r"|Lumina2|PRX"
 )
-_SINGLE_STREAM = r"single_(transformer_)?blocks"
+_SINGLE_STREAM = r"single_((transformer|dit)_)?blocks"
+# Models whose blocks attend jointly by a module that does not show it, but for those of `_REFINES`.
+_JOINT_THROUGHOUT = r"AuraFlow|CogVideoX|ConsisID|CogView|Lumina2|ZImage"
+_REFINES = r"refiner"
 
 
 def denoiser_of(target: Any) -> nn.Module:
@@ -131,7 +134,8 @@ def describe_sites(denoiser: nn.Module) -> tuple[tuple[Site, nn.Module], ...]:
     found = []
     for path, module in attention_modules(model):
         place, block = _place(path)
-        kind = _kind(path, module, order)
+        joint = bool(re.search(_JOINT_THROUGHOUT, type(model).__name__))
+        kind = "joint" if joint and not re.search(_REFINES, path) else _kind(path, module, order)
         depth = seen.get((place, block, kind), 0)
         seen[place, block, kind] = depth + 1
         heads = getattr(module, "heads", None) or getattr(module, "num_heads", None)
@@ -181,7 +185,8 @@ def _levels(model: nn.Module) -> dict[Any, Fraction]:
         levels["mid", 0] = Fraction(1, 2 ** (count - 1))
         return levels
     config = getattr(model, "config", {})
-    patch = config.get("patch_size") if hasattr(config, "get") else None
+    patches = config if hasattr(config, "get") else {}
+    patch = patches.get("patch_size") or patches.get("all_patch_size")
     if isinstance(patch, list | tuple):
         patch = patch[-1]
     if isinstance(patch, int) and patch > 0:

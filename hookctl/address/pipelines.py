@@ -6,12 +6,17 @@ that its attention sees.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from hookctl.address.latent import registers
 from hookctl.address.rows import COND, PERTURBED, UNCOND, Layout
 from hookctl.errors import UnsupportedError
 
@@ -44,12 +49,16 @@ class TextStream:
 
     length: tokens that the pipeline pads to by default (None: the tokenizer's maximum); prompts:
     the arguments whose texts are in it. Where there are two, two encoders share the positions.
+    wrap: what the pipeline makes of a prompt before it is tokenized; dropped: how many tokens of
+    that are cut off in front.
     """
 
     tokenizer: Any
     start: int = 0
     length: int | None = None
     prompts: tuple[str, ...] = ("prompt",)
+    wrap: Callable[[str], str] | None = None
+    dropped: int = 0
 
 
 def layout_of(pipe: Any) -> Layout:
@@ -85,6 +94,26 @@ def text_streams(pipe: Any) -> tuple[TextStream, ...]:
         return (TextStream(first, 0, 300 if "Sigma" in name else 120),)
     if re.search(r"^Wan", name):
         return (TextStream(first, 0, 512),)
+    if re.search(r"^ZImage", name):
+        return (TextStream(first, 0, 512, wrap=partial(_chat, first, thinking=True)),)
+    if re.search(r"^Flux2Klein", name):
+        return (TextStream(first, 0, 512, wrap=partial(_chat, first, thinking=False)),)
+    if re.search(r"^QwenImage(?!Edit|Layered|21)", name):
+        return (
+            TextStream(
+                first,
+                length=pipe.tokenizer_max_length,
+                wrap=pipe.prompt_template_encode.format,
+                dropped=pipe.prompt_template_encode_start_idx,
+            ),
+        )
+    if _wraps_prompts(type(pipe)):  # type: ignore[arg-type]  # classes can be hashed
+        raise UnsupportedError(
+            f"{name} wraps its prompts in a template that is not known here, so words can't be "
+            "addressed; use token positions of the wrapped prompt"
+        )
+    if re.search(r"^AuraFlow", name):
+        return (TextStream(first, registers(pipe.transformer), 256),)
     if first is None:
         first = getattr(pipe, "tokenizer_2", None)
     if first is None:
@@ -95,6 +124,31 @@ def text_streams(pipe: Any) -> tuple[TextStream, ...]:
     if "XL" in name and getattr(pipe, "tokenizer_2", None) is not None:
         return (TextStream(first, prompts=("prompt", "prompt_2")),)
     return (TextStream(first),)
+
+
+def _chat(tokenizer: Any, text: str, thinking: bool) -> str:
+    """A prompt as the one message of a chat."""
+    said: str = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=thinking,
+    )
+    return said
+
+
+_TEMPLATES = re.compile(
+    r"apply_chat_template|prompt_template|complex_human_instruction|system_(prompt|message)"
+)
+
+
+@functools.cache
+def _wraps_prompts(kind: Any) -> bool:
+    """Whether a pipeline's code speaks of templates for prompts."""
+    try:
+        return bool(_TEMPLATES.search(inspect.getsource(kind)))
+    except (OSError, TypeError):
+        return False
 
 
 # What `encode_prompt` gives beside the sequence, which comes first, and where.

@@ -104,9 +104,7 @@ class TextLayout:
             if tokens is not None and i == len(self._streams) - 1:
                 length = tokens - stream.start
             text = self._as_encoded(_in_stream(prompt, stream), stream.tokenizer)
-            streams.append(
-                (stream.start, PromptTokens.encode(text, stream.tokenizer, length=length))
-            )
+            streams.append((stream.start, _tokens(text, stream, length)))
         return PromptText(prompt, tuple(streams))
 
     def _as_encoded(self, prompt: str, tokenizer: Any) -> str:
@@ -118,6 +116,20 @@ class TextLayout:
         if hasattr(self._pipe, "maybe_convert_prompt"):  # a textual inversion of several vectors
             prompt = self._pipe.maybe_convert_prompt(prompt, tokenizer)
         return prompt
+
+
+def _tokens(text: str, stream: TextStream, length: int | None) -> PromptTokens:
+    """The tokens of a text in a stretch of this length."""
+    if stream.wrap is None or not isinstance(text, str):
+        return PromptTokens.encode(text, stream.tokenizer, length=length)
+    whole = stream.wrap(text)
+    at = whole.find(text)
+    if at < 0:
+        raise InputError(f"the template of this pipeline changes the prompt {text!r}; reword it")
+    room = None if length is None else length + stream.dropped
+    return PromptTokens.encode(whole, stream.tokenizer, length=room).part(
+        (at, at + len(text)), stream.dropped
+    )
 
 
 def _in_stream(prompt: str, stream: TextStream) -> str:

@@ -108,6 +108,27 @@ class PromptTokens:
         sequence = padding + ids if left else ids + padding
         return cls(text, tuple(sequence), tuple(offsets), left + start, left + end)
 
+    def part(self, span: Span, dropped: int = 0) -> PromptTokens:
+        """A stretch of the text as a prompt of its own, without the first `dropped` positions.
+
+        The tokens round it stay in the sequence, as specials do.
+        """
+        first, last = span
+        inside = self.overlapping(span)
+        before = sum(a < first for a, b in self.offsets[self.start : self.end])
+        start, end = (inside[0], inside[-1] + 1) if inside else (self.start + before,) * 2
+        offsets = [(0, 0)] * len(self.ids)
+        for p in inside:
+            a, b = self.offsets[p]
+            offsets[p] = max(a, first) - first, min(b, last) - first
+        return PromptTokens(
+            self.text[first:last],
+            self.ids[dropped:],
+            tuple(offsets[dropped:]),
+            start - dropped,
+            end - dropped,
+        )
+
     @property
     def length(self) -> int:
         """T, the number of positions with padding."""

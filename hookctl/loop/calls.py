@@ -85,23 +85,24 @@ class Calls:
         alive: says whether the edits are still attached; a backward that would recompute without
         them is an error.
         """
-        made = prediction_of(output)
-        if made is None or made.grad_fn is None:
-            return
-        metadata: Any = made.grad_fn.metadata
-        metadata["hookctl"] = call  # lives as long as the graph
-        self._graphs.add(call)
-        if call.by_site and _recomputes(denoiser):
 
-            def check(grads: Any) -> None:
-                if not alive():
-                    raise HoleError(
-                        "backward through an edited denoiser call after its control() ended: "
-                        "gradient checkpointing would recompute it without the edits. Call "
-                        "backward() inside the context"
-                    )
+        def check(grads: Any) -> None:
+            if not alive():
+                raise HoleError(
+                    "backward through an edited denoiser call after its control() ended: "
+                    "gradient checkpointing would recompute it without the edits. Call "
+                    "backward() inside the context"
+                )
 
-            made.grad_fn.register_prehook(check)
+        guarded = bool(call.by_site) and _recomputes(denoiser)
+        for made in _predictions(output):
+            if made.grad_fn is None:
+                continue
+            metadata: Any = made.grad_fn.metadata
+            metadata["hookctl"] = call  # lives as long as the graph
+            self._graphs.add(call)
+            if guarded:
+                made.grad_fn.register_prehook(check)
 
     def follow(self, call: Call, reading: Reading) -> None:
         """Let a backward of a call that is made for its maps find it again: it may end early, and
@@ -139,8 +140,18 @@ def _recomputes(denoiser: nn.Module) -> bool:
 
 def prediction_of(output: Any) -> Tensor | None:
     """The prediction in what a denoiser returns: a tensor, a tuple or an output object."""
-    found = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+    found = _predicted(output)
     return found if isinstance(found, Tensor) else None
+
+
+def _predicted(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+
+
+def _predictions(output: Any) -> list[Tensor]:
+    """The tensors that a prediction is made of; some denoisers return one for each picture."""
+    found = _predicted(output)
+    return [x for x in (found if isinstance(found, list) else [found]) if isinstance(x, Tensor)]
 
 
 def with_prediction(output: Any, prediction: Tensor) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hookctl.address import families, pipelines
 from hookctl.address.clock import Timekeeper
+from hookctl.address.latent import latent_grid, text_tokens
 from hookctl.address.rows import COND, Layout, Row, Rows, resolve_rows
 from hookctl.address.text import prompts_given
 from hookctl.errors import InputError, LayoutError
@@ -18,7 +19,7 @@ from hookctl.loop.nested import reading_of
 from hookctl.loop.state import Scaling, State
 
 _TIMES = ("timestep", "timesteps", "t")
-_TEXTS = ("encoder_hidden_states", "context")
+_TEXTS = ("encoder_hidden_states", "cap_feats", "context")
 
 
 class Run:
@@ -38,6 +39,7 @@ class Run:
         self.prompts: tuple[str, ...] = ()
         self.count: int | None = None
         self.images_per_prompt = 1
+        self._told = True  # how many images each prompt gets; some pipelines repeat them later
         self.encoding: dict[str, Any] = {}
         self.fresh = True
         self.scaling: Scaling | None = None
@@ -64,8 +66,9 @@ class Run:
             self.count = 1 if isinstance(prompt, str) else len(prompt)
         elif isinstance(given.get("prompt_embeds"), Tensor):
             self.count = given["prompt_embeds"].shape[0]
-        images = [value for name, value in given.items() if name.startswith("num_")]
-        self.images_per_prompt = next((v for v in images if isinstance(v, int)), 1)
+        told = [value for name, value in given.items() if name.startswith("num_")]
+        self._told = bool(told)
+        self.images_per_prompt = next((v for v in told if isinstance(v, int)), 1)
 
     def _follow(self, call: Driven | None) -> None:
         """A program's calls are a run of its own."""
@@ -91,7 +94,7 @@ class Run:
         if isinstance(given, list):
             batch, latent = len(given), tuple(given[0].shape[1:])
         else:
-            batch, latent = given.shape[0], _latent_grid(given, arguments, self.denoiser)
+            batch, latent = given.shape[0], latent_grid(given, arguments, self.denoiser)
         time = next((arguments[name] for name in _TIMES if name in arguments), None)
         schedule = getattr(getattr(self.pipe, "scheduler", None), "timesteps", None)
         if call is not None:
@@ -101,7 +104,6 @@ class Run:
         else:
             clock = self.keeper.peek(time, schedule, outer.clock)
         text = next((name for name in _TEXTS if arguments.get(name) is not None), None)
-        embeddings = arguments.get(text) if text else None
         return State(
             denoiser=self.denoiser,
             pipe=self.pipe,
@@ -116,7 +118,7 @@ class Run:
             scaling=self._scaling(given) if call is None else call.scaling,
             grid=latent,
             nested=outer is not None or (call is not None and not call.stepping),
-            own_text=embeddings.shape[1] if isinstance(embeddings, Tensor) else None,
+            own_text=text_tokens(arguments.get(text) if text else None, arguments, self.denoiser),
             reading=reading_of(self.denoiser),
         )
 
@@ -167,6 +169,9 @@ class Run:
         groups = max(self.layout.groups)
         if count is None and guided and not self.layout.sequential and batch % groups == 0:
             count = batch // groups
+        if not self._told and count and guided is not None:
+            branches = 2 if guided and not self.layout.sequential else 1
+            self.images_per_prompt, self._told = max(1, batch // (count * branches)), True
         return resolve_rows(
             batch,
             self.layout,
@@ -194,22 +199,6 @@ def _branch(name: str | None) -> str | None:
     if name is None or name == "cond_uncond":
         return None
     return {"cond": COND, "pred_cond": COND, "pred_uncond": "uncond"}.get(name, name)
-
-
-def _latent_grid(sample: Tensor, arguments: dict[str, Any], denoiser: nn.Module) -> tuple[int, ...]:
-    """([frames,] height, width) of the latent of one denoiser call; () if it shows none."""
-    if sample.dim() == 5:
-        frames_first = "SpatioTemporal" in type(families.uncompiled(denoiser)).__name__
-        frames = sample.shape[1] if frames_first else sample.shape[2]
-        return (frames, *sample.shape[-2:])
-    if sample.dim() == 4:
-        return tuple(sample.shape[-2:])
-    ids = arguments.get("img_ids")
-    if isinstance(ids, Tensor):
-        # Packed latents: position ids (frame, row, column) of every image token.
-        flat = ids.reshape(-1, ids.shape[-1])
-        return tuple(int(flat[:, axis].max()) + 1 for axis in (-2, -1))
-    return ()
 
 
 def check_batch(state: State, prompts: int, who: str) -> None:

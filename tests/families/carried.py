@@ -19,6 +19,9 @@ from torch import Tensor
 from tests.families.promises import check, need
 from tests.families.subjects import Subject, error
 
+# Families whose attention modules take processors of their own alone.
+OWN_PROCESSORS = ("sd3", "flux", "wan", "z_image", "qwen_image", "flux2_klein")
+
 
 def with_lora(subject: Subject) -> None:
     """The edited values are those that the adapter made."""
@@ -27,7 +30,7 @@ def with_lora(subject: Subject) -> None:
     plain = subject.run(subject.make())
 
     def prepare(subject: Subject, target: Any) -> None:
-        names = ["to_q", "to_k", "to_v", "qkv"]
+        names = ["to_q", "to_k", "to_v", "qkv", "to_qkv_mlp_proj"]
         config = LoraConfig(r=2, target_modules=names, init_lora_weights=False)
         torch.manual_seed(0)
         denoiser = subject.denoiser(target)
@@ -42,7 +45,8 @@ def with_lora(subject: Subject) -> None:
 
 def with_ip_adapter(subject: Subject) -> None:
     """The text's attention is edited, the adapter's is left alone."""
-    need(subject.name not in ("pixart", "wan", "svd"), "diffusers has no IP-Adapter for it")
+    without = ("pixart", "wan", "svd", "z_image", "qwen_image", "flux2_klein")
+    need(subject.name not in without, "diffusers has no IP-Adapter for it")
     need(subject.is_pipeline, "diffusers has no IP-Adapter for it")
     need(subject.name != "instruct_pix2pix", "diffusers' pipeline drops the embeddings given")
     if subject.name == "sd3":
@@ -189,7 +193,7 @@ def with_sliced_attention(subject: Subject) -> None:
 def with_eager_processors(subject: Subject) -> None:
     """Processors that form the matrix."""
     need(subject.is_pipeline, "compvis is the eager one among the modules")
-    need(subject.name not in ("sd3", "flux", "wan"), "has no eager processor")
+    need(subject.name not in OWN_PROCESSORS, "has no eager processor")
     need(subject.name != "sd15_pag", "sets its own processors on the middle block")
 
     def prepare(subject: Subject, target: Any) -> None:
@@ -219,7 +223,7 @@ class _Unknown(AttnProcessor):
 def with_unknown_processors(subject: Subject) -> None:
     """Processors of somebody else's that form the matrix are followed."""
     need(subject.is_pipeline, "compvis is the eager one among the modules")
-    need(subject.name not in ("sd3", "flux", "wan"), "its attention takes no such processor")
+    need(subject.name not in OWN_PROCESSORS, "its attention takes no such processor")
     need(subject.name != "sd15_pag", "sets its own processors on the middle block")
 
     def prepare(subject: Subject, target: Any) -> None:

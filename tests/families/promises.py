@@ -37,8 +37,7 @@ def sites_found(subject: Subject) -> None:
     """Every attention module is a site with a name, a kind and a place."""
     denoiser = subject.denoiser(subject.make())
     sites = {site.path: site for site, _ in describe_sites(denoiser)}
-    modules = {p for p, m in denoiser.named_modules() if hasattr(m, "to_q") or hasattr(m, "qkv")}
-    assert set(sites) == modules
+    assert set(sites) == set(subject.attention(denoiser))
     for path, site in sites.items():
         assert site.kind == kind_of(subject, path, denoiser.get_submodule(path)), path
     kinds = [site.kind for site in sites.values()]
@@ -69,14 +68,11 @@ def _tensors_at_the_kernel(subject: Subject, target: Any) -> dict[str, list[tupl
 
     denoiser, found, at = subject.denoiser(target), {}, {"path": "", "done": True}
     handles = []
-    for path, module in denoiser.named_modules():
-        if hasattr(module, "to_q") or hasattr(module, "qkv"):
-            handles.append(
-                module.register_forward_pre_hook(
-                    lambda *_, path=path: at.update(path=path, done=False)
-                )
-            )
-            handles.append(module.register_forward_hook(lambda *_: at.update(done=True)))
+    for path, module in subject.attention(denoiser).items():
+        handles.append(
+            module.register_forward_pre_hook(lambda *_, path=path: at.update(path=path, done=False))
+        )
+        handles.append(module.register_forward_hook(lambda *_: at.update(done=True)))
     real, einsum = F.scaled_dot_product_attention, torch.einsum
     parts: list[Tensor] = []
 
@@ -203,7 +199,7 @@ def exceptions_leave_nothing(subject: Subject) -> None:
             continue
         attempt(Boom, type("Bad", (Borrow,), {method: raising})(), Borrow())
     inside = attention[len(attention) // 2]
-    part = getattr(inside, "to_v", None) or inside.qkv
+    part = next(p for n, p in inside.named_children() if n in ("to_v", "qkv", "to_qkv_mlp_proj"))
     for action, kind in ((raising, Boom), (interrupted, KeyboardInterrupt)):
         handle = part.register_forward_hook(action)
         attempt(kind, Borrow())

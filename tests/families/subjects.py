@@ -62,6 +62,12 @@ class Subject:
             return self.case.rows(len(PROMPTS), 1, self.case.guidance > 1)
         return [["P1", "P2"]]
 
+    def attention(self, denoiser: nn.Module) -> dict[str, nn.Module]:
+        """The modules that are to be sites, by path."""
+        aside = getattr(self.case, "aside", None)
+        modules = zoo.attention_modules(denoiser)
+        return {p: m for p, m in modules.items() if aside is None or not p.startswith(aside)}
+
     def kinds(self) -> dict[str, int]:
         if self.is_pipeline:
             return dict(self.case.sites)
@@ -130,8 +136,8 @@ def borrowed_by_hand(subject: Subject, target: Any) -> Iterator[None]:
         order = [rows.index(row.replace("2", "1")) for row in rows]
         return stack[order].flatten(0, 1)
 
-    for path, module in denoiser.named_modules():
-        for name in ("to_v", "add_v_proj", "to_qkv", "to_added_qkv", "qkv"):
+    for path, module in subject.attention(denoiser).items():
+        for name in ("to_v", "add_v_proj", "to_qkv", "to_added_qkv", "qkv", "to_qkv_mlp_proj"):
             part = getattr(module, name, None)
             if not isinstance(part, nn.Module) or kind_of(subject, path, module) not in wanted:
                 continue
@@ -145,8 +151,10 @@ def borrowed_by_hand(subject: Subject, target: Any) -> Iterator[None]:
             ) -> Tensor:
                 if "qkv" not in name:
                     return swap(out, module)
-                q, k, v = out.chunk(3, -1)
-                return torch.cat([q, k, swap(v, module)], -1)
+                # The single blocks of FLUX.2 project their MLP's input behind q, k and v.
+                width = getattr(module, "inner_dim", out.shape[-1] // 3)
+                q, k, v, rest = out.tensor_split([width, 2 * width, 3 * width], -1)
+                return torch.cat([q, k, swap(v, module), rest], -1)
 
             handles.append(part.register_forward_hook(hook))
     try:
@@ -163,7 +171,7 @@ def kind_of(subject: Subject, path: str, module: nn.Module) -> str:
     if "motion_modules" in path or "temporal" in path:
         return "temporal"
     if "joint" in subject.case.sites:
-        return "self" if path.endswith("attn2") else "joint"
+        return "self" if path.endswith("attn2") or "refiner" in path else "joint"
     return "self" if path.endswith("attn1") else "cross"
 
 

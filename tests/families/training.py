@@ -27,8 +27,7 @@ def gradients_checkpointed(subject: Subject) -> None:
         with subject.control(denoiser, editor, rows=rows):
             # Two calls before the backwards: each is recomputed with its own edit.
             for scale in (1.0, 0.5):
-                out = denoiser(args[0] * scale, *args[1:], **kwargs)
-                out = out[0] if isinstance(out, tuple) else out.sample
+                out = called(denoiser, args[0] * scale, args[1:], kwargs)
                 losses.append((out**2).mean())
             if thread:
                 worker = threading.Thread(target=sum(losses).backward)
@@ -65,9 +64,9 @@ def calls_checkpointed(subject: Subject) -> None:
     denoiser.requires_grad_(False)
 
     def call(sample: Tensor) -> Tensor:
-        out = denoiser(sample, *args[1:], **kwargs)
-        out = out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
-        return out * 0.5  # a node of the checkpoint after the call
+        return (
+            called(denoiser, sample, args[1:], kwargs) * 0.5
+        )  # a node of the checkpoint after the call
 
     def gradient(editor: Any, recompute: bool) -> Tensor:
         sample = x = args[0].clone().requires_grad_()
@@ -84,6 +83,16 @@ def calls_checkpointed(subject: Subject) -> None:
     plain, edited = gradient(Idle(), False), gradient(FirstHalfBorrow(), False)
     assert error(gradient(Idle(), True), plain) < 1e-5
     assert error(gradient(FirstHalfBorrow(), True), edited) < 1e-5
+
+
+def called(
+    denoiser: nn.Module, sample: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
+    """The prediction of a denoiser; those that take their pictures as a list get a list."""
+    listed = "cap_feats" in kwargs or any(isinstance(a, list) for a in args)
+    out = denoiser(list(sample.unbind(0)) if listed else sample, *args, **kwargs)
+    out = out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
+    return torch.stack(out) if isinstance(out, list) else out
 
 
 class FirstHalfBorrow(Borrow):
@@ -109,6 +118,8 @@ def denoiser_call(subject: Subject, target: Any) -> tuple[tuple[Any, ...], dict[
     if not args:
         name = next(n for n in ("sample", "hidden_states", "x") if n in kwargs)
         args = (kwargs.pop(name),)
+    if isinstance(args[0], list):
+        args = (torch.stack(args[0]), *args[1:])
     rows = tuple(f"{label}" for label in subject.calls[0])
     args = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)
     return args, {k: v for k, v in kwargs.items() if k != "return_dict"}, rows

@@ -12,11 +12,13 @@ Nothing is shared between two calls of `make`, so a test may spoil what it gets.
 
 import torch
 
-from . import modules, transformers, unets, video
-from .case import NEGATIVE, PROMPTS, Case, attention_modules
+from . import chats, modules, transformers, unets, video
+from .case import NEGATIVE, PROMPTS, Case, attends, attention_modules
 from .modules import ModuleCase
 
-PIPELINES = {case.name: case for case in (*unets.CASES, *transformers.CASES, *video.CASES)}
+PIPELINES = {
+    case.name: case for case in (*unets.CASES, *transformers.CASES, *chats.CASES, *video.CASES)
+}
 MODULES = {case.name: case for case in modules.CASES}
 
 # On tensors this small threads only wait for each other, for seconds on a busy machine.
@@ -29,5 +31,6 @@ __all__ = [
     "PROMPTS",
     "Case",
     "ModuleCase",
+    "attends",
     "attention_modules",
 ]

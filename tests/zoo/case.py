@@ -47,7 +47,8 @@ def two_calls(prompts: int, n: int, guided: bool) -> Rows:
 class Case:
     """A tiny random pipeline.
 
-    `sites` counts the attention modules of the denoiser by kind, `examples` names some of them,
+    `sites` counts the attention modules of the denoiser by kind, `examples` names some of them;
+    `aside` begins the paths of those that only prepare the text and are no sites.
     `rows` gives the rows of each denoiser call in a turn: P a prompt, N its negative, I the picture
     without the text, X perturbed; the number is the prompt's. `frames` is the number of frames
     in the latents of a video model. `takes_n` is False where the pipeline cannot make
@@ -64,6 +65,7 @@ class Case:
     guidance: float = 4.0
     frames: int = 1
     takes_n: bool = True
+    aside: str | None = None
     notes: str = ""
 
     def make(self) -> Any:
@@ -114,7 +116,12 @@ class Case:
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The attention modules of a denoiser by path: those with projections of their own."""
-    return {path: m for path, m in model.named_modules() if hasattr(m, "to_q")}
+    return {path: m for path, m in model.named_modules() if attends(m)}
+
+
+def attends(module: nn.Module) -> bool:
+    """Whether a module projects to queries, alone or together with keys and values."""
+    return any(hasattr(module, name) for name in ("to_q", "qkv", "to_qkv_mlp_proj"))
 
 
 @torch.no_grad()

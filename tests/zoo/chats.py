@@ -1,0 +1,260 @@
+"""Image pipelines whose text encoder is a chat model: Z-Image, Qwen-Image, FLUX.2 klein."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import (
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from .case import Case, Rows, labels, two_calls
+from .text import WORDS
+from .unets import PIXELS, autoencoder
+
+TOKENS = 32  # that prompts are padded to
+WIDTH = 16
+START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+)
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with a chat template; the words of WORDS are one token each."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    known = (*WORDS, "user", "assistant", "think")
+    tokenizer.train_from_iterator([w for word in known for w in (word, f" {word}")], trainer)
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in (START, END, PAD)])
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, model_max_length=131_072
+    )
+    made.chat_template = CHAT
+    return made
+
+
+def chat_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen3ForCausalLM(config).eval()
+
+
+def flow() -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+
+
+def build_z_image() -> ZImagePipeline:
+    """A refiner of the image alone, one of the text alone, then two joint blocks."""
+    tokenizer = chat_tokenizer()
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=WIDTH,
+        axes_dims=[4, 6, 6],
+        axes_lens=[256, 64, 64],
+    )
+    return ZImagePipeline(
+        scheduler=flow(),
+        vae=autoencoder(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06),
+        text_encoder=chat_model(tokenizer),
+        tokenizer=tokenizer,
+        transformer=transformer.eval(),
+    )
+
+
+def build_qwen_image() -> QwenImagePipeline:
+    tokenizer = chat_tokenizer()
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(4, 6, 6),
+    )
+    vae = AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    pipe = QwenImagePipeline(
+        scheduler=flow(),
+        vae=vae.eval(),
+        text_encoder=chat_model(tokenizer),
+        tokenizer=tokenizer,
+        transformer=transformer.eval(),
+    )
+    # The published number is that of the published tokenizer: all but the prompt's own message.
+    before = pipe.prompt_template_encode.split("{}")[0]
+    pipe.prompt_template_encode_start_idx = len(tokenizer(before).input_ids)
+    return pipe
+
+
+def build_flux2_klein() -> Flux2KleinPipeline:
+    tokenizer = chat_tokenizer()
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * WIDTH,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(4, 4, 4, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        sample_size=PIXELS,
+    )
+    return Flux2KleinPipeline(
+        scheduler=flow(),
+        vae=vae.eval(),
+        text_encoder=chat_model(tokenizer),
+        tokenizer=tokenizer,
+        transformer=transformer.eval(),
+    )
+
+
+def positive_first(prompts: int, n: int, guided: bool) -> Rows:
+    """One call, the conditional rows before the unconditional ones."""
+    return [[*labels("P", prompts, n), *(labels("N", prompts, n) if guided else [])]]
+
+
+def call_z_image(
+    pipe: Any,
+    prompts: list[str],
+    negatives: list[str],
+    guidance: float,
+    common: dict[str, Any],
+    **kwargs: Any,
+) -> Tensor:
+    """Guidance is counted from 0 here: cond + g (cond - uncond)."""
+    inputs = {
+        "prompt": prompts,
+        "negative_prompt": negatives,
+        "guidance_scale": guidance - 1,
+        "height": PIXELS,
+        "width": PIXELS,
+        "max_sequence_length": TOKENS,
+    }
+    latents: Tensor = pipe(**{**inputs, **common, **kwargs})[0]
+    return latents
+
+
+def call_qwen_image(
+    pipe: Any,
+    prompts: list[str],
+    negatives: list[str],
+    guidance: float,
+    common: dict[str, Any],
+    **kwargs: Any,
+) -> Tensor:
+    inputs = {
+        "prompt": prompts,
+        "negative_prompt": negatives,
+        "true_cfg_scale": guidance,
+        "height": PIXELS,
+        "width": PIXELS,
+    }
+    latents: Tensor = pipe(**{**inputs, **common, **kwargs})[0]
+    return latents
+
+
+def call_flux2_klein(
+    pipe: Any,
+    prompts: list[str],
+    negatives: list[str],
+    guidance: float,
+    common: dict[str, Any],
+    **kwargs: Any,
+) -> Tensor:
+    """It takes no negative prompts: they are empty."""
+    inputs = {
+        "prompt": prompts,
+        "guidance_scale": guidance,
+        "height": PIXELS,
+        "width": PIXELS,
+        "max_sequence_length": TOKENS,
+        "text_encoder_out_layers": (1, 2, 3),
+    }
+    latents: Tensor = pipe(**{**inputs, **common, **kwargs})[0]
+    return latents
+
+
+CASES = (
+    Case(
+        "z_image",
+        build_z_image,
+        call_z_image,
+        sites={"joint": 2, "self": 1},
+        examples={"noise_refiner.0.attention": "self", "layers.1.attention": "joint"},
+        rows=positive_first,
+        denoiser="transformer",
+        aside="context_refiner",
+        notes="tokens: image 64, then the text in a multiple of 32; pictures come as a list",
+    ),
+    Case(
+        "qwen_image",
+        build_qwen_image,
+        call_qwen_image,
+        sites={"joint": 2},
+        examples={"transformer_blocks.1.attn": "joint"},
+        rows=two_calls,
+        denoiser="transformer",
+        notes="tokens: text as long as the longest prompt, then image 64",
+    ),
+    Case(
+        "flux2_klein",
+        build_flux2_klein,
+        call_flux2_klein,
+        sites={"joint": 4},
+        examples={
+            "transformer_blocks.1.attn": "joint",
+            "single_transformer_blocks.0.attn": "joint",
+        },
+        rows=two_calls,
+        denoiser="transformer",
+        notes="tokens: text 32, then image 64; the single blocks project everything at once",
+    ),
+)
