@@ -17,7 +17,10 @@ The official instance branches are grounded by trained modules. Without such, `o
 an instance's picture shows beyond its region, and the phrase is asked for inside alone, as by
 `RegionalPrompts`; without `outside` the phrase is asked for everywhere. `ground` paints what is
 beyond in a plain colour at the noise level of every turn, as MultiDiffusion's bootstrapping does
-(Bar-Tal et al., arXiv 2302.08113, section 4.2): the instance then has to find room inside.
+(Bar-Tal et al., arXiv 2302.08113, section 4.2): the instance then has to find room inside. Where
+an object comes to stand is for the most part settled by the noise, though, and what is settled
+beyond the region is cut off: with `start` the instances leave the picture later, once something
+else in the stack, such as layout guidance, has laid it out.
 """
 
 from __future__ import annotations
@@ -56,15 +59,17 @@ class MultiInstanceSampler(Editor):
 
     texts, regions: phrase and place of each instance, for every prompt of the run, or a list of
     lists, one for each. share: of the schedule before the merge (0.36 in the official code, 0.1 in
-    the paper's figures). merge: "mean" or "paste". outside: text of an instance's picture beyond
-    its region, None for its phrase everywhere. ground: colour (red, green, blue; 0 to 255) of the
-    plain surface that the picture is kept to there, or one for each prompt. edge: soft border of
-    the regions, a fraction of the shorter side. renormalise: keep the standard deviation of each
-    picture. seed: of the noise that solvers of instances draw, where they draw any.
+    the paper's figures). start: of the schedule before the instances leave the picture, 0 as
+    published. merge: "mean" or "paste". outside: text of an instance's picture beyond its region,
+    None for its phrase everywhere. ground: colour (red, green, blue; 0 to 255) of the plain surface
+    that the picture is kept to there, or one for each prompt. edge: soft border of the regions, a
+    fraction of the shorter side. renormalise: keep the standard deviation of each picture. seed: of
+    the noise that solvers of instances draw, where they draw any.
 
-    share=0 or no instances leave a run bit for bit as it was. Instances are guided by the scale
-    that the pipeline's own combination shows, so list this editor before others that guide. After
-    a run `spread` holds, for each picture, its standard deviation before and after the merge.
+    share=0, start=share or no instances leave a run bit for bit as it was. Instances are guided by
+    the scale that the pipeline's own combination shows, so list this editor before others that
+    guide. After a run `spread` holds, for each picture, its standard deviation before and after the
+    merge.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class MultiInstanceSampler(Editor):
         regions: Places,
         *,
         share: float = 0.36,
+        start: float = 0.0,
         merge: Literal["mean", "paste"] = "mean",
         outside: str | None = None,
         ground: Colour | Sequence[Colour] | None = None,
@@ -89,12 +95,20 @@ class MultiInstanceSampler(Editor):
         self.merge, self.outside, self.renormalise = merge, outside, renormalise
         self.ground = None if ground is None else _colours(ground, f"{self.name}: ground")
         self.edge = check_share(edge, f"{self.name}: edge")
-        self.sites, self.stop, self.seed = sites, check_share(share, f"{self.name}: share"), seed
+        self.start = check_share(start, f"{self.name}: start")
+        self.stop = check_share(share, f"{self.name}: share")
+        if self.start > self.stop:
+            raise InputError(
+                f"{self.name}: start={start!r} is after share={share!r}; instances must leave the "
+                "picture before they are merged"
+            )
+        self.sites, self.seed = sites, seed
         self._restart()
 
     def _restart(self) -> None:
         self.spread: list[tuple[float, float]] = []
         self._instances: dict[str, Beside] = {}
+        self._left = False
         self._encoded: EncodedTexts | None = None
         self._surface: tuple[Tensor, Tensor] | None = None
         self._divisions: dict[tuple[int, int, Grid], Division] = {}
@@ -120,12 +134,14 @@ class MultiInstanceSampler(Editor):
             self._surface = self._painted(state)
         if self.texts.most:
             self._encoded = EncodedTexts(state, self._every)
+
+    def before(self, state: State) -> None:
+        if not self._left:
+            self._left = True
             self._instances = {
                 f"instance {i}": Beside(f"instance {i}", state, self.seed + i)
                 for i in range(self.texts.most)
             }
-
-    def before(self, state: State) -> None:
         for index, instance in enumerate(self._instances.values()):
             assert self._encoded is not None  # there are instances
             if self._surface is not None:

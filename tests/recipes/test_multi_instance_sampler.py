@@ -15,6 +15,9 @@ from hookctl.recipes import MaskedSelfAttention, MultiInstanceSampler, RegionalP
 from tests import zoo
 
 A, B = "a red cat above a blue square", "a dog"
+SCHEDULERS = (
+    "DDIM", "EulerDiscrete", "HeunDiscrete", "DPMSolverMultistep", "PNDM", "LMSDiscrete",
+)  # fmt: skip
 FULL, HALVES = (0, 0, 1, 1), ["box:0,0,0.5,1", (0.5, 0, 1, 1)]
 
 
@@ -23,7 +26,11 @@ def test_nothing_to_sample_is_bit_identical(name: str) -> None:
     case = zoo.PIPELINES[name]
     pipe = case.make()
     plain = case.run(pipe, [A])
-    for edit in (MultiInstanceSampler([B], [FULL], share=0.0), MultiInstanceSampler([], [])):
+    for edit in (
+        MultiInstanceSampler([B], [FULL], share=0.0),
+        MultiInstanceSampler([B], [FULL], share=0.5, start=0.5),
+        MultiInstanceSampler([], []),
+    ):
         with hookctl.control(pipe, edit):
             assert torch.equal(case.run(pipe, [A]), plain)
     with hookctl.control(pipe, MultiInstanceSampler([B], [FULL], share=0.5)):
@@ -31,10 +38,7 @@ def test_nothing_to_sample_is_bit_identical(name: str) -> None:
     assert torch.equal(case.run(pipe, [A]), plain)
 
 
-@pytest.mark.parametrize(
-    "scheduler",
-    ["DDIM", "EulerDiscrete", "HeunDiscrete", "DPMSolverMultistep", "PNDM", "LMSDiscrete"],
-)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_an_instance_is_a_run_of_its_phrase(scheduler: str) -> None:
     """Pasted over everything at the end, nothing but the instance's picture is left."""
     case = zoo.PIPELINES["sd15"]
@@ -46,6 +50,23 @@ def test_an_instance_is_a_run_of_its_phrase(scheduler: str) -> None:
     with hookctl.control(pipe, edit):
         found = case.run(pipe, [A, A], steps=4)
     assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_an_instance_leaves_with_what_the_picture_has_become(scheduler: str) -> None:
+    """One that goes on with the picture's own text, and from its history, is the picture."""
+    case = zoo.PIPELINES["sd15"]
+    pipe = case.make()
+    kind = getattr(diffusers, f"{scheduler}Scheduler")
+    pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    wanted = case.run(pipe, [A], steps=6)
+    found = {}
+    for text in (A, B):
+        edit = MultiInstanceSampler([text], [FULL], start=0.5, share=1.0, merge="paste")
+        with hookctl.control(pipe, edit):
+            found[text] = case.run(pipe, [A], steps=6)
+    assert (found[A] - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    assert (found[B] - wanted).abs().max() > 1e-3 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "pixart", "wan"])
@@ -96,7 +117,7 @@ def test_the_stack_and_its_cost() -> None:
     case = zoo.PIPELINES["sd15"]
     pipe = case.make()
     texts = [A, B]
-    for options in ({"outside": ""}, {"ground": (255, 255, 255)}):
+    for options in ({"outside": ""}, {"ground": (255, 255, 255)}, {"start": 0.25}):
         stack = (
             MultiInstanceSampler(texts, HALVES, share=0.5, merge="paste", edge=0.1, **options),
             RegionalPrompts(texts, HALVES),
@@ -104,7 +125,7 @@ def test_the_stack_and_its_cost() -> None:
         )
         with counted(pipe.unet) as cost, hookctl.control(pipe, *stack):
             found = case.run(pipe, [A], n=2, steps=4)
-        assert cost.calls == 4 + 2 * 2
+        assert cost.calls == 4 + 2 * (1 if "start" in options else 2)
         assert bool(torch.isfinite(found).all())
 
 
@@ -127,6 +148,7 @@ def test_the_generator_of_the_caller_is_left_alone() -> None:
     ("arguments", "text"),
     [
         ({"share": 1.2}, "share=1.2"),
+        ({"start": 0.4}, "start=0.4 is after share=0.36"),
         ({"merge": "sum"}, "merge='sum'"),
         ({"ground": (0, 0, 300)}, "ground"),
         ({"regions": HALVES}, "as many"),
