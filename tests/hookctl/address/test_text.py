@@ -12,7 +12,7 @@ from hookctl import Maps, Session, control
 from hookctl.address.families import denoiser_of, describe_sites
 from hookctl.address.layout import finest_within
 from hookctl.address.text import Prompt, PromptText, TextLayout, align, prompts_given
-from hookctl.errors import AlignmentError, InputError, WordError
+from hookctl.errors import AlignmentError, InputError, UnsupportedError, WordError
 from hookctl.recipes import PromptToPrompt
 from tests import zoo
 from tests.families.subjects import Idle
@@ -167,3 +167,54 @@ def test_a_prompt_of_several_texts() -> None:
     assert prompts_given(pipe, {"prompt": CAT, "prompt_2": None}) == (CAT,)
     assert prompts_given(pipe, {"prompt": [CAT, SQUIRREL]}) == (CAT, SQUIRREL)
     assert prompts_given(pipe, {"prompt_embeds": torch.zeros(1)}) == ()
+
+
+# -- prompts inside a template ---------------------------------------------------------------------
+
+CHATS = ("z_image", "qwen_image", "flux2_klein")
+
+
+@pytest.mark.parametrize("family", ["sd15", *CHATS])
+def test_a_word_is_where_the_text_begins_to_differ(family: str) -> None:
+    """These encoders look back only: another word changes their states from its place on."""
+    case = zoo.PIPELINES[family]
+    pipe = case.make()
+    states = []
+
+    def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
+        states.append(text[-1] if family == "sd15" else text[0])
+
+    handle = case.denoiser_of(pipe).register_forward_pre_hook(note, with_kwargs=True)
+    for prompt in ("a squirrel above a cat", "a squirrel above a dog"):
+        case.run(pipe, prompt, steps=1, guidance=1.0)
+    handle.remove()
+    differing = (states[0] != states[1]).any(-1).nonzero().flatten()
+    text = TextLayout(pipe).read("a squirrel above a cat")
+    assert text.find("cat") == (int(differing[0]),)
+    assert len(text.find("squirrel")) > 1
+    assert text.words == 5
+
+
+@pytest.mark.parametrize("family", CHATS)
+def test_an_edit_of_a_word_in_a_template(family: str) -> None:
+    """The map of a word is there, and a weight on it changes the picture that it is in alone."""
+    case = zoo.PIPELINES[family]
+    pipe = case.make()
+    edit = PromptToPrompt(["a red cat", "a red cat"], reweight={"cat": 4.0}, self_replace=0.0)
+    plain = case.run(pipe, list(edit.prompts))
+    with control(pipe, edit, Maps("cat", sites="joint")) as session:
+        edited = case.run(pipe, list(edit.prompts))
+    assert torch.equal(edited[0], plain[0]) and not torch.equal(edited[1], plain[1])
+    assert session.maps["cat"].mean().shape[-2:] == (8, 8)
+
+
+def test_a_template_that_is_not_known() -> None:
+    class OddPipeline:
+        tokenizer = zoo.PIPELINES["z_image"].make().tokenizer
+
+        def encode_prompt(self, prompt: str) -> Any:
+            return self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
+
+    with pytest.raises(UnsupportedError, match=r"OddPipeline wraps its prompts.*token positions"):
+        TextLayout(OddPipeline())
