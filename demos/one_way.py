@@ -3,73 +3,74 @@
 A quarter of the canvas is a given picture of one object; the prompt puts another object below it.
 The picture must survive (its PSNR, beside that of the autoencoder alone), and the text must be
 obeyed round it (beside plain sampling of the prompt, which knows nothing of the picture).
+
+Where the picture has the gray ground of the canvas that it is pasted on, and the prompt says so,
+the cycles do all of that. Where it has another ground, of which nothing is said, what surrounds the
+picture must take the ground from it: that is the flow of self-attention that SOW steers. The same
+flow turned about, into the picture and not out of it, shows that it is the direction that counts.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 import hookctl
-from hookctl import show
+from hookctl import Claim, Editor, show
+from hookctl.address.regions import Region
+from hookctl.attention.call import AttentionCall
 from hookctl.demos.cost import counted
-from hookctl.demos.shapes.captions import describe
-from hookctl.demos.shapes.detect import Detection, detect
-from hookctl.demos.shapes.render import render
-from hookctl.demos.shapes.world import COLOUR_NAMES, PATTERNS, PICTURE, SHAPES, Scene, Thing
-from hookctl.loop.pictures import decode, encode
+from hookctl.demos.grown import AT, BOX, SIDE, Case, cases, figures, mean_psnr, restored
+from hookctl.demos.shapes.world import PICTURE
+from hookctl.editor import WHOLE_PICTURE
 from hookctl.recipes import CyclicOneWay, SelectiveOneWay
 
-STEPS, GUIDANCE, BATCH, SHOWN = 20, 3.0, 8, 4
-GROUND = "gray"  # the seed canvas's own, so that no edge is pasted
-SIDE = PICTURE // 2
-AT = ((PICTURE - SIDE) // 2, 0)
-BOX = (*AT, AT[0] + SIDE, AT[1] + SIDE)
+STEPS, GUIDANCE, BATCH, SHOWN = 20, 3.0, 8, 3
 SETTINGS: dict[str, Any] = {"cycles": 5, "finish": 0.05, "final_eta": 0.0}
-METHODS: dict[str, type[CyclicOneWay]] = {"COW": CyclicOneWay, "SOW": SelectiveOneWay}
+# Strengths in units of scores: out of the picture, and into it.
+FLOWS: Mapping[str, dict[str, float]] = {
+    "SOW": {"spread": 2.0, "isolate": -4.0},
+    "SOW turned about": {"spread": -4.0, "isolate": 2.0},
+}
+METHODS: Mapping[str, Sequence[str]] = {
+    "ground_said": ("plain", "COW"),
+    "ground_unsaid": ("plain", "COW", *FLOWS),
+}
 
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class Case:
-    """The object of the given picture, and the one that the text wants below it."""
+class Watched(Editor):
+    """What share of the attention of all that surrounds the picture goes into it."""
 
-    given: Thing
-    wanted: Thing
+    sites = "self @1"
 
-    @property
-    def prompt(self) -> str:
-        said = f"{describe(self.given)} above {describe(self.wanted)}"
-        return f"{said} on a {GROUND} background"
+    def __init__(self) -> None:
+        self.shares: list[float] = []
+        self._region = Region.box(*(side / PICTURE for side in BOX))
 
-    @property
-    def picture(self) -> Image.Image:
-        pixels = (render([Scene((self.given,), GROUND)])[0] + 1) * 127.5
-        whole = Image.fromarray(pixels.round().byte().permute(1, 2, 0).numpy())
-        left = (PICTURE - SIDE) // 2
-        return whole.crop((left, left, left + SIDE, left + SIDE))
+    def claims(self) -> Sequence[Claim]:
+        return [Claim(WHOLE_PICTURE, shared=True)]
 
+    def attention(self, call: AttentionCall) -> None:
+        assert call.grid is not None  # a UNet's sites have one
+        inside = self._region.tokens(call.grid.height, call.grid.width)
 
-def cases(seed: int, count: int) -> list[Case]:
-    rng = np.random.default_rng([seed, 5])
-    made = []
-    for _ in range(count):
-        shapes, colours = rng.permutation(SHAPES)[:2], rng.permutation(COLOUR_NAMES)[:2]
-        things = [
-            Thing(str(s), str(c), str(rng.choice(PATTERNS)))
-            for s, c in zip(shapes, colours, strict=True)
-        ]
-        made.append(Case(*things))
-    return made
+        def keep(row: Any, found: Tensor) -> None:
+            self.shares.append(float(found.sum(-1)[..., ~inside].mean()))
+
+        call.read(list(call.rows), inside.nonzero().flatten().tolist(), keep)
+
+    def figures(self) -> dict[str, float]:
+        return {"attention_into_picture": round(float(np.mean(self.shares)), 3)}
 
 
 def run(
@@ -77,47 +78,60 @@ def run(
 ) -> dict[str, Any]:
     """Run the demo; writes grid.png and report.json to `out` and returns the report."""
     out.mkdir(parents=True, exist_ok=True)
-    pipe = hookctl.load_shapes()
+    pipe, begun = hookctl.load_shapes(), time.perf_counter()
     pipe.set_progress_bar_config(disable=True)
-    every, begun = cases(seed, seeds), time.perf_counter()
-    drawn: dict[str, list[Image.Image]] = {}
-    costs: dict[str, Any] = {}
-    for done, name in enumerate(("plain", *METHODS), 1):
+    wanted = [(kind, name) for kind, methods in METHODS.items() for name in methods]
+    drawn: dict[tuple[str, str], list[Image.Image]] = {}
+    costs: dict[str, dict[str, float]] = {}
+    every = {kind: cases(seed, seeds, said=kind == "ground_said") for kind in METHODS}
+    found: dict[str, dict[str, Any]] = {
+        kind: {"autoencoder alone": {"seed_psnr": mean_psnr(some, restored(pipe, some))}}
+        for kind, some in every.items()
+    }
+    for done, (kind, name) in enumerate(wanted, 1):
+        watched = Watched()
         with counted(pipe.unet) as cost:
-            drawn[name] = draw(pipe, name, every, seed)
+            drawn[kind, name] = draw(pipe, name, every[kind], seed, watched)
+        found[kind][name] = figures(every[kind], drawn[kind, name]) | watched.figures()
         costs[name] = {
             "picture_rows": round(cost.pictures / seeds, 2),
             "picture_rows_in_theory": theory(name),
         }
         if progress is not None:
-            progress(done, 1 + len(METHODS))
-    bound = [round_trip(pipe, case.picture) for case in every]
+            progress(done, len(wanted))
     report = {
         "demo": "one_way",
         "seed": seed,
-        "cases": seeds,
+        "cases_of_each": seeds,
         "steps": STEPS,
         "guidance_scale": GUIDANCE,
-        "methods": {
-            "autoencoder alone": {"seed_psnr": mean_psnr(every, bound)},
-            **{name: figures(every, pictures) for name, pictures in drawn.items()},
-        },
+        **found,
         "cost": costs,
         "wall_seconds": round(time.perf_counter() - begun, 1),
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    rows = [
-        [case.picture, *(drawn[name][i] for name in drawn)] for i, case in enumerate(every[:SHOWN])
-    ]
-    columns = ["given picture", "plain, without it", "COW", "SOW"]
-    titles = [case.prompt for case in every[:SHOWN]]
-    show.grid(rows, column_titles=columns, row_titles=titles, cell=(160, 160)).save(
-        out / "grid.png"
-    )
+    picture(every, drawn).save(out / "grid.png")
     return report
 
 
-def draw(pipe: Any, name: str, every: list[Case], seed: int) -> list[Image.Image]:
+def picture(
+    every: Mapping[str, Sequence[Case]], drawn: Mapping[tuple[str, str], Sequence[Image.Image]]
+) -> Image.Image:
+    """The grid: a case a row, with a place for every method."""
+    rows: list[list[Image.Image | None]] = []
+    titles = []
+    for kind, some in every.items():
+        for i, case in enumerate(some[:SHOWN]):
+            made = [drawn.get((kind, name)) for name in ("plain", "COW", *FLOWS)]
+            rows.append([case.picture, *(one and one[i] for one in made)])
+            titles.append(case.prompt)
+    columns = ["given picture", "plain, without it", "COW", *FLOWS]
+    return show.grid(rows, column_titles=columns, row_titles=titles, cell=(140, 140))
+
+
+def draw(
+    pipe: Any, name: str, every: Sequence[Case], seed: int, watched: Watched
+) -> list[Image.Image]:
     """Every case by one method, in batches."""
     made: list[Image.Image] = []
     for i in range(0, len(every), BATCH):
@@ -125,13 +139,17 @@ def draw(pipe: Any, name: str, every: list[Case], seed: int) -> list[Image.Image
         prompts = [case.prompt for case in part]
         if name == "plain":
             generator = torch.Generator().manual_seed(seed + i)
-            made += pipe(
-                prompts, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generator
-            ).images
+            given = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+            with hookctl.control(pipe, watched):
+                made += pipe(prompts, generator=generator, **given).images
             continue
-        pictures = [case.picture for case in part]
-        common = {"at": AT, "steps": STEPS, "guidance": GUIDANCE, "seed": seed + i, **SETTINGS}
-        made += METHODS[name](pipe, pictures, prompts, **common).run()
+        given = {"at": AT, "steps": STEPS, "guidance": GUIDANCE, "seed": seed + i, **SETTINGS}
+        pasted = [case.picture for case in part]
+        if name in FLOWS:
+            program: CyclicOneWay = SelectiveOneWay(pipe, pasted, prompts, **given, **FLOWS[name])
+        else:
+            program = CyclicOneWay(pipe, pasted, prompts, **given)
+        made += program.run(watched)
     return made
 
 
@@ -142,48 +160,3 @@ def theory(name: str) -> float:
     low, high = int(0.5 * STEPS), int(0.7 * STEPS)
     inversions = high * (SIDE / PICTURE) ** 2 + low
     return inversions + 2.0 * SETTINGS["cycles"] * (high - low) + 2.0 * low
-
-
-def round_trip(pipe: Any, picture: Image.Image) -> Image.Image:
-    """A gray canvas with the picture on it, through the autoencoder and back."""
-    canvas = Image.new("RGB", (PICTURE, PICTURE), (128, 128, 128))
-    canvas.paste(picture, AT)
-    restored: Image.Image = decode(pipe, encode(pipe, canvas))[0]
-    return restored
-
-
-# -- what became of them ---------------------------------------------------------------------------
-
-
-def seed_psnr(case: Case, picture: Image.Image) -> float:
-    """dB, of the given picture's place on the canvas, peak 255."""
-    a, b = (np.asarray(x, float) for x in (picture.crop(BOX), case.picture))
-    return float(10 * np.log10(255.0**2 / max(((a - b) ** 2).mean(), 1e-10)))
-
-
-def mean_psnr(every: list[Case], pictures: list[Image.Image]) -> float:
-    found = [seed_psnr(case, picture) for case, picture in zip(every, pictures, strict=True)]
-    return round(float(np.mean(found)), 2)
-
-
-def obeyed(case: Case, detection: Detection) -> bool:
-    """Whether the wanted object is there, outside the given picture."""
-    found = detection.find(case.wanted.shape, case.wanted.colour)
-    if found is None or found.pattern != case.wanted.pattern:
-        return False
-    x, y = found.centre
-    return not (BOX[0] <= x < BOX[2] and BOX[1] <= y < BOX[3])
-
-
-def figures(every: list[Case], pictures: list[Image.Image]) -> dict[str, float]:
-    detections = [detect(picture) for picture in pictures]
-    text = [obeyed(case, seen) for case, seen in zip(every, detections, strict=True)]
-    given = [
-        seen.find(case.given.shape, case.given.colour) is not None
-        for case, seen in zip(every, detections, strict=True)
-    ]
-    return {
-        "seed_psnr": mean_psnr(every, pictures),
-        "given_object": round(float(np.mean(given)), 3),
-        "text_obeyed_outside": round(float(np.mean(text)), 3),
-    }

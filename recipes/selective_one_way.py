@@ -23,8 +23,8 @@ class SelectiveOneWay(CyclicOneWay):
 
     related: the part of the canvas that is to take after the picture, by default the rest of it.
     spread: strength of the flow from the picture to there; isolate: of that from anywhere to the
-    picture, below 0. anneal: let both fall to 0 over the schedule. Everything else is as for
-    `CyclicOneWay`.
+    picture, below 0 (no numbers are public; these do what is meant in `demos/one_way.py`).
+    anneal: let both fall to 0 over the schedule. Everything else is as for `CyclicOneWay`.
     """
 
     def __init__(
@@ -34,8 +34,8 @@ class SelectiveOneWay(CyclicOneWay):
         prompt: str | Sequence[str],
         *,
         related: RegionLike | None = None,
-        spread: float = 1.0,
-        isolate: float = -2.0,
+        spread: float = 2.0,
+        isolate: float = -4.0,
         anneal: bool = True,
         **options: Any,
     ) -> None:

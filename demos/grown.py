@@ -1,0 +1,122 @@
+"""A scene grown round a given picture: the cases, and what became of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from hookctl.demos.shapes.captions import describe
+from hookctl.demos.shapes.detect import Detection, detect
+from hookctl.demos.shapes.render import render
+from hookctl.demos.shapes.world import (
+    COLOUR_NAMES,
+    GROUND_NAMES,
+    GROUNDS,
+    PATTERNS,
+    PICTURE,
+    SHAPES,
+    Scene,
+    Thing,
+)
+from hookctl.loop.pictures import decode, encode
+
+CANVAS = "gray"  # the ground of the canvas that a picture is pasted on
+SIDE = PICTURE // 2
+AT = ((PICTURE - SIDE) // 2, 0)
+BOX = (*AT, AT[0] + SIDE, AT[1] + SIDE)
+SAME = 40.0  # RGB distance up to which two grounds are one
+
+
+@dataclass(frozen=True)
+class Case:
+    """The object of the given picture and its ground, and the object that is wanted below."""
+
+    given: Thing
+    wanted: Thing
+    ground: str = CANVAS
+
+    @property
+    def prompt(self) -> str:
+        said = f"{describe(self.given)} above {describe(self.wanted)}"
+        return f"{said} on a {CANVAS} background" if self.ground == CANVAS else said
+
+    @property
+    def picture(self) -> Image.Image:
+        pixels = (render([Scene((self.given,), self.ground)])[0] + 1) * 127.5
+        whole = Image.fromarray(pixels.round().byte().permute(1, 2, 0).numpy())
+        left = (PICTURE - SIDE) // 2
+        return whole.crop((left, left, left + SIDE, left + SIDE))
+
+
+def cases(seed: int, count: int, said: bool = True) -> list[Case]:
+    """said: whether the pictures have the canvas's ground and the prompts say so."""
+    rng = np.random.default_rng([seed, 5])
+    others = [ground for ground in GROUND_NAMES if ground != CANVAS]
+    made = []
+    for i in range(count):
+        shapes, colours = rng.permutation(SHAPES)[:2], rng.permutation(COLOUR_NAMES)[:2]
+        things = [
+            Thing(str(s), str(c), str(rng.choice(PATTERNS)))
+            for s, c in zip(shapes, colours, strict=True)
+        ]
+        made.append(Case(*things, CANVAS if said else others[i % len(others)]))
+    return made
+
+
+def restored(pipe: Any, every: Sequence[Case]) -> list[Image.Image]:
+    """A canvas of the picture's ground with the picture on it, through the autoencoder and back."""
+    made = []
+    for case in every:
+        canvas = Image.new("RGB", (PICTURE, PICTURE), GROUNDS[case.ground])
+        canvas.paste(case.picture, AT)
+        made += decode(pipe, encode(pipe, canvas))
+    return made
+
+
+# -- what became of them ---------------------------------------------------------------------------
+
+
+def seed_psnr(case: Case, picture: Image.Image) -> float:
+    """dB, of the given picture's place on the canvas, peak 255."""
+    a, b = (np.asarray(x, float) for x in (picture.crop(BOX), case.picture))
+    return float(10 * np.log10(255.0**2 / max(((a - b) ** 2).mean(), 1e-10)))
+
+
+def mean_psnr(every: Sequence[Case], drawn: Sequence[Image.Image]) -> float:
+    found = [seed_psnr(case, picture) for case, picture in zip(every, drawn, strict=True)]
+    return round(float(np.mean(found)), 2)
+
+
+def obeyed(case: Case, detection: Detection) -> bool:
+    """Whether the wanted object is there, outside the given picture."""
+    found = detection.find(case.wanted.shape, case.wanted.colour)
+    if found is None or found.pattern != case.wanted.pattern:
+        return False
+    x, y = found.centre
+    return not (BOX[0] <= x < BOX[2] and BOX[1] <= y < BOX[3])
+
+
+def continued(case: Case, picture: Image.Image) -> bool:
+    """Whether most of what surrounds the given picture has its ground."""
+    pixels = np.asarray(picture, float)
+    outside = np.ones(pixels.shape[:2], bool)
+    outside[BOX[1] : BOX[3], BOX[0] : BOX[2]] = False
+    ground = np.median(pixels[outside], axis=0)
+    return float(np.linalg.norm(ground - np.array(GROUNDS[case.ground]))) <= SAME
+
+
+def figures(every: Sequence[Case], drawn: Sequence[Image.Image]) -> dict[str, float]:
+    seen = [(case, picture, detect(picture)) for case, picture in zip(every, drawn, strict=True)]
+    shares = {
+        "given_object": [d.find(c.given.shape, c.given.colour) is not None for c, _, d in seen],
+        "text_obeyed_outside": [obeyed(c, d) for c, _, d in seen],
+        "ground_continued": [continued(c, p) for c, p, _ in seen],
+    }
+    return {
+        "seed_psnr": mean_psnr(every, drawn),
+        **{name: round(float(np.mean(found)), 3) for name, found in shares.items()},
+    }
