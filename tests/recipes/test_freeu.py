@@ -31,6 +31,12 @@ def test_filter_equals_the_fourier_form(size: tuple[int, int], s: float) -> None
     assert error < 1e-5
 
 
+@pytest.mark.parametrize("s", [0.4, torch.tensor([[0.4]])])
+def test_a_single_cell_is_its_own_mean(s: float | torch.Tensor) -> None:
+    x = torch.randn(2, 3, 1, 1)
+    assert torch.allclose(scale_low_frequencies(x, s), 0.4 * x)
+
+
 def test_gains_of_one_are_bit_identical() -> None:
     case = zoo.PIPELINES["sd15"]
     pipe = case.make()

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from hookctl import control
-from hookctl.editor import Editor
+from hookctl.editor import WHOLE_PICTURE, Claim, Editor
 from hookctl.errors import InputError
 from hookctl.loop.pictures import encode
 from hookctl.loop.trajectory import Trajectory
@@ -158,6 +158,8 @@ def test_selective_without_strength_is_cyclic() -> None:
         ({"at": (60, 0)}, "must be multiples of 8"),
         ({"at": (72, 0)}, "must be multiples of 8 and lie inside"),
         ({"suppress": "a cat"}, "give suppress and diverse, both or neither"),
+        ({"picture_size": (0, 64)}, "give PIL pictures and a width and height from 1 px on"),
+        ({"picture_size": (96, 96)}, "must be multiples of 8 and lie inside"),
         ({"paper": True, "top": 1.0}, "top=1.0 leaves no noisier level"),
     ],
 )
@@ -191,3 +193,28 @@ def test_editors_act_in_all_of_it() -> None:
 
     program().run(Count(), output_type="latent")
     assert seen == [3, 4, 5, 6, 7, 8, 9]  # the steps of one cycle, then to the end
+
+
+def test_the_picture_alone_is_shown_to_no_editor_of_the_canvas() -> None:
+    grids: dict[str, set[Any]] = {"anywhere": set(), "of the canvas": set()}
+
+    class Anywhere(Editor):
+        sites = "self @1"
+        kind = "anywhere"
+
+        def attention(self, call: Any) -> None:
+            grids[self.kind].add((call.grid.height, call.grid.width))
+
+    class OfTheCanvas(Anywhere):
+        kind = "of the canvas"
+
+        def claims(self) -> list[Claim]:
+            return [Claim(WHOLE_PICTURE, shared=True)]
+
+    program().run(Anywhere(), OfTheCanvas(), output_type="latent")
+    assert grids == {"anywhere": {(8, 8), (16, 16)}, "of the canvas": {(16, 16)}}
+
+
+def test_pictures_are_resized() -> None:
+    pasted = CyclicOneWay(made(torch.float32), picture(128), CAT, picture_size=(64, 64), at=(8, 0))
+    assert pasted.pictures[0].size == (64, 64) and pasted.cells == (1, 0, 8, 8)
