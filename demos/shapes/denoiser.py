@@ -170,9 +170,9 @@ class Trainer:
         at = list(found)
         without, wrong, *strengths = zip(*found.values(), strict=True)
         rest, other = self.encode([*without, *wrong]).chunk(2)
-        p, q = (torch.tensor(x, device=z.device)[:, None, None, None] for x in strengths)
+        own, false = (torch.tensor(x, device=z.device)[:, None, None, None] for x in strengths)
         seen = z.clone()
-        seen[at] = rest + p * (z[at] - rest) + q * (other - rest)
+        seen[at] = rest + own * (z[at] - rest) + false * (other - rest)
         return seen
 
     def loss(self, z: Tensor, seen: Tensor, states: Tensor) -> Tensor:
