@@ -59,11 +59,11 @@ def cases(seed: int, count: int, said: bool = True) -> list[Case]:
     made = []
     for i in range(count):
         shapes, colours = rng.permutation(SHAPES)[:2], rng.permutation(COLOUR_NAMES)[:2]
-        things = [
+        given, wanted = (
             Thing(str(s), str(c), str(rng.choice(PATTERNS)))
             for s, c in zip(shapes, colours, strict=True)
-        ]
-        made.append(Case(*things, CANVAS if said else others[i % len(others)]))
+        )
+        made.append(Case(given, wanted, CANVAS if said else others[i % len(others)]))
     return made
 
 

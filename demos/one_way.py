@@ -36,7 +36,7 @@ from hookctl.recipes import CyclicOneWay, SelectiveOneWay
 STEPS, GUIDANCE, BATCH, SHOWN = 20, 3.0, 8, 3
 SETTINGS: dict[str, Any] = {"cycles": 5, "finish": 0.05, "final_eta": 0.0}
 # Strengths in units of scores: out of the picture, and into it.
-FLOWS: Mapping[str, dict[str, float]] = {
+FLOWS: Mapping[str, dict[str, Any]] = {
     "SOW": {"spread": 2.0, "isolate": -4.0},
     "SOW turned about": {"spread": -4.0, "isolate": 2.0},
 }
@@ -123,7 +123,7 @@ def picture(
     for kind, some in every.items():
         for i, case in enumerate(some[:SHOWN]):
             made = [drawn.get((kind, name)) for name in ("plain", "COW", *FLOWS)]
-            rows.append([case.picture, *(one and one[i] for one in made)])
+            rows.append([case.picture, *(None if one is None else one[i] for one in made)])
             titles.append(case.prompt)
     columns = ["given picture", "plain, without it", "COW", *FLOWS]
     return show.grid(rows, column_titles=columns, row_titles=titles, cell=(140, 140))
@@ -136,20 +136,17 @@ def draw(
     made: list[Image.Image] = []
     for i in range(0, len(every), BATCH):
         part = every[i : i + BATCH]
-        prompts = [case.prompt for case in part]
+        prompts, pasted = [case.prompt for case in part], [case.picture for case in part]
         if name == "plain":
             generator = torch.Generator().manual_seed(seed + i)
-            given = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+            plain = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
             with hookctl.control(pipe, watched):
-                made += pipe(prompts, generator=generator, **given).images
-            continue
-        given = {"at": AT, "steps": STEPS, "guidance": GUIDANCE, "seed": seed + i, **SETTINGS}
-        pasted = [case.picture for case in part]
-        if name in FLOWS:
-            program: CyclicOneWay = SelectiveOneWay(pipe, pasted, prompts, **given, **FLOWS[name])
+                made += pipe(prompts, generator=generator, **plain).images
         else:
-            program = CyclicOneWay(pipe, pasted, prompts, **given)
-        made += program.run(watched)
+            given = SETTINGS | {"steps": STEPS, "guidance": GUIDANCE, "seed": seed + i}
+            method = SelectiveOneWay if name in FLOWS else CyclicOneWay
+            program = method(pipe, pasted, prompts, at=AT, **given, **FLOWS.get(name, {}))
+            made += program.run(watched)
     return made
 
 

@@ -135,7 +135,9 @@ def test_inversions_under_editors(name: str) -> None:
             assert error(edited(RECIPES[other](recipes)), alone) > 1e-5, other
 
 
-@pytest.mark.parametrize("other", ["MultiInstanceSampler", "SEG", "SAG", "FreeU", "PromptToPrompt"])
+@pytest.mark.parametrize(
+    "other", ["MultiInstanceSampler", "SEG", "SAG", "FreeU", "PromptToPrompt", "RealCompo"]
+)
 def test_guidance_is_added_in_any_order(other: str) -> None:
     if other in NAMES:
         assert error(draw("PAG", other), draw(other, "PAG")) < 1e-4
