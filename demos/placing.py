@@ -25,6 +25,8 @@ from hookctl.demos.shapes.world import COLOURS, PICTURE, Thing
 
 STEPS, GUIDANCE, BATCH = 25, 3.0, 16
 IN_PLACE = 0.3  # intersection over union from which on an object hits its box
+GUIDED = range(STEPS // 5, 2 * STEPS // 5)  # turns in which every guidance is at work
+AFTER = range(STEPS // 2, STEPS)
 SHOWN = 6
 
 Progress = Callable[[int, int], None]
@@ -33,10 +35,11 @@ Stack = Callable[[Sequence[LayoutCase]], list[Editor]]
 
 @dataclass(eq=False)
 class Drawn:
-    """What a method drew: the pictures, the share of attention in each box, and the cost."""
+    """What a method drew: the pictures, the shares of attention in each box, and the cost."""
 
     pictures: list[Image.Image]
-    shares: list[float]
+    guided: list[float]  # while guidance lasts
+    shares: list[float]  # in the second half of the run
     rows: float  # that the denoiser evaluated, for each picture, partial calls included
     partial: float  # of them those of calls that energies made
 
@@ -52,12 +55,12 @@ def boxes(cases: Sequence[LayoutCase]) -> list[list[Any]]:
 
 def draw(pipe: Any, cases: Sequence[LayoutCase], stack: Stack, seed: int) -> Drawn:
     """Every case once; case i starts from the noise of seed + i."""
-    made, shares, partial = [], [], 0
+    made, guided, shares, partial = [], [], [], 0
     with counted(pipe.unet) as cost:
         for i in range(0, len(cases), BATCH):
             some, editors = cases[i : i + BATCH], stack(cases[i : i + BATCH])
             nouns = sorted({word for one in words(some) for word in one})
-            reading = hookctl.Maps(*nouns, sites="cross @1", start=0.5)
+            reading = hookctl.Maps(*nouns, sites="cross @1")
             with hookctl.control(pipe, *editors, reading) as session:
                 made += pipe(
                     [case.prompt for case in some],
@@ -67,9 +70,10 @@ def draw(pipe: Any, cases: Sequence[LayoutCase], stack: Stack, seed: int) -> Dra
                         torch.Generator().manual_seed(seed + i + j) for j in range(len(some))
                     ],
                 ).images
-            shares += in_box(session.maps, some)
+            guided += in_box(session.maps, some, GUIDED)
+            shares += in_box(session.maps, some, AFTER)
             partial += len(some) * sum(len(calls_of(editor)) for editor in editors)
-    return Drawn(made, shares, cost.rows / len(cases), partial / len(cases))
+    return Drawn(made, guided, shares, cost.rows / len(cases), partial / len(cases))
 
 
 def calls_of(editor: Any) -> Sequence[Any]:
@@ -78,14 +82,15 @@ def calls_of(editor: Any) -> Sequence[Any]:
     return [*getattr(editor, "record", ()), *getattr(inner, "record", ())]
 
 
-def in_box(maps: MapStore, cases: Sequence[LayoutCase]) -> list[float]:
-    """The share of each noun's attention that lies in its box, over the second half of the run."""
+def in_box(maps: MapStore, cases: Sequence[LayoutCase], turns: Sequence[int]) -> list[float]:
+    """The share of each noun's attention that lies in the cells of its box, as energies count it,
+    at the sites that they read."""
     shares = []
     for p, case in enumerate(cases):
         for thing, box in zip(case.things, case.boxes, strict=True):
-            mean = maps[thing.shape].where(prompt=p).mean().detach()
-            inside = Region.box(*box).coverage(*mean.shape)
-            shares.append(float((mean * inside).sum() / mean.sum()))
+            mean = maps[thing.shape].where(prompt=p, turns=turns).mean().detach()
+            inside = Region.box(*box).tokens(*mean.shape).view_as(mean)
+            shares.append(float(mean[inside].sum() / mean.sum()))
     return shares
 
 
@@ -94,8 +99,11 @@ def in_box(maps: MapStore, cases: Sequence[LayoutCase]) -> list[float]:
 
 def in_boxes(cases: Sequence[LayoutCase], drawn: Drawn) -> dict[str, float]:
     """How far the attention and the objects are in their boxes."""
-    share = round(float(np.mean(drawn.shares)), 3)
-    return {"share_in_box": share, **placed(cases, drawn.pictures)}
+    return {
+        "share_while_guided": round(float(np.mean(drawn.guided)), 3),
+        "share_in_box": round(float(np.mean(drawn.shares)), 3),
+        **placed(cases, drawn.pictures),
+    }
 
 
 def placed(cases: Sequence[LayoutCase], pictures: Sequence[Image.Image]) -> dict[str, float]:

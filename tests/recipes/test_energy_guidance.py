@@ -218,3 +218,42 @@ def test_bad_runs() -> None:
         case.run(pipe, PROMPTS[:1])
     with pytest.raises(InputError, match="bare denoiser"):
         hookctl.control(pipe.unet, AttendAndExcite(["cat"])).__enter__()
+
+
+# -- the embedded pipeline -------------------------------------------------------------------------
+
+
+Drawn = tuple[torch.Tensor, float]
+
+
+def drawn(pipe: Any, *edits: hookctl.Editor) -> Drawn:
+    """The mean map of the circle in two pictures, and how much redder they are on the left."""
+    with hookctl.control(pipe, *edits, hookctl.Maps("circle", start=0.5)) as session:
+        pictures = pipe(
+            "a large red circle on a white background",
+            num_images_per_prompt=2,
+            num_inference_steps=8,
+            guidance_scale=3.0,
+            generator=torch.Generator().manual_seed(0),
+            output_type="pt",
+        ).images
+    maps = [session.maps["circle"].where(image=i).mean() for i in range(2)]
+    left, right = (pictures[:, 0] - pictures[:, 2]).chunk(2, dim=-1)
+    return torch.stack(maps).mean(0), float((left - right).mean())
+
+
+@pytest.mark.slow
+def test_attention_and_objects_go_where_the_boxes_are() -> None:
+    pipe = hookctl.load_shapes()
+    plain, side = drawn(pipe)
+    sides = {}
+    for box in ((0.1, 0.3, 0.5, 0.7), (0.5, 0.3, 0.9, 0.7)):
+        inside = Region.box(*box).tokens(*plain.shape).view_as(plain)
+        for method, least in ((LayoutGuidance, 1.5), (BoxDiff, 1.0)):
+            edited, sides[method, box] = drawn(
+                pipe, method(["circle"], [box], scale=60.0, stop=0.5)
+            )
+            before, after = (float(m[inside].sum() / m.sum()) for m in (plain, edited))
+            assert after > least * before, (method, box)
+    left, right = (sides[LayoutGuidance, box] for method, box in sides if method is LayoutGuidance)
+    assert left - right > 0.1 and left >= side >= right

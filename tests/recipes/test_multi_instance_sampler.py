@@ -163,3 +163,38 @@ def test_a_bare_denoiser_is_refused() -> None:
     pipe = zoo.PIPELINES["sd15"].make()
     with pytest.raises(UnsupportedError, match="scheduler"):
         hookctl.control(pipe.unet, MultiInstanceSampler([B], [FULL])).__enter__()
+
+
+# -- the embedded pipeline -------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_objects_are_drawn_in_their_regions() -> None:
+    """Where red and blue are follows the regions, whichever way round; colours do not mix."""
+    pipe = hookctl.load_shapes()
+    phrases = [
+        "a large red circle on a white background",
+        "a large blue square on a white background",
+    ]
+    redder = []
+    for halves in (HALVES, HALVES[::-1]):
+        stack = (
+            MultiInstanceSampler(
+                phrases, halves, share=0.5, merge="paste", outside="", ground=(255, 255, 255)
+            ),
+            RegionalPrompts(phrases, halves, base=0.5, start=0.5),
+            MaskedSelfAttention(halves, open=True, start=0.5),
+        )
+        with hookctl.control(pipe, *stack):
+            pictures = pipe(
+                "a large red circle and a large blue square on a white background",
+                num_images_per_prompt=2,
+                num_inference_steps=8,
+                guidance_scale=3.0,
+                generator=torch.Generator().manual_seed(0),
+                output_type="pt",
+            ).images
+        difference = pictures[:, 0] - pictures[:, 2]  # red less blue, [pictures, height, width]
+        left, right = difference.chunk(2, dim=-1)
+        redder.append(left.mean((1, 2)) - right.mean((1, 2)))
+    assert redder[0].mean() > 0.1 and redder[1].mean() < -0.1
