@@ -143,31 +143,30 @@ class RealCompo(WordEnergy):
         if COND not in found:
             return predictions.guided
         state, like = predictions.state, predictions.guided
-        layout = Guess(found[COND].to(like), _guided(predictions, found), self._seen_in(state))
-        text = Guess(predictions[COND].to(like), like, state.latents)
+        x, seen = state.latents, self._seen
+        seen = x if seen is None or torch.equal(seen, x) else seen.to(x)
+        layout = Guess(found[COND].to(like), _guided(predictions, found), seen)
+        text = Guess(predictions[COND].to(like), like, x)
         self._update(state, layout, text)
-        turns = int(self.alone * state.clock.turns + 1e-9)
-        share = self.coefficient
-        if share is None and state.clock.turn < turns:
-            share = 1.0
-        assert self.d is not None  # since `begin`
-        c = self.d.sigmoid() if share is None else torch.full_like(self.d, share)
-        if share is None:
-            mixed = mix_predictions(layout.guided, text.guided, self.d[:, 0])
-        else:
-            mixed = layout.guided if share == 1 else torch.lerp(text.guided, layout.guided, share)
+        mixed, c = self._mixed(state, layout.guided, text.guided)
         self._missing = self._between(predictions, mixed, layout, text, c)
         return mixed
+
+    def _mixed(self, state: State, layout: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """The mixture of the predictions, and c."""
+        assert self.d is not None  # since `begin`
+        turns = int(self.alone * state.clock.turns + 1e-9)
+        share = self.coefficient
+        if share is None and state.clock.turn >= turns:
+            return mix_predictions(layout, text, self.d[:, 0]), self.d.sigmoid()
+        share = 1.0 if share is None else share
+        mixed = layout if share == 1 else torch.lerp(text, layout, share)
+        return mixed, torch.full_like(self.d, share)
 
     def after(self, state: State) -> None:
         missing, self._missing = self._missing, None
         if missing is not None:
             state.latents = state.latents + missing.to(state.latents)
-
-    def _seen_in(self, state: State) -> Tensor:
-        """The latents that the layout model saw; the pipeline's own where it moved none."""
-        x, seen = state.latents, self._seen
-        return x if seen is None or torch.equal(seen, x) else seen.to(x)
 
     def _between(
         self, predictions: Predictions, mixed: Tensor, layout: Guess, text: Guess, c: Tensor
