@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from hookctl.demos.shapes.captions import describe
@@ -100,13 +101,18 @@ def obeyed(case: Case, detection: Detection) -> bool:
     return not (BOX[0] <= x < BOX[2] and BOX[1] <= y < BOX[3])
 
 
-def continued(case: Case, picture: Image.Image) -> bool:
-    """Whether most of what surrounds the given picture has its ground."""
+def surroundings(picture: Image.Image) -> NDArray[np.float64]:
+    """The colour of most of what surrounds the given picture, RGB from 0 to 255."""
     pixels = np.asarray(picture, float)
     outside = np.ones(pixels.shape[:2], bool)
     outside[BOX[1] : BOX[3], BOX[0] : BOX[2]] = False
-    ground = np.median(pixels[outside], axis=0)
-    return float(np.linalg.norm(ground - np.array(GROUNDS[case.ground]))) <= SAME
+    colour: NDArray[np.float64] = np.median(pixels[outside], axis=0)
+    return colour
+
+
+def continued(case: Case, picture: Image.Image) -> bool:
+    """Whether that is the given picture's ground."""
+    return float(np.linalg.norm(surroundings(picture) - GROUNDS[case.ground])) <= SAME
 
 
 def figures(every: Sequence[Case], drawn: Sequence[Image.Image]) -> dict[str, float]:

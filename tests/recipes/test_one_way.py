@@ -12,7 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import hookctl
 from hookctl import control
+from hookctl.demos.grown import cases, surroundings
+from hookctl.demos.one_way import Watched, draw
+from hookctl.demos.shapes.world import GROUNDS
 from hookctl.editor import WHOLE_PICTURE, Claim, Editor
 from hookctl.errors import InputError
 from hookctl.loop.pictures import encode
@@ -218,3 +222,22 @@ def test_the_picture_alone_is_shown_to_no_editor_of_the_canvas() -> None:
 def test_pictures_are_resized() -> None:
     pasted = CyclicOneWay(made(torch.float32), picture(128), CAT, picture_size=(64, 64), at=(8, 0))
     assert pasted.pictures[0].size == (64, 64) and pasted.cells == (1, 0, 8, 8)
+
+
+@pytest.mark.slow
+def test_the_flow_carries_the_ground_of_a_picture() -> None:
+    """On the embedded pipeline: into the scene with it, and not when it is turned about."""
+    pipe = hookctl.load_shapes()
+    pipe.set_progress_bar_config(disable=True)
+    every = cases(seed=1, count=2, said=False)
+    shares, apart = {}, {}
+    for name in ("COW", "SOW", "SOW turned about"):
+        watched = Watched()
+        drawn = draw(pipe, name, every, seed=0, watched=watched)
+        shares[name] = watched.figures()["attention_into_picture"]
+        apart[name] = [
+            np.abs(surroundings(p) - GROUNDS[c.ground]).mean()
+            for c, p in zip(every, drawn, strict=True)
+        ]
+    assert shares["SOW turned about"] < 0.7 * shares["COW"] < 0.7 * shares["SOW"]
+    assert np.mean(apart["SOW"]) < 40 < np.mean(apart["SOW turned about"])
