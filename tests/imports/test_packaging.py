@@ -1,0 +1,59 @@
+"""A wheel holds every module, weight and table of the checkout, and its links no second time."""
+
+from __future__ import annotations
+
+from distutils.core import run_setup
+from pathlib import Path
+
+import pytest
+import setuptools  # noqa: F401  (its distutils is the one that reads pyproject.toml)
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = {
+    "hookctl": "hookctl",
+    "demos": "hookctl/demos",
+    "recipes": "hookctl/recipes",
+    "triton_kernels": "hookctl/kernels",
+}
+# What a gallery shows is for readers of the checkout.
+UNPACKED = {".jpg", ".png", ".pyc"}
+
+
+def shipped() -> set[str]:
+    """Paths in the wheel, by setuptools' configuration; nothing is built."""
+    build = run_setup("setup.py", stop_after="config").get_command_obj("build_py")
+    build.ensure_finalized()
+    modules = {
+        f"{package.replace('.', '/')}/{Path(file).name}"
+        for package, _, file in build.find_all_modules()
+    }
+    return modules | {
+        f"{package.replace('.', '/')}/{name}"
+        for package, _, _, names in build.data_files
+        for name in names
+    }
+
+
+def present() -> set[str]:
+    """What the folders hold, by the path it should have in the wheel."""
+    found = set()
+    for folder, package in FOLDERS.items():
+        links = [path for path in (ROOT / folder).iterdir() if path.is_symlink()]
+        for path in (ROOT / folder).rglob("*"):
+            if path.is_file() and not any(link in path.parents for link in links):
+                found.add(f"{package}/{path.relative_to(ROOT / folder).as_posix()}")
+    return {name for name in found if Path(name).suffix not in UNPACKED}
+
+
+def test_the_wheel_holds_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    names = shipped()
+    assert present() - names == {"hookctl/demos/gallery.md"}
+    assert names <= present()
+    assert {
+        "hookctl/py.typed",
+        "hookctl/recipes/prompt_to_prompt.py",
+        "hookctl/demos/presets/prompt_to_prompt.toml",
+        "hookctl/demos/shapes/weights/unet/diffusion_pytorch_model.safetensors",
+        "hookctl/kernels/sum_of_terms.py",
+    } <= names
