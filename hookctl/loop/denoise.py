@@ -33,10 +33,8 @@ class DenoiserPort:
         self.module, self.around = module, around
         self.compiled: Inner | None = module.__dict__.get(_SLOT)
         self._eager = False
-        # Not recursive: a model compiled round the hook is compiled inside it.
-        call = torch.compiler.disable(self._call, recursive=False)
         self._patches = [
-            Patch(module, _SLOT, call),
+            Patch(module, _SLOT, self._caught()),
             Patch(module, "compile", self._compile),
         ]
         if hasattr(module, "cache_context"):
@@ -49,21 +47,27 @@ class DenoiserPort:
         if self.compiled is not None and _SLOT not in self.module.__dict__:
             self.module.__dict__[_SLOT] = self.compiled
 
-    def _call(self, *args: Any, **kwargs: Any) -> Any:
-        # torch.compile must see the model, but none of what is done round it.
-        tracer = set_eval_frame(None)
+    def _caught(self) -> Inner:
+        """The call in the slot: torch.compile sees the model, but none of what is done round it."""
 
-        def inner(*args: Any, **kwargs: Any) -> Any:
-            set_eval_frame(None if self._eager else tracer)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            tracer = set_eval_frame(None)
+
+            def inner(*args: Any, **kwargs: Any) -> Any:
+                set_eval_frame(None if self._eager else tracer)
+                try:
+                    return (self.compiled or self.module._call_impl)(*args, **kwargs)
+                finally:
+                    set_eval_frame(None)
+
             try:
-                return (self.compiled or self.module._call_impl)(*args, **kwargs)
+                return self.around(inner, args, kwargs)
             finally:
-                set_eval_frame(None)
+                set_eval_frame(tracer)
 
-        try:
-            return self.around(inner, args, kwargs)
-        finally:
-            set_eval_frame(tracer)
+        # Not recursive: a model compiled round the hook is compiled inside it. A function, since
+        # torch 2.6 marks what it is given, and a bound method can't be marked.
+        return torch.compiler.disable(call, recursive=False)
 
     @contextmanager
     def eagerly(self) -> Iterator[None]:
