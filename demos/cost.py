@@ -1,13 +1,23 @@
-"""What drawing costs, counted where it is paid: rows that a denoiser evaluates."""
+"""What drawing costs, counted where it is paid: rows that a denoiser evaluates, and live memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import hookctl
+from hookctl.editor import Editor
+
+MIB = 2**20
+FEW = 3  # steps that show a run's peak: each step lets go of what the last one made
 
 
 @dataclass
@@ -38,3 +48,71 @@ def counted(denoiser: nn.Module) -> Iterator[Cost]:
         yield cost
     finally:
         handle.remove()
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+class Live(TorchDispatchMode):
+    """Follows the storages of all tensors made meanwhile, until they are let go.
+
+    now, most: bytes alive, and the most that ever were at once. What was there before (weights,
+    the caller's tensors) counts for nothing, nor do the scratch pads inside an operation: the
+    figure is the same on every machine that takes the same operations.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        self._meet((args, given), new=False)
+        out = func(*args, **given)
+        self._meet(out, new=True)
+        return out
+
+    def _meet(self, tensors: Any, new: bool) -> None:
+        for x in tree_leaves(tensors):
+            if isinstance(x, Tensor):
+                storage = x.untyped_storage()
+                key, size = storage._cdata, storage.nbytes() if new else 0
+                if key not in self._known:
+                    self._known.add(key)
+                    self.now += size
+                    self.most = max(self.most, self.now)
+                    weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def peak_mib(work: Callable[[], Any]) -> float:
+    """The most memory, in MiB, that the tensors made by `work` take at once."""
+    with Live() as live:
+        work()
+    return round(live.most / MIB, 2)
+
+
+def drawing_mib(
+    pipe: Any, prompts: str | list[str], *editors: Editor, guidance: float, **arguments: Any
+) -> float:
+    """Of a few steps of the pipeline under editors; without the decoder, which they leave alone."""
+    count = 1 if isinstance(prompts, str) else len(prompts)
+
+    def work() -> None:
+        with hookctl.control(pipe, *editors):
+            pipe(
+                prompts,
+                num_inference_steps=FEW,
+                guidance_scale=guidance,
+                generator=[torch.Generator().manual_seed(0) for _ in range(count)],
+                output_type="latent",
+                **arguments,
+            )
+
+    return peak_mib(work)
