@@ -38,7 +38,7 @@ from hookctl.loop.pictures import encode
 from hookctl.loop.trajectory import Trajectory
 
 Progress = Callable[[str, int, int], None]
-LAYERS = r"attn\d\.(to_q|to_k|to_v|to_out\.0)$"
+LAYERS = "."  # all that are linear or convolutional: the paper tunes all weights
 
 
 class Imagic:
@@ -52,7 +52,8 @@ class Imagic:
         Stable Diffusion are 1000 steps at 2e-3 and 1500 at 5e-7 over all weights.
     schedule_steps: levels that the picture is noised to, spread over the schedule; window: those
         of them that are trained, in shares of the run (0 is noise, where the layout is decided);
-        samples: levels in every training step, spread evenly over the window.
+        samples: levels in every training step, spread evenly over the window; noises: of each of
+        these levels, in one batch.
     seed: of the training noise and of the change's start.
     checkpoint: a safetensors file to write after every `save_every` steps and at the end, and to go
         on from if it is there (the optimiser's moments start anew).
@@ -73,6 +74,7 @@ class Imagic:
         schedule_steps: int = 50,
         window: tuple[float, float] = (0.0, 1.0),
         samples: int = 1,
+        noises: int = 1,
         seed: int = 0,
         checkpoint: str | Path | None = None,
         save_every: int = 100,
@@ -81,17 +83,20 @@ class Imagic:
             raise InputError(f"Imagic: target={target!r}; give the text of the edited picture")
         if min(text_steps, model_steps) < 0 or min(text_rate, model_rate) <= 0 or save_every < 1:
             raise InputError("Imagic: give steps from 0 on, rates above 0 and save_every from 1 on")
-        if not 0 <= window[0] < window[1] <= 1 or samples < 1:
+        if not 0 <= window[0] < window[1] <= 1 or min(samples, noises) < 1:
             raise InputError(
-                f"Imagic: window={window!r}, samples={samples!r}; give a start and a later end "
-                "between 0 and 1, and samples from 1 on"
+                f"Imagic: window={window!r}, samples={samples!r}, noises={noises!r}; give a start "
+                "and a later end between 0 and 1, and samples and noises from 1 on"
             )
         self.pipe, self.target, self.seed = pipe, target, seed
         self.window, self.samples = window, samples
         clean = encode(pipe, picture)
         height, width = picture.size[::-1]
         self.size = {"height": height, "width": width}
-        self.program = Trajectory(pipe, target, steps=schedule_steps, latents=clean, **self.size)
+        many = clean.repeat(noises, 1, 1, 1)
+        self.program = Trajectory(
+            pipe, target, steps=schedule_steps, images=noises, latents=many, **self.size
+        )
         self.clean = clean.to(self.program.latents)
         self.wanted = self.program.template.text(COND).float()
         self.fitted = self.wanted.clone()
@@ -166,15 +171,16 @@ class Imagic:
     def _losses(self, generator: torch.Generator) -> Iterator[Tensor]:
         """|| prediction - what it should be ||^2 at random levels, by the model's own target.
 
-        One at a time, so that only one graph is held; their sum is the loss of a training step.
+        One level at a time, so that only one graph is held; their sum is the loss of a step.
         """
         program, (begin, end) = self.program, self.window
+        clean = self.clean.expand_as(program.latents)
         for k in range(self.samples):
             share = (k + float(torch.rand((), generator=generator))) / self.samples
             i = min(int((begin + share * (end - begin)) * program.steps), program.steps - 1)
-            level, eps = program.levels[i], noise_like(self.clean, generator)
-            prediction = program.predict(level.mix(self.clean, eps), i, 1.0, {COND: self.fitted})
-            wanted = program.noise.join(self.clean, eps, level)
+            level, eps = program.levels[i], noise_like(clean, generator)
+            prediction = program.predict(level.mix(clean, eps), i, 1.0, {COND: self.fitted})
+            wanted = program.noise.join(clean, eps, level)
             yield (prediction - wanted).float().square().mean() / self.samples
 
     @torch.enable_grad()

@@ -1,24 +1,29 @@
-"""Low-rank changes of a model's linear layers that leave its weights alone.
+"""Low-rank changes of a model's linear and convolutional layers that leave its weights alone.
 
 y = W x + s B A x, with A [rank, inputs] and B [outputs, rank] beside the model (Hu et al., "LoRA",
-arXiv 2106.09685). Forward hooks add the second term while they are in; nothing is written into the
-model, so nothing has to be taken out again but the hooks.
+arXiv 2106.09685); of a convolution, A has its kernel and B is 1 x 1. Forward hooks add the second
+term while they are in; nothing is written into the model, so nothing has to be taken out again but
+the hooks.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hookctl.errors import InputError
 
 
 class LowRank:
-    """A low-rank change of every linear layer whose path matches a pattern.
+    """A low-rank change of every linear or convolutional layer whose path matches a pattern.
+
+    Grouped convolutions, and those that pad with anything but zeros, are left out.
 
     factors: path -> (A, B), float32 leaves; B starts at zero, so that at first nothing changes.
     """
@@ -30,13 +35,17 @@ class LowRank:
             raise InputError(f"rank={rank!r}; give a number from 1 on")
         self.model, self.factors = model, dict[str, tuple[Tensor, Tensor]]()
         for path, module in model.named_modules():
-            if isinstance(module, nn.Linear) and re.search(pattern, path):
-                device = module.weight.device
-                a = torch.randn(rank, module.in_features, generator=generator) / rank
-                b = torch.zeros(module.out_features, rank)
-                self.factors[path] = (a.to(device), b.to(device))
+            if re.search(pattern, path) and _takes_part(module):
+                weight: Tensor = module.weight
+                outputs, inputs, *kernel = weight.shape
+                a = torch.randn(rank, inputs, *kernel, generator=generator)
+                a /= rank * math.prod(kernel) ** 0.5
+                b = torch.zeros(outputs, rank, *[1] * len(kernel))
+                self.factors[path] = (a.to(weight.device), b.to(weight.device))
         if not self.factors:
-            raise InputError(f"layers={pattern!r} matches no linear layer of the model")
+            raise InputError(
+                f"layers={pattern!r} matches no linear or convolutional layer of the model"
+            )
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -71,9 +80,18 @@ class LowRank:
                 hook.remove()
 
 
+def _takes_part(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1 and module.padding_mode == "zeros"
+    return isinstance(module, nn.Linear)
+
+
 def _adds(scale: float, a: Tensor, b: Tensor) -> Callable[..., Tensor]:
     def add(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
         x = given[0]
+        if isinstance(module, nn.Conv2d):
+            inner = F.conv2d(x, a.to(x), None, module.stride, module.padding, module.dilation)
+            return out + scale * F.conv2d(inner, b.to(x))
         return out + scale * (x @ a.to(x).T) @ b.to(x).T
 
     return add

@@ -85,6 +85,32 @@ def test_the_window_and_the_samples_of_a_step() -> None:
     assert asked == [2, 3, 4, 5] and len(losses) == 4
 
 
+def test_noises_of_a_level_share_its_text_and_model() -> None:
+    """Their loss is the mean of those that they have one by one."""
+    pipe = pipeline()
+    one, many = (Imagic(pipe, picture(), TARGET, noises=n, **FEW) for n in (1, 3))
+    drawn: list[torch.Tensor] = []
+    predict = many.program.predict
+    many.program.predict = lambda x, *rest: drawn.append(x) or predict(x, *rest)  # type: ignore
+    with torch.no_grad():
+        (loss,) = many._losses(torch.Generator().manual_seed(0))
+        (x,), level = drawn, many.program.levels[_level(many)]
+        alone = []
+        for noisy in x.split(1):
+            eps = (noisy - level.signal * one.clean) / level.noise
+            got = one.program.predict(noisy, _level(many), 1.0, {COND: one.fitted})
+            wanted = one.program.noise.join(one.clean, eps, level)
+            alone.append(float((got - wanted).square().mean()))
+    assert len(x) == 3 and not torch.equal(x[0], x[1])
+    assert float(loss) == pytest.approx(sum(alone) / 3, rel=1e-3)
+
+
+def _level(edit: Imagic) -> int:
+    """The level that a step with the generator's seed 0 trains."""
+    share = float(torch.rand((), generator=torch.Generator().manual_seed(0)))
+    return int(share * edit.program.steps)
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_fitting_lowers_the_loss(kind: str) -> None:
     pipe = pipeline()
@@ -120,13 +146,13 @@ def test_a_checkpoint_is_taken_up(tmp_path: Path) -> None:
 
 def test_bad_input() -> None:
     pipe = pipeline()
-    with pytest.raises(InputError, match="matches no linear layer"):
+    with pytest.raises(InputError, match="matches no linear or conv"):
         Imagic(pipe, picture(), TARGET, layers="nothing")
     with pytest.raises(InputError, match="rank=0"):
         Imagic(pipe, picture(), TARGET, rank=0)
     with pytest.raises(InputError, match="target="):
         Imagic(pipe, picture(), [TARGET])  # type: ignore[arg-type]
-    for wrong in ({"window": (0.5, 0.5)}, {"window": (0.0, 1.5)}, {"samples": 0}):
+    for wrong in ({"window": (0.5, 0.5)}, {"window": (0.0, 1.5)}, {"samples": 0}, {"noises": 0}):
         with pytest.raises(InputError, match="window="):
             Imagic(pipe, picture(), TARGET, **wrong)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="alphas"):
