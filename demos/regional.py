@@ -2,9 +2,9 @@
 
 The canvas is divided among the objects of a held-out scene: each point belongs to the object whose
 centre is nearest. Every scene is drawn plainly, under single ingredients (regional prompts, the
-multi-instance sampler, layout guidance) and under two stacks with masked self-attention, always
-from the same noise. An object is right if one of its shape and colour lies in its part; a part has
-leaked if an object there has the colour or the shape of another one of the scene.
+multi-instance sampler, layout guidance) and under two stacks, always from the same noise. An object
+is right if one of its shape and colour lies in its part; a part has leaked if an object there has
+the colour or the shape of another one of the scene.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ from hookctl.recipes import (
 )
 
 SHARE = 0.5  # of the schedule in which the sampler draws the objects apart
+LATER = (0.28, 0.6)  # and in which it does so under layout guidance
 # A region that hears of its object alone, beside others, tends to leave it out: in stacks the whole
-# prompt keeps most of each region, and masks let the objects see the background.
-BASE = 0.8
+# prompt keeps half of each region.
+BASE = 0.5
 
 Part = NDArray[np.bool_]
 
@@ -64,12 +65,13 @@ def texts(case: LayoutCase) -> list[str]:
 
 def regional(cases: Sequence[LayoutCase], **settings: Any) -> list[Editor]:
     places = [parts(case) for case in cases]
-    phrases = [case.phrases for case in cases]
-    return [RegionalPrompts(phrases, places, **{"base": 0.0, **settings})]
+    return [RegionalPrompts([texts(c) for c in cases], places, **{"base": 0.0, **settings})]
 
 
 def masked(cases: Sequence[LayoutCase], **settings: Any) -> list[Editor]:
-    return [MaskedSelfAttention([parts(c) for c in cases], **settings)]
+    """Boxes are cut off from one another alone: in a part that sees no background objects fade."""
+    boxes = [case.boxes for case in cases]
+    return [MaskedSelfAttention(boxes, background="all", open=True, **settings)]
 
 
 def guided(cases: Sequence[LayoutCase]) -> list[Editor]:
@@ -77,14 +79,16 @@ def guided(cases: Sequence[LayoutCase]) -> list[Editor]:
     return [LayoutGuidance(words(cases), places, scale=60.0, stop=0.4)]
 
 
-def sampled(cases: Sequence[LayoutCase]) -> list[Editor]:
+def sampled(cases: Sequence[LayoutCase], **settings: Any) -> list[Editor]:
+    """Each phrase is asked for in its own part alone: asked for everywhere, objects come to stand
+    across a part's edge, where the merge cuts them."""
     return [
         MultiInstanceSampler(
             [texts(c) for c in cases],
             [parts(c) for c in cases],
-            share=SHARE,
             merge="paste",
             ground=[GROUNDS[c.ground] for c in cases],
+            **{"share": SHARE, "outside": "", **settings},
         )
     ]
 
@@ -94,8 +98,14 @@ def together(cases: Sequence[LayoutCase]) -> list[Editor]:
     return [
         *sampled(cases),
         *regional(cases, base=BASE, start=SHARE),
-        *masked(cases, open=True, start=SHARE),
+        *masked(cases, start=SHARE),
     ]
+
+
+def placed(cases: Sequence[LayoutCase]) -> list[Editor]:
+    """Instances leave a picture that guidance has laid out: their phrases need no place."""
+    start, share = LATER
+    return [*guided(cases), *sampled(cases, start=start, share=share, outside=None)]
 
 
 METHODS: Mapping[str, Stack] = {
@@ -104,7 +114,7 @@ METHODS: Mapping[str, Stack] = {
     "sampler": sampled,
     "sampler + regional + masked": together,
     "layout guidance": guided,
-    "layout guidance + masked": lambda c: [*guided(c), *masked(c, open=True, start=0.7)],
+    "layout guidance + sampler": placed,
 }
 
 
@@ -145,14 +155,15 @@ def run(
 
 
 def theory(name: str, cases: Sequence[LayoutCase]) -> float:
-    """Denoiser rows for a picture: two in each turn, and two for each instance until the merge.
+    """Denoiser rows for a picture: two in each turn, and two for each instance while it is apart.
 
     A batch asks for as many instances as its fullest picture has.
     """
-    share = SHARE if "sampler" in name else 0.0
+    start, share = LATER if name == "layout guidance + sampler" else (0.0, SHARE)
+    turns = int(share * STEPS + 1e-9) - int(start * STEPS + 1e-9) if "sampler" in name else 0
     batches = [cases[i : i + BATCH] for i in range(0, len(cases), BATCH)]
     instances = sum(len(b) * max(len(case.things) for case in b) for b in batches) / len(cases)
-    return 2.0 * STEPS + 2 * instances * int(share * STEPS + 1e-9)
+    return 2.0 * STEPS + 2 * instances * turns
 
 
 # -- what became of them ---------------------------------------------------------------------------
