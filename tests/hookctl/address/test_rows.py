@@ -49,7 +49,9 @@ def test_one_call_for_each_branch() -> None:
 def test_skip_layer_guidance_makes_a_second_call() -> None:
     rows = resolve_rows(1, pipelines.BATCHED_THEN_SKIP, prompts=1, guided=True)
     assert tags(rows) == ["perturbed0.0"]
-    assert tags(resolve_rows(1, pipelines.BATCHED_THEN_SKIP, prompts=1, guided=False)) == ["cond0.0"]
+    assert tags(resolve_rows(1, pipelines.BATCHED_THEN_SKIP, prompts=1, guided=False)) == [
+        "cond0.0"
+    ]
 
 
 def test_perturbed_attention_guidance() -> None:
