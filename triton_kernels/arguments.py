@@ -138,3 +138,8 @@ def form(dtype: str, width: int) -> dict[str, Any]:
         "RANK": 0,
         "UPCAST": False,
     }
+
+
+def ranked(dtype: str) -> dict[str, Any]:
+    """What `form` is changed by for rank-r biases."""
+    return {**dict.fromkeys(("query_factors", "key_factors"), f"*{dtype}:16"), "RANK": _RANK}

@@ -32,7 +32,7 @@ class Launch(NamedTuple):
 # Head widths in the field: SD1.5 (40, 80, 160), SDXL and SD3 (64), PixArt (72), Flux (128). One of
 # each split of a head is shipped and compiled ahead of time; others run on the nearest.
 WIDTHS = (64, 80, 96, 128, 160)
-WIDEST = 192
+WIDEST = 160
 
 # fp32 has no tensor cores here; what matters is that it fits anywhere.
 SINGLES = Launch(32, 32, 4, 1)
@@ -46,8 +46,7 @@ class Specimen:
     """One compiled form of a kernel, as the tests compile it ahead of time for `arch`.
 
     arguments: by name, a type ("*fp16", "i32", "fp32"; with ":16" where the value is a multiple of
-    16) or the value of a constexpr; dots: whether it must use the tensor cores; spills: whether it
-    is known to spill registers, because no tile was found that does not.
+    16) or the value of a constexpr; dots: whether it must use the tensor cores.
     """
 
     name: str
@@ -56,7 +55,6 @@ class Specimen:
     launch: Launch
     arch: str
     dots: bool = True
-    spills: bool = False
 
 
 def interpreting() -> bool:
@@ -97,21 +95,6 @@ def pieces(width: int) -> tuple[int, int]:
     first = whole // 2
     rest = max(16, 1 << (width - first - 1).bit_length())
     return (whole, 0) if first < 64 or first + rest >= whole else (first, rest)
-
-
-def tile_for(table: Mapping[str, Mapping[Any, Launch]], key: Any, like: torch.Tensor) -> Launch:
-    """The entry of a launch table for the device and dtype of a tensor: of the key itself, or of
-    the next that is listed."""
-    if interpreting():
-        return INTERPRETED
-    if like.dtype == torch.float32:
-        return SINGLES
-    return entry(table[arch_of(like.device)], key)
-
-
-def entry(of_arch: Mapping[Any, Launch], key: Any) -> Launch:
-    """The tile for a key, or for the next larger that is listed."""
-    return of_arch[min((x for x in of_arch if x >= key), default=max(of_arch))]
 
 
 def aligned(*tensors: torch.Tensor) -> bool:

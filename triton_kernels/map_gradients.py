@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hookctl.kernels.guard import form
-from hookctl.kernels.launch import INTERPRETED, Launch, Specimen, arch_of, interpreting, pieces
+from hookctl.kernels.launch import Specimen, interpreting, pieces
+from hookctl.kernels.launch_tables import GRADIENTS, MAPS, SINGLE, entry, needed, tile_for
 from hookctl.kernels.tiles import LOG2E, add_products, dot, nothing, parts, products, store
 
 PROGRAMS = 256  # queries are split until there are about so many
@@ -142,22 +143,7 @@ def _of_keys(
     store(dk_ptr, D, n, keys, dk_0 * scale, dk_1 * scale, D, D0, D1)
 
 
-# (chip, whether elements have 4 bytes, whether the head is wider than 128) -> tile. block_m are the
-# tokens that a program owns (queries for dq, keys for dk), block_n those that it walks over.
-LAUNCHES = {
-    ("sm_80", False, False): Launch(64, 32, 8, 1),
-    ("sm_80", False, True): Launch(64, 16, 8, 1),
-    ("sm_80", True, False): Launch(32, 16, 8, 1),
-    ("sm_80", True, True): Launch(16, 16, 4, 1),
-    ("sm_90", False, False): Launch(64, 64, 8, 1),
-    ("sm_90", False, True): Launch(64, 16, 8, 1),
-    ("sm_90", True, False): Launch(32, 16, 8, 1),
-    ("sm_90", True, True): Launch(16, 16, 4, 1),
-    ("gfx942", False, False): Launch(64, 32, 4, 1),
-    ("gfx942", False, True): Launch(32, 32, 4, 1),
-    ("gfx942", True, False): Launch(32, 32, 4, 1),
-    ("gfx942", True, True): Launch(16, 16, 4, 1),
-}
+TABLE = MAPS + GRADIENTS
 
 
 @torch.library.custom_op("hookctl::map_gradients", mutates_args=())
@@ -167,9 +153,7 @@ def operator(
     """dq and dk. tokens: int64 [batch, T], those without a key beyond the last."""
     batch, heads, length, width = q.shape
     keys, count = k.shape[2], tokens.shape[1]
-    tile = INTERPRETED
-    if not interpreting():
-        tile = LAUNCHES[arch_of(q.device), q.element_size() == 4, width > 128]
+    tile = needed(tile_for(TABLE, (width,), q), TABLE, q)
     d0, d1 = pieces(width)
     constants: dict[str, Any] = {
         "D": width, "D0": d0, "D1": d1, "BM": tile.block_m, "BN": tile.block_n,
@@ -208,10 +192,13 @@ def specimens(arch: str) -> Iterator[Specimen]:
         ("fp16", 64),
         ("fp16", 128),
         ("fp16", 160),
+        ("fp32", 64),
         ("fp32", 128),
         ("fp32", 160),
     ):
-        tile = LAUNCHES[arch, element == "fp32", width > 128]
+        tile = entry(TABLE + SINGLE * (element == "fp32"), arch, (width,))
+        if tile is None:
+            continue
         d0, d1 = pieces(width)
         types = {
             "D": width, "D0": d0, "D1": d1, "BM": tile.block_m, "BN": tile.block_n, "BT": 16,
@@ -220,9 +207,9 @@ def specimens(arch: str) -> Iterator[Specimen]:
             "r_ptr": "*fp32:16", "q_stride_d": "i32", "k_stride_d": "i32", "chosen_stride": "i32",
             "grad_stride_b": "i32",
         }  # fmt: skip
-        dots = element != "fp32"  # fp32 is multiplied without tensor cores, and may spill
+        dots = element != "fp32"  # fp32 is multiplied without tensor cores
         for name, kernel in (("dq", _of_queries), ("dk", _of_keys)):
             more = {} if kernel is _of_queries else {"dk_ptr": "*fp32:16"}
             arguments = form(kernel, element, **types, **more)
             full = f"map_readout {name} {element} d{width}"
-            yield Specimen(full, kernel, arguments, tile, arch, dots, spills=not dots)
+            yield Specimen(full, kernel, arguments, tile, arch, dots)

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from hookctl.kernels import map_gradients
 from hookctl.kernels.guard import form
-from hookctl.kernels.launch import INTERPRETED, Launch, Specimen, arch_of, interpreting, pieces
+from hookctl.kernels.launch import Specimen, interpreting, pieces
+from hookctl.kernels.launch_tables import MAPS, SINGLE, entry, needed, tile_for
 from hookctl.kernels.tiles import LOG2E, parts, products
 
 MOST_TOKENS = 128  # of one launch
@@ -123,27 +124,8 @@ def _marginals(
     tl.store(out_ptr + n, total, mask=n < keys)
 
 
-# (chip, whether elements have 4 bytes, whether the head is wider than 128) -> tile
-LAUNCHES = {
-    ("sm_80", False, False): Launch(64, 64, 4, 2),
-    ("sm_80", False, True): Launch(64, 32, 4, 2),
-    ("sm_80", True, False): Launch(32, 16, 8, 1),
-    ("sm_80", True, True): Launch(16, 16, 4, 1),
-    ("sm_90", False, False): Launch(64, 64, 4, 2),
-    ("sm_90", False, True): Launch(64, 64, 4, 2),
-    ("sm_90", True, False): Launch(32, 16, 8, 1),
-    ("sm_90", True, True): Launch(16, 16, 4, 1),
-    ("gfx942", False, False): Launch(64, 32, 4, 1),
-    ("gfx942", False, True): Launch(32, 32, 4, 1),
-    ("gfx942", True, False): Launch(32, 32, 4, 1),
-    ("gfx942", True, True): Launch(32, 16, 4, 1),
-}
-
-
 def _constants(q: Tensor, k: Tensor) -> dict[str, Any]:
-    tile = INTERPRETED
-    if not interpreting():
-        tile = LAUNCHES[arch_of(q.device), q.element_size() == 4, q.shape[-1] > 128]
+    tile = needed(tile_for(MAPS, (q.shape[-1],), q), MAPS, q)
     d0, d1 = pieces(q.shape[-1])
     return {
         "D": q.shape[-1], "D0": d0, "D1": d1, "BM": tile.block_m, "BN": tile.block_n,
@@ -246,10 +228,13 @@ def specimens(arch: str) -> Iterator[Specimen]:
         ("fp16", 64),
         ("fp16", 128),
         ("fp16", 160),
+        ("fp32", 64),
         ("fp32", 128),
         ("fp32", 160),
     ):
-        tile = LAUNCHES[arch, element == "fp32", width > 128]
+        tile = entry(MAPS + SINGLE * (element == "fp32"), arch, (width,))
+        if tile is None:
+            continue
         d0, d1 = pieces(width)
         types = {
             "D": width, "D0": d0, "D1": d1, "BM": tile.block_m, "BN": tile.block_n, "ALIGN": 2,
@@ -260,12 +245,10 @@ def specimens(arch: str) -> Iterator[Specimen]:
             "chosen_ptr": "*i64:16", "given_ptr": "*fp32:16", "map_ptr": "*fp32:16",
             "chosen_stride": "i32", "BT": 16, "GIVEN": False,
         }  # fmt: skip
-        dots = element != "fp32"  # fp32 is multiplied without tensor cores, and may spill
+        dots = element != "fp32"  # fp32 is multiplied without tensor cores
         arguments = form(_forward, element, **types, **more)
-        yield Specimen(
-            f"map_readout {element} d{width}", _forward, arguments, tile, arch, dots, not dots
-        )
+        yield Specimen(f"map_readout {element} d{width}", _forward, arguments, tile, arch, dots)
         if width == 160:
             arguments = form(_marginals, element, **types, out_ptr="*fp32:16")
             name = f"key_marginals {element} d{width}"
-            yield Specimen(name, _marginals, arguments, tile, arch, dots, not dots)
+            yield Specimen(name, _marginals, arguments, tile, arch, dots)

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from hookctl.kernels import region_gradients
 from hookctl.kernels.guard import form
-from hookctl.kernels.launch import INTERPRETED, Launch, Specimen, arch_of, interpreting, pieces
+from hookctl.kernels.launch import Launch, Specimen, interpreting, pieces
+from hookctl.kernels.launch_tables import REGIONS, SINGLE, entry, needed, tile_for
 from hookctl.kernels.region_lists import tile_lists
 from hookctl.kernels.tiles import LOG2E, add_products, nothing, parts, products, store
 
@@ -131,27 +132,8 @@ def _forward(
     tl.store(lse_ptr + m, (top + tl.log2(norm)) / LOG2E, mask=m < tokens)
 
 
-# (chip, whether elements have 4 bytes, whether the head is wider than 128) -> tile
-LAUNCHES = {
-    ("sm_80", False, False): Launch(128, 64, 8, 2),
-    ("sm_80", False, True): Launch(128, 32, 8, 2),
-    ("sm_80", True, False): Launch(32, 32, 8, 1),
-    ("sm_80", True, True): Launch(16, 16, 4, 1),
-    ("sm_90", False, False): Launch(128, 64, 8, 3),
-    ("sm_90", False, True): Launch(128, 32, 8, 2),
-    ("sm_90", True, False): Launch(32, 32, 8, 1),
-    ("sm_90", True, True): Launch(16, 16, 4, 1),
-    ("gfx942", False, False): Launch(64, 64, 4, 1),
-    ("gfx942", False, True): Launch(64, 32, 4, 1),
-    ("gfx942", True, False): Launch(32, 32, 4, 1),
-    ("gfx942", True, True): Launch(32, 32, 4, 1),
-}
-
-
 def _launch(x: Tensor) -> Launch:
-    if interpreting():
-        return INTERPRETED
-    return LAUNCHES[arch_of(x.device), x.element_size() == 4, x.shape[-1] > 128]
+    return needed(tile_for(REGIONS, (x.shape[-1],), x), REGIONS, x)
 
 
 @torch.library.custom_op("hookctl::region_attention", mutates_args=())
@@ -253,7 +235,9 @@ def region_attention(
 def specimens(arch: str) -> Iterator[Specimen]:
     wanted = [("fp16", width) for width in WIDTHS] + [("bf16", 64), ("fp32", 128), ("fp32", 160)]
     for element, width in wanted:
-        tile = LAUNCHES[arch, element == "fp32", width > 128]
+        tile = entry(REGIONS + SINGLE * (element == "fp32"), arch, (width,))
+        if tile is None:
+            continue
         d0, d1 = pieces(width)
         common = {
             "D": width, "D0": d0, "D1": d1, "BM": tile.block_m, "BN": tile.block_n,

@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hookctl.kernels.guard import form
-from hookctl.kernels.launch import INTERPRETED, Launch, Specimen, arch_of, interpreting, pieces
+from hookctl.kernels.launch import Specimen, interpreting, pieces
+from hookctl.kernels.launch_tables import GRADIENTS, REGIONS, SINGLE, entry, needed, tile_for
 from hookctl.kernels.region_lists import tile_lists
 from hookctl.kernels.tiles import LOG2E, add_products, nothing, parts, products, store
 
@@ -189,22 +190,7 @@ def _of_keys(
     store(dv_ptr, dv_stride_n, n, keys, dv_0, dv_1, D, D0, D1)
 
 
-# (chip, whether elements have 4 bytes, whether the head is wider than 128) -> tile. block_m are the
-# tokens that a program owns (queries for dq, keys for dk and dv), block_n those that it walks over.
-LAUNCHES = {
-    ("sm_80", False, False): Launch(64, 32, 8, 1),
-    ("sm_80", False, True): Launch(64, 16, 8, 1),
-    ("sm_80", True, False): Launch(32, 16, 8, 1),
-    ("sm_80", True, True): Launch(16, 16, 4, 1),
-    ("sm_90", False, False): Launch(64, 64, 8, 2),
-    ("sm_90", False, True): Launch(64, 16, 8, 1),
-    ("sm_90", True, False): Launch(32, 16, 8, 1),
-    ("sm_90", True, True): Launch(16, 16, 4, 1),
-    ("gfx942", False, False): Launch(64, 32, 4, 1),
-    ("gfx942", False, True): Launch(32, 32, 4, 1),
-    ("gfx942", True, False): Launch(32, 32, 4, 1),
-    ("gfx942", True, True): Launch(16, 16, 4, 1),
-}
+TABLE = REGIONS + GRADIENTS
 
 
 @torch.library.custom_op("hookctl::region_gradients", mutates_args=())
@@ -226,9 +212,7 @@ def operator(
     delta, grad_lse = torch.empty_like(lse), grad_lse.contiguous()
     batch, heads, tokens, width = q.shape
     keys = k.shape[2]
-    tile = INTERPRETED if interpreting() else LAUNCHES[
-        arch_of(q.device), q.element_size() == 4, width > 128
-    ]  # fmt: skip
+    tile = needed(tile_for(TABLE, (width,), q), TABLE, q)
     same = query_regions.stride(0) == key_regions.stride(0) == 0
     of_queries, of_keys = (r[:1] if same else r for r in (query_regions, key_regions))
     d0, d1 = pieces(width)
@@ -275,10 +259,13 @@ def specimens(arch: str) -> Iterator[Specimen]:
         ("fp16", 64),
         ("fp16", 128),
         ("fp16", 160),
+        ("fp32", 64),
         ("fp32", 128),
         ("fp32", 160),
     ):
-        tile = LAUNCHES[arch, element == "fp32", width > 128]
+        tile = entry(TABLE + SINGLE * (element == "fp32"), arch, (width,))
+        if tile is None:
+            continue
         d0, d1 = pieces(width)
         common = {
             "D": width, "D0": d0, "D1": d1, "BM": tile.block_m, "BN": tile.block_n,
@@ -292,6 +279,4 @@ def specimens(arch: str) -> Iterator[Specimen]:
             yield Specimen(
                 f"region_attention {name} {element} d{width}", kernel,
                 form(kernel, element, **common, **more), tile, arch, dots=element != "fp32",
-                # fp32 is multiplied without tensor cores; 160 channels are at the edge of sm_80.
-                spills=element == "fp32" or (width == 160 and arch == "sm_80"),
             )  # fmt: skip

@@ -28,15 +28,13 @@ from hookctl.kernels.guard import form
 from hookctl.kernels.launch import (
     DTYPES,
     WIDEST,
-    Launch,
     Specimen,
     aligned,
     available,
-    entry,
     interpreting,
     pieces,
-    tile_for,
 )
+from hookctl.kernels.launch_tables import entry, needed, tile_for
 from hookctl.kernels.stretches import Stretch
 from hookctl.kernels.sum_of_terms_backward import gradients
 from hookctl.kernels.tiles import LOG2E, dot, parts, products
@@ -167,13 +165,7 @@ def _forward(
     tl.store(lse_ptr + at * tokens + m, (top + tl.log2(norm)) / LOG2E, mask=m < tokens)
 
 
-# Tiles by architecture and by the channels that are held side by side, for fp16 and bf16; chosen
-# from compiler output (tests/kernels/resources.json), not from timings.
-LAUNCHES: dict[str, dict[int, Launch]] = {
-    "sm_80": {64: Launch(128, 64, 8, 3), 128: Launch(128, 32, 8, 2), 256: Launch(64, 32, 8, 2)},
-    "sm_90": {64: Launch(128, 64, 8, 3), 128: Launch(128, 64, 8, 2), 256: Launch(128, 64, 8, 2)},
-    "gfx942": {64: Launch(128, 64, 4, 1), 128: Launch(64, 32, 4, 1), 256: Launch(64, 32, 8, 1)},
-}
+TABLE = "shared probabilities"  # by the channels that are held side by side
 
 
 def _at_once(groups: Sequence[Group], width: int) -> int:
@@ -230,7 +222,7 @@ def _operator(q: Any, k: Any, v: Any, integers: Any, scale: float) -> tuple[Tens
     _, sub, heads, n, d = q.shape
     count, (d0, d1) = _at_once(groups, d), pieces(d)
     places, v_rows, out_rows = _tables(tuple(integers), count, q.device)
-    tile = tile_for(LAUNCHES, count * (d0 + d1), q)
+    tile = needed(tile_for(TABLE, (count * (d0 + d1),), q), TABLE, q)
     with torch.cuda.device_of(q):
         _forward[triton.cdiv(n, tile.block_m), sub * heads, len(places)](
             q, k, v, out, lse, places, v_rows, out_rows, n, k.shape[-2], heads, scale,
@@ -327,7 +319,9 @@ def specimens(arch: str) -> Iterator[Specimen]:
     wanted = [(64, 1), (64, 2)] + [(d, _at_once(fullest, d)) for d in (64, 80, 96, 128, 160)]
     for d, count in wanted:
         d0, d1 = pieces(d)
-        tile = entry(LAUNCHES[arch], count * (d0 + d1))
+        tile = entry(TABLE, arch, (count * (d0 + d1),))
+        if tile is None:
+            continue
         types = {
             "COUNT": count, "D": d, "D0": d0, "D1": d1, "BM": tile.block_m, "BN": tile.block_n,
             "ALIGN": 8, "UPCAST": False, "scale": "fp32", "lse_ptr": "*fp32:16",

@@ -23,8 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from hookctl.kernels import stretches
-from hookctl.kernels.arguments import Extras, common, form, out_strides
-from hookctl.kernels.launch import WIDTHS, Launch, Specimen, entry, tile_for
+from hookctl.kernels.arguments import Extras, common, form, out_strides, ranked
+from hookctl.kernels.launch import WIDTHS, Launch, Specimen, pieces
+from hookctl.kernels.launch_tables import KEYS, QUERIES, RANKED, entry, needed, tile_for
 from hookctl.kernels.stretches import Tables
 from hookctl.kernels.tiles import (
     LOG2E,
@@ -230,35 +231,9 @@ def _keys(
     store(out, D, n, length, acc_0, acc_1, D, D0, D1)
 
 
-# Tiles by architecture and by the parts of a head, for fp16 and bf16; chosen from compiler output
-# (tests/kernels/resources.json), not from timings.
-_OF_QUERIES: dict[str, dict[tuple[int, int], Launch]] = {
-    "sm_80": {(128, 0): Launch(64, 64, 8, 1), (128, 32): Launch(32, 32, 4, 1)},
-    "sm_90": {
-        (64, 0): Launch(64, 64, 4, 2),
-        (128, 0): Launch(64, 64, 8, 2),
-        (128, 32): Launch(64, 64, 8, 1),
-    },
-    "gfx942": {
-        (64, 0): Launch(64, 64, 4, 1),
-        (128, 0): Launch(32, 64, 4, 1),
-        (128, 32): Launch(32, 32, 4, 1),
-    },
-}
-_OF_KEYS: dict[str, dict[tuple[int, int], Launch]] = {
-    "sm_80": {
-        (64, 0): Launch(64, 64, 8, 1),
-        (64, 32): Launch(32, 64, 8, 1),
-        (128, 0): Launch(64, 64, 8, 1),
-        (128, 32): Launch(16, 32, 4, 1),
-    },
-    "sm_90": {
-        (64, 0): Launch(64, 64, 4, 2),
-        (128, 0): Launch(64, 64, 8, 2),
-        (128, 32): Launch(32, 64, 8, 1),
-    },
-    "gfx942": _OF_QUERIES["gfx942"],
-}
+_OWNED = {"sources": "*i64:16", "starts": "*i32:16", "users": "*i32:16"}
+_PLAIN = {"lse": "*fp32:16", "offsets": "*fp32:16", "weights": None, "WEIGHTED": False}
+_FULL = _PLAIN | {"weights": "*fp32:16", "WEIGHTED": True, "bias": "*fp32:16", "BIASED": True}
 
 
 def gradients(
@@ -281,9 +256,11 @@ def gradients(
     key = arguments["D0"], arguments["D1"]
     arguments |= {"gradient": gradient, "lse": lse, "weights": extras.weights}
     arguments |= {"WEIGHTED": extras.weights is not None}
-    tile = tile_for(_OF_QUERIES, key, q[0])
+    ranked_by = RANKED if extras.key_factors is not None else ""
+    of_queries, of_keys = QUERIES + ranked_by, KEYS + ranked_by
+    tile = needed(tile_for(of_queries, key, q[0]), of_queries, q[0])
     by_queries = arguments | _sizes(tile)
-    by_keys = arguments | _sizes(tile_for(_OF_KEYS, key, q[0]))
+    by_keys = arguments | _sizes(needed(tile_for(of_keys, key, q[0]), of_keys, q[0]))
     lse_gradient = lse_gradient.contiguous()
     of_weights = extras.weights is not None and wanted[-1]
     _, sub, heads, n, _ = q[0].shape
@@ -367,22 +344,23 @@ def _of_weights(weights: Tensor, rowsums: Tensor | None, t: Tables) -> Tensor:
 
 
 def specimens(arch: str) -> Iterator[Specimen]:
-    """What ships for an architecture, with everything that a row may have."""
-    plain = {"lse": "*fp32:16", "offsets": "*fp32:16", "weights": None, "WEIGHTED": False}
-    owned = {"sources": "*i64:16", "starts": "*i32:16", "users": "*i32:16"}
+    """What ships for an architecture: plain, and with all that a row may have in bf16."""
+    of_terms = {"lse_gradient": "*fp32:16", "rowsums": "*fp32:16", "starts": "*i32:16"}
+    kinds: tuple[tuple[str, Any, str, dict[str, Any]], ...] = (
+        ("rowsums", _rowsums, QUERIES, of_terms),
+        ("dQ", _queries, QUERIES, _OWNED),
+        ("dK", _keys, KEYS, _OWNED | {"VALUES": False}),
+        ("dV", _keys, KEYS, _OWNED | {"VALUES": True}),
+    )
     for d in WIDTHS:
-        given = form("fp16", d) | plain | {"gradient": "*fp16:16"}
-        key = given["D0"], given["D1"]
-        tile = entry(_OF_QUERIES[arch], key)
-        sizes = {"BM": tile.block_m, "BN": tile.block_n}
-        summed = {"lse_gradient": "*fp32:16", "rowsums": "*fp32:16", "starts": "*i32:16"}
-        rowsums = given | sizes | summed
-        yield Specimen(f"sum of terms, rowsums, {d}", _rowsums, rowsums, tile, arch)
-        dq = given | sizes | owned | {f"dq{i}": "*fp16:16" for i in range(3)}
-        yield Specimen(f"sum of terms, dQ, {d}", _queries, dq, tile, arch)
-        tile = entry(_OF_KEYS[arch], key)
-        sizes = {"BM": tile.block_m, "BN": tile.block_n}
-        for which in ("dK", "dV"):
-            dx = given | sizes | owned | {f"dx{i}": "*fp16:16" for i in range(3)}
-            dx |= {"VALUES": which == "dV"}
-            yield Specimen(f"sum of terms, {which}, {d}", _keys, dx, tile, arch)
+        for name, kernel, table, own in kinds:
+            for element, more in (("fp16", _PLAIN), ("bf16", _FULL | ranked("bf16"))):
+                ranked_by = RANKED if "RANK" in more else ""
+                tile = entry(table + ranked_by, arch, pieces(d))
+                if tile is not None:
+                    given = form(element, d) | own | more | {"gradient": f"*{element}:16"}
+                    given |= {"BM": tile.block_m, "BN": tile.block_n}
+                    found = [x for x in kernel.arg_names if x[:2] in ("dq", "dx")]
+                    given |= dict.fromkeys(found, f"*{element}:16")
+                    full = f"sum of terms, {name}{ranked_by}, {element}, {d}"
+                    yield Specimen(full, kernel, given, tile, arch)

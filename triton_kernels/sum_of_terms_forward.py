@@ -1,8 +1,8 @@
 """The forward kernels of the sum of terms; `sum_of_terms` has the formula.
 
 `_long` walks over the keys with an online softmax (Dao, arXiv 2307.08691). `_short` holds the
-whole softmax of up to 128 keys in registers and lets every term of a row add to one accumulator:
-prompt-to-prompt edits and decoupled adapters in one pass.
+whole softmax of up to 128 or 256 keys in registers and lets every term of a row add to one
+accumulator: prompt-to-prompt edits and decoupled adapters in one pass.
 """
 
 # mypy: disallow-incomplete-defs=False
@@ -18,9 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from hookctl.kernels import stretches
-from hookctl.kernels.arguments import Extras, common, form, out_strides
-from hookctl.kernels.launch import WIDTHS, Launch, Specimen, entry, interpreting, tile_for
-from hookctl.kernels.stretches import Stretch, Tables
+from hookctl.kernels.arguments import Extras, common, form, out_strides, ranked
+from hookctl.kernels.launch import WIDTHS, Launch, Specimen, pieces
+from hookctl.kernels.launch_tables import RANKED, SHORT, entry, needed, short_form, tile_for
+from hookctl.kernels.stretches import Tables
 from hookctl.kernels.tiles import (
     LOG2E,
     add_products,
@@ -32,8 +33,6 @@ from hookctl.kernels.tiles import (
     products,
     store,
 )
-
-SHORT = 128  # keys whose softmax fits in registers
 
 _COLUMNS = tl.constexpr(stretches.COLUMNS)
 _K, _V, _KEYS = (tl.constexpr(c) for c in (stretches.K, stretches.V, stretches.KEYS))
@@ -164,50 +163,7 @@ def _short(
     store(out, o_token, m, tokens, sum_0, sum_1, D, D0, D1)
 
 
-# Tiles by architecture and by the parts of a head, for fp16 and bf16; chosen from compiler output
-# (tests/kernels/resources.json), not from timings.
-_LONG: dict[str, dict[tuple[int, int], Launch]] = {
-    "sm_80": {
-        (64, 0): Launch(128, 64, 8, 3),
-        (64, 16): Launch(128, 32, 8, 3),
-        (64, 32): Launch(128, 32, 8, 3),
-        (128, 0): Launch(128, 32, 8, 3),
-        (128, 32): Launch(128, 32, 8, 2),
-    },
-    "sm_90": {
-        (64, 0): Launch(128, 64, 8, 3),
-        (64, 16): Launch(128, 64, 8, 3),
-        (64, 32): Launch(128, 64, 8, 3),
-        (128, 0): Launch(128, 32, 8, 3),
-        (128, 32): Launch(128, 32, 8, 2),
-    },
-    "gfx942": {
-        (64, 0): Launch(128, 64, 4, 1),
-        (64, 16): Launch(128, 32, 4, 1),
-        (64, 32): Launch(128, 32, 4, 1),
-        (128, 0): Launch(128, 32, 4, 1),
-        (128, 32): Launch(64, 32, 4, 1),
-    },
-}
-# A tile holds all keys, at most SHORT. 256 of them spilled in nearly every form that was tried, so
-# longer texts take the long form.
-_SHORT: dict[str, dict[tuple[int, int], Launch]] = {
-    "sm_80": {
-        (64, 0): Launch(128, SHORT, 8, 1),
-        (64, 32): Launch(64, SHORT, 4, 1),
-        (128, 0): Launch(64, SHORT, 8, 1),
-        (128, 32): Launch(32, SHORT, 4, 1),
-    },
-    "sm_90": {(64, 32): Launch(128, SHORT, 8, 1), (128, 32): Launch(64, SHORT, 8, 1)},
-    "gfx942": {(128, 32): Launch(64, SHORT, 4, 1)},
-}
-# With everything that a row may have, no tile of these held its registers (arch, form, width).
-_SPILLING = {
-    ("sm_80", "long", 160),
-    ("sm_90", "long", 160),
-    ("sm_80", "short", 96),
-    ("sm_80", "short", 160),
-}
+_ONE, _SEVERAL = "sum of terms, one term", "sum of terms, several terms"
 
 
 def forward(
@@ -222,17 +178,12 @@ def forward(
 ) -> None:
     """Fill `out` [rows, sub-batch, heads, N, channels] and `lse` [terms, sub-batch, heads, N]."""
     arguments = common(q, k, v, extras, t, scale)
-    kernel: Any = _short if _is_short(q[0], k, t.stretches) else _long
-    table = _SHORT if kernel is _short else _LONG
-    tile = tile_for(table, (arguments["D0"], arguments["D1"]), q[0])
-    if kernel is _short:
-        arguments["BN"] = SHORT
-    else:
-        arguments |= {"BN": tile.block_n, "SINGLE": t.single}
+    kernel, tile, sizes = _chosen(q[0], k, t)
     _, sub, heads, n, _ = q[0].shape
     with torch.cuda.device_of(q[0]):
         kernel[triton.cdiv(n, tile.block_m), sub * heads, out.shape[0]](
             **arguments,
+            **sizes,
             **out_strides(out),
             out=out,
             lse=lse,
@@ -246,27 +197,42 @@ def forward(
         )
 
 
-def _is_short(q: Tensor, k: Sequence[Tensor], terms: Sequence[Stretch]) -> bool:
-    """Whether every softmax fits; fp32 has no tensor cores, and gains nothing by it."""
-    whole = all(s.closes for s in terms) and max(x.shape[-2] for x in k) <= SHORT
-    return whole and (q.dtype != torch.float32 or interpreting())
+def _chosen(q: Tensor, k: Sequence[Tensor], t: Tables) -> tuple[Any, Launch, dict[str, Any]]:
+    """The kernel, its tile, and what else it is compiled for."""
+    if all(s.closes for s in t.stretches):
+        held = short_form(q, max(x.shape[-2] for x in k))
+        if held:
+            return _short, held[1], {"BN": held[0]}
+    table = _ONE if t.single else _SEVERAL
+    tile = needed(tile_for(table, pieces(q.shape[-1]), q), table, q)
+    return _long, tile, {"BN": tile.block_n, "SINGLE": t.single}
+
+
+_NONE = {"weights": None, "lse": None, "WEIGHTED": False, "LSE": False}
+_FULL = {"weights": "*fp32:16", "lse": "*fp32:16", "bias": "*fp32:16"} | dict.fromkeys(
+    ("WEIGHTED", "LSE", "BIASED"), True
+)
 
 
 def specimens(arch: str) -> Iterator[Specimen]:
-    """What ships for an architecture: plain, and with everything that a row may have."""
-    none = {"weights": None, "lse": None, "WEIGHTED": False, "LSE": False}
-    full: dict[str, Any] = {"weights": "*fp32:16", "lse": "*fp32:16", "bias": "*fp32:16"}
-    full |= dict.fromkeys(("WEIGHTED", "LSE", "BIASED"), True)
+    """What ships for an architecture: plain, with all that a row may have, and with rank-r biases
+    in bf16 as well."""
     for d in WIDTHS:
-        given = form("fp16", d) | {"out": "*fp16:16", "starts": "*i32:16"}
-        key = given["D0"], given["D1"]
-        tile = _LONG[arch][key]
-        for single, options in ((True, none), (False, full)):
-            name = f"sum of terms, long, {'one' if single else 'several'}, {d}"
-            sizes = {"SINGLE": single, "BM": tile.block_m, "BN": tile.block_n}
-            spills = not single and (arch, "long", d) in _SPILLING
-            yield Specimen(name, _long, given | options | sizes, tile, arch, spills=spills)
-        tile = entry(_SHORT[arch], key)
-        sizes, spills = {"BM": tile.block_m, "BN": SHORT}, (arch, "short", d) in _SPILLING
-        name = f"sum of terms, short, {d}"
-        yield Specimen(name, _short, given | full | sizes, tile, arch, spills=spills)
+        for table, options in ((_ONE, _NONE), (_SEVERAL, _FULL)):
+            sizes = {"SINGLE": table == _ONE}
+            yield from _specimens(arch, table, _long, d, options | sizes)
+        for table in SHORT.values():
+            yield from _specimens(arch, table, _short, d, _FULL)
+
+
+def _specimens(
+    arch: str, table: str, kernel: Any, d: int, options: dict[str, Any]
+) -> Iterator[Specimen]:
+    tile = entry(table, arch, pieces(d))
+    if tile is None:
+        return
+    sizes = {"BM": tile.block_m, "BN": tile.block_n}
+    for element, more in (("fp16", {}), ("bf16", ranked("bf16") if options["LSE"] else {})):
+        given = form(element, d) | {"out": f"*{element}:16", "starts": "*i32:16"}
+        name = f"{table}{RANKED if more else ''}, {element}, {d}"
+        yield Specimen(name, kernel, given | options | sizes | more, tile, arch)

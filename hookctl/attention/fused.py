@@ -20,6 +20,7 @@ from hookctl.attention.assemble import segment_bias
 from hookctl.attention.sdpa import Piece
 from hookctl.attention.term import Segment, Sum, Term
 from hookctl.kernels.launch import DTYPES, WIDEST, available, interpreting
+from hookctl.kernels.launch_tables import learns_ranked, short_form
 
 if TYPE_CHECKING:
     from hookctl.attention.call import AttentionCall
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 # Where one launch is taken to win: (most keys, fewest queries, fewest terms of some row). Reasoned,
 # not measured: over short keys time goes with the bytes that are moved, and SDPA reads q and
 # writes an output once per term and once more to weigh and to add, where one launch writes once.
-# Over long keys SDPA's own kernels do more products a second than these are known to do.
-WINS: tuple[tuple[int, int, int], ...] = ((128, 256, 2),)
+# Over long keys SDPA's own kernels do more products a second than these are known to do, and so
+# they may over short ones whose softmax no form of the kernel holds whole.
+WINS: tuple[tuple[int, int, int], ...] = ((256, 256, 2),)
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -47,7 +49,11 @@ def suits(call: AttentionCall, finished: Sum) -> str | None:
     most = max((len(terms) for terms in finished.terms.values()), default=0)
     for keys, queries, terms in WINS:
         short = call.k.shape[-2] <= keys and q.shape[-2] >= queries and most >= terms
-        if short and all(_fits(t, finished.mask) for ts in finished.terms.values() for t in ts):
+        if (
+            short
+            and short_form(q, call.k.shape[-2])
+            and all(_fits(t, finished.mask) for ts in finished.terms.values() for t in ts)
+        ):
             return f"{most} terms over {call.k.shape[-2]} keys: one launch writes the output once"
     return together.suits(call, finished)
 
@@ -89,6 +95,9 @@ def _fits(term: Term, mask: Tensor | None) -> bool:
     if any(x.requires_grad for x in constants) or q.shape[-1] > WIDEST:
         return False
     stacks = [x.base for s in term.segments for x in (s.k, s.v)]
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, *stacks))
+    if term.factors and learns and not learns_ranked(q):
+        return False
     alike = all(x.shape[-1] == q.shape[-1] and x.dtype == q.dtype for x in stacks)
     return alike and all(keys.shape[0] <= own.tokens for _, keys in term.factors)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hookctl.kernels import sum_of_terms_forward
 from hookctl.kernels.stretches import Stretch
 from hookctl.kernels.sum_of_terms import reference, sum_of_terms
 from tests.kernels.closeness import TOLERANCE, close, random
@@ -170,6 +171,30 @@ def test_forward(dtype: torch.dtype, name: str) -> None:
 )
 def test_backward(name: str, dtype: torch.dtype, n: int, m: int) -> None:
     check_gradients(CASES[name](dtype, n, m, 20), dtype)
+
+
+@pytest.mark.parametrize(
+    ("keys", "form"), [(128, "_short"), (129, "_short"), (256, "_short"), (257, "_long")]
+)
+def test_whole_softmaxes_of_up_to_256_keys(
+    keys: int, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The form that holds them, with empty rows, biases and several terms; longer ones walk."""
+    chosen, used = sum_of_terms_forward._chosen, []
+
+    def spied(*given: Any) -> Any:
+        found = chosen(*given)
+        used.append((found[0].fn.__name__, found[2]["BN"]))
+        return found
+
+    monkeypatch.setattr(sum_of_terms_forward, "_chosen", spied)
+    case = biased(torch.float32, 9, keys, 24)
+    check(case, torch.float32)
+    if keys == 256:
+        check(borrowed(torch.float16, 5, keys, 80), torch.float16)
+    assert {name for name, _ in used} == {form}
+    if form == "_short":
+        assert {size for _, size in used} == {128 if keys <= 128 else 256}
 
 
 def test_one_graph_when_compiled() -> None:
