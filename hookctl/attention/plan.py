@@ -162,13 +162,14 @@ def _read(finished: Sum, request: ReadOut, call: AttentionCall, backend: str) ->
     [sub-batch, heads, image queries, tokens] if of each head."""
     row, keys = request.row.index, call.k.shape[-2]
     if request.summed:
-        sums = marginals(finished, row, call.spans.image_queries).mean(1)
+        sums = together.mean_marginals(finished, request, call, backend)
+        if sums is None:
+            sums = marginals(finished, row, call.spans.image_queries).mean(1)
         return sums[:, request.tokens[0] : request.tokens[-1] + 1]
     start, stop = call.spans.image_queries
-    if row not in finished.functions:
-        found = together.mean_map(finished, request, call, backend)
-        if found is not None:
-            return found[:, start:stop]
+    found = together.mean_map(finished, request, call, backend)
+    if found is not None:
+        return found[:, start:stop]
     if row in finished.functions or (call.site.kind == "cross" and keys <= SHORT_KEYS):
         total = reference.columns(finished, row, request.tokens)
     else:

@@ -14,6 +14,7 @@ from hookctl.attention.sdpa import Piece
 from hookctl.attention.term import Sum, Term
 from hookctl.attention.visibility import Regions
 from hookctl.kernels.launch import DTYPES, available
+from hookctl.kernels.launch_tables import MAPS, REGIONS, serves
 
 if TYPE_CHECKING:
     from hookctl.attention.call import AttentionCall, ReadOut
@@ -102,6 +103,8 @@ def attend(scores: Scores, v: Tensor, regions: Regions | None = None) -> Tensor:
     alike = q.shape[-1] == k.shape[-1] == v.shape[-1] <= REGION_WIDTH
     if regions is None or scores.bias is not None or not alike or q.dtype not in DTYPES:
         return sdpa.attend(scores, v, regions)
+    if not serves(REGIONS, q):
+        return sdpa.attend(scores, v, regions)
     from hookctl.kernels.region_attention import lists, region_attention
 
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
@@ -114,21 +117,44 @@ def attend(scores: Scores, v: Tensor, regions: Regions | None = None) -> Tensor:
 
 def mean_map(finished: Sum, request: ReadOut, call: AttentionCall, backend: str) -> Tensor | None:
     """A read-out averaged over heads, [sub-batch, N, tokens]; None where SDPA serves it."""
-    q, k = call.q, call.k
-    own = finished.terms[request.row.index]
+    term = _thin(finished, request, call, backend)
+    if term is None or request.heads:
+        return None
+    from hookctl.kernels.map_readout import map_readout
+
+    tokens = torch.tensor(request.tokens, device=call.q.device)
+    maps: Tensor = map_readout(term.q.tensor, term.own.k.tensor, tokens, term.scale)
+    return maps.to(call.q.dtype)
+
+
+def mean_marginals(
+    finished: Sum, request: ReadOut, call: AttentionCall, backend: str
+) -> Tensor | None:
+    """What each of the row's own keys gets from the picture's queries, averaged over heads, float32
+    [sub-batch, M]; None where it is summed from explicit probabilities."""
+    term = _thin(finished, request, call, backend)
+    learns = torch.is_grad_enabled() and (call.q.requires_grad or call.k.requires_grad)
+    if term is None or learns:
+        return None
+    from hookctl.kernels.map_readout import key_marginals
+
+    start, stop = call.spans.image_queries
+    sums: Tensor = key_marginals(term.q.tensor[..., start:stop, :], term.own.k.tensor, term.scale)
+    return sums
+
+
+def _thin(finished: Sum, request: ReadOut, call: AttentionCall, backend: str) -> Term | None:
+    """The one softmax that a read-out is of, where the kernels of `map_readout` are to serve it."""
+    q, k, row = call.q, call.k, request.row.index
     if backend == "auto":
         taken = q.dtype in (torch.float16, torch.bfloat16) and k.shape[-2] >= LONG_KEYS
         taken = taken and q.device.type == "cuda" and available(q.device) is None
     else:
         taken = backend == "triton"
-    terms = [term for term in own if not term.extra]
-    if not taken or request.heads or request.summed or len(terms) > 1:
+    terms = [term for term in finished.terms[row] if not term.extra]
+    if not taken or row in finished.functions or len(terms) > 1:
         return None
     (term,) = terms
     if not _bare(term, finished.mask) or q.dtype not in DTYPES or q.shape[-1] > REGION_WIDTH:
         return None
-    from hookctl.kernels.map_readout import map_readout
-
-    tokens = torch.tensor(request.tokens, device=q.device)
-    maps: Tensor = map_readout(term.q.tensor, term.own.k.tensor, tokens, term.scale)
-    return maps.to(q.dtype)
+    return term if serves(MAPS, q) else None

@@ -109,6 +109,31 @@ def test_kernels_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts == {"shared_probabilities": 2, "region_attention": 1, "map_readout": 2}
 
 
+def test_marginals_by_their_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a row's softmax is bare; an edited map is summed from its probabilities."""
+    from hookctl.kernels import map_readout
+
+    kernel, used = map_readout.key_marginals, []
+    monkeypatch.setattr(map_readout, "key_marginals", lambda *a: used.append(1) or kernel(*a))
+    case = in_singles(masked("self", "none", heads=2))
+    known = scripts(case)
+    explicit, call, seen = exact(case).explicit(), case.call(), {}
+    for target in (explicit, call):
+        known["borrow qk (P2P)"](target)
+    keys = range(case.k.shape[-2])
+    call.marginals((1, 2), lambda row, sums: seen.update({row.index: sums}))
+    plan.evaluate(call, "triton")
+    for row, sums in seen.items():
+        want = explicit.maps(row, [*keys]).sum(-2)
+        close(sums.cpu(), want, TOLERANCE, f"marginals of row {row}")
+    assert len(used) == len(seen) == 2
+    biased = case.call()
+    known["bias twice"](biased)
+    biased.marginals(3, lambda row, sums: None)
+    plan.evaluate(biased, "triton")
+    assert len(used) == 2
+
+
 def test_wins_are_of_long_keys() -> None:
     """The table names what it is sure of: rows enough of one softmax, kinds enough of regions."""
     case = masked("self", "none", heads=1)
