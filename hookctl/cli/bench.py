@@ -6,13 +6,22 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from hookctl.cli.common import add_command, add_out, make_folder, whole, write_json
+from hookctl.cli.common import (
+    add_command,
+    add_out,
+    make_folder,
+    positive,
+    usable_device,
+    whole,
+    write_json,
+)
 
-GROUPS = ("calls", "steps", "scaling")
+GROUPS = ("calls", "kernels", "steps", "scaling")
 _EXAMPLES = """
 hookctl bench --quick                        # two minutes on one core of a CPU
 hookctl bench                                # every shape; on a GPU, all figures of the README
 hookctl bench calls --only regions --flex    # one kind of edit, also against FlexAttention
+hookctl bench --tune                         # on a GPU: the fastest tiles into the launch tables
 """
 
 
@@ -35,10 +44,15 @@ def add(commands: Any) -> None:
         help=f"of {', '.join(GROUPS)} (default: all)",
     )
     command.add_argument("--quick", action="store_true", help="small shapes and few rounds")
+    command.add_argument(
+        "--tune",
+        action="store_true",
+        help="measure the kernels' candidate tiles, and write the fastest into the launch tables",
+    )
     command.add_argument("--only", default="", metavar="WORD", help="cases whose name has this")
     command.add_argument("--flex", action="store_true", help="FlexAttention too, where it compiles")
     command.add_argument(
-        "--seconds", type=float, metavar="S", help="of each case (default: 4; quick: 0.6)"
+        "--seconds", type=positive, metavar="S", help="of each case (default: 4; quick: 0.6)"
     )
     command.add_argument("--threads", type=whole(1), default=1, help="of a CPU (default: 1)")
     command.add_argument("--device", help="where to run (default: cuda if there is one, else cpu)")
@@ -63,9 +77,12 @@ def main(options: Any) -> None:
     unknown = set(options.groups) - set(GROUPS)
     if unknown:
         raise InputError(f"group {min(unknown)!r} given; give some of {', '.join(GROUPS)}")
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable_device(options.device)
     usual = "float32" if device.type == "cpu" else "bfloat16"
     dtype = getattr(torch, options.dtype or usual)
+    if options.tune:
+        return _tune(device, options)
+    out = make_folder(options.out)  # before anything is measured, which takes long
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     seconds = options.seconds or (0.6 if options.quick else 4.0)
@@ -86,14 +103,46 @@ def main(options: Any) -> None:
     if not measured:
         raise InputError(f"--only {options.only!r}: no case has that in its name")
     print(table(report.rows(measured), report.HEADERS))
-    out = make_folder(options.out)
     write_json(out / "bench.json", report.data(measured, limits, device, dtype))
     report.plot(measured).save(out / "bench.png")
     print(f"\nwritten to {out}: bench.json, bench.png")
 
 
+def _tune(device: Any, options: Any) -> None:
+    """Measure the candidates of every entry of this device's tables; the tables are replaced when
+    all have been, so that an interrupted run changes nothing."""
+    import torch
+
+    from hookctl.bench import report, tuning
+    from hookctl.bench.measure import measure
+    from hookctl.errors import InputError
+    from hookctl.kernels.launch import arch_of
+    from hookctl.kernels.launch_tables import FILE
+    from hookctl.tables import table
+
+    tuning.refuse(device)
+    won, measured = [], []
+    with torch.no_grad():
+        for one in tuning.contests(device, arch_of(device), options.only):
+            print(f"\r{one.table} {one.key}: {len(one.tiles)} tiles", end="", file=sys.stderr)
+            measured.append(measure(one.case, 0.0, device, options.seconds or 2.0))
+            won.append((one, tuning.winner(one, measured[-1])))
+    print(file=sys.stderr)
+    if not won:
+        raise InputError(f"--only {options.only!r}: no launch table has that in its name")
+    print(table(report.rows(measured), report.HEADERS))
+    out = make_folder(options.out)
+    write_json(out / "tuning.json", [one.data() for one in measured])
+    changes = tuning.written(won, torch.cuda.get_device_name(device))
+    print("\n".join(changes) or "every tile that ships is the fastest that was tried")
+    print(
+        f"\nwritten to {FILE}; now run python -m tests.kernels.aot --update, which refuses spills"
+    )
+
+
 def _cases(bench: Any, options: Any) -> Iterator[Any]:
     """One after the other, so that the tensors of a case live only as long as it is measured."""
+    from hookctl.bench import kernels
     from hookctl.bench.calls import DENSITIES, QUICK, SHAPES
     from hookctl.cli.bench_steps import steps
 
@@ -106,6 +155,8 @@ def _cases(bench: Any, options: Any) -> Iterator[Any]:
                 yield from bench.self_cases(shape, DENSITIES[:2] if options.quick else DENSITIES)
             else:
                 yield from bench.self_cases(shape, ())
+    if "kernels" in groups:
+        yield from kernels.cases(bench, options.quick)
     if "scaling" in groups:
         yield from bench.scaling(*((1024, 8, 4) if options.quick else (16384, 32, 8)))
     if "steps" in groups:

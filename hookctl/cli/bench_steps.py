@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import hookctl
 from hookctl.attention.call import AttentionCall
@@ -55,6 +56,18 @@ class Capture(hookctl.Editor):
 
     def attention(self, call: AttentionCall) -> None:
         call.read(call.rows.where(branch="cond"), READ, lambda row, m: self.maps.append(m[0]))
+
+
+class Sizes(hookctl.Editor):
+    """Notes (rows, heads, queries, keys, channels, whether cross) of every attention call."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[int, int, int, int, int, bool]] = []
+
+    def attention(self, call: AttentionCall) -> None:
+        rows, sub, heads, n, d = call.q.shape
+        of_cross = call.site.kind == "cross"
+        self.found.append((rows * sub, heads, n, call.k.shape[-2], d, of_cross))
 
 
 class Eager:
@@ -115,6 +128,32 @@ class Model:
             added = {"text_embeds": torch.randn(4, 1280), "time_ids": torch.ones(4, 6)}
             self.more["added_cond_kwargs"] = {k: x.to(**to) for k, x in added.items()}
         self._made: dict[Any, Edit] = {}
+        self.products, self.attention = self.counted()
+
+    def counted(self) -> tuple[float, list[tuple[int, int, int, int, int, bool]]]:
+        """Operations of one step outside attention, and the sizes of its attention calls."""
+        sizes, counter = Sizes(), FlopCounterMode(display=False)
+        with hookctl.control(self.unet, sizes, rows=BRANCHES), counter, torch.no_grad():
+            self.step()
+        counts = counter.get_flop_counts()["Global"]
+        return (
+            float(sum(x for op, x in counts.items() if "scaled_dot_product" not in str(op))),
+            sizes.found,
+        )
+
+    def work(self, choice: Choice, *, energy: bool = False) -> tuple[float, float]:
+        """Operations and bytes that no form of a step can do without.
+
+        A gradient to the latents goes back through every product once, and through both of
+        attention twice. Every weight is read; activations may stay in a cache.
+        """
+        flops = self.products * (2 if energy else 1)
+        for rows, heads, n, m, d, of_cross in self.attention:
+            edit = choice(n, heads, d, of_cross)
+            share = 1.0 if edit is None else edit.work
+            flops += 4.0 * rows * heads * n * m * d * share * (3 if energy else 1)
+        traffic = sum(x.numel() * x.element_size() for x in self.unet.parameters())
+        return flops, float(traffic)
 
     def step(self, sample: Tensor | None = None) -> Tensor:
         given = self.sample if sample is None else sample
@@ -154,7 +193,8 @@ class Model:
         def eager() -> Tensor:
             return self.eagerly(Eager(choice), self.step)
 
-        return self.case(name, {OURS: ours, "eager": eager, PLAIN: self.step}, eager, regions)
+        forms = {OURS: ours, "eager": eager, PLAIN: self.step}
+        return self.case(name, forms, eager, self.work(choice), regions)
 
     def captured(self, name: str, *, energy: bool) -> Case:
         """Maps of the guided rows, or the gradient of a scalar of them to the latents."""
@@ -178,7 +218,8 @@ class Model:
                 self.eagerly(Eager(lambda *_: None, maps), lambda: self.step(sample))
                 return found(maps, sample)
 
-        return self.case(name, {OURS: ours, "eager": eager, PLAIN: self.step}, eager)
+        forms = {OURS: ours, "eager": eager, PLAIN: self.step}
+        return self.case(name, forms, eager, self.work(lambda *_: None, energy=energy))
 
     def eagerly(self, processor: Eager, run: Callable[[], Tensor]) -> Tensor:
         self.unet.set_attn_processor(processor)
@@ -187,10 +228,21 @@ class Model:
         finally:
             self.unet.set_attn_processor(dict(self.processors))
 
-    def case(self, name: str, forms: dict[str, Form], truth: Form, regions: int = 0) -> Case:
+    def case(
+        self,
+        name: str,
+        forms: dict[str, Form],
+        truth: Form,
+        work: tuple[float, float],
+        regions: int = 0,
+    ) -> Case:
         shape = {"pixels": 8 * self.side} | ({"regions": regions} if regions else {})
         tolerance = SLACK * self.bench.tolerance
-        return Case(f"step {self.name}", name, shape, forms, truth, tolerance=tolerance)
+        flops, traffic = work
+        return Case(
+            f"step {self.name}", name, shape, forms, truth, tolerance=tolerance,
+            flops=flops, traffic=traffic,
+        )  # fmt: skip
 
 
 _OPTIONS: dict[str, dict[str, Any]] = {

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from hookctl.attention import plan
-from hookctl.bench import report
+from hookctl.bench import kernels, report
 from hookctl.bench.calls import Bench
 from hookctl.bench.edits import cross, density, regions_of, self_replacement
 from hookctl.bench.limits import Limits
 from hookctl.bench.measure import OURS, PLAIN, Case, DisagreementError, Held, check, measure
+from hookctl.cli import bench_steps
 
 CPU = torch.device("cpu")
 
@@ -31,6 +32,22 @@ def test_every_form_of_every_edit_agrees_with_float64() -> None:
     }  # fmt: skip
     for case in cases:
         assert {OURS, "eager"} <= set(case.forms)
+        assert 0 < check(case) < case.tolerance
+
+
+def test_every_kernel_of_its_own_agrees_with_float64() -> None:
+    few = bench()
+    cases = [kernels.map_gradient(few, (36, 2, 16), of_self) for of_self in (False, True)]
+    cases += [*kernels.mixing(few, 16), kernels.gain(few, 6, 9), kernels.gain(few, 3, 16)]
+    assert {case.name for case in cases} == {
+        "map gradient", "local blend", "merge by paste", "merge by mean", "RealCompo mixture",
+        "Fourier gain",
+    }  # fmt: skip
+    for case in cases:
+        assert {OURS, "eager"} == set(case.forms)
+        assert check(case) < case.tolerance and case.traffic > 0
+    halves = bench(torch.bfloat16)
+    for case in (kernels.map_gradient(halves, (36, 2, 16), False), kernels.gain(halves, 6, 9)):
         assert 0 < check(case) < case.tolerance
 
 
@@ -85,3 +102,23 @@ def test_densities_and_limits() -> None:
 def test_the_same_edit_in_half_precision() -> None:
     case = bench(torch.float16).case("P2P refine", cross("refine", CPU), (32, 2, 16))
     assert check(case) < case.tolerance
+
+
+@pytest.mark.slow
+def test_the_work_of_a_step_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operations of a small UNet: what is not attention once, attention by its sizes."""
+    tiny = dict(bench_steps._OPTIONS["reduced SD1.5"], block_out_channels=(32, 32, 32, 32))
+    monkeypatch.setitem(bench_steps._OPTIONS, "reduced SD1.5", tiny)
+    model = bench_steps.Model("reduced SD1.5", bench(), 16)
+    assert len(model.attention) == 32 and model.attention[0][:4] == (4, 4, 256, 256)
+    attention = sum(4.0 * r * h * n * m * d for r, h, n, m, d, _ in model.attention)
+    plain, traffic = model.work(lambda *_: None)
+    assert plain == model.products + attention
+    assert traffic == 4 * sum(x.numel() for x in model.unet.parameters())
+    edited, _ = model.work(model.prompt_to_prompt)
+    assert model.products < edited < plain
+    assert model.work(lambda *_: None, energy=True)[0] == 2 * model.products + 3 * attention
+    # The first convolution alone: 4 rows, 16 x 16 places, 4 x 9 inputs, 32 outputs, twice.
+    assert model.products > 2 * 4 * 256 * 36 * 32
+    case = model.captured("map capture", energy=False)
+    assert case.flops == plain and check(case) < case.tolerance

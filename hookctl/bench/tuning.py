@@ -1,0 +1,155 @@
+"""The launch tables, measured: candidate tiles of every entry, interleaved; the fastest is kept.
+
+A candidate is a form of a case as the benchmark's other forms are, checked against the kernel's
+reference and timed by the same `measure`. What does not launch (too much shared memory) or is
+wrong is no candidate. Tiles that spill registers are found by compilation ahead of time afterwards
+(tests/kernels/aot.py --update refuses them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hookctl.bench.measure import OURS, Case, DisagreementError, Form, Measured, check
+from hookctl.bench.workloads import WORKLOADS, Workload
+from hookctl.errors import UnsupportedError
+from hookctl.kernels import launch_tables
+from hookctl.kernels.launch import Launch, available, interpreting
+from hookctl.kernels.launch_tables import SINGLE, Key
+
+LEAST, MOST = 16, 128  # queries or keys of a tile
+
+
+@dataclass(frozen=True, eq=False)
+class Contest:
+    """One entry of a table and the case whose forms are its candidates; `hookctl` is the tile that
+    ships."""
+
+    table: str
+    arch: str
+    key: Key
+    tiles: dict[str, Launch]
+    case: Case
+
+
+def refuse(device: torch.device) -> None:
+    """UnsupportedError where a measurement would say nothing of a kernel's speed."""
+    why = available(device)
+    if why is None and interpreting():
+        why = "TRITON_INTERPRET=1 is set, and the interpreter's times mean nothing"
+    if why:
+        raise UnsupportedError(f"--tune: {why}; run it on the GPU that the tables are for")
+
+
+def candidates(shipped: Launch, whole: bool = False) -> list[Launch]:
+    """Tiles around the one that ships, itself first.
+
+    Blocks of half and twice its sides with 4 and 8 warps, and its own blocks with other stages.
+    whole: the block of keys is that of the form, and there is no loop to have stages.
+    """
+    m, n, _, stages = shipped
+    rows = [x for x in (m // 2, m, 2 * m) if LEAST <= x <= MOST]
+    columns = [n] if whole else [x for x in (n // 2, n, 2 * n) if LEAST <= x <= MOST]
+    found = [Launch(x, y, warps, stages) for x in rows for y in columns for warps in (4, 8)]
+    if not whole:
+        found += [Launch(m, n, warps, s) for warps in (4, 8) for s in (1, 2, 3)]
+    return list(dict.fromkeys([shipped, *found]))
+
+
+def contests(
+    device: torch.device, arch: str, only: str = "", small: bool = False
+) -> Iterator[Contest]:
+    """One for each entry of the tables of an architecture. small: sizes for a test."""
+    tables = launch_tables.shipped()
+    for name, work in WORKLOADS.items():
+        for table in (name, name + SINGLE):
+            of_arch = tables.get(table, {}).get(arch, {})
+            for key, tile in of_arch.items() if only in table else ():
+                if tile is not None:
+                    yield contest(work, device, table, arch, key, tile, small)
+
+
+def contest(
+    work: Workload,
+    device: torch.device,
+    table: str,
+    arch: str,
+    key: Key,
+    tile: Launch,
+    small: bool = False,
+) -> Contest:
+    """The candidates of one entry as forms of one case; those that can't run are left out."""
+    dtype = torch.float32 if table.endswith(SINGLE) else torch.bfloat16
+    listed = launch_tables.shipped()[table][arch]
+    given = work.given(device, dtype, key, listed, small)
+    tiles = {OURS if one == tile else _name(one): one for one in candidates(tile, work.whole)}
+    truth = work.truth(given)
+    forms = {name: _form(table, one, work.form(given)) for name, one in tiles.items()}
+    case = Case(
+        "tune", table, {"channels": given[0].shape[-1], "tokens": given[0].shape[-2]}, forms,
+        lambda: truth, tolerance=5e-5 if dtype == torch.float32 else 4e-2,
+    )  # fmt: skip
+    for name in [name for name in forms if name != OURS and not _runs(case, name)]:
+        del forms[name]
+    return Contest(table, arch, key, {name: tiles[name] for name in forms}, case)
+
+
+def _name(tile: Launch) -> str:
+    return f"{tile.block_m}x{tile.block_n} w{tile.warps} s{tile.stages}"
+
+
+def _form(table: str, tile: Launch, make: Callable[[], Form]) -> Form:
+    """A form under a tile; what the kernel prepares for a tile is prepared under it, once."""
+    prepared: list[Form] = []
+
+    def run() -> Tensor:
+        with launch_tables.using(table, tile):
+            if not prepared:
+                prepared.append(make())
+            return prepared[0]()
+
+    return run
+
+
+def _runs(case: Case, name: str) -> bool:
+    from triton.runtime.errors import OutOfResources
+
+    alone = Case(case.group, case.name, case.shape, {name: case.forms[name]}, case.truth,
+                 tolerance=case.tolerance)  # fmt: skip
+    try:
+        check(alone)
+    except (OutOfResources, DisagreementError):
+        return False
+    return True
+
+
+def winner(one: Contest, measured: Measured) -> Launch:
+    """The tile of the smallest ratio to the one that ships; that one unless another is faster in
+    more than half of the rounds by 2 %."""
+    ratios = {name: f.per_ours for name, f in measured.figures.items() if f.per_ours is not None}
+    best = min(ratios, key=lambda name: ratios[name], default=OURS)
+    return one.tiles[best if ratios.get(best, 1.0) < 0.98 else OURS]
+
+
+def written(
+    won: list[tuple[Contest, Launch]], device_name: str, path: Path = launch_tables.FILE
+) -> list[str]:
+    """Replace the entries in the tables' file; the changes as text."""
+    tables, said = launch_tables.read(path)
+    changes = []
+    for one, tile in won:
+        before = tables[one.table][one.arch][one.key]
+        tables[one.table][one.arch][one.key] = tile
+        if before != tile and before is not None:
+            key = " ".join(map(str, one.key))
+            changes.append(f"{one.table}, {one.arch}, {key}: {_name(before)} -> {_name(tile)}")
+    of_device: dict[str, Any] = said.setdefault("measured", {})
+    of_device.update({f"{one.table}, {one.arch}": device_name for one, _ in won})
+    launch_tables.write(tables, said, path)
+    return changes
