@@ -24,6 +24,7 @@ from torch import Tensor
 from hookctl.address.clock import Clock, Window
 from hookctl.address.families import denoiser_of, describe_sites
 from hookctl.address.layout import finest_within
+from hookctl.address.rows import COND
 from hookctl.address.sites import Selector, Site, matcher, select
 from hookctl.address.text import PromptText, TextLayout, align
 from hookctl.attention.call import AttentionCall, Routing
@@ -174,7 +175,7 @@ class PromptToPrompt(SourceAndEdits):
                 routing = self._routing(row.prompt, call.clock, stop - start)
                 joint = layout and call.site.kind == "joint"
                 call.route_by(row, source, routing, image_from_source=joint)
-            if self.local is not None:
+            if self.local is not None and call.rows.where(branch=COND):
                 self.local.read(call, self._read(stop - start))
 
     def after(self, state: State) -> None:

@@ -76,52 +76,66 @@ def is_guided(pipe: Any) -> bool | None:
     return bool(value) if single or isinstance(value, bool | int) else None
 
 
+def _sd3(pipe: Any) -> tuple[TextStream, ...]:
+    """CLIP, whose two encoders share positions, then T5."""
+    clip, t5 = pipe.tokenizer, getattr(pipe, "tokenizer_3", None)
+    first = TextStream(clip, prompts=("prompt", "prompt_2"))
+    if t5 is None:
+        return (first,)
+    return first, TextStream(t5, clip.model_max_length, 256, ("prompt_3",))
+
+
+def _qwen_image(pipe: Any) -> tuple[TextStream, ...]:
+    return (
+        TextStream(
+            pipe.tokenizer,
+            length=pipe.tokenizer_max_length,
+            wrap=pipe.prompt_template_encode.format,
+            dropped=pipe.prompt_template_encode_start_idx,
+        ),
+    )
+
+
+def _chatting(pipe: Any, thinking: bool) -> tuple[TextStream, ...]:
+    wrap = partial(_chat, pipe.tokenizer, thinking=thinking)
+    return (TextStream(pipe.tokenizer, 0, 512, wrap=wrap),)
+
+
+_STREAMS: tuple[tuple[str, Callable[[Any], tuple[TextStream, ...]]], ...] = (
+    (r"StableDiffusion3", _sd3),
+    (r"^Flux(?!2)", lambda pipe: (TextStream(pipe.tokenizer_2, 0, 512, ("prompt_2",)),)),
+    (r"^PixArtSigma", lambda pipe: (TextStream(pipe.tokenizer, 0, 300),)),
+    (r"^PixArt", lambda pipe: (TextStream(pipe.tokenizer, 0, 120),)),
+    (r"^Wan", lambda pipe: (TextStream(pipe.tokenizer, 0, 512),)),
+    (r"^AuraFlow", lambda pipe: (TextStream(pipe.tokenizer, registers(pipe.transformer), 256),)),
+    (r"^ZImage", partial(_chatting, thinking=True)),
+    (r"^Flux2Klein", partial(_chatting, thinking=False)),
+    (r"^QwenImage(?!Edit|Layered|21)", _qwen_image),
+)
+
+
 def text_streams(pipe: Any) -> tuple[TextStream, ...]:
     """How the text sequence that the attention sees is made up of tokenizers.
 
-    Raises UnsupportedError if the pipeline has no text.
+    Raises UnsupportedError if the pipeline has no text, or puts it in a template unknown here.
     """
     name = type(pipe).__name__
-    first: Any = getattr(pipe, "tokenizer", None)
-    if re.search(r"StableDiffusion3", name):
-        clip = first.model_max_length
-        third = getattr(pipe, "tokenizer_3", None)
-        t5 = (TextStream(third, clip, 256, ("prompt_3",)),) if third is not None else ()
-        return (TextStream(first, prompts=("prompt", "prompt_2")), *t5)
-    if re.search(r"^Flux", name) and getattr(pipe, "tokenizer_2", None) is not None:
-        return (TextStream(pipe.tokenizer_2, 0, 512, ("prompt_2",)),)
-    if re.search(r"^PixArt", name):
-        return (TextStream(first, 0, 300 if "Sigma" in name else 120),)
-    if re.search(r"^Wan", name):
-        return (TextStream(first, 0, 512),)
-    if re.search(r"^ZImage", name):
-        return (TextStream(first, 0, 512, wrap=partial(_chat, first, thinking=True)),)
-    if re.search(r"^Flux2Klein", name):
-        return (TextStream(first, 0, 512, wrap=partial(_chat, first, thinking=False)),)
-    if re.search(r"^QwenImage(?!Edit|Layered|21)", name):
-        return (
-            TextStream(
-                first,
-                length=pipe.tokenizer_max_length,
-                wrap=pipe.prompt_template_encode.format,
-                dropped=pipe.prompt_template_encode_start_idx,
-            ),
-        )
-    if _wraps_prompts(type(pipe)):  # type: ignore[arg-type]  # classes can be hashed
-        raise UnsupportedError(
-            f"{name} wraps its prompts in a template that is not known here, so words can't be "
-            "addressed; use token positions of the wrapped prompt"
-        )
-    if re.search(r"^AuraFlow", name):
-        return (TextStream(first, registers(pipe.transformer), 256),)
-    if first is None:
-        first = getattr(pipe, "tokenizer_2", None)
+    second = getattr(pipe, "tokenizer_2", None)
+    first: Any = getattr(pipe, "tokenizer", None) or second
     if first is None:
         raise UnsupportedError(
             f"{name} has no tokenizer, so words can't be addressed; use token positions on a "
             "pipeline with a text encoder"
         )
-    if "XL" in name and getattr(pipe, "tokenizer_2", None) is not None:
+    known = next((streams for pattern, streams in _STREAMS if re.search(pattern, name)), None)
+    if known is not None:
+        return known(pipe)
+    if _wraps_prompts(type(pipe)):  # type: ignore[arg-type]  # classes can be hashed
+        raise UnsupportedError(
+            f"{name} wraps its prompts in a template that is not known here, so words can't be "
+            "addressed; use token positions of the wrapped prompt"
+        )
+    if "XL" in name and second is not None:
         return (TextStream(first, prompts=("prompt", "prompt_2")),)
     return (TextStream(first),)
 
@@ -154,7 +168,7 @@ def _wraps_prompts(kind: Any) -> bool:
 # What `encode_prompt` gives beside the sequence, which comes first, and where.
 _ENCODED: tuple[tuple[str, dict[str, int]], ...] = (
     (r"StableDiffusionXL|StableDiffusion3", {"pooled": 2}),
-    (r"^Flux", {"pooled": 1}),
+    (r"^Flux(?!2)", {"pooled": 1}),
     (r"^PixArt", {"mask": 1}),
 )
 

@@ -127,8 +127,8 @@ def _tokens(text: str, stream: TextStream, length: int | None) -> PromptTokens:
     if at < 0:
         raise InputError(f"the template of this pipeline changes the prompt {text!r}; reword it")
     room = None if length is None else length + stream.dropped
-    return PromptTokens.encode(whole, stream.tokenizer, length=room).part(
-        (at, at + len(text)), stream.dropped
+    return PromptTokens.encode(
+        whole, stream.tokenizer, room, within=(at, at + len(text)), dropped=stream.dropped
     )
 
 

@@ -71,11 +71,20 @@ class PromptTokens:
     end: int
 
     @classmethod
-    def encode(cls, text: str, tokenizer: Any, length: int | None = None) -> PromptTokens:
+    def encode(
+        cls,
+        text: str,
+        tokenizer: Any,
+        length: int | None = None,
+        within: Span | None = None,
+        dropped: int = 0,
+    ) -> PromptTokens:
         """Tokenize `text` and pad it to `length`, without ever truncating it.
 
         Receives: the prompt, a transformers tokenizer (fast or slow), and the padded length T
         (default: the tokenizer's `model_max_length`; no padding where that is unlimited).
+        within: where in `text` the prompt is, if it stands in a template, whose tokens count as
+        specials then; dropped: how many positions in front fall away.
         Raises `InputError` where the prompt does not fit.
         """
         if not isinstance(text, str):
@@ -91,6 +100,11 @@ class PromptTokens:
             spans = [(int(a), int(b)) for a, b in coded["offset_mapping"][start:end]]
         else:
             spans = piece_spans(text, ids[start:end], tokenizer)
+        prompt = text
+        if within is not None:
+            before, spans = _inside(spans, within)
+            start, prompt = start + before, text[slice(*within)]
+            end = start + len(spans)
 
         limit = tokenizer.model_max_length if length is None else length
         limit = len(ids) if limit > _NO_LIMIT else int(limit)
@@ -104,29 +118,11 @@ class PromptTokens:
         padding = [(tokenizer.eos_token_id or 0) if pad is None else pad] * missing
         left = len(padding) if getattr(tokenizer, "padding_side", "right") == "left" else 0
         offsets = [(0, 0)] * limit
-        offsets[left + start : left + end] = [snap(span, text) for span in spans]
+        offsets[left + start : left + end] = [snap(span, prompt) for span in spans]
         sequence = padding + ids if left else ids + padding
-        return cls(text, tuple(sequence), tuple(offsets), left + start, left + end)
-
-    def part(self, span: Span, dropped: int = 0) -> PromptTokens:
-        """A stretch of the text as a prompt of its own, without the first `dropped` positions.
-
-        The tokens round it stay in the sequence, as specials do.
-        """
-        first, last = span
-        inside = self.overlapping(span)
-        before = sum(a < first for a, b in self.offsets[self.start : self.end])
-        start, end = (inside[0], inside[-1] + 1) if inside else (self.start + before,) * 2
-        offsets = [(0, 0)] * len(self.ids)
-        for p in inside:
-            a, b = self.offsets[p]
-            offsets[p] = max(a, first) - first, min(b, last) - first
-        return PromptTokens(
-            self.text[first:last],
-            self.ids[dropped:],
-            tuple(offsets[dropped:]),
-            start - dropped,
-            end - dropped,
+        first = left + start - dropped
+        return cls(
+            prompt, tuple(sequence[dropped:]), tuple(offsets[dropped:]), first, first + len(spans)
         )
 
     @property
@@ -241,6 +237,16 @@ def _content(ids: list[int], special: Sequence[int], tokenizer: Any) -> Span:
     # An empty prompt: what is left of the end token, if there is one, is the beginning.
     end = len(ids) - (bool(ids) and ids[-1] == tokenizer.eos_token_id)
     return end, end
+
+
+def _inside(spans: Sequence[Span], within: Span) -> tuple[int, list[Span]]:
+    """How many tokens come before a stretch of a text, and the spans in it of those that do not
+    come after."""
+    first, last = within
+    before = sum(b <= first for _, b in spans)
+    return before, [
+        (max(a, first) - first, min(b, last) - first) for a, b in spans[before:] if a < last
+    ]
 
 
 def _strip_punctuation(text: str, start: int, end: int) -> Span:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hookctl.address.clock import Clock
 from hookctl.address.rows import COND, Rows
-from hookctl.errors import InputError, LayoutError
+from hookctl.errors import InputError, LayoutError, UnsupportedError
 from hookctl.loop.nested import Reading
 
 Proceed = Callable[[], Any]
@@ -79,6 +79,11 @@ class State:
         first = self.rows[0].branch
         rows = [row.index for row in self.rows.where(branch=first)]
         source = self.kwargs[self.sample] if self.scaling is None else self.scaling.latents
+        if isinstance(source, list):
+            raise UnsupportedError(
+                f"{type(self.denoiser).__name__} takes its pictures as a list, so the latents of a "
+                "turn can't be read or changed before its step; after it they can"
+            )
         pictures: Tensor = source[rows[0] : rows[-1] + 1]
         return pictures
 
