@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
         description="Attention control for diffusion models.",
         epilog=_EXAMPLES,
         formatter_class=Formatter,
+        allow_abbrev=False,
     )
     top.add_argument("--version", action="version", version=f"hookctl {hookctl.__version__}")
     commands = top.add_subparsers(metavar="COMMAND", required=True, dest="command")

@@ -10,10 +10,13 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hookctl
 from hookctl.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -69,6 +72,14 @@ def number(text: str) -> float:
     return value
 
 
+def positive(text: str) -> float:
+    """The type of an option that is a finite number above 0."""
+    value = number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} given; a number above 0 expected")
+    return value
+
+
 def words(text: str) -> list[str]:
     """The type of an option that lists words or phrases, split by commas."""
     found = [word.strip() for word in text.split(",") if word.strip()]
@@ -93,6 +104,24 @@ def add_machine(command: argparse.ArgumentParser) -> None:
         choices=("float32", "float16", "bfloat16"),
         help="of the weights (default: float32 on a CPU; on a GPU what the family is used with)",
     )
+
+
+def usable_device(given: str | None) -> torch.device:
+    """The device that was asked for, else cuda if there is one; InputError if it can't be used."""
+    import torch
+
+    if given is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(given)
+        torch.empty(1, device=device).tolist()  # of "meta" there is nothing to read
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"--device {given}: can't be used here ({reason}); give cpu, or a device that torch "
+            "finds here, such as cuda:0"
+        ) from None
+    return device
 
 
 def add_progress(command: argparse.ArgumentParser) -> None:

@@ -129,8 +129,8 @@ def _known(name: str) -> str:
     if name in DEMOS:
         return name
     near = get_close_matches(name, DEMOS, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise InputError(f"there is no demo {name!r}{hint} There are: {', '.join(DEMOS)}, all")
+    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    raise InputError(f"there is no demo {name!r}{hint} there are: {', '.join(DEMOS)}, all")
 
 
 @contextmanager

@@ -76,6 +76,9 @@ class Drawing:
             factor = getattr(pipe, "vae_scale_factor", 1)
             if option in ("width", "height") and value % factor:
                 raise InputError(f"{option} = {value}; this model wants a multiple of {factor}")
+            most = getattr(pipe.scheduler.config, "num_train_timesteps", value)
+            if option == "steps" and value > most:
+                raise InputError(f"steps = {value}; this model was trained on {most}, give no more")
             given[name] = [value] * len(prompts) if option == "negative" else value
         return given
 

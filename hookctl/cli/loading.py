@@ -13,6 +13,7 @@ from torch import nn
 
 import hookctl
 from hookctl.address import families
+from hookctl.cli.common import usable_device
 from hookctl.cli.models import INDEX, SHAPES, class_name, find_model
 from hookctl.errors import InputError
 
@@ -24,7 +25,7 @@ def load_pipeline(model: str, device: str | None = None, dtype: str | None = Non
 
     A folder is read without the network, and no code of its own is run.
     """
-    folder, where = find_model(model), _device(device)
+    folder, where = find_model(model), usable_device(device)
     if model == SHAPES:
         return hookctl.load_shapes(device=where, dtype=getattr(torch, dtype or "float32"))
     pipe = _from_pretrained(model, folder, torch_dtype=_dtype(dtype, where, folder))
@@ -74,18 +75,6 @@ def _from_pretrained(model: str, folder: Path | None, **options: Any) -> Any:
     except (OSError, ValueError, AttributeError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{model}: can't be loaded as a pipeline: {reason[:400]}") from error
-
-
-def _device(device: str | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        where = torch.device(device)
-        torch.empty(1, device=where)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {device}: can't be used here ({reason})") from None
-    return where
 
 
 def _dtype(dtype: str | None, device: torch.device, folder: Path | None) -> torch.dtype:

@@ -10,6 +10,7 @@ from hookctl.cli import common
 from hookctl.cli.draw import Drawing, pictures
 from hookctl.cli.models import find_model
 from hookctl.cli.quiet import quiet
+from hookctl.errors import InputError
 from hookctl.tables import table
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ def add(commands: Any) -> None:
 
 def main(options: Any) -> None:
     drawing = Drawing.of(options)
+    if not options.prompt.strip():
+        raise InputError(f"--prompt {options.prompt!r} has no words; give a text to read maps of")
     find_model(options.model)
     _write(drawing, common.make_folder(options.out), options)
 

@@ -53,7 +53,7 @@ def test_help_teaches_by_example(say: Say, command: str) -> None:
     said = say(command, "--help")
     assert said.status == 0 and not said.err
     examples = said.out.partition("examples:\n")[2].strip().splitlines()
-    assert 3 <= len(examples) <= 4
+    assert 3 <= len(examples) <= 5
     assert all(line.strip().startswith(f"hookctl {command} ") for line in examples)
     assert max(map(len, said.out.splitlines())) <= 100
 
@@ -85,6 +85,19 @@ def test_help_lists_the_commands(say: Say) -> None:
         (["inspect", "no/such/folder"], "no/such/folder: there is no such folder; give a folder"),
         (["inspect", "nowhere"], "a model id (owner/name), or 'shapes'"),
         (["maps", "shapes", "--prompt", "x", "--device", "warp9"], "--device warp9"),
+        (["maps", "shapes", "--prompt", " "], "--prompt ' ' has no words; give a text"),
+        (
+            ["run", "freeu", "--model", "shapes", "--prompt", "x", "--steps", "1001"],
+            "trained on 1000, give no more",
+        ),
+        (["demo", "xyz"], "there is no demo 'xyz'; there are: "),
+        (["bench", "flight"], "group 'flight' given; give some of calls"),
+        (["bench", "--seconds", "0"], "--seconds: '0' given; a number above 0 expected"),
+        (["bench", "--seconds", "nan"], "--seconds: 'nan' given; a number expected"),
+        (["bench", "--device", "warp9"], "--device warp9: can't be used here"),
+        (["bench", "--device", "meta"], "--device meta: can't be used here"),
+        (["bench", "--out", __file__], "can't be made a folder"),
+        (["--vers"], "required: COMMAND"),
     ],
 )
 def test_bad_input(say: Say, arguments: list[str], says: str) -> None:
