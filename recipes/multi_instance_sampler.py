@@ -17,10 +17,10 @@ The official instance branches are grounded by trained modules. Without such, `o
 an instance's picture shows beyond its region, and the phrase is asked for inside alone, as by
 `RegionalPrompts`; without `outside` the phrase is asked for everywhere. `ground` paints what is
 beyond in a plain colour at the noise level of every turn, as MultiDiffusion's bootstrapping does
-(Bar-Tal et al., arXiv 2302.08113, section 4.2): the instance then has to find room inside. Where
-an object comes to stand is for the most part settled by the noise, though, and what is settled
-beyond the region is cut off: with `start` the instances leave the picture later, once something
-else in the stack, such as layout guidance, has laid it out.
+(Bar-Tal et al., arXiv 2302.08113, section 4.2): the instance then has to find room inside. A phrase
+that is asked for everywhere may still put its object across the region's edge, where it is cut;
+`outside=""`, nothing beyond, prevents that. With `start` the instances leave the picture later,
+once something else in the stack, such as layout guidance, has laid it out.
 """
 
 from __future__ import annotations
