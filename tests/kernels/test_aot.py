@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -15,6 +16,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_the_launch_tables_compile_and_need_what_is_recorded() -> None:
     """In a process without the interpreter, which can't be left once it was chosen."""
+    compiler = pytest.importorskip("triton.compiler")
+    if "constexprs" not in inspect.signature(compiler.ASTSource).parameters:
+        pytest.skip("Triton 3.2 takes the source of a kernel in a form of its own")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, "-m", "tests.kernels.aot"],
