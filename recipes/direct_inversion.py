@@ -10,6 +10,10 @@ so that the source follows x* whatever the guidance, and its edits read the atte
 picture. Nothing is optimised; the edits themselves get no offset. The official code records o_i in
 a pass of its own; but x*_i + o_i is x*_{i+1}, so the source is simply set to it, which costs
 nothing and lets no rounding add up.
+
+Since the source is led in any case, x* need not be where the sampler goes by itself. With
+`unit_noise`, no part of the paper, its noise gets the mean and variance of the noise that the model
+knows, so that the edits, which nobody leads, start where the model draws well.
 """
 
 from __future__ import annotations
@@ -17,7 +21,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hookctl.loop.inversion import Correction, Progress, ddim_path, require_deterministic
+from hookctl.loop.inversion import (
+    Correction,
+    Progress,
+    ddim_path,
+    require_deterministic,
+    unit_noise,
+)
 from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes.inverted import Inversion, Inverted
 
@@ -29,7 +39,8 @@ class DirectInversion(Inversion):
         again, edited = inverted.edit(pipe, PromptToPrompt([prompt, target]))
 
     guidance: scale for the source's rows, which edits share unless told otherwise. refine: of the
-    DDIM inversion (`DDIMInversion`), 0 as published. Takes every scheduler whose steps draw no
+    DDIM inversion (`DDIMInversion`), 0 as published. unit_noise: bring the path's noise to mean 0
+    and variance 1 (see above). Takes every scheduler whose steps draw no
     noise. Cost: a denoiser call of one row for each step.
     """
 
@@ -42,12 +53,15 @@ class DirectInversion(Inversion):
         steps: int = 50,
         guidance: float = 7.5,
         refine: int = 0,
+        unit_noise: bool = False,
     ) -> None:
         super().__init__(pipe, picture, prompt, steps=steps, guidance=guidance)
-        self.refine = refine
+        self.refine, self.unit_noise = refine, unit_noise
 
     def _invert(self, program: Trajectory, progress: Progress | None) -> Inverted:
         require_deterministic(program, type(self).__name__)
         path = ddim_path(program, self.clean, refine=self.refine, progress=progress)
+        if self.unit_noise:
+            path = unit_noise(program, path)
         corrections = [Correction(target=x) for x in path[1:]]
         return self._found(program, path, corrections, edit_guidance=self.guidance)

@@ -62,6 +62,24 @@ def ddim_path(
     return path[::-1]
 
 
+def unit_noise(program: Trajectory, path: Path) -> list[Tensor]:
+    """The path with the noise of every level brought to mean 0 and variance 1, picture by picture.
+
+    With x_i = a_i x_0 + s_i e_i, what the model would not have drawn so in a picture is divided by
+    a small s_i when it is inverted, and e_i ends far from the N(0, 1) that sampling starts from.
+    Here its divergence from N(0, 1), as in the regulariser of Parmar et al. (arXiv 2302.03027), is
+    least, at once instead of by descent. The steps no longer lead along the path by themselves.
+    """
+    clean, out = path[-1].float(), list[Tensor]()
+    # The last is the picture, even where a scheduler counts some noise as its level.
+    for level, x in zip(program.levels[:-1], path[:-1], strict=True):
+        eps = (x.float() - level.signal * clean) / level.noise
+        every = tuple(range(1, eps.dim()))
+        spread, mean = torch.std_mean(eps, every, correction=0, keepdim=True)
+        out.append(level.mix(clean, (eps - mean) / spread.clamp_min(1e-12)).to(x))
+    return [*out, path[-1]]
+
+
 def null_texts(
     program: Trajectory,
     path: Path,

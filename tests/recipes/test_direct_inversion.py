@@ -55,6 +55,22 @@ def test_the_source_gets_what_its_guided_step_misses_and_its_edits_nothing() -> 
     torch.testing.assert_close(edited, literal.latents, atol=5e-3, rtol=1e-3)
 
 
+def test_unit_noise_leads_the_source_all_the_same() -> None:
+    pipe, pictures = pipeline(), [picture(0), picture(1)]
+    given: dict[str, Any] = {"steps": STEPS, "guidance": 4.0}
+    plain = DirectInversion(pipe, picture(), PROMPT, **given).run()
+    found = DirectInversion(pipe, pictures, [PROMPT, PROMPT], unit_noise=True, **given).run()
+    levels = Trajectory(pipe, PROMPT, steps=STEPS).levels
+    for one in found:
+        assert torch.equal(one.reconstruct(pipe, "latent"), one.path[-1])
+        for level, x in zip(levels[:-1], one.path, strict=False):
+            eps = (x - level.signal * one.path[-1]) / level.noise
+            assert abs(float(eps.mean())) < 1e-3
+            assert float(eps.std(correction=0)) == pytest.approx(1, abs=1e-3)
+    assert torch.equal(found[0].path[-1], plain.path[-1])
+    assert not torch.allclose(found[0].path[0], plain.path[0], atol=1e-2)
+
+
 def test_editors_of_the_model_may_come_later() -> None:
     pipe = pipeline()
     found = DirectInversion(pipe, picture(), PROMPT, steps=STEPS, guidance=4.0).run()

@@ -1,0 +1,35 @@
+"""The inversion demo: its pictures show what their prompts say, and its report adds up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hookctl.demos import inversion
+from hookctl.demos.cases import draw
+from hookctl.demos.figures import source_is_right
+from hookctl.demos.shapes.detect import detect
+
+
+def test_pictures_show_their_cases() -> None:
+    rng = np.random.default_rng(3)
+    cases = [draw("colour", rng) for _ in range(6)]
+    pictures = inversion.pictures_of(cases, rng)
+    for case, picture in zip(cases, pictures, strict=True):
+        assert source_is_right(case, detect(picture))
+    assert inversion.psnr(pictures[0], pictures[0]) == 100 > inversion.psnr(*pictures[:2])
+
+
+@pytest.mark.slow
+def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = ("direct", "DDPM")
+    monkeypatch.setattr(inversion, "METHODS", {name: inversion.METHODS[name] for name in few})
+    report = inversion.run(tmp_path, seed=0, seeds=1)
+    assert (tmp_path / "grid.png").is_file() and (tmp_path / "report.json").is_file()
+    for name in few:
+        cost, figures = report["cost"][name], report["methods"][name]
+        assert cost["rows_per_inversion"] == cost["rows_in_theory"]
+        assert cost["peak_mib_of_a_picture"] > 0
+        assert abs(figures["behind_autoencoder"]) < 0.1  # both lead the source back exactly
