@@ -19,7 +19,7 @@ from PIL import Image
 
 import hookctl
 from hookctl import Editor, show
-from hookctl.demos.cost import counted
+from hookctl.demos.cost import counted, drawing_mib
 from hookctl.demos.shapes.captions import sample
 from hookctl.demos.shapes.detect import detect, matches, wanted_pairs
 from hookctl.recipes import PAG, SAG, SEG, FreeU
@@ -79,6 +79,10 @@ def draw(pipe: Any, prompts: Sequence[str], seed: int, editor: Editor | None) ->
     return Drawn(pictures, cost.rows / len(prompts), time.perf_counter() - begun)
 
 
+def _peak(pipe: Any, prompt: str, editor: Editor | None) -> float:
+    return drawing_mib(pipe, prompt, *([editor] if editor else []), guidance=GUIDANCE)
+
+
 def run(
     out: Path, seed: int = 0, seeds: int = 4, progress: Progress | None = None
 ) -> dict[str, Any]:
@@ -103,6 +107,7 @@ def run(
             name: {
                 "rows_per_picture": one.rows,
                 "rows_in_theory": ROWS[name],
+                "peak_mib_of_a_picture": _peak(pipe, prompts[0], METHODS[name]()),
                 "seconds_per_picture": round(one.seconds / seeds, 2),
             }
             for name, one in drawn.items()

@@ -19,7 +19,7 @@ from PIL import Image
 
 import hookctl
 from hookctl import show
-from hookctl.demos.cost import counted
+from hookctl.demos.cost import counted, drawing_mib
 from hookctl.demos.shapes.captions import describe
 from hookctl.demos.shapes.detect import Found, detect
 from hookctl.demos.shapes.world import COLOUR_NAMES, GROUND_NAMES, PATTERNS, SHAPES, Thing
@@ -97,7 +97,11 @@ def run(
             found, rows = found + some, rows + evaluated
         pictures = sum(1 + len(o.edited) for o in found)
         outcomes[name] = found
-        costs[name] = {"rows_per_picture": rows / pictures, "rows_in_theory": 2 * STEPS}
+        costs[name] = {
+            "rows_per_picture": rows / pictures,
+            "rows_in_theory": 2 * STEPS,
+            **_peaks(pipe, name, found[0].case),
+        }
         if progress is not None:
             progress(number + 1, len(METHODS))
     report = {
@@ -112,6 +116,16 @@ def run(
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     picture(outcomes).save(out / "grid.png")
     return report
+
+
+def _peaks(pipe: Any, name: str, case: Case) -> dict[str, float]:
+    """Of all the pictures of a case, drawn in one batch."""
+    prompts = list(case.prompts)
+    editor: Any = METHODS[name](prompts, **SETTINGS[name])
+    return {
+        "peak_mib_of_a_set": drawing_mib(pipe, prompts, editor, guidance=GUIDANCE),
+        "peak_mib_of_a_set_plainly": drawing_mib(pipe, prompts, guidance=GUIDANCE),
+    }
 
 
 def edit(pipe: Any, name: str, case: Case, seed: int, images: int) -> tuple[list[Outcome], int]:

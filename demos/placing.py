@@ -18,7 +18,7 @@ import hookctl
 from hookctl import Editor, show
 from hookctl.address.regions import Region
 from hookctl.attention.maps import MapStore
-from hookctl.demos.cost import counted
+from hookctl.demos.cost import counted, drawing_mib
 from hookctl.demos.layouts import LayoutCase, found_in_place, overlap
 from hookctl.demos.shapes.detect import Found, detect
 from hookctl.demos.shapes.world import COLOURS, PICTURE, Thing
@@ -177,6 +177,9 @@ def compare(
                 "rows_per_picture": round(one.rows, 1),
                 "of_them_partial": round(one.partial, 1),
                 "rows_in_theory": round(theory(name) + one.partial, 1),
+                "peak_mib_of_a_picture": drawing_mib(
+                    pipe, cases[0].prompt, *methods[name](cases[:1]), guidance=GUIDANCE
+                ),
             }
             for name, one in drawn.items()
         },

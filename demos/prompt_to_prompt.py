@@ -19,6 +19,7 @@ from PIL import Image
 import hookctl
 from hookctl import show
 from hookctl.demos.cases import EditCase, draw
+from hookctl.demos.cost import FEW, counted, drawing_mib
 from hookctl.demos.figures import EditFigures, measure, source_is_right, summary
 from hookctl.demos.shapes.detect import detect
 from hookctl.recipes import PromptToPrompt
@@ -101,11 +102,28 @@ def run(
         "steps": STEPS,
         "guidance_scale": GUIDANCE,
         "kinds": {kind: _report([o for o in outcomes if o.case.kind == kind]) for kind in KINDS},
+        "cost": _cost(pipe, outcomes[0].case),
         "wall_seconds": round(time.perf_counter() - begun, 1),
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     picture(outcomes).save(out / "grid.png")
     return report
+
+
+def _cost(pipe: Any, case: EditCase) -> dict[str, Any]:
+    """Of a source and its edit in one batch, plainly and under control."""
+    prompts = [case.source, case.target]
+    edit = PromptToPrompt(prompts, **{"blend": case.words, **SETTINGS[case.kind], **case.options})
+    costs = {}
+    for name, editors in (("plain", ()), ("edit", (edit,))):
+        with counted(pipe.unet) as cost:
+            peak = drawing_mib(pipe, prompts, *editors, guidance=GUIDANCE)
+        costs[name] = {
+            "rows_per_step": cost.rows / FEW,
+            "rows_in_theory": 2 * len(prompts),
+            "peak_mib": peak,
+        }
+    return costs
 
 
 def _report(outcomes: list[Outcome]) -> dict[str, Any]:
