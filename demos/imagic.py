@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 import hookctl
 from hookctl import show
 from hookctl.demos.cases import EditCase, draw
-from hookctl.demos.cost import counted
+from hookctl.demos.cost import counted, drawing_mib, peak_mib
 from hookctl.demos.figures import measure, summary
 from hookctl.demos.inversion import pictures_of, psnr
 from hookctl.loop.pictures import decode, encode
@@ -73,7 +73,12 @@ def run(
         "plain_text": figures["plain"][0],
         "methods": {start: dict(zip(_columns(), figures[start], strict=True)) for start in STARTS},
         "psnr_at_alpha_0": _identity(pipe, pictures, drawn),
-        "cost": {"rows_per_picture": rows.rows / count, "rows_in_theory": _theory()},
+        "cost": {
+            "rows_per_picture": rows.rows / count,
+            "rows_in_theory": _theory(),
+            "peak_mib_of_a_fit": _peak(pipe, pictures[0], cases[0].target),
+            "peak_mib_of_a_picture": drawing_mib(pipe, cases[0].target, guidance=GUIDANCE),
+        },
         "wall_seconds": round(time.perf_counter() - begun, 1),
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -114,13 +119,19 @@ def _figures(
     }
 
 
+def _peak(pipe: Any, picture: Image.Image, target: str) -> float:
+    """Of a fit, whose steps are all alike."""
+    return peak_mib(Imagic(pipe, picture, target, **FIT | {"text_steps": 1, "model_steps": 1}).fit)
+
+
 def _columns() -> list[str]:
     return [f"alpha {alpha:g}" for alpha in ALPHAS]
 
 
 def _theory() -> int:
     """Rows for one case: the fit, the plain picture, every alpha from each start, the inversion."""
-    fit = FIT["samples"] * (FIT["text_steps"] + FIT["model_steps"])
+    rows = FIT["samples"] * FIT.get("noises", 1)
+    fit = rows * (FIT["text_steps"] + FIT["model_steps"])
     return fit + (1 + len(STARTS) * len(ALPHAS)) * 2 * STEPS + (1 + REFINE) * STEPS
 
 

@@ -98,7 +98,7 @@ class Imagic:
             pipe, target, steps=schedule_steps, images=noises, latents=many, **self.size
         )
         self.clean = clean.to(self.program.latents)
-        self.wanted = self.program.template.text(COND).float()
+        self.wanted = self.program.template.text(COND)[:1].float()  # one for all noises
         self.fitted = self.wanted.clone()
         generator = torch.Generator().manual_seed(seed)
         self.change = LowRank(self.program.denoiser, layers, rank, generator)

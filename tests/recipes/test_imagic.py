@@ -103,6 +103,7 @@ def test_noises_of_a_level_share_its_text_and_model() -> None:
             alone.append(float((got - wanted).square().mean()))
     assert len(x) == 3 and not torch.equal(x[0], x[1])
     assert float(loss) == pytest.approx(sum(alone) / 3, rel=1e-3)
+    assert many.fit().draw((0.0, 1.0), steps=2, output_type="latent").shape[0] == 2
 
 
 def _level(edit: Imagic) -> int:
