@@ -29,8 +29,10 @@ from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import hookctl.kernels
+from hookctl.kernels import launch_tables
 from hookctl.kernels.launch import SHARED_LIMIT, Specimen
 
 RECORD = Path(__file__).with_name("resources.json")
@@ -71,11 +73,28 @@ def source_of(one: Specimen) -> Any:
 
 
 def digest(one: Specimen) -> str:
-    """Equal for forms that the compiler sees as equal."""
+    """Equal for forms that the compiler sees as equal, wherever they stand in their files."""
     import triton
 
-    seen = (triton.__version__, one.kernel.cache_key, sorted(one.arguments.items()), one.launch)
-    return hashlib.sha256(repr((*seen, one.arch)).encode()).hexdigest()[:16]
+    texts = sorted(texts_of(one.kernel, {}).items())
+    seen = (triton.__version__, texts, sorted(one.arguments.items()), one.launch, one.arch)
+    return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
+
+
+def texts_of(function: Any, found: dict[str, str]) -> dict[str, str]:
+    """The text of a compiled function, of all that it calls, and its constants."""
+    from triton.language import constexpr
+    from triton.runtime.jit import JITFunction
+
+    found[f"{function.fn.__module__}.{function.fn.__name__}"] = function.src
+    for name in function.fn.__code__.co_names:
+        used = function.fn.__globals__.get(name)
+        if isinstance(used, constexpr):
+            found[name] = repr(used.value)
+        elif isinstance(used, JITFunction) and used.fn.__module__.startswith("hookctl"):
+            if f"{used.fn.__module__}.{used.fn.__name__}" not in found:
+                texts_of(used, found)
+    return found
 
 
 def resources(one: Specimen) -> Resources:
@@ -129,11 +148,32 @@ def faults(key: str, one: Specimen, found: Resources) -> list[str]:
     wrong = []
     if found["shared"] > SHARED_LIMIT[one.arch]:
         wrong.append(f"{key}: {found['shared']} bytes of shared memory > {SHARED_LIMIT[one.arch]}")
-    if found["spills"] and not one.spills:
+    if found["spills"]:
         wrong.append(f"{key}: {found['spills']} spills")
     if one.dots and not found["tensor"]:
         wrong.append(f"{key}: no tensor-core instruction")
     return wrong
+
+
+def idle() -> list[str]:
+    """Entries of the launch tables that no form takes: nothing would check them."""
+    taken: set[tuple[str, str, tuple[int, ...]]] = set()
+    tables = launch_tables.shipped()
+
+    class Noted(dict[Any, Any]):
+        def __init__(self, name: str, arch: str) -> None:
+            super().__init__(tables[name][arch])
+            self.at = name, arch
+
+        def __getitem__(self, key: Any) -> Any:
+            taken.add((*self.at, key))
+            return super().__getitem__(key)
+
+    noted: Any = {name: {arch: Noted(name, arch) for arch in of} for name, of in tables.items()}
+    with patch.object(launch_tables, "shipped", lambda: noted):
+        list(specimens())
+    every = {(n, arch, key) for n, of in tables.items() for arch in of for key in of[arch]}
+    return [f"{name} {arch} {key}: no form takes this entry" for name, arch, key in every - taken]
 
 
 def _compiled(key: str) -> tuple[str, Resources]:
@@ -187,7 +227,7 @@ def main() -> int:
     for key, numbers in compiled.items():
         print(key, json.dumps(numbers))
     found = kept | compiled
-    wrong = [fault for key in found for fault in faults(key, listed[key], found[key])]
+    wrong = idle() + [fault for key in found for fault in faults(key, listed[key], found[key])]
     if chosen.update and not wrong:
         forms = {} if not chosen.only else record.get("forms", {})
         record |= {"triton": triton.__version__, "forms": dict(sorted((forms | found).items()))}
