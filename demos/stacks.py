@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from PIL import Image
 
 import hookctl
 from hookctl import show
-from hookctl.demos import placing
+from hookctl.demos import placing, striped
 from hookctl.demos.cases import draw as draw_edit
 from hookctl.demos.cost import counted
-from hookctl.demos.figures import background_psnr, measure, source_is_right, summary
+from hookctl.demos.figures import measure, source_is_right, summary
 from hookctl.demos.layouts import LayoutCase, draw_layout
 from hookctl.demos.masactrl import SETTINGS as MASACTRL
 from hookctl.demos.masactrl import Outcome, appearances, draw_case
@@ -68,7 +69,9 @@ def _edited_with_freeu(pipe: Any, case: Any, edit: PromptToPrompt, seed: int) ->
 def _edited_inverted(pipe: Any, case: Any, edit: PromptToPrompt, seed: int) -> list[Image.Image]:
     generator = torch.Generator().manual_seed(seed)
     picture = pipe(case.source, generator=generator, **COMMON).images[0]
-    inverted = DirectInversion(pipe, picture, case.source, steps=STEPS, guidance=GUIDANCE).run()
+    inverted = DirectInversion(
+        pipe, picture, case.source, steps=STEPS, guidance=GUIDANCE, unit_noise=True
+    ).run()
     return [picture, inverted.edit(pipe, edit, guidance=GUIDANCE)[1]]
 
 
@@ -139,48 +142,52 @@ def excited(pipe: Any, seed: int, count: int) -> Result:
 
 
 @contextmanager
-def adapter(unet: Any, strength: float = 0.7) -> Iterator[None]:
-    """A LoRA on the values and outputs of all attention, by a fixed seed, for a while."""
-    from peft import LoraConfig
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = LoraConfig(r=4, lora_alpha=4, target_modules=["to_v", "to_out.0"])
-        unet.add_adapter(config, adapter_name="stack")
-        for name, weight in unet.named_parameters():
-            if "lora_B" in name:
-                weight.data.normal_(std=strength / weight.shape[0] ** 0.5)
+def striping(pipe: Any, state: striped.State) -> Iterator[None]:
+    """The LoRA of `demos.striped` is on meanwhile."""
+    pipe.load_lora_weights(dict(state), adapter_name="striped")
     try:
         yield
     finally:
-        unet.unload_lora()
+        pipe.unload_lora_weights()
 
 
 def with_lora(pipe: Any, seed: int, count: int) -> Result:
-    """MasaCtrl while a LoRA is on: the source's keys and values are the adapter's."""
-    rng = np.random.default_rng([seed, 17])
-    rows, outcomes, kept, moved = [], [], [], []
+    """MasaCtrl while a LoRA is on: the source's keys and values are the adapter's.
+
+    Prompts ask for plain objects, so stripes are the LoRA's doing, the kept appearance MasaCtrl's.
+    """
+    rng, state = np.random.default_rng([seed, 17]), striped.lora(pipe)
+    rows, outcomes, shares = [], [], []
     for i in range(count):
         case = draw_case("MasaCtrl", rng)
-        edit = MasaCtrl(case.prompts, **MASACTRL["MasaCtrl"])
-        without, _ = pipe(list(case.prompts), generator=edit.generators(seed + i), **COMMON).images
-        with adapter(pipe.unet):
-            source, plain = pipe(
-                list(case.prompts), generator=edit.generators(seed + i), **COMMON
-            ).images
-            again, edited = edit.run(pipe, seed=seed + i, **COMMON)
+        asked, wanted = (
+            replace(case, things=tuple(replace(t, pattern=pattern) for t in case.things))
+            for pattern in ("plain", striped.PATTERN)
+        )
+        edit = MasaCtrl(asked.prompts, **MASACTRL["MasaCtrl"])
+        given = {"generator": edit.generators(seed + i), **COMMON}
+        without = pipe(asked.prompts, **given).images
+        with striping(pipe, state):
+            given["generator"] = edit.generators(seed + i)
+            source, plain = pipe(asked.prompts, **given).images
+            _, edited = edit.run(pipe, seed=seed + i, **COMMON)
         rows.append([source, plain, edited])
-        outcomes.append(Outcome(case, source, [plain], [edited]))
-        kept.append(np.array_equal(np.asarray(source), np.asarray(again)))
-        moved.append(background_psnr(without, source, []))
+        outcomes.append(Outcome(wanted, source, [plain], [edited]))
+        shares.append([_striped([*without]), _striped([source, plain]), _striped([edited])])
     read = appearances(outcomes)
+    names = ("without_lora", "with_lora", "stack")
     return rows, {
         "right_sources": read["cases_with_right_source"],
         "stack": read["edit"],
         "plain": read["plain"],
-        "source_kept": round(float(np.mean(kept)), 3),
-        "psnr_with_and_without_lora": round(float(np.mean(moved)), 2),
+        "striped": dict(zip(names, np.mean(shares, 0).round(3).tolist(), strict=True)),
     }
+
+
+def _striped(pictures: Sequence[Image.Image]) -> float:
+    """The share of all objects that are striped; 0 where there are none."""
+    patterns = [found.pattern for one in pictures for found in detect(one).objects]
+    return patterns.count(striped.PATTERN) / max(1, len(patterns))
 
 
 STACKS: dict[str, Callable[[Any, int, int], Result]] = {
