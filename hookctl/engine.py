@@ -145,7 +145,9 @@ class Engine:
     def _install(self) -> None:
         self._denoiser_port = DenoiserPort(self.denoiser, self._around_denoiser)
         if self.pipe is not None:
-            self._pipeline_port = PipelinePort(self.pipe, self.run.restart, self.run.texts)
+            self._pipeline_port = PipelinePort(
+                self.pipe, self.run.restart, self.run.prepared, self.run.texts
+            )
             self._hook_scheduler()
 
     def _hook_scheduler(self) -> None:

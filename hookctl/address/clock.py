@@ -89,6 +89,11 @@ class Timekeeper:
         self._stepped = True
         self.calls = 0
 
+    @property
+    def running(self) -> bool:
+        """Whether the denoiser was called since the start."""
+        return self._turn >= 0
+
     def step(self) -> None:
         """Note that the scheduler took a step: the next denoiser call is a new turn."""
         self._stepped = True

@@ -178,14 +178,29 @@ class PipelinePort:
     """Learns from a pipeline's own methods when a run starts and what it draws."""
 
     def __init__(
-        self, pipe: Any, started: Callable[[], None], texts: Callable[[dict[str, Any]], None]
+        self,
+        pipe: Any,
+        started: Callable[[], None],
+        prepared: Callable[[], None],
+        texts: Callable[[dict[str, Any]], None],
     ) -> None:
+        """started: at the start of a run; prepared: while one is prepared, where no method of the
+        pipeline's stands for its start alone (Z-Image); texts: of what is encoded."""
         self._patches: list[Patch] = []
-        if hasattr(pipe, "check_inputs"):
-            self._watch(pipe, "check_inputs", lambda bound: started())
+        checks = hasattr(pipe, "check_inputs")
+        if checks:
+            self._watch(pipe, "check_inputs", lambda given: started())
+        elif hasattr(pipe, "prepare_latents"):
+            self._watch(pipe, "prepare_latents", lambda given: prepared())
+
+        def encoding(given: dict[str, Any]) -> None:
+            if not checks:
+                prepared()
+            texts(given)
+
         for name in ("encode_prompt", "_encode_prompt"):
             if hasattr(pipe, name):
-                self._watch(pipe, name, texts)
+                self._watch(pipe, name, encoding)
                 break
 
     def _watch(self, pipe: Any, name: str, note: Callable[[dict[str, Any]], None]) -> None:

@@ -46,6 +46,11 @@ class Run:
         self._program: Any = None
         self.keeper.restart()
 
+    def prepared(self) -> None:
+        """The pipeline prepares a run: a new one, if the last has got as far as the denoiser."""
+        if self.keeper.running:
+            self.restart()
+
     def stepped(self) -> None:
         """The scheduler took a step: the next denoiser call belongs to a new turn."""
         self.scaling = None

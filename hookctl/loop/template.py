@@ -145,7 +145,12 @@ def prepare(pipe: Any, arguments: Mapping[str, Any], prompts: int, images: int) 
         SchedulerPort(
             pipe.scheduler, lambda step, given: step(**given), lambda s: seen.update(scaling=s)
         ),
-        PipelinePort(pipe, lambda: None, lambda given: seen.setdefault("encoding", given)),
+        PipelinePort(
+            pipe,
+            lambda: None,
+            lambda: None,
+            lambda given: seen.setdefault("encoding", given),
+        ),
         Patch(pipe, "_progress_bar_config", {"disable": True}),
     ]
     try:

@@ -126,6 +126,7 @@ def check(
         assert torch.equal(subject.run(target), plain), "an editor out of its window"
     with subject.control(target, Borrow()) as session:
         edited = subject.run(target)
+        assert torch.equal(subject.run(target), edited), "a second run differs from the first"
     assert error(edited, reference) < tolerance, error(edited, reference)
     assert error(edited, plain) > 20 * tolerance, "the edit does nothing"
     assert "borrow" in session.report()
