@@ -10,6 +10,7 @@ Tokenizer, text encoder, latent basis, autoencoder and denoiser are made in turn
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import time
@@ -96,6 +97,10 @@ def export(out: Path, unet: UNet2DConditionModel) -> Path:
     pipe.to(dtype=torch.float16).save_pretrained(made, safe_serialization=True)
     config = made / "text_encoder" / "config.json"  # its dtype is what a plain load would use
     config.write_text(config.read_text("utf-8").replace('"float16"', '"float32"'), "utf-8")
+    for config in made.glob("*/config.json"):  # whence the parts came is nobody's business
+        said = json.loads(config.read_text("utf-8"))
+        said.pop("_name_or_path", None)
+        config.write_text(json.dumps(said, indent=2) + "\n", "utf-8")
     shutil.rmtree(made / "tokenizer")
     write_tokenizer(made / "tokenizer")
     publish(made, final)
