@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from diffusers import (
@@ -20,7 +21,7 @@ from tokenizers.models import BPE
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from .case import Case, Rows, labels, two_calls
+from .case import Call, Case, Rows, labels, two_calls
 from .text import WORDS
 from .unets import PIXELS, autoencoder
 
@@ -161,72 +162,54 @@ def positive_first(prompts: int, n: int, guided: bool) -> Rows:
     return [[*labels("P", prompts, n), *(labels("N", prompts, n) if guided else [])]]
 
 
-def call_z_image(
-    pipe: Any,
-    prompts: list[str],
-    negatives: list[str],
-    guidance: float,
-    common: dict[str, Any],
-    **kwargs: Any,
-) -> Tensor:
+def calling(inputs: Callable[[list[str], list[str], float], dict[str, Any]]) -> Call:
+    """A call of a pipeline with inputs made of prompts, negatives and guidance."""
+
+    def call(
+        pipe: Any,
+        prompts: list[str],
+        negatives: list[str],
+        guidance: float,
+        common: dict[str, Any],
+        **kwargs: Any,
+    ) -> Tensor:
+        size = {"height": PIXELS, "width": PIXELS}
+        given = {**inputs(prompts, negatives, guidance), **size, **common, **kwargs}
+        latents: Tensor = pipe(**given)[0]
+        return latents
+
+    return call
+
+
+def for_z_image(prompts: list[str], negatives: list[str], guidance: float) -> dict[str, Any]:
     """Guidance is counted from 0 here: cond + g (cond - uncond)."""
-    inputs = {
+    return {
         "prompt": prompts,
         "negative_prompt": negatives,
         "guidance_scale": guidance - 1,
-        "height": PIXELS,
-        "width": PIXELS,
         "max_sequence_length": TOKENS,
     }
-    latents: Tensor = pipe(**{**inputs, **common, **kwargs})[0]
-    return latents
 
 
-def call_qwen_image(
-    pipe: Any,
-    prompts: list[str],
-    negatives: list[str],
-    guidance: float,
-    common: dict[str, Any],
-    **kwargs: Any,
-) -> Tensor:
-    inputs = {
-        "prompt": prompts,
-        "negative_prompt": negatives,
-        "true_cfg_scale": guidance,
-        "height": PIXELS,
-        "width": PIXELS,
-    }
-    latents: Tensor = pipe(**{**inputs, **common, **kwargs})[0]
-    return latents
+def for_qwen_image(prompts: list[str], negatives: list[str], guidance: float) -> dict[str, Any]:
+    return {"prompt": prompts, "negative_prompt": negatives, "true_cfg_scale": guidance}
 
 
-def call_flux2_klein(
-    pipe: Any,
-    prompts: list[str],
-    negatives: list[str],
-    guidance: float,
-    common: dict[str, Any],
-    **kwargs: Any,
-) -> Tensor:
+def for_flux2_klein(prompts: list[str], negatives: list[str], guidance: float) -> dict[str, Any]:
     """It takes no negative prompts: they are empty."""
-    inputs = {
+    return {
         "prompt": prompts,
         "guidance_scale": guidance,
-        "height": PIXELS,
-        "width": PIXELS,
         "max_sequence_length": TOKENS,
         "text_encoder_out_layers": (1, 2, 3),
     }
-    latents: Tensor = pipe(**{**inputs, **common, **kwargs})[0]
-    return latents
 
 
 CASES = (
     Case(
         "z_image",
         build_z_image,
-        call_z_image,
+        calling(for_z_image),
         sites={"joint": 2, "self": 1},
         examples={"noise_refiner.0.attention": "self", "layers.1.attention": "joint"},
         rows=positive_first,
@@ -237,7 +220,7 @@ CASES = (
     Case(
         "qwen_image",
         build_qwen_image,
-        call_qwen_image,
+        calling(for_qwen_image),
         sites={"joint": 2},
         examples={"transformer_blocks.1.attn": "joint"},
         rows=two_calls,
@@ -247,7 +230,7 @@ CASES = (
     Case(
         "flux2_klein",
         build_flux2_klein,
-        call_flux2_klein,
+        calling(for_flux2_klein),
         sites={"joint": 4},
         examples={
             "transformer_blocks.1.attn": "joint",
