@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -62,10 +63,16 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "") == "1"
 
 
+@cache
+def installed() -> bool:
+    """Whether there is a Triton; looked for once, since every edited call asks."""
+    return find_spec("triton") is not None
+
+
 def available(device: torch.device | str) -> str | None:
     """Why the kernels can't run on a device; None if they can."""
     device = torch.device(device)
-    if find_spec("triton") is None:
+    if not installed():
         return "Triton is not installed; it has wheels for Linux only (pip install 'hookctl[gpu]')"
     if interpreting():
         return None

@@ -127,10 +127,10 @@ def _choose(call: AttentionCall, finished: Sum, backend: str) -> tuple[Evaluator
     for evaluator in EVALUATORS:
         if backend == evaluator.name:
             reason: str | None = f"backend={backend!r} was asked for"
-        elif backend == "auto" and evaluator.missing() is None:
-            reason = evaluator.suits(call, finished)
         else:
-            reason = None
+            reason = evaluator.suits(call, finished) if backend == "auto" else None
+            if reason is not None and evaluator.missing() is not None:
+                reason = None
         if reason is None:
             continue
         if not finished.touched:
