@@ -21,6 +21,7 @@ from PIL import Image
 
 import hookctl
 from hookctl import Editor, show
+from hookctl.demos.cost import drawing_mib
 from hookctl.demos.layouts import LayoutCase, draw_layout
 from hookctl.demos.placing import (
     BATCH,
@@ -136,6 +137,9 @@ def run(
             "rows_per_picture": round(made.rows, 1),
             "of_them_partial": round(made.partial, 1),
             "rows_in_theory": round(theory(name, cases) + made.partial, 1),
+            "peak_mib_of_a_picture": drawing_mib(
+                pipe, cases[0].prompt, *stack(cases[:1]), guidance=GUIDANCE
+            ),
         }
         if progress is not None:
             progress(done, len(METHODS))
