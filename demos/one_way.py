@@ -27,7 +27,7 @@ import hookctl
 from hookctl import Claim, Editor, show
 from hookctl.address.regions import Region
 from hookctl.attention.call import AttentionCall
-from hookctl.demos.cost import counted
+from hookctl.demos.cost import FEW, counted, drawing_mib, peak_mib
 from hookctl.demos.grown import AT, BOX, SIDE, Case, cases, figures, mean_psnr, restored
 from hookctl.demos.shapes.world import PICTURE
 from hookctl.editor import WHOLE_PICTURE
@@ -96,6 +96,7 @@ def run(
         costs[name] = {
             "picture_rows": round(cost.pictures / seeds, 2),
             "picture_rows_in_theory": theory(name),
+            "peak_mib_of_a_picture": _peak(pipe, name, every[kind][0]),
         }
         if progress is not None:
             progress(done, len(wanted))
@@ -144,10 +145,23 @@ def draw(
                 made += pipe(prompts, generator=generator, **plain).images
         else:
             given = SETTINGS | {"steps": STEPS, "guidance": GUIDANCE, "seed": seed + i}
-            method = SelectiveOneWay if name in FLOWS else CyclicOneWay
-            program = method(pipe, pasted, prompts, at=AT, **given, **FLOWS.get(name, {}))
-            made += program.run(watched)
+            given |= {"at": AT, **FLOWS.get(name, {})}
+            made += _method(name)(pipe, pasted, prompts, **given).run(watched)
     return made
+
+
+def _peak(pipe: Any, name: str, case: Case) -> float:
+    """Of a few steps; a cycle takes no more than the one before it."""
+    if name == "plain":
+        return drawing_mib(pipe, case.prompt, guidance=GUIDANCE)
+    given = {"at": AT, "guidance": GUIDANCE, **FLOWS.get(name, {})}
+    given |= SETTINGS | {"steps": FEW, "cycles": 1}
+    program = _method(name)(pipe, case.picture, case.prompt, **given)
+    return peak_mib(lambda: program.run(output_type="latent"))
+
+
+def _method(name: str) -> type[CyclicOneWay]:
+    return SelectiveOneWay if name in FLOWS else CyclicOneWay
 
 
 def theory(name: str) -> float:
