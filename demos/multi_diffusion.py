@@ -21,7 +21,7 @@ from PIL import Image
 
 import hookctl
 from hookctl import show
-from hookctl.demos.cost import counted
+from hookctl.demos.cost import counted, drawing_mib
 from hookctl.demos.layouts import draw_layout
 from hookctl.demos.shapes.captions import describe
 from hookctl.demos.shapes.detect import detect
@@ -78,10 +78,12 @@ def run(
         with counted(pipe.unet) as cost:
             started = time.perf_counter()
             drawn[name] = method(pipe, cases, seed)
+            seconds = time.perf_counter() - started
         costs[name] = {
             "picture_rows_per_canvas": round(cost.pictures / len(cases), 2),
             "picture_rows_in_theory": ROWS[name] * STEPS,
-            "seconds_per_canvas": round((time.perf_counter() - started) / len(cases), 2),
+            "seconds_per_canvas": round(seconds / len(cases), 2),
+            "peak_mib_of_a_canvas": _peak(pipe, name, cases[0]),
         }
         if progress is not None:
             progress(i, len(METHODS))
@@ -121,12 +123,15 @@ def _wide(edit: MultiDiffusion | None, pipe: Any, prompts: list[str], seed: int)
     return edit.run(pipe, prompts, **given)
 
 
-def regions(pipe: Any, cases: list[Canvas], seed: int) -> list[Image.Image]:
-    """A region for each third."""
-    edit = MultiDiffusion(
+def _regions(cases: list[Canvas], seed: int) -> MultiDiffusion:
+    return MultiDiffusion(
         [case.texts for case in cases], [THIRDS] * len(cases), stride=STRIDE, seed=seed
     )
-    return list(_wide(edit, pipe, [case.prompt for case in cases], seed))
+
+
+def regions(pipe: Any, cases: list[Canvas], seed: int) -> list[Image.Image]:
+    """A region for each third."""
+    return list(_wide(_regions(cases, seed), pipe, [case.prompt for case in cases], seed))
 
 
 def windows(pipe: Any, cases: list[Canvas], seed: int) -> list[Image.Image]:
@@ -167,6 +172,15 @@ METHODS: dict[str, Callable[[Any, list[Canvas], int], list[Image.Image]]] = {
     "plain, wide": plain,
     "side by side": side_by_side,
 }
+
+
+def _peak(pipe: Any, name: str, case: Canvas) -> float:
+    """Of all that a canvas is drawn from at once."""
+    if name == "side by side":
+        return drawing_mib(pipe, case.texts, guidance=GUIDANCE)
+    editors = {"regions": [_regions([case], 0)], "windows": [MultiDiffusion(stride=STRIDE)]}
+    size = {"height": PICTURE, "width": WIDTH}
+    return drawing_mib(pipe, case.prompt, *editors.get(name, []), guidance=GUIDANCE, **size)
 
 
 # -- what became of them ---------------------------------------------------------------------------
