@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -58,21 +57,18 @@ class Specimen:
     dots: bool = True
 
 
+_INSTALLED = find_spec("triton") is not None  # looked for once: every edited call asks
+
+
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on the CPU; set before Triton is imported."""
     return os.environ.get("TRITON_INTERPRET", "") == "1"
 
 
-@cache
-def installed() -> bool:
-    """Whether there is a Triton; looked for once, since every edited call asks."""
-    return find_spec("triton") is not None
-
-
 def available(device: torch.device | str) -> str | None:
     """Why the kernels can't run on a device; None if they can."""
     device = torch.device(device)
-    if not installed():
+    if not _INSTALLED:
         return "Triton is not installed; it has wheels for Linux only (pip install 'hookctl[gpu]')"
     if interpreting():
         return None
