@@ -4,10 +4,10 @@ One alpha trades the picture for the text: grid_alpha.png shows how often the ed
 often the other object stayed, against alpha. The same fit is drawn from the picture's inverted
 noise and, as published, from random noise.
 
-The picture gets lost as alpha grows, and the edit comes all at once near alpha 1, where the other
-object is mostly still in place; beyond 1, at texts more wanted than the wanted one, it goes too.
-From random noise alpha 0 gives the layout and the colours back, with ragged outlines. Half-way
-between two texts may stand one that names nothing, and the object is missing there.
+The picture gets lost as alpha grows, and the edit comes between 0.4 and 1, mostly with the other
+object still in place; beyond 1, at texts more wanted than the wanted one, that may go too. From
+random noise alpha 0 gives the layout and the colours back, with ragged outlines. Half-way between
+two texts may stand one that names nothing, and the object is missing there.
 """
 
 from __future__ import annotations
