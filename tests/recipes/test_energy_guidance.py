@@ -249,9 +249,10 @@ def test_attention_and_objects_go_where_the_boxes_are() -> None:
     sides = {}
     for box in ((0.1, 0.3, 0.5, 0.7), (0.5, 0.3, 0.9, 0.7)):
         inside = Region.box(*box).tokens(*plain.shape).view_as(plain)
-        for method, least in ((LayoutGuidance, 1.5), (BoxDiff, 1.0)):
+        # BoxDiff's published fifth of a box is two cells of this one.
+        for method, own, least in ((LayoutGuidance, {}, 1.5), (BoxDiff, {"top": 0.5}, 1.2)):
             edited, sides[method, box] = drawn(
-                pipe, method(["circle"], [box], scale=60.0, stop=0.5)
+                pipe, method(["circle"], [box], scale=60.0, stop=0.5, **own)
             )
             before, after = (float(m[inside].sum() / m.sum()) for m in (plain, edited))
             assert after > least * before, (method, box)

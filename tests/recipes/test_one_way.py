@@ -229,7 +229,7 @@ def test_the_flow_carries_the_ground_of_a_picture() -> None:
     """On the embedded pipeline: into the scene with it, and not when it is turned about."""
     pipe = hookctl.load_shapes()
     pipe.set_progress_bar_config(disable=True)
-    every = cases(seed=1, count=2, said=False)
+    every = cases(seed=1, count=4, said=False)
     shares, apart = {}, {}
     for name in ("COW", "SOW", "SOW turned about"):
         watched = Watched()
