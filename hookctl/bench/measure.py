@@ -7,6 +7,7 @@ Figures are medians over rounds with quartiles; ratios are medians of the ratios
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -86,13 +87,15 @@ def measure(case: Case, limit: float, device: torch.device, budget: float) -> Me
     error = check(case)
     peaks = {name: peak_of(form, device) for name, form in case.forms.items()}
     times: dict[str, list[float]] = {name: [] for name in case.forms}
+    order = random.Random(0)
     started, rounds = time.perf_counter(), 0
     gc.collect()
     gc.disable()
     try:
         while rounds < 3 or (time.perf_counter() - started < budget and rounds < 200):
-            for name, form in case.forms.items():
-                times[name].append(seconds_of(form, device))
+            # In another order every round: what comes first, or after a big one, meets cold caches.
+            for name in order.sample(list(case.forms), len(case.forms)):
+                times[name].append(seconds_of(case.forms[name], device))
             rounds += 1
     finally:
         gc.enable()
