@@ -12,8 +12,8 @@ evaluation when the sum is finished.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ from hookctl.attention.token_map import ValueMap
 from hookctl.attention.visibility import Regions
 
 
-class Ref(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Ref:
     """Row `row` of `base`, a stack [rows, sub-batch, heads, tokens, channels]."""
 
     base: Tensor
@@ -34,7 +35,8 @@ class Ref(NamedTuple):
         return self.base[self.row]
 
 
-class Segment(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Segment:
     """A stretch of keys with their values.
 
     shift: added to the scores of these keys, [tokens] or a number; mask_row: row of the model's
@@ -53,7 +55,8 @@ class Segment(NamedTuple):
         return self.k.base.shape[-2]
 
 
-class Term(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Term:
     """One summand of equation (1) for one row.
 
     The first segment holds the row's own tokens; value maps and read-outs speak of it.
@@ -77,13 +80,11 @@ class Term(NamedTuple):
     def own(self) -> Segment:
         return self.segments[0]
 
-    def with_own(self, *, q: Ref | None = None, **changes: Any) -> Term:
-        """With changes of the first segment, and other queries if they are given."""
-        segments = (self.own._replace(**changes), *self.segments[1:])
-        return self._replace(q=q or self.q, segments=segments)
+    def with_own(self, **changes: Any) -> Term:
+        return replace(self, segments=(replace(self.own, **changes), *self.segments[1:]))
 
     def weighted(self, weight: Tensor | float) -> Term:
-        return self._replace(weight=self.weight * weight)
+        return replace(self, weight=self.weight * weight)
 
     def signature(self) -> tuple[Any, ...]:
         """Terms of equal signature can be evaluated in one batch."""
@@ -150,10 +151,10 @@ class Sum:
         """The rows sorted into groups that can be evaluated in one batch, without copying q or k
         for the rows that nothing rewrote."""
         groups: dict[Any, list[int]] = {}
-        alone, run = len(self.terms) == 1, -1
+        run = -1
         for row in rows:
             if row in self.terms:
-                key: Any = alone or tuple(term.signature() for term in self.terms[row])
+                key: Any = tuple(term.signature() for term in self.terms[row])
             else:
                 run = run if groups.get(run, [None])[-1] == row - 1 else -1 - len(groups)
                 key = run
@@ -168,13 +169,8 @@ def gather(refs: Sequence[Ref]) -> Tensor:
 
 def rows_of(base: Tensor, rows: Sequence[int]) -> Tensor:
     """Some rows of a stack; copies nothing if they are adjacent or all the same."""
-    if adjacent(rows):
+    if len(rows) == 1 or all(b - a == 1 for a, b in zip(rows, rows[1:], strict=False)):
         return base[rows[0] : rows[-1] + 1]
     if all(row == rows[0] for row in rows):
         return base[rows[0] : rows[0] + 1].expand(len(rows), *base.shape[1:])
     return torch.stack([base[row] for row in rows])
-
-
-def adjacent(rows: Sequence[int]) -> bool:
-    """Whether rows follow each other without a gap."""
-    return list(rows) == list(range(rows[0], rows[0] + len(rows)))
