@@ -47,7 +47,7 @@ _TEXT_FIRST = (
 _SINGLE_STREAM = r"single_((transformer|dit)_)?blocks"
 # Models whose blocks attend jointly by a module that does not show it, but for those of `_REFINES`.
 _JOINT_THROUGHOUT = r"AuraFlow|CogVideoX|ConsisID|CogView|Lumina2|ZImage"
-_REFINES = r"refiner"
+_REFINES = re.compile(r"refiner")
 
 
 def denoiser_of(target: Any) -> nn.Module:
@@ -129,13 +129,13 @@ def describe_sites(denoiser: nn.Module) -> tuple[tuple[Site, nn.Module], ...]:
     """Every attention site of a denoiser with its module, in the order of its forward."""
     model = uncompiled(denoiser)
     order = joint_order(model)
+    throughout = re.search(_JOINT_THROUGHOUT, type(model).__name__)
     levels = _levels(model)
     seen: dict[tuple[str, int, str], int] = {}
     found = []
     for path, module in attention_modules(model):
         place, block = _place(path)
-        joint = bool(re.search(_JOINT_THROUGHOUT, type(model).__name__))
-        kind = "joint" if joint and not re.search(_REFINES, path) else _kind(path, module, order)
+        kind = "joint" if throughout and not _REFINES.search(path) else _kind(path, module, order)
         depth = seen.get((place, block, kind), 0)
         seen[place, block, kind] = depth + 1
         heads = getattr(module, "heads", None) or getattr(module, "num_heads", None)

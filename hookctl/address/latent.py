@@ -56,9 +56,8 @@ def text_tokens(text: Any, arguments: Mapping[str, Any], denoiser: nn.Module) ->
     if not isinstance(text, Tensor):
         return None
     mask = arguments.get("encoder_attention_mask")
-    if "Lumina2" in name and isinstance(
-        mask, Tensor
-    ):  # puts each row's text right before its image
+    # Lumina 2 puts each row's text, as long as it is, right before its image.
+    if "Lumina2" in name and isinstance(mask, Tensor):
         lengths = mask.sum(1)
         return int(lengths[0]) if bool((lengths == lengths[0]).all()) else None
     return text.shape[1] + registers(model)

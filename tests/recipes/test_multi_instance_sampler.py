@@ -38,13 +38,19 @@ def test_nothing_to_sample_is_bit_identical(name: str) -> None:
     assert torch.equal(case.run(pipe, [A]), plain)
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_an_instance_is_a_run_of_its_phrase(scheduler: str) -> None:
-    """Pasted over everything at the end, nothing but the instance's picture is left."""
+def solved_by(scheduler: str) -> tuple[zoo.Case, Any]:
+    """A pipeline with another scheduler."""
     case = zoo.PIPELINES["sd15"]
     pipe = case.make()
     kind = getattr(diffusers, f"{scheduler}Scheduler")
     pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    return case, pipe
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_an_instance_is_a_run_of_its_phrase(scheduler: str) -> None:
+    """Pasted over everything at the end, nothing but the instance's picture is left."""
+    case, pipe = solved_by(scheduler)
     wanted = case.run(pipe, [B, A], steps=4)
     edit = MultiInstanceSampler([[B], []], [[FULL], []], share=1.0, merge="paste")
     with hookctl.control(pipe, edit):
@@ -55,10 +61,7 @@ def test_an_instance_is_a_run_of_its_phrase(scheduler: str) -> None:
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_an_instance_leaves_with_what_the_picture_has_become(scheduler: str) -> None:
     """One that goes on with the picture's own text, and from its history, is the picture."""
-    case = zoo.PIPELINES["sd15"]
-    pipe = case.make()
-    kind = getattr(diffusers, f"{scheduler}Scheduler")
-    pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    case, pipe = solved_by(scheduler)
     wanted = case.run(pipe, [A], steps=6)
     found = {}
     for text in (A, B):
