@@ -24,8 +24,7 @@ from torch import Tensor
 
 from hookctl.kernels.guard import form, fused, jit, tl
 from hookctl.kernels.launch import Launch, Specimen
-
-LAUNCH = Launch(4, 512, 4, 1)  # channels and pixels of a tile
+from hookctl.kernels.launch_tables import GAIN, SINGLE, entry, needed, tile_for
 
 
 def fourier_gain(x: Tensor, gain: Tensor | float) -> Tensor:
@@ -184,10 +183,11 @@ def _backward_kernel(grad_ptr, x_ptr, gain_ptr, dx_ptr, dgain_ptr, channels, hei
 def _forward_op(x: Tensor, gain: Tensor) -> Tensor:
     out = torch.empty_like(x)
     rows, channels, height, width = x.shape
-    _forward_kernel[_grid(x)](
+    tile = _launch(x)
+    _forward_kernel[-(-channels // tile.block_m), rows](
         x, gain, out, channels, height, width,
         *x.stride(), *gain.stride(), *out.stride(),
-        C=LAUNCH.block_m, P=LAUNCH.block_n, num_warps=LAUNCH.warps,
+        C=tile.block_m, P=tile.block_n, num_warps=tile.warps,
     )  # fmt: skip
     return out
 
@@ -201,10 +201,11 @@ def _(x, gain):
 def _backward_op(grad: Tensor, x: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
     dx, dgain = torch.empty_like(x), torch.empty(x.shape[:2], device=x.device)
     rows, channels, height, width = x.shape
-    _backward_kernel[_grid(x)](
+    tile = _launch(x)
+    _backward_kernel[-(-channels // tile.block_m), rows](
         grad, x, gain, dx, dgain, channels, height, width,
         *grad.stride(), *x.stride(), *gain.stride(), *dx.stride(),
-        C=LAUNCH.block_m, P=LAUNCH.block_n, num_warps=LAUNCH.warps,
+        C=tile.block_m, P=tile.block_n, num_warps=tile.warps,
     )  # fmt: skip
     return dx, dgain
 
@@ -214,8 +215,8 @@ def _(grad, x, gain):
     return torch.empty_like(x), torch.empty(x.shape[:2], device=x.device)
 
 
-def _grid(x: Tensor) -> tuple[int, int]:
-    return -(-x.shape[1] // LAUNCH.block_m), x.shape[0]
+def _launch(x: Tensor) -> Launch:
+    return needed(tile_for(GAIN, (), x), GAIN, x)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -237,8 +238,13 @@ def by_kernel(x: Tensor, gain: Tensor | float) -> Tensor:
 
 
 def specimens(arch: str) -> Iterator[Specimen]:
-    tile = {"C": LAUNCH.block_m, "P": LAUNCH.block_n, "gain_ptr": "*fp32:16"}
-    for kernel, name in ((_forward_kernel, "forward"), (_backward_kernel, "backward")):
-        more = {"dgain_ptr": "*fp32:16"} if name == "backward" else {}
-        arguments = form(kernel, "fp16", **tile, **more)
-        yield Specimen(f"fourier_gain {name} fp16", kernel, arguments, LAUNCH, arch, dots=False)
+    for element in ("fp16", "fp32"):
+        launch = entry(GAIN + SINGLE * (element == "fp32"), arch, ())
+        if launch is None:
+            continue
+        tile = {"C": launch.block_m, "P": launch.block_n, "gain_ptr": "*fp32:16"}
+        for kernel, name in ((_forward_kernel, "forward"), (_backward_kernel, "backward")):
+            more = {"dgain_ptr": "*fp32:16"} if name == "backward" else {}
+            arguments = form(kernel, element, **tile, **more)
+            full = f"fourier_gain {name} {element}"
+            yield Specimen(full, kernel, arguments, launch, arch, dots=False)

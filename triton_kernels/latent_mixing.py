@@ -14,17 +14,16 @@ difference, is enough. Latents are [rows, channels, *places]; a mask or d has on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hookctl.kernels.guard import form, fused, jit, tl
-from hookctl.kernels.launch import Launch, Specimen
-
-LAUNCH = Launch(1, 512, 4, 1)  # places of one program
-
+from hookctl.kernels.launch import Specimen
+from hookctl.kernels.launch_tables import MIXING, SINGLE, entry, needed, tile_for
 
 # -- references ------------------------------------------------------------------------------------
 
@@ -142,8 +141,11 @@ def _update_kernel(d_ptr, grad_ptr, a_ptr, b_ptr, out_ptr, channels, places, rat
 # -- operators -------------------------------------------------------------------------------------
 
 
-def _grid(places: int, rows: int) -> tuple[int, int]:
-    return -(-places // LAUNCH.block_n), rows
+def _launch(kernel: Any, places: int, rows: int, like: Tensor) -> Callable[..., None]:
+    """The kernel over so many places of each row, in the tile that ships for them."""
+    tile = needed(tile_for(MIXING, (), like), MIXING, like)
+    grid = -(-places // tile.block_n), rows
+    return partial(kernel[grid], P=tile.block_n, num_warps=tile.warps)
 
 
 @torch.library.custom_op("hookctl::local_blend", mutates_args=())
@@ -153,10 +155,8 @@ def blend_kernel(x: Tensor, sources: Tensor, mask: Tensor) -> Tensor:
     mask = (mask.view(torch.uint8) if hard else mask).expand(x.shape[0], *x.shape[2:]).contiguous()
     out = torch.empty_like(x)
     rows, channels, places = x.flatten(2).shape
-    _blend_kernel[_grid(places, rows)](
-        x, sources, mask, out, channels, places,
-        HARD=hard, P=LAUNCH.block_n, num_warps=LAUNCH.warps,
-    )  # fmt: skip
+    launch = _launch(_blend_kernel, places, rows, x)
+    launch(x, sources, mask, out, channels, places, HARD=hard)
     return out
 
 
@@ -166,12 +166,10 @@ def merge_kernel(x: Tensor, masks: Tensor | None) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x[0])
     rows, channels, places = x.flatten(2).shape
-    if masks is not None:
-        masks = masks.float().contiguous()
-    _merge_kernel[_grid(places, channels)](
-        x, x if masks is None else masks, out, rows, channels, places,
-        MASKED=masks is not None, P=LAUNCH.block_n, num_warps=LAUNCH.warps,
-    )  # fmt: skip
+    masked = masks is not None
+    given = x if masks is None else masks.float().contiguous()
+    launch = _launch(_merge_kernel, places, channels, x)
+    launch(x, given, out, rows, channels, places, MASKED=masked)
     return out
 
 
@@ -182,9 +180,7 @@ def mix_kernel(a: Tensor, b: Tensor, d: Tensor) -> Tensor:
     out = torch.empty_like(a)
     rows, channels, places = a.flatten(2).shape
     d = d.expand(rows, *a.shape[2:]).contiguous()
-    _mix_kernel[_grid(places, rows)](
-        a, b, d, out, channels, places, P=LAUNCH.block_n, num_warps=LAUNCH.warps
-    )
+    _launch(_mix_kernel, places, rows, a)(a, b, d, out, channels, places)
     return out
 
 
@@ -194,9 +190,7 @@ def update_kernel(d: Tensor, grad: Tensor, a: Tensor, b: Tensor, rate: float) ->
     d, grad, a, b = (x.contiguous() for x in (d, grad, a, b))
     out = torch.empty_like(d)
     rows, channels, places = a.flatten(2).shape
-    _update_kernel[_grid(places, rows)](
-        d, grad, a, b, out, channels, places, rate, P=LAUNCH.block_n, num_warps=LAUNCH.warps
-    )
+    _launch(_update_kernel, places, rows, d)(d, grad, a, b, out, channels, places, rate)
     return out
 
 
@@ -266,14 +260,18 @@ def update_difference(d: Tensor, grad: Tensor, a: Tensor, b: Tensor, rate: float
 
 
 def specimens(arch: str) -> Iterator[Specimen]:
-    tile = {"P": LAUNCH.block_n}
-    forms: tuple[tuple[Any, dict[str, Any]], ...] = (
-        (_blend_kernel, {"sources_ptr": "*i64:16", "mask_ptr": "*u8:16", "HARD": True}),
-        (_merge_kernel, {"masks_ptr": "*fp32:16", "MASKED": True}),
-        (_mix_kernel, {"d_ptr": "*fp32:16"}),
-        (_update_kernel, {"d_ptr": "*fp32:16", "out_ptr": "*fp32:16", "rate": "fp32"}),
-    )
-    names = ("local_blend", "merge_instances", "mix_predictions", "update_difference")
-    for name, (kernel, types) in zip(names, forms, strict=True):
-        arguments = form(kernel, "fp16", **tile, **types)
-        yield Specimen(f"{name} fp16", kernel, arguments, LAUNCH, arch, dots=False)
+    forms: dict[str, tuple[Any, dict[str, Any]]] = {
+        "local_blend": (
+            _blend_kernel, {"sources_ptr": "*i64:16", "mask_ptr": "*u8:16", "HARD": True}
+        ),
+        "merge_instances": (_merge_kernel, {"masks_ptr": "*fp32:16", "MASKED": True}),
+        "mix_predictions": (_mix_kernel, {"d_ptr": "*fp32:16"}),
+        "update_difference": (
+            _update_kernel, {"d_ptr": "*fp32:16", "out_ptr": "*fp32:16", "rate": "fp32"}
+        ),
+    }  # fmt: skip
+    for element in ("fp16", "fp32"):
+        tile = entry(MIXING + SINGLE * (element == "fp32"), arch, ())
+        for name, (kernel, types) in forms.items() if tile is not None else ():
+            arguments = form(kernel, element, P=tile.block_n, **types)
+            yield Specimen(f"{name} {element}", kernel, arguments, tile, arch, dots=False)

@@ -20,7 +20,7 @@ DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 class Launch(NamedTuple):
     """One entry of a launch table: the tile, and what the compiler makes of it.
 
-    block_m, block_n: queries and keys of a tile.
+    block_m, block_n: sides of a tile, of queries and keys where there are such.
     """
 
     block_m: int

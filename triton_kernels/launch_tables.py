@@ -2,8 +2,9 @@
 
     {table: {architecture: {key: [block_m, block_n, warps, stages]}}}
 
-A key is what counts of a call, as numbers: the two parts of a head, or channels. A call takes the
-entry of its own key or of the next larger that is listed. null: no tile was found that does not
+A key is what counts of a call, as numbers: the two parts of a head, or channels, or nothing where
+one entry serves all calls. A call takes the entry of its own key or of the next larger that is
+listed. null: no tile was found that does not
 spill registers; the call takes another form of the kernel, or is left to SDPA. Tables are of fp16
 and bf16; where fp32 has one of its own, it is named so.
 """
@@ -36,6 +37,9 @@ QUERIES, KEYS, RANKED = "sum of terms, dQ", "sum of terms, dK and dV", ", rank r
 
 # Tables by channels; those of their gradients are named after them.
 REGIONS, MAPS, GRADIENTS = "region attention", "map read-out", ", gradients"
+
+# Without products: one entry each. A tile is of channels and pixels, or of one row and its places.
+GAIN, MIXING = "Fourier gain", "latent mixing"
 
 _tried: dict[str, Launch] = {}  # seen by every thread: gradients are computed on autograd's
 

@@ -23,8 +23,6 @@ from hookctl.kernels import launch_tables
 from hookctl.kernels.launch import Launch, available, interpreting
 from hookctl.kernels.launch_tables import SINGLE, Key
 
-LEAST, MOST = 16, 128  # queries or keys of a tile
-
 
 @dataclass(frozen=True, eq=False)
 class Contest:
@@ -47,17 +45,18 @@ def refuse(device: torch.device) -> None:
         raise UnsupportedError(f"--tune: {why}; run it on the GPU that the tables are for")
 
 
-def candidates(shipped: Launch, whole: bool = False) -> list[Launch]:
-    """Tiles around the one that ships, itself first.
-
-    Blocks of half and twice its sides with 4 and 8 warps, and its own blocks with other stages.
-    whole: the block of keys is that of the form, and there is no loop to have stages.
-    """
+def candidates(shipped: Launch, work: Workload) -> list[Launch]:
+    """Tiles around the one that ships, itself first: blocks of half and twice its sides with 4 and
+    8 warps, and its own blocks with other stages, as far as the workload lets them vary."""
     m, n, _, stages = shipped
-    rows = [x for x in (m // 2, m, 2 * m) if LEAST <= x <= MOST]
-    columns = [n] if whole else [x for x in (n // 2, n, 2 * n) if LEAST <= x <= MOST]
+    rows, columns = (
+        [x for x in (side // 2, side, 2 * side) if bounds[0] <= x <= bounds[1]]
+        if bounds
+        else [side]
+        for side, bounds in ((m, work.first), (n, work.second))
+    )
     found = [Launch(x, y, warps, stages) for x in rows for y in columns for warps in (4, 8)]
-    if not whole:
+    if work.staged:
         found += [Launch(m, n, warps, s) for warps in (4, 8) for s in (1, 2, 3)]
     return list(dict.fromkeys([shipped, *found]))
 
@@ -88,11 +87,11 @@ def contest(
     dtype = torch.float32 if table.endswith(SINGLE) else torch.bfloat16
     listed = launch_tables.shipped()[table][arch]
     given = work.given(device, dtype, key, listed, small)
-    tiles = {OURS if one == tile else _name(one): one for one in candidates(tile, work.whole)}
+    tiles = {OURS if one == tile else _name(one): one for one in candidates(tile, work)}
     truth = work.truth(given)
     forms = {name: _form(table, one, work.form(given)) for name, one in tiles.items()}
     case = Case(
-        "tune", table, {"channels": given[0].shape[-1], "tokens": given[0].shape[-2]}, forms,
+        "tune", table, dict(zip(work.axes, given[0].shape[-2:], strict=True)), forms,
         lambda: truth, tolerance=5e-5 if dtype == torch.float32 else 4e-2,
     )  # fmt: skip
     for name in [name for name in forms if name != OURS and not _runs(case, name)]:
@@ -147,8 +146,8 @@ def written(
         before = tables[one.table][one.arch][one.key]
         tables[one.table][one.arch][one.key] = tile
         if before != tile and before is not None:
-            key = " ".join(map(str, one.key))
-            changes.append(f"{one.table}, {one.arch}, {key}: {_name(before)} -> {_name(tile)}")
+            at = ", ".join([one.table, one.arch, *map(str, one.key)])
+            changes.append(f"{at}: {_name(before)} -> {_name(tile)}")
     of_device: dict[str, Any] = said.setdefault("measured", {})
     of_device.update({f"{one.table}, {one.arch}": device_name for one, _ in won})
     launch_tables.write(tables, said, path)

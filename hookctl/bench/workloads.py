@@ -12,9 +12,11 @@ from torch import Tensor
 from hookctl.bench.measure import Form
 from hookctl.kernels.launch import WIDTHS, pieces
 from hookctl.kernels.launch_tables import (
+    GAIN,
     GRADIENTS,
     KEYS,
     MAPS,
+    MIXING,
     QUERIES,
     RANKED,
     REGIONS,
@@ -24,43 +26,37 @@ from hookctl.kernels.launch_tables import (
 
 HEADS = 8
 TOKENS, TEXT = 4096, {128: 77, 256: 226}
-SMALL = 20  # tokens in tests
+SMALL = 20  # tokens, or the sides of a picture, in tests
 NARROW = 64  # channels of a head of which several stand side by side
+SIDES = (16, 128)  # of a tile of queries or keys, the least and the most
+
+Given = Callable[[Key, Iterable[Key], bool], list[Tensor]]
 
 
 @dataclass(frozen=True)
 class Workload:
     """The kernel of a table.
 
-    tokens, keys, rows: of the tensors, as many rows as 64 channels fit in the key if 0; kernel,
-    reference: from q, k, v (stacks [rows, 1, heads, tokens, channels]) to a function of them;
-    learns: which of q, k, v the gradient is taken of, none for the forward; whole: whether the
-    block of keys is that of the form; key: of a head width.
+    inputs: tensors for an entry of those that are listed, on the CPU, few where small; kernel,
+    reference: from such tensors to a function of them; learns: which of them the gradient is taken
+    of, none for the forward; first, second: the least and the most of each side of a candidate
+    tile, None for a side that the form fixes; staged: whether a loop has stages; axes: what the
+    last two sides of the first tensor are.
     """
 
-    tokens: int
-    keys: int
-    rows: int
+    inputs: Given
     kernel: Callable[..., Callable[..., Tensor]]
     reference: Callable[..., Callable[..., Tensor]]
     learns: tuple[int, ...] = ()
-    whole: bool = False
-    key: Callable[[int], Key] = pieces
+    first: tuple[int, int] | None = SIDES
+    second: tuple[int, int] | None = SIDES
+    staged: bool = True
+    axes: tuple[str, str] = ("tokens", "channels")
 
     def given(
         self, device: torch.device, dtype: torch.dtype, key: Key, listed: Iterable[Key], small: bool
     ) -> list[Tensor]:
-        """q, k, v of the widest head that takes the entry `key` of those that are listed."""
-        rows, width = self.rows or key[0] // NARROW, NARROW
-        if self.rows:
-            known = list(listed)
-            width = max(d for d in WIDTHS if min(x for x in known if x >= self.key(d)) == key)
-        generator = torch.Generator().manual_seed(width)
-        heads = 1 if small else HEADS
-        n, m = (min(x, SMALL) if small else x for x in (self.tokens, self.keys))
-        shapes = [(rows, 1, t, heads, width) for t in (n, m, m)]
-        made = (torch.randn(shape, generator=generator) for shape in shapes)
-        return [x.to(device, dtype).transpose(2, 3) for x in made]
+        return [x.to(device, dtype) for x in self.inputs(key, listed, small)]
 
     def form(self, given: Sequence[Tensor]) -> Callable[[], Form]:
         return lambda: _run(self.kernel(*given), given, self.learns)
@@ -68,6 +64,36 @@ class Workload:
     def truth(self, given: Sequence[Tensor]) -> Tensor:
         wide = [x.double() for x in given]
         return _run(self.reference(*wide), wide, self.learns)()
+
+
+def _heads(tokens: int, keys: int, rows: int, key_of: Callable[[int], Key] = pieces) -> Given:
+    """q, k, v, stacks [rows, 1, heads, tokens, channels], of the widest head that takes an entry;
+    as many rows of 64 channels as its key says if rows is 0."""
+
+    def inputs(key: Key, listed: Iterable[Key], small: bool) -> list[Tensor]:
+        count, width = rows or key[0] // NARROW, NARROW
+        if rows:
+            known = list(listed)
+            width = max(d for d in WIDTHS if min(x for x in known if x >= key_of(d)) == key)
+        generator = torch.Generator().manual_seed(width)
+        n, m = (min(x, SMALL) if small else x for x in (tokens, keys))
+        shapes = [(count, 1, t, 1 if small else HEADS, width) for t in (n, m, m)]
+        return [torch.randn(shape, generator=generator).transpose(2, 3) for shape in shapes]
+
+    return inputs
+
+
+def _pictures(side: int, *leading: tuple[int, ...]) -> Given:
+    """Tensors [*leading, side, side]."""
+
+    def inputs(key: Key, listed: Iterable[Key], small: bool) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(side)
+        shapes = [(*some, side, side) for some in leading]
+        if small:
+            shapes = [tuple(min(x, SMALL) for x in shape) for shape in shapes]
+        return [torch.randn(shape, generator=generator) for shape in shapes]
+
+    return inputs
 
 
 def _run(function: Callable[..., Tensor], given: Sequence[Tensor], learns: Sequence[int]) -> Form:
@@ -165,29 +191,74 @@ def _maps(name: str) -> Callable[..., Any]:
     return make
 
 
+def _gain(name: str) -> Callable[..., Any]:
+    """FreeU's filter of SDXL's backbone features."""
+
+    def make(x: Tensor) -> Callable[..., Tensor]:
+        from hookctl.kernels import fourier_gain as module
+
+        function: Any = getattr(module, name)
+        return lambda x: function(x, 0.9)
+
+    return make
+
+
+def _mixtures(suffix: str) -> Callable[..., Any]:
+    """All that is done to latents: they share a tile."""
+
+    def make(x: Tensor, d: Tensor) -> Callable[..., Tensor]:
+        from hookctl.kernels import latent_mixing as module
+
+        blend, merge, mix, update = (
+            getattr(module, f"{name}_{suffix}") for name in ("blend", "merge", "mix", "update")
+        )
+        sources = torch.zeros(len(x), dtype=torch.long, device=x.device)
+
+        def run(x: Tensor, d: Tensor) -> Tensor:
+            a, b = x.chunk(2)
+            few = d[: len(a)]
+            found = [blend(x, sources, d), merge(x, d[1:]), mix(a, b, few)]
+            return torch.cat([y.flatten() for y in (*found, update(few, a, a, b, 0.1))])
+
+        return run
+
+    return make
+
+
 def _channels(width: int) -> Key:
     return (width,)
 
 
 def _workloads() -> dict[str, Workload]:
+    long, brief = _heads(TOKENS, TOKENS, 2), _heads(1024, 1024, 2)
     found = {
-        "sum of terms, one term": Workload(TOKENS, TOKENS, 2, *_sums(several=False)),
-        "sum of terms, several terms": Workload(TOKENS, 1024, 2, *_sums(several=True)),
+        "sum of terms, one term": Workload(long, *_sums(several=False)),
+        "sum of terms, several terms": Workload(_heads(TOKENS, 1024, 2), *_sums(several=True)),
     }
     for most, table in SHORT.items():
-        found[table] = Workload(TOKENS, TEXT[most], 2, *_sums(several=True), whole=True)
+        text = _heads(TOKENS, TEXT[most], 2)
+        found[table] = Workload(text, *_sums(several=True), second=None, staged=False)
     for suffix, ranked in (("", False), (RANKED, True)):
         sums = _sums(several=False, ranked=ranked)
-        found[QUERIES + suffix] = Workload(1024, 1024, 2, *sums, learns=(0,))
-        found[KEYS + suffix] = Workload(1024, 1024, 2, *sums, learns=(1, 2))
+        found[QUERIES + suffix] = Workload(brief, *sums, learns=(0,))
+        found[KEYS + suffix] = Workload(brief, *sums, learns=(1, 2))
     shared = _shared("shared_probabilities"), _shared("reference")
-    found["shared probabilities"] = Workload(TOKENS, TOKENS, 0, *shared)
+    found["shared probabilities"] = Workload(_heads(TOKENS, TOKENS, 0), *shared)
+    long, brief = (_heads(n, n, 1, _channels) for n in (TOKENS, 1024))
     regions = _regions("region_attention"), _regions("reference")
     maps = _maps("map_readout"), _maps("reference")
-    found[REGIONS] = Workload(TOKENS, TOKENS, 1, *regions, key=_channels)
-    found[REGIONS + GRADIENTS] = Workload(1024, 1024, 1, *regions, learns=(0, 1, 2), key=_channels)
-    found[MAPS] = Workload(TOKENS, TOKENS, 1, *maps, key=_channels)
-    found[MAPS + GRADIENTS] = Workload(1024, 1024, 1, *maps, learns=(0, 1), key=_channels)
+    found[REGIONS] = Workload(long, *regions)
+    found[REGIONS + GRADIENTS] = Workload(brief, *regions, learns=(0, 1, 2))
+    found[MAPS] = Workload(long, *maps)
+    found[MAPS + GRADIENTS] = Workload(brief, *maps, learns=(0, 1))
+    found[GAIN] = Workload(
+        _pictures(64, (4, 640)), _gain("by_kernel"), _gain("reference"),
+        first=(1, 16), second=(128, 2048), staged=False, axes=("height", "width"),
+    )  # fmt: skip
+    found[MIXING] = Workload(
+        _pictures(128, (8, 4), (8,)), _mixtures("kernel"), _mixtures("reference"),
+        first=None, second=(128, 4096), staged=False, axes=("height", "width"),
+    )  # fmt: skip
     return found
 
 

@@ -23,11 +23,13 @@ CPU = torch.device("cpu")
 
 def test_candidates_surround_the_tile_that_ships() -> None:
     shipped = Launch(64, 32, 4, 2)
-    found = tuning.candidates(shipped)
+    found = tuning.candidates(shipped, WORKLOADS["map read-out"])
     assert found[0] == shipped and len(found) == len(set(found)) == 22
     assert {x.block_m for x in found} == {32, 64, 128} and {x.stages for x in found} == {1, 2, 3}
-    whole = tuning.candidates(Launch(16, 256, 8, 1), whole=True)
+    whole = tuning.candidates(Launch(16, 256, 8, 1), WORKLOADS["sum of terms, up to 256 keys"])
     assert {(x.block_m, x.block_n, x.stages) for x in whole} == {(16, 256, 1), (32, 256, 1)}
+    places = tuning.candidates(Launch(1, 128, 4, 1), WORKLOADS["latent mixing"])
+    assert {(x.block_m, x.block_n, x.stages) for x in places} == {(1, 128, 1), (1, 256, 1)}
 
 
 def test_every_table_has_a_workload() -> None:
@@ -53,7 +55,7 @@ def test_candidates_are_checked_and_timed(table: str, monkeypatch: pytest.Monkey
         (k, t) for k, t in launch_tables.shipped()[table][arch].items() if t is not None
     )
     other = Launch(32, shipped.block_n, 4, 1)
-    monkeypatch.setattr(tuning, "candidates", lambda tile, whole: [tile, other])
+    monkeypatch.setattr(tuning, "candidates", lambda tile, work: [tile, other])
     one = tuning.contest(WORKLOADS[table], CPU, table, arch, key, shipped, small=True)
     assert set(one.tiles.values()) == {shipped, other} and OURS in one.tiles
     assert 0 < check(one.case) < one.case.tolerance
@@ -65,7 +67,7 @@ def test_the_winner_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     shipped = launch_tables.shipped()[table]["sm_90"][key]
     assert shipped is not None
     other = Launch(32, 32, 4, 1)
-    monkeypatch.setattr(tuning, "candidates", lambda tile, whole: [tile, other])
+    monkeypatch.setattr(tuning, "candidates", lambda tile, work: [tile, other])
     one = tuning.contest(WORKLOADS[table], CPU, table, "sm_90", key, shipped, small=True)
     found = measure(one.case, 0.0, CPU, 0.0)
     assert set(found.figures) == {OURS, "32x32 w4 s1"}
