@@ -30,7 +30,7 @@ STEPS, GUIDANCE, SHOWN = 25, 3.0, 3
 ELSEWHERE = 0.5  # intersection over union with the source's object below which the layout is new
 # The embedded UNet has its patterns in all of the decoder, not in its fine half alone.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "MasaCtrl": {"start": 0.2, "sites": "self up"},
+    "MasaCtrl": {"sites": "self up"},
     "StyleAligned": {"shift": 0.7},
 }
 METHODS: dict[str, type[SourceAndEdits]] = {"MasaCtrl": MasaCtrl, "StyleAligned": StyleAligned}

@@ -31,7 +31,7 @@ from hookctl.loop.branches import Branch
 from hookctl.loop.pictures import encode
 from hookctl.loop.state import Predictions, State
 from hookctl.loop.trajectory import Trajectory
-from hookctl.session import control
+from hookctl.session import Session, control
 
 GRAY = (128, 128, 128)
 # What the official code says of every picture.
@@ -94,6 +94,7 @@ class CyclicOneWay:
         paper: bool = False,
     ) -> None:
         self.pipe, self.paper, self.seed = pipe, paper, int(seed)
+        self.session: Session | None = None
         self.prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         self.pictures = [picture] if isinstance(prompt, str) else list(picture)
         self.steps = int(steps or (10 if paper else 50))
@@ -164,11 +165,11 @@ class CyclicOneWay:
         """Draw; a list of pictures, or as output_type= has it.
 
         editors: active in all of it; those to whom places of the canvas mean something not where
-        the picture is inverted on its own.
+        the picture is inverted on its own. What they did is in `session` afterwards.
         """
         with control(self.pipe, *(editor for editor in editors if not _of_places(editor))):
             written = self._condition()
-        with control(self.pipe, *editors):
+        with control(self.pipe, *editors) as self.session:
             program = self._canvas()
             generator = program.generator
             outside = 1 - self._mask(program.latents)

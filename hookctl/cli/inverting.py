@@ -67,18 +67,17 @@ def from_picture(
 
 def round_picture(
     pipe: Any, preset: Preset, picture: Image, drawing: Drawing, prompts: Sequence[str]
-) -> Callable[[str], list[Image]]:
-    """The program that draws a prompt round the picture, once it is asked."""
+) -> Any:
+    """The program that draws a prompt round the picture, once it is run."""
     if len(prompts) > 1:
         raise InputError(f"edit = {prompts[1]!r}; a picture that is drawn round takes one prompt")
     assert preset.program is not None
     given = {name: getattr(drawing, name) for name in ("steps", "guidance", "negative", "seed")}
     if drawing.width is not None or drawing.height is not None:
         given["size"] = _drawn_size(pipe, picture, drawing)
-    program = preset.program.make(
+    return preset.program.make(
         pipe, picture, prompts[0], **{k: v for k, v in given.items() if v is not None}
     )
-    return lambda title: list(program.run())
 
 
 def check_fits(pipe: Any, picture: Image, drawing: Drawing) -> None:

@@ -110,19 +110,21 @@ def _run(path: Path, options: Any) -> None:
     draw_plain: Callable[[str], list[Image]] = partial(
         pictures, pipe, drawing, prompts, progress=progress
     )
-    draw = draw_plain
+    draw, program = draw_plain, None
     if picture is not None and preset.inversion is not None:
         draw = _timed(times, "inversion", from_picture, pipe, preset, picture, drawing, prompts)
         draw_plain = draw
     elif picture is not None and preset.program is not None:
-        draw = round_picture(pipe, preset, picture, drawing, prompts)
+        program = round_picture(pipe, preset, picture, drawing, prompts)
+        draw = _running(program)
     elif picture is not None:
         check_fits(pipe, picture, drawing)
     # Control comes first: it refuses what can't be done before anything is drawn.
     with hookctl.control(pipe, *editors, *maps) as session:
         edited = _timed(times, "edited", draw, "edited")
     plain = _timed(times, "plain", draw_plain, "plain")
-    _save(out, prompts, drawing, plain, edited, session)
+    sessions = [session, *([] if program is None else [program.session])]
+    _save(out, prompts, drawing, plain, edited, sessions)
     common.write_json(
         out / "run.json",
         {
@@ -142,7 +144,7 @@ def _run(path: Path, options: Any) -> None:
             "versions": common.versions(),
         },
     )
-    _say(out, session, preset, editors, times)
+    _say(out, sessions, preset, times)
 
 
 # -- before ----------------------------------------------------------------------------------------
@@ -233,6 +235,11 @@ def _maps(pipe: Any, prompts: Sequence[str], wanted: Sequence[str] | None) -> li
 # -- after -----------------------------------------------------------------------------------------
 
 
+def _running(program: Any) -> Callable[[str], list[Image]]:
+    """A program as what draws the edited pictures."""
+    return lambda title: list(program.run())
+
+
 def _timed(times: dict[str, float], name: str, make: Callable[..., T], *given: Any) -> T:
     """make(*given), whose seconds go to `times`."""
     begun = time.perf_counter()
@@ -252,15 +259,16 @@ def _save(
     drawing: Drawing,
     plain: Sequence[Image],
     edited: Sequence[Image],
-    session: Session,
+    sessions: Sequence[Session],
 ) -> None:
     n = drawing.images
     for name, drawn in (("plain", plain), ("edited", edited)):
         for i, picture in enumerate(drawn):
             image = f"-{i % n}" if n > 1 else ""
             picture.save(out / f"{name}-{i // n}{image}.png")
-    (out / "report.txt").write_text(session.report() + "\n", "utf-8")
-    grid_of(prompts, n, plain, edited, session).save(out / "grid.png")
+    reports = [session.report() for session in sessions if session.editors]
+    (out / "report.txt").write_text("\n\n".join(reports) + "\n", "utf-8")
+    grid_of(prompts, n, plain, edited, sessions[0]).save(out / "grid.png")
 
 
 def grid_of(
@@ -298,20 +306,17 @@ def _overlays(session: Session, prompt: int, image: int, picture: Image) -> list
 
 
 def _say(
-    out: Path,
-    session: Session,
-    preset: Preset,
-    editors: Sequence[Editor],
-    times: Mapping[str, float],
+    out: Path, sessions: Sequence[Session], preset: Preset, times: Mapping[str, float]
 ) -> None:
     """In short: what each editor did, and where to look."""
-    rows = session.log.rows()
     if preset.program is not None:
         print(f"{preset.program.recipe}: draws by a loop of its own")
-    for editor in editors:
-        mine = [row for row in rows if row[0] == editor.name]
-        sites, plans = {row[1] for row in mine}, sorted({row[4] for row in mine})
-        where = f"{len(sites)} of {len(session.sites)} sites, by {', '.join(plans)}"
-        print(f"{editor.name}: {where if sites else 'acts round the attention'}")
+    for session in sessions:
+        rows = session.log.rows()
+        for editor in session.editors:
+            mine = [row for row in rows if row[0] == editor.name]
+            sites, plans = {row[1] for row in mine}, sorted({row[4] for row in mine})
+            where = f"{len(sites)} of {len(session.sites)} sites, by {', '.join(plans)}"
+            print(f"{editor.name}: {where if sites else 'acts round the attention'}")
     print(f"edited in {times['edited']:.1f} s, plain in {times['plain']:.1f} s")
     print(f"look at {out / 'grid.png'}; also written: plain-*, edited-*, report.txt, run.json")

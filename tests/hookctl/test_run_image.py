@@ -106,8 +106,12 @@ recipe = "ReferenceOnly"
 """
 
 
-@pytest.mark.parametrize(("stack", "drawn"), [(GROWN, 1), (FOLLOWED, 2)])
-def test_a_picture_is_drawn_round_or_followed(files: Path, stack: str, drawn: int) -> None:
+@pytest.mark.parametrize(
+    ("stack", "drawn", "acts"), [(GROWN, 1, "OneWayFlow"), (FOLLOWED, 2, "ReferenceOnly")]
+)
+def test_a_picture_is_drawn_round_or_followed(
+    files: Path, stack: str, drawn: int, acts: str
+) -> None:
     (files / "stack.toml").write_text(stack, "utf-8")
     given = [files / "stack.toml", "--image", files / "picture.png", "--out", files / "out"]
     assert main(["run", *map(str, given), "--width", "128", "--height", "128"]) == 0
@@ -115,6 +119,7 @@ def test_a_picture_is_drawn_round_or_followed(files: Path, stack: str, drawn: in
         plain, edited = (Image.open(files / f"out/{name}-{i}.png") for name in ("plain", "edited"))
         assert plain.size == edited.size == (128, 128)
         assert ImageChops.difference(plain, edited).getbbox() is not None
+    assert acts in (files / "out/report.txt").read_text("utf-8")
     program = json.loads((files / "out/run.json").read_text("utf-8"))["program"]
     assert (program is not None) == (stack is GROWN)
     assert len(list(files.glob("out/edited-*.png"))) == drawn
