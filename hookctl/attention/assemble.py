@@ -137,13 +137,18 @@ def segment_bias(segments: list[Segment], mask: Tensor | None) -> Tensor | None:
     bias = None
     if mask is not None and first.mask_row is not None:
         rows = [s.mask_row or 0 for s in segments]
-        bias = mask if mask.shape[0] == 1 else rows_of(mask, rows)
-        if bias.dtype == torch.bool:
-            bias = first.k.base.new_zeros(bias.shape).masked_fill(~bias, float("-inf"))
+        bias = additive(mask if mask.shape[0] == 1 else rows_of(mask, rows), first.k.base)
     if first.shift is not None:
         shift = torch.stack([_shift(s) for s in segments])[:, None, None, None, :]
         bias = shift if bias is None else bias + shift
     return bias
+
+
+def additive(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask as it is added to scores; True lets a query see."""
+    if mask.dtype != torch.bool:
+        return mask
+    return like.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
 
 
 def _shift(segment: Segment) -> Tensor:

@@ -85,7 +85,7 @@ def edit(
         # A call made to read maps: those that others read belong to the pipeline's own calls.
         call.read_outs = [r for r in call.read_outs if r.editor is state.reading.reader]
     if repeated:
-        call.read_outs = [replace(r, into=lambda row, values: None) for r in call.read_outs]
+        call.read_outs = [r._replace(into=lambda row, values: None) for r in call.read_outs]
     if not call.operations:
         if call.read_outs:
             plan.read_only(call)

@@ -9,7 +9,7 @@ the own one stood, beside the image: k_r = [k_image; k_r].
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -92,7 +92,7 @@ def divided(
     """parts: context name -> its keys and values, as stacks of every row."""
 
     def further(name: str, segment: Segment, row: int) -> Term:
-        here = replace(segment, k=replace(segment.k, row=row), v=replace(segment.v, row=row))
+        here = segment._replace(k=segment.k._replace(row=row), v=segment.v._replace(row=row))
         return Term(
             Ref(q, row),
             (here,),
@@ -109,7 +109,7 @@ def divided(
         if regions is not None:
             regions = regions.extended(sum(s.tokens for s in term.segments[1:]))
             regions = term.regions.both(regions) if term.regions else regions
-        return replace(term.weighted(laid.own), regions=regions or term.regions)
+        return term.weighted(laid.own)._replace(regions=regions or term.regions)
 
     def apply(state: Fold, row: int) -> None:
         kept = [own(term) for term in state.terms[row]]

@@ -13,12 +13,12 @@ formed, [image tokens, text tokens].
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hookctl.attention.assemble import additive
 from hookctl.attention.operations import Fold
 from hookctl.attention.spans import Spans
 from hookctl.attention.term import Ref, Term
@@ -36,9 +36,9 @@ def isolate(spans: Spans, mask: Tensor | None) -> Callable[[Fold, int], None]:
         row = term.own.mask_row
         own = None if mask is None or row is None else mask[row if mask.shape[0] > 1 else 0]
         v = _isolated(term, spans, own)
-        segment = replace(term.own, v=Ref(v[None], 0))
-        return replace(
-            term, segments=(segment,), maps=(), factors=(), regions=None, value_only=True
+        segment = term.own._replace(v=Ref(v[None], 0))
+        return term._replace(
+            segments=(segment,), maps=(), factors=(), regions=None, value_only=True
         )
 
     def apply(state: Fold, row: int) -> None:
@@ -54,7 +54,7 @@ def _isolated(term: Term, spans: Spans, mask: Tensor | None) -> Tensor:
     q, k, v = term.q.tensor, term.own.k.tensor, term.own.v.tensor
     assert spans.image_keys is not None and spans.text_keys is not None  # a joint site
     image, text = slice(*spans.image_keys), slice(*spans.text_keys)
-    bias = None if mask is None else _additive(mask, q)
+    bias = None if mask is None else additive(mask, q)
     out = F.scaled_dot_product_attention(
         q[..., text, :], k, v, None if bias is None else _rows(bias, text), scale=term.scale
     )
@@ -69,12 +69,6 @@ def _isolated(term: Term, spans: Spans, mask: Tensor | None) -> Tensor:
         parts.append(p[..., :1] * v[..., at, :] + p[..., 1:] @ v[..., text, :])
     whole = [out, *parts] if text.start < image.start else [*parts, out]
     return torch.cat(whole, -2)
-
-
-def _additive(mask: Tensor, like: Tensor) -> Tensor:
-    if mask.dtype != torch.bool:
-        return mask
-    return like.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
 
 
 def _rows(bias: Tensor, queries: slice) -> Tensor:

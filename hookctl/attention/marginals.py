@@ -7,8 +7,6 @@ Every query's softmax is complete in itself, so the sums are taken over a few qu
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -58,8 +56,7 @@ def _of_term(term: Term, mask: Tensor | None, start: int, stop: int) -> Tensor:
 def _narrowed(term: Term, at: slice) -> Term:
     """The softmax of a term for some of its queries."""
     regions = term.regions
-    return replace(
-        term,
+    return term._replace(
         q=Ref(term.q.base[..., at, :], term.q.row),
         factors=tuple((a if a is None else a[at], b) for a, b in term.factors),
         regions=regions and Regions(regions.queries[at], regions.keys, regions.queries.device),

@@ -7,9 +7,10 @@ compose in whatever order they spoke; inside a stage they are folded in that ord
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -50,8 +51,7 @@ class Fold:
     functions: dict[int, list[Probabilities]]
 
 
-@dataclass(frozen=True, eq=False)
-class Operation:
+class Operation(NamedTuple):
     """One use of a verb by one editor."""
 
     stage: Stage
@@ -61,8 +61,7 @@ class Operation:
     apply: Callable[[Fold, int], None]
 
 
-@dataclass(frozen=True, eq=False)
-class ReadOut:
+class ReadOut(NamedTuple):
     """A request for the probabilities of some key tokens, averaged over heads.
 
     summed: over the image's queries, in place of one value for each; heads: one value for each
@@ -77,6 +76,9 @@ class ReadOut:
     editor: Any = None
 
 
+_stage = attrgetter("stage")
+
+
 def folded(
     plain: Callable[[int], Term], operations: Iterable[Operation], rows: int, mask: Tensor | None
 ) -> Sum:
@@ -84,7 +86,7 @@ def folded(
     terms = Terms(plain)
     state = Fold(terms, terms, terms, {})
     stage = Stage.SUBSTITUTION
-    for operation in sorted(operations, key=lambda o: o.stage):
+    for operation in sorted(operations, key=_stage):
         if operation.stage is not stage:
             state.before = terms.snapshot()
             if stage is Stage.SUBSTITUTION:
@@ -105,7 +107,7 @@ def borrow(
         changes["mask_row"] = mask_row
 
     def one(term: Term) -> Term:
-        return replace(term.with_own(**changes), q=q or term.q)
+        return term.with_own(q=q, **changes)
 
     def apply(state: Fold, row: int) -> None:
         terms = state.terms[row]
@@ -125,9 +127,7 @@ def replace_own(refs: dict[str, dict[int, Ref]]) -> Callable[[Fold, int], None]:
     def apply(state: Fold, row: int) -> None:
         q = refs["q"][row] if "q" in refs else None
         changes = {name: by_row[row] for name, by_row in refs.items() if name != "q"}
-        state.terms[row] = tuple(
-            replace(t.with_own(**changes), q=q or t.q) for t in state.terms[row]
-        )
+        state.terms[row] = tuple(t.with_own(q=q, **changes) for t in state.terms[row])
 
     return apply
 
@@ -136,7 +136,7 @@ def extend(segment: Segment, share: float = 1.0) -> Callable[[Fold, int], None]:
     """share: weight of the extended form beside the own one."""
 
     def one(term: Term) -> tuple[Term, ...]:
-        extended = replace(term, segments=(*term.segments, segment))
+        extended = term._replace(segments=(*term.segments, segment))
         if share == 1.0:
             return (extended,)
         return extended.weighted(share), term.weighted(1.0 - share)
@@ -150,7 +150,7 @@ def extend(segment: Segment, share: float = 1.0) -> Callable[[Fold, int], None]:
 def restrict(regions: Regions) -> Callable[[Fold, int], None]:
     def one(term: Term) -> Term:
         allowed = regions.extended(sum(s.tokens for s in term.segments[1:]))
-        return replace(term, regions=term.regions.both(allowed) if term.regions else allowed)
+        return term._replace(regions=term.regions.both(allowed) if term.regions else allowed)
 
     def apply(state: Fold, row: int) -> None:
         state.terms[row] = tuple(one(t) for t in state.terms[row])
@@ -163,7 +163,7 @@ def bias(queries: Tensor | None, keys: Tensor) -> Callable[[Fold, int], None]:
     pair = (queries, keys)
 
     def apply(state: Fold, row: int) -> None:
-        state.terms[row] = tuple(replace(t, factors=(*t.factors, pair)) for t in state.terms[row])
+        state.terms[row] = tuple(t._replace(factors=(*t.factors, pair)) for t in state.terms[row])
 
     return apply
 
@@ -214,8 +214,8 @@ def _mapped(term: Term, value_map: ValueMap, *, rest_counts: bool) -> Term:
     """P L R V: the newest map is the first that the values pass."""
     rest = term.segments[1:]
     if not rest_counts:
-        rest = tuple(replace(s, counts=False) for s in rest)
-    return replace(term, maps=(value_map, *term.maps), segments=(term.own, *rest))
+        rest = tuple(s._replace(counts=False) for s in rest)
+    return term._replace(maps=(value_map, *term.maps), segments=(term.own, *rest))
 
 
 def own_values(state: Fold, row: int) -> list[tuple[Ref, Tensor | float]]:
@@ -236,7 +236,7 @@ def map_queries(fn: Callable[[Tensor], Tensor]) -> Callable[[Fold, int], None]:
         base = term.q.base
         if id(base) not in made:
             made[id(base)] = base, fn(base)
-        return replace(term, q=Ref(made[id(base)][1], term.q.row))
+        return term._replace(q=Ref(made[id(base)][1], term.q.row))
 
     def apply(state: Fold, row: int) -> None:
         state.terms[row] = tuple(one(t) for t in state.terms[row])
@@ -259,9 +259,8 @@ def skip(weight: Tensor | None) -> Callable[[Fold, int], None]:
         terms = state.terms[row]
         first = terms[0]
         values = [
-            replace(
-                first,
-                segments=(replace(first.own, v=v),),
+            first._replace(
+                segments=(first.own._replace(v=v),),
                 maps=(),
                 weight=share,
                 factors=(),

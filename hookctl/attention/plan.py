@@ -148,6 +148,9 @@ def _placed(pieces: list[Piece], call: AttentionCall) -> Tensor:
     """Pieces put together, laid out so that merging the heads afterwards copies nothing."""
     if len(pieces) == 1:
         return pieces[0][1]
+    order = [row for group, _ in pieces for row in group]
+    if order == sorted(order):
+        return torch.cat([part.transpose(2, 3) for _, part in pieces]).transpose(2, 3)
     rows, sub, heads, tokens, _ = call.q.shape
     out = call.q.new_empty(rows, sub, tokens, heads, call.v.shape[-1]).transpose(2, 3)
     for group, part in pieces:

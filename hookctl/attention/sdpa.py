@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hookctl.attention.assemble import Scores, scores_of, values_of, weigh, weight_of
+from hookctl.attention.assemble import Scores, additive, scores_of, values_of, weigh, weight_of
 from hookctl.attention.term import Sum, Term
 from hookctl.attention.visibility import Regions
 
@@ -29,13 +29,26 @@ def evaluate(finished: Sum, rows: Sequence[int], by: Attend | None = None) -> li
 
     by: what evaluates one attention, `attend` by default.
     """
-    return [
-        (group, _batch([finished.terms[row] for row in group], finished.mask, by or attend))
-        for group in finished.groups(rows)
-    ]
+    by, pieces = by or attend, []
+    for group in finished.groups(rows):
+        if group[0] in finished.terms:
+            part = batch([finished.terms[row] for row in group], finished.mask, by)
+        else:
+            part = by(*untouched(finished, group), None)
+        pieces.append((group, part))
+    return pieces
 
 
-def _batch(rows: list[tuple[Term, ...]], mask: Tensor | None, by: Attend) -> Tensor:
+def untouched(finished: Sum, rows: Sequence[int]) -> tuple[Scores, Tensor]:
+    """Scores and values of adjacent rows that nothing rewrote, read where they lie."""
+    (plain,), mask = finished.terms[rows[0]], finished.mask
+    run = slice(rows[0], rows[-1] + 1)
+    q, k, v = plain.q.base[run], plain.own.k.base[run], plain.own.v.base[run]
+    bias = None if mask is None else additive(mask if mask.shape[0] == 1 else mask[run], q)
+    return Scores(q, k, bias, plain.scale), v
+
+
+def batch(rows: list[tuple[Term, ...]], mask: Tensor | None, by: Attend) -> Tensor:
     """The sums of rows of like terms."""
     total: Tensor | None = None
     for place in range(len(rows[0])):
@@ -55,7 +68,8 @@ def attend(scores: Scores, v: Tensor, regions: Regions | None = None) -> Tensor:
         return _by_region(scores, v, regions)
     q, k = scores.q, scores.k
     channels = v.shape[-1]
-    if not q.shape[-1] == k.shape[-1] == channels:
+    narrow = not q.shape[-1] == k.shape[-1] == channels
+    if narrow:
         # The fused kernels take one width; zero channels change no score.
         width = -(-max(q.shape[-1], channels) // _CHANNELS) * _CHANNELS
         q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
@@ -63,15 +77,13 @@ def attend(scores: Scores, v: Tensor, regions: Regions | None = None) -> Tensor:
         q.flatten(0, 1),
         k.flatten(0, 1),
         v.flatten(0, 1),
-        attn_mask=_flat_bias(scores.bias, q),
+        attn_mask=None if scores.bias is None else _flat_bias(scores.bias, q),
         scale=scores.scale,
-    )
-    return out.unflatten(0, q.shape[:2])[..., :channels]
+    ).unflatten(0, q.shape[:2])
+    return out[..., :channels] if narrow else out
 
 
-def _flat_bias(bias: Tensor | None, q: Tensor) -> Tensor | None:
-    if bias is None:
-        return None
+def _flat_bias(bias: Tensor, q: Tensor) -> Tensor:
     bias = bias.to(q.dtype)
     if bias.shape[0] == bias.shape[1] == 1:
         return bias[0]

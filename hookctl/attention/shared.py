@@ -30,17 +30,15 @@ def evaluate(finished: Sum, rows: Sequence[int]) -> list[Piece]:
         for term in finished.terms[row]:
             users.setdefault(_key(term), []).append((row, term))
     totals: dict[int, Tensor] = {}
+    flat = _Flat()
     for uses in users.values():
-        p = probabilities(uses[0][1], finished.mask)
+        p = _probabilities(uses[0][1], finished.mask, flat)
         for row, term in uses:
-            totals[row] = _added(totals.get(row), p, term)
+            totals[row] = _added(totals.get(row), p, term, flat)
+    _, sub, heads, *_ = uses[0][1].q.base.shape
     # Tokens before heads: merging the heads afterwards copies nothing.
-    _, sub, heads, *_ = users[next(iter(users))][0][1].q.base.shape
-    if sub == 1:
-        stacked = torch.stack([totals[row].transpose(0, 1) for row in rows])
-        return [(list(rows), stacked[:, None].transpose(2, 3))]
-    parts = [totals[row].unflatten(0, (sub, heads)).transpose(1, 2) for row in rows]
-    return [(list(rows), torch.stack(parts).transpose(2, 3))]
+    stacked = torch.stack([totals[row].transpose(0, 1) for row in rows])
+    return [(list(rows), stacked.unflatten(2, (sub, heads)).permute(0, 2, 3, 1, 4))]
 
 
 def _key(term: Term) -> tuple[Any, ...]:
@@ -53,10 +51,10 @@ def _key(term: Term) -> tuple[Any, ...]:
     )
 
 
-def probabilities(term: Term, mask: Tensor | None) -> Tensor:
+def _probabilities(term: Term, mask: Tensor | None, flat: _Flat) -> Tensor:
     """[sub-batch * heads, N, M]; rows without any allowed key are 0."""
-    q = _flat(term.q)
-    keys = [_flat(s.k) for s in term.segments]
+    q = flat.row(term.q)
+    keys = [flat.row(s.k) for s in term.segments]
     k = keys[0] if len(keys) == 1 else torch.cat(keys, -2)
     scores = torch.baddbmm(_unread(q), q, k.mT, beta=0, alpha=term.scale)
     if term.factors:
@@ -82,21 +80,30 @@ def _unread(like: Tensor) -> Tensor:
     return _zero[like.dtype]
 
 
-def _flat(ref: Ref) -> Tensor:
-    """[sub-batch * heads, tokens, channels], without a copy if the sub-batch is 1."""
-    base = ref.base
-    return base[ref.row, 0] if base.shape[1] == 1 else base[ref.row].flatten(0, 1)
+class _Flat:
+    """The rows of stacks as [sub-batch * heads, tokens, channels]."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, Sequence[Tensor]] = {}
+
+    def row(self, ref: Ref) -> Tensor:
+        base = ref.base
+        if base.shape[1] != 1:
+            return base[ref.row].flatten(0, 1)  # a copy, which lives no longer than it must
+        if id(base) not in self._rows:
+            self._rows[id(base)] = base.squeeze(1).unbind(0)
+        return self._rows[id(base)][ref.row]
 
 
-def _added(total: Tensor | None, p: Tensor, term: Term) -> Tensor:
+def _added(total: Tensor | None, p: Tensor, term: Term, flat: _Flat) -> Tensor:
     """total + weight * P V, [sub-batch * heads, N, channels]."""
     maps, single = term.maps, len(term.segments) == 1
     if not maps and single:
-        v = _flat(term.own.v)
+        v = flat.row(term.own.v)
     elif len(maps) == 1 and single and maps[0].covers(term.own.tokens):
         if maps[0].used is not None and maps[0].used != (0, term.own.tokens):
             p = p[..., maps[0].used[0] : maps[0].used[1]]
-        v = maps[0].apply_used(_flat(term.own.v))
+        v = maps[0].apply_used(flat.row(term.own.v))
     else:
         v = values_of([term])[0].flatten(0, 1)
     weight = term.weight

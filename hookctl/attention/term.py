@@ -12,8 +12,8 @@ evaluation when the sum is finished.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,7 @@ from hookctl.attention.token_map import ValueMap
 from hookctl.attention.visibility import Regions
 
 
-@dataclass(slots=True, eq=False)
-class Ref:
+class Ref(NamedTuple):
     """Row `row` of `base`, a stack [rows, sub-batch, heads, tokens, channels]."""
 
     base: Tensor
@@ -35,8 +34,7 @@ class Ref:
         return self.base[self.row]
 
 
-@dataclass(slots=True, eq=False)
-class Segment:
+class Segment(NamedTuple):
     """A stretch of keys with their values.
 
     shift: added to the scores of these keys, [tokens] or a number; mask_row: row of the model's
@@ -55,8 +53,7 @@ class Segment:
         return self.k.base.shape[-2]
 
 
-@dataclass(frozen=True, eq=False)
-class Term:
+class Term(NamedTuple):
     """One summand of equation (1) for one row.
 
     The first segment holds the row's own tokens; value maps and read-outs speak of it.
@@ -80,11 +77,13 @@ class Term:
     def own(self) -> Segment:
         return self.segments[0]
 
-    def with_own(self, **changes: Any) -> Term:
-        return replace(self, segments=(replace(self.own, **changes), *self.segments[1:]))
+    def with_own(self, *, q: Ref | None = None, **changes: Any) -> Term:
+        """With changes of the first segment, and other queries if they are given."""
+        segments = (self.own._replace(**changes), *self.segments[1:])
+        return self._replace(q=q or self.q, segments=segments)
 
     def weighted(self, weight: Tensor | float) -> Term:
-        return replace(self, weight=self.weight * weight)
+        return self._replace(weight=self.weight * weight)
 
     def signature(self) -> tuple[Any, ...]:
         """Terms of equal signature can be evaluated in one batch."""
@@ -151,10 +150,10 @@ class Sum:
         """The rows sorted into groups that can be evaluated in one batch, without copying q or k
         for the rows that nothing rewrote."""
         groups: dict[Any, list[int]] = {}
-        run = -1
+        alone, run = len(self.terms) == 1, -1
         for row in rows:
             if row in self.terms:
-                key: Any = tuple(term.signature() for term in self.terms[row])
+                key: Any = alone or tuple(term.signature() for term in self.terms[row])
             else:
                 run = run if groups.get(run, [None])[-1] == row - 1 else -1 - len(groups)
                 key = run
@@ -169,8 +168,13 @@ def gather(refs: Sequence[Ref]) -> Tensor:
 
 def rows_of(base: Tensor, rows: Sequence[int]) -> Tensor:
     """Some rows of a stack; copies nothing if they are adjacent or all the same."""
-    if len(rows) == 1 or all(b - a == 1 for a, b in zip(rows, rows[1:], strict=False)):
+    if adjacent(rows):
         return base[rows[0] : rows[-1] + 1]
     if all(row == rows[0] for row in rows):
         return base[rows[0] : rows[0] + 1].expand(len(rows), *base.shape[1:])
     return torch.stack([base[row] for row in rows])
+
+
+def adjacent(rows: Sequence[int]) -> bool:
+    """Whether rows follow each other without a gap."""
+    return list(rows) == list(range(rows[0], rows[0] + len(rows)))
