@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from hookctl.bench.limits import Limits
 from hookctl.bench.measure import OURS, Measured
@@ -16,7 +16,12 @@ from hookctl.bench.measure import OURS, Measured
 HEADERS = ("case", "shape", "form", "ms", "quartiles", "MiB", "times ours", "limit ms")
 _COLOURS = {OURS: "#c8102e", "eager": "#1f4e99", "plain": "#888888"}
 _OTHERS = ("#2a9d4a", "#b07000", "#7b3fa0", "#008a8a", "#d05090")
-_SIZE, _PANEL = 8, (460, 320)  # of a marker; of a panel
+_GREY = "#666666"
+# In pixels: a panel's height, what stands on its left, between and on its right; a row of panels; a
+# line of text and its letters; the least and the most of a marker.
+_HEIGHT, _LEFT, _INNER, _LEGEND, _WIDEST = 400, 76, 334, 150, 1680
+_LINE, _TEXT, _MARKERS = 17, 13, (4, 8)
+_LEAST = 1e-9  # seconds: a clock may have seen nothing pass
 
 
 def rows(measured: Iterable[Measured]) -> list[tuple[object, ...]]:
@@ -60,65 +65,126 @@ def data(
     }
 
 
-def plot(measured: Sequence[Measured]) -> Image.Image:
+def plot(measured: Sequence[Measured], heading: str = "") -> Image.Image:
     """Seconds of every form on a logarithmic axis, a panel for each group and name.
 
-    Cases stand from left to right in the order measured; the black steps are the limit.
+    Cases stand from left to right in the order measured, the forms of one beside each other; the
+    black steps are the limit. heading: a line above all, the device say.
     """
     panels: dict[tuple[str, str], list[Measured]] = {}
     for one in measured:
         panels.setdefault((one.group, one.name), []).append(one)
-    columns = min(3, len(panels))
-    width, height = _PANEL
-    size = (columns * width, -(-len(panels) // columns) * height)
-    image = Image.new("RGB", size, "white")
+    head = 2 * _LINE if heading else 0
+    corners: list[tuple[int, int]] = []
+    x, y = 0, head
+    for cases in panels.values():
+        if x and x + _width(cases) > _WIDEST:
+            x, y = 0, y + _HEIGHT
+        corners.append((x, y))
+        x += _width(cases)
+    right = max(x + _width(cases) for (x, _), cases in zip(corners, panels.values(), strict=True))
+    image = Image.new("RGB", (right, y + _HEIGHT), "white")
     draw = ImageDraw.Draw(image)
-    for i, ((group, name), cases) in enumerate(panels.items()):
-        corner = (i % columns * width, i // columns * height)
+    draw.font = ImageFont.load_default(size=_TEXT)
+    draw.text((_LEFT, _LINE // 2), heading, "black")
+    for corner, ((group, name), cases) in zip(corners, panels.items(), strict=True):
         _panel(draw, corner, f"{group}: {name}", cases)
     return image
+
+
+def _width(cases: Sequence[Measured]) -> int:
+    """Of a panel in which the forms of every case have room beside each other."""
+    needed = sum((_MARKERS[0] + 1) * (len(case.figures) + 1) for case in cases)
+    return _LEFT + max(_INNER, min(needed, _WIDEST - _LEFT - _LEGEND)) + _LEGEND
 
 
 def _panel(
     draw: ImageDraw.ImageDraw, corner: tuple[int, int], title: str, cases: Sequence[Measured]
 ) -> None:
-    left, top = corner[0] + 60, corner[1] + 34
-    right, bottom = corner[0] + _PANEL[0] - 130, corner[1] + _PANEL[1] - 44
-    draw.text((left, corner[1] + 10), title, "black")
-    times = [f.seconds for case in cases for f in case.figures.values()]
+    left, top = corner[0] + _LEFT, corner[1] + 3 * _LINE
+    right, bottom = corner[0] + _width(cases) - _LEGEND, corner[1] + _HEIGHT - 6 * _LINE
+    same = {n: v for n, v in cases[0].shape.items() if all(c.shape.get(n) == v for c in cases)}
+    draw.text((left, corner[1] + 6), title, "black")
+    fixed = ", ".join(f"{name} {value:g}" for name, value in same.items())
+    draw.text((left, corner[1] + 6 + _LINE), fixed, _GREY)
+    y = _axis(draw, cases, left, right, top, bottom)
+    step = (right - left) / len(cases)
+    colours: dict[str, str] = {}
+    for i, case in enumerate(cases):
+        _case(draw, case, left + (i + 0.5) * step, step, y, colours)
+    varying = list(dict.fromkeys(n for case in cases for n in case.shape if n not in same))
+    labels = ["/".join(f"{c.shape[n]:g}" for n in varying if n in c.shape) for c in cases]
+    _labels(draw, labels, left, step, bottom + 6)
+    draw.text(((left + right) / 2, bottom + 6 + 3 * _LINE), " / ".join(varying), _GREY, anchor="ma")
+    for i, (name, colour) in enumerate([*colours.items(), ("limit", "black")]):
+        at = top + _LINE * (i + 0.5)
+        thick = 4 if name in colours else 1
+        draw.rectangle((right + 10, at - thick, right + 18, at + thick), colour)
+        draw.text((right + 24, at), name, "black", anchor="lm")
+
+
+def _case(
+    draw: ImageDraw.ImageDraw,
+    case: Measured,
+    x: float,
+    step: float,
+    y: Callable[[float], float],
+    colours: dict[str, str],
+) -> None:
+    """The limit, and of each form the median as a disc and the quartiles as a line through it."""
+    if case.limit > 0:
+        draw.line((x - step / 2, y(case.limit), x + step / 2, y(case.limit)), "black", 2)
+    count = len(case.figures)
+    apart = min(_MARKERS[1] + 1, 0.9 * step / count)
+    half = max(_MARKERS[0], apart - 1) / 2
+    for i, (name, figure) in enumerate(case.figures.items()):
+        colour = colours.setdefault(name, _colour(name, colours))
+        at, height = x + (i - (count - 1) / 2) * apart, y(figure.seconds)
+        draw.line((at, y(figure.low), at, y(figure.high)), colour, 2)
+        draw.ellipse((at - half, height - half, at + half, height + half), colour)
+
+
+def _axis(
+    draw: ImageDraw.ImageDraw,
+    cases: Sequence[Measured],
+    left: float,
+    right: float,
+    top: float,
+    bottom: float,
+) -> Callable[[float], float]:
+    """Draw the logarithmic axis of seconds; where a number of seconds stands."""
+    figures = [figure for case in cases for figure in case.figures.values()]
     limits = [case.limit for case in cases if case.limit > 0]
-    low = math.floor(math.log10(min(times + limits)))
-    high = max(low + 1, math.ceil(math.log10(max(times))))
+    low = math.floor(math.log10(max(min([f.low for f in figures] + limits), _LEAST)))
+    high = max(low + 1, math.ceil(math.log10(max([f.high for f in figures] + limits))))
 
     def y(seconds: float) -> float:
-        share = (math.log10(seconds) - low) / (high - low)
+        share = (math.log10(max(seconds, _LEAST)) - low) / (high - low)
         return bottom - share * (bottom - top)
 
     for power in range(low, high + 1):
-        at = y(10.0**power)
-        draw.line((left, at, right, at), "#dddddd")
-        draw.text((corner[0] + 6, at - 6), f"{1e3 * 10.0**power:g} ms", "black")
-    step = (right - left) / len(cases)
-    legend: dict[str, str] = {}
-    for i, case in enumerate(cases):
-        x = left + (i + 0.5) * step
-        if case.limit > 0:
-            draw.line((x - step / 2, y(case.limit), x + step / 2, y(case.limit)), "black", 2)
-        for name, figure in case.figures.items():
-            colour = legend.setdefault(name, _colour(name, legend))
-            at = y(figure.seconds)
-            draw.line((x, y(figure.low), x, y(figure.high)), colour)
-            half = _SIZE / 2
-            draw.ellipse((x - half, at - half, x + half, at + half), colour)
-        label = "/".join(f"{value:g}" for value in case.shape.values())
-        draw.text((x - 3 * len(label), bottom + 6 + 13 * (i % 2)), label, "black")
-    for i, (name, colour) in enumerate([*legend.items(), ("limit", "black")]):
-        at = top + 14 * i
-        draw.rectangle((right + 10, at + 2, right + 18, at + 10), colour)
-        draw.text((right + 24, at), name, "black")
+        for digit in (1, 2, 5) if power < high else (1,):
+            seconds = digit * 10.0**power
+            draw.line((left, y(seconds), right, y(seconds)), "#cccccc" if digit == 1 else "#eeeeee")
+            if digit == 1 or high - low < 3:
+                draw.text((left - 6, y(seconds)), f"{1e3 * seconds:g} ms", "black", anchor="rm")
+    return y
 
 
-def _colour(name: str, taken: dict[str, str]) -> str:
+def _labels(
+    draw: ImageDraw.ImageDraw, labels: Sequence[str], left: float, step: float, top: float
+) -> None:
+    """One under each case, in as many lines as wide ones need; beyond three some are left out."""
+    widest = max(draw.textlength(label) for label in labels) + 8
+    lines = min(3, math.ceil(widest / step))
+    every = math.ceil(widest / (lines * step))
+    for i, label in enumerate(labels[::every]):
+        x, at = left + (i * every + 0.5) * step, top + _LINE * (i % lines)
+        draw.line((x, top - 6, x, at - 1), "#cccccc")
+        draw.text((x, at), label, "black", anchor="ma")
+
+
+def _colour(name: str, taken: Mapping[str, str]) -> str:
     own = _COLOURS.get(name)
     used = sum(other not in _COLOURS for other in taken)
     return own or _OTHERS[used % len(_OTHERS)]

@@ -103,8 +103,10 @@ def main(options: Any) -> None:
     if not measured:
         raise InputError(f"--only {options.only!r}: no case has that in its name")
     print(table(report.rows(measured), report.HEADERS))
-    write_json(out / "bench.json", report.data(measured, limits, device, dtype))
-    report.plot(measured).save(out / "bench.png")
+    data = report.data(measured, limits, device, dtype)
+    write_json(out / "bench.json", data)
+    heading = "{name}, {dtype}, torch {torch}".format_map(data)
+    report.plot(measured, heading).save(out / "bench.png")
     print(f"\nwritten to {out}: bench.json, bench.png")
 
 

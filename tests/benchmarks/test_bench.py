@@ -77,8 +77,10 @@ def test_figures_of_known_forms() -> None:
     assert one.figures[OURS].low <= one.figures[OURS].seconds <= one.figures[OURS].high
     table = report.rows([one])
     assert [row[2] for row in table] == [OURS, "eager", PLAIN]
-    image = report.plot([one, one])
-    assert image.getextrema() != ((255, 255),) * 3
+    small, image = report.plot([one]), report.plot([one] * 60, "a device")
+    assert small.width < image.width and image.getextrema() == ((0, 255),) * 3
+    red = {(200, 16, 46)}
+    assert red <= {colour for _, colour in image.getcolors(image.width * image.height) or []}
 
 
 def test_peaks_count_what_lives_at_once() -> None:
