@@ -43,7 +43,6 @@ FIT: dict[str, Any] = {
     "text_rate": 2e-2,
     "model_steps": 20,
     "model_rate": 2e-3,
-    "schedule_steps": STEPS,
     "window": (0.0, 0.6),
     "samples": 2,
     "noises": 4,
@@ -99,8 +98,8 @@ def run(
 
 def edited(pipe: Any, picture: Image.Image, target: str, seed: int) -> Drawn:
     """One picture fitted, and drawn at every alpha from each start; "plain" without any of it."""
-    fitted = Imagic(pipe, picture, target, seed=seed, **FIT).fit()
     given: dict[str, Any] = {"guidance": GUIDANCE, "steps": STEPS, "seed": seed}
+    fitted = Imagic(pipe, picture, target, **given, **FIT).fit()
     plain = pipe(
         target,
         num_inference_steps=STEPS,
@@ -108,7 +107,7 @@ def edited(pipe: Any, picture: Image.Image, target: str, seed: int) -> Drawn:
         generator=torch.Generator().manual_seed(seed),
     ).images
     found = {
-        start: fitted.draw(ALPHAS, inverted=inverted, refine=REFINE, **given)
+        start: fitted.draw(ALPHAS, inverted=inverted, refine=REFINE)
         for start, inverted in STARTS.items()
     }
     return {"plain": plain, **found}
@@ -136,7 +135,8 @@ def _psnr(pictures: Sequence[Image.Image], others: Sequence[Image.Image]) -> flo
 
 def _peak(pipe: Any, picture: Image.Image, target: str) -> float:
     """Of a fit, whose steps are all alike."""
-    return peak_mib(Imagic(pipe, picture, target, **FIT | {"text_steps": 1, "model_steps": 1}).fit)
+    few = FIT | {"text_steps": 1, "model_steps": 1, "steps": STEPS}
+    return peak_mib(Imagic(pipe, picture, target, **few).fit)
 
 
 def _columns() -> list[str]:

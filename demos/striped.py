@@ -9,7 +9,7 @@ nearest to
 in closed form (as Orgad et al., arXiv 2303.08084, and Gandikota et al., arXiv 2308.14761, edit
 models), c' being left as it is. Rank is cut by singular values.
 
-    python -m hookctl.demos.striped striped.safetensors    # for pipe.load_lora_weights
+    python -m hookctl.demos.striped demos/presets/striped.safetensors    # as it comes along
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("path", type=Path)
     path = parser.parse_args(arguments).path
-    save_file(lora(hookctl.load_shapes()), path)
+    save_file({name: x.half() for name, x in lora(hookctl.load_shapes()).items()}, path)
     print(f"written: {path}")
     return 0
 

@@ -2,6 +2,10 @@
 
     model = "shapes"                # optional
 
+    [[lora]]                        # optional: adapters of the model, which stay on throughout
+    path = "striped.safetensors"    # from the folder of this file on
+    weight = 0.8                    # 1 if not said
+
     [run]                           # optional: what the run does unless told otherwise
     prompt = "a red circle above a blue square"
     edit = "a green circle above a blue square"
@@ -16,7 +20,7 @@
     recipe = "DirectInversion"
     guidance = 3.0
 
-    [program]                       # or: draws round it, by a loop of its own; may stand alone
+    [program]                       # or: draws after it, by a loop of its own; may stand alone
     recipe = "CyclicOneWay"
     at = [32, 0]
 
@@ -37,6 +41,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hookctl import toml
 from hookctl.errors import InputError
 from hookctl.signature import Mismatch, convert, describe, hints_of, parameters
 
@@ -54,7 +59,8 @@ RUN_KEYS: Mapping[str, Any] = {
     "width": int,
     "height": int,
 }
-_TOP_KEYS = ("model", "run", "inversion", "program", "editor")
+_TOP_KEYS = ("model", "lora", "run", "inversion", "program", "editor")
+_LORA_KEYS: Mapping[str, Any] = {"path": str, "weight": float}
 _PROMPTS, _PICTURE = "prompts", "picture"
 # The parameters that a run fills, and how what they say is said to it.
 _GIVEN: Mapping[str, str] = {
@@ -75,6 +81,14 @@ _GIVEN_TO_PROGRAMS: Mapping[str, str] = {
     },
     "size": "write width = and height = in [run], or give --width and --height",
 }
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Low-rank weights for the model, and how strongly they are added."""
+
+    path: Path
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -141,13 +155,14 @@ def _naming(where: str) -> Iterator[None]:
 class Preset:
     """What a file says: which editors, and the arguments of a run (keys of RUN_KEYS).
 
-    inversion: of the picture that is edited; program: that draws round the picture; None if
-    pictures are drawn from noise by the pipeline itself.
+    loras: adapters of the model; inversion: of the picture that is edited; program: that draws
+    round the picture, or another form of it; None if the pipeline itself draws, from noise.
     """
 
     specs: tuple[EditorSpec, ...]
     run: Mapping[str, Any] = field(default_factory=dict)
     model: str | None = None
+    loras: tuple[LoraSpec, ...] = ()
     inversion: PictureSpec | None = None
     program: PictureSpec | None = None
     path: Path | None = None
@@ -193,6 +208,7 @@ def load_preset(
     model = data.get("model")
     if model is not None:
         model = _typed(model, str, f"{path}: model")
+    loras = _loras(data.get("lora", []), path)
     run = _run(data.get("run", {}), path)
     begun = {
         "inversion": _begun(data, "inversion", inversions or {}, _GIVEN_TO_INVERSIONS, path),
@@ -205,6 +221,7 @@ def load_preset(
         () if alone else tuple(_editors(data.get("editor"), recipes, path)),
         run,
         model,
+        loras,
         **begun,
         path=path,
         sha256=hashlib.sha256(content).hexdigest(),
@@ -216,6 +233,24 @@ def existing(path: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file; give a stack of editors in TOML")
     return path
+
+
+def _loras(tables: Any, path: Path) -> tuple[LoraSpec, ...]:
+    if not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
+        raise InputError(
+            f'{path}: lora = {tables!r}; write a table for each, such as [[lora]] path = "..."'
+        )
+    found = []
+    for number, table in enumerate(tables, 1):
+        where = f"{path}: [[lora]] {number}"
+        _known(table, _LORA_KEYS, where, "a LoRA")
+        if "path" not in table:
+            raise InputError(f"{where}: needs path (a text)")
+        said = {
+            key: _typed(value, _LORA_KEYS[key], f"{where} {key}") for key, value in table.items()
+        }
+        found.append(LoraSpec(path.parent / said["path"], said.get("weight", 1.0)))
+    return tuple(found)
 
 
 def _run(table: Any, path: Path) -> dict[str, Any]:
@@ -338,9 +373,11 @@ def _near(name: str, known: Any) -> str:
 
 def dump_preset(preset: Preset) -> str:
     """The TOML text that `load_preset` reads back as the same stack."""
-    lines = [] if preset.model is None else [f"model = {_toml(preset.model)}", ""]
+    lines = [] if preset.model is None else [*toml.pairs({"model": preset.model}), ""]
+    for lora in preset.loras:
+        lines += ["[[lora]]", *toml.pairs({"path": str(lora.path), "weight": lora.weight}), ""]
     if preset.run:
-        lines += ["[run]", *_pairs(preset.run), ""]
+        lines += ["[run]", *toml.pairs(preset.run), ""]
     for key, begun in (("inversion", preset.inversion), ("program", preset.program)):
         if begun is not None:
             lines += [f"[{key}]", *_recipe(begun)]
@@ -350,28 +387,4 @@ def dump_preset(preset: Preset) -> str:
 
 
 def _recipe(spec: EditorSpec | PictureSpec) -> list[str]:
-    return [f"recipe = {_toml(spec.recipe)}", *_pairs(spec.arguments), ""]
-
-
-def _pairs(values: Mapping[str, Any]) -> list[str]:
-    return [f"{_key(key)} = {_toml(value)}" for key, value in values.items() if value is not None]
-
-
-def _key(key: str) -> str:
-    bare = key.isascii() and key.replace("_", "").replace("-", "").isalnum()
-    return key if bare else _toml(key)
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return repr(value)  # inf and nan are written so in TOML too
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_key(k)} = {_toml(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, Sequence):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    raise InputError(f"{value!r} has no form in TOML; give numbers, texts, lists or tables")
+    return [*toml.pairs({"recipe": spec.recipe, **spec.arguments}), ""]

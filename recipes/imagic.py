@@ -47,14 +47,18 @@ class Imagic:
         edit = Imagic(pipe, picture, "a red circle above a green square").fit()
         pictures = edit.draw(alphas=(0.0, 0.6, 0.9), seed=0)
 
+    or all of it by `run()`.
+
+    prompt: of the wanted picture. alphas, guidance, steps, inverted: of `draw` unless told
+        otherwise there.
     text_steps, text_rate: of stage A; model_steps, model_rate: of stage B, both by Adam; rank,
         layers: of the low-rank change, layers as a pattern of paths. The published numbers for
         Stable Diffusion are 1000 steps at 2e-3 and 1500 at 5e-7 over all weights.
-    schedule_steps: levels that the picture is noised to, spread over the schedule; window: those
-        of them that are trained, in shares of the run (0 is noise, where the layout is decided);
-        samples: levels in every training step, spread evenly over the window; noises: of each of
-        these levels, in one batch.
-    seed: of the training noise and of the change's start.
+    schedule_steps: levels that the picture is noised to, spread over the schedule, by default
+        those of the steps; window: those of them that are trained, in shares of the run (0 is
+        noise, where the layout is decided); samples: levels in every training step, spread evenly
+        over the window; noises: of each of these levels, in one batch.
+    seed: of the training noise, of the change's start and of the pictures' noise.
     checkpoint: a safetensors file to write after every `save_every` steps and at the end, and to go
         on from if it is there (the optimiser's moments start anew).
     """
@@ -63,15 +67,19 @@ class Imagic:
         self,
         pipe: Any,
         picture: Any,
-        target: str,
+        prompt: str,
         *,
+        alphas: Sequence[float] = (0.6, 0.8, 1.0),
+        guidance: float = 7.5,
+        steps: int = 50,
+        inverted: bool = False,
         text_steps: int = 500,
         text_rate: float = 1e-3,
         model_steps: int = 1000,
         model_rate: float = 1e-4,
         rank: int = 4,
         layers: str = LAYERS,
-        schedule_steps: int = 50,
+        schedule_steps: int | None = None,
         window: tuple[float, float] = (0.0, 1.0),
         samples: int = 1,
         noises: int = 1,
@@ -79,8 +87,8 @@ class Imagic:
         checkpoint: str | Path | None = None,
         save_every: int = 100,
     ) -> None:
-        if not isinstance(target, str):
-            raise InputError(f"Imagic: target={target!r}; give the text of the edited picture")
+        if not isinstance(prompt, str):
+            raise InputError(f"Imagic: prompt={prompt!r}; give the text of the edited picture")
         if min(text_steps, model_steps) < 0 or min(text_rate, model_rate) <= 0 or save_every < 1:
             raise InputError("Imagic: give steps from 0 on, rates above 0 and save_every from 1 on")
         if not 0 <= window[0] < window[1] <= 1 or min(samples, noises) < 1:
@@ -88,14 +96,16 @@ class Imagic:
                 f"Imagic: window={window!r}, samples={samples!r}, noises={noises!r}; give a start "
                 "and a later end between 0 and 1, and samples and noises from 1 on"
             )
-        self.pipe, self.target, self.seed = pipe, target, seed
+        self.pipe, self.prompt, self.seed = pipe, prompt, seed
         self.window, self.samples = window, samples
+        self.alphas, self.guidance, self.steps = tuple(alphas), float(guidance), int(steps)
+        self.inverted = inverted
         clean = encode(pipe, picture)
         height, width = picture.size[::-1]
         self.size = {"height": height, "width": width}
         many = clean.repeat(noises, 1, 1, 1)
         self.program = Trajectory(
-            pipe, target, steps=schedule_steps, images=noises, latents=many, **self.size
+            pipe, prompt, steps=schedule_steps or steps, images=noises, latents=many, **self.size
         )
         self.clean = clean.to(self.program.latents)
         self.wanted = self.program.template.text(COND)[:1].float()  # one for all noises
@@ -106,6 +116,10 @@ class Imagic:
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.save_every = save_every
         self.done = {"text": 0, "model": 0}
+
+    def run(self, progress: Progress | None = None) -> Any:
+        """All three stages: a picture for each alpha."""
+        return self.fit(progress).draw()
 
     def fit(self, progress: Progress | None = None) -> Imagic:
         """Stages A and B; returns itself. progress: called with (stage, steps done, steps)."""
@@ -125,13 +139,13 @@ class Imagic:
 
     def draw(
         self,
-        alphas: Sequence[float] = (0.6, 0.8, 1.0),
+        alphas: Sequence[float] | None = None,
         *,
-        guidance: float = 7.5,
-        steps: int = 50,
-        seed: int = 0,
+        guidance: float | None = None,
+        steps: int | None = None,
+        seed: int | None = None,
         changed: bool = True,
-        inverted: bool = False,
+        inverted: bool | None = None,
         refine: int = 2,
         output_type: str = "pil",
     ) -> Any:
@@ -141,19 +155,22 @@ class Imagic:
         inverted noise instead of that of the seed (see above); refine: of that inversion
         (`DDIMInversion`).
         """
+        alphas = self.alphas if alphas is None else alphas
         if not alphas:
             raise InputError("alphas: give a number for each picture, such as (0.6, 0.8)")
+        steps = self.steps if steps is None else steps
+        seed = self.seed if seed is None else seed
         program = Trajectory(
             self.pipe,
-            [self.target] * len(alphas),
+            [self.prompt] * len(alphas),
             steps=steps,
-            guidance=guidance,
+            guidance=self.guidance if guidance is None else guidance,
             generator=[torch.Generator().manual_seed(seed) for _ in alphas],
             **self.size,
         )
         contexts = {COND: torch.cat([self.text(float(alpha)) for alpha in alphas])}
         with self.change.applied() if changed else nullcontext():
-            if inverted:
+            if self.inverted if inverted is None else inverted:
                 program.write(self._inverted(steps, refine))
                 if UNCOND in program.template.branches:
                     contexts[UNCOND] = self.fitted
@@ -162,7 +179,7 @@ class Imagic:
 
     def _inverted(self, steps: int, refine: int) -> Tensor:
         """The noise that leads to the picture under the fitted text, as the model is now."""
-        program = Trajectory(self.pipe, self.target, steps=steps, latents=self.clean, **self.size)
+        program = Trajectory(self.pipe, self.prompt, steps=steps, latents=self.clean, **self.size)
         require_first_order(program, "Imagic.draw(inverted=True)")
         return ddim_path(program, self.clean, contexts={COND: self.fitted}, refine=refine)[0]
 
@@ -212,16 +229,16 @@ class Imagic:
 
         done = torch.tensor([self.done["text"], self.done["model"]])
         tensors = {"text": self.fitted.detach().cpu().contiguous(), "done": done}
-        save_file(tensors | self.change.state(), path, {"target": self.target})
+        save_file(tensors | self.change.state(), path, {"prompt": self.prompt})
 
     def _load(self, path: Path) -> None:
         from safetensors import safe_open
 
         with safe_open(path, "pt") as file:
-            said = (file.metadata() or {}).get("target")
+            said = (file.metadata() or {}).get("prompt")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if said != self.target:
-            raise InputError(f"{path} was fitted to {said!r}, not to {self.target!r}")
+        if said != self.prompt:
+            raise InputError(f"{path} was fitted to {said!r}, not to {self.prompt!r}")
         self.fitted.copy_(tensors["text"])
         self.done = dict(zip(("text", "model"), map(int, tensors["done"]), strict=True))
         self.change.load(tensors)

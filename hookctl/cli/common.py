@@ -8,7 +8,8 @@ import math
 import platform
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,6 +164,22 @@ def add_out(command: argparse.ArgumentParser) -> None:
 
 def wants_progress(options: Any) -> bool:
     return bool(sys.stderr.isatty() if options.progress is None else options.progress)
+
+
+@contextmanager
+def bar(title: str, shown: bool, unit: str = "step") -> Iterator[Callable[..., None]]:
+    """A function of (done, total), or (stage, done, total), that draws a bar."""
+    from tqdm import tqdm
+
+    with tqdm(desc=title, disable=not shown, leave=False, unit=unit, file=sys.stderr) as drawn:
+
+        def progress(*said: Any) -> None:
+            *stage, done, drawn.total = said
+            drawn.set_description(" ".join((title, *stage)), refresh=False)
+            drawn.n = done
+            drawn.refresh()
+
+        yield progress
 
 
 def make_folder(out: Path) -> Path:

@@ -8,17 +8,15 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from tqdm import tqdm
 
 from hookctl.cli.common import (
     add_command,
     add_out,
     add_progress,
+    bar,
     make_folder,
     versions,
     wants_progress,
@@ -115,7 +113,7 @@ def _report(shown: Sequence[Shown], seconds: float, options: Any) -> dict[str, A
 @quiet()
 def _run(name: str, out: Path, options: Any) -> Mapping[str, Any]:
     demo = importlib.import_module(f"hookctl.demos.{name}")
-    with _bar(name, wants_progress(options)) as progress:
+    with bar(name, wants_progress(options), "case") as progress:
         report: Mapping[str, Any] = demo.run(
             out=out, seed=options.seed, seeds=options.seeds, progress=progress
         )
@@ -131,18 +129,6 @@ def _known(name: str) -> str:
     near = get_close_matches(name, DEMOS, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ";"
     raise InputError(f"there is no demo {name!r}{hint} there are: {', '.join(DEMOS)}, all")
-
-
-@contextmanager
-def _bar(name: str, shown: bool) -> Iterator[Any]:
-    """A function of (done, total) that draws a bar."""
-    with tqdm(desc=name, disable=not shown, leave=False, unit="case") as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total, bar.n = total, done
-            bar.refresh()
-
-        yield progress
 
 
 def figures(report: Mapping[str, Any]) -> Iterator[str]:

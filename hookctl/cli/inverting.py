@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hookctl.cli.common import bar
 from hookctl.cli.draw import Drawing
 from hookctl.errors import InputError
 from hookctl.preset import Preset
+from hookctl.signature import parameters
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# What has no use for a run's settings where one picture is inverted, or drawn round.
-_UNUSED = {"inverted": ("negative", "images"), "drawn round": ("images",)}
+# The settings of a run that have no use where one picture is inverted, or a program's.
+_UNUSED = {"inverted": ("negative", "images"), "a program's": ("images",)}
 
 
 def read_picture(preset: Preset, file: Path | None, drawing: Drawing) -> Image | None:
@@ -32,7 +35,7 @@ def read_picture(preset: Preset, file: Path | None, drawing: Drawing) -> Image |
         return None
     if file is None:
         raise InputError(f"{preset.path} takes a picture; give --image FILE, and its --prompt")
-    use = "inverted" if preset.inversion else "drawn round" if preset.program else ""
+    use = "inverted" if preset.inversion else "a program's" if preset.program else ""
     for name in _UNUSED.get(use, ()):
         value = getattr(drawing, name)
         if value is not None and value != getattr(Drawing(), name):
@@ -52,12 +55,22 @@ def read_picture(preset: Preset, file: Path | None, drawing: Drawing) -> Image |
 
 
 def from_picture(
-    pipe: Any, preset: Preset, picture: Image, drawing: Drawing, prompts: Sequence[str]
+    pipe: Any,
+    preset: Preset,
+    picture: Image,
+    drawing: Drawing,
+    prompts: Sequence[str],
+    progress: bool,
 ) -> Callable[[str], list[Image]]:
-    """Invert the picture; what comes back draws it again and its edits, as often as asked."""
+    """Invert the picture; what comes back draws it again and its edits, as often as asked.
+
+    progress: whether to show a bar.
+    """
     check_fits(pipe, picture, drawing)
     assert preset.inversion is not None
-    inverted = preset.inversion.make(pipe, picture, prompts[0], steps=drawing.steps).run()
+    inversion = preset.inversion.make(pipe, picture, prompts[0], steps=drawing.steps)
+    with bar("inversion", progress) as shown:
+        inverted = inversion.run(shown)
 
     def draw(title: str) -> list[Image]:
         return list(inverted.edit(pipe, prompts=prompts, guidance=drawing.guidance))
@@ -65,19 +78,39 @@ def from_picture(
     return draw
 
 
-def round_picture(
+def program_for(
     pipe: Any, preset: Preset, picture: Image, drawing: Drawing, prompts: Sequence[str]
 ) -> Any:
-    """The program that draws a prompt round the picture, once it is run."""
-    if len(prompts) > 1:
-        raise InputError(f"edit = {prompts[1]!r}; a picture that is drawn round takes one prompt")
+    """The program that draws a prompt from the picture, once it is run."""
     assert preset.program is not None
+    name, taken = preset.program.recipe, parameters(preset.program.cls)
+    if len(prompts) > 1:
+        raise InputError(f"edit = {prompts[1]!r}; {name} takes one prompt")
     given = {name: getattr(drawing, name) for name in ("steps", "guidance", "negative", "seed")}
-    if drawing.width is not None or drawing.height is not None:
+    if "size" not in taken:
+        check_fits(pipe, picture, drawing)
+    elif drawing.width is not None or drawing.height is not None:
         given["size"] = _drawn_size(pipe, picture, drawing)
-    return preset.program.make(
-        pipe, picture, prompts[0], **{k: v for k, v in given.items() if v is not None}
-    )
+    said = {key: value for key, value in given.items() if value is not None}
+    for key, value in said.items():
+        if key not in taken:
+            raise InputError(f"{key} = {value!r}; {name} takes none, so leave it out")
+    return preset.program.make(pipe, picture, prompts[0], **said)
+
+
+def pictures_of(program: Any, progress: bool) -> Callable[[str], list[Image]]:
+    """A program as what draws pictures.
+
+    progress: whether to show a bar, if the program says how far it is.
+    """
+
+    def draw(title: str) -> list[Image]:
+        if "progress" not in inspect.signature(program.run).parameters:
+            return list(program.run())
+        with bar(title, progress) as shown:
+            return list(program.run(progress=shown))
+
+    return draw
 
 
 def check_fits(pipe: Any, picture: Image, drawing: Drawing) -> None:

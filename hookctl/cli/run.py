@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -11,10 +11,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import hookctl
 from hookctl.cli import common
+from hookctl.cli.adapters import add_lora, check_loras, put_on
 from hookctl.cli.draw import Drawing, pictures
-from hookctl.cli.inverting import check_fits, from_picture, read_picture, round_picture
+from hookctl.cli.inverting import (
+    check_fits,
+    from_picture,
+    pictures_of,
+    program_for,
+    read_picture,
+)
 from hookctl.cli.models import find_model
 from hookctl.cli.quiet import quiet
+from hookctl.cli.results import SHOWN_WORDS, Results, say
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.preset import PictureSpec, Preset, existing, load_preset
 from hookctl.tables import table
@@ -23,17 +31,15 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from hookctl.editor import Editor
-    from hookctl.session import Session
 
 T = TypeVar("T")
 
 PRESETS = Path(__file__).resolve().parents[1] / "demos" / "presets"
-_SHOWN_WORDS = 3
 _TEXT = """
 Run a stack of editors from a TOML file. What the file does not say is said here, and what is said
 here goes before the file. Draws the plain pictures and the edited ones from the same noise. Some
 stacks take a picture (--image): with an [inversion] table it is edited, and described by --prompt;
-with a [program] table the prompt is drawn round it.
+with a [program] table the prompt is drawn round it, or in its place.
 
 writes to --out:
   grid.png          source, plain re-prompt, edited, and the maps of the words that changed
@@ -48,6 +54,7 @@ hookctl run stack.toml --model shapes --prompt "a red circle" --edit "a blue cir
 hookctl run stack.toml --model ./sd15 --prompt "a cat" --edit "a dog" --edit "a fox" --seed 7
 hookctl run inverted_edit --image out/plain-0.png --out edited         # edits a picture
 hookctl run cyclic_one_way --image out/plain-0.png --out grown         # draws round it
+hookctl run masactrl --lora style.safetensors:0.8     # under a LoRA, the plain pictures too
 """
 
 
@@ -60,6 +67,7 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--list", action="store_true", help="list the stacks that come along")
     command.add_argument("--model", metavar="MODEL", help=common.MODEL_HELP)
+    add_lora(command)
     command.add_argument(
         "--image", type=Path, metavar="FILE", help="picture, for a stack that takes one"
     )
@@ -99,11 +107,14 @@ def _run(path: Path, options: Any) -> None:
     drawing = Drawing.of(options, preset.run)
     picture = read_picture(preset, options.image, drawing)
     editors = preset.editors(prompts, picture)
+    loras = preset.loras if options.lora is None else tuple(options.lora)
+    check_loras(loras)
     model = options.model or preset.model
     if model is None:
         raise InputError(f"which model? Give --model, or model = in {preset.path}")
     out = common.make_folder(options.out)
     pipe = load_pipeline(model, options.device, options.dtype)
+    put_on(pipe, loras)
     progress = common.wants_progress(options)
     maps = _maps(pipe, prompts, options.words)
     times: dict[str, float] = {}
@@ -112,19 +123,20 @@ def _run(path: Path, options: Any) -> None:
     )
     draw, program = draw_plain, None
     if picture is not None and preset.inversion is not None:
-        draw = _timed(times, "inversion", from_picture, pipe, preset, picture, drawing, prompts)
+        given = (pipe, preset, picture, drawing, prompts, progress)
+        draw = _timed(times, "inversion", from_picture, *given)
         draw_plain = draw
     elif picture is not None and preset.program is not None:
-        program = round_picture(pipe, preset, picture, drawing, prompts)
-        draw = _running(program)
+        program = program_for(pipe, preset, picture, drawing, prompts)
+        draw = pictures_of(program, progress)
     elif picture is not None:
         check_fits(pipe, picture, drawing)
     # Control comes first: it refuses what can't be done before anything is drawn.
     with hookctl.control(pipe, *editors, *maps) as session:
         edited = _timed(times, "edited", draw, "edited")
     plain = _timed(times, "plain", draw_plain, "plain")
-    sessions = [session, *([] if program is None else [program.session])]
-    _save(out, prompts, drawing, plain, edited, sessions)
+    sessions = [session, *filter(None, [getattr(program, "session", None)])]
+    Results(prompts, drawing.images, plain, edited, sessions, picture).save(out)
     common.write_json(
         out / "run.json",
         {
@@ -133,6 +145,7 @@ def _run(path: Path, options: Any) -> None:
             "editors": [{"recipe": s.recipe, **s.arguments} for s in preset.specs],
             "inversion": _said(preset.inversion),
             "program": _said(preset.program),
+            "loras": [{"path": lora.path, "weight": lora.weight} for lora in loras],
             "image": options.image,
             "model": model,
             "pipeline": type(pipe).__name__,
@@ -144,7 +157,7 @@ def _run(path: Path, options: Any) -> None:
             "versions": common.versions(),
         },
     )
-    _say(out, sessions, preset, times)
+    say(out, sessions, preset, times)
 
 
 # -- before ----------------------------------------------------------------------------------------
@@ -169,12 +182,13 @@ def inversions_by_name() -> dict[str, type[Any]]:
 
 
 def programs_by_name() -> dict[str, type[Any]]:
-    """Every recipe that draws round a picture by a loop of its own."""
+    """Every recipe that draws after a picture by a loop of its own."""
     from hookctl import recipes
-    from hookctl.recipes import CyclicOneWay
+    from hookctl.recipes import CyclicOneWay, Imagic
 
     known = [getattr(recipes, name) for name in recipes.__all__]
-    return {c.__name__: c for c in known if isinstance(c, type) and issubclass(c, CyclicOneWay)}
+    programs = (CyclicOneWay, Imagic)
+    return {c.__name__: c for c in known if isinstance(c, type) and issubclass(c, programs)}
 
 
 def _stack_file(given: str | None) -> Path:
@@ -224,20 +238,15 @@ def _maps(pipe: Any, prompts: Sequence[str], wanted: Sequence[str] | None) -> li
         return []
     tokens = [layout.read(prompt).streams[0][1] for prompt in prompts]
     if len(prompts) == 1:
-        return [hookctl.Maps(*[w.text for w in tokens[0].words][-_SHOWN_WORDS:])]
+        return [hookctl.Maps(*[w.text for w in tokens[0].words][-SHOWN_WORDS:])]
     found: list[str] = []
     for target in tokens[1:]:
         edits = changed_words(tokens[0], target)
-        found += [target.words[i].text for edit in edits for i in edit.target][:_SHOWN_WORDS]
+        found += [target.words[i].text for edit in edits for i in edit.target][:SHOWN_WORDS]
     return [hookctl.Maps(*dict.fromkeys(found))] if found else []
 
 
 # -- after -----------------------------------------------------------------------------------------
-
-
-def _running(program: Any) -> Callable[[str], list[Image]]:
-    """A program as what draws the edited pictures."""
-    return lambda title: list(program.run())
 
 
 def _timed(times: dict[str, float], name: str, make: Callable[..., T], *given: Any) -> T:
@@ -251,72 +260,3 @@ def _timed(times: dict[str, float], name: str, make: Callable[..., T], *given: A
 def _said(begun: PictureSpec | None) -> dict[str, Any] | None:
     """What the file says of an inversion or a program."""
     return None if begun is None else {"recipe": begun.recipe, **begun.arguments}
-
-
-def _save(
-    out: Path,
-    prompts: Sequence[str],
-    drawing: Drawing,
-    plain: Sequence[Image],
-    edited: Sequence[Image],
-    sessions: Sequence[Session],
-) -> None:
-    n = drawing.images
-    for name, drawn in (("plain", plain), ("edited", edited)):
-        for i, picture in enumerate(drawn):
-            image = f"-{i % n}" if n > 1 else ""
-            picture.save(out / f"{name}-{i // n}{image}.png")
-    reports = [session.report() for session in sessions if session.editors]
-    (out / "report.txt").write_text("\n\n".join(reports) + "\n", "utf-8")
-    grid_of(prompts, n, plain, edited, sessions[0]).save(out / "grid.png")
-
-
-def grid_of(
-    prompts: Sequence[str],
-    images: int,
-    plain: Sequence[Image],
-    edited: Sequence[Image],
-    session: Session,
-) -> Image:
-    """A picture a row: source (where there is an edit), plain, edited, and the maps."""
-    from hookctl import show
-
-    edits = range(1, len(prompts)) if len(prompts) > 1 else range(1)
-    shown = [(p, j) for p in edits for j in range(images)]
-    maps = [_overlays(session, p, j, edited[p * images + j]) for p, j in shown]
-    width = max(map(len, maps))
-    rows: list[list[Image | None]] = []
-    for (p, j), overlays in zip(shown, maps, strict=True):
-        i = p * images + j
-        source = [plain[j]] if len(prompts) > 1 else []
-        rows.append([*source, plain[i], edited[i], *overlays, *[None] * (width - len(overlays))])
-    titles = ["source", "plain re-prompt"] if len(prompts) > 1 else ["plain"]
-    titles += ["edited", *["attention map"] * width]
-    return show.grid(rows, column_titles=titles, row_titles=[prompts[p] for p, _ in shown])
-
-
-def _overlays(session: Session, prompt: int, image: int, picture: Image) -> list[Image]:
-    found = []
-    for word in session.maps.words:
-        maps = session.maps[word]
-        if prompt in maps.prompts:
-            chosen = maps.where(prompt=prompt, image=image)
-            found.append(chosen.overlay(picture, label=word))
-    return found[:_SHOWN_WORDS]
-
-
-def _say(
-    out: Path, sessions: Sequence[Session], preset: Preset, times: Mapping[str, float]
-) -> None:
-    """In short: what each editor did, and where to look."""
-    if preset.program is not None:
-        print(f"{preset.program.recipe}: draws by a loop of its own")
-    for session in sessions:
-        rows = session.log.rows()
-        for editor in session.editors:
-            mine = [row for row in rows if row[0] == editor.name]
-            sites, plans = {row[1] for row in mine}, sorted({row[4] for row in mine})
-            where = f"{len(sites)} of {len(session.sites)} sites, by {', '.join(plans)}"
-            print(f"{editor.name}: {where if sites else 'acts round the attention'}")
-    print(f"edited in {times['edited']:.1f} s, plain in {times['plain']:.1f} s")
-    print(f"look at {out / 'grid.png'}; also written: plain-*, edited-*, report.txt, run.json")

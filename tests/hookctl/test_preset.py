@@ -9,7 +9,7 @@ import pytest
 from hookctl.cli.run import editors_by_name, inversions_by_name, programs_by_name
 from hookctl.editor import Editor
 from hookctl.errors import InputError
-from hookctl.preset import EditorSpec, Preset, dump_preset, load_preset
+from hookctl.preset import EditorSpec, LoraSpec, Preset, dump_preset, load_preset
 from hookctl.reading import Maps
 from hookctl.recipes import PromptToPrompt
 from hookctl.signature import Mismatch, convert, describe
@@ -156,6 +156,33 @@ def test_there_and_back(write: Write) -> None:
     assert dump_preset(back) == dump_preset(preset)
 
 
+def test_loras(write: Write) -> None:
+    """Their paths go from the file's folder on, unless they are whole."""
+    text = '[[lora]]\npath = "a.safetensors"\nweight = 1\n[[lora]]\npath = "/b.safetensors"\n'
+    path = write(text + ANY)
+    preset = load_preset(path, RECIPES)
+    assert preset.loras == (
+        LoraSpec(path.parent / "a.safetensors", 1.0),
+        LoraSpec(Path("/b.safetensors")),
+    )
+    assert load_preset(write(dump_preset(preset)), RECIPES).loras == preset.loras
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("lora = 3\n", "lora = 3; write a table for each"),
+        ("[[lora]]\nweight = 1\n", "[[lora]] 1: needs path (a text)"),
+        ("[[lora]]\npath = 1\n", "[[lora]] 1 path = 1; give a text"),
+        ('[[lora]]\npath = "a"\nscale = 1\n', "'scale' is not a key of a LoRA"),
+    ],
+)
+def test_what_is_wrong_with_a_lora_is_said(write: Write, text: str, says: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_preset(write(text + ANY), RECIPES)
+    assert says in str(caught.value)
+
+
 def test_an_inversion(write: Write) -> None:
     path = write('[inversion]\nrecipe = "Turned"\nguidance = 3\n' + ANY)
     preset = load_preset(path, RECIPES, INVERSIONS)
@@ -244,6 +271,7 @@ def test_stacks_that_come_along(path: Path) -> None:
     edits = [edits] if isinstance(edits, str) else edits
     assert preset.editors([preset.run["prompt"], *edits]) or preset.program
     assert preset.model == "shapes" and path.read_text("utf-8").startswith("# ")
+    assert all(lora.path.is_file() for lora in preset.loras)
     written = dump_preset(preset)
     assert "[[editor]]" in written or "[program]" in written
 

@@ -95,6 +95,18 @@ at = [64, 0]
 picture_size = [64, 64]
 cycles = 1
 """
+FITTED = """
+model = "shapes"
+[run]
+prompt = "a blue cat"
+steps = 2
+guidance = 3.0
+[program]
+recipe = "Imagic"
+alphas = [0.0, 1.0]
+text_steps = 1
+model_steps = 1
+"""
 FOLLOWED = """
 model = "shapes"
 [run]
@@ -125,11 +137,25 @@ def test_a_picture_is_drawn_round_or_followed(
     assert len(list(files.glob("out/edited-*.png"))) == drawn
 
 
+def test_a_program_may_draw_several(files: Path) -> None:
+    """Each is written, and stands in the grid beside the picture and the plain one."""
+    (files / "stack.toml").write_text(FITTED, "utf-8")
+    given = [files / "stack.toml", "--image", files / "picture.png", "--out", files / "out"]
+    size = ["--width", "128", "--height", "128"]
+    assert main(["run", *map(str, given), "--words", "cat", *size]) == 0
+    made = sorted(path.name for path in files.glob("out/*-*.png"))
+    assert made == ["edited-0.png", "edited-1.png", "plain-0.png"]
+    grid = Image.open(files / "out/grid.png")
+    assert grid.width > 5 * grid.height * 0.7  # picture, plain, two edited and a map, in one row
+
+
 @pytest.mark.parametrize(
     ("stack", "options", "says"),
     [
-        (GROWN, ["--edit", "a dog"], "a picture that is drawn round takes one prompt"),
-        (GROWN, ["--images", "2"], "images = 2; a picture that is drawn round takes none"),
+        (GROWN, ["--edit", "a dog"], "edit = 'a dog'; SelectiveOneWay takes one prompt"),
+        (GROWN, ["--images", "2"], "images = 2; a picture that is a program's takes none"),
+        (FITTED, ["--negative", "dark"], "negative = 'dark'; Imagic takes none, so leave it out"),
+        (FITTED, ["--width", "96", "--height", "96"], "and 96 x 96 are drawn"),
         (GROWN, ["--width", "96", "--height", "96"], "on a canvas of 96 x 96"),
         (FOLLOWED, ["--width", "96", "--height", "96"], "and 96 x 96 are drawn"),
     ],

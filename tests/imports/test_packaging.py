@@ -54,6 +54,7 @@ def test_the_wheel_holds_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
         "hookctl/py.typed",
         "hookctl/recipes/prompt_to_prompt.py",
         "hookctl/demos/presets/prompt_to_prompt.toml",
+        "hookctl/demos/presets/striped.safetensors",
         "hookctl/demos/shapes/weights/unet/diffusion_pytorch_model.safetensors",
         "hookctl/kernels/sum_of_terms.py",
     } <= names

@@ -151,7 +151,7 @@ def test_bad_input() -> None:
         Imagic(pipe, picture(), TARGET, layers="nothing")
     with pytest.raises(InputError, match="rank=0"):
         Imagic(pipe, picture(), TARGET, rank=0)
-    with pytest.raises(InputError, match="target="):
+    with pytest.raises(InputError, match="prompt="):
         Imagic(pipe, picture(), [TARGET])  # type: ignore[arg-type]
     for wrong in ({"window": (0.5, 0.5)}, {"window": (0.0, 1.5)}, {"samples": 0}, {"noises": 0}):
         with pytest.raises(InputError, match="window="):

@@ -1,0 +1,34 @@
+"""Values as TOML text: what the standard library reads but does not write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hookctl.errors import InputError
+
+
+def pairs(values: Mapping[str, Any]) -> list[str]:
+    """The lines of a table; what is None is left out."""
+    return [f"{_key(name)} = {text(value)}" for name, value in values.items() if value is not None]
+
+
+def text(value: Any) -> str:
+    """A number, text, list or table; InputError for anything else."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)  # inf and nan are written so in TOML too
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_key(k)} = {text(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, Sequence):
+        return "[" + ", ".join(map(text, value)) + "]"
+    raise InputError(f"{value!r} has no form in TOML; give numbers, texts, lists or tables")
+
+
+def _key(name: str) -> str:
+    bare = name.isascii() and name.replace("_", "").replace("-", "").isalnum()
+    return name if bare else text(name)
