@@ -6,7 +6,7 @@ DEMOS = {
     "imagic": "a picture fitted to a text, then changed by degrees: Imagic",
     "inversion": "real pictures inverted five ways, drawn again and recoloured",
     "layout": "objects in their boxes: layout guidance and BoxDiff",
-    "masactrl": "another layout or shape with the source's appearance: MasaCtrl and StyleAligned",
+    "masactrl": "other layouts, one appearance: MasaCtrl, StyleAligned and reference-only",
     "multi_diffusion": "canvases three pictures wide, with a region for each third",
     "one_way": "a scene grown round a given picture: cyclic and selective one-way diffusion",
     "prompt_to_prompt": "edit pictures by editing their prompts: colour, shape, added word, weight",

@@ -33,7 +33,6 @@ from hookctl.recipes import Imagic
 
 STEPS, GUIDANCE, REFINE = 25, 2.0, 2
 ALPHAS = (0.0, 0.4, 0.7, 1.0, 1.25, 1.5)
-MOST = 6  # cases: fitting is dear
 # The noisier levels decide where things are and of what colour; the rest only sharpens. The text
 # moves by a quarter of its length. Moved by a sixth, it can still draw the wanted colour, which
 # the model then has to unlearn; by two fifths, more objects are missing on the way back. Chosen on
@@ -62,27 +61,26 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     pipe, begun = hookctl.load_shapes(), time.perf_counter()
     rng = np.random.default_rng([seed, 11])
-    count = min(seeds, MOST)
-    cases = [draw("colour", rng) for _ in range(count)]
+    cases = [draw("colour", rng) for _ in range(seeds)]
     pictures = pictures_of(cases, rng)
     drawn: list[Drawn] = []
     with counted(pipe.unet) as rows:
         for i, (case, one) in enumerate(zip(cases, pictures, strict=True)):
             drawn.append(edited(pipe, one, case.target, seed + i))
             if progress is not None:
-                progress(i + 1, count)
+                progress(i + 1, seeds)
     figures = _figures(cases, pictures, drawn)
     report = {
         "demo": "imagic",
         "seed": seed,
-        "cases": count,
+        "cases": seeds,
         "steps": STEPS,
         "guidance_scale": GUIDANCE,
         "plain_text": figures["plain"][0],
         "methods": {start: dict(zip(_columns(), figures[start], strict=True)) for start in STARTS},
         "autoencoder_psnr": _psnr(pictures, [decode(pipe, encode(pipe, p))[0] for p in pictures]),
         "cost": {
-            "rows_per_picture": rows.rows / count,
+            "rows_per_picture": rows.rows / seeds,
             "rows_in_theory": _theory(),
             "peak_mib_of_a_fit": _peak(pipe, pictures[0], cases[0].target),
             "peak_mib_of_a_picture": drawing_mib(pipe, cases[0].target, guidance=GUIDANCE),

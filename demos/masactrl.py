@@ -1,8 +1,9 @@
-"""MasaCtrl and StyleAligned on the embedded pipeline: one appearance, another layout.
+"""MasaCtrl, StyleAligned and reference-only: one appearance, another layout.
 
 MasaCtrl: the source is an object on a ground, the edit asks for it in another size. StyleAligned:
-the others of a set have other shapes. The ground is said of the first picture alone: what is not
-said must come from it. The plain pictures have the same noise and prompts.
+the others of a set have other shapes. Reference-only: so have they, and the first picture is given,
+rendered from the world. The ground is said of the first picture alone: what is not said must come
+from it. The plain pictures have the same noise and prompts.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,29 @@ from hookctl import show
 from hookctl.demos.cost import counted, drawing_mib
 from hookctl.demos.shapes.captions import describe
 from hookctl.demos.shapes.detect import Found, detect
-from hookctl.demos.shapes.world import COLOUR_NAMES, GROUND_NAMES, PATTERNS, SHAPES, Thing
-from hookctl.recipes import MasaCtrl, StyleAligned
+from hookctl.demos.shapes.render import render
+from hookctl.demos.shapes.world import (
+    COLOUR_NAMES,
+    GROUND_NAMES,
+    PATTERNS,
+    SHAPES,
+    SPACING,
+    Scene,
+    Thing,
+)
+from hookctl.recipes import MasaCtrl, ReferenceOnly, StyleAligned
 from hookctl.recipes.batch import SourceAndEdits
 
 STEPS, GUIDANCE, SHOWN = 25, 3.0, 3
 ELSEWHERE = 0.5  # intersection over union with the source's object below which the layout is new
-# The embedded UNet has its patterns in all of the decoder, not in its fine half alone.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "MasaCtrl": {"sites": "self up"},
-    "StyleAligned": {"shift": 0.7},
+SITES = "self up"  # the embedded UNet has its patterns in all of the decoder, not in its fine half
+REFERENCE = "reference-only"  # whose first picture is given
+METHODS: dict[str, Callable[[Case], SourceAndEdits]] = {
+    "MasaCtrl": lambda case: MasaCtrl(case.prompts, sites=SITES),
+    "StyleAligned": lambda case: StyleAligned(case.prompts, shift=0.7),
+    REFERENCE: lambda case: ReferenceOnly(case.prompts, case.picture()),
 }
-METHODS: dict[str, type[SourceAndEdits]] = {"MasaCtrl": MasaCtrl, "StyleAligned": StyleAligned}
-NOISES = {"MasaCtrl": 4, "StyleAligned": 2}  # drawn at once of every case
+NOISES = {"MasaCtrl": 4, "StyleAligned": 2, REFERENCE: 2}  # drawn at once of every case
 
 Progress = Callable[[int, int], None]
 
@@ -50,6 +61,11 @@ class Case:
     def prompts(self) -> list[str]:
         first, *others = map(describe, self.things)
         return [f"{first} on a {self.ground} background", *others]
+
+    def picture(self) -> Image.Image:
+        """The first picture as the world has it."""
+        pixels = ((render([Scene(self.things[:1], self.ground)])[0] + 1) * 127.5).round().byte()
+        return Image.fromarray(pixels.movedim(0, -1).numpy())
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +84,12 @@ def draw_case(method: str, rng: np.random.Generator) -> Case:
     colour, pattern, ground = (
         str(rng.choice(names)) for names in (COLOUR_NAMES, PATTERNS, GROUND_NAMES)
     )
-    if method == "StyleAligned":
-        return Case(tuple(Thing(shape, colour, pattern) for shape in shapes), ground)
+    if method != "MasaCtrl":
+        things = [Thing(shape, colour, pattern) for shape in shapes]
+        if method == REFERENCE:
+            x, y = (SPACING * int(n) for n in rng.integers(3, 6, 2))
+            things[0] = replace(things[0], centre=(x, y))
+        return Case(tuple(things), ground)
     sizes = rng.permutation(("small", "large"))
     return Case(tuple(Thing(shapes[0], colour, pattern, str(size)) for size in sizes), ground)
 
@@ -79,7 +99,7 @@ def run(
 ) -> dict[str, Any]:
     """Run the demo; writes grid.png and report.json to `out` and returns the report.
 
-    seeds: pairs of source and edit for MasaCtrl; half as many sets for StyleAligned.
+    seeds: pairs of source and edit for MasaCtrl; half as many sets of three for the others.
     """
     out.mkdir(parents=True, exist_ok=True)
     pipe, begun = hookctl.load_shapes(), time.perf_counter()
@@ -121,7 +141,7 @@ def run(
 def _peaks(pipe: Any, name: str, case: Case) -> dict[str, float]:
     """Of all the pictures of a case, drawn in one batch."""
     prompts = list(case.prompts)
-    editor: Any = METHODS[name](prompts, **SETTINGS[name])
+    editor = METHODS[name](case)
     return {
         "peak_mib_of_a_set": drawing_mib(pipe, prompts, editor, guidance=GUIDANCE),
         "peak_mib_of_a_set_plainly": drawing_mib(pipe, prompts, guidance=GUIDANCE),
@@ -130,7 +150,7 @@ def _peaks(pipe: Any, name: str, case: Case) -> dict[str, float]:
 
 def edit(pipe: Any, name: str, case: Case, seed: int, images: int) -> tuple[list[Outcome], int]:
     """A case plainly and by a method, and how many rows the method's denoiser evaluated."""
-    editor: Any = METHODS[name](case.prompts, **SETTINGS[name])
+    editor = METHODS[name](case)
     common = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
     plain = pipe(
         case.prompts,
@@ -140,9 +160,10 @@ def edit(pipe: Any, name: str, case: Case, seed: int, images: int) -> tuple[list
     ).images
     with counted(pipe.unet) as cost:
         edited = editor.run(pipe, seed=seed, images=images, **common)
+    sources = [case.picture()] * images if name == REFERENCE else plain[:images]
     return [
-        Outcome(case, plain[j], plain[images + j :: images], edited[images + j :: images])
-        for j in range(images)
+        Outcome(case, source, plain[images + j :: images], edited[images + j :: images])
+        for j, source in enumerate(sources)
     ], cost.rows
 
 

@@ -20,8 +20,7 @@ from hookctl.demos.cases import draw as draw_edit
 from hookctl.demos.cost import FEW, counted, drawing_mib, peak_mib
 from hookctl.demos.figures import EditFigures, measure, source_is_right, summary
 from hookctl.demos.inversion import pictures_of, psnr
-from hookctl.demos.masactrl import SETTINGS as MASACTRL
-from hookctl.demos.masactrl import Case, Outcome, appearances, draw_case
+from hookctl.demos.masactrl import SITES, Case, Outcome, appearances, draw_case
 from hookctl.demos.prompt_to_prompt import SETTINGS as EDITS
 from hookctl.demos.shapes.detect import detect
 from hookctl.recipes import DirectInversion, FreeU, MasaCtrl, PromptToPrompt
@@ -211,7 +210,7 @@ def with_lora(pipe: Any, seed: int, count: int) -> Stacked:
     plainly, stacked, rows = list[Outcome](), list[Outcome](), 0
     for first, images in noises(count):
         case, start = _patterned(draw_case("MasaCtrl", rng), "plain"), seed + first
-        edit = MasaCtrl(case.prompts, **MASACTRL["MasaCtrl"])
+        edit = MasaCtrl(case.prompts, sites=SITES)
         plain = _without(pipe, edit, start, images)
         with striping(pipe, state):
             alone = _without(pipe, edit, start, images)
