@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from hookctl.kernels.launch import available
+from hookctl.kernels.launch import available, interpreting
 
 tl: Any = None
 try:
@@ -23,7 +25,46 @@ else:
 def fused(x: Tensor) -> bool:
     """Whether kernels serve a tensor: on a GPU where they can run. (The interpreter is for tests,
     which call kernels by name.)"""
-    return x.device.type == "cuda" and available(x.device) is None
+    return x.device.type == "cuda" and usable(x.device) is None
+
+
+def usable(device: torch.device | str) -> str | None:
+    """Why kernels can't run on a device, None if they can. The first time, one is run.
+
+    Triton builds its launcher with the machine's C compiler and Python's headers, and knows the
+    devices of its time: an installation may lack any of them, and then SDPA serves.
+    """
+    why = available(device)
+    if why is not None or interpreting():
+        return why
+    key = str(device)
+    if key not in _tried and not torch.compiler.is_compiling():
+        _tried[key] = _trial(torch.device(device))
+    return _tried.get(key)
+
+
+_tried: dict[str, str | None] = {}
+
+
+@jit
+def _writes_one(out_ptr):
+    tl.store(out_ptr, 1)
+
+
+def _trial(device: torch.device) -> str | None:
+    """Why the smallest kernel can't be built and run on a device; None if it can."""
+    out = torch.zeros(1, dtype=torch.int32, device=device)
+    try:
+        with torch.cuda.device_of(out):
+            _writes_one[(1,)](out)
+        if int(out) == 1:
+            return None
+        said = "a kernel left no trace"
+    except Exception as error:  # of the compiler, the C compiler, the loader or the driver
+        said = f"{type(error).__name__}: " + " ".join(str(error).split())[:300]
+    why = f"Triton can't run a kernel on {device} ({said})"
+    warnings.warn(f"{why}; attention goes by SDPA", RuntimeWarning, stacklevel=2)
+    return why
 
 
 def form(kernel: Any, element: str, **given: Any) -> dict[str, Any]:

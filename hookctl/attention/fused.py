@@ -19,7 +19,8 @@ from hookctl.attention import sdpa, together
 from hookctl.attention.assemble import segment_bias
 from hookctl.attention.sdpa import Piece
 from hookctl.attention.term import Segment, Sum, Term
-from hookctl.kernels.launch import DTYPES, WIDEST, available, interpreting
+from hookctl.kernels.guard import usable
+from hookctl.kernels.launch import DTYPES, WIDEST, interpreting
 from hookctl.kernels.launch_tables import learns_ranked, short_form
 
 if TYPE_CHECKING:
@@ -36,13 +37,13 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 def missing() -> str | None:
     """Why the kernels can't run here at all; None if they can."""
-    return available("cuda" if torch.cuda.is_available() and not interpreting() else "cpu")
+    return usable("cuda" if torch.cuda.is_available() and not interpreting() else "cpu")
 
 
 def suits(call: AttentionCall, finished: Sum) -> str | None:
     """Why a call is faster in one launch; None where SDPA stays."""
     q = call.q
-    if q.device.type != "cuda" or q.dtype not in _HALVES or available(q.device):
+    if q.device.type != "cuda" or q.dtype not in _HALVES or usable(q.device):
         return None
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, call.k, call.v)):
         return None

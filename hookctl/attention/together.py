@@ -13,7 +13,8 @@ from hookctl.attention.assemble import Scores
 from hookctl.attention.sdpa import Piece
 from hookctl.attention.term import Sum, Term
 from hookctl.attention.visibility import Regions
-from hookctl.kernels.launch import DTYPES, available
+from hookctl.kernels.guard import usable
+from hookctl.kernels.launch import DTYPES
 from hookctl.kernels.launch_tables import MAPS, REGIONS, serves
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def _thin(finished: Sum, request: ReadOut, call: AttentionCall, backend: str) ->
     q, k, row = call.q, call.k, request.row.index
     if backend == "auto":
         taken = q.dtype in (torch.float16, torch.bfloat16) and k.shape[-2] >= LONG_KEYS
-        taken = taken and q.device.type == "cuda" and available(q.device) is None
+        taken = taken and q.device.type == "cuda" and usable(q.device) is None
     else:
         taken = backend == "triton"
     terms = [term for term in finished.terms[row] if not term.extra]
