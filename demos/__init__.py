@@ -2,7 +2,7 @@
 
 DEMOS = {
     "attend_and_excite": "three objects and none left out: Attend-and-Excite",
-    "guidance": "FreeU, PAG, SAG and SEG against plain sampling with the same noise",
+    "guidance": "FreeU, ScaleU, PAG, SAG and SEG against plain sampling with the same noise",
     "imagic": "a picture fitted to a text, then changed by degrees: Imagic",
     "inversion": "real pictures inverted five ways, drawn again and recoloured",
     "layout": "objects in their boxes: layout guidance and BoxDiff",

@@ -1,7 +1,7 @@
-"""FreeU, PAG, SAG and SEG against plain sampling: the same prompts, noise and number of steps.
+"""FreeU, ScaleU, PAG, SAG and SEG against plain sampling: same prompts, noise, number of steps.
 
 The detector counts the pictures in which every object is as its prompt says and nothing else is
-there. All settings are the published ones.
+there. All settings are the published ones; ScaleU, whose gains are learned, has some that are given.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hookctl import Editor, show
 from hookctl.demos.cost import counted, drawing_mib
 from hookctl.demos.shapes.captions import sample
 from hookctl.demos.shapes.detect import detect, matches, wanted_pairs
-from hookctl.recipes import PAG, SAG, SEG, FreeU
+from hookctl.recipes import PAG, SAG, SEG, FreeU, ScaleU
 
 STEPS, GUIDANCE, BATCH = 25, 3.0, 16
 SHOWN = 6  # cases in the grid
@@ -34,6 +34,8 @@ COARSE = "self @<=1/2"
 METHODS: dict[str, Callable[[], Editor | None]] = {
     "plain": lambda: None,
     "FreeU": FreeU,
+    # Of the first half of the decoder, in the direction of FreeU's.
+    "ScaleU": lambda: ScaleU(backbone=[0.2] * 3, skip=[-0.2] * 3),
     "PAG": lambda: PAG(sites=COARSE),
     "SAG": SAG,
     "SEG": lambda: SEG(sites=COARSE),
@@ -43,6 +45,7 @@ METHODS: dict[str, Callable[[], Editor | None]] = {
 ROWS = {
     "plain": 2 * STEPS,
     "FreeU": 2 * STEPS,
+    "ScaleU": 2 * STEPS,
     "PAG": 3 * STEPS,
     "SAG": 3 * STEPS - 1,
     "SEG": 3 * STEPS,
