@@ -1,7 +1,7 @@
 """FreeU, ScaleU, PAG, SAG and SEG against plain sampling: same prompts, noise, number of steps.
 
 The detector counts the pictures in which every object is as its prompt says and nothing else is
-there. All settings are the published ones; ScaleU, whose gains are learned, has some that are given.
+there. All settings are the published ones; ScaleU, whose gains are learned, is given some by hand.
 """
 
 from __future__ import annotations
