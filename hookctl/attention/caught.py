@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,8 +16,7 @@ from hookctl.attention.call import AttentionCall
 from hookctl.attention.widened import OwnPart
 
 
-@dataclass(frozen=True, eq=False)
-class Caught:
+class Caught(NamedTuple):
     """The arguments of one `scaled_dot_product_attention`.
 
     part: its tensors, with the texts of editors cut off; own: what the model itself would do, None

@@ -109,7 +109,7 @@ class NotedCall:
 
     def plain(self, row: int) -> Term:
         """The term of a row that nothing rewrote."""
-        own = Segment(Ref(self.k, row), Ref(self.v, row), mask_row=row)
+        own = Segment(Ref(self.k, row), Ref(self.v, row), None, row)
         return Term(Ref(self.q, row), (own,), self.scale)
 
     def fold(self) -> Sum:
@@ -131,8 +131,9 @@ class NotedCall:
         return index
 
     def _indices(self, rows: RowLike | Iterable[RowLike], name: str) -> tuple[int, ...]:
-        many = (rows,) if isinstance(rows, Row | int) else rows
-        return tuple(dict.fromkeys(self._index(row, name) for row in many))
+        if isinstance(rows, Row | int):
+            return (self._index(rows, name),)
+        return tuple(dict.fromkeys([self._index(row, name) for row in rows]))
 
     def _ref(self, value: Tensor | RowLike, own: Tensor, name: str) -> tuple[Ref, int | None]:
         if not isinstance(value, Tensor):

@@ -186,14 +186,14 @@ def route(
         """The source's probabilities over the row's values."""
         if origin is None or from_source is None:
             return []
-        source = state.before[origin]
-        if origin != row:
-            source = tuple(
-                t.with_own(v=v).weighted(weight)
-                for v, weight in own_values(state, row)
-                for t in source
-            )
-        return [_mapped(t, from_source, rest_counts=not stays) for t in source]
+        source, counts = state.before[origin], not stays
+        if origin == row:
+            return [_mapped(t, from_source, rest_counts=counts) for t in source]
+        return [
+            _mapped(t, from_source, rest_counts=counts, v=v, weight=weight)
+            for v, weight in own_values(state, row)
+            for t in source
+        ]
 
     def apply(state: Fold, row: int) -> None:
         own = state.terms[row]
@@ -210,19 +210,30 @@ def route(
     return apply
 
 
-def _mapped(term: Term, value_map: ValueMap, *, rest_counts: bool) -> Term:
-    """P L R V: the newest map is the first that the values pass."""
-    rest = term.segments[1:]
+def _mapped(
+    term: Term,
+    value_map: ValueMap,
+    *,
+    rest_counts: bool,
+    v: Ref | None = None,
+    weight: Tensor | float = 1.0,
+) -> Term:
+    """weight * P L R V: the newest map is the first that the values pass, the own ones or v."""
+    own, *rest = term.segments
+    if v is not None:
+        own = own._replace(v=v)
     if not rest_counts:
-        rest = tuple(s._replace(counts=False) for s in rest)
-    return term._replace(maps=(value_map, *term.maps), segments=(term.own, *rest))
+        rest = [s._replace(counts=False) for s in rest]
+    return term._replace(
+        maps=(value_map, *term.maps), segments=(own, *rest), weight=term.weight * weight
+    )
 
 
 def own_values(state: Fold, row: int) -> list[tuple[Ref, Tensor | float]]:
     """The values that a row's probabilities weigh, with their weights, which add up to 1."""
     terms = state.values[row]
     first = terms[0].own.v
-    if all(t.own.v.base is first.base and t.own.v.row == first.row for t in terms):
+    if all(t.own.v.base is first.base and t.own.v.row == first.row for t in terms[1:]):
         return [(first, 1.0)]
     return [(t.own.v, t.weight) for t in terms]
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +31,7 @@ BACKENDS = ("auto", "triton", "sdpa", "reference")
 SHORT_KEYS = 128
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What evaluated one attention call, and why."""
 
     name: str

@@ -30,7 +30,8 @@ def remembered(make: Callable[[], T], what: Hashable, *values: Tensor) -> T:
     found = _memory.get(key)
     if found is None:
         # The tensors are kept with the result: an id stays theirs as long as it is a key.
-        found = _memory[key] = (values, make())
+        with torch.inference_mode(False):  # a later call may be learned through
+            found = _memory[key] = (values, make())
         if len(_memory) > _KEPT:
             _memory.popitem(last=False)
     made: T = found[1]
@@ -78,7 +79,7 @@ def regions_of(queries: Tensor, keys: Tensor, device: torch.device) -> Regions:
 def stacked(value: Tensor, own: Tensor, name: str) -> Tensor:
     """Tensors [heads, tokens, channels], or of every member of the sub-batch, as a stack of one
     row like `own`."""
-    stack = value if value.dim() == 4 else value[None]
+    stack = value if value.dim() == 4 else value.unsqueeze(0)
     _, sub, heads, _, channels = own.shape
     if stack.dim() != 4 or stack.shape[1] != heads or stack.shape[-1] != channels:
         raise InputError(
@@ -86,4 +87,5 @@ def stacked(value: Tensor, own: Tensor, name: str) -> Tensor:
         )
     if stack.shape[0] not in (1, sub):
         raise InputError(f"{name} has a sub-batch of {stack.shape[0]}; give 1 or {sub}")
-    return stack.to(own).expand(sub, *stack.shape[1:])[None]
+    stack = stack.to(own)
+    return (stack if stack.shape[0] == sub else stack.expand(sub, -1, -1, -1)).unsqueeze(0)

@@ -26,40 +26,51 @@ def evaluate(finished: Sum, rows: Sequence[int]) -> list[Piece]:
     short.
     """
     users: dict[Any, list[tuple[int, Term]]] = {}
-    for row in rows:
+    for place, row in enumerate(rows):
         for term in finished.terms[row]:
-            users.setdefault(_key(term), []).append((row, term))
-    totals: dict[int, Tensor] = {}
-    flat = _Flat()
+            users.setdefault(_key(term), []).append((place, term))
+    out = _unwritten(finished.terms[rows[0]][0], len(rows))
+    places, unread = out.flatten(1, 2), _unread(out)
+    flat, begun = _Flat(), set[int]()
     for uses in users.values():
-        p = _probabilities(uses[0][1], finished.mask, flat)
-        for row, term in uses:
-            totals[row] = _added(totals.get(row), p, term, flat)
-    _, sub, heads, *_ = uses[0][1].q.base.shape
+        p = _probabilities(uses[0][1], finished.mask, flat, unread)
+        for place, term in uses:
+            _add(places[place], p, term, flat, beta=float(place in begun))
+            begun.add(place)
+    return [(list(rows), out)]
+
+
+def _unwritten(like: Term, rows: int) -> Tensor:
+    """[rows, sub-batch, heads, N, channels], never read before it is written."""
+    q = like.q.base
+    _, sub, heads, tokens, _ = q.shape
+    channels = like.own.v.base.shape[-1]
+    if sub > 1:
+        return q.new_empty(rows, sub, heads, tokens, channels)
     # Tokens before heads: merging the heads afterwards copies nothing.
-    stacked = torch.stack([totals[row].transpose(0, 1) for row in rows])
-    return [(list(rows), stacked.unflatten(2, (sub, heads)).permute(0, 2, 3, 1, 4))]
+    return q.new_empty(rows, sub, tokens, heads, channels).transpose(2, 3)
 
 
 def _key(term: Term) -> tuple[Any, ...]:
     """Terms of equal key have equal probabilities."""
-    return (
-        id(term.q.base),
-        term.q.row,
-        term.factors and tuple(id(pair) for pair in term.factors),
-        *((id(s.k.base), s.k.row, s.mask_row, id(s.shift)) for s in term.segments),
-    )
+    key: tuple[Any, ...] = (id(term.q.base), term.q.row, *map(id, term.factors))
+    for s in term.segments:
+        key += (id(s.k.base), s.k.row, s.mask_row, id(s.shift))
+    return key
 
 
-def _probabilities(term: Term, mask: Tensor | None, flat: _Flat) -> Tensor:
+def _probabilities(term: Term, mask: Tensor | None, flat: _Flat, unread: Tensor) -> Tensor:
     """[sub-batch * heads, N, M]; rows without any allowed key are 0."""
     q = flat.row(term.q)
-    keys = [flat.row(s.k) for s in term.segments]
-    k = keys[0] if len(keys) == 1 else torch.cat(keys, -2)
-    scores = torch.baddbmm(_unread(q), q, k.mT, beta=0, alpha=term.scale)
+    own, *rest = term.segments
+    k = flat.row(own.k)
+    if rest:
+        k = torch.cat([k, *(flat.row(s.k) for s in rest)], -2)
+    scores = torch.baddbmm(unread, q, k.mT, beta=0, alpha=term.scale)
     if term.factors:
         scores = scores + factors_bias(term)
-    bias = key_bias([term], mask)
+    bare = mask is None and own.shift is None and not rest
+    bias = None if bare else key_bias([term], mask)
     if bias is None:
         return scores.softmax(-1)
     empty = (bias == float("-inf")).all(-1, keepdim=True)
@@ -95,22 +106,18 @@ class _Flat:
         return self._rows[id(base)][ref.row]
 
 
-def _added(total: Tensor | None, p: Tensor, term: Term, flat: _Flat) -> Tensor:
-    """total + weight * P V, [sub-batch * heads, N, channels]."""
-    maps, single = term.maps, len(term.segments) == 1
-    if not maps and single:
-        v = flat.row(term.own.v)
-    elif len(maps) == 1 and single and maps[0].covers(term.own.tokens):
-        if maps[0].used is not None and maps[0].used != (0, term.own.tokens):
-            p = p[..., maps[0].used[0] : maps[0].used[1]]
-        v = maps[0].apply_used(flat.row(term.own.v))
+def _add(total: Tensor, p: Tensor, term: Term, flat: _Flat, beta: float) -> None:
+    """total = beta * total + weight * P V, [sub-batch * heads, N, channels], in place."""
+    maps, (own, *rest), weight = term.maps, term.segments, term.weight
+    if not maps and not rest:
+        v = flat.row(own.v)
+    elif len(maps) == 1 and not rest and maps[0].covers(p.shape[-1]):
+        used = maps[0].used
+        if used is not None and used != (0, p.shape[-1]):
+            p = p[..., used[0] : used[1]]
+        v = maps[0].apply_used(flat.row(own.v))
     else:
         v = values_of([term])[0].flatten(0, 1)
-    weight = term.weight
     if isinstance(weight, Tensor):
-        part = torch.bmm(p, v) * weight[:, None]
-        return part if total is None else total + part
-    if total is None:
-        part = torch.bmm(p, v)
-        return part if weight == 1.0 else part * weight
-    return total.baddbmm_(p, v, alpha=weight)
+        p, weight = p * weight[:, None], 1.0
+    total.baddbmm_(p, v, beta=beta, alpha=weight)

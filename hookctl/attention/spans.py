@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from hookctl.address.sites import Site
 from hookctl.errors import UnsupportedError
 
 
-@dataclass(frozen=True)
-class Spans:
+class Spans(NamedTuple):
     """(start, stop) of the image's queries, and of the image's and the text's keys."""
 
     image_queries: tuple[int, int]

@@ -170,10 +170,10 @@ class Routing:
     def _map(self, which: str, like: Tensor, start: int, rest: float) -> ValueMap:
         key = (which, like.dtype, like.device, start, rest)
         if key not in self._maps:
-            matrix, gather, used = self._parts[which]
-            self._maps[key] = ValueMap(
-                matrix.to(like), start, rest, used, gather.to(like) if gather else None
-            )
+            with torch.inference_mode(False):  # a later call may be learned through
+                matrix, gather, used = self._parts[which]
+                gather = gather.to(like) if gather else None
+                self._maps[key] = ValueMap(matrix.to(like), start, rest, used, gather)
         return self._maps[key]
 
     @cached_property

@@ -25,6 +25,7 @@ class Regions:
         self._made = (queries, keys)
         self._extended: dict[int, Regions] = {}
         self._joined: dict[Regions, Regions] = {}
+        self._masks: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
         # Tiles of keys that the region kernel visits, by the dtype and width of what attends.
         self.tiles: dict[tuple[torch.dtype, int], tuple[Tensor, Tensor]] = {}
 
@@ -38,6 +39,7 @@ class Regions:
         return len(self._kinds[0])
 
     @cached_property
+    @torch.inference_mode(False)  # kept for later calls, which may be learned through
     def blocks(self) -> tuple[tuple[Tensor | None, Tensor | None], ...]:
         """(positions of queries, of the keys they see) for each distinct bit set of a query.
 
@@ -58,6 +60,25 @@ class Regions:
         if any(made.device.type != "cpu" for made in self._made):
             return False
         return all(bool((self._made[1] & label).all()) for label in self._kinds[0].tolist())
+
+    def mask(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What is added to scores, [1, 1, 1, N, M] in the dtype of `like`, and which queries see no
+        key, [N, 1], None if each sees some. Kept: for few tokens.
+        """
+        if like.dtype not in self._masks:
+            self._masks[like.dtype] = self._made_mask(like.dtype)
+        return self._masks[like.dtype]
+
+    @torch.inference_mode(False)
+    def _made_mask(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        queries, keys = self._made
+        allowed = (queries[:, None] & keys) != 0
+        empty = ~allowed.any(-1, keepdim=True)
+        # A query without keys sees all of them here: a softmax of nothing has no gradient.
+        bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+        bias = bias.masked_fill(~(allowed | empty), float("-inf"))[None, None, None]
+        device = self.queries.device
+        return bias.to(device), empty.to(device) if empty.any() else None
 
     def extended(self, extra: int) -> Regions:
         """With `extra` further keys, which belong to every region."""

@@ -7,8 +7,8 @@ sees the call; editors find their keys and values by `AttentionCall.context`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,7 @@ from torch import Tensor
 from hookctl.errors import UnsupportedError
 
 
-@dataclass(frozen=True, eq=False)
-class OwnPart:
+class OwnPart(NamedTuple):
     """A call over widened text without what was appended, and how to put it back.
 
     q, k, v, mask: as the model would have them alone; full: k and v with everything; context:
@@ -30,7 +29,7 @@ class OwnPart:
     v: Tensor
     mask: Tensor | None
     full: tuple[Tensor, Tensor]
-    context: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    context: Mapping[str, tuple[int, int]] = MappingProxyType({})
     joint: tuple[Tensor, int, bool] | None = None
 
     def whole(self, out: Tensor, scale: float | None) -> Tensor:
@@ -75,7 +74,7 @@ def own_part(
     widest = max(stop for _, stop in extra.values())
     if kind == "cross" and k.shape[-2] == widest:
         short = mask[..., :own] if mask is not None and mask.shape[-1] == widest else mask
-        return replace(whole, k=k[..., :own, :], v=v[..., :own, :], mask=short, context=extra)
+        return whole._replace(k=k[..., :own, :], v=v[..., :own, :], mask=short, context=extra)
     if kind != "joint" or not q.shape[-2] == k.shape[-2] > widest:
         return whole  # an adapter's call over keys of its own
     if mask is not None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from hookctl.attention import plan
+from hookctl.attention import plan, sdpa
 from hookctl.attention.call import AttentionCall, Routing
 from tests.hookctl.attention.calls import IMAGE, KINDS, TEXT, Case, Script, close, make, random
 
@@ -325,14 +326,19 @@ def test_published_formulas(backend: str) -> None:
     close(plan.evaluate(call, backend)[0][3], v[3], EXACT, "PAG")
 
 
-def test_regions_partition() -> None:
+@pytest.mark.parametrize("few", [0, sdpa._FEW_SCORES], ids=["kind by kind", "by a mask"])
+def test_regions_partition(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Disjoint regions are attentions of their own; a query in none of them gives 0."""
+    monkeypatch.setattr(sdpa, "_FEW_SCORES", few)
     case = make("self")
     labels = torch.tensor([1, 1, 1, 1, 2, 2, 2, 2, SIGN, SIGN, SIGN, 0])
     check(case, lambda c: c.restrict(3, labels, labels))
     call = case.call()
+    leaves = [x.requires_grad_() for x in (call.q, call.k, call.v)]
     call.restrict(3, labels, labels)
     out = plan.evaluate(call)[0][3]
+    gradients = torch.autograd.grad(out.sum(), leaves)
+    assert all(g.isfinite().all() for g in gradients) and not gradients[0][3, ..., 11, :].any()
     for part in (slice(0, 4), slice(4, 8), slice(8, 11)):
         q, k, v = (x[3][..., part, :] for x in (case.q, case.k, case.v))
         close(out[..., part, :], softmax(q, k, case.scale) @ v, EXACT)
@@ -356,6 +362,23 @@ def test_many_kinds_of_queries(many: int) -> None:
         lambda c: c.bias(3, query_factors=factors[0], key_factors=factors[1]),
         lambda c: c.extend(3, 2, 2),
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_learned_through_after_inference(kind: str) -> None:
+    """What is kept of a call in inference mode serves a call whose gradient is wanted."""
+    case = make(kind)
+    for script in scripts(case).values():
+        leaves = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
+        with torch.inference_mode():
+            call = case.call()
+            script(call)
+            want = plan.evaluate(call)[0]
+        call = replace(case, **dict(zip("qkv", leaves, strict=True))).call()
+        script(call)
+        out = plan.evaluate(call)[0]
+        assert torch.equal(out, want)
+        out.sum().backward()
 
 
 def test_video_rows_of_several_edits() -> None:
