@@ -30,6 +30,7 @@ class SourceAndEdits(Editor):
             wanted = "the source prompt" + " and at least one edit" * (self.least > 1)
             raise InputError(f"{self.name}: prompts={prompts!r}; give {wanted}, as a list of texts")
         self.prompts = texts
+        self._pairs: tuple[Rows, list[tuple[Row, Row]]] | None = None
 
     @property
     def edits(self) -> range:
@@ -50,14 +51,17 @@ class SourceAndEdits(Editor):
         """(row, its source's row) for every row of an edit, the unconditional ones included."""
         return [(row, rows.twin(row, prompt=0)) for row in rows if row.prompt > 0]
 
-    @classmethod
-    def edited(cls, call: AttentionCall) -> list[tuple[Row, Row]]:
+    def edited(self, call: AttentionCall) -> list[tuple[Row, Row]]:
         """(row, its source's row) for every row of an edit that sees the prompt.
 
         Rows of a perturbed guidance are edited as their prompt's are: they must differ by the
         perturbation alone.
         """
-        return [(row, source) for row, source in cls.paired(call.rows) if row.role == COND]
+        found = self._pairs
+        if found is None or found[0] is not call.rows:  # the same at every site of a denoiser call
+            pairs = [(row, source) for row, source in self.paired(call.rows) if row.role == COND]
+            found = self._pairs = call.rows, pairs
+        return found[1]
 
     def generators(self, seed: int = 0, images: int = 1, device: str = "cpu") -> list[Any]:
         """One generator for each picture: every prompt starts from the same noises.

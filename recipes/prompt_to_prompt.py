@@ -25,7 +25,7 @@ from hookctl.address.clock import Clock, Window
 from hookctl.address.families import denoiser_of, describe_sites
 from hookctl.address.layout import finest_within
 from hookctl.address.rows import COND
-from hookctl.address.sites import Selector, Site, matcher, select
+from hookctl.address.sites import Selector, matcher, select
 from hookctl.address.text import PromptText, TextLayout, align
 from hookctl.attention.call import AttentionCall, Routing
 from hookctl.editor import WHOLE_PICTURE, Claim
@@ -157,23 +157,27 @@ class PromptToPrompt(SourceAndEdits):
         super().begin(state)
         self._read(state.own_text)
         finest = finest_within(self._image_sites, state.grid) if state.grid else None
-        self._finest = self.self_resolution or finest
+        limit = self.self_resolution or finest
+        self._layout_sites = {
+            site.path
+            for site in self._image_sites
+            if limit is None or site.resolution is None or site.resolution <= limit
+        }
         if self.local is not None:
             self.local.begin(self._text_sites, state)
 
     # -- attention -----------------------------------------------------------------------------
 
     def attention(self, call: AttentionCall) -> None:
-        layout = self.self_window.holds(call.clock) and self._holds_layout(call.site)
         if call.site.kind == "self":
-            for row, source in self.edited(call) if layout else ():
+            for row, source in self.edited(call) if self._takes_layout(call) else ():
                 call.borrow(row, q=source, k=source)
         elif call.spans.text_keys is not None:
             start, stop = call.spans.text_keys
+            # A joint site holds the self-attention of the image too.
+            joint = call.site.kind == "joint" and self._takes_layout(call)
             for row, source in self.edited(call):
-                # A joint site holds the self-attention of the image too.
                 routing = self._routing(row.prompt, call.clock, stop - start)
-                joint = layout and call.site.kind == "joint"
                 call.route_by(row, source, routing, image_from_source=joint)
             if self.local is not None and call.rows.where(branch=COND):
                 self.local.read(call, self._read(stop - start))
@@ -182,10 +186,8 @@ class PromptToPrompt(SourceAndEdits):
         if self.local is not None:
             self.local.after(state)
 
-    def _holds_layout(self, site: Site) -> bool:
-        if self._finest is None or site.resolution is None:
-            return True
-        return site.resolution <= self._finest
+    def _takes_layout(self, call: AttentionCall) -> bool:
+        return call.site.path in self._layout_sites and self.self_window.holds(call.clock)
 
     def _routing(self, edit: int, clock: Clock, tokens: int) -> Routing:
         """The token map and gains of an edit at this time; the same one until a window ends."""
