@@ -133,7 +133,7 @@ def form(dtype: str, width: int) -> dict[str, Any]:
         "D": width,
         "D0": of_parts[0],
         "D1": of_parts[1],
-        "ALIGN": 8,
+        "ALIGN": 4 if dtype == "fp32" else 8,
         "BIASED": False,
         "RANK": 0,
         "UPCAST": False,

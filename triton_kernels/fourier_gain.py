@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hookctl.kernels.guard import form, fused, jit, tl
 from hookctl.kernels.launch import Launch, Specimen
-from hookctl.kernels.launch_tables import GAIN, SINGLE, entry, needed, tile_for
+from hookctl.kernels.launch_tables import GAIN, entry, needed, tile_for
 
 
 def fourier_gain(x: Tensor, gain: Tensor | float) -> Tensor:
@@ -239,7 +239,7 @@ def by_kernel(x: Tensor, gain: Tensor | float) -> Tensor:
 
 def specimens(arch: str) -> Iterator[Specimen]:
     for element in ("fp16", "fp32"):
-        launch = entry(GAIN + SINGLE * (element == "fp32"), arch, ())
+        launch = entry(GAIN, arch, (), element)
         if launch is None:
             continue
         tile = {"C": launch.block_m, "P": launch.block_n, "gain_ptr": "*fp32:16"}

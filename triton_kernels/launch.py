@@ -34,9 +34,6 @@ class Launch(NamedTuple):
 WIDTHS = (64, 80, 96, 128, 160)
 WIDEST = 160
 
-# fp32 has no tensor cores here; what matters is that it fits anywhere.
-SINGLES = Launch(32, 32, 4, 1)
-
 # Under the interpreter tiles cost time only; several of them in each direction test more.
 INTERPRETED = Launch(16, 16, 4, 1)
 

@@ -4,9 +4,9 @@
 
 A key is what counts of a call, as numbers: the two parts of a head, or channels, or nothing where
 one entry serves all calls. A call takes the entry of its own key or of the next larger that is
-listed. null: no tile was found that does not
-spill registers; the call takes another form of the kernel, or is left to SDPA. Tables are of fp16
-and bf16; where fp32 has one of its own, it is named so.
+listed. null: no tile was found that does not spill registers; the call takes another form of the
+kernel, or is left to SDPA. Tables are of fp16 and bf16; those of fp32, which has no tensor cores
+here, are named so.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from hookctl.kernels.launch import INTERPRETED, SINGLES, Launch, arch_of, interpreting, pieces
+from hookctl.kernels.launch import INTERPRETED, Launch, arch_of, interpreting, pieces
 
 FILE = Path(__file__).with_name("launches.json")
 
@@ -82,28 +82,21 @@ def shipped() -> Tables:
     return _shipped
 
 
-def entry(name: str, arch: str, key: Key) -> Launch | None:
+def entry(name: str, arch: str, key: Key, element: str = "fp16") -> Launch | None:
     """The tile of a table for a key or the next larger that is listed; None where that is null,
-    and beyond the last."""
-    of_arch = shipped()[name].get(arch, {})
+    beyond the last, and where there is no table of that dtype."""
+    of_arch = shipped().get(name + SINGLE * (element == "fp32"), {}).get(arch, {})
     found = min((x for x in of_arch if x >= key), default=None)
     return None if found is None else of_arch[found]
 
 
 def tile_for(name: str, key: Key, like: torch.Tensor) -> Launch | None:
-    """The entry for the device and dtype of a tensor, None if the table leaves it out.
-
-    A table is of fp16 and bf16; fp32 has one of its own, or takes the same small tile always.
-    """
-    if like.dtype == torch.float32 and f"{name}{SINGLE}" in shipped():
-        name += SINGLE
-    if name in _tried:
-        return _tried[name]
-    if interpreting():
-        return INTERPRETED
-    if like.dtype == torch.float32 and not name.endswith(SINGLE):
-        return SINGLES
-    return entry(name, arch_of(like.device), key)
+    """The entry for the device and dtype of a tensor, None if the table leaves it out."""
+    element = "fp32" if like.dtype == torch.float32 else "fp16"
+    tried = _tried.get(name + SINGLE * (element == "fp32"))
+    if tried or interpreting():
+        return tried or INTERPRETED
+    return entry(name, arch_of(like.device), key, element)
 
 
 def serves(name: str, like: torch.Tensor) -> bool:
@@ -121,10 +114,8 @@ def learns_ranked(like: torch.Tensor) -> bool:
 def short_form(like: torch.Tensor, keys: int) -> tuple[int, Launch] | None:
     """The form of the sum of terms that holds a softmax of so many keys, and its tile.
 
-    fp32 has no tensor cores, and gains nothing by it.
+    None is shipped for fp32, which has no tensor cores and gains nothing by it.
     """
-    if like.dtype == torch.float32 and not interpreting():
-        return None
     for most, table in SHORT.items():
         tile = tile_for(table, pieces(like.shape[-1]), like) if keys <= most else None
         if tile is not None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hookctl.kernels.guard import form
 from hookctl.kernels.launch import Specimen, interpreting, pieces
-from hookctl.kernels.launch_tables import GRADIENTS, MAPS, SINGLE, entry, needed, tile_for
+from hookctl.kernels.launch_tables import GRADIENTS, MAPS, entry, needed, tile_for
 from hookctl.kernels.tiles import LOG2E, add_products, dot, nothing, parts, products, store
 
 PROGRAMS = 256  # queries are split until there are about so many
@@ -196,7 +196,7 @@ def specimens(arch: str) -> Iterator[Specimen]:
         ("fp32", 128),
         ("fp32", 160),
     ):
-        tile = entry(TABLE + SINGLE * (element == "fp32"), arch, (width,))
+        tile = entry(TABLE, arch, (width,), element)
         if tile is None:
             continue
         d0, d1 = pieces(width)

@@ -23,7 +23,7 @@ from torch import Tensor
 from hookctl.kernels import map_gradients
 from hookctl.kernels.guard import form
 from hookctl.kernels.launch import Specimen, interpreting, pieces
-from hookctl.kernels.launch_tables import MAPS, SINGLE, entry, needed, tile_for
+from hookctl.kernels.launch_tables import MAPS, entry, needed, tile_for
 from hookctl.kernels.tiles import LOG2E, parts, products
 
 MOST_TOKENS = 128  # of one launch
@@ -232,7 +232,7 @@ def specimens(arch: str) -> Iterator[Specimen]:
         ("fp32", 128),
         ("fp32", 160),
     ):
-        tile = entry(MAPS + SINGLE * (element == "fp32"), arch, (width,))
+        tile = entry(MAPS, arch, (width,), element)
         if tile is None:
             continue
         d0, d1 = pieces(width)

@@ -24,7 +24,7 @@ from torch import Tensor
 from hookctl.kernels import region_gradients
 from hookctl.kernels.guard import form
 from hookctl.kernels.launch import Launch, Specimen, interpreting, pieces
-from hookctl.kernels.launch_tables import REGIONS, SINGLE, entry, needed, tile_for
+from hookctl.kernels.launch_tables import REGIONS, entry, needed, tile_for
 from hookctl.kernels.region_lists import tile_lists
 from hookctl.kernels.tiles import LOG2E, add_products, nothing, parts, products, store
 
@@ -235,7 +235,7 @@ def region_attention(
 def specimens(arch: str) -> Iterator[Specimen]:
     wanted = [("fp16", width) for width in WIDTHS] + [("bf16", 64), ("fp32", 128), ("fp32", 160)]
     for element, width in wanted:
-        tile = entry(REGIONS + SINGLE * (element == "fp32"), arch, (width,))
+        tile = entry(REGIONS, arch, (width,), element)
         if tile is None:
             continue
         d0, d1 = pieces(width)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hookctl.kernels.guard import form
 from hookctl.kernels.launch import Specimen, interpreting, pieces
-from hookctl.kernels.launch_tables import GRADIENTS, REGIONS, SINGLE, entry, needed, tile_for
+from hookctl.kernels.launch_tables import GRADIENTS, REGIONS, entry, needed, tile_for
 from hookctl.kernels.region_lists import tile_lists
 from hookctl.kernels.tiles import LOG2E, add_products, nothing, parts, products, store
 
@@ -263,7 +263,7 @@ def specimens(arch: str) -> Iterator[Specimen]:
         ("fp32", 128),
         ("fp32", 160),
     ):
-        tile = entry(TABLE + SINGLE * (element == "fp32"), arch, (width,))
+        tile = entry(TABLE, arch, (width,), element)
         if tile is None:
             continue
         d0, d1 = pieces(width)

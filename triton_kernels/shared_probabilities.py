@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any, NamedTuple
 
 import torch
@@ -317,16 +317,18 @@ def specimens(arch: str) -> Iterator[Specimen]:
     """Each head width with as many rows of values as fit, and fewer of the usual one."""
     fullest = [Group(0, 0, tuple(range(MOST)))]
     wanted = [(64, 1), (64, 2)] + [(d, _at_once(fullest, d)) for d in (64, 80, 96, 128, 160)]
-    for d, count in wanted:
+    for element, (d, count) in product(("fp16", "fp32"), wanted):
         d0, d1 = pieces(d)
-        tile = entry(TABLE, arch, (count * (d0 + d1),))
+        tile = entry(TABLE, arch, (count * (d0 + d1),), element)
         if tile is None:
             continue
         types = {
             "COUNT": count, "D": d, "D0": d0, "D1": d1, "BM": tile.block_m, "BN": tile.block_n,
-            "ALIGN": 8, "UPCAST": False, "scale": "fp32", "lse_ptr": "*fp32:16",
-            "places_ptr": "*i64:16", "v_rows_ptr": "*i64:16", "out_rows_ptr": "*i64:16",
-            "q_stride_d": "i32", "k_stride_d": "i32", "v_stride_d": "i32",
+            "ALIGN": 4 if element == "fp32" else 8, "UPCAST": False, "scale": "fp32",
+            "lse_ptr": "*fp32:16", "places_ptr": "*i64:16", "v_rows_ptr": "*i64:16",
+            "out_rows_ptr": "*i64:16", "q_stride_d": "i32", "k_stride_d": "i32",
+            "v_stride_d": "i32",
         }  # fmt: skip
-        arguments = form(_forward, "fp16", **types)
-        yield Specimen(f"shared_probabilities {count} of {d}", _forward, arguments, tile, arch)
+        arguments = form(_forward, element, **types)
+        name = f"shared_probabilities {element} {count} of {d}"
+        yield Specimen(name, _forward, arguments, tile, arch, dots=element != "fp32")

@@ -344,7 +344,7 @@ def _of_weights(weights: Tensor, rowsums: Tensor | None, t: Tables) -> Tensor:
 
 
 def specimens(arch: str) -> Iterator[Specimen]:
-    """What ships for an architecture: plain, and with all that a row may have in bf16."""
+    """What ships for an architecture: plain, and with all that a row may have in bf16 and fp32."""
     of_terms = {"lse_gradient": "*fp32:16", "rowsums": "*fp32:16", "starts": "*i32:16"}
     kinds: tuple[tuple[str, Any, str, dict[str, Any]], ...] = (
         ("rowsums", _rowsums, QUERIES, of_terms),
@@ -354,13 +354,15 @@ def specimens(arch: str) -> Iterator[Specimen]:
     )
     for d in WIDTHS:
         for name, kernel, table, own in kinds:
-            for element, more in (("fp16", _PLAIN), ("bf16", _FULL | ranked("bf16"))):
+            plain = [(element, _PLAIN) for element in ("fp16", "fp32")]
+            full = [(element, _FULL | ranked(element)) for element in ("bf16", "fp32")]
+            for element, more in (*plain, *full):
                 ranked_by = RANKED if "RANK" in more else ""
-                tile = entry(table + ranked_by, arch, pieces(d))
+                tile = entry(table + ranked_by, arch, pieces(d), element)
                 if tile is not None:
                     given = form(element, d) | own | more | {"gradient": f"*{element}:16"}
                     given |= {"BM": tile.block_m, "BN": tile.block_n}
                     found = [x for x in kernel.arg_names if x[:2] in ("dq", "dx")]
                     given |= dict.fromkeys(found, f"*{element}:16")
-                    full = f"sum of terms, {name}{ranked_by}, {element}, {d}"
-                    yield Specimen(full, kernel, given, tile, arch)
+                    at = f"sum of terms, {name}{ranked_by}, {element}, {d}"
+                    yield Specimen(at, kernel, given, tile, arch, dots=element != "fp32")

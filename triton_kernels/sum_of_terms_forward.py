@@ -215,8 +215,8 @@ _FULL = {"weights": "*fp32:16", "lse": "*fp32:16", "bias": "*fp32:16"} | dict.fr
 
 
 def specimens(arch: str) -> Iterator[Specimen]:
-    """What ships for an architecture: plain, with all that a row may have, and with rank-r biases
-    in bf16 as well."""
+    """What ships for an architecture: plain, with all that a row may have, in bf16 and fp32 with
+    rank-r biases as well."""
     for d in WIDTHS:
         for table, options in ((_ONE, _NONE), (_SEVERAL, _FULL)):
             sizes = {"SINGLE": table == _ONE}
@@ -228,11 +228,12 @@ def specimens(arch: str) -> Iterator[Specimen]:
 def _specimens(
     arch: str, table: str, kernel: Any, d: int, options: dict[str, Any]
 ) -> Iterator[Specimen]:
-    tile = entry(table, arch, pieces(d))
-    if tile is None:
-        return
-    sizes = {"BM": tile.block_m, "BN": tile.block_n}
-    for element, more in (("fp16", {}), ("bf16", ranked("bf16") if options["LSE"] else {})):
+    for element in ("fp16", "bf16", "fp32"):
+        tile = entry(table, arch, pieces(d), element)
+        if tile is None:
+            continue
+        more = ranked(element) if options["LSE"] and element != "fp16" else {}
         given = form(element, d) | {"out": f"*{element}:16", "starts": "*i32:16"}
+        given |= options | more | {"BM": tile.block_m, "BN": tile.block_n}
         name = f"{table}{RANKED if more else ''}, {element}, {d}"
-        yield Specimen(name, kernel, given | options | sizes | more, tile, arch)
+        yield Specimen(name, kernel, given, tile, arch, dots=element != "fp32")
