@@ -23,28 +23,28 @@ from torch import Tensor
 
 from hookctl.kernels.guard import form, fused, jit, tl
 from hookctl.kernels.launch import Specimen
-from hookctl.kernels.launch_tables import MIXING, SINGLE, entry, needed, tile_for
+from hookctl.kernels.launch_tables import MIXING, entry, needed, tile_for
 
 # -- references ------------------------------------------------------------------------------------
 
 
 def blend_reference(x: Tensor, sources: Tensor, mask: Tensor) -> Tensor:
     """`local_blend` in plain torch."""
-    source, share = x[sources], mask[:, None]
+    source, share = x.index_select(0, sources), mask[:, None]
     if mask.dtype == torch.bool:
         return torch.where(share, x, source)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return (source.to(wide) + share.to(wide) * (x.to(wide) - source.to(wide))).to(x.dtype)
+    wide = torch.promote_types(x.dtype, mask.dtype)  # a lerp of halves is rounded once, at its end
+    return torch.lerp(source.to(wide), x.to(wide), share.to(wide)).to(x.dtype)
 
 
 def merge_reference(x: Tensor, masks: Tensor | None) -> Tensor:
     """`merge_instances` in plain torch."""
     wide = torch.promote_types(x.dtype, torch.float32)
     if masks is None:
-        return x.to(wide).mean(0).to(x.dtype)
+        return x.mean(0, dtype=wide).to(x.dtype)
     out = x[0].to(wide)
     for one, mask in zip(x[1:], masks, strict=True):
-        out = out + mask.to(wide) * (one.to(wide) - out)
+        out = torch.lerp(out, one.to(wide), mask.to(wide))
     return out.to(x.dtype)
 
 
@@ -52,7 +52,7 @@ def mix_reference(a: Tensor, b: Tensor, d: Tensor) -> Tensor:
     """`mix_predictions` in plain torch."""
     wide = torch.promote_types(a.dtype, torch.float32)
     share = d.to(wide).sigmoid()[:, None]
-    return (b.to(wide) + share * (a.to(wide) - b.to(wide))).to(a.dtype)
+    return torch.lerp(b.to(wide), a.to(wide), share).to(a.dtype)
 
 
 def update_reference(d: Tensor, grad: Tensor, a: Tensor, b: Tensor, rate: float) -> Tensor:
@@ -64,6 +64,12 @@ def update_reference(d: Tensor, grad: Tensor, a: Tensor, b: Tensor, rate: float)
 
 
 # -- kernels: contiguous [rows, channels, places]; a program has some places of one row ------------
+
+
+@jit
+def _between(a, b, share):
+    """a where the share is 0 and b where it is 1, both to the bit."""
+    return tl.where(share < 0.5, a + share * (b - a), b - (1.0 - share) * (b - a))
 
 
 @jit
@@ -80,8 +86,7 @@ def _blend_kernel(x_ptr, sources_ptr, mask_ptr, out_ptr, channels, places,
         if HARD:
             out = tl.where(share != 0, x, y)
         else:
-            wide = y.to(tl.float32)
-            out = wide + share.to(tl.float32) * (x.to(tl.float32) - wide)
+            out = _between(y.to(tl.float32), x.to(tl.float32), share.to(tl.float32))
         at = out_ptr + (row * channels + c) * places + p
         tl.store(at, out.to(out_ptr.dtype.element_ty), mask=exists)
 
@@ -97,7 +102,7 @@ def _merge_kernel(x_ptr, masks_ptr, out_ptr, rows, channels, places,
         x = tl.load(x_ptr + (row * channels + c) * places + p, mask=exists).to(tl.float32)
         if MASKED:
             share = tl.load(masks_ptr + (row - 1) * places + p, mask=exists).to(tl.float32)
-            out += share * (x - out)
+            out = _between(out, x, share)
         else:
             out += x
     if not MASKED:
@@ -115,7 +120,7 @@ def _mix_kernel(a_ptr, b_ptr, d_ptr, out_ptr, channels, places, P: tl.constexpr)
         at = (row * channels + c) * places + p
         a = tl.load(a_ptr + at, mask=exists).to(tl.float32)
         b = tl.load(b_ptr + at, mask=exists).to(tl.float32)
-        out = b + share * (a - b)
+        out = _between(b, a, share)
         tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=exists)
 
 
@@ -271,7 +276,7 @@ def specimens(arch: str) -> Iterator[Specimen]:
         ),
     }  # fmt: skip
     for element in ("fp16", "fp32"):
-        tile = entry(MIXING + SINGLE * (element == "fp32"), arch, ())
+        tile = entry(MIXING, arch, (), element)
         for name, (kernel, types) in forms.items() if tile is not None else ():
             arguments = form(kernel, element, P=tile.block_n, **types)
             yield Specimen(f"{name} {element}", kernel, arguments, tile, arch, dots=False)

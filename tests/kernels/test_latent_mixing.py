@@ -13,14 +13,14 @@ from tests.kernels.closeness import DEVICE, TOLERANCE, close, random
 
 Form = Callable[..., Tensor]
 DTYPES = list(TOLERANCE)
-SHAPE = (3, 2, 21, 27)  # one row is more than one program's places
+SHAPE = (3, 2, 5, 7)  # one row is more than one program's places
 
 
 @pytest.mark.parametrize("form", [mixing.blend_kernel, mixing.blend_reference])
 def test_a_hard_blend_copies_bits(form: Form) -> None:
     x = random(*SHAPE, dtype=torch.float16).transpose(2, 3)
     sources = torch.tensor([0, 0, 1], device=DEVICE)
-    mask = random(3, 27, 21, seed=1) > 0
+    mask = random(3, 7, 5, seed=1) > 0
     out = form(x, sources, mask)
     for row, source in enumerate((0, 0, 1)):
         assert torch.equal(out[row], torch.where(mask[row], x[row], x[source]))
@@ -29,17 +29,27 @@ def test_a_hard_blend_copies_bits(form: Form) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", [mixing.blend_kernel, mixing.blend_reference])
 def test_a_soft_blend(form: Form, dtype: torch.dtype) -> None:
-    x, mask = random(*SHAPE, dtype=dtype), random(1, 21, 27, seed=1).sigmoid()
+    x, mask = random(*SHAPE, dtype=dtype), random(1, 5, 7, seed=1).sigmoid()
     sources = torch.tensor([0, 0, 1], device=DEVICE)
     exact = x.double()
     want = exact[sources] + mask[:, None].double() * (exact - exact[sources])
     close("out", form(x, sources, mask), want, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("blend", [mixing.blend_kernel, mixing.blend_reference])
+@pytest.mark.parametrize("merge", [mixing.merge_kernel, mixing.merge_reference])
+def test_shares_of_nothing_and_of_all_copy_bits(blend: Form, merge: Form) -> None:
+    x, inside = random(*SHAPE), random(3, 5, 7, seed=1) > 0
+    sources = torch.tensor([0, 0, 1], device=DEVICE)
+    assert torch.equal(blend(x, sources, inside.float()), blend(x, sources, inside))
+    want = torch.where(inside[2], x[2], torch.where(inside[1], x[1], x[0]))
+    assert torch.equal(merge(x, inside[1:].float()), want)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", [mixing.merge_kernel, mixing.merge_reference])
 def test_merging(form: Form, dtype: torch.dtype) -> None:
-    x, masks = random(*SHAPE, dtype=dtype), random(2, 21, 27, seed=1) > 0
+    x, masks = random(*SHAPE, dtype=dtype), random(2, 5, 7, seed=1) > 0
     close("mean", form(x, None), x.double().mean(0), TOLERANCE[dtype])
     want = torch.where(masks[1], x[2], torch.where(masks[0], x[1], x[0]))
     close("pasted", form(x, masks), want.double(), TOLERANCE[dtype])
@@ -50,7 +60,7 @@ def test_merging(form: Form, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("form", [mixing.mix_kernel, mixing.mix_reference])
 def test_mixing(form: Form, dtype: torch.dtype) -> None:
     a, b = random(*SHAPE, dtype=dtype), random(*SHAPE, seed=1, dtype=dtype)
-    maps = random(2, 1, 21, 27, seed=2).double()
+    maps = random(2, 1, 5, 7, seed=2).double()
     shares = maps.softmax(0)[:, :, None]
     want = shares[0] * a.double() + shares[1] * b.double()
     close("out", form(a, b, (maps[0] - maps[1]).float()), want, TOLERANCE[dtype])
@@ -60,7 +70,7 @@ def test_mixing(form: Form, dtype: torch.dtype) -> None:
 def test_the_update_is_that_of_both_maps(form: Form) -> None:
     """Two maps, each after a gradient step of a loss of the trial latent x' = A x + B eps."""
     a, b, target = (random(*SHAPE, seed=i).double() for i in range(3))
-    maps = random(2, 3, 21, 27, seed=3).double().requires_grad_()
+    maps = random(2, 3, 5, 7, seed=3).double().requires_grad_()
     shares = maps.softmax(0)[:, :, None]
     trial = 0.3 * (shares[0] * a + shares[1] * b)
     loss = ((trial - target) ** 2).sum()
