@@ -18,6 +18,7 @@ def add_lora(command: argparse.ArgumentParser) -> None:
         "--lora",
         action="append",
         type=_read,
+        default=[],
         metavar="FILE[:W]",
         help="a LoRA in safetensors for the model, and its weight (default: 1); may be repeated",
     )
@@ -40,6 +41,10 @@ def check_loras(loras: Sequence[LoraSpec]) -> None:
             raise FileNotFoundError(f"LoRA {lora.path}: there is no such file")
     if loras and find_spec("peft") is None:
         raise InputError("a LoRA needs the package peft; pip install peft")
+
+
+def said(loras: Sequence[LoraSpec]) -> list[dict[str, Any]]:
+    return [{"path": lora.path, "weight": lora.weight} for lora in loras]
 
 
 def put_on(pipe: Any, loras: Sequence[LoraSpec]) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import hookctl
 from hookctl.cli import common
+from hookctl.cli.adapters import add_lora, check_loras, put_on, said
 from hookctl.cli.draw import Drawing, pictures
 from hookctl.cli.models import find_model
 from hookctl.cli.quiet import quiet
@@ -56,6 +57,7 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--words", type=common.words, metavar="A,B", help="words or phrases (default: every word)"
     )
+    add_lora(command)
     common.add_out(command)
     common.add_drawing(command, images=False)
     common.add_machine(command)
@@ -66,6 +68,7 @@ def main(options: Any) -> None:
     drawing = Drawing.of(options)
     if not options.prompt.strip():
         raise InputError(f"--prompt {options.prompt!r} has no words; give a text to read maps of")
+    check_loras(options.lora)
     find_model(options.model)
     _write(drawing, common.make_folder(options.out), options)
 
@@ -78,6 +81,7 @@ def _write(drawing: Drawing, out: Path, options: Any) -> None:
     from hookctl.cli.loading import load_pipeline
 
     pipe = load_pipeline(options.model, options.device, options.dtype)
+    put_on(pipe, options.lora)
     with hookctl.control(pipe, hookctl.Maps(*(options.words or ()))) as session:
         progress = common.wants_progress(options)
         [picture] = pictures(pipe, drawing, [options.prompt], "maps", progress)
@@ -98,6 +102,7 @@ def _write(drawing: Drawing, out: Path, options: Any) -> None:
         out / "maps.json",
         {
             "model": options.model,
+            "loras": said(options.lora),
             "prompt": options.prompt,
             **drawing.data(),
             "words": {w: {"file": names[w], **f} for w, f in figures.items()},

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import hookctl
 from hookctl.cli import common
-from hookctl.cli.adapters import add_lora, check_loras, put_on
+from hookctl.cli.adapters import add_lora, check_loras, put_on, said
 from hookctl.cli.draw import Drawing, pictures
 from hookctl.cli.inverting import (
     check_fits,
@@ -51,10 +51,9 @@ writes to --out:
 _EXAMPLES = """
 hookctl run recolour --out out               # a stack that comes with hookctl (--list)
 hookctl run stack.toml --model shapes --prompt "a red circle" --edit "a blue circle"
-hookctl run stack.toml --model ./sd15 --prompt "a cat" --edit "a dog" --edit "a fox" --seed 7
+hookctl run stack.toml --model ./sd15 --lora style.safetensors:0.8 --prompt "a cat" --edit "a dog"
 hookctl run inverted_edit --image out/plain-0.png --out edited         # edits a picture
 hookctl run cyclic_one_way --image out/plain-0.png --out grown         # draws round it
-hookctl run masactrl --lora style.safetensors:0.8     # under a LoRA, the plain pictures too
 """
 
 
@@ -107,7 +106,7 @@ def _run(path: Path, options: Any) -> None:
     drawing = Drawing.of(options, preset.run)
     picture = read_picture(preset, options.image, drawing)
     editors = preset.editors(prompts, picture)
-    loras = preset.loras if options.lora is None else tuple(options.lora)
+    loras = options.lora or preset.loras
     check_loras(loras)
     model = options.model or preset.model
     if model is None:
@@ -145,7 +144,7 @@ def _run(path: Path, options: Any) -> None:
             "editors": [{"recipe": s.recipe, **s.arguments} for s in preset.specs],
             "inversion": _said(preset.inversion),
             "program": _said(preset.program),
-            "loras": [{"path": lora.path, "weight": lora.weight} for lora in loras],
+            "loras": said(loras),
             "image": options.image,
             "model": model,
             "pipeline": type(pipe).__name__,
