@@ -4,7 +4,7 @@ DEMOS = {
     "attend_and_excite": "three objects and none left out: Attend-and-Excite",
     "guidance": "FreeU, ScaleU, PAG, SAG and SEG against plain sampling with the same noise",
     "imagic": "a picture fitted to a text, then changed by degrees: Imagic",
-    "inversion": "real pictures inverted five ways, drawn again and recoloured",
+    "inversion": "real pictures inverted, drawn again and recoloured, by six methods",
     "layout": "objects in their boxes: layout guidance and BoxDiff",
     "masactrl": "other layouts, one appearance: MasaCtrl, StyleAligned and reference-only",
     "multi_diffusion": "canvases three pictures wide, with a region for each third",

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 import hookctl
-from hookctl import show
+from hookctl import Editor, show
 from hookctl.demos.cases import EditCase, draw
 from hookctl.demos.cost import FEW, counted, peak_mib
 from hookctl.demos.figures import EditFigures, measure, summary
@@ -33,23 +33,25 @@ from hookctl.recipes import (
     NegativePromptInversion,
     NullTextInversion,
     PromptToPrompt,
+    ProximalGuidance,
 )
 
 STEPS, GUIDANCE, BATCH = 25, 3.0, 8
 SHOWN = 4  # cases in the grid
-SKIP = 0.2
-SELF_REPLACE = 0.6  # the upper end of what is published for real pictures, 0.4 to 0.6
+SKIP = 0.12
 
 METHODS: dict[str, Callable[..., Any]] = {
     # Drawn again with the guidance of the edits, as in the published comparisons.
     "DDIM": DDIMInversion,
     "negative prompt": NegativePromptInversion,
+    "ProxEdit": NegativePromptInversion,
     "direct": DirectInversion,
     "DDPM": EditFriendlyDDPM,
     "null-text": NullTextInversion,
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "negative prompt": {"guidance": GUIDANCE},
+    "ProxEdit": {"guidance": GUIDANCE},
     # Inverted, these flat pictures have noise of up to twice the spread that the model knows.
     "direct": {"guidance": GUIDANCE, "unit_noise": True},
     "DDPM": {"guidance": GUIDANCE, "skip": SKIP},
@@ -57,10 +59,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # embeddings are longer than CLIP's, and at the published 1e-2 the steps end before the fit.
     "null-text": {"guidance": GUIDANCE, "tolerance": 0.0, "refine": 2, "rate": 4e-2},
 }
+# What is published for real pictures: self-attention replaced in 0.4 to 0.6 of the steps. Noise of
+# the DDPM kind holds the picture faster, and its edits are guided harder and let go earlier.
+EDIT: dict[str, Any] = {"guidance": GUIDANCE, "cross_replace": 0.8, "self_replace": 0.6}
+EDITS: dict[str, dict[str, Any]] = {"DDPM": {"guidance": 7.5, "cross_replace": 0.6}}
+BESIDE: dict[str, Callable[[], Editor]] = {"ProxEdit": ProximalGuidance}
 # Rows of the inversion alone; drawing a picture and one edit takes four in a step.
 ROWS = {
     "DDIM": STEPS,
     "negative prompt": STEPS,
+    "ProxEdit": STEPS,
     "direct": STEPS,
     "DDPM": 2 * (STEPS - int(SKIP * STEPS)),
     "null-text": 3 * STEPS + (1 + 10 + 2) * STEPS,
@@ -115,15 +123,14 @@ def invert(pipe: Any, name: str, pictures: list[Image.Image], prompts: list[str]
 
 
 def edit(pipe: Any, name: str, inverted: Any, case: EditCase, picture: Image.Image) -> Outcome:
+    given = EDIT | EDITS.get(name, {})
+    guidance = given.pop("guidance")
     swap = PromptToPrompt(
-        [case.source, case.target],
-        cross_replace=0.8,
-        self_replace=SELF_REPLACE,
-        self_resolution=1.0,
-        blend=case.words,
+        [case.source, case.target], self_resolution=1.0, blend=case.words, **given
     )
     source = GUIDANCE if name == "DDIM" else None
-    again, edited = inverted.edit(pipe, swap, guidance=GUIDANCE, source_guidance=source)
+    beside = [BESIDE[name]()] if name in BESIDE else []
+    again, edited = inverted.edit(pipe, swap, *beside, guidance=guidance, source_guidance=source)
     return Outcome(again, edited, psnr(picture, again), measure(case, picture, edited))
 
 
