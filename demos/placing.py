@@ -35,11 +35,12 @@ Stack = Callable[[Sequence[LayoutCase]], list[Editor]]
 
 @dataclass(eq=False)
 class Drawn:
-    """What a method drew: the pictures, the shares of attention in each box, and the cost."""
+    """What a method drew: the pictures, what the attention of nouns was, and the cost."""
 
     pictures: list[Image.Image]
-    guided: list[float]  # while guidance lasts
+    guided: list[float]  # shares in each box, while guidance lasts
     shares: list[float]  # in the second half of the run
+    weakest: list[float]  # peaks of the least attended noun of each picture, while guidance lasts
     rows: float  # that the denoiser evaluated, for each picture, partial calls included
     partial: float  # of them those of calls that energies made
 
@@ -55,7 +56,7 @@ def boxes(cases: Sequence[LayoutCase]) -> list[list[Any]]:
 
 def draw(pipe: Any, cases: Sequence[LayoutCase], stack: Stack, seed: int) -> Drawn:
     """Every case once; case i starts from the noise of seed + i."""
-    made, guided, shares, partial = [], [], [], 0
+    made, guided, shares, weakest, partial = [], [], [], [], 0
     with counted(pipe.unet) as cost:
         for i in range(0, len(cases), BATCH):
             some, editors = cases[i : i + BATCH], stack(cases[i : i + BATCH])
@@ -72,8 +73,10 @@ def draw(pipe: Any, cases: Sequence[LayoutCase], stack: Stack, seed: int) -> Dra
                 ).images
             guided += in_box(session.maps, some, GUIDED)
             shares += in_box(session.maps, some, AFTER)
+            weakest += least_peaks(session.maps, some, GUIDED)
             partial += len(some) * sum(len(calls_of(editor)) for editor in editors)
-    return Drawn(made, guided, shares, cost.rows / len(cases), partial / len(cases))
+    rows = cost.rows / len(cases)
+    return Drawn(made, guided, shares, weakest, rows, partial / len(cases))
 
 
 def calls_of(editor: Any) -> Sequence[Any]:
@@ -94,6 +97,16 @@ def in_box(maps: MapStore, cases: Sequence[LayoutCase], turns: Sequence[int]) ->
     return shares
 
 
+def least_peaks(maps: MapStore, cases: Sequence[LayoutCase], turns: Sequence[int]) -> list[float]:
+    """Of each picture, the most attention that any place gives to the noun that gets least: what
+    Attend-and-Excite raises."""
+
+    def peak(word: str, p: int) -> float:
+        return float(maps[word].where(prompt=p, turns=turns).mean().max())
+
+    return [min(peak(thing.shape, p) for thing in case.things) for p, case in enumerate(cases)]
+
+
 # -- what became of the objects --------------------------------------------------------------------
 
 
@@ -104,6 +117,11 @@ def in_boxes(cases: Sequence[LayoutCase], drawn: Drawn) -> dict[str, float]:
         "share_in_box": round(float(np.mean(drawn.shares)), 3),
         **placed(cases, drawn.pictures),
     }
+
+
+def attended(drawn: Drawn) -> dict[str, float]:
+    """How much attention the least attended noun of a picture gets at its best place."""
+    return {"weakest_noun": round(float(np.mean(drawn.weakest)), 3)}
 
 
 def placed(cases: Sequence[LayoutCase], pictures: Sequence[Image.Image]) -> dict[str, float]:
@@ -154,7 +172,8 @@ def compare(
 ) -> dict[str, Any]:
     """Draw all cases by every method with the same noise; writes grid.png and report.json.
 
-    boxed: whether the methods know the boxes; without, nothing of them is measured or shown."""
+    boxed: whether the methods know the boxes; without, nothing of them is measured or shown, but
+    how far the least attended noun is attended to."""
     out.mkdir(parents=True, exist_ok=True)
     pipe, begun = hookctl.load_shapes(), time.perf_counter()
     drawn: dict[str, Drawn] = {}
@@ -169,7 +188,7 @@ def compare(
         "steps": STEPS,
         "guidance_scale": GUIDANCE,
         "methods": {
-            name: (in_boxes(cases, one) if boxed else {}) | named(cases, one.pictures)
+            name: (in_boxes(cases, one) if boxed else attended(one)) | named(cases, one.pictures)
             for name, one in drawn.items()
         },
         "cost": {

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 import hookctl
 from hookctl import show
@@ -70,8 +69,8 @@ class Placing:
                 for case, a, b in zip(cases, plain.pictures, stacked.pictures, strict=True)
             ],
             {
-                "stack": self.read(cases, stacked.pictures),
-                "plain": self.read(cases, plain.pictures),
+                "stack": self.read(cases, stacked),
+                "plain": self.read(cases, plain),
             },
             count,
             stacked.rows,
@@ -82,11 +81,12 @@ class Placing:
             ),
         )
 
-    def read(self, cases: Sequence[LayoutCase], pictures: Sequence[Image.Image]) -> Figures:
-        parts = in_parts(cases, pictures)
+    def read(self, cases: Sequence[LayoutCase], drawn: placing.Drawn) -> Figures:
+        parts = in_parts(cases, drawn.pictures)
         found = {
-            **placing.placed(cases, pictures),
-            **placing.named(cases, pictures),
+            **placing.attended(drawn),
+            **placing.placed(cases, drawn.pictures),
+            **placing.named(cases, drawn.pictures),
             "right": parts["right"],
             "leaked": parts["leaked"],
         }
@@ -114,7 +114,7 @@ REAL_COMPO = Placing(
 EXCITED = Placing(
     3,
     lambda cases: [AttendAndExcite(placing.words(cases), refinements=5), PAG(1.0)],
-    {"Attend-and-Excite": ("missing", "whole"), "PAG": ("attributes", "surplus")},
+    {"Attend-and-Excite": ("weakest_noun", "missing", "whole"), "PAG": ("attributes", "surplus")},
     lambda _: 3.0 * STEPS,
 )
 

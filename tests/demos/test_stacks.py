@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import hookctl
 from hookctl.cli.run import PRESETS
-from hookctl.demos import stacked_edits, stacks, striped
+from hookctl.demos import placing, stacked_edits, stacks, striped
 from hookctl.demos.layouts import draw_layout
 
 
@@ -31,7 +31,7 @@ def test_every_member_answers_for_something(stack: stacks.Placing) -> None:
     rng = np.random.default_rng(0)
     cases = [draw_layout(rng, stack.objects) for _ in range(2)]
     empty = [Image.new("RGB", (64, 64), "white")] * 2
-    figures = stack.read(cases, empty)
+    figures = stack.read(cases, placing.Drawn(empty, [0.0], [0.0], [0.0], 1.0, 0.0))
     assert list(figures) == list(stack.members)
     assert all(figures.values())
 
