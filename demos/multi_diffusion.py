@@ -31,7 +31,6 @@ from hookctl.recipes import MultiDiffusion
 STEPS, GUIDANCE, STRIDE, BATCH = 25, 3.0, 8, 8
 WIDTH = 3 * PICTURE
 THIRDS = [(i / 3, 0.0, (i + 1) / 3, 1.0) for i in range(3)]
-CASES_PER_CANVAS = 4  # a canvas costs as much as several pictures
 SHOWN = 3
 
 # Denoiser rows in a turn for a canvas, in pictures: 5 windows, of which two hold two regions.
@@ -70,7 +69,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     pipe = hookctl.load_shapes()
     pipe.set_progress_bar_config(disable=True)
-    cases = canvases(seed, -(-seeds // CASES_PER_CANVAS))
+    cases = canvases(seed, seeds)
     begun = time.perf_counter()
     drawn: dict[str, list[Image.Image]] = {}
     costs: dict[str, Any] = {}
