@@ -22,7 +22,7 @@ import hookctl
 from hookctl import show
 from hookctl.demos.cost import counted, drawing_mib
 from hookctl.demos.shapes.captions import describe
-from hookctl.demos.shapes.detect import Found, detect
+from hookctl.demos.shapes.detect import Detection, Found, detect
 from hookctl.demos.shapes.render import render
 from hookctl.demos.shapes.world import (
     COLOUR_NAMES,
@@ -172,7 +172,7 @@ def edit(pipe: Any, name: str, case: Case, seed: int, images: int) -> tuple[list
 
 def appearances(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Over the cases whose first picture shows what its prompt says."""
-    valid = [o for o in outcomes if _shown(o.source, o.case.things[0], o.case.ground) is not None]
+    valid = [o for o in outcomes if _source(o) is not None]
     return {
         "cases": len(outcomes),
         "cases_with_right_source": len(valid),
@@ -181,22 +181,26 @@ def appearances(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
-def _shown(picture: Image.Image, thing: Thing, ground: str) -> Found | None:
+def _shown(detection: Detection, thing: Thing, ground: str) -> Found | None:
     """The object, if it is there in its colour and pattern and stands on the ground."""
-    detection = detect(picture)
     found = detection.find(thing.shape, thing.colour)
     right = found is not None and (found.pattern, detection.ground) == (thing.pattern, ground)
     return found if right else None
 
 
-def _read(outcome: Outcome, pictures: Sequence[Image.Image]) -> Iterator[tuple[bool, bool]]:
-    """(appearance kept, and layout new as well) for every edit of a case."""
-    first, *others = outcome.case.things
-    source = _shown(outcome.source, first, outcome.case.ground)
+def _source(outcome: Outcome) -> Found | None:
+    return _shown(detect(outcome.source), outcome.case.things[0], outcome.case.ground)
+
+
+def _read(outcome: Outcome, pictures: Sequence[Image.Image]) -> Iterator[tuple[bool, bool, int]]:
+    """(appearance kept, and layout new as well, things beside the object) for every edit."""
+    source = _source(outcome)
     assert source is not None  # the case is valid
-    for thing, drawn in zip(others, pictures, strict=True):
-        found = _shown(drawn, thing, outcome.case.ground)
-        yield found is not None, found is not None and _elsewhere(source, found)
+    for thing, drawn in zip(outcome.case.things[1:], pictures, strict=True):
+        detection = detect(drawn)
+        found = _shown(detection, thing, outcome.case.ground)
+        there = len(detection.objects) + len(detection.extras)
+        yield found is not None, found is not None and _elsewhere(source, found), max(there - 1, 0)
 
 
 def _elsewhere(a: Found, b: Found) -> bool:
@@ -204,18 +208,20 @@ def _elsewhere(a: Found, b: Found) -> bool:
     return bool(both < ELSEWHERE * either)
 
 
-def _shares(cases: Sequence[Sequence[tuple[bool, bool]]]) -> dict[str, float]:
+def _shares(cases: Sequence[Sequence[tuple[bool, bool, int]]]) -> dict[str, float]:
     """appearance_kept: share of the edits with the shape asked for and the first picture's colour,
     pattern and ground; with_new_layout: that cover the source's object by less than half as well;
-    consistent_sets: of the cases whose edits all kept the appearance."""
+    consistent_sets: of the cases whose edits all kept the appearance; surplus: objects and blobs
+    beside the one asked for, in a picture."""
     if not cases:
         return {}
     edits = np.array([one for case in cases for one in case], float)
-    whole = np.mean([all(kept for kept, _ in case) for case in cases])
+    whole = np.mean([all(kept for kept, *_ in case) for case in cases])
     return {
         "appearance_kept": round(float(edits[:, 0].mean()), 3),
         "with_new_layout": round(float(edits[:, 1].mean()), 3),
         "consistent_sets": round(float(whole), 3),
+        "surplus": round(float(edits[:, 2].mean()), 2),
     }
 
 
