@@ -52,7 +52,7 @@ METHODS: Mapping[str, Stack] = {
     ],
     # The published fifth of a box is two cells of the smaller ones here: less than an object.
     "BoxDiff": lambda cases: [
-        BoxDiff(words(cases), boxes(cases), top=0.5, scale=40.0, refinements=10)
+        BoxDiff(words(cases), boxes(cases), top=0.8, scale=80.0, refinements=10)
     ],
 }
 
