@@ -24,6 +24,7 @@ from hookctl.demos.cost import drawing_mib
 from hookctl.demos.layouts import LayoutCase, draw_layout
 from hookctl.demos.real_compo import METHODS as COMPOSED
 from hookctl.demos.regional import figures as in_parts
+from hookctl.demos.regional import layout as parts_of
 from hookctl.demos.regional import theory as regional_theory
 from hookctl.demos.regional import together
 from hookctl.demos.stacked_edits import (
@@ -49,13 +50,15 @@ Progress = Callable[[int, int], None]
 class Placing:
     """A stack that draws objects of which the places are known.
 
-    members: the figures that each answers for; theory: whole denoiser rows for a picture.
+    members: the figures that each answers for; theory: whole denoiser rows for a picture; places:
+    a picture of those that a case has.
     """
 
     objects: int
     stack: placing.Stack
     members: Mapping[str, tuple[str, ...]]
     theory: Callable[[Sequence[LayoutCase]], float]
+    places: Callable[[LayoutCase], Image.Image] = placing.layout
 
     def __call__(self, pipe: Any, seed: int, count: int) -> Stacked:
         rng = np.random.default_rng([seed, 13])
@@ -65,7 +68,7 @@ class Placing:
         first = cases[0].prompt
         return Stacked(
             [
-                [placing.layout(case), a, b]
+                [self.places(case), a, b]
                 for case, a, b in zip(cases, plain.pictures, stacked.pictures, strict=True)
             ],
             {
@@ -102,6 +105,7 @@ REGIONS = Placing(
         "multi-instance sampler": ("missing", "attributes"),
     },
     lambda cases: regional_theory("sampler", cases),
+    parts_of,
 )
 # FreeU acts in the energies of the layout model too.
 REAL_COMPO = Placing(
@@ -155,7 +159,7 @@ def run(
     shown = [(name, row) for name, one in found.items() for row in one.rows[:SHOWN]]
     show.grid(
         [row for _, row in shown],
-        column_titles=["source or boxes", "plain", "stack"],
+        column_titles=["source or places", "plain", "stack"],
         row_titles=[name for name, _ in shown],
         cell=(128, 128),
     ).save(out / "grid.png")
