@@ -72,7 +72,8 @@ def _waves(height: int, width: int, dtype: torch.dtype, device: torch.device) ->
 @jit
 def _tile(ptr, o_c, o_p, stride_c, stride_h, stride_w, channels, height, width):
     """A tile of a feature map in float32, its offsets and what of it exists."""
-    o_x = o_c[:, None] * stride_c + (o_p // width * stride_h + o_p % width * stride_w)[None, :]
+    o_x = o_c.to(tl.int64)[:, None] * stride_c
+    o_x += (o_p // width * stride_h + o_p % width * stride_w)[None, :]
     mask = (o_c < channels)[:, None] & (o_p < height * width)[None, :]
     return tl.load(ptr + o_x, mask=mask, other=0.0).to(tl.float32), o_x, mask
 
@@ -123,7 +124,7 @@ def _filter(ptr, out_ptr, o_c, share, stride_c, stride_h, stride_w, out_stride_c
         low += m3[:, None] * cb[None, :] + m4[:, None] * sb[None, :]
         low += m5[:, None] * (ca * cb - sa * sb)[None, :]
         low += m6[:, None] * (sa * cb + ca * sb)[None, :]
-        o_out = o_c[:, None] * out_stride_c
+        o_out = o_c.to(tl.int64)[:, None] * out_stride_c
         o_out += (o_p // width * out_stride_h + o_p % width * out_stride_w)[None, :]
         y = x - share[:, None] * low
         tl.store(out_ptr + o_out, y.to(out_ptr.dtype.element_ty), mask=mask)
@@ -184,11 +185,12 @@ def _forward_op(x: Tensor, gain: Tensor) -> Tensor:
     out = torch.empty_like(x)
     rows, channels, height, width = x.shape
     tile = _launch(x)
-    _forward_kernel[-(-channels // tile.block_m), rows](
-        x, gain, out, channels, height, width,
-        *x.stride(), *gain.stride(), *out.stride(),
-        C=tile.block_m, P=tile.block_n, num_warps=tile.warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _forward_kernel[-(-channels // tile.block_m), rows](
+            x, gain, out, channels, height, width,
+            *x.stride(), *gain.stride(), *out.stride(),
+            C=tile.block_m, P=tile.block_n, **tile.options,
+        )  # fmt: skip
     return out
 
 
@@ -202,11 +204,12 @@ def _backward_op(grad: Tensor, x: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]
     dx, dgain = torch.empty_like(x), torch.empty(x.shape[:2], device=x.device)
     rows, channels, height, width = x.shape
     tile = _launch(x)
-    _backward_kernel[-(-channels // tile.block_m), rows](
-        grad, x, gain, dx, dgain, channels, height, width,
-        *grad.stride(), *x.stride(), *gain.stride(), *dx.stride(),
-        C=tile.block_m, P=tile.block_n, num_warps=tile.warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _backward_kernel[-(-channels // tile.block_m), rows](
+            grad, x, gain, dx, dgain, channels, height, width,
+            *grad.stride(), *x.stride(), *gain.stride(), *dx.stride(),
+            C=tile.block_m, P=tile.block_n, **tile.options,
+        )  # fmt: skip
     return dx, dgain
 
 

@@ -14,8 +14,7 @@ difference, is enough. Latents are [rows, channels, *places]; a mask or d has on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -146,11 +145,11 @@ def _update_kernel(d_ptr, grad_ptr, a_ptr, b_ptr, out_ptr, channels, places, rat
 # -- operators -------------------------------------------------------------------------------------
 
 
-def _launch(kernel: Any, places: int, rows: int, like: Tensor) -> Callable[..., None]:
-    """The kernel over so many places of each row, in the tile that ships for them."""
+def _launch(kernel: Any, places: int, rows: int, like: Tensor, *given: Any, **forms: bool) -> None:
+    """Over so many places of each row, in the tile that ships for tensors like this one."""
     tile = needed(tile_for(MIXING, (), like), MIXING, like)
-    grid = -(-places // tile.block_n), rows
-    return partial(kernel[grid], P=tile.block_n, num_warps=tile.warps)
+    with torch.cuda.device_of(like):
+        kernel[-(-places // tile.block_n), rows](*given, P=tile.block_n, **forms, **tile.options)
 
 
 @torch.library.custom_op("hookctl::local_blend", mutates_args=())
@@ -160,8 +159,8 @@ def blend_kernel(x: Tensor, sources: Tensor, mask: Tensor) -> Tensor:
     mask = (mask.view(torch.uint8) if hard else mask).expand(x.shape[0], *x.shape[2:]).contiguous()
     out = torch.empty_like(x)
     rows, channels, places = x.flatten(2).shape
-    launch = _launch(_blend_kernel, places, rows, x)
-    launch(x, sources, mask, out, channels, places, HARD=hard)
+    given = x, sources.contiguous(), mask, out, channels, places
+    _launch(_blend_kernel, places, rows, x, *given, HARD=hard)
     return out
 
 
@@ -171,10 +170,9 @@ def merge_kernel(x: Tensor, masks: Tensor | None) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x[0])
     rows, channels, places = x.flatten(2).shape
-    masked = masks is not None
-    given = x if masks is None else masks.float().contiguous()
-    launch = _launch(_merge_kernel, places, channels, x)
-    launch(x, given, out, rows, channels, places, MASKED=masked)
+    shares = x if masks is None else masks.float().contiguous()
+    given = x, shares, out, rows, channels, places
+    _launch(_merge_kernel, places, channels, x, *given, MASKED=masks is not None)
     return out
 
 
@@ -185,7 +183,7 @@ def mix_kernel(a: Tensor, b: Tensor, d: Tensor) -> Tensor:
     out = torch.empty_like(a)
     rows, channels, places = a.flatten(2).shape
     d = d.expand(rows, *a.shape[2:]).contiguous()
-    _launch(_mix_kernel, places, rows, a)(a, b, d, out, channels, places)
+    _launch(_mix_kernel, places, rows, a, a, b, d, out, channels, places)
     return out
 
 
@@ -195,7 +193,7 @@ def update_kernel(d: Tensor, grad: Tensor, a: Tensor, b: Tensor, rate: float) ->
     d, grad, a, b = (x.contiguous() for x in (d, grad, a, b))
     out = torch.empty_like(d)
     rows, channels, places = a.flatten(2).shape
-    _launch(_update_kernel, places, rows, d)(d, grad, a, b, out, channels, places, rate)
+    _launch(_update_kernel, places, rows, d, d, grad, a, b, out, channels, places, rate)
     return out
 
 
@@ -277,6 +275,8 @@ def specimens(arch: str) -> Iterator[Specimen]:
     }  # fmt: skip
     for element in ("fp16", "fp32"):
         tile = entry(MIXING, arch, (), element)
-        for name, (kernel, types) in forms.items() if tile is not None else ():
+        if tile is None:
+            continue
+        for name, (kernel, types) in forms.items():
             arguments = form(kernel, element, P=tile.block_n, **types)
             yield Specimen(f"{name} {element}", kernel, arguments, tile, arch, dots=False)

@@ -28,11 +28,18 @@ class Launch(NamedTuple):
     warps: int
     stages: int
 
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
 
 # Head widths in the field: SD1.5 (40, 80, 160), SDXL and SD3 (64), PixArt (72), Flux (128). One of
 # each split of a head is shipped and compiled ahead of time; others run on the nearest.
 WIDTHS = (64, 80, 96, 128, 160)
 WIDEST = 160
+
+# Programs on the second axis of a grid, where a pair of sequence and head is one.
+MOST_PAIRS = 65_535
 
 # Under the interpreter tiles cost time only; several of them in each direction test more.
 INTERPRETED = Launch(16, 16, 4, 1)
@@ -77,6 +84,20 @@ def available(device: torch.device | str) -> str | None:
         major, minor = torch.cuda.get_device_capability(device)
         return f"the kernels need compute capability 8.0 or more, and {device} has {major}.{minor}"
     return None
+
+
+def in_one_grid(like: torch.Tensor) -> bool:
+    """Whether a grid has room for attention over [..., sub-batch, heads, tokens, channels]."""
+    return like.shape[-4] * like.shape[-3] <= MOST_PAIRS
+
+
+def check_grid(name: str, like: torch.Tensor) -> None:
+    """Raise ValueError where `in_one_grid` is False."""
+    if not in_one_grid(like):
+        raise ValueError(
+            f"{name}: {like.shape[-4]} x {like.shape[-3]} sequences and heads; one launch takes "
+            f"{MOST_PAIRS}, so give it parts of the sequences"
+        )
 
 
 def arch_of(device: torch.device) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from hookctl.kernels.launch import INTERPRETED, Launch, arch_of, interpreting, pieces
+from hookctl.kernels.launch import INTERPRETED, MOST_PAIRS, Launch, arch_of, interpreting, pieces
 
 FILE = Path(__file__).with_name("launches.json")
 
@@ -100,9 +100,12 @@ def tile_for(name: str, key: Key, like: torch.Tensor) -> Launch | None:
 
 
 def serves(name: str, like: torch.Tensor) -> bool:
-    """Whether a kernel has a form for tensors like this one, and for the gradient if it learns."""
+    """Whether a kernel has a form for tensors [..., heads, tokens, channels] like this one, and for
+    the gradient if it learns."""
     names = (name, name + GRADIENTS) if like.requires_grad else (name,)
-    return all(tile_for(x, (like.shape[-1],), like) is not None for x in names)
+    return like.shape[:-2].numel() <= MOST_PAIRS and all(
+        tile_for(x, (like.shape[-1],), like) is not None for x in names
+    )
 
 
 def learns_ranked(like: torch.Tensor) -> bool:

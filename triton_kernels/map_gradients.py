@@ -163,16 +163,19 @@ def operator(
     }  # fmt: skip
     grad, r, dq = grad.contiguous(), torch.empty_like(lse), _like(q)
     tiles, key_tiles = (triton.cdiv(x, tile.block_m) for x in (length, keys))
-    _of_queries[tiles, batch * heads](
-        q, k, tokens, lse, grad, dq, r, length, keys, heads, count, scale,
-        *q.stride(), *k.stride(), *dq.stride()[:3], tokens.stride(0), grad.stride(0), **constants,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        _of_queries[tiles, batch * heads](
+            q, k, tokens, lse, grad, dq, r, length, keys, heads, count, scale,
+            *q.stride(), *k.stride(), *dq.stride()[:3], tokens.stride(0), grad.stride(0),
+            **constants,
+        )  # fmt: skip
     splits = max(1, min(triton.cdiv(length, tile.block_n), PROGRAMS // (key_tiles * batch * heads)))
     dk = q.new_empty(splits, batch, heads, keys, width, dtype=torch.float32)
-    _of_keys[key_tiles, batch * heads, splits](
-        q, k, tokens, lse, grad, r, dk, length, keys, heads, count, scale,
-        *q.stride(), *k.stride(), tokens.stride(0), grad.stride(0), **constants,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        _of_keys[key_tiles, batch * heads, splits](
+            q, k, tokens, lse, grad, r, dk, length, keys, heads, count, scale,
+            *q.stride(), *k.stride(), tokens.stride(0), grad.stride(0), **constants,
+        )  # fmt: skip
     return dq, dk.sum(0).to(k.dtype)
 
 

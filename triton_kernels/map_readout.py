@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hookctl.kernels import map_gradients
 from hookctl.kernels.guard import form
-from hookctl.kernels.launch import Specimen, interpreting, pieces
+from hookctl.kernels.launch import Specimen, check_grid, interpreting, pieces
 from hookctl.kernels.launch_tables import MAPS, entry, needed, tile_for
 from hookctl.kernels.tiles import LOG2E, parts, products
 
@@ -74,7 +74,8 @@ def _forward(
     t = tl.arange(0, BT)
     chosen = tl.load(chosen_ptr + b * chosen_stride + t, mask=t < count, other=keys).to(tl.int32)
     total = tl.zeros([BM, BT], tl.float32)
-    for h in range(tl.program_id(2), heads, tl.num_programs(2)):
+    for i in range(tl.program_id(2), heads, tl.num_programs(2)):
+        h = tl.cast(i, tl.int64)
         q_at = q_ptr + b * q_stride_b + h * q_stride_h
         k_at = k_ptr + b * k_stride_b + h * k_stride_h
         q_0, q_1 = parts(q_at, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN)
@@ -144,11 +145,12 @@ def _operator(
     splits = max(1, min(heads, PROGRAMS // (tiles * batch)))
     maps = q.new_empty(splits, batch, length, count, dtype=torch.float32)
     found = q.new_empty(batch, heads, length, dtype=torch.float32)
-    _forward[tiles, batch, splits](
-        q, k, tokens, found if lse is None else lse.contiguous(), maps, found,
-        length, k.shape[2], heads, count, scale, *q.stride(), *k.stride(), tokens.stride(0),
-        BT=map_gradients.padded(count), GIVEN=lse is not None, **constants,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        _forward[tiles, batch, splits](
+            q, k, tokens, found if lse is None else lse.contiguous(), maps, found,
+            length, k.shape[2], heads, count, scale, *q.stride(), *k.stride(), tokens.stride(0),
+            BT=map_gradients.padded(count), GIVEN=lse is not None, **constants,
+        )  # fmt: skip
     return maps.sum(0), found if lse is None else lse.clone()
 
 
@@ -178,9 +180,10 @@ def _marginals_operator(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> Tens
     batch, heads, length, _ = q.shape
     out = q.new_empty(batch, heads, k.shape[2], dtype=torch.float32)
     constants = _constants(q, k)
-    _marginals[triton.cdiv(k.shape[2], constants["BN"]), batch * heads](
-        q, k, lse, out, length, k.shape[2], heads, scale, *q.stride(), *k.stride(), **constants
-    )
+    with torch.cuda.device_of(q):
+        _marginals[triton.cdiv(k.shape[2], constants["BN"]), batch * heads](
+            q, k, lse, out, length, k.shape[2], heads, scale, *q.stride(), *k.stride(), **constants
+        )
     return out
 
 
@@ -199,6 +202,7 @@ def map_readout(
     scale: channels ** -0.5 by default; lse: log-sum-exp of the scores, float32 [batch, heads, N],
     if an attention over the same q and k has given it.
     """
+    check_grid("map_readout", q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = torch.where(tokens < 0, k.shape[2], tokens).expand(q.shape[0], -1)
     parts = []
@@ -215,6 +219,7 @@ def key_marginals(
 
     Arguments as of `map_readout`. Returns float32 [batch, M], without a gradient.
     """
+    check_grid("key_marginals", q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.no_grad():
         if lse is None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hookctl.kernels import region_gradients
 from hookctl.kernels.guard import form
-from hookctl.kernels.launch import Launch, Specimen, interpreting, pieces
+from hookctl.kernels.launch import Launch, Specimen, check_grid, interpreting, pieces
 from hookctl.kernels.launch_tables import REGIONS, entry, needed, tile_for
 from hookctl.kernels.region_lists import tile_lists
 from hookctl.kernels.tiles import LOG2E, add_products, nothing, parts, products, store
@@ -150,15 +150,16 @@ def _operator(
     out, lse = _outputs(q, v)
     batch, heads, tokens, width = q.shape
     tile, (d0, d1) = _launch(q), pieces(width)
-    _forward[order.shape[1], batch * heads](
-        q, k, v, query_regions, key_regions, order, counts, out, lse,
-        tokens, k.shape[2], heads, order.shape[2], scale,
-        *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3],
-        query_regions.stride(0), key_regions.stride(0), lists_between(order),
-        D=width, D0=d0, D1=d1, BM=tile.block_m, BN=tile.block_n,
-        ALIGN=side_by_side(q, k, v), UPCAST=interpreting(),
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        _forward[order.shape[1], batch * heads](
+            q, k, v, query_regions, key_regions, order, counts, out, lse,
+            tokens, k.shape[2], heads, order.shape[2], scale,
+            *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3],
+            query_regions.stride(0), key_regions.stride(0), lists_between(order),
+            D=width, D0=d0, D1=d1, BM=tile.block_m, BN=tile.block_n,
+            ALIGN=side_by_side(q, k, v), UPCAST=interpreting(),
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
     return out, lse
 
 
@@ -224,6 +225,7 @@ def region_attention(
     each of the batch; scale: channels ** -0.5 by default; listed: `lists` of the same regions.
     Returns [batch, heads, N, channels] and float32 [batch, heads, N].
     """
+    check_grid("region_attention", q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     order, counts = listed or lists(query_regions, key_regions, q)
     of_queries, of_keys = (

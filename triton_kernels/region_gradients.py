@@ -222,21 +222,23 @@ def operator(
         "UPCAST": interpreting(), "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     order, counts = tile_lists(of_queries, of_keys, tile.block_m, tile.block_n)
-    _of_queries[order.shape[1], batch * heads](
-        q, k, v, query_regions, key_regions, order, counts, out, lse, grad, grad_lse, dq, delta,
-        tokens, keys, heads, order.shape[2], scale,
-        *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3], *grad.stride()[:3],
-        *dq.stride()[:3], query_regions.stride(0), key_regions.stride(0),
-        0 if same else order.shape[1], **constants,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        _of_queries[order.shape[1], batch * heads](
+            q, k, v, query_regions, key_regions, order, counts, out, lse, grad, grad_lse, dq, delta,
+            tokens, keys, heads, order.shape[2], scale,
+            *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3], *grad.stride()[:3],
+            *dq.stride()[:3], query_regions.stride(0), key_regions.stride(0),
+            0 if same else order.shape[1], **constants,
+        )  # fmt: skip
     order, counts = tile_lists(of_keys, of_queries, tile.block_m, tile.block_n)
-    _of_keys[order.shape[1], batch * heads](
-        q, k, v, query_regions, key_regions, order, counts, lse, delta, grad, dk, dv,
-        tokens, keys, heads, order.shape[2], scale,
-        *q.stride(), *k.stride(), *v.stride(), *grad.stride()[:3], *dk.stride()[:3],
-        *dv.stride()[:3], query_regions.stride(0), key_regions.stride(0),
-        0 if same else order.shape[1], **constants,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        _of_keys[order.shape[1], batch * heads](
+            q, k, v, query_regions, key_regions, order, counts, lse, delta, grad, dk, dv,
+            tokens, keys, heads, order.shape[2], scale,
+            *q.stride(), *k.stride(), *v.stride(), *grad.stride()[:3], *dk.stride()[:3],
+            *dv.stride()[:3], query_regions.stride(0), key_regions.stride(0),
+            0 if same else order.shape[1], **constants,
+        )  # fmt: skip
     return dq, dk, dv
 
 

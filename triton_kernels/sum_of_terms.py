@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hookctl.kernels import stretches
 from hookctl.kernels.arguments import Extras, tables_of
-from hookctl.kernels.launch import DTYPES, WIDEST, available
+from hookctl.kernels.launch import DTYPES, WIDEST, available, check_grid
 from hookctl.kernels.stretches import STACKS, Stretch
 from hookctl.kernels.sum_of_terms_backward import gradients
 from hookctl.kernels.sum_of_terms_forward import forward
@@ -210,6 +210,7 @@ def _check(
     why = available(first.device)
     if why:
         raise ValueError(f"sum_of_terms: {why}")
+    check_grid("sum_of_terms", first)
     for name, stacks in (("q", q), ("k", k), ("v", v)):
         if not 0 < len(stacks) <= STACKS:
             raise ValueError(f"sum_of_terms: {name} is {len(stacks)} stacks; give 1 to {STACKS}")

@@ -20,7 +20,7 @@ from hookctl.attention.assemble import segment_bias
 from hookctl.attention.sdpa import Piece
 from hookctl.attention.term import Segment, Sum, Term
 from hookctl.kernels.guard import usable
-from hookctl.kernels.launch import DTYPES, WIDEST, interpreting
+from hookctl.kernels.launch import DTYPES, WIDEST, in_one_grid, interpreting
 from hookctl.kernels.launch_tables import learns_ranked, short_form
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ def suits(call: AttentionCall, finished: Sum) -> str | None:
     """Why a call is faster in one launch; None where SDPA stays."""
     q = call.q
     if q.device.type != "cuda" or q.dtype not in _HALVES or usable(q.device):
+        return None
+    if not in_one_grid(q):  # many frames or places, each a sequence of its own
         return None
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, call.k, call.v)):
         return None
@@ -85,7 +87,8 @@ def _keys(finished: Sum, row: int) -> int:
 def _fits(term: Term, mask: Tensor | None) -> bool:
     """Whether the kernel can express a term."""
     q, own = term.q.base, term.own
-    if term.value_only or term.regions is not None or q.dtype not in DTYPES:
+    bare = not term.value_only and term.regions is None
+    if not bare or q.dtype not in DTYPES or not in_one_grid(q):
         return False
     of_queries = mask is not None and mask.shape[-2] > 1
     if of_queries and any(s.mask_row is not None for s in term.segments):

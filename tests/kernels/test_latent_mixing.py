@@ -36,6 +36,13 @@ def test_a_soft_blend(form: Form, dtype: torch.dtype) -> None:
     close("out", form(x, sources, mask), want, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("form", [mixing.blend_kernel, mixing.blend_reference])
+def test_one_source_for_all(form: Form) -> None:
+    x, mask = random(*SHAPE), random(1, 5, 7, seed=1) > 0
+    source = torch.ones(1, dtype=torch.long, device=DEVICE).expand(3)
+    assert torch.equal(form(x, source, mask), torch.where(mask, x, x[1]))
+
+
 @pytest.mark.parametrize("blend", [mixing.blend_kernel, mixing.blend_reference])
 @pytest.mark.parametrize("merge", [mixing.merge_kernel, mixing.merge_reference])
 def test_shares_of_nothing_and_of_all_copy_bits(blend: Form, merge: Form) -> None:
