@@ -79,7 +79,7 @@ class FreeU(Editor):
         if b != 1.0:
             call.backbone = self._strengthen(call.backbone, b)
         if s != 1.0:
-            call.skip = scale_low_frequencies(call.skip, s)
+            call.skip = fourier_gain(call.skip, s)
 
     def _strengthen(self, h: Tensor, b: float) -> Tensor:
         half = h.shape[1] // 2
@@ -95,13 +95,3 @@ def structure(h: Tensor) -> Tensor:
     low, high = mean.amin((2, 3), keepdim=True), mean.amax((2, 3), keepdim=True)
     # A constant feature map has no structure to follow: 0 everywhere, not 0 / 0.
     return (mean - low) / (high - low).clamp_min(1e-12)
-
-
-def scale_low_frequencies(x: Tensor, s: Tensor | float) -> Tensor:
-    """F_s of a feature map [rows, channels, height, width]; s = 1 is the identity.
-
-    s: a number, or a tensor that broadcasts to [rows, channels]; differentiable in both.
-    """
-    if x.shape[-2:].numel() == 1:  # a single cell is its own mean
-        return x * (s.expand(x.shape[:2])[..., None, None].to(x) if isinstance(s, Tensor) else s)
-    return fourier_gain(x, s)

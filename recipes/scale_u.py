@@ -22,8 +22,9 @@ from torch import Tensor
 from hookctl.address.families import denoiser_of
 from hookctl.editor import Editor
 from hookctl.errors import InputError
+from hookctl.kernels.fourier_gain import fourier_gain
 from hookctl.loop.features import Concat, FeatureCall, concats
-from hookctl.recipes.freeu import scale_low_frequencies, structure
+from hookctl.recipes.freeu import structure
 
 Gains = Mapping[int, float | Sequence[float] | Tensor] | Sequence[float | Sequence[float] | Tensor]
 
@@ -99,7 +100,7 @@ class ScaleU(Editor):
             gain = torch.tanh(b.to(h)).reshape(1, -1, 1, 1)
             call.backbone = h * (1 + (gain * structure(h) if self.by_structure else gain))
         if s is not None and not _is_zero(s):
-            call.skip = scale_low_frequencies(call.skip, 1 + torch.tanh(s).reshape(()))
+            call.skip = fourier_gain(call.skip, 1 + torch.tanh(s).reshape(()))
 
 
 def _is_zero(gain: Tensor) -> bool:

@@ -30,15 +30,15 @@ from hookctl.kernels.launch_tables import GAIN, entry, needed, tile_for
 def fourier_gain(x: Tensor, gain: Tensor | float) -> Tensor:
     """F of a feature map [rows, channels, height, width]; a gain of 1 is the identity.
 
-    gain: a number, or a tensor that broadcasts to [rows, channels]; differentiable in both.
-    Raises ValueError for a side under 2, which has no such waves.
+    gain: a number, or a tensor that broadcasts to [rows, channels]; differentiable in both. A side
+    of 1 has no waves of its own, and a single cell is its own mean.
+    Raises ValueError for anything but a feature map.
     """
-    if x.dim() != 4 or min(x.shape[-2:]) < 2:
+    if x.dim() != 4 or 0 in x.shape[-2:]:
         raise ValueError(
-            f"fourier_gain: x is {tuple(x.shape)}; give [rows, channels, height, width] with "
-            "sides of 2 or more"
+            f"fourier_gain: x is {tuple(x.shape)}; give [rows, channels, height, width]"
         )
-    return by_kernel(x, gain) if fused(x) else reference(x, gain)
+    return by_kernel(x, gain) if fused(x) and 1 not in x.shape[-2:] else reference(x, gain)
 
 
 def reference(x: Tensor, gain: Tensor | float) -> Tensor:
@@ -57,11 +57,15 @@ def reference(x: Tensor, gain: Tensor | float) -> Tensor:
 
 
 def _waves(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The mean and the cosine and sine of the three lowest waves, [7, pixels]."""
+    """The mean and the cosine and sine of the three lowest waves, [7, pixels]; of the one there is,
+    [3, pixels], in a line, and the mean alone for a single cell."""
     rows = torch.arange(height, dtype=dtype, device=device)[:, None] * (2 * math.pi / height)
     columns = torch.arange(width, dtype=dtype, device=device)[None] * (2 * math.pi / width)
     found = [torch.ones(height, width, dtype=dtype, device=device)]
-    for angle in (rows, columns, rows + columns):
+    angles = [rows] * (height > 1) + [columns] * (width > 1)
+    if len(angles) == 2:
+        angles.append(rows + columns)
+    for angle in angles:
         found += [angle.cos().expand(height, width), angle.sin().expand(height, width)]
     return torch.stack(found).flatten(1)
 

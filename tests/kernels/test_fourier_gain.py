@@ -62,6 +62,13 @@ def test_compiled_without_graph_breaks() -> None:
     close("dx", dx, 2 * reference(torch.ones_like(x).double(), 0.5), TOLERANCE[x.dtype])
 
 
-def test_a_side_without_waves_is_refused() -> None:
-    with pytest.raises(ValueError, match="sides of 2 or more"):
-        fourier_gain(random(1, 2, 1, 5), 0.5)
+@pytest.mark.parametrize("shape", [(2, 3, 1, 6), (1, 2, 5, 1), (1, 2, 1, 2), (2, 2, 1, 1)])
+def test_lines_and_single_cells(shape: tuple[int, ...]) -> None:
+    x, gain = random(*shape).double(), random(shape[1]).double()
+    close("out", fourier_gain(x, gain), by_transform(x, gain), 1e-10)
+
+
+def test_what_is_no_feature_map_is_refused() -> None:
+    for x in (random(2, 3, 4), random(1, 2, 0, 5)):
+        with pytest.raises(ValueError, match="give .rows, channels, height, width."):
+            fourier_gain(x, 0.5)

@@ -1,40 +1,14 @@
-"""FreeU against its official form by Fourier transform, and against diffusers' own."""
+"""FreeU: its laws, and against diffusers' own. (Its filter: tests/kernels/test_fourier_gain.py.)"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 import hookctl
 from hookctl.errors import InputError
-from hookctl.recipes.freeu import FreeU, scale_low_frequencies
+from hookctl.recipes.freeu import FreeU
 from tests import zoo
-
-
-def fourier_filter(x: Tensor, s: float) -> Tensor:
-    """The published filter: the shifted spectrum, scaled inside a window of 2 x 2."""
-    spectrum = torch.fft.fftshift(torch.fft.fftn(x.double(), dim=(-2, -1)), dim=(-2, -1))
-    height, width = x.shape[-2:]
-    mask = torch.ones_like(spectrum)
-    row, column = height // 2, width // 2
-    mask[..., row - 1 : row + 1, column - 1 : column + 1] = s
-    shifted = torch.fft.ifftshift(spectrum * mask, dim=(-2, -1))
-    return torch.fft.ifftn(shifted, dim=(-2, -1)).real
-
-
-@pytest.mark.parametrize("size", [(8, 8), (7, 9), (16, 5), (3, 12), (2, 2), (2, 5)])
-@pytest.mark.parametrize("s", [0.0, 0.2, 0.9, 1.5])
-def test_filter_equals_the_fourier_form(size: tuple[int, int], s: float) -> None:
-    x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
-    error = (scale_low_frequencies(x, s) - fourier_filter(x, s)).abs().max()
-    assert error < 1e-5
-
-
-@pytest.mark.parametrize("s", [0.4, torch.tensor([[0.4]])])
-def test_a_single_cell_is_its_own_mean(s: float | torch.Tensor) -> None:
-    x = torch.randn(2, 3, 1, 1)
-    assert torch.allclose(scale_low_frequencies(x, s), 0.4 * x)
 
 
 def test_gains_of_one_are_bit_identical() -> None:
