@@ -215,10 +215,9 @@ def _mixtures(suffix: str) -> Callable[..., Any]:
         sources = torch.zeros(len(x), dtype=torch.long, device=x.device)
 
         def run(x: Tensor, d: Tensor) -> Tensor:
-            a, b = x.chunk(2)
-            few = d[: len(a)]
-            found = [blend(x, sources, d), merge(x, d[1:]), mix(a, b, few)]
-            return torch.cat([y.flatten() for y in (*found, update(few, a, a, b, 0.1))])
+            y = x.flip(0)
+            found = [blend(x, sources, d), merge(x, d[1:]), mix(x, y, d), update(d, x, x, y, 0.1)]
+            return torch.cat([one.flatten() for one in found])
 
         return run
 

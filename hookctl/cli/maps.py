@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import hookctl
 from hookctl.cli import common
-from hookctl.cli.adapters import add_lora, check_loras, put_on, said
 from hookctl.cli.draw import Drawing, pictures
+from hookctl.cli.lora import add_lora, check_loras, put_on, said
 from hookctl.cli.models import find_model
 from hookctl.cli.quiet import quiet
 from hookctl.errors import InputError

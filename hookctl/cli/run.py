@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import hookctl
 from hookctl.cli import common
-from hookctl.cli.adapters import add_lora, check_loras, put_on, said
 from hookctl.cli.draw import Drawing, pictures
 from hookctl.cli.inverting import (
     check_fits,
@@ -20,6 +19,7 @@ from hookctl.cli.inverting import (
     program_for,
     read_picture,
 )
+from hookctl.cli.lora import add_lora, check_loras, put_on, said
 from hookctl.cli.models import find_model
 from hookctl.cli.quiet import quiet
 from hookctl.cli.results import SHOWN_WORDS, Results, say

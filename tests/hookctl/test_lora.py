@@ -11,7 +11,7 @@ from PIL import Image, ImageChops
 from safetensors.torch import save_file
 
 from hookctl.cli import loading, main
-from hookctl.cli.adapters import check_loras
+from hookctl.cli.lora import check_loras
 from hookctl.errors import InputError
 from hookctl.preset import LoraSpec
 from tests.recipes.pictures import pipeline
@@ -97,7 +97,7 @@ def test_what_is_wrong_is_said(
 
 
 def test_without_peft(monkeypatch: pytest.MonkeyPatch, files: Path) -> None:
-    monkeypatch.setattr("hookctl.cli.adapters.find_spec", lambda name: None)
+    monkeypatch.setattr("hookctl.cli.lora.find_spec", lambda name: None)
     check_loras([])
     with pytest.raises(InputError, match="needs the package peft; pip install peft"):
         check_loras([LoraSpec(files / "fits.safetensors")])
