@@ -22,6 +22,7 @@ from hookctl.address.sites import Grid, Site
 from hookctl.address.text import PromptText
 from hookctl.attention.call import AttentionCall
 from hookctl.errors import InputError, UnsupportedError
+from hookctl.kernels.latent_mixing import local_blend
 from hookctl.loop.state import State
 
 Words = str | Sequence[str] | None
@@ -98,15 +99,18 @@ class LocalBlend:
         """Take everything outside the masks from the source, in the latents after a step."""
         if state.clock.turn + 1 <= int(self.start * state.clock.turns):
             return
-        latents, rows = state.latents, state.pictures
+        x, rows, packed = state.latents, state.pictures, state.latents.dim() == 3
         place = {(row.prompt, row.image): row.index for row in rows}
-        out = latents.clone()
+        sources = [place[0, row.image] for row in rows]
+        channels_first = x.mT if packed else x
+        inside = x.new_ones(len(x), *channels_first.shape[2:], dtype=torch.bool)
         for row in rows:
             mask = self.mask(row.prompt, row.image) if row.prompt else None
             if mask is not None:
-                source = latents[place[0, row.image]]
-                out[row.index] = torch.where(over_latent(mask, source), latents[row.index], source)
-        state.latents = out
+                shown = over_latent(mask, x[row.index])
+                inside[row.index] = (shown.mT if packed else shown)[0]
+        out = local_blend(channels_first, torch.tensor(sources, device=x.device), inside)
+        state.latents = out.mT if packed else out
 
     def mask(self, prompt: int, image: int = 0) -> Tensor | None:
         """Where an edit may show: bool [frames, height, width] over the latent.
