@@ -12,7 +12,7 @@ from PIL import Image
 
 from hookctl.demos.shapes.captions import describe
 from hookctl.demos.shapes.detect import Detection, detect
-from hookctl.demos.shapes.render import render
+from hookctl.demos.shapes.render import drawn
 from hookctl.demos.shapes.world import (
     COLOUR_NAMES,
     GROUND_NAMES,
@@ -47,8 +47,7 @@ class Case:
 
     @property
     def picture(self) -> Image.Image:
-        pixels = (render([Scene((self.given,), self.ground)])[0] + 1) * 127.5
-        whole = Image.fromarray(pixels.round().byte().permute(1, 2, 0).numpy())
+        (whole,) = drawn([Scene((self.given,), self.ground)])
         left = (PICTURE - SIDE) // 2
         return whole.crop((left, left, left + SIDE, left + SIDE))
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from hookctl.demos.cases import EditCase, draw
 from hookctl.demos.cost import FEW, counted, peak_mib
 from hookctl.demos.figures import EditFigures, measure, summary
 from hookctl.demos.shapes.captions import parse
-from hookctl.demos.shapes.render import render
+from hookctl.demos.shapes.render import drawn
 from hookctl.demos.shapes.world import Scene, Thing
 from hookctl.loop.pictures import decode, encode
 from hookctl.recipes import (
@@ -40,38 +40,53 @@ STEPS, GUIDANCE, BATCH = 25, 3.0, 8
 SHOWN = 4  # cases in the grid
 SKIP = 0.12
 
-METHODS: dict[str, Callable[..., Any]] = {
+
+@dataclass(frozen=True)
+class Method:
+    """An inversion, and how pictures of it are edited.
+
+    rows: of the inversion alone; drawing a picture and one edit takes four in a step. options: of
+    the inversion; swap: of Prompt-to-Prompt; guidance: scale of the edits, and of the picture drawn
+    again unless the inversion has one of its own; beside: a further editor.
+    """
+
+    recipe: Callable[..., Any]
+    rows: int
+    options: Mapping[str, Any] = field(default_factory=lambda: {"guidance": GUIDANCE})
+    # What is published for real pictures: self-attention replaced in 0.4 to 0.6 of the steps.
+    swap: Mapping[str, Any] = field(
+        default_factory=lambda: {"cross_replace": 0.8, "self_replace": 0.6}
+    )
+    guidance: float = GUIDANCE
+    beside: Callable[[], Editor] | None = None
+
+    def invert(self, pipe: Any, picture: Any, prompt: Any, steps: int = STEPS) -> Any:
+        """The inversion, to be run."""
+        return self.recipe(pipe, picture, prompt, steps=steps, **self.options)
+
+
+METHODS: dict[str, Method] = {
     # Drawn again with the guidance of the edits, as in the published comparisons.
-    "DDIM": DDIMInversion,
-    "negative prompt": NegativePromptInversion,
-    "ProxEdit": NegativePromptInversion,
-    "direct": DirectInversion,
-    "DDPM": EditFriendlyDDPM,
-    "null-text": NullTextInversion,
-}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "negative prompt": {"guidance": GUIDANCE},
-    "ProxEdit": {"guidance": GUIDANCE},
+    "DDIM": Method(DDIMInversion, STEPS, {}),
+    "negative prompt": Method(NegativePromptInversion, STEPS),
+    "ProxEdit": Method(NegativePromptInversion, STEPS, beside=ProximalGuidance),
     # Inverted, these flat pictures have noise of up to twice the spread that the model knows.
-    "direct": {"guidance": GUIDANCE, "unit_noise": True},
-    "DDPM": {"guidance": GUIDANCE, "skip": SKIP},
+    "direct": Method(DirectInversion, STEPS, {"guidance": GUIDANCE, "unit_noise": True}),
+    # Its noise holds the picture faster: edits are guided harder and let go earlier, as published.
+    "DDPM": Method(
+        EditFriendlyDDPM,
+        2 * (STEPS - int(SKIP * STEPS)),
+        {"guidance": GUIDANCE, "skip": SKIP},
+        {"cross_replace": 0.6, "self_replace": 0.6},
+        guidance=7.5,
+    ),
     # This model's latents are cleaner than a photograph's, so that less is good enough; its text
     # embeddings are longer than CLIP's, and at the published 1e-2 the steps end before the fit.
-    "null-text": {"guidance": GUIDANCE, "tolerance": 0.0, "refine": 2, "rate": 4e-2},
-}
-# What is published for real pictures: self-attention replaced in 0.4 to 0.6 of the steps. Noise of
-# the DDPM kind holds the picture faster, and its edits are guided harder and let go earlier.
-EDIT: dict[str, Any] = {"guidance": GUIDANCE, "cross_replace": 0.8, "self_replace": 0.6}
-EDITS: dict[str, dict[str, Any]] = {"DDPM": {"guidance": 7.5, "cross_replace": 0.6}}
-BESIDE: dict[str, Callable[[], Editor]] = {"ProxEdit": ProximalGuidance}
-# Rows of the inversion alone; drawing a picture and one edit takes four in a step.
-ROWS = {
-    "DDIM": STEPS,
-    "negative prompt": STEPS,
-    "ProxEdit": STEPS,
-    "direct": STEPS,
-    "DDPM": 2 * (STEPS - int(SKIP * STEPS)),
-    "null-text": 3 * STEPS + (1 + 10 + 2) * STEPS,
+    "null-text": Method(
+        NullTextInversion,
+        3 * STEPS + (1 + 10 + 2) * STEPS,
+        {"guidance": GUIDANCE, "tolerance": 0.0, "refine": 2, "rate": 4e-2},
+    ),
 }
 
 Progress = Callable[[int, int], None]
@@ -102,9 +117,7 @@ def scene_of(case: EditCase, rng: np.random.Generator) -> Scene:
 
 
 def pictures_of(cases: list[EditCase], rng: np.random.Generator) -> list[Image.Image]:
-    pixels = render([scene_of(case, rng) for case in cases])
-    values = ((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(one) for one in values]
+    return drawn([scene_of(case, rng) for case in cases])
 
 
 def psnr(a: Image.Image, b: Image.Image) -> float:
@@ -117,27 +130,28 @@ def invert(pipe: Any, name: str, pictures: list[Image.Image], prompts: list[str]
     found = []
     for i in range(0, len(pictures), BATCH):
         part = slice(i, i + BATCH)
-        options = {"steps": STEPS, **OPTIONS.get(name, {})}
-        found += METHODS[name](pipe, pictures[part], prompts[part], **options).run()
+        found += METHODS[name].invert(pipe, pictures[part], prompts[part]).run()
     return found
 
 
 def edit(pipe: Any, name: str, inverted: Any, case: EditCase, picture: Image.Image) -> Outcome:
-    given = EDIT | EDITS.get(name, {})
-    guidance = given.pop("guidance")
+    method = METHODS[name]
     swap = PromptToPrompt(
-        [case.source, case.target], self_resolution=1.0, blend=case.words, **given
+        [case.source, case.target], self_resolution=1.0, blend=case.words, **method.swap
     )
-    source = GUIDANCE if name == "DDIM" else None
-    beside = [BESIDE[name]()] if name in BESIDE else []
-    again, edited = inverted.edit(pipe, swap, *beside, guidance=guidance, source_guidance=source)
+    again, edited = inverted.edit(
+        pipe,
+        swap,
+        *([] if method.beside is None else [method.beside()]),
+        guidance=method.guidance,
+        source_guidance=method.options.get("guidance", method.guidance),
+    )
     return Outcome(again, edited, psnr(picture, again), measure(case, picture, edited))
 
 
 def _peak(pipe: Any, name: str, case: EditCase, picture: Image.Image) -> float:
     """Of one picture's inversion over a few steps."""
-    options = {**OPTIONS.get(name, {}), "steps": FEW}
-    return peak_mib(METHODS[name](pipe, picture, case.source, **options).run)
+    return peak_mib(METHODS[name].invert(pipe, picture, case.source, steps=FEW).run)
 
 
 def run(
@@ -159,7 +173,7 @@ def run(
         seconds = time.perf_counter() - started
         cost[name] = {
             "rows_per_inversion": rows.rows / seeds,
-            "rows_in_theory": ROWS[name],
+            "rows_in_theory": METHODS[name].rows,
             "peak_mib_of_a_picture": _peak(pipe, name, cases[0], pictures[0]),
             "seconds_per_inversion": round(seconds / seeds, 2),
         }

@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from hookctl import Editor
 from hookctl.demos.layouts import LayoutCase, draw_layout
 from hookctl.demos.placing import Progress, Stack, boxes, compare, words
-from hookctl.demos.shapes.render import render
+from hookctl.demos.shapes.render import drawn
 from hookctl.demos.shapes.world import Scene
 from hookctl.loop.noise import Noise
 from hookctl.loop.pictures import encode
@@ -31,9 +30,7 @@ class SceneItself(Editor):
     """Before every turn the latents are those of the case's scene, at the level of the turn."""
 
     def __init__(self, cases: Sequence[LayoutCase]) -> None:
-        scenes = render([Scene(case.things, case.ground) for case in cases])
-        pixels = ((scenes + 1) * 127.5).round().byte().movedim(1, -1).numpy()
-        self.pictures = [Image.fromarray(picture) for picture in pixels]
+        self.pictures = drawn([Scene(case.things, case.ground) for case in cases])
 
     def begin(self, state: State) -> None:
         self.noise = state.latents.clone()

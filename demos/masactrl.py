@@ -23,7 +23,7 @@ from hookctl import show
 from hookctl.demos.cost import counted, drawing_mib
 from hookctl.demos.shapes.captions import describe
 from hookctl.demos.shapes.detect import Detection, Found, detect
-from hookctl.demos.shapes.render import render
+from hookctl.demos.shapes.render import drawn
 from hookctl.demos.shapes.world import (
     COLOUR_NAMES,
     GROUND_NAMES,
@@ -64,8 +64,7 @@ class Case:
 
     def picture(self) -> Image.Image:
         """The first picture as the world has it."""
-        pixels = ((render([Scene(self.things[:1], self.ground)])[0] + 1) * 127.5).round().byte()
-        return Image.fromarray(pixels.movedim(0, -1).numpy())
+        return drawn([Scene(self.things[:1], self.ground)])[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,8 +195,8 @@ def _read(outcome: Outcome, pictures: Sequence[Image.Image]) -> Iterator[tuple[b
     """(appearance kept, and layout new as well, things beside the object) for every edit."""
     source = _source(outcome)
     assert source is not None  # the case is valid
-    for thing, drawn in zip(outcome.case.things[1:], pictures, strict=True):
-        detection = detect(drawn)
+    for thing, made in zip(outcome.case.things[1:], pictures, strict=True):
+        detection = detect(made)
         found = _shown(detection, thing, outcome.case.ground)
         there = len(detection.objects) + len(detection.extras)
         yield found is not None, found is not None and _elsewhere(source, found), max(there - 1, 0)

@@ -18,22 +18,15 @@ import torch
 from diffusers import StableDiffusionPipeline
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from .captions import parse, sample
 from .detect import Detection, detect, matches, wanted_pairs
 from .load import WEIGHTS, load_shapes
-from .render import render
+from .render import render, to_uint8
 from .world import Scene, sample_scene
 
 Figures = dict[str, float]
-
-
-def to_uint8(pictures: Tensor) -> NDArray[np.uint8]:
-    """Pictures [batch, 3, h, w] in -1 to 1 -> uint8 [batch, h, w, 3]."""
-    values = ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte()
-    return np.asarray(values.permute(0, 2, 3, 1).cpu().numpy())
 
 
 def held_out_prompts(count: int, seed: int) -> list[str]:

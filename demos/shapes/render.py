@@ -11,6 +11,8 @@ from functools import cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from .world import (
@@ -56,6 +58,17 @@ def scene_table(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
     ]  # fmt: skip
     grounds = [GROUND_NAMES.index(scene.ground) for scene in scenes]
     return torch.tensor(rows, dtype=torch.long).reshape(-1, 6), torch.tensor(grounds)
+
+
+def to_uint8(pictures: Tensor) -> NDArray[np.uint8]:
+    """Pictures [batch, 3, h, w] in -1 to 1 -> uint8 [batch, h, w, 3]."""
+    values = ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte()
+    return np.asarray(values.permute(0, 2, 3, 1).cpu().numpy())
+
+
+def drawn(scenes: Sequence[Scene]) -> list[Image.Image]:
+    """Scenes as pictures, RGB."""
+    return [Image.fromarray(pixels) for pixels in to_uint8(render(scenes))]
 
 
 def render(scenes: Sequence[Scene], device: torch.device | str = "cpu") -> Tensor:

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from hookctl.demos.shapes.detect import detect, matches
-from hookctl.demos.shapes.evaluate import reads_all, to_uint8
-from hookctl.demos.shapes.render import render
+from hookctl.demos.shapes.evaluate import reads_all
+from hookctl.demos.shapes.render import drawn, render, to_uint8
 from hookctl.demos.shapes.world import Scene, Thing, sample_scene
 
 
@@ -26,7 +26,7 @@ def test_reads_every_attribute_of_renderings(lattice: int, seed: int) -> None:
 
 
 def _picture(*things: Thing, ground: str = "white") -> Image.Image:
-    return Image.fromarray(to_uint8(render([Scene(things, ground)]))[0])
+    return drawn([Scene(things, ground)])[0]
 
 
 def test_matches_is_strict() -> None:
