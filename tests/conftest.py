@@ -1,7 +1,10 @@
 """Settings for every test."""
 
 import os
+from collections.abc import Iterator
+from importlib.util import find_spec
 
+import pytest
 import torch
 
 # Kernels run on the device where there is one, else in Triton's interpreter. Triton reads this
@@ -11,3 +14,15 @@ if not torch.cuda.is_available():
 
 # On tensors this small a second thread only waits for the first, for seconds on a busy machine.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def watched() -> Iterator[None]:
+    """In the interpreter, kernels keep to their tensors and don't race; see sanitizer.py."""
+    if torch.cuda.is_available() or find_spec("triton") is None:
+        yield
+        return
+    from tests.kernels import sanitizer
+
+    with sanitizer.watched():
+        yield

@@ -110,8 +110,8 @@ def _forward(
 ):  # fmt: skip
     """One tile of queries of one head, for up to COUNT rows of values of one group.
 
-    places: of each program, int64, the rows of q, of k and of the log-sum-exp; v_rows, out_rows:
-    int64 [programs, COUNT], -1 beyond the last.
+    places: of each program, int64, the rows of q, of k and of the log-sum-exp, which is -1 but for
+    the first program of a group; v_rows, out_rows: int64 [programs, COUNT], -1 beyond the last.
     """
     b = (tl.program_id(1) // heads).to(tl.int64)
     h = (tl.program_id(1) % heads).to(tl.int64)
@@ -161,9 +161,10 @@ def _forward(
             out_ptr, out_rows_ptr, out_stride_r, out_stride_n, m, tokens, acc_1 * gain,
             COUNT, D0, D1, D,
         )  # fmt: skip
-    # Programs that share a group's values write the same numbers.
-    at = tl.load(places_ptr + 2) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(lse_ptr + at * tokens + m, (top + tl.log2(norm)) / LOG2E, mask=m < tokens)
+    group = tl.load(places_ptr + 2)
+    at = group * tl.num_programs(1) + tl.program_id(1)
+    mask = m < tl.where(group >= 0, tokens, 0)
+    tl.store(lse_ptr + at * tokens + m, (top + tl.log2(norm)) / LOG2E, mask=mask)
 
 
 TABLE = "shared probabilities"  # by the channels that are held side by side
@@ -184,7 +185,7 @@ def _tables(integers: tuple[int, ...], count: int, device: torch.device) -> tupl
         for first in range(0, len(group.values), count):
             some = group.values[first : first + count]
             beyond = [-1] * (count - len(some))
-            places.append([group.q, group.k, i])
+            places.append([group.q, group.k, -1 if first else i])
             v_rows.append([*some, *beyond])
             out_rows.append([*range(done, done + len(some)), *beyond])
             done += len(some)

@@ -21,6 +21,6 @@ def close(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
     """`got` is finite and within the relative error `tolerance` of `want`."""
     assert got.shape == want.shape, f"{name}: {tuple(got.shape)}, not {tuple(want.shape)}"
     assert torch.isfinite(got).all(), f"{name}: not finite"
-    got, want = got.double(), want.double()
+    got, want = got.detach().double(), want.detach().double()
     error = float((got - want).norm() / want.norm().clamp(min=1e-30))
     assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance:g}"
