@@ -30,7 +30,7 @@ from torch import Tensor
 from hookctl.address.rows import COND, UNCOND
 from hookctl.address.sites import Selector
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.kernels.latent_mixing import mix_predictions
+from hookctl.kernels.latent_mixing import mix_predictions, update_difference
 from hookctl.loop.calls import prediction_of
 from hookctl.loop.energy import Energies, Picture
 from hookctl.loop.mixture import MixedSteps, Part
@@ -186,21 +186,17 @@ class RealCompo(WordEnergy):
 
     def _update(self, state: State, layout: Guess, text: Guess) -> None:
         """d after this turn, [pictures, 1, ...]."""
-        if self.coefficient is None and self.subjects and self.rho:
-            assert self.d is not None
-            self.d = self.d - self._change(state, layout, text)
-
-    def _change(self, state: State, layout: Guess, text: Guess) -> Tensor:
-        assert self.d is not None
-        c = self.d.sigmoid()
-        ends = [self._trial(state, guess) for guess in (layout, text)]
-        pull = self._pull(state, ends[1] + c * (ends[0] - ends[1]))
-        change = 2 * c * (1 - c) * (pull * (ends[0] - ends[1])).sum(1, keepdim=True)
+        if self.coefficient is not None or not self.subjects or not self.rho:
+            return
+        assert self.d is not None  # since `begin`
+        a, b = (self._trial(state, guess) for guess in (layout, text))
+        pull = self._pull(state, b + self.d.sigmoid() * (a - b))
+        rate = self.rho
         if self.paper:
             share = state.clock.turn / max(state.clock.turns - 1, 1)
-            return change * PAPER_RHO * (1 - 0.5 * share) ** 0.5
-        top = change.abs().flatten(1).amax(1).reshape(-1, *([1] * (change.dim() - 1)))
-        return self.rho * change / top.clamp_min(torch.finfo(change.dtype).tiny)
+            rate = PAPER_RHO * (1 - 0.5 * share) ** 0.5
+        d = update_difference(self.d[:, 0], pull, a, b, rate, largest=not self.paper)
+        self.d = d[:, None]
 
     def _trial(self, state: State, guess: Guess) -> Tensor:
         """T: where a model's conditional prediction leads by a step of first order."""

@@ -22,10 +22,12 @@ else:
     tl = triton.language
 
 
-def fused(x: Tensor) -> bool:
-    """Whether kernels serve a tensor: on a GPU where they can run. (The interpreter is for tests,
-    which call kernels by name.)"""
-    return x.device.type == "cuda" and usable(x.device) is None
+def fused(*given: Tensor) -> bool:
+    """Whether kernels serve these tensors: on a GPU where they can run, and none in float64, which
+    kernels would round to float32. (The interpreter is for tests, which call kernels by name.)"""
+    device = given[0].device
+    wide = any(x.dtype == torch.float64 for x in given)
+    return device.type == "cuda" and not wide and usable(device) is None
 
 
 def usable(device: torch.device | str) -> str | None:

@@ -4,7 +4,8 @@
     merge_instances    mean of the latents of all instances, or each pasted into its place
                        (Wang et al., arXiv 2402.03290, multi-instance sampler)
     mix_predictions    sigma(d) eps_a + (1 - sigma(d)) eps_b    (Zhang et al., arXiv 2402.12908)
-    update_difference  d - 2 rate B sigma'(d) <G, eps_a - eps_b>, the step of the same method
+    update_difference  d - rate 2 sigma'(d) <G, a - b>, the step of the same method, or a step whose
+                       largest change is the rate
 
 RealCompo's two influence maps go through a softmax and get opposite gradients, so one map d, their
 difference, is enough. Latents are [rows, channels, *places]; a mask or d has one value a place.
@@ -54,12 +55,18 @@ def mix_reference(a: Tensor, b: Tensor, d: Tensor) -> Tensor:
     return torch.lerp(b.to(wide), a.to(wide), share).to(a.dtype)
 
 
-def update_reference(d: Tensor, grad: Tensor, a: Tensor, b: Tensor, rate: float) -> Tensor:
+def update_reference(
+    d: Tensor, grad: Tensor, a: Tensor, b: Tensor, rate: float, largest: bool = False
+) -> Tensor:
     """`update_difference` in plain torch."""
     wide = torch.promote_types(d.dtype, torch.float32)
     share = d.to(wide).sigmoid()
     along = (grad.to(wide) * (a.to(wide) - b.to(wide))).sum(1)
-    return (d.to(wide) - 2 * rate * share * (1 - share) * along).to(d.dtype)
+    change = rate * (2 * share * (1 - share) * along)
+    if largest:
+        top = change.abs().flatten(1).amax(1).reshape(-1, *[1] * (change.dim() - 1))
+        change = abs(rate) * change / top.masked_fill(top == 0, 1)
+    return (d.to(wide) - change).to(d.dtype)
 
 
 # -- kernels: contiguous [rows, channels, places]; a program has some places of one row ------------
@@ -124,22 +131,37 @@ def _mix_kernel(a_ptr, b_ptr, d_ptr, out_ptr, channels, places, P: tl.constexpr)
 
 
 @jit
-def _update_kernel(d_ptr, grad_ptr, a_ptr, b_ptr, out_ptr, channels, places, rate,
-                   P: tl.constexpr):  # fmt: skip
-    row = tl.program_id(1).to(tl.int64)
-    p = tl.program_id(0) * P + tl.arange(0, P)
+def _change(d_ptr, grad_ptr, a_ptr, b_ptr, row, p, channels, places, rate):
+    """d at some places of a row, and what a gradient step takes from it."""
     exists = p < places
-    d = tl.load(d_ptr + row * places + p, mask=exists).to(tl.float32)
-    along = tl.zeros([P], tl.float32)
+    d = tl.load(d_ptr + row * places + p, mask=exists, other=0.0).to(tl.float32)
+    along = tl.zeros_like(d)
     for c in range(0, channels):
         at = (row * channels + c) * places + p
-        a = tl.load(a_ptr + at, mask=exists).to(tl.float32)
-        b = tl.load(b_ptr + at, mask=exists).to(tl.float32)
-        along += tl.load(grad_ptr + at, mask=exists).to(tl.float32) * (a - b)
+        a = tl.load(a_ptr + at, mask=exists, other=0.0).to(tl.float32)
+        b = tl.load(b_ptr + at, mask=exists, other=0.0).to(tl.float32)
+        along += tl.load(grad_ptr + at, mask=exists, other=0.0).to(tl.float32) * (a - b)
     share = tl.sigmoid(d)
-    out = d - 2.0 * rate * share * (1.0 - share) * along
+    return d, rate * (2.0 * share * (1.0 - share) * along)
+
+
+@jit
+def _update_kernel(d_ptr, grad_ptr, a_ptr, b_ptr, out_ptr, channels, places, rate,
+                   LARGEST: tl.constexpr, P: tl.constexpr):  # fmt: skip
+    """LARGEST: every program looks through its whole row, so that one launch is enough."""
+    row = tl.program_id(1).to(tl.int64)
+    p = tl.program_id(0) * P + tl.arange(0, P)
+    d, change = _change(d_ptr, grad_ptr, a_ptr, b_ptr, row, p, channels, places, rate)
+    if LARGEST:
+        tops = tl.zeros([P], tl.float32)
+        for start in range(0, places, P):
+            every = start + tl.arange(0, P)
+            _, other = _change(d_ptr, grad_ptr, a_ptr, b_ptr, row, every, channels, places, rate)
+            tops = tl.maximum(tops, tl.abs(other))
+        top = tl.max(tops, 0)
+        change = tl.abs(rate) * change / tl.where(top > 0, top, 1.0)
     at = out_ptr + row * places + p
-    tl.store(at, out.to(out_ptr.dtype.element_ty), mask=exists)
+    tl.store(at, (d - change).to(out_ptr.dtype.element_ty), mask=p < places)
 
 
 # -- operators -------------------------------------------------------------------------------------
@@ -188,12 +210,15 @@ def mix_kernel(a: Tensor, b: Tensor, d: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("hookctl::update_difference", mutates_args=())
-def update_kernel(d: Tensor, grad: Tensor, a: Tensor, b: Tensor, rate: float) -> Tensor:
+def update_kernel(
+    d: Tensor, grad: Tensor, a: Tensor, b: Tensor, rate: float, largest: bool = False
+) -> Tensor:
     """`update_difference` by the kernel, on a GPU or in the interpreter."""
     d, grad, a, b = (x.contiguous() for x in (d, grad, a, b))
     out = torch.empty_like(d)
     rows, channels, places = a.flatten(2).shape
-    _launch(_update_kernel, places, rows, d, d, grad, a, b, out, channels, places, rate)
+    given = d, grad, a, b, out, channels, places, rate
+    _launch(_update_kernel, places, rows, d, *given, LARGEST=largest)
     return out
 
 
@@ -213,7 +238,7 @@ def _(a, b, d):
 
 
 @update_kernel.register_fake
-def _(d, grad, a, b, rate):
+def _(d, grad, a, b, rate, largest=False):
     return torch.empty_like(d, memory_format=torch.contiguous_format)
 
 
@@ -223,7 +248,7 @@ def _(d, grad, a, b, rate):
 def _plain(*tensors: Tensor | None) -> bool:
     given = [x for x in tensors if x is not None]
     learned = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    return learned or not fused(given[0])
+    return learned or not fused(*given)
 
 
 def local_blend(x: Tensor, sources: Tensor, mask: Tensor) -> Tensor:
@@ -252,14 +277,17 @@ def mix_predictions(a: Tensor, b: Tensor, d: Tensor) -> Tensor:
     return (mix_reference if _plain(a, b, d) else mix_kernel)(a, b, d)
 
 
-def update_difference(d: Tensor, grad: Tensor, a: Tensor, b: Tensor, rate: float) -> Tensor:
+def update_difference(
+    d: Tensor, grad: Tensor, a: Tensor, b: Tensor, rate: float, *, largest: bool = False
+) -> Tensor:
     """d after one gradient step of both maps whose difference it is.
 
-    d: [rows, *places]; grad: of the loss with respect to the trial latent, [rows, channels,
-    *places], like the predictions a and b; rate: the step times how far the trial latent moves with
-    the prediction (rho B).
+    d: [rows, *places]; grad: of the loss with respect to the trial latent sigma(d) a + (1 - sigma)
+    b, [rows, channels, *places] like a and b; rate: length of the step, or with `largest` the size
+    of the largest change of each row.
     """
-    return (update_reference if _plain(d, grad, a, b) else update_kernel)(d, grad, a, b, rate)
+    chosen = update_reference if _plain(d, grad, a, b) else update_kernel
+    return chosen(d, grad, a, b, rate, largest)
 
 
 def specimens(arch: str) -> Iterator[Specimen]:
@@ -270,7 +298,8 @@ def specimens(arch: str) -> Iterator[Specimen]:
         "merge_instances": (_merge_kernel, {"masks_ptr": "*fp32:16", "MASKED": True}),
         "mix_predictions": (_mix_kernel, {"d_ptr": "*fp32:16"}),
         "update_difference": (
-            _update_kernel, {"d_ptr": "*fp32:16", "out_ptr": "*fp32:16", "rate": "fp32"}
+            _update_kernel,
+            {"d_ptr": "*fp32:16", "out_ptr": "*fp32:16", "rate": "fp32", "LARGEST": True},
         ),
     }  # fmt: skip
     for element in ("fp16", "fp32"):

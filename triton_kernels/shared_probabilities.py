@@ -313,6 +313,11 @@ def shared_probabilities(
         )
     if not groups or not all(group.values for group in groups):
         raise ValueError("shared_probabilities: give groups, each of one row of values or more")
+    for group in groups:
+        named = ((group.q, q), (group.k, k), *((row, v) for row in group.values))
+        if not all(0 <= row < len(x) for row, x in named):
+            rows = ", ".join(str(len(x)) for x in (q, k, v))
+            raise ValueError(f"shared_probabilities: {group}, but q, k, v have {rows} rows")
     return _operator(q, k, v, _encode(groups), scale)
 
 

@@ -235,12 +235,12 @@ class _Form:
         return len(self.biases) - 1
 
     def _factors(self, term: Term) -> int:
-        key = tuple(id(pair) for pair in term.factors)
+        keys_of = term.own.tokens
+        key = (keys_of, *map(id, term.factors))
         if key not in self.factors:
             pairs = term.factors
             n = term.q.base.shape[-2]
             queries = [keys.new_ones(n, 1) if q is None else q for q, keys in pairs]
-            length = max(keys.shape[0] for _, keys in pairs)
-            of_keys = [F.pad(keys, (0, 0, 0, length - keys.shape[0])) for _, keys in pairs]
+            of_keys = [F.pad(keys, (0, 0, 0, keys_of - keys.shape[0])) for _, keys in pairs]
             self.factors[key] = torch.cat(queries, 1), torch.cat(of_keys, 1)
         return list(self.factors).index(key)

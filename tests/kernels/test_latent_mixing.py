@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -85,7 +86,15 @@ def test_the_update_is_that_of_both_maps(form: Form) -> None:
     after = maps.detach() - 0.7 * grad
     d = (maps[0] - maps[1]).detach().float()
     got = form(d, of_trial.float(), a.float(), b.float(), 0.7 * 0.3)
-    close("d", got, after[0] - after[1], TOLERANCE[torch.float32])
+    want = after[0] - after[1]
+    close("d", got, want, TOLERANCE[torch.float32])
+    change = want - d
+    tops = change.abs().flatten(1).amax(1)[:, None, None]
+    for rate in (0.4, -0.4):
+        got = form(d, of_trial.float(), a.float(), b.float(), rate, True)
+        sign = math.copysign(1, rate)
+        close("largest", got, d + sign * 0.4 * change / tops, TOLERANCE[torch.float32])
+    assert torch.equal(form(d, of_trial.float(), a.float(), a.float(), 0.4, True), d)
 
 
 def test_compiled_without_graph_breaks_and_learned_by_reference() -> None:

@@ -84,3 +84,6 @@ def test_strided_channels_and_bad_input() -> None:
         shared_probabilities(q.double(), k.double(), v.double(), SOURCE_AND_EDITS, 0.3)
     with pytest.raises(ValueError, match="one row of values or more"):
         shared_probabilities(q, k, v, [Group(0, 0, ())], 0.3)
+    for beyond in (Group(3, 0, (0,)), Group(0, -1, (0,)), Group(0, 0, (0, 3))):
+        with pytest.raises(ValueError, match="q, k, v have 3, 3, 3 rows"):
+            shared_probabilities(q, k, v, [beyond], 0.3)

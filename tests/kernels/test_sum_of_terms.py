@@ -226,3 +226,30 @@ def test_strides_and_bad_input() -> None:
     with pytest.raises(ValueError, match="give fp32, fp16 or bf16"):
         wide = case.double()
         sum_of_terms(wide.q, wide.k, wide.v, wide.terms, wide.scale)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"terms": {"q": 3}}, "q=3.*there are 3 rows of q"),
+        ({"terms": {"v": -1}}, "v=-1.*there are 3 rows of v"),
+        ({"terms": {"weights": 0}}, "weights=0.*there are 0 rows of weights"),
+        ({"terms": {"bias": 3}}, "bias=3.*there are 3 rows of bias"),
+        ({"weights": random(2, 8)}, r"weights is \(2, 8\) on .*; give \[rows, 9\]"),
+        ({"bias": random(3, 1, 2, 17)}, "give .rows, 1 or 1, 2 or 1, 18 or more.*"),
+        ({"bias": random(3, 18)}, r"bias is \(3, 18\)"),
+        ({"factors": (random(2, 8, 3), random(2, 18, 3))}, "the first of factors is .*9, r"),
+        ({"factors": (random(2, 9, 3), random(2, 17, 3))}, "second of factors .*18 or more, 3"),
+        ({"factors": (random(2, 9, 3), random(1, 18, 3))}, "second of factors .*18 or more, 3"),
+        ({"v": stacks(3, [17], 16, torch.float32, 3)}, "has 18 keys and 17 values"),
+        ({"q": stacks(1, [9, 9, 8], 16, torch.float32, 3)}, r"have \[9, 9, 8\] tokens"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_nothing_is_read_beyond_what_is_given(changed: dict[str, Any], said: str) -> None:
+    case = biased(torch.float32, 9, 18, 16)
+    of_term = changed.pop("terms", {})
+    case.terms[0] = case.terms[0]._replace(**of_term)
+    given = {"q": case.q, "k": case.k, "v": case.v, **case.options, **changed}
+    with pytest.raises(ValueError, match=said):
+        sum_of_terms(terms=case.terms, scale=case.scale, **given)

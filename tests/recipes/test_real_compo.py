@@ -179,9 +179,10 @@ class Watched(RealCompo):
             state = predictions.state
             x = state.latents
             layout, text = (Guess(e, e, x) for e in (self._found["cond"], predictions["cond"]))
-            self.seen = self._change(state, layout, text)
-            towards = torch.sign(self.seen)
             start, losses = self.d, []
+            self._update(state, layout, text)
+            self.seen = start - self.d
+            towards = torch.sign(self.seen)
             for sign in (1, -1):
                 self.d = start + sign * 1e-5 * towards
                 losses.append(self._loss(state, layout, text))
