@@ -87,7 +87,7 @@ def edit(
         call.read_outs = [r._replace(into=lambda row, values: None) for r in call.read_outs]
     if not call.operations:
         if call.read_outs:
-            plan.read_only(call)
+            plan.read_only(call, _backend(attached))
             _log(attached, call, plan.PASS_THROUGH, state)
         return caught.original()
     out, chosen = plan.evaluate(call, _backend(attached))

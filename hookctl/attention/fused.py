@@ -21,17 +21,12 @@ from hookctl.attention.sdpa import Piece
 from hookctl.attention.term import Segment, Sum, Term
 from hookctl.kernels.guard import usable
 from hookctl.kernels.launch import DTYPES, WIDEST, in_one_grid, interpreting
-from hookctl.kernels.launch_tables import learns_ranked, short_form
+from hookctl.kernels.launch_tables import SHORT, learns_ranked, short_form
+from hookctl.kernels.wins import TERMS, wins
 
 if TYPE_CHECKING:
     from hookctl.attention.call import AttentionCall
 
-# Where one launch is taken to win: (most keys, fewest queries, fewest terms of some row). Reasoned,
-# not measured: over short keys time goes with the bytes that are moved, and SDPA reads q and
-# writes an output once per term and once more to weigh and to add, where one launch writes once.
-# Over long keys SDPA's own kernels do more products a second than these are known to do, and so
-# they may over short ones whose softmax no form of the kernel holds whole.
-WINS: tuple[tuple[int, int, int], ...] = ((256, 256, 2),)
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -49,15 +44,14 @@ def suits(call: AttentionCall, finished: Sum) -> str | None:
         return None
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, call.k, call.v)):
         return None
-    most = max((len(terms) for terms in finished.terms.values()), default=0)
-    for keys, queries, terms in WINS:
-        short = call.k.shape[-2] <= keys and q.shape[-2] >= queries and most >= terms
-        if (
-            short
-            and short_form(q, call.k.shape[-2])
-            and all(_fits(t, finished.mask) for ts in finished.terms.values() for t in ts)
-        ):
-            return f"{most} terms over {call.k.shape[-2]} keys: one launch writes the output once"
+    most, keys = max((len(terms) for terms in finished.terms.values()), default=0), call.k.shape[-2]
+    if (
+        wins(TERMS, q.device, most, q.shape[-2])
+        # Longer keys, whose softmax no form holds whole, are better off with SDPA's own kernels.
+        and short_form(q, keys)
+        and all(_fits(t, finished.mask) for ts in finished.terms.values() for t in ts)
+    ):
+        return f"{most} terms over {keys} keys: one launch writes the output once"
     return together.suits(call, finished)
 
 
@@ -68,7 +62,7 @@ def evaluate(finished: Sum, rows: Sequence[int]) -> list[Piece]:
     rest = [row for row in rows if row not in fit]
     pieces, fit = together.shared(finished, fit)
     # Over long keys a row that nothing rewrote is as fast by the model's own means as by any.
-    long = [r for r in fit if r not in finished.terms and _keys(finished, r) >= together.LONG_KEYS]
+    long = [r for r in fit if r not in finished.terms and _keys(finished, r) > max(SHORT)]
     fit = [row for row in fit if row not in long]
     pieces += sdpa.evaluate(finished, rest + long, together.attend) if rest or long else []
     whole = _launch(finished, fit) if fit else None

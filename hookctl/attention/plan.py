@@ -116,11 +116,11 @@ def evaluate(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Plan]:
     return _placed(pieces, call), plan
 
 
-def read_only(call: AttentionCall) -> None:
+def read_only(call: AttentionCall, backend: str = "auto") -> None:
     """Serve the read-outs of a call that nothing rewrote."""
     finished = call.fold()
     for request in call.read_outs:
-        request.into(request.row, _read(finished, request, call, "auto"))
+        request.into(request.row, _read(finished, request, call, backend))
 
 
 def _choose(call: AttentionCall, finished: Sum, backend: str) -> tuple[Evaluator, Plan]:

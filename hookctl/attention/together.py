@@ -15,32 +15,25 @@ from hookctl.attention.term import Sum, Term
 from hookctl.attention.visibility import Regions
 from hookctl.kernels.guard import usable
 from hookctl.kernels.launch import DTYPES
-from hookctl.kernels.launch_tables import MAPS, REGIONS, serves
+from hookctl.kernels.launch_tables import serves
+from hookctl.kernels.wins import MAPS, REGIONS, SHARED, wins
 
 if TYPE_CHECKING:
     from hookctl.attention.call import AttentionCall, ReadOut
 
-# Where these kernels are taken to win. Reasoned, not measured: R rows of one softmax cost 1 + R
-# products instead of 2 R, which from four rows on leaves room for SDPA's faster products; regions
-# cost SDPA a gathered call for each kind of query; a map costs SDPA a product with one-hot values
-# as wide as a head. Below so many keys a launch costs as much as what it saves.
-LONG_KEYS = 1024
-SHARING_ROWS = 4
-REGION_KINDS = 4
 REGION_WIDTH = 160  # widest head of the kernels of regions and maps
 
 
 def suits(call: AttentionCall, finished: Sum) -> str | None:
-    """Why a call with long keys is faster by one of these kernels; None where it is not."""
-    if call.k.shape[-2] < LONG_KEYS:
-        return None
+    """Why a call is faster by one of these kernels; None where it is not."""
+    device, keys = call.q.device, call.k.shape[-2]
     most = max((len(rows) for rows in sharing(finished, range(finished.rows)).values()), default=0)
-    if most >= SHARING_ROWS:
+    if wins(SHARED, device, most, keys):
         return f"{most} rows of one softmax: its products are formed once"
     kinds = max(
         (t.regions.kinds for ts in finished.terms.values() for t in ts if t.regions), default=0
     )
-    if kinds >= REGION_KINDS:
+    if wins(REGIONS, device, kinds, keys):
         return f"{kinds} kinds of queries by region: one launch, no mask and nothing gathered"
     return None
 
@@ -148,8 +141,8 @@ def _thin(finished: Sum, request: ReadOut, call: AttentionCall, backend: str) ->
     """The one softmax that a read-out is of, where the kernels of `map_readout` are to serve it."""
     q, k, row = call.q, call.k, request.row.index
     if backend == "auto":
-        taken = q.dtype in (torch.float16, torch.bfloat16) and k.shape[-2] >= LONG_KEYS
-        taken = taken and q.device.type == "cuda" and usable(q.device) is None
+        taken = q.dtype in (torch.float16, torch.bfloat16) and q.device.type == "cuda"
+        taken = taken and usable(q.device) is None and wins(MAPS, q.device, 1, k.shape[-2])
     else:
         taken = backend == "triton"
     terms = [term for term in finished.terms[row] if not term.extra]

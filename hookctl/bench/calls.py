@@ -153,20 +153,25 @@ class Bench:
 
         return run
 
-    def maps(self, shape: Shape, group: str = "call") -> Case:
-        """Maps of two words on the guided rows: what capture adds to a call that nothing edits."""
+    def maps(self, shape: Shape, group: str = "call", *, of_self: bool = False) -> Case:
+        """Maps of two keys on the guided rows: what capture adds to a call that nothing edits."""
         n, heads, d = shape
+        m = n if of_self else TEXT
         rows = rows_of()
-        q, k, v = self.given(len(rows), n, TEXT, heads, d)
-        site = Site("site", "cross", "down", 0, 0)
+        q, k, v = self.given(len(rows), n, m, heads, d)
+        site = Site("site", "self" if of_self else "cross", "down", 0, 0)
         guided = [row.index for row in rows.where(branch=COND)]
 
-        def ours() -> Tensor:
-            call = call_of(site, q, k, v, rows)
-            found: list[Tensor] = []
-            call.read(rows.where(branch=COND), READ, lambda row, values: found.append(values[0]))
-            plan.read_only(call)
-            return torch.stack(found)
+        def by(backend: str) -> Form:
+            def run() -> Tensor:
+                call = call_of(site, q, k, v, rows)
+                found: list[Tensor] = []
+                shown = rows.where(branch=COND)
+                call.read(shown, READ, lambda row, values: found.append(values[0]))
+                plan.read_only(call, backend)
+                return torch.stack(found)
+
+            return run
 
         def eager() -> Tensor:
             """As capture does it in the wild: the matrices of all rows, then those that count."""
@@ -176,12 +181,20 @@ class Bench:
             return probabilities(q[guided].double(), k[guided].double()).mean(1)[..., list(READ)]
 
         size = q.element_size()
+        forms = {OURS: by("auto"), "eager": eager}
+        if of_self:
+            forms |= {f"plan {e.name}": by(e.name) for e in plan.EVALUATORS if reads(e)}
         return Case(
-            group, "map capture", {"tokens": n, "heads": heads, "channels": d},
-            {OURS: ours, "eager": eager}, truth, tolerance=self.tolerance,
-            flops=2.0 * len(guided) * heads * n * TEXT * d,
-            traffic=size * len(guided) * heads * d * (n + TEXT),
+            group, "map capture", {"tokens": n, "keys": m, "heads": heads, "channels": d},
+            forms, truth, tolerance=self.tolerance,
+            flops=2.0 * len(guided) * heads * n * m * d,
+            traffic=size * len(guided) * heads * d * (n + m),
         )  # fmt: skip
+
+
+def reads(evaluator: plan.Evaluator) -> bool:
+    """Whether an evaluator is one of the choices for a map over long keys."""
+    return evaluator.name in ("triton", "sdpa") and evaluator.missing() is None
 
 
 def call_of(site: Site, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> AttentionCall:

@@ -36,13 +36,13 @@ class Contest:
     case: Case
 
 
-def refuse(device: torch.device) -> None:
+def refuse(device: torch.device, option: str) -> None:
     """UnsupportedError where a measurement would say nothing of a kernel's speed."""
     why = available(device)
     if why is None and interpreting():
         why = "TRITON_INTERPRET=1 is set, and the interpreter's times mean nothing"
     if why:
-        raise UnsupportedError(f"--tune: {why}; run it on the GPU that the tables are for")
+        raise UnsupportedError(f"{option}: {why}; run it on the GPU that the tables are for")
 
 
 def candidates(shipped: Launch, work: Workload) -> list[Launch]:

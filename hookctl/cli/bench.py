@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from hookctl.cli.bench_tables import place, tune
 from hookctl.cli.common import (
     add_command,
     add_out,
@@ -22,6 +23,7 @@ hookctl bench --quick                        # two minutes on one core of a CPU
 hookctl bench                                # every shape; on a GPU, all figures of the README
 hookctl bench calls --only regions --flex    # one kind of edit, also against FlexAttention
 hookctl bench --tune                         # on a GPU: the fastest tiles into the launch tables
+hookctl bench --wins                         # then: where the kernels are taken in place of SDPA
 """
 
 
@@ -44,10 +46,16 @@ def add(commands: Any) -> None:
         help=f"of {', '.join(GROUPS)} (default: all)",
     )
     command.add_argument("--quick", action="store_true", help="small shapes and few rounds")
-    command.add_argument(
+    tables = command.add_mutually_exclusive_group()
+    tables.add_argument(
         "--tune",
         action="store_true",
         help="measure the kernels' candidate tiles, and write the fastest into the launch tables",
+    )
+    tables.add_argument(
+        "--wins",
+        action="store_true",
+        help="measure from which size on the kernels beat SDPA, and write it into the plan's table",
     )
     command.add_argument("--only", default="", metavar="WORD", help="cases whose name has this")
     command.add_argument("--flex", action="store_true", help="FlexAttention too, where it compiles")
@@ -80,8 +88,8 @@ def main(options: Any) -> None:
     device = usable_device(options.device)
     usual = "float32" if device.type == "cpu" else "bfloat16"
     dtype = getattr(torch, options.dtype or usual)
-    if options.tune:
-        return _tune(device, options)
+    if options.tune or options.wins:
+        return (tune if options.tune else place)(device, options)
     out = make_folder(options.out)  # before anything is measured, which takes long
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
@@ -108,38 +116,6 @@ def main(options: Any) -> None:
     heading = "{name}, {dtype}, torch {torch}".format_map(data)
     report.plot(measured, heading).save(out / "bench.png")
     print(f"\nwritten to {out}: bench.json, bench.png")
-
-
-def _tune(device: Any, options: Any) -> None:
-    """Measure the candidates of every entry of this device's tables; the tables are replaced when
-    all have been, so that an interrupted run changes nothing."""
-    import torch
-
-    from hookctl.bench import report, tuning
-    from hookctl.bench.measure import measure
-    from hookctl.errors import InputError
-    from hookctl.kernels.launch import arch_of
-    from hookctl.kernels.launch_tables import FILE
-    from hookctl.tables import table
-
-    tuning.refuse(device)
-    won, measured = [], []
-    with torch.no_grad():
-        for one in tuning.contests(device, arch_of(device), options.only):
-            print(f"\r{one.table} {one.key}: {len(one.tiles)} tiles", end="", file=sys.stderr)
-            measured.append(measure(one.case, 0.0, device, options.seconds or 2.0))
-            won.append((one, tuning.winner(one, measured[-1])))
-    print(file=sys.stderr)
-    if not won:
-        raise InputError(f"--only {options.only!r}: no launch table has that in its name")
-    print(table(report.rows(measured), report.HEADERS))
-    out = make_folder(options.out)
-    write_json(out / "tuning.json", [one.data() for one in measured])
-    changes = tuning.written(won, torch.cuda.get_device_name(device))
-    print("\n".join(changes) or "every tile that ships is the fastest that was tried")
-    print(
-        f"\nwritten to {FILE}; now run python -m tests.kernels.aot --update, which refuses spills"
-    )
 
 
 def _cases(bench: Any, options: Any) -> Iterator[Any]:

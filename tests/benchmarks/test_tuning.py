@@ -15,6 +15,7 @@ from hookctl.bench.workloads import WORKLOADS
 from hookctl.cli import main
 from hookctl.errors import UnsupportedError
 from hookctl.kernels import launch_tables
+from hookctl.kernels import wins as kernel_wins
 from hookctl.kernels.launch import Launch
 from hookctl.kernels.launch_tables import SINGLE
 
@@ -40,10 +41,11 @@ def test_every_table_has_a_workload() -> None:
 
 def test_refused_without_a_gpu() -> None:
     with pytest.raises(UnsupportedError, match="--tune: .*run it on the GPU"):
-        tuning.refuse(CPU)
-    before = launch_tables.FILE.read_text()
-    assert main(["bench", "--tune", "--device", "cpu"]) != 0
-    assert launch_tables.FILE.read_text() == before
+        tuning.refuse(CPU, "--tune")
+    for option, file in (("--tune", launch_tables.FILE), ("--wins", kernel_wins.FILE)):
+        before = file.read_text()
+        assert main(["bench", option, "--device", "cpu"]) != 0
+        assert file.read_text() == before
 
 
 @pytest.mark.slow
