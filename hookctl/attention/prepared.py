@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -43,6 +44,14 @@ def cast(value: Tensor, like: Tensor) -> Tensor:
     if value.dtype == like.dtype and value.device == like.device:
         return value
     return remembered(lambda: value.to(like), ("cast", like.dtype, like.device), value)
+
+
+@lru_cache(maxsize=512)
+@torch.inference_mode(False)  # kept for later calls, which may be learned through
+def positions(tokens: tuple[int, ...], device: torch.device) -> Tensor:
+    """Positions of tokens on a device. A list, as an index, would be copied there at every use, and
+    the copy waited for."""
+    return torch.tensor(tokens, device=device)
 
 
 def is_all(value: Tensor, number: float) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hookctl.attention.assemble import scores_of, weigh, weight_of
+from hookctl.attention.prepared import positions
 from hookctl.attention.sdpa import Piece
 from hookctl.attention.term import Sum, Term
 
@@ -39,7 +40,7 @@ def columns(
 ) -> Tensor:
     """The edited probabilities of some of the row's own keys, [sub-batch, heads, N, t]."""
     own = [p for p, _, extra in matrices(finished, row, dtype) if not extra]
-    return torch.stack([p[..., list(tokens)] for p in own]).sum(0)
+    return torch.stack([p[..., positions(tokens, p.device)] for p in own]).sum(0)
 
 
 def matrices(

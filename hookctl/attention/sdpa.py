@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hookctl.attention.assemble import Scores, additive, scores_of, values_of, weigh, weight_of
+from hookctl.attention.prepared import positions
 from hookctl.attention.term import Sum, Term
 from hookctl.attention.visibility import Regions
 
@@ -161,7 +162,7 @@ def columns(term: Term, mask: Tensor | None, tokens: tuple[int, ...]) -> Tensor:
 
 def one_hot_values(term: Term, tokens: tuple[int, ...], like: Tensor) -> Tensor:
     """Values that turn attention into the columns `tokens` of the row's own keys, mapped."""
-    place = torch.tensor(tokens, device=like.device)
+    place = positions(tokens, like.device)
     own = (torch.arange(term.own.tokens, device=like.device)[:, None] == place).to(like.dtype)
     for value_map in term.maps:
         own = value_map.apply(own)

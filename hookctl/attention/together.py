@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hookctl.attention import sdpa
 from hookctl.attention.assemble import Scores
+from hookctl.attention.prepared import positions
 from hookctl.attention.sdpa import Piece
 from hookctl.attention.term import Sum, Term
 from hookctl.attention.visibility import Regions
@@ -116,7 +117,7 @@ def mean_map(finished: Sum, request: ReadOut, call: AttentionCall, backend: str)
         return None
     from hookctl.kernels.map_readout import map_readout
 
-    tokens = torch.tensor(request.tokens, device=call.q.device)
+    tokens = positions(request.tokens, call.q.device)
     maps: Tensor = map_readout(term.q.tensor, term.own.k.tensor, tokens, term.scale)
     return maps.to(call.q.dtype)
 
