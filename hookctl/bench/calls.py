@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -88,9 +89,9 @@ class Bench:
             yield self.regions(shape, count, cover)
 
     def regions(self, shape: Shape, count: int, cover: float, group: str = "call") -> Case:
-        bits = regions_of(shape[0], count, cover, self.device)
+        bits = regions_of(shape[0], count, cover)
         more: dict[str, Any] = {"regions": count, "density": round(density(bits), 3)}
-        return self.case("regions", masked(bits), shape, group=group, **more)
+        return self.case("regions", masked(bits, self.device), shape, group=group, **more)
 
     def case(
         self,
@@ -117,7 +118,8 @@ class Bench:
         if edit.hand != "dense mask" or n * m <= self.most:
             forms[edit.hand] = lambda: merged(edit.by_hand(q, k, v))
         if self.flex and edit.bits is not None:
-            forms["flex"] = flex(q, k, v, edit.bits)
+            compiled = flex(q, k, v, edit.bits.to(self.device))
+            forms |= {"flex": compiled} if compiled else {}
         forms[PLAIN] = lambda: merged(torch.nn.functional.scaled_dot_product_attention(q, k, v))
         places = sampled(n, min(n, CHECKED)).to(self.device)
 
@@ -160,7 +162,8 @@ class Bench:
         rows = rows_of()
         q, k, v = self.given(len(rows), n, m, heads, d)
         site = Site("site", "self" if of_self else "cross", "down", 0, 0)
-        guided = [row.index for row in rows.where(branch=COND)]
+        here, read = guided(q), torch.tensor(READ, device=q.device)
+        count = here.stop - here.start
 
         def by(backend: str) -> Form:
             def run() -> Tensor:
@@ -175,10 +178,10 @@ class Bench:
 
         def eager() -> Tensor:
             """As capture does it in the wild: the matrices of all rows, then those that count."""
-            return probabilities(q, k)[guided].mean(1)[..., list(READ)]
+            return probabilities(q, k)[here].mean(1)[..., read]
 
         def truth() -> Tensor:
-            return probabilities(q[guided].double(), k[guided].double()).mean(1)[..., list(READ)]
+            return probabilities(q[here].double(), k[here].double()).mean(1)[..., read]
 
         size = q.element_size()
         forms = {OURS: by("auto"), "eager": eager}
@@ -187,8 +190,8 @@ class Bench:
         return Case(
             group, "map capture", {"tokens": n, "keys": m, "heads": heads, "channels": d},
             forms, truth, tolerance=self.tolerance,
-            flops=2.0 * len(guided) * heads * n * m * d,
-            traffic=size * len(guided) * heads * d * (n + m),
+            flops=2.0 * count * heads * n * m * d,
+            traffic=size * count * heads * d * (n + m),
         )  # fmt: skip
 
 
@@ -208,15 +211,14 @@ def merged(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-_compiled: dict[str, Callable[..., Any]] = {}
-
-
-def flex(q: Tensor, k: Tensor, v: Tensor, bits: Tensor) -> Form:
-    """FlexAttention, compiled, with the same regions on the guided half of the rows."""
+def flex(q: Tensor, k: Tensor, v: Tensor, bits: Tensor) -> Form | None:
+    """FlexAttention, compiled, with the same regions on the guided half of the rows; None where it
+    doesn't compile."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    if not _compiled:
-        _compiled["attention"] = torch.compile(flex_attention, dynamic=False)
+    # Each case is another graph, and beyond a few of one function they are no longer compiled.
+    torch._dynamo.reset()
+    attention = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     first = guided(q).start  # they are the last rows
 
     def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -224,7 +226,16 @@ def flex(q: Tensor, k: Tensor, v: Tensor, bits: Tensor) -> Form:
 
     n = q.shape[2]
     mask = create_block_mask(sees, q.shape[0], None, n, n, device=str(q.device))
-    return lambda: merged(_compiled["attention"](q, k, v, block_mask=mask))
+
+    def form() -> Tensor:
+        return merged(attention(q, k, v, block_mask=mask))
+
+    try:
+        form()
+    except Exception as error:  # of the compiler, the C compiler or the device
+        print(f"\nno FlexAttention for {tuple(q.shape)}: {str(error)[:200]}", file=sys.stderr)
+        return None
+    return form
 
 
 def most_bytes(device: torch.device) -> float:

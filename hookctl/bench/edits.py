@@ -78,14 +78,15 @@ def self_replacement(edits: int = 1) -> Edit:
         return weigh(p, v)
 
     def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        index = [*range(source + 1), *[source] * edits]
-        return F.scaled_dot_product_attention(q[index], k[index], v)
+        mine, shared = slice(0, source + 1), slice(source, source + 1)
+        q, k = (torch.cat([x[mine], *[x[shared]] * edits]) for x in (q, k))
+        return F.scaled_dot_product_attention(q, k, v)
 
     # Rows that share a matrix need its scores once.
     return Edit(apply, explicit, by_hand, keys=None, work=1 - 0.5 * edits / (2 + 2 * edits))
 
 
-def token_edit(kind: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def token_edit(kind: str) -> tuple[Tensor, Tensor, Tensor]:
     """Token map, blend and gain of a typical replacement, refinement or re-weighting."""
     token_map, blend, gain = torch.eye(TEXT), torch.ones(TEXT), torch.ones(TEXT)
     if kind == "replace":
@@ -98,13 +99,15 @@ def token_edit(kind: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]
         blend[5:8] = 0
     else:
         gain[5] = 3.0
-    return token_map.to(device), blend.to(device), gain.to(device)
+    return token_map, blend, gain
 
 
 def cross(kind: str, device: torch.device) -> Edit:
     """P2P's edits of the text's map: replace, refine, reweight; row 3 from row 2."""
-    token_map, blend, gain = token_edit(kind, device)
-    routing = Routing.of(TEXT, None if kind == "reweight" else token_map, blend, gain)
+    given = token_edit(kind)
+    # As recipes have it: on the CPU, where the engine looks at what it is.
+    routing = Routing.of(TEXT, None if kind == "reweight" else given[0], *given[1:])
+    token_map, blend, gain = (x.to(device) for x in given)
     index = token_map.argmax(0)
 
     def apply(call: AttentionCall) -> None:
@@ -157,7 +160,7 @@ def adapter(heads: int, channels: int, device: torch.device, dtype: torch.dtype)
     return Edit(apply, explicit, by_hand, work=1 + IMAGE_TOKENS / TEXT)
 
 
-def regions_of(tokens: int, count: int, cover: float, device: torch.device) -> Tensor:
+def regions_of(tokens: int, count: int, cover: float) -> Tensor:
     """Bit sets of a square grid with `count` instances side by side covering part of it.
 
     A token outside of all is of the background, bit 63.
@@ -168,7 +171,7 @@ def regions_of(tokens: int, count: int, cover: float, device: torch.device) -> T
     inside = row < round(side * cover)
     which = (column * count // side).clamp_max(count - 1)
     bits = torch.ones(tokens, dtype=torch.int64) << which
-    return torch.where(inside, bits, torch.tensor(-(1 << 63))).to(device)
+    return torch.where(inside, bits, torch.tensor(-(1 << 63)))
 
 
 def density(bits: Tensor) -> float:
@@ -184,9 +187,10 @@ def guided(x: Tensor) -> slice:
     return slice(at, at + each)
 
 
-def masked(bits: Tensor) -> Edit:
-    """Self-attention of the guided rows within regions."""
-    allowed = (bits[:, None] & bits[None]) != 0
+def masked(bits: Tensor, device: torch.device) -> Edit:
+    """Self-attention of the guided rows within regions; bits are on the CPU, as recipes have it."""
+    there = bits.to(device)
+    allowed = (there[:, None] & there[None]) != 0
 
     def apply(call: AttentionCall) -> None:
         call.restrict(call.rows.where(branch=COND), bits, bits)

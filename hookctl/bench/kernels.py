@@ -6,22 +6,29 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from hookctl.address.rows import COND
 from hookctl.address.sites import Site
 from hookctl.attention import plan
-from hookctl.bench.calls import READ, Bench, Shape, call_of
-from hookctl.bench.edits import TEXT, guided, probabilities, rows_of
+from hookctl.bench.calls import CHECKED, READ, Bench, Shape, call_of
+from hookctl.bench.edits import TEXT, guided, probabilities, rows_of, sampled, weigh
 from hookctl.bench.measure import OURS, Case, Form
 from hookctl.kernels.fourier_gain import fourier_gain
-from hookctl.kernels.latent_mixing import local_blend, merge_instances, mix_predictions
+from hookctl.kernels.latent_mixing import (
+    local_blend,
+    merge_instances,
+    mix_predictions,
+    update_difference,
+)
 from hookctl.kernels.launch import available, interpreting
 
 GROUP = "kernel"
 MAPS: tuple[tuple[Shape, bool], ...] = (((1024, 20, 64), False), ((1024, 20, 64), True))
 SIDES = (64, 128)  # of latents
 FEATURES = ((1280, 32), (640, 64))  # channels, side: FreeU's backbone features of SDXL
-GAIN = 0.9
+LONG: tuple[Shape, ...] = ((4096, 10, 64), (4096, 24, 128))
+GAIN, RATE = 0.9, 0.1
 QUICK_MAPS: tuple[tuple[Shape, bool], ...] = (((256, 8, 40), False), ((1024, 8, 40), True))
 
 
@@ -29,6 +36,8 @@ def cases(bench: Bench, quick: bool) -> Iterator[Case]:
     """Every kernel of this kind at a few shapes."""
     for shape, of_self in QUICK_MAPS if quick else MAPS:
         yield map_gradient(bench, shape, of_self)
+    if available(bench.device) is None and not interpreting():
+        yield from (long_keys(bench, shape) for shape in LONG)
     for side in SIDES[:1] if quick else SIDES:
         yield from mixing(bench, side)
     for channels, side in FEATURES[:1] if quick else FEATURES:
@@ -46,6 +55,7 @@ def map_gradient(bench: Bench, shape: Shape, of_self: bool) -> Case:
     q, k, v = bench.given(len(rows), n, m, heads, d)
     here = guided(q)
     site = Site("site", "self" if of_self else "cross", "down", 0, 0)
+    read = torch.tensor(READ, device=q.device)
 
     def by_engine(q: Tensor, k: Tensor) -> Tensor:
         call, found = call_of(site, q, k, v.to(q), rows), list[Tensor]()
@@ -54,12 +64,12 @@ def map_gradient(bench: Bench, shape: Shape, of_self: bool) -> Case:
         return torch.stack(found)
 
     def explicit(q: Tensor, k: Tensor) -> Tensor:
-        return probabilities(q, k)[here].mean(1)[..., list(READ)]
+        return probabilities(q, k)[here].mean(1)[..., read]
 
     def by_kernel(q: Tensor, k: Tensor) -> Tensor:
         from hookctl.kernels.map_readout import map_readout
 
-        return map_readout(q[here], k[here], torch.tensor(READ, device=q.device))
+        return map_readout(q[here], k[here], read)
 
     forms = {OURS: _gradient(by_engine, q, k), "eager": _gradient(explicit, q, k)}
     if available(bench.device) is None and not interpreting():
@@ -70,6 +80,34 @@ def map_gradient(bench: Bench, shape: Shape, of_self: bool) -> Case:
         _gradient(explicit, q.double(), k.double()), tolerance=4 * bench.tolerance,
         flops=6.0 * count * n * m * d,  # scores, dq and dk
         traffic=2.0 * q.element_size() * count * d * (n + m),
+    )  # fmt: skip
+
+
+def long_keys(bench: Bench, shape: Shape) -> Case:
+    """The sum of terms where every row has one, over long keys: a plain call, by its kernel."""
+    from hookctl.kernels.sum_of_terms import Stretch, sum_of_terms
+
+    n, heads, d = shape
+    rows = len(rows_of())
+    q, k, v = bench.given(rows, n, n, heads, d)
+    of_q, of_k, of_v = ([x.unsqueeze(1)] for x in (q, k, v))
+    terms = [Stretch(row, row, row, row) for row in range(rows)]
+    places = sampled(n, CHECKED).to(q.device)
+
+    def by_kernel() -> Tensor:
+        return sum_of_terms(of_q, of_k, of_v, terms, d**-0.5)[0].flatten(0, 1)
+
+    def truth() -> Tensor:
+        return weigh(probabilities(q[:, :, places].double(), k.double()), v.double())
+
+    forms: dict[str, Form] = {
+        OURS: by_kernel,
+        "sdpa": lambda: scaled_dot_product_attention(q, k, v),
+    }
+    return Case(
+        GROUP, "one term, long keys", {"tokens": n, "heads": heads, "channels": d}, forms, truth,
+        lambda out: out[:, :, places], bench.tolerance, flops=4.0 * rows * heads * n * n * d,
+        traffic=4.0 * q.numel() * q.element_size(),
     )  # fmt: skip
 
 
@@ -120,6 +158,15 @@ def mixing(bench: Bench, side: int) -> Iterator[Case]:
     yield _elementwise(
         bench, "merge by mean", side, merge_instances, lambda x: x.mean(0), x, moved=[x, x[0]]
     )
+
+    def updated(a: Tensor, b: Tensor) -> Tensor:
+        share = d.to(a).sigmoid()
+        return d.to(a) - RATE * 2 * share * (1 - share) * (a * (a - b)).sum(1)
+
+    yield _elementwise(
+        bench, "RealCompo update", side, lambda a, b: update_difference(d, a, a, b, RATE), updated,
+        a, b, moved=[a, b, a, d, d],
+    )  # fmt: skip
     yield _elementwise(
         bench, "RealCompo mixture", side, lambda a, b: mix_predictions(a, b, d), mixed, a, b,
         moved=[a, b, d, a],

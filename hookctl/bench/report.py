@@ -12,8 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from hookctl.bench.limits import Limits
 from hookctl.bench.measure import OURS, Measured
+from hookctl.tables import table
 
-HEADERS = ("case", "shape", "form", "ms", "quartiles", "MiB", "times ours", "limit ms")
+HEADERS = ("case", "shape", "form", "ms", "quartiles", "host ms", "MiB", "times ours", "limit ms")
 _COLOURS = {OURS: "#c8102e", "eager": "#1f4e99", "plain": "#888888"}
 _OTHERS = ("#2a9d4a", "#b07000", "#7b3fa0", "#008a8a", "#d05090")
 _GREY = "#666666"
@@ -33,6 +34,7 @@ def rows(measured: Iterable[Measured]) -> list[tuple[object, ...]]:
             low, high = 1e3 * figure.low, 1e3 * figure.high
             spread = f"{low:.3g} - {high:.3g}"
             per_ours = None if figure.per_ours is None else round(figure.per_ours, 2)
+            host = None if figure.host is None else round(1e3 * figure.host, 3)
             first = name == OURS
             found.append(
                 (
@@ -41,12 +43,20 @@ def rows(measured: Iterable[Measured]) -> list[tuple[object, ...]]:
                     name,
                     round(1e3 * figure.seconds, 3),
                     spread,
+                    host,
                     round(figure.peak / 2**20, 1),
                     per_ours,
                     round(1e3 * one.limit, 3) if first else None,
                 )
             )
     return found
+
+
+def text(measured: Sequence[Measured]) -> str:
+    """The rows as a table, without columns that are empty here."""
+    every = rows(measured)
+    kept = [i for i in range(len(HEADERS)) if any(row[i] is not None for row in every)]
+    return table([[row[i] for i in kept] for row in every], [HEADERS[i] for i in kept])
 
 
 def data(

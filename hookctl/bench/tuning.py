@@ -2,14 +2,17 @@
 
 A candidate is a form of a case as the benchmark's other forms are, checked against the kernel's
 reference and timed by the same `measure`. What does not launch (too much shared memory) or is
-wrong is no candidate. Tiles that spill registers are found by compilation ahead of time afterwards
-(tests/kernels/aot.py --update refuses them).
+wrong is no candidate. All are compiled beforehand, by as many processes as there are cores. Tiles
+that spill registers are found by compilation ahead of time afterwards (tests/kernels/aot.py
+--update refuses them).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, as_completed
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,22 @@ from hookctl.errors import UnsupportedError
 from hookctl.kernels import launch_tables
 from hookctl.kernels.launch import Launch, available, interpreting
 from hookctl.kernels.launch_tables import SINGLE, Key
+
+_TOGETHER = 4  # candidates that one process compiles after each other
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What a tile raises that can't be compiled or launched (by Triton, for too much shared memory
+    say, or by the compiler's passes), or that is wrong."""
+    found: tuple[type[Exception], ...] = (DisagreementError, RuntimeError)
+    if find_spec("triton") is not None:
+        from triton.errors import TritonError
+
+        found = (TritonError, *found)
+    return found
+
+
+_FAILURES = _failures()
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,13 +84,61 @@ def contests(
     device: torch.device, arch: str, only: str = "", small: bool = False
 ) -> Iterator[Contest]:
     """One for each entry of the tables of an architecture. small: sizes for a test."""
+    for work, entry, tile in _entries(arch, only):
+        yield contest(work, device, *entry, tile, small)
+
+
+def prepare(pool: Executor, device: torch.device, arch: str, only: str = "") -> None:
+    """Run every candidate once, in the processes of a pool: what they compile stays in Triton's
+    cache on the disk, where the process that measures finds it."""
+    waiting = []
+    for work, entry, shipped in _entries(arch, only):
+        tiles = candidates(shipped, work)
+        for i in range(0, len(tiles), _TOGETHER):
+            waiting.append(pool.submit(prepared, device, *entry, tiles[i : i + _TOGETHER]))
+    for done in as_completed(waiting):
+        try:
+            done.result()
+        except _FAILURES:  # met again where it is measured
+            continue
+
+
+def prepared(
+    device: torch.device,
+    table: str,
+    arch: str,
+    key: Key,
+    tiles: list[Launch],
+    small: bool = False,
+) -> int:
+    """How many of the tiles of an entry run."""
+    torch.set_num_threads(1)
+    work, count = WORKLOADS[table.removesuffix(SINGLE)], 0
+    with torch.no_grad():
+        given = work.given(device, _dtype(table), key, launch_tables.shipped()[table][arch], small)
+        for tile in tiles:
+            try:
+                _form(table, tile, work.form(given))()
+            except _FAILURES:
+                continue
+            count += 1
+    return count
+
+
+def _entries(arch: str, only: str) -> Iterator[tuple[Workload, tuple[str, str, Key], Launch]]:
+    """(workload, (table, architecture, key), tile that ships), of all that can run."""
     tables = launch_tables.shipped()
     for name, work in WORKLOADS.items():
-        for table in (name, name + SINGLE):
+        for table, element in ((name, "fp16"), (name + SINGLE, "fp32")):
             of_arch = tables.get(table, {}).get(arch, {})
             for key, tile in of_arch.items() if only in table else ():
-                if tile is not None:
-                    yield contest(work, device, table, arch, key, tile, small)
+                others = (launch_tables.entry(x, arch, key, element) for x in work.needs)
+                if tile is not None and None not in others:
+                    yield work, (table, arch, key), tile
+
+
+def _dtype(table: str) -> torch.dtype:
+    return torch.float32 if table.endswith(SINGLE) else torch.bfloat16
 
 
 def contest(
@@ -84,7 +151,7 @@ def contest(
     small: bool = False,
 ) -> Contest:
     """The candidates of one entry as forms of one case; those that can't run are left out."""
-    dtype = torch.float32 if table.endswith(SINGLE) else torch.bfloat16
+    dtype = _dtype(table)
     listed = launch_tables.shipped()[table][arch]
     given = work.given(device, dtype, key, listed, small)
     tiles = {OURS if one == tile else _name(one): one for one in candidates(tile, work)}
@@ -117,13 +184,11 @@ def _form(table: str, tile: Launch, make: Callable[[], Form]) -> Form:
 
 
 def _runs(case: Case, name: str) -> bool:
-    from triton.runtime.errors import OutOfResources
-
     alone = Case(case.group, case.name, case.shape, {name: case.forms[name]}, case.truth,
                  tolerance=case.tolerance)  # fmt: skip
     try:
         check(alone)
-    except (OutOfResources, DisagreementError):
+    except _FAILURES:
         return False
     return True
 

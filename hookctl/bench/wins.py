@@ -63,14 +63,24 @@ def _cases(bench: Bench, shape: Shape, only: str) -> Iterator[tuple[str, int, Ca
         yield MAPS, 1, bench.maps(shape, of_self=True)
 
 
-def answers(asked: Iterable[tuple[Question, Measured]]) -> dict[tuple[str, int], int | None]:
-    """The fewest tokens of each entry, None where the kernel doesn't win at the largest size."""
+def answers(
+    asked: Iterable[tuple[Question, Measured | None]],
+) -> dict[tuple[str, int], int | None]:
+    """The fewest tokens of each entry, None where the kernel doesn't win at the largest size.
+
+    What could not be measured is lost; a size that SDPA has no memory for is won.
+    """
     won: dict[tuple[str, int], dict[int, bool]] = {}
     for one, measured in asked:
         ladder = won.setdefault((one.kernel, one.count), {})
-        ratio = measured.figures[SDPA].per_ours or 0.0
-        ladder[one.tokens] = ladder.get(one.tokens, True) and ratio >= MARGIN
+        won_here = measured is not None and _wins(measured)
+        ladder[one.tokens] = ladder.get(one.tokens, True) and won_here
     return {entry: _fewest(ladder) for entry, ladder in won.items()}
+
+
+def _wins(measured: Measured) -> bool:
+    sdpa = measured.figures.get(SDPA)
+    return sdpa is None or (sdpa.per_ours or 0.0) >= MARGIN
 
 
 def _fewest(ladder: Mapping[int, bool]) -> int | None:

@@ -41,7 +41,8 @@ class Workload:
     reference: from such tensors to a function of them; learns: which of them the gradient is taken
     of, none for the forward; first, second: the least and the most of each side of a candidate
     tile, None for a side that the form fixes; staged: whether a loop has stages; axes: what the
-    last two sides of the first tensor are.
+    last two sides of the first tensor are; needs: other tables that must have an entry for a call
+    to run.
     """
 
     inputs: Given
@@ -52,6 +53,7 @@ class Workload:
     second: tuple[int, int] | None = SIDES
     staged: bool = True
     axes: tuple[str, str] = ("tokens", "channels")
+    needs: tuple[str, ...] = ()
 
     def given(
         self, device: torch.device, dtype: torch.dtype, key: Key, listed: Iterable[Key], small: bool
@@ -239,17 +241,18 @@ def _workloads() -> dict[str, Workload]:
         found[table] = Workload(text, *_sums(several=True), second=None, staged=False)
     for suffix, ranked in (("", False), (RANKED, True)):
         sums = _sums(several=False, ranked=ranked)
-        found[QUERIES + suffix] = Workload(brief, *sums, learns=(0,))
-        found[KEYS + suffix] = Workload(brief, *sums, learns=(1, 2))
+        both = QUERIES + suffix, KEYS + suffix
+        found[both[0]] = Workload(brief, *sums, learns=(0,), needs=both)
+        found[both[1]] = Workload(brief, *sums, learns=(1, 2), needs=both)
     shared = _shared("shared_probabilities"), _shared("reference")
     found["shared probabilities"] = Workload(_heads(TOKENS, TOKENS, 0), *shared)
     long, brief = (_heads(n, n, 1, _channels) for n in (TOKENS, 1024))
     regions = _regions("region_attention"), _regions("reference")
     maps = _maps("map_readout"), _maps("reference")
     found[REGIONS] = Workload(long, *regions)
-    found[REGIONS + GRADIENTS] = Workload(brief, *regions, learns=(0, 1, 2))
+    found[REGIONS + GRADIENTS] = Workload(brief, *regions, learns=(0, 1, 2), needs=(REGIONS,))
     found[MAPS] = Workload(long, *maps)
-    found[MAPS + GRADIENTS] = Workload(brief, *maps, learns=(0, 1))
+    found[MAPS + GRADIENTS] = Workload(brief, *maps, learns=(0, 1), needs=(MAPS,))
     found[GAIN] = Workload(
         _pictures(64, (4, 640)), _gain("by_kernel"), _gain("reference"),
         first=(1, 16), second=(128, 2048), staged=False, axes=("height", "width"),

@@ -35,7 +35,7 @@ def add(commands: Any) -> None:
         "measure what edits cost on this machine",
         "Measure edited attention against the plain call, against eager control and against SDPA: "
         "interleaved medians with quartiles, time and peak memory together. Every form is compared "
-        "with float64 first; if one disagrees, there are no figures.",
+        "with float64 first; a case in which one disagrees has no figures, and the command fails.",
         _EXAMPLES,
     )
     command.add_argument(
@@ -79,8 +79,7 @@ def main(options: Any) -> None:
     from hookctl.bench.calls import Bench, most_bytes
     from hookctl.bench.limits import Limits
     from hookctl.bench.measure import Measured, measure
-    from hookctl.errors import InputError
-    from hookctl.tables import table
+    from hookctl.errors import HookctlError, InputError
 
     unknown = set(options.groups) - set(GROUPS)
     if unknown:
@@ -95,6 +94,7 @@ def main(options: Any) -> None:
     torch.set_num_threads(options.threads)
     seconds = options.seconds or (0.6 if options.quick else 4.0)
     measured: list[Measured] = []
+    failed: dict[str, str] = {}
     try:
         with torch.inference_mode(False), torch.no_grad():
             limits = Limits.of(device, dtype)
@@ -102,20 +102,29 @@ def main(options: Any) -> None:
             for case in _cases(bench, options):
                 if options.only not in case.name:
                     continue
-                print(f"\r{case.group}: {case.name} {dict(case.shape)}", end="", file=sys.stderr)
+                what = f"{case.group}: {case.name} {dict(case.shape)}"
+                print(f"\r{what}", end="", file=sys.stderr)
                 limit = limits.seconds(case.flops, case.traffic)
-                measured.append(measure(case, limit, device, seconds))
+                try:
+                    measured.append(measure(case, limit, device, seconds))
+                except Exception as error:  # of the reference, a compiler or the device
+                    failed[what] = f"{type(error).__name__}: {error}"
+                # What was measured outlives what comes after.
+                data = report.data(measured, limits, device, dtype) | {"failed": failed}
+                write_json(out / "bench.json", data)
     finally:
         torch.set_num_threads(before)
         print(file=sys.stderr)
-    if not measured:
+    if not measured and not failed:
         raise InputError(f"--only {options.only!r}: no case has that in its name")
-    print(table(report.rows(measured), report.HEADERS))
-    data = report.data(measured, limits, device, dtype)
-    write_json(out / "bench.json", data)
-    heading = "{name}, {dtype}, torch {torch}".format_map(data)
-    report.plot(measured, heading).save(out / "bench.png")
-    print(f"\nwritten to {out}: bench.json, bench.png")
+    if measured:
+        print(report.text(measured))
+        heading = "{name}, {dtype}, torch {torch}".format_map(data)
+        report.plot(measured, heading).save(out / "bench.png")
+        print(f"\nwritten to {out}: bench.json, bench.png")
+    if failed:
+        said = "\n".join(f"{what}: {why}" for what, why in failed.items())
+        raise HookctlError(f"{len(failed)} cases have no figures:\n{said}")
 
 
 def _cases(bench: Any, options: Any) -> Iterator[Any]:

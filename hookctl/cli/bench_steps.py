@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from hookctl.bench.edits import (
     Edit,
     adapter,
     cross,
+    guided,
     masked,
     probabilities,
     regions_of,
@@ -27,10 +29,11 @@ from hookctl.bench.edits import (
 )
 from hookctl.bench.measure import OURS, PLAIN, Case, Form
 
-SLACK = 20  # a step's tolerance over a call's: its errors add up
+SLACK = 5  # a step's tolerance over a call's: its errors add up
 
 # (tokens, heads, channels, whether the site is cross-attention) -> the edit there
 Choice = Callable[[int, int, int, bool], Edit | None]
+Around = Callable[[], AbstractContextManager[Any]]
 
 
 class Apply(hookctl.Editor):
@@ -75,6 +78,7 @@ class Eager:
 
     def __init__(self, choice: Choice, maps: list[Tensor] | None = None) -> None:
         self.choice, self.maps = choice, maps
+        self.read: Tensor | None = None
 
     def __call__(
         self, attn: Any, hidden: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any
@@ -89,7 +93,8 @@ class Eager:
         else:
             p = probabilities(q, k)
             if self.maps is not None and is_cross:
-                self.maps += [row.mean(0)[:, list(READ)] for row in p[2:]]
+                self.read = torch.tensor(READ, device=q.device) if self.read is None else self.read
+                self.maps += [row.mean(0)[:, self.read] for row in p[guided(p)]]
             out = weigh(p, v)
         return attn.to_out[0](out.transpose(1, 2).flatten(2))
 
@@ -117,8 +122,14 @@ class Model:
         self.side = 128 if name == "SDXL" else side
         options = _OPTIONS[name]
         torch.manual_seed(0)
-        unet = UNet2DConditionModel(sample_size=self.side, **options)
-        self.unet = unet.to(bench.device, bench.dtype).eval().requires_grad_(False)
+        usual = torch.get_default_dtype()
+        torch.set_default_dtype(bench.dtype)
+        try:
+            with bench.device:  # billions of random numbers, made where they are wanted
+                unet = UNet2DConditionModel(sample_size=self.side, **options)
+        finally:
+            torch.set_default_dtype(usual)
+        self.unet = unet.eval().requires_grad_(False)
         self.processors = dict(self.unet.attn_processors)
         to: dict[str, Any] = {"device": bench.device, "dtype": bench.dtype}
         self.sample = torch.randn(4, 4, self.side, self.side).to(**to)
@@ -175,7 +186,7 @@ class Model:
         if is_cross:
             return None
         device = self.bench.device
-        return self.once(("regions", count, n), lambda: masked(regions_of(n, count, 0.5, device)))
+        return self.once(("regions", count, n), lambda: masked(regions_of(n, count, 0.5), device))
 
     def adapter(self, n: int, heads: int, d: int, is_cross: bool) -> Edit | None:
         if not is_cross:
@@ -186,62 +197,64 @@ class Model:
     # -- cases ---------------------------------------------------------------------------------
 
     def edited(self, name: str, choice: Choice, regions: int = 0) -> Case:
-        def ours() -> Tensor:
-            with hookctl.control(self.unet, Apply(choice), rows=BRANCHES):
-                return self.step()
-
-        def eager() -> Tensor:
-            return self.eagerly(Eager(choice), self.step)
-
-        forms = {OURS: ours, "eager": eager, PLAIN: self.step}
-        return self.case(name, forms, eager, self.work(choice), regions)
+        inside = self.inside(Apply(choice), Eager(choice))
+        forms: dict[str, Form] = dict.fromkeys((OURS, "eager", PLAIN), self.step)
+        return self.case(name, forms, inside, self.work(choice), regions)
 
     def captured(self, name: str, *, energy: bool) -> Case:
         """Maps of the guided rows, or the gradient of a scalar of them to the latents."""
 
-        def found(maps: list[Tensor], sample: Tensor) -> Tensor:
-            if not energy:
-                return torch.cat([m.float().flatten() for m in maps])
-            scalar = sum((m.float().square().mean() for m in maps), sample.new_zeros(()))
-            return torch.autograd.grad(scalar, sample)[0]
+        capture = Capture()
+        maps = capture.maps
 
-        def ours() -> Tensor:
+        def form() -> Tensor:
+            maps.clear()
             with torch.set_grad_enabled(energy):
-                sample, capture = self.sample.clone().requires_grad_(energy), Capture()
-                with hookctl.control(self.unet, capture, rows=BRANCHES):
-                    self.step(sample)
-                    return found(capture.maps, sample)
+                sample = self.sample.clone().requires_grad_(energy)
+                self.step(sample)
+                if not energy:
+                    return torch.cat([m.float().flatten() for m in maps])
+                scalar = sum((m.float().square().mean() for m in maps), sample.new_zeros(()))
+                maps.clear()
+                return torch.autograd.grad(scalar, sample)[0]
 
-        def eager() -> Tensor:
-            with torch.set_grad_enabled(energy):
-                sample, maps = self.sample.clone().requires_grad_(energy), list[Tensor]()
-                self.eagerly(Eager(lambda *_: None, maps), lambda: self.step(sample))
-                return found(maps, sample)
+        inside = self.inside(capture, Eager(lambda *_: None, maps))
+        forms = {OURS: form, "eager": form, PLAIN: self.step}
+        return self.case(name, forms, inside, self.work(lambda *_: None, energy=energy))
 
-        forms = {OURS: ours, "eager": eager, PLAIN: self.step}
-        return self.case(name, forms, eager, self.work(lambda *_: None, energy=energy))
+    def inside(self, editor: hookctl.Editor, processor: Eager) -> dict[str, Around]:
+        """A step with an editor attached, and one under a processor."""
 
-    def eagerly(self, processor: Eager, run: Callable[[], Tensor]) -> Tensor:
-        self.unet.set_attn_processor(processor)
-        try:
-            return run()
-        finally:
-            self.unet.set_attn_processor(dict(self.processors))
+        @contextmanager
+        def eagerly() -> Iterator[None]:
+            self.unet.set_attn_processor(processor)
+            try:
+                yield
+            finally:
+                self.unet.set_attn_processor(dict(self.processors))
+
+        return {OURS: lambda: hookctl.control(self.unet, editor, rows=BRANCHES), "eager": eagerly}
 
     def case(
         self,
         name: str,
         forms: dict[str, Form],
-        truth: Form,
+        inside: Mapping[str, Around],
         work: tuple[float, float],
         regions: int = 0,
     ) -> Case:
+        """The eager form is the reference; what it is edited by is put in place beforehand."""
+
+        def truth() -> Tensor:
+            with inside["eager"]():
+                return forms["eager"]()
+
         shape = {"pixels": 8 * self.side} | ({"regions": regions} if regions else {})
         tolerance = SLACK * self.bench.tolerance
         flops, traffic = work
         return Case(
             f"step {self.name}", name, shape, forms, truth, tolerance=tolerance,
-            flops=flops, traffic=traffic,
+            flops=flops, traffic=traffic, inside=inside, whole=True,
         )  # fmt: skip
 
 

@@ -41,6 +41,7 @@ def test_every_kernel_of_its_own_agrees_with_float64() -> None:
     cases += [*kernels.mixing(few, 16), kernels.gain(few, 6, 9), kernels.gain(few, 3, 16)]
     assert {case.name for case in cases} == {
         "map gradient", "local blend", "merge by paste", "merge by mean", "RealCompo mixture",
+        "RealCompo update",
         "Fourier gain",
     }  # fmt: skip
     for case in cases:
@@ -95,8 +96,8 @@ def test_peaks_count_what_lives_at_once() -> None:
 
 
 def test_densities_and_limits() -> None:
-    assert density(regions_of(64, 4, 1.0, CPU)) == pytest.approx(0.25)
-    assert density(regions_of(64, 1, 1.0, CPU)) == 1.0
+    assert density(regions_of(64, 4, 1.0)) == pytest.approx(0.25)
+    assert density(regions_of(64, 1, 1.0)) == 1.0
     limits = Limits(2.0, 4.0)
     assert limits.seconds(4.0, 4.0) == 2.0 and limits.seconds(0.0, 8.0) == 2.0
 

@@ -46,6 +46,9 @@ def test_a_kernel_must_win_at_every_larger_size_and_width() -> None:
     assert fewest((64, 1.5), (256, 1.3)) == 64
     assert fewest((64, 1.5), (256, 1.01)) is None  # faster, but within the margin
     assert fewest((64, 1.5), (64, 0.9), (256, 1.3)) == 256
+    alone = replace(measured(1.0), figures={OURS: Figure(1, 1, 1, 0, None)})
+    assert wins.answers([(question, alone)]) == {(MAPS, 1): 16}  # SDPA has no memory for it
+    assert wins.answers([(question, None)]) == {(MAPS, 1): None}
 
 
 def test_only_what_was_measured_is_written(tmp_path: Path) -> None:
