@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hookctl.kernels.launch import aligned, interpreting, pieces
+from hookctl.kernels.launch import aligned, interpreting, sizes
 from hookctl.kernels.stretches import STACKS, Stack, Tables, layout, tables
 
 # log2(e): the query factors carry it, since kernels take exponentials in base 2.
@@ -84,8 +84,6 @@ def common(
     *others: Tensor,
 ) -> dict[str, Any]:
     """The arguments that all kernels have; others: further tensors whose alignment counts."""
-    d = q[0].shape[-1]
-    of_parts = pieces(d)
     at_once = 16 // q[0].element_size()
     return {
         **_three("q", q),
@@ -99,9 +97,7 @@ def common(
         "tokens": q[0].shape[-2],
         "heads": q[0].shape[2],
         "scale": scale,
-        "D": d,
-        "D0": of_parts[0],
-        "D1": of_parts[1],
+        **sizes(q[0].shape[-1]),
         "ALIGN": at_once if aligned(*q, *k, *v, *others) else 1,
         "BIASED": extras.bias is not None,
         "RANK": 0 if extras.key_factors is None else extras.key_factors.shape[-1],
@@ -121,7 +117,6 @@ def _three(name: str, stacks: Sequence[Tensor]) -> dict[str, Tensor]:
 
 def form(dtype: str, width: int) -> dict[str, Any]:
     """The types of `common`, for compilation ahead of time: aligned, without biases."""
-    of_parts = pieces(width)
     return {
         **{f"{name}{i}": f"*{dtype}:16" for name in "qkv" for i in range(STACKS)},
         "steps": "*i64:16",
@@ -130,9 +125,7 @@ def form(dtype: str, width: int) -> dict[str, Any]:
         **dict.fromkeys(("tokens", "heads"), "i32"),
         "scale": "fp32",
         **dict.fromkeys(("o_row", "o_sub", "o_head", "o_token"), "i32:16"),
-        "D": width,
-        "D0": of_parts[0],
-        "D1": of_parts[1],
+        **sizes(width),
         "ALIGN": 4 if dtype == "fp32" else 8,
         "BIASED": False,
         "RANK": 0,

@@ -72,10 +72,15 @@ def _trial(device: torch.device) -> str | None:
 def form(kernel: Any, element: str, **given: Any) -> dict[str, Any]:
     """The types of a kernel's arguments as a usual call has them, for `Specimen`.
 
-    element: "fp16", say, of every pointer that is not `given`; strides are multiples of 16.
+    element: "fp16", say, of every pointer that is not `given`; strides are multiples of 16, but for
+    those of channels, which are 1.
     """
-    usual = {
-        name: f"*{element}:16" if name.endswith("_ptr") else "i32:16" if "stride" in name else "i32"
-        for name in kernel.arg_names
-    }
-    return usual | given
+
+    def usual(name: str) -> Any:
+        if name.endswith("_ptr"):
+            return f"*{element}:16"
+        if "stride" in name and not name.endswith("_stride_d"):
+            return "i32:16"
+        return {"scale": "fp32", "UPCAST": False}.get(name, "i32")
+
+    return {name: usual(name) for name in kernel.arg_names} | given

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -29,6 +29,10 @@ class Launch(NamedTuple):
     stages: int
 
     @property
+    def sides(self) -> dict[str, int]:
+        return {"BM": self.block_m, "BN": self.block_n}
+
+    @property
     def options(self) -> dict[str, int]:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
@@ -37,6 +41,10 @@ class Launch(NamedTuple):
 # each split of a head is shipped and compiled ahead of time; others run on the nearest.
 WIDTHS = (64, 80, 96, 128, 160)
 WIDEST = 160
+
+# (element, width) of what is compiled ahead of time of the kernels over maps and of gradients over
+# regions.
+FORMS = tuple((element, width) for element in ("fp16", "fp32") for width in (64, 128, 160))
 
 # Programs on the second axis of a grid, where a pair of sequence and head is one.
 MOST_PAIRS = 65_535
@@ -118,6 +126,17 @@ def pieces(width: int) -> tuple[int, int]:
     return (whole, 0) if first < 64 or first + rest >= whole else (first, rest)
 
 
+def sizes(width: int) -> dict[str, int]:
+    """A head's channels and their two tiles, as kernels are compiled for them."""
+    first, second = pieces(width)
+    return {"D": width, "D0": first, "D1": second}
+
+
+def side_by_side(*stacks: torch.Tensor) -> int:
+    """For the loads of tiles: above 1 where all channels lie side by side."""
+    return 2 if all(x.stride(-1) == 1 for x in stacks) else 1
+
+
 def aligned(*tensors: torch.Tensor) -> bool:
     """Whether every token of every stack starts on 16 bytes and has its channels side by side."""
     return all(
@@ -126,3 +145,10 @@ def aligned(*tensors: torch.Tensor) -> bool:
         and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
         for x in tensors
     )
+
+
+def empty_output(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """Empty, [..., heads, tokens, channels], the heads of a token beside each other in memory, so
+    that merging them, as the model does, copies nothing."""
+    *outer, heads, tokens, channels = shape
+    return like.new_empty(*outer, tokens, heads, channels).transpose(-3, -2)

@@ -13,14 +13,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hookctl.kernels.launch import INTERPRETED, MOST_PAIRS, Launch, arch_of, interpreting, pieces
+from hookctl.kernels.launch import (
+    FORMS,
+    INTERPRETED,
+    MOST_PAIRS,
+    Launch,
+    arch_of,
+    interpreting,
+    pieces,
+)
 
 FILE = Path(__file__).with_name("launches.json")
 
@@ -88,6 +96,16 @@ def entry(name: str, arch: str, key: Key, element: str = "fp16") -> Launch | Non
     of_arch = shipped().get(name + SINGLE * (element == "fp32"), {}).get(arch, {})
     found = min((x for x in of_arch if x >= key), default=None)
     return None if found is None else of_arch[found]
+
+
+def forms(
+    name: str, arch: str, wanted: Iterable[tuple[str, int]] = FORMS
+) -> Iterator[tuple[str, int, Launch]]:
+    """(element, width, tile) of what is wanted of a table by channels and ships."""
+    for element, width in wanted:
+        tile = entry(name, arch, (width,), element)
+        if tile is not None:
+            yield element, width, tile
 
 
 def tile_for(name: str, key: Key, like: torch.Tensor) -> Launch | None:

@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hookctl.kernels.guard import form
-from hookctl.kernels.launch import Specimen, interpreting, pieces
-from hookctl.kernels.launch_tables import GRADIENTS, MAPS, entry, needed, tile_for
+from hookctl.kernels.launch import Specimen, empty_output, interpreting, side_by_side, sizes
+from hookctl.kernels.launch_tables import GRADIENTS, MAPS, forms, needed, tile_for
 from hookctl.kernels.tiles import LOG2E, add_products, dot, nothing, parts, products, store
 
 PROGRAMS = 256  # queries are split until there are about so many
@@ -154,14 +154,10 @@ def operator(
     batch, heads, length, width = q.shape
     keys, count = k.shape[2], tokens.shape[1]
     tile = needed(tile_for(TABLE, (width,), q), TABLE, q)
-    d0, d1 = pieces(width)
-    constants: dict[str, Any] = {
-        "D": width, "D0": d0, "D1": d1, "BM": tile.block_m, "BN": tile.block_n,
-        "BT": padded(count), "SPLIT": q.element_size() == 2,
-        "ALIGN": 2 if q.stride(-1) == k.stride(-1) == 1 else 1, "UPCAST": interpreting(),
-        "num_warps": tile.warps, "num_stages": tile.stages,
-    }  # fmt: skip
-    grad, r, dq = grad.contiguous(), torch.empty_like(lse), _like(q)
+    constants: dict[str, Any] = sizes(width) | tile.sides | tile.options
+    constants |= {"BT": padded(count), "SPLIT": q.element_size() == 2}
+    constants |= {"ALIGN": side_by_side(q, k), "UPCAST": interpreting()}
+    grad, r, dq = grad.contiguous(), torch.empty_like(lse), empty_output(q.shape, q)
     tiles, key_tiles = (triton.cdiv(x, tile.block_m) for x in (length, keys))
     with torch.cuda.device_of(q):
         _of_queries[tiles, batch * heads](
@@ -179,36 +175,17 @@ def operator(
     return dq, dk.sum(0).to(k.dtype)
 
 
-def _like(q: Tensor) -> Tensor:
-    """With the heads of a token beside each other, as the model's projections want them."""
-    batch, heads, length, width = q.shape
-    return q.new_empty(batch, length, heads, width).transpose(1, 2)
-
-
 @operator.register_fake
 def _(q, k, tokens, lse, grad, scale):
-    return _like(q), k.new_empty(k.shape)
+    return empty_output(q.shape, q), k.new_empty(k.shape)
 
 
 def specimens(arch: str) -> Iterator[Specimen]:
-    for element, width in (
-        ("fp16", 64),
-        ("fp16", 128),
-        ("fp16", 160),
-        ("fp32", 64),
-        ("fp32", 128),
-        ("fp32", 160),
-    ):
-        tile = entry(TABLE, arch, (width,), element)
-        if tile is None:
-            continue
-        d0, d1 = pieces(width)
+    for element, width, tile in forms(TABLE, arch):
         types = {
-            "D": width, "D0": d0, "D1": d1, "BM": tile.block_m, "BN": tile.block_n, "BT": 16,
-            "SPLIT": element != "fp32", "ALIGN": 2, "UPCAST": False, "scale": "fp32",
+            **sizes(width), **tile.sides, "BT": 16, "SPLIT": element != "fp32", "ALIGN": 2,
             "chosen_ptr": "*i64:16", "lse_ptr": "*fp32:16", "grad_ptr": "*fp32:16",
-            "r_ptr": "*fp32:16", "q_stride_d": "i32", "k_stride_d": "i32", "chosen_stride": "i32",
-            "grad_stride_b": "i32",
+            "r_ptr": "*fp32:16", "chosen_stride": "i32", "grad_stride_b": "i32",
         }  # fmt: skip
         dots = element != "fp32"  # fp32 is multiplied without tensor cores
         for name, kernel in (("dq", _of_queries), ("dk", _of_keys)):

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from hookctl.kernels import map_gradients
 from hookctl.kernels.guard import form
-from hookctl.kernels.launch import Specimen, check_grid, interpreting, pieces
-from hookctl.kernels.launch_tables import MAPS, entry, needed, tile_for
+from hookctl.kernels.launch import Specimen, check_grid, interpreting, side_by_side, sizes
+from hookctl.kernels.launch_tables import MAPS, forms, needed, tile_for
 from hookctl.kernels.tiles import LOG2E, parts, products
 
 MOST_TOKENS = 128  # of one launch
@@ -127,12 +127,8 @@ def _marginals(
 
 def _constants(q: Tensor, k: Tensor) -> dict[str, Any]:
     tile = needed(tile_for(MAPS, (q.shape[-1],), q), MAPS, q)
-    d0, d1 = pieces(q.shape[-1])
-    return {
-        "D": q.shape[-1], "D0": d0, "D1": d1, "BM": tile.block_m, "BN": tile.block_n,
-        "ALIGN": 2 if q.stride(-1) == k.stride(-1) == 1 else 1, "UPCAST": interpreting(),
-        "num_warps": tile.warps, "num_stages": tile.stages,
-    }  # fmt: skip
+    of_loads = {"ALIGN": side_by_side(q, k), "UPCAST": interpreting()}
+    return sizes(q.shape[-1]) | tile.sides | tile.options | of_loads
 
 
 @torch.library.custom_op("hookctl::map_readout", mutates_args=())
@@ -229,23 +225,8 @@ def key_marginals(
 
 
 def specimens(arch: str) -> Iterator[Specimen]:
-    for element, width in (
-        ("fp16", 64),
-        ("fp16", 128),
-        ("fp16", 160),
-        ("fp32", 64),
-        ("fp32", 128),
-        ("fp32", 160),
-    ):
-        tile = entry(MAPS, arch, (width,), element)
-        if tile is None:
-            continue
-        d0, d1 = pieces(width)
-        types = {
-            "D": width, "D0": d0, "D1": d1, "BM": tile.block_m, "BN": tile.block_n, "ALIGN": 2,
-            "UPCAST": False, "scale": "fp32", "lse_ptr": "*fp32:16",
-            "q_stride_d": "i32", "k_stride_d": "i32",
-        }  # fmt: skip
+    for element, width, tile in forms(MAPS, arch):
+        types = {**sizes(width), **tile.sides, "ALIGN": 2, "lse_ptr": "*fp32:16"}
         more = {
             "chosen_ptr": "*i64:16", "given_ptr": "*fp32:16", "map_ptr": "*fp32:16",
             "chosen_stride": "i32", "BT": 16, "GIVEN": False,

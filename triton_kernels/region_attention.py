@@ -23,12 +23,19 @@ from torch import Tensor
 
 from hookctl.kernels import region_gradients
 from hookctl.kernels.guard import form
-from hookctl.kernels.launch import Launch, Specimen, check_grid, interpreting, pieces
-from hookctl.kernels.launch_tables import REGIONS, entry, needed, tile_for
+from hookctl.kernels.launch import (
+    WIDTHS,
+    Launch,
+    Specimen,
+    check_grid,
+    empty_output,
+    interpreting,
+    side_by_side,
+    sizes,
+)
+from hookctl.kernels.launch_tables import REGIONS, forms, needed, tile_for
 from hookctl.kernels.region_lists import tile_lists
 from hookctl.kernels.tiles import LOG2E, add_products, nothing, parts, products, store
-
-WIDTHS = (64, 80, 96, 128, 160)  # 40 is 64 to the compiler
 
 
 def reference(
@@ -149,23 +156,17 @@ def _operator(
 ) -> tuple[Tensor, Tensor]:
     out, lse = _outputs(q, v)
     batch, heads, tokens, width = q.shape
-    tile, (d0, d1) = _launch(q), pieces(width)
+    tile = _launch(q)
     with torch.cuda.device_of(q):
         _forward[order.shape[1], batch * heads](
             q, k, v, query_regions, key_regions, order, counts, out, lse,
             tokens, k.shape[2], heads, order.shape[2], scale,
             *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3],
             query_regions.stride(0), key_regions.stride(0), lists_between(order),
-            D=width, D0=d0, D1=d1, BM=tile.block_m, BN=tile.block_n,
             ALIGN=side_by_side(q, k, v), UPCAST=interpreting(),
-            num_warps=tile.warps, num_stages=tile.stages,
+            **sizes(width), **tile.sides, **tile.options,
         )  # fmt: skip
     return out, lse
-
-
-def side_by_side(*stacks: Tensor) -> int:
-    """For the loads of tiles: above 1 where all channels lie side by side."""
-    return 16 // stacks[0].element_size() if all(x.stride(-1) == 1 for x in stacks) else 1
 
 
 def lists_between(order: Tensor) -> int:
@@ -179,10 +180,7 @@ def _(q, k, v, query_regions, key_regions, order, counts, scale):
 
 
 def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The output, with its heads beside each other as the model merges them, and the lse."""
-    batch, heads, tokens, width = q.shape
-    out = v.new_empty(batch, tokens, heads, width).transpose(1, 2)
-    return out, q.new_empty(batch, heads, tokens, dtype=torch.float32)
+    return empty_output(q.shape, v), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -236,17 +234,8 @@ def region_attention(
 
 def specimens(arch: str) -> Iterator[Specimen]:
     wanted = [("fp16", width) for width in WIDTHS] + [("bf16", 64), ("fp32", 128), ("fp32", 160)]
-    for element, width in wanted:
-        tile = entry(REGIONS, arch, (width,), element)
-        if tile is None:
-            continue
-        d0, d1 = pieces(width)
-        common = {
-            "D": width, "D0": d0, "D1": d1, "BM": tile.block_m, "BN": tile.block_n,
-            "ALIGN": 8, "UPCAST": False, "scale": "fp32", "q_regions_ptr": "*i64:16",
-            "k_regions_ptr": "*i64:16", "order_ptr": "*i32:16", "counts_ptr": "*i32:16",
-            "lse_ptr": "*fp32:16", "q_stride_d": "i32", "k_stride_d": "i32", "v_stride_d": "i32",
-        }  # fmt: skip
-        arguments = form(_forward, element, **common)
+    for element, width, tile in forms(REGIONS, arch, wanted):
+        types = region_gradients.types(width, tile)
+        arguments = form(_forward, element, **types)
         name = f"region_attention forward {element} d{width}"
         yield Specimen(name, _forward, arguments, tile, arch, dots=element != "fp32")

@@ -11,6 +11,7 @@ tile of keys. Nothing is summed by atomics.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -18,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hookctl.kernels.guard import form
-from hookctl.kernels.launch import Specimen, interpreting, pieces
-from hookctl.kernels.launch_tables import GRADIENTS, REGIONS, entry, needed, tile_for
+from hookctl.kernels.launch import Launch, Specimen, empty_output, interpreting, side_by_side, sizes
+from hookctl.kernels.launch_tables import GRADIENTS, REGIONS, forms, needed, tile_for
 from hookctl.kernels.region_lists import tile_lists
 from hookctl.kernels.tiles import LOG2E, add_products, nothing, parts, products, store
 
@@ -215,12 +216,8 @@ def operator(
     tile = needed(tile_for(TABLE, (width,), q), TABLE, q)
     same = query_regions.stride(0) == key_regions.stride(0) == 0
     of_queries, of_keys = (r[:1] if same else r for r in (query_regions, key_regions))
-    d0, d1 = pieces(width)
-    constants = {
-        "D": width, "D0": d0, "D1": d1, "BM": tile.block_m, "BN": tile.block_n,
-        "ALIGN": 2 if q.stride(-1) == k.stride(-1) == v.stride(-1) == 1 else 1,
-        "UPCAST": interpreting(), "num_warps": tile.warps, "num_stages": tile.stages,
-    }  # fmt: skip
+    constants = sizes(width) | tile.sides | tile.options
+    constants |= {"ALIGN": side_by_side(q, k, v), "UPCAST": interpreting()}
     order, counts = tile_lists(of_queries, of_keys, tile.block_m, tile.block_n)
     with torch.cuda.device_of(q):
         _of_queries[order.shape[1], batch * heads](
@@ -248,37 +245,23 @@ def _(q, k, v, query_regions, key_regions, out, lse, grad, grad_lse, scale):
 
 
 def _outputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """With the heads of a token beside each other, as the model's projections want them."""
-    dq, dk, dv = (
-        x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
-        for x in (q, k, v)
-    )
-    return dq, dk, dv
+    return empty_output(q.shape, q), empty_output(k.shape, k), empty_output(v.shape, v)
+
+
+def types(width: int, tile: Launch) -> dict[str, Any]:
+    """What all kernels over regions are compiled for, but for what is `form`'s rule."""
+    return {
+        **sizes(width), **tile.sides, "ALIGN": 2, "lse_ptr": "*fp32:16",
+        **dict.fromkeys(("q_regions_ptr", "k_regions_ptr"), "*i64:16"),
+        **dict.fromkeys(("order_ptr", "counts_ptr"), "*i32:16"),
+    }  # fmt: skip
 
 
 def specimens(arch: str) -> Iterator[Specimen]:
-    for element, width in (
-        ("fp16", 64),
-        ("fp16", 128),
-        ("fp16", 160),
-        ("fp32", 64),
-        ("fp32", 128),
-        ("fp32", 160),
-    ):
-        tile = entry(TABLE, arch, (width,), element)
-        if tile is None:
-            continue
-        d0, d1 = pieces(width)
-        common = {
-            "D": width, "D0": d0, "D1": d1, "BM": tile.block_m, "BN": tile.block_n,
-            "ALIGN": 2, "UPCAST": False, "scale": "fp32", "q_regions_ptr": "*i64:16",
-            "k_regions_ptr": "*i64:16", "order_ptr": "*i32:16", "counts_ptr": "*i32:16",
-            "lse_ptr": "*fp32:16", "delta_ptr": "*fp32:16",
-            "q_stride_d": "i32", "k_stride_d": "i32", "v_stride_d": "i32",
-        }  # fmt: skip
+    for element, width, tile in forms(TABLE, arch):
+        common = types(width, tile) | {"delta_ptr": "*fp32:16"}
         for name, kernel in (("dq", _of_queries), ("dk dv", _of_keys)):
             more = {"grad_lse_ptr": "*fp32:16"} if kernel is _of_queries else {}
-            yield Specimen(
-                f"region_attention {name} {element} d{width}", kernel,
-                form(kernel, element, **common, **more), tile, arch, dots=element != "fp32",
-            )  # fmt: skip
+            arguments = form(kernel, element, **common, **more)
+            full = f"region_attention {name} {element} d{width}"
+            yield Specimen(full, kernel, arguments, tile, arch, dots=element != "fp32")

@@ -28,12 +28,15 @@ from hookctl.kernels.guard import form
 from hookctl.kernels.launch import (
     DTYPES,
     WIDEST,
+    WIDTHS,
     Specimen,
-    aligned,
     available,
     check_grid,
+    empty_output,
     interpreting,
     pieces,
+    side_by_side,
+    sizes,
 )
 from hookctl.kernels.launch_tables import entry, needed, tile_for
 from hookctl.kernels.stretches import Stretch
@@ -206,11 +209,8 @@ def _decode(integers: Sequence[int]) -> list[Group]:
 
 
 def _empty(q: Tensor, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
-    """The outputs; tokens before heads, so that merging the heads afterwards copies nothing."""
-    _, sub, heads, n, d = q.shape
-    rows = sum(len(group.values) for group in groups)
-    out = q.new_empty(rows, sub, n, heads, d).transpose(2, 3)
-    return out, q.new_empty(len(groups), sub, heads, n, dtype=torch.float32)
+    out = empty_output((sum(len(group.values) for group in groups), *q.shape[1:]), q)
+    return out, q.new_empty(len(groups), *q.shape[1:-1], dtype=torch.float32)
 
 
 @torch.library.custom_op(
@@ -222,17 +222,16 @@ def _operator(q: Any, k: Any, v: Any, integers: Any, scale: float) -> tuple[Tens
     groups = _decode(integers)
     out, lse = _empty(q, groups)
     _, sub, heads, n, d = q.shape
-    count, (d0, d1) = _at_once(groups, d), pieces(d)
+    count = _at_once(groups, d)
     places, v_rows, out_rows = _tables(tuple(integers), count, q.device)
-    tile = needed(tile_for(TABLE, (count * (d0 + d1),), q), TABLE, q)
+    tile = needed(tile_for(TABLE, (count * sum(pieces(d)),), q), TABLE, q)
     with torch.cuda.device_of(q):
         _forward[triton.cdiv(n, tile.block_m), sub * heads, len(places)](
             q, k, v, out, lse, places, v_rows, out_rows, n, k.shape[-2], heads, scale,
             *q.stride(), *k.stride(), *v.stride(), *out.stride()[:-1],
-            COUNT=count, D=d, D0=d0, D1=d1, BM=tile.block_m, BN=tile.block_n,
-            ALIGN=16 // q.element_size() if aligned(q, k, v) else 1,
+            COUNT=count, ALIGN=side_by_side(q, k, v),
             UPCAST=interpreting() and q.dtype == torch.bfloat16,
-            num_warps=tile.warps, num_stages=tile.stages,
+            **sizes(d), **tile.sides, **tile.options,
         )  # fmt: skip
     return out, lse
 
@@ -324,18 +323,14 @@ def shared_probabilities(
 def specimens(arch: str) -> Iterator[Specimen]:
     """Each head width with as many rows of values as fit, and fewer of the usual one."""
     fullest = [Group(0, 0, tuple(range(MOST)))]
-    wanted = [(64, 1), (64, 2)] + [(d, _at_once(fullest, d)) for d in (64, 80, 96, 128, 160)]
+    wanted = [(64, 1), (64, 2)] + [(d, _at_once(fullest, d)) for d in WIDTHS]
     for element, (d, count) in product(("fp16", "fp32"), wanted):
-        d0, d1 = pieces(d)
-        tile = entry(TABLE, arch, (count * (d0 + d1),), element)
+        tile = entry(TABLE, arch, (count * sum(pieces(d)),), element)
         if tile is None:
             continue
         types = {
-            "COUNT": count, "D": d, "D0": d0, "D1": d1, "BM": tile.block_m, "BN": tile.block_n,
-            "ALIGN": 4 if element == "fp32" else 8, "UPCAST": False, "scale": "fp32",
-            "lse_ptr": "*fp32:16", "places_ptr": "*i64:16", "v_rows_ptr": "*i64:16",
-            "out_rows_ptr": "*i64:16", "q_stride_d": "i32", "k_stride_d": "i32",
-            "v_stride_d": "i32",
+            "COUNT": count, **sizes(d), **tile.sides, "ALIGN": 2, "lse_ptr": "*fp32:16",
+            **dict.fromkeys(("places_ptr", "v_rows_ptr", "out_rows_ptr"), "*i64:16"),
         }  # fmt: skip
         arguments = form(_forward, element, **types)
         name = f"shared_probabilities {element} {count} of {d}"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hookctl.kernels import stretches
 from hookctl.kernels.arguments import Extras, tables_of
-from hookctl.kernels.launch import DTYPES, WIDEST, available, check_grid
+from hookctl.kernels.launch import DTYPES, WIDEST, available, check_grid, empty_output
 from hookctl.kernels.stretches import STACKS, Stretch
 from hookctl.kernels.sum_of_terms_backward import gradients
 from hookctl.kernels.sum_of_terms_forward import forward
@@ -78,11 +78,8 @@ _ARGUMENTS = (
 
 
 def _empty(q: Sequence[Tensor], rows: int, terms: int, lse: bool) -> tuple[Tensor, Tensor]:
-    """The outputs; tokens before heads, so that merging the heads afterwards copies nothing."""
-    _, sub, heads, n, d = q[0].shape
-    out = q[0].new_empty(rows, sub, n, heads, d).transpose(2, 3)
-    shape = (terms, sub, heads, n) if lse else (0,)
-    return out, q[0].new_empty(shape, dtype=torch.float32)
+    shape = (terms, *q[0].shape[1:-1]) if lse else (0,)
+    return empty_output((rows, *q[0].shape[1:]), q[0]), q[0].new_empty(shape, dtype=torch.float32)
 
 
 @torch.library.custom_op(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hookctl.kernels import stretches
 from hookctl.kernels.arguments import Extras, common, form, out_strides, ranked
-from hookctl.kernels.launch import WIDTHS, Launch, Specimen, pieces
+from hookctl.kernels.launch import WIDTHS, Specimen, pieces
 from hookctl.kernels.launch_tables import KEYS, QUERIES, RANKED, entry, needed, tile_for
 from hookctl.kernels.stretches import Tables
 from hookctl.kernels.tiles import (
@@ -259,8 +259,9 @@ def gradients(
     ranked_by = RANKED if extras.key_factors is not None else ""
     of_queries, of_keys = QUERIES + ranked_by, KEYS + ranked_by
     tile = needed(tile_for(of_queries, key, q[0]), of_queries, q[0])
-    by_queries = arguments | _sizes(tile)
-    by_keys = arguments | _sizes(needed(tile_for(of_keys, key, q[0]), of_keys, q[0]))
+    key_tile = needed(tile_for(of_keys, key, q[0]), of_keys, q[0])
+    by_queries = arguments | tile.sides | tile.options
+    by_keys = arguments | key_tile.sides | key_tile.options
     lse_gradient = lse_gradient.contiguous()
     of_weights = extras.weights is not None and wanted[-1]
     _, sub, heads, n, _ = q[0].shape
@@ -286,12 +287,6 @@ def gradients(
     if extras.weights is not None:
         found.append(_of_weights(extras.weights, rowsums, t) if of_weights else lse.new_empty(0))
     return found
-
-
-def _sizes(tile: Launch) -> dict[str, int]:
-    """A tile as a kernel is launched with it."""
-    names = ("BM", "BN", "num_warps", "num_stages")
-    return dict(zip(names, tile, strict=True))
 
 
 def _of_out(arguments: dict[str, Any], out: Tensor) -> dict[str, Any]:
@@ -361,7 +356,7 @@ def specimens(arch: str) -> Iterator[Specimen]:
                 tile = entry(table + ranked_by, arch, pieces(d), element)
                 if tile is not None:
                     given = form(element, d) | own | more | {"gradient": f"*{element}:16"}
-                    given |= {"BM": tile.block_m, "BN": tile.block_n}
+                    given |= tile.sides
                     found = [x for x in kernel.arg_names if x[:2] in ("dq", "dx")]
                     given |= dict.fromkeys(found, f"*{element}:16")
                     at = f"sum of terms, {name}{ranked_by}, {element}, {d}"

@@ -191,9 +191,7 @@ def forward(
             weights=extras.weights,
             WEIGHTED=extras.weights is not None,
             LSE=lse is not None,
-            BM=tile.block_m,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **tile.options,
         )
 
 
@@ -202,10 +200,10 @@ def _chosen(q: Tensor, k: Sequence[Tensor], t: Tables) -> tuple[Any, Launch, dic
     if all(s.closes for s in t.stretches):
         held = short_form(q, max(x.shape[-2] for x in k))
         if held:
-            return _short, held[1], {"BN": held[0]}
+            return _short, held[1], {"BM": held[1].block_m, "BN": held[0]}
     table = _ONE if t.single else _SEVERAL
     tile = needed(tile_for(table, pieces(q.shape[-1]), q), table, q)
-    return _long, tile, {"BN": tile.block_n, "SINGLE": t.single}
+    return _long, tile, tile.sides | {"SINGLE": t.single}
 
 
 _NONE = {"weights": None, "lse": None, "WEIGHTED": False, "LSE": False}
@@ -234,6 +232,6 @@ def _specimens(
             continue
         more = ranked(element) if options["LSE"] and element != "fp16" else {}
         given = form(element, d) | {"out": f"*{element}:16", "starts": "*i32:16"}
-        given |= options | more | {"BM": tile.block_m, "BN": tile.block_n}
+        given |= options | more | tile.sides
         name = f"{table}{RANKED if more else ''}, {element}, {d}"
         yield Specimen(name, kernel, given, tile, arch, dots=element != "fp32")
