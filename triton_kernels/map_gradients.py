@@ -21,7 +21,17 @@ from torch import Tensor
 from hookctl.kernels.guard import form
 from hookctl.kernels.launch import Specimen, empty_output, interpreting, side_by_side, sizes
 from hookctl.kernels.launch_tables import GRADIENTS, MAPS, forms, needed, tile_for
-from hookctl.kernels.tiles import LOG2E, add_products, dot, nothing, parts, products, store
+from hookctl.kernels.tiles import (
+    LOG2E,
+    add_products,
+    dot,
+    nothing,
+    parts,
+    pivots,
+    products,
+    program,
+    store,
+)
 
 PROGRAMS = 256  # queries are split until there are about so many
 
@@ -71,14 +81,11 @@ def _of_queries(
     BT: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dq and r of one tile of queries of one head."""
-    b = (tl.program_id(1) // heads).to(tl.int64)
-    h = (tl.program_id(1) % heads).to(tl.int64)
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    b, h, pair, m = program(heads, BM)
     k_ptr += b * k_stride_b + h * k_stride_h
     q_ptr += b * q_stride_b + h * q_stride_h
     q_0, q_1 = parts(q_ptr, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN)
-    row = tl.program_id(1).to(tl.int64) * tokens + m
-    lse = tl.load(lse_ptr + row, mask=m < tokens, other=float("inf")) * LOG2E
+    lse = pivots(lse_ptr + pair * tokens, m, tokens)
     chosen, grad = _chosen_and_grad(
         chosen_ptr, grad_ptr, b, m, tokens, keys, heads, count, chosen_stride, grad_stride_b, BT
     )
@@ -86,7 +93,7 @@ def _of_queries(
         q_0, q_1, k_ptr, k_stride_n, k_stride_d, chosen, keys, D, D0, D1, ALIGN, UPCAST
     )
     r = tl.sum(tl.exp2(at_chosen * (scale * LOG2E) - lse[:, None]) * grad, 1)
-    tl.store(r_ptr + row, r, mask=m < tokens)
+    tl.store(r_ptr + pair * tokens + m, r, mask=m < tokens)
     dq_0, dq_1 = nothing(BM, D0, D1)
     for first in range(0, keys, BN):
         n = first + tl.arange(0, BN)
@@ -113,13 +120,11 @@ def _of_keys(
     BT: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dk of one tile of keys of one head, over every num_programs(2)-th tile of queries."""
-    b = (tl.program_id(1) // heads).to(tl.int64)
-    h = (tl.program_id(1) % heads).to(tl.int64)
-    n = tl.program_id(0) * BM + tl.arange(0, BM)
+    b, h, pair, n = program(heads, BM)
     q_ptr += b * q_stride_b + h * q_stride_h
     k_ptr += b * k_stride_b + h * k_stride_h
-    lse_ptr += tl.program_id(1).to(tl.int64) * tokens
-    r_ptr += tl.program_id(1).to(tl.int64) * tokens
+    lse_ptr += pair * tokens
+    r_ptr += pair * tokens
     k_0, k_1 = parts(k_ptr, k_stride_n, k_stride_d, n, keys, D, D0, D1, ALIGN)
     dk_0, dk_1 = nothing(BM, D0, D1)
     for first in range(tl.program_id(2) * BN, tokens, tl.num_programs(2) * BN):
@@ -127,7 +132,7 @@ def _of_keys(
         scores = products(
             k_0, k_1, q_ptr, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN, UPCAST
         )
-        lse = tl.load(lse_ptr + m, mask=m < tokens, other=float("inf")) * LOG2E
+        lse = pivots(lse_ptr, m, tokens)
         p = tl.exp2(scores * (scale * LOG2E) - lse[None, :])
         chosen, grad = _chosen_and_grad(
             chosen_ptr, grad_ptr, b, m, tokens, keys, heads, count, chosen_stride,
@@ -139,7 +144,7 @@ def _of_keys(
             dk_0, dk_1, p * (dp - r[None, :]), q_ptr, q_stride_n, q_stride_d, m, tokens,
             D, D0, D1, ALIGN, UPCAST,
         )  # fmt: skip
-    dk_ptr += (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * keys * D
+    dk_ptr += (tl.program_id(2) * tl.num_programs(1) + pair) * keys * D
     store(dk_ptr, D, n, keys, dk_0 * scale, dk_1 * scale, D, D0, D1)
 
 

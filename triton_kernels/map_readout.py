@@ -24,7 +24,7 @@ from hookctl.kernels import map_gradients
 from hookctl.kernels.guard import form
 from hookctl.kernels.launch import Specimen, check_grid, interpreting, side_by_side, sizes
 from hookctl.kernels.launch_tables import MAPS, forms, needed, tile_for
-from hookctl.kernels.tiles import LOG2E, parts, products
+from hookctl.kernels.tiles import LOG2E, parts, pivots, products, program, seen, unseen
 
 MOST_TOKENS = 128  # of one launch
 PROGRAMS = 256  # work is split over heads or queries until there are about so many
@@ -44,15 +44,12 @@ def _log_sum_exp(
     ALIGN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Of the scores of some queries over all keys, in base 2."""
-    top = tl.full([BM], float("-inf"), tl.float32)
-    norm = tl.zeros([BM], tl.float32)
+    top, norm = unseen(BM)
     for first in range(0, keys, BN):
         n = first + tl.arange(0, BN)
         scores = products(q_0, q_1, k_ptr, k_token, k_channel, n, keys, D, D0, D1, ALIGN, UPCAST)
         scores = tl.where((n < keys)[None, :], scores * scale, float("-inf"))
-        new = tl.maximum(top, tl.max(scores, 1))
-        norm = norm * tl.exp2(top - new) + tl.sum(tl.exp2(scores - new[:, None]), 1)
-        top = new
+        _, _, top, norm = seen(scores, top, norm)
     return top + tl.log2(norm)
 
 
@@ -79,15 +76,15 @@ def _forward(
         q_at = q_ptr + b * q_stride_b + h * q_stride_h
         k_at = k_ptr + b * k_stride_b + h * k_stride_h
         q_0, q_1 = parts(q_at, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN)
-        at = (b * heads + h) * tokens + m
+        at = (b * heads + h) * tokens
         if GIVEN:
-            lse = tl.load(given_ptr + at, mask=m < tokens, other=0.0) * LOG2E
+            lse = pivots(given_ptr + at, m, tokens)
         else:
             lse = _log_sum_exp(
                 q_0, q_1, k_at, k_stride_n, k_stride_d, keys, scale * LOG2E,
                 BM, BN, D, D0, D1, ALIGN, UPCAST,
             )  # fmt: skip
-            tl.store(lse_ptr + at, lse / LOG2E, mask=m < tokens)
+            tl.store(lse_ptr + at + m, lse / LOG2E, mask=m < tokens)
         scores = products(
             q_0, q_1, k_at, k_stride_n, k_stride_d, chosen, keys, D, D0, D1, ALIGN, UPCAST
         )
@@ -106,12 +103,9 @@ def _marginals(
     ALIGN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Probabilities of a tile of keys summed over all queries, [batch, heads, M]."""
-    b = (tl.program_id(1) // heads).to(tl.int64)
-    h = (tl.program_id(1) % heads).to(tl.int64)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    b, h, pair, n = program(heads, BN)
     q_ptr += b * q_stride_b + h * q_stride_h
     k_ptr += b * k_stride_b + h * k_stride_h
-    lse_ptr += tl.program_id(1).to(tl.int64) * tokens
     k_0, k_1 = parts(k_ptr, k_stride_n, k_stride_d, n, keys, D, D0, D1, ALIGN)
     total = tl.zeros([BN], tl.float32)
     for first in range(0, tokens, BM):
@@ -119,10 +113,9 @@ def _marginals(
         scores = products(
             k_0, k_1, q_ptr, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN, UPCAST
         )
-        lse = tl.load(lse_ptr + m, mask=m < tokens, other=float("inf")) * LOG2E
+        lse = pivots(lse_ptr + pair * tokens, m, tokens)
         total += tl.sum(tl.exp2(scores * (scale * LOG2E) - lse[None, :]), 1)
-    out_ptr += tl.program_id(1).to(tl.int64) * keys
-    tl.store(out_ptr + n, total, mask=n < keys)
+    tl.store(out_ptr + pair * keys + n, total, mask=n < keys)
 
 
 def _constants(q: Tensor, k: Tensor) -> dict[str, Any]:

@@ -35,7 +35,18 @@ from hookctl.kernels.launch import (
 )
 from hookctl.kernels.launch_tables import REGIONS, forms, needed, tile_for
 from hookctl.kernels.region_lists import tile_lists
-from hookctl.kernels.tiles import LOG2E, add_products, nothing, parts, products, store
+from hookctl.kernels.tiles import (
+    LOG2E,
+    add_products,
+    nothing,
+    parts,
+    products,
+    program,
+    region_bits,
+    seen,
+    store,
+    unseen,
+)
 
 
 def reference(
@@ -58,43 +69,6 @@ def reference(
 
 
 @triton.jit
-def region_bits(pointer, i, length):
-    """Bit sets of the tokens i; those past the end are in no region."""
-    return tl.load(pointer + i, mask=i < length, other=0)
-
-
-@triton.jit
-def _walk(
-    q_0, q_1, of_queries, top, norm, acc_0, acc_1, order, first, last,
-    k_ptr, v_ptr, k_regions_ptr, k_token, k_channel, v_token, v_channel, keys, scale,
-    TEST: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BN: tl.constexpr,
-    ALIGN: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """The online softmax over the listed tiles of keys; scores in base 2."""
-    for i in range(first, last):
-        n = tl.load(order + i) * BN + tl.arange(0, BN)
-        scores = scale * products(
-            q_0, q_1, k_ptr, k_token, k_channel, n, keys, D, D0, D1, ALIGN, UPCAST
-        )
-        if TEST:
-            of_keys = region_bits(k_regions_ptr, n, keys)
-            allowed = (of_queries[:, None] & of_keys[None, :]) != 0
-            scores = tl.where(allowed, scores, float("-inf"))
-        new = tl.maximum(top, tl.max(scores, 1))
-        # A query without any key so far keeps a finite pivot, so that nothing becomes NaN.
-        pivot = tl.where(new == float("-inf"), 0.0, new)
-        p = tl.exp2(scores - pivot[:, None])
-        fade = tl.exp2(top - pivot)
-        norm = norm * fade + tl.sum(p, 1)
-        acc_0, acc_1 = add_products(
-            acc_0 * fade[:, None], acc_1 * fade[:, None], p,
-            v_ptr, v_token, v_channel, n, keys, D, D0, D1, ALIGN, UPCAST,
-        )  # fmt: skip
-        top = new
-    return top, norm, acc_0, acc_1
-
-
-@triton.jit
 def _forward(
     q_ptr, k_ptr, v_ptr, q_regions_ptr, k_regions_ptr, order_ptr, counts_ptr, out_ptr, lse_ptr,
     tokens, keys, heads, listed, scale,
@@ -106,37 +80,40 @@ def _forward(
 ):  # fmt: skip
     """One tile of queries of one head. lists_b: lists (tiles of queries) from one row of the batch
     to the next, 0 where it shares them; listed: length of a list."""
-    b = (tl.program_id(1) // heads).to(tl.int64)
-    h = (tl.program_id(1) % heads).to(tl.int64)
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    b, h, pair, m = program(heads, BM)
     q_ptr += b * q_stride_b + h * q_stride_h
     k_ptr += b * k_stride_b + h * k_stride_h
     v_ptr += b * v_stride_b + h * v_stride_h
+    q_regions_ptr += b * q_regions_stride
     k_regions_ptr += b * k_regions_stride
     at = b * lists_b + tl.program_id(0)
-    whole = tl.load(counts_ptr + 2 * at)
-    order = order_ptr + at * listed
     q_0, q_1 = parts(q_ptr, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN)
-    of_queries = region_bits(q_regions_ptr + b * q_regions_stride, m, tokens)
-    top = tl.full([BM], float("-inf"), tl.float32)
-    norm = tl.zeros([BM], tl.float32)
+    of_queries = region_bits(q_regions_ptr, m, tokens)
+    top, norm = unseen(BM)
     acc_0, acc_1 = nothing(BM, D0, D1)
-    top, norm, acc_0, acc_1 = _walk(
-        q_0, q_1, of_queries, top, norm, acc_0, acc_1, order, 0, whole,
-        k_ptr, v_ptr, k_regions_ptr, k_stride_n, k_stride_d, v_stride_n, v_stride_d,
-        keys, scale * LOG2E, False, D, D0, D1, BN, ALIGN, UPCAST,
-    )  # fmt: skip
-    top, norm, acc_0, acc_1 = _walk(
-        q_0, q_1, of_queries, top, norm, acc_0, acc_1, order, whole,
-        tl.load(counts_ptr + 2 * at + 1),
-        k_ptr, v_ptr, k_regions_ptr, k_stride_n, k_stride_d, v_stride_n, v_stride_d,
-        keys, scale * LOG2E, True, D, D0, D1, BN, ALIGN, UPCAST,
-    )  # fmt: skip
+    first = 0
+    for test in tl.static_range(2):  # first the tiles that one region covers
+        last = tl.load(counts_ptr + 2 * at + test)
+        for i in range(first, last):
+            n = tl.load(order_ptr + at * listed + i) * BN + tl.arange(0, BN)
+            scores = products(
+                q_0, q_1, k_ptr, k_stride_n, k_stride_d, n, keys, D, D0, D1, ALIGN, UPCAST
+            )
+            scores *= scale * LOG2E
+            if test:
+                of_keys = region_bits(k_regions_ptr, n, keys)
+                allowed = (of_queries[:, None] & of_keys[None, :]) != 0
+                scores = tl.where(allowed, scores, float("-inf"))
+            p, fade, top, norm = seen(scores, top, norm)
+            acc_0, acc_1 = add_products(
+                acc_0 * fade[:, None], acc_1 * fade[:, None], p,
+                v_ptr, v_stride_n, v_stride_d, n, keys, D, D0, D1, ALIGN, UPCAST,
+            )  # fmt: skip
+        first = last
     gain = (1.0 / tl.where(norm > 0, norm, 1.0))[:, None]
     out_ptr += b * out_stride_b + h * out_stride_h
     store(out_ptr, out_stride_n, m, tokens, acc_0 * gain, acc_1 * gain, D, D0, D1)
-    lse_ptr += tl.program_id(1).to(tl.int64) * tokens
-    tl.store(lse_ptr + m, (top + tl.log2(norm)) / LOG2E, mask=m < tokens)
+    tl.store(lse_ptr + pair * tokens + m, (top + tl.log2(norm)) / LOG2E, mask=m < tokens)
 
 
 def _launch(x: Tensor) -> Launch:

@@ -22,41 +22,18 @@ from hookctl.kernels.guard import form
 from hookctl.kernels.launch import Launch, Specimen, empty_output, interpreting, side_by_side, sizes
 from hookctl.kernels.launch_tables import GRADIENTS, REGIONS, forms, needed, tile_for
 from hookctl.kernels.region_lists import tile_lists
-from hookctl.kernels.tiles import LOG2E, add_products, nothing, parts, products, store
-
-
-@triton.jit
-def _bits(pointer, i, length):
-    return tl.load(pointer + i, mask=i < length, other=0)
-
-
-@triton.jit
-def _base_2(lse):
-    """Log-sum-exps in base 2; +inf for rows without any key, so that their probabilities are 0."""
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
-
-
-@triton.jit
-def _walk_keys(
-    q_0, q_1, g_0, g_1, of_queries, lse, delta, dq_0, dq_1, order, first, last,
-    k_ptr, v_ptr, k_regions_ptr, k_token, k_channel, v_token, v_channel, keys, scale,
-    TEST: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BN: tl.constexpr,
-    ALIGN: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """dq / scale over the listed tiles of keys."""
-    for i in range(first, last):
-        n = tl.load(order + i) * BN + tl.arange(0, BN)
-        scores = products(q_0, q_1, k_ptr, k_token, k_channel, n, keys, D, D0, D1, ALIGN, UPCAST)
-        p = tl.exp2(scores * scale - lse[:, None])
-        if TEST:
-            of_keys = _bits(k_regions_ptr, n, keys)
-            p = tl.where((of_queries[:, None] & of_keys[None, :]) != 0, p, 0.0)
-        dp = products(g_0, g_1, v_ptr, v_token, v_channel, n, keys, D, D0, D1, ALIGN, UPCAST)
-        dq_0, dq_1 = add_products(
-            dq_0, dq_1, p * (dp - delta[:, None]),
-            k_ptr, k_token, k_channel, n, keys, D, D0, D1, ALIGN, UPCAST,
-        )  # fmt: skip
-    return dq_0, dq_1
+from hookctl.kernels.tiles import (
+    LOG2E,
+    add_products,
+    nothing,
+    overlap,
+    parts,
+    pivots,
+    products,
+    program,
+    region_bits,
+    store,
+)
 
 
 @triton.jit
@@ -71,73 +48,46 @@ def _of_queries(
     ALIGN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dq and delta of one tile of queries of one head."""
-    b = (tl.program_id(1) // heads).to(tl.int64)
-    h = (tl.program_id(1) % heads).to(tl.int64)
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    b, h, pair, m = program(heads, BM)
+    q_ptr += b * q_stride_b + h * q_stride_h
     k_ptr += b * k_stride_b + h * k_stride_h
     v_ptr += b * v_stride_b + h * v_stride_h
+    out_ptr += b * out_stride_b + h * out_stride_h
+    grad_ptr += b * grad_stride_b + h * grad_stride_h
     k_regions_ptr += b * k_regions_stride
     at = b * lists_b + tl.program_id(0)
-    order = order_ptr + at * listed
-    whole = tl.load(counts_ptr + 2 * at)
-    row = tl.program_id(1).to(tl.int64) * tokens + m
-    q_0, q_1 = parts(
-        q_ptr + b * q_stride_b + h * q_stride_h, q_stride_n, q_stride_d, m, tokens,
-        D, D0, D1, ALIGN,
-    )  # fmt: skip
-    out_ptr += b * out_stride_b + h * out_stride_h
+    row = pair * tokens + m
+    q_0, q_1 = parts(q_ptr, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN)
     o_0, o_1 = parts(out_ptr, out_stride_n, 1, m, tokens, D, D0, D1, 2)
-    grad_ptr += b * grad_stride_b + h * grad_stride_h
     g_0, g_1 = parts(grad_ptr, grad_stride_n, 1, m, tokens, D, D0, D1, 2)
-    delta = tl.sum(g_0.to(tl.float32) * o_0.to(tl.float32), 1)
-    if D1:
-        delta += tl.sum(g_1.to(tl.float32) * o_1.to(tl.float32), 1)
+    delta = overlap(g_0, g_1, o_0, o_1, D1)
     delta -= tl.load(grad_lse_ptr + row, mask=m < tokens, other=0.0)
     tl.store(delta_ptr + row, delta, mask=m < tokens)
-    lse = _base_2(tl.load(lse_ptr + row, mask=m < tokens, other=float("-inf")))
-    of_queries = _bits(q_regions_ptr + b * q_regions_stride, m, tokens)
+    lse = pivots(lse_ptr + pair * tokens, m, tokens)
+    of_queries = region_bits(q_regions_ptr + b * q_regions_stride, m, tokens)
     dq_0, dq_1 = nothing(BM, D0, D1)
-    dq_0, dq_1 = _walk_keys(
-        q_0, q_1, g_0, g_1, of_queries, lse, delta, dq_0, dq_1, order, 0, whole,
-        k_ptr, v_ptr, k_regions_ptr, k_stride_n, k_stride_d, v_stride_n, v_stride_d,
-        keys, scale * LOG2E, False, D, D0, D1, BN, ALIGN, UPCAST,
-    )  # fmt: skip
-    dq_0, dq_1 = _walk_keys(
-        q_0, q_1, g_0, g_1, of_queries, lse, delta, dq_0, dq_1, order, whole,
-        tl.load(counts_ptr + 2 * at + 1),
-        k_ptr, v_ptr, k_regions_ptr, k_stride_n, k_stride_d, v_stride_n, v_stride_d,
-        keys, scale * LOG2E, True, D, D0, D1, BN, ALIGN, UPCAST,
-    )  # fmt: skip
+    first = 0
+    for test in tl.static_range(2):  # first the tiles that one region covers
+        last = tl.load(counts_ptr + 2 * at + test)
+        for i in range(first, last):
+            n = tl.load(order_ptr + at * listed + i) * BN + tl.arange(0, BN)
+            scores = products(
+                q_0, q_1, k_ptr, k_stride_n, k_stride_d, n, keys, D, D0, D1, ALIGN, UPCAST
+            )
+            p = tl.exp2(scores * (scale * LOG2E) - lse[:, None])
+            if test:
+                of_keys = region_bits(k_regions_ptr, n, keys)
+                p = tl.where((of_queries[:, None] & of_keys[None, :]) != 0, p, 0.0)
+            dp = products(
+                g_0, g_1, v_ptr, v_stride_n, v_stride_d, n, keys, D, D0, D1, ALIGN, UPCAST
+            )
+            dq_0, dq_1 = add_products(
+                dq_0, dq_1, p * (dp - delta[:, None]),
+                k_ptr, k_stride_n, k_stride_d, n, keys, D, D0, D1, ALIGN, UPCAST,
+            )  # fmt: skip
+        first = last
     dq_ptr += b * dq_stride_b + h * dq_stride_h
     store(dq_ptr, dq_stride_n, m, tokens, dq_0 * scale, dq_1 * scale, D, D0, D1)
-
-
-@triton.jit
-def _walk_queries(
-    k_0, k_1, v_0, v_1, of_keys, dk_0, dk_1, dv_0, dv_1, order, first, last,
-    q_ptr, grad_ptr, lse_ptr, delta_ptr, q_regions_ptr, q_token, q_channel, grad_token,
-    tokens, scale, TEST: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    BN: tl.constexpr, ALIGN: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """dk / scale and dv over the listed tiles of queries; tiles are [keys, queries]."""
-    for i in range(first, last):
-        m = tl.load(order + i) * BN + tl.arange(0, BN)
-        lse = _base_2(tl.load(lse_ptr + m, mask=m < tokens, other=float("-inf")))
-        delta = tl.load(delta_ptr + m, mask=m < tokens, other=0.0)
-        scores = products(k_0, k_1, q_ptr, q_token, q_channel, m, tokens, D, D0, D1, ALIGN, UPCAST)
-        p = tl.exp2(scores * scale - lse[None, :])
-        if TEST:
-            of_queries = _bits(q_regions_ptr, m, tokens)
-            p = tl.where((of_keys[:, None] & of_queries[None, :]) != 0, p, 0.0)
-        dv_0, dv_1 = add_products(
-            dv_0, dv_1, p, grad_ptr, grad_token, 1, m, tokens, D, D0, D1, 2, UPCAST
-        )
-        dp = products(v_0, v_1, grad_ptr, grad_token, 1, m, tokens, D, D0, D1, 2, UPCAST)
-        dk_0, dk_1 = add_products(
-            dk_0, dk_1, p * (dp - delta[None, :]),
-            q_ptr, q_token, q_channel, m, tokens, D, D0, D1, ALIGN, UPCAST,
-        )  # fmt: skip
-    return dk_0, dk_1, dv_0, dv_1
 
 
 @triton.jit
@@ -151,40 +101,44 @@ def _of_keys(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     ALIGN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one tile of keys of one head."""
-    b = (tl.program_id(1) // heads).to(tl.int64)
-    h = (tl.program_id(1) % heads).to(tl.int64)
-    n = tl.program_id(0) * BM + tl.arange(0, BM)
+    """dk and dv of one tile of keys of one head; tiles are [keys, queries]."""
+    b, h, pair, n = program(heads, BM)
     q_ptr += b * q_stride_b + h * q_stride_h
+    k_ptr += b * k_stride_b + h * k_stride_h
+    v_ptr += b * v_stride_b + h * v_stride_h
     grad_ptr += b * grad_stride_b + h * grad_stride_h
     q_regions_ptr += b * q_regions_stride
-    lse_ptr += tl.program_id(1).to(tl.int64) * tokens
-    delta_ptr += tl.program_id(1).to(tl.int64) * tokens
+    lse_ptr += pair * tokens
+    delta_ptr += pair * tokens
     at = b * lists_b + tl.program_id(0)
-    order = order_ptr + at * listed
-    whole = tl.load(counts_ptr + 2 * at)
-    k_0, k_1 = parts(
-        k_ptr + b * k_stride_b + h * k_stride_h, k_stride_n, k_stride_d, n, keys,
-        D, D0, D1, ALIGN,
-    )  # fmt: skip
-    v_0, v_1 = parts(
-        v_ptr + b * v_stride_b + h * v_stride_h, v_stride_n, v_stride_d, n, keys,
-        D, D0, D1, ALIGN,
-    )  # fmt: skip
-    of_keys = _bits(k_regions_ptr + b * k_regions_stride, n, keys)
+    k_0, k_1 = parts(k_ptr, k_stride_n, k_stride_d, n, keys, D, D0, D1, ALIGN)
+    v_0, v_1 = parts(v_ptr, v_stride_n, v_stride_d, n, keys, D, D0, D1, ALIGN)
+    of_keys = region_bits(k_regions_ptr + b * k_regions_stride, n, keys)
     dk_0, dk_1 = nothing(BM, D0, D1)
     dv_0, dv_1 = nothing(BM, D0, D1)
-    dk_0, dk_1, dv_0, dv_1 = _walk_queries(
-        k_0, k_1, v_0, v_1, of_keys, dk_0, dk_1, dv_0, dv_1, order, 0, whole,
-        q_ptr, grad_ptr, lse_ptr, delta_ptr, q_regions_ptr, q_stride_n, q_stride_d, grad_stride_n,
-        tokens, scale * LOG2E, False, D, D0, D1, BN, ALIGN, UPCAST,
-    )  # fmt: skip
-    dk_0, dk_1, dv_0, dv_1 = _walk_queries(
-        k_0, k_1, v_0, v_1, of_keys, dk_0, dk_1, dv_0, dv_1, order, whole,
-        tl.load(counts_ptr + 2 * at + 1),
-        q_ptr, grad_ptr, lse_ptr, delta_ptr, q_regions_ptr, q_stride_n, q_stride_d, grad_stride_n,
-        tokens, scale * LOG2E, True, D, D0, D1, BN, ALIGN, UPCAST,
-    )  # fmt: skip
+    first = 0
+    for test in tl.static_range(2):  # first the tiles that one region covers
+        last = tl.load(counts_ptr + 2 * at + test)
+        for i in range(first, last):
+            m = tl.load(order_ptr + at * listed + i) * BN + tl.arange(0, BN)
+            lse = pivots(lse_ptr, m, tokens)
+            delta = tl.load(delta_ptr + m, mask=m < tokens, other=0.0)
+            scores = products(
+                k_0, k_1, q_ptr, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN, UPCAST
+            )
+            p = tl.exp2(scores * (scale * LOG2E) - lse[None, :])
+            if test:
+                of_queries = region_bits(q_regions_ptr, m, tokens)
+                p = tl.where((of_keys[:, None] & of_queries[None, :]) != 0, p, 0.0)
+            dv_0, dv_1 = add_products(
+                dv_0, dv_1, p, grad_ptr, grad_stride_n, 1, m, tokens, D, D0, D1, 2, UPCAST
+            )
+            dp = products(v_0, v_1, grad_ptr, grad_stride_n, 1, m, tokens, D, D0, D1, 2, UPCAST)
+            dk_0, dk_1 = add_products(
+                dk_0, dk_1, p * (dp - delta[None, :]),
+                q_ptr, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN, UPCAST,
+            )  # fmt: skip
+        first = last
     dk_ptr += b * dk_stride_b + h * dk_stride_h
     store(dk_ptr, dk_stride_n, n, keys, dk_0 * scale, dk_1 * scale, D, D0, D1)
     dv_ptr += b * dv_stride_b + h * dv_stride_h

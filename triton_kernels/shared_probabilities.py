@@ -41,7 +41,7 @@ from hookctl.kernels.launch import (
 from hookctl.kernels.launch_tables import entry, needed, tile_for
 from hookctl.kernels.stretches import Stretch
 from hookctl.kernels.sum_of_terms_backward import gradients
-from hookctl.kernels.tiles import LOG2E, dot, parts, products
+from hookctl.kernels.tiles import LOG2E, dot, parts, products, program, seen, unseen
 
 MOST = 4  # rows of values of one program
 CHANNELS = 256  # and of all of them together
@@ -116,9 +116,7 @@ def _forward(
     places: of each program, int64, the rows of q, of k and of the log-sum-exp, which is -1 but for
     the first program of a group; v_rows, out_rows: int64 [programs, COUNT], -1 beyond the last.
     """
-    b = (tl.program_id(1) // heads).to(tl.int64)
-    h = (tl.program_id(1) % heads).to(tl.int64)
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    b, h, pair, m = program(heads, BM)
     places_ptr += 3 * tl.program_id(2)
     v_rows_ptr += COUNT * tl.program_id(2)
     out_rows_ptr += COUNT * tl.program_id(2)
@@ -130,19 +128,14 @@ def _forward(
     acc_0 = tl.zeros([BM, COUNT * D0], tl.float32)
     if D1:
         acc_1 = tl.zeros([BM, COUNT * D1], tl.float32)
-    top = tl.full([BM], float("-inf"), tl.float32)
-    norm = tl.zeros([BM], tl.float32)
+    top, norm = unseen(BM)
     for first in range(0, keys, BN):
         n = first + tl.arange(0, BN)
         scores = products(
             q_0, q_1, k_ptr, k_stride_n, k_stride_d, n, keys, D, D0, D1, ALIGN, UPCAST
         )
         scores = tl.where((n < keys)[None, :], scores * (scale * LOG2E), float("-inf"))
-        new = tl.maximum(top, tl.max(scores, 1))
-        p = tl.exp2(scores - new[:, None])
-        fade = tl.exp2(top - new)
-        norm = norm * fade + tl.sum(p, 1)
-        top = new
+        p, fade, top, norm = seen(scores, top, norm)
         v_0 = _beside(
             v_ptr, v_rows_ptr, v_stride_r, v_stride_n, v_stride_d, n, keys, COUNT, 0, D0, D, ALIGN
         )
@@ -165,7 +158,7 @@ def _forward(
             COUNT, D0, D1, D,
         )  # fmt: skip
     group = tl.load(places_ptr + 2)
-    at = group * tl.num_programs(1) + tl.program_id(1)
+    at = group * tl.num_programs(1) + pair
     mask = m < tl.where(group >= 0, tokens, 0)
     tl.store(lse_ptr + at * tokens + m, (top + tl.log2(norm)) / LOG2E, mask=mask)
 

@@ -1,4 +1,4 @@
-"""Pieces that the kernels share: where rows lie, tiles in two parts, products, scores.
+"""Pieces that the kernels share: programs, where rows lie, tiles in two parts, products, softmax.
 
 A head of 80 channels is held as 64 + 16, of 160 as 128 + 32: tiles are powers of two, and 256
 would spill. D0 and D1 are the widths of the two parts; D1 is 0 where one is enough, and the second
@@ -11,6 +11,15 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32
+
+
+@triton.jit
+def program(heads, SIZE: tl.constexpr):
+    """The sequence and the head of this program, the pair of both, and the tokens of its tile."""
+    pair = tl.program_id(1)
+    i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    return (pair // heads).to(tl.int64), (pair % heads).to(tl.int64), pair.to(tl.int64), i
 
 
 @triton.jit
@@ -107,6 +116,48 @@ def add_products(
         x_1 = tile(pointer, tokens, channels, i, length, D0, D1, D, ALIGN)
         acc_1 = dot(p, x_1, acc_1, UPCAST)
     return acc_0, acc_1
+
+
+@triton.jit
+def overlap(a_0, a_1, b_0, b_1, D1: tl.constexpr):
+    """rowsum(a * b) in fp32."""
+    total = tl.sum(a_0.to(tl.float32) * b_0.to(tl.float32), 1)
+    if D1:
+        total += tl.sum(a_1.to(tl.float32) * b_1.to(tl.float32), 1)
+    return total
+
+
+@triton.jit
+def unseen(BM: tl.constexpr):
+    """The maximum and the sum of a softmax that has seen no scores.
+
+    The maximum is finite, so that nothing becomes NaN for a query without any key.
+    """
+    return tl.full([BM], LOWEST, tl.float32), tl.zeros([BM], tl.float32)
+
+
+@triton.jit
+def seen(scores, top, norm):
+    """One more tile of base-2 scores of an online softmax: its exponentials, what sums so far fade
+    by, and the new maximum and sum."""
+    new = tl.maximum(top, tl.max(scores, 1))
+    p = tl.exp2(scores - new[:, None])
+    fade = tl.exp2(top - new)
+    return p, fade, new, norm * fade + tl.sum(p, 1)
+
+
+@triton.jit
+def pivots(lse, i, length):
+    """Log-sum-exps of the queries i in base 2, to recompute probabilities: +inf beyond the end and
+    where there was no key, so that those are 0."""
+    found = tl.load(lse + i, mask=i < length, other=float("inf"))
+    return tl.where(found == float("-inf"), float("inf"), found * LOG2E)
+
+
+@triton.jit
+def region_bits(pointer, i, length):
+    """Bit sets of the tokens i; those past the end are in no region."""
+    return tl.load(pointer + i, mask=i < length, other=0)
 
 
 @triton.jit
