@@ -361,3 +361,17 @@ def specimens(arch: str) -> Iterator[Specimen]:
                     given |= dict.fromkeys(found, f"*{element}:16")
                     at = f"sum of terms, {name}{ranked_by}, {element}, {d}"
                     yield Specimen(at, kernel, given, tile, arch, dots=element != "fp32")
+        yield from _of_overlaps(arch, d)
+
+
+def _of_overlaps(arch: str, d: int) -> Iterator[Specimen]:
+    strides = dict.fromkeys(("x_row", "x_sub", "x_head", "x_token"), "i32:16")
+    for element in ("fp16", "bf16", "fp32"):
+        tile = entry(QUERIES, arch, pieces(d), element)
+        if tile is not None:
+            common = form(element, d) | tile.sides
+            given = {name: x for name, x in common.items() if name in _overlaps.arg_names} | strides
+            given |= dict.fromkeys(("gradient", "out"), f"*{element}:16")
+            given |= dict.fromkeys(("lse_gradient", "offsets"), "*fp32:16")
+            name = f"sum of terms, overlaps, {element}, {d}"
+            yield Specimen(name, _overlaps, given, tile, arch, dots=False)
