@@ -34,8 +34,9 @@ from hookctl.loop.nested import Reading, reading_in
 from hookctl.loop.rowwise import take_rows
 from hookctl.loop.state import State
 
-# Gradients of float16 calls are multiplied by this and divided again, or small ones would vanish.
-_HALF_SCALE = 1024.0
+# Gradients of float16 calls are multiplied by the first of these and divided again, or small ones
+# would vanish; where large ones overflow, by the next.
+_HALF_SCALES = tuple(2.0**n for n in range(10, -21, -5))
 
 Key = tuple[int, int]  # prompt, image
 
@@ -192,11 +193,21 @@ def energies(
 
 
 def _gradient(terms: Tensor, leaf: Tensor, half: bool) -> Tensor:
-    scale = _HALF_SCALE if half else 1.0
-    total = terms[:, 0].sum() * scale
+    """Of the sum of the first terms; not finite only if no scale keeps it so."""
+    total = terms[:, 0].sum()
     if not total.requires_grad:
         return torch.zeros_like(leaf)
-    (found,) = torch.autograd.grad(total, leaf, allow_unused=True, materialize_grads=True)
+    scales = _HALF_SCALES if half else (1.0,)
+    for scale in scales:
+        (found,) = torch.autograd.grad(
+            total * scale,
+            leaf,
+            retain_graph=scale != scales[-1],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        if scale == scales[-1] or found.isfinite().all():
+            break
     return found / scale
 
 

@@ -280,3 +280,19 @@ def test_what_cannot_be() -> None:
 
     with pytest.raises(HoleError, match="in the stack"):
         probe(stranger)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3, 1e5])
+def test_gradients_of_float16_calls_neither_vanish_nor_overflow(size: float) -> None:
+    def ask(one: Probe, state: State) -> Energies:
+        paths = one.paths(state)
+
+        def scaled(picture: Picture) -> Tensor:
+            return size * share(picture)
+
+        return energies(state, scaled, reader=one, sites=paths, tokens=TOKENS)
+
+    exact = probe(ask).gradient
+    pipe = zoo.PIPELINES["sd15"].make()
+    found = probe(ask, pipe=pipe.to(torch.float16)).gradient
+    assert float((found - exact).norm() / exact.norm()) < 0.05
