@@ -19,7 +19,7 @@ bench: $(VENV)/.installed
 	$(BIN)/hookctl bench --out out/bench
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,15 +1,14 @@
 """Every shipped form of every kernel, compiled for GPUs that are not here.
 
-    python -m tests.kernels.aot              compile a sample, see that the record is up to date
-    python -m tests.kernels.aot --all        compile every form
+    python -m tests.kernels.aot              compile every form, see that the record holds
+    python -m tests.kernels.aot --part 1/8   an eighth of them, in one process
     python -m tests.kernels.aot --update     compile what has changed, and record it
 
 A kernel's module lists its forms in `specimens(arch)`. What each needs of a chip (registers,
 spills, shared memory, tensor-core instructions) is compiler output, not speed. It stands in
 resources.json, so that no change of it goes unseen; other versions of Triton than the recorded
-one must keep the limits, but not the numbers. A form whose source, arguments and compiler are
-those of the record need not be compiled again: the compiler gives the same code. The sample is
-the first form of each kernel for each chip.
+one must keep the limits, but not the numbers. To record, a form whose source, arguments and
+compiler are those of the record need not be compiled again: the compiler gives the same code.
 """
 
 from __future__ import annotations
@@ -180,19 +179,16 @@ def _compiled(key: str) -> tuple[str, Resources]:
     return key, resources(dict(specimens())[key])
 
 
-def measure(keys: list[str]) -> dict[str, Resources]:
-    """The resources of some forms, compiled in as many processes as there are cores."""
-    jobs = len(os.sched_getaffinity(0))
+def measure(keys: list[str], jobs: int) -> dict[str, Resources]:
+    """The resources of some forms, compiled in so many processes."""
     with ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
         return dict(pool.map(_compiled, keys))
 
 
-def sample(listed: dict[str, Specimen]) -> set[str]:
-    """Keys of one form of each kernel for each chip."""
-    first: dict[tuple[int, str], str] = {}
-    for key, one in listed.items():
-        first.setdefault((id(one.kernel), one.arch), key)
-    return set(first.values())
+def part(keys: list[str], which: str) -> list[str]:
+    """Of "k/n" every n-th key from the k-th on: each part has some forms of every kernel."""
+    k, n = map(int, which.split("/"))
+    return keys[k - 1 :: n]
 
 
 def compare(found: dict[str, Resources], kept: dict[str, Resources]) -> list[str]:
@@ -210,7 +206,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Compile the kernels ahead of time.")
     parser.add_argument("--update", action="store_true", help="record what has changed")
     parser.add_argument("--only", default="", help="forms whose key contains this")
-    parser.add_argument("--all", action="store_true", help="compile what is as recorded too")
+    parser.add_argument("--part", default="", metavar="K/N", help="of N parts the K-th")
     chosen = parser.parse_args()
     listed = {key: one for key, one in specimens() if chosen.only in key}
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
@@ -220,10 +216,9 @@ def main() -> int:
         if record.get("forms", {}).get(key, {}).get("digest") == digest(one)
     }
     changed = [key for key in listed if key not in kept]
-    if chosen.update:
-        compiled = measure(changed)
-    else:
-        compiled = measure(sorted(listed if chosen.all or chosen.only else sample(listed)))
+    keys = changed if chosen.update else part(sorted(listed), chosen.part or "1/1")
+    jobs = 1 if chosen.part else len(os.sched_getaffinity(0))
+    compiled = measure(keys, jobs)
     for key, numbers in compiled.items():
         print(key, json.dumps(numbers))
     found = kept | compiled

@@ -13,15 +13,19 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+PARTS = 8  # so that every worker of the suite has its share
+
+
 @pytest.mark.slow
-def test_the_launch_tables_compile_and_need_what_is_recorded() -> None:
+@pytest.mark.parametrize("part", range(1, PARTS + 1))
+def test_the_launch_tables_compile_and_need_what_is_recorded(part: int) -> None:
     """In a process without the interpreter, which can't be left once it was chosen."""
     compiler = pytest.importorskip("triton.compiler")
     if "constexprs" not in inspect.signature(compiler.ASTSource).parameters:
         pytest.skip("Triton 3.2 takes the source of a kernel in a form of its own")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.aot"],
+        [sys.executable, "-m", "tests.kernels.aot", "--part", f"{part}/{PARTS}"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
