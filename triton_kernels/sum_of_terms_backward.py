@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hookctl.kernels import stretches
 from hookctl.kernels.arguments import Extras, common, form, out_strides, ranked
-from hookctl.kernels.launch import WIDTHS, Specimen, pieces
+from hookctl.kernels.launch import INTERPRETED, WIDTHS, Specimen, pieces
 from hookctl.kernels.launch_tables import KEYS, QUERIES, RANKED, entry, needed, tile_for
 from hookctl.kernels.stretches import Tables
 from hookctl.kernels.tiles import (
@@ -292,7 +292,7 @@ def gradients(
 def _of_out(arguments: dict[str, Any], out: Tensor) -> dict[str, Any]:
     """The arguments of `_overlaps`."""
     names = ["gradient", "tokens", "heads", "o_row", "o_sub", "o_head", "o_token", "D", "D0", "D1"]
-    names += ["BM", "ALIGN", "num_warps", "num_stages"]
+    names += ["BM", "ALIGN", *INTERPRETED.options]
     strides = zip(("x_row", "x_sub", "x_head", "x_token"), out.stride(), strict=False)
     return {name: arguments[name] for name in names} | dict(strides) | {"out": out}
 

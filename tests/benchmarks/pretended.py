@@ -36,11 +36,11 @@ from hookctl.kernels import (
     stretches,
     sum_of_terms,
 )
-from hookctl.kernels.launch import SHARED_LIMIT, Launch
+from hookctl.kernels.launch import INTERPRETED, SHARED_LIMIT, Launch
 
 DEVICE = torch.device("cuda:0")
 ARCHS = tuple(SHARED_LIMIT)
-_OPTIONS = ("num_warps", "num_stages")
+_OPTIONS = tuple(INTERPRETED.options)
 _MOST = (2**31 - 1, 65_535, 65_535)  # programs on the axes of a grid
 _ADDRESS = 1 << 20  # of every tensor: allocators align on 512 bytes
 _OPERATORS = (
@@ -220,7 +220,7 @@ def _launch(executor: Any, args: tuple[Any, ...], options: Mapping[str, Any], ar
     for programs, most in zip(grid, _MOST, strict=True):
         assert type(programs) is int and 0 < programs <= most, (name, grid)
     tile = [given.get(a, given.get(b)) for a, b in (("BM", "C"), ("BN", "P"))]
-    found = Launch(tile[0] or 0, tile[1] or 0, *(options[key] for key in _OPTIONS))
+    found = Launch(tile[0] or 0, tile[1] or 0, options["num_warps"], options["num_stages"])
     tiles = [*_tiles(arch), *launch_tables._tried.values()]
     assert any(_same(found, tile) for tile in tiles), (name, arch, found)
     return found

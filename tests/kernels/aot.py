@@ -101,8 +101,7 @@ def resources(one: Specimen) -> Resources:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    options = {"num_warps": one.launch.warps, "num_stages": one.launch.stages}
-    built = triton.compile(source_of(one), GPUTarget(*TARGETS[one.arch]), options)
+    built = triton.compile(source_of(one), GPUTarget(*TARGETS[one.arch]), one.launch.options)
     counted = _amd(built.asm) if one.arch.startswith("gfx") else _nvidia(built.asm)
     return {**counted, "shared": built.metadata.shared, "digest": digest(one)}
 
