@@ -53,9 +53,16 @@ class SecondModel:
         self.target, self.denoiser = target, denoiser_of(target)
 
     def attach(self, target: Any, reader: WordEnergy) -> None:
-        if uncompiled(self.denoiser) is uncompiled(denoiser_of(target)):
+        own = denoiser_of(target)
+        if uncompiled(self.denoiser) is uncompiled(own):
             raise InputError(
                 "layout is the pipeline's own denoiser; give another one, or a LayoutGuidance"
+            )
+        theirs, ours = (next(one.parameters()).dtype for one in (self.denoiser, own))
+        if theirs != ours:
+            raise InputError(
+                f"layout is a model in {theirs}, and the pipeline's is in {ours}; give both in one "
+                f"dtype, as by .to({ours})"
             )
         self._reader = reader
 

@@ -1,0 +1,42 @@
+"""Every recipe on a model in half precision, as GPUs run it: as in float32, up to rounding."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+import hookctl
+from hookctl import recipes
+from hookctl.errors import InputError
+from tests.families.subjects import error
+from tests.recipes import test_pairs
+from tests.recipes.test_pairs import NAMES, PROMPTS, RECIPES, SD15, alone, second
+
+# Relative, of the latents after two steps. SAG's mask, of what lies above a mean, may differ in a
+# cell; without it the second is 0.05.
+TOLERANCE = {torch.float16: 0.01, torch.bfloat16: 0.15}
+
+
+@cache
+def pipe(dtype: torch.dtype) -> Any:
+    return SD15.make().to(dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_as_in_float32(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = alone(name)
+    monkeypatch.setattr(test_pairs, "second", lambda: deepcopy(second()).to(dtype))
+    with hookctl.control(pipe(dtype), RECIPES[name](recipes)):
+        found = SD15.run(pipe(dtype), PROMPTS)
+    assert error(found, exact) < TOLERANCE[dtype]
+
+
+def test_a_layout_model_of_another_dtype_is_refused() -> None:
+    refused = pytest.raises(InputError, match="layout is a model in torch.float32.*torch.float16")
+    with refused, hookctl.control(pipe(torch.float16), RECIPES["RealCompo"](recipes)):
+        pass
