@@ -30,7 +30,7 @@ from torch import Tensor
 
 from hookctl.address.rows import COND, UNCOND
 from hookctl.errors import InputError
-from hookctl.loop.energy import frozen
+from hookctl.loop.energy import frozen, gradients
 from hookctl.loop.inversion import ddim_path, require_first_order
 from hookctl.loop.low_rank import LowRank
 from hookctl.loop.noise import noise_like
@@ -212,7 +212,9 @@ class Imagic:
                 generator = torch.Generator().manual_seed(self.seed + 2 * step + (stage == "model"))
                 adam.zero_grad()
                 for loss in self._losses(generator):
-                    loss.backward(inputs=leaves)
+                    found = gradients(loss, leaves, self.program.latents.dtype)
+                    for leaf, one in zip(leaves, found, strict=True):
+                        leaf.grad = one if leaf.grad is None else leaf.grad + one
                 adam.step()
                 self.done[stage] = step + 1
                 if self.checkpoint is not None and (step + 1) % self.save_every == 0:

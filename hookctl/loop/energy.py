@@ -187,28 +187,32 @@ def energies(
                     for key in [(row.prompt, row.image)]
                 ]
             )
-            half = state.kwargs[state.sample].dtype == torch.float16
-            gradient = None if leaf is None else _gradient(terms, leaf, half)
+            gradient = None
+            if leaf is not None:
+                dtype = state.kwargs[state.sample].dtype
+                (gradient,) = gradients(terms[:, 0].sum(), [leaf], dtype)
     return Energies(terms.detach(), gradient)
 
 
-def _gradient(terms: Tensor, leaf: Tensor, half: bool) -> Tensor:
-    """Of the sum of the first terms; not finite only if no scale keeps it so."""
-    total = terms[:, 0].sum()
+def gradients(total: Tensor, leaves: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Of a scalar that a model of this dtype led to, zeros where it does not depend on a leaf.
+
+    Not finite only if no scale keeps a float16 model's so.
+    """
     if not total.requires_grad:
-        return torch.zeros_like(leaf)
-    scales = _HALF_SCALES if half else (1.0,)
+        return tuple(torch.zeros_like(leaf) for leaf in leaves)
+    scales = _HALF_SCALES if dtype == torch.float16 else (1.0,)
     for scale in scales:
-        (found,) = torch.autograd.grad(
+        found = torch.autograd.grad(
             total * scale,
-            leaf,
+            leaves,
             retain_graph=scale != scales[-1],
             allow_unused=True,
             materialize_grads=True,
         )
-        if scale == scales[-1] or found.isfinite().all():
+        if scale == scales[-1] or all(one.isfinite().all() for one in found):
             break
-    return found / scale
+    return tuple(one / scale for one in found)
 
 
 def _collection(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hookctl.address.rows import COND, UNCOND
 from hookctl.errors import UnsupportedError
-from hookctl.loop.energy import frozen
+from hookctl.loop.energy import frozen, gradients
 from hookctl.loop.noise import noise_like
 from hookctl.loop.trajectory import Trajectory
 
@@ -145,7 +145,7 @@ def _fitted(
             guided = uncond + guidance * (cond - uncond)
             error = (alpha * x + beta * guided - target).float()
             loss = error.square().flatten(1).mean(1)
-            (leaf.grad,) = torch.autograd.grad(loss.sum(), leaf)
+            (leaf.grad,) = gradients(loss.sum(), [leaf], cond.dtype)
         before = leaf.detach().clone()
         adam.step()
         with torch.no_grad():
