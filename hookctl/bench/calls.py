@@ -127,7 +127,7 @@ class Bench:
             exact = (x.double() for x in (q[:, :, places], k, v))
             return merged(edit.explicit(*exact))
 
-        if edits > 1:
+        if edits > 1 or group == "edits":
             more["edits"] = edits
         return Case(
             group, name, {"tokens": n, "heads": heads, "channels": d, **more}, forms, truth,
