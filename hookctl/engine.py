@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from hookctl.address import families
 from hookctl.address.sites import Site
 from hookctl.attention.caught import Caught, edit, per_sample, ungrouped
-from hookctl.attention.intercept import SitePort, mode_depth, unwind
+from hookctl.attention.intercept import SitePort, depth, unwind
+from hookctl.attention.repeats import Repeats
 from hookctl.attention.stack import check_conflicts
 from hookctl.attention.widened import own_part
 from hookctl.editor import Editor, overrides
@@ -69,6 +70,7 @@ class Engine:
         self._turn = Turn()
         self._exchange = Exchange()
         self._acting: dict[tuple[bool, ...], Acting] = {}
+        self._repeats = Repeats()
         self._denoiser_port: DenoiserPort | None = None
         self._pipeline_port: PipelinePort | None = None
         self._scheduler_port: SchedulerPort | None = None
@@ -137,7 +139,7 @@ class Engine:
                 self._uninstall()
 
     def _changed(self) -> None:
-        self._acting = {}
+        self._acting, self._repeats = {}, Repeats()
         given = [s.rows for s in self._sessions if s.rows is not None]
         self.run.branches = given[-1] if given else None
         self._sync_ports()
@@ -259,12 +261,12 @@ class Engine:
         self.run.fresh = False
 
     def _within(self, call: Call, inner: Inner, args: Any, kwargs: Any) -> Any:
-        depth = mode_depth()
+        entered = depth()
         with self._calls.during(call):
             try:
                 return self._call(inner, call, args, kwargs)
             except BaseException:
-                unwind(depth)
+                unwind(entered)
                 raise
 
     def _call(self, inner: Inner, call: Call, args: Any, kwargs: Any) -> Any:
@@ -364,6 +366,7 @@ class Engine:
             joint_order=self.order,
             keeps_perturbed=families.keeps_perturbed(port.module),
             repeated=self._calls.repeats(call),
+            repeats=self._repeats,
         )
         return own.whole(out, rest["scale"])
 

@@ -74,34 +74,33 @@ def tables_of(
     )
 
 
-def common(
-    q: Sequence[Tensor],
-    k: Sequence[Tensor],
-    v: Sequence[Tensor],
-    extras: Extras,
-    t: Tables,
-    scale: float,
-    *others: Tensor,
+def fixed(like: Tensor, extras: Extras, t: Tables, scale: float) -> dict[str, Any]:
+    """The arguments of all kernels that calls of one form share; like: queries."""
+    return {
+        "steps": t.steps,
+        "numbers": t.numbers,
+        "tokens": like.shape[-2],
+        "heads": like.shape[2],
+        "scale": scale,
+        **sizes(like.shape[-1]),
+        "BIASED": extras.bias is not None,
+        "RANK": 0 if extras.key_factors is None else extras.key_factors.shape[-1],
+        "UPCAST": interpreting() and like.dtype == torch.bfloat16,
+    }
+
+
+def pointers(
+    q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], extras: Extras, *others: Tensor
 ) -> dict[str, Any]:
-    """The arguments that all kernels have; others: further tensors whose alignment counts."""
-    at_once = 16 // q[0].element_size()
+    """Those that differ between them; others: further tensors whose alignment counts."""
     return {
         **_three("q", q),
         **_three("k", k),
         **_three("v", v),
-        "steps": t.steps,
-        "numbers": t.numbers,
         "bias": extras.bias,
         "query_factors": extras.query_factors,
         "key_factors": extras.key_factors,
-        "tokens": q[0].shape[-2],
-        "heads": q[0].shape[2],
-        "scale": scale,
-        **sizes(q[0].shape[-1]),
-        "ALIGN": at_once if aligned(*q, *k, *v, *others) else 1,
-        "BIASED": extras.bias is not None,
-        "RANK": 0 if extras.key_factors is None else extras.key_factors.shape[-1],
-        "UPCAST": interpreting() and q[0].dtype == torch.bfloat16,
+        "ALIGN": 16 // q[0].element_size() if aligned(*q, *k, *v, *others) else 1,
     }
 
 
@@ -116,7 +115,7 @@ def _three(name: str, stacks: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def form(dtype: str, width: int) -> dict[str, Any]:
-    """The types of `common`, for compilation ahead of time: aligned, without biases."""
+    """The types of these, for compilation ahead of time: aligned, without biases."""
     return {
         **{f"{name}{i}": f"*{dtype}:16" for name in "qkv" for i in range(STACKS)},
         "steps": "*i64:16",

@@ -25,6 +25,7 @@ from torch import Tensor
 from hookctl.kernels.guard import form, fused, jit, tl
 from hookctl.kernels.launch import Launch, Specimen
 from hookctl.kernels.launch_tables import GAIN, entry, needed, tile_for
+from hookctl.kernels.operators import custom_op
 
 
 def fourier_gain(x: Tensor, gain: Tensor | float) -> Tensor:
@@ -184,7 +185,7 @@ def _backward_kernel(grad_ptr, x_ptr, gain_ptr, dx_ptr, dgain_ptr, channels, hei
 # -- operators -------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("hookctl::fourier_gain", mutates_args=())
+@custom_op("fourier_gain")
 def _forward_op(x: Tensor, gain: Tensor) -> Tensor:
     out = torch.empty_like(x)
     rows, channels, height, width = x.shape
@@ -203,7 +204,7 @@ def _(x, gain):
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("hookctl::fourier_gain_backward", mutates_args=())
+@custom_op("fourier_gain_backward")
 def _backward_op(grad: Tensor, x: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
     dx, dgain = torch.empty_like(x), torch.empty(x.shape[:2], device=x.device)
     rows, channels, height, width = x.shape

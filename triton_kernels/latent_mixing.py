@@ -24,6 +24,7 @@ from torch import Tensor
 from hookctl.kernels.guard import form, fused, jit, tl
 from hookctl.kernels.launch import Specimen
 from hookctl.kernels.launch_tables import MIXING, entry, needed, tile_for
+from hookctl.kernels.operators import custom_op
 
 # -- references ------------------------------------------------------------------------------------
 
@@ -174,7 +175,7 @@ def _launch(kernel: Any, places: int, rows: int, like: Tensor, *given: Any, **fo
         kernel[-(-places // tile.block_n), rows](*given, P=tile.block_n, **forms, **tile.options)
 
 
-@torch.library.custom_op("hookctl::local_blend", mutates_args=())
+@custom_op("local_blend")
 def blend_kernel(x: Tensor, sources: Tensor, mask: Tensor) -> Tensor:
     """`local_blend` by the kernel, on a GPU or in the interpreter."""
     x, hard = x.contiguous(), mask.dtype == torch.bool
@@ -186,7 +187,7 @@ def blend_kernel(x: Tensor, sources: Tensor, mask: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("hookctl::merge_instances", mutates_args=())
+@custom_op("merge_instances")
 def merge_kernel(x: Tensor, masks: Tensor | None) -> Tensor:
     """`merge_instances` by the kernel, on a GPU or in the interpreter."""
     x = x.contiguous()
@@ -198,7 +199,7 @@ def merge_kernel(x: Tensor, masks: Tensor | None) -> Tensor:
     return out
 
 
-@torch.library.custom_op("hookctl::mix_predictions", mutates_args=())
+@custom_op("mix_predictions")
 def mix_kernel(a: Tensor, b: Tensor, d: Tensor) -> Tensor:
     """`mix_predictions` by the kernel, on a GPU or in the interpreter."""
     a, b = a.contiguous(), b.contiguous()
@@ -209,7 +210,7 @@ def mix_kernel(a: Tensor, b: Tensor, d: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("hookctl::update_difference", mutates_args=())
+@custom_op("update_difference")
 def update_kernel(
     d: Tensor, grad: Tensor, a: Tensor, b: Tensor, rate: float, largest: bool = False
 ) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from hookctl.kernels.guard import form
 from hookctl.kernels.launch import Specimen, empty_output, interpreting, side_by_side, sizes
 from hookctl.kernels.launch_tables import GRADIENTS, MAPS, forms, needed, tile_for
+from hookctl.kernels.operators import custom_op
 from hookctl.kernels.tiles import (
     LOG2E,
     add_products,
@@ -151,7 +152,7 @@ def _of_keys(
 TABLE = MAPS + GRADIENTS
 
 
-@torch.library.custom_op("hookctl::map_gradients", mutates_args=())
+@custom_op("map_gradients")
 def operator(
     q: Tensor, k: Tensor, tokens: Tensor, lse: Tensor, grad: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:

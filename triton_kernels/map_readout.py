@@ -24,6 +24,7 @@ from hookctl.kernels import map_gradients
 from hookctl.kernels.guard import form
 from hookctl.kernels.launch import Specimen, check_grid, interpreting, side_by_side, sizes
 from hookctl.kernels.launch_tables import MAPS, forms, needed, tile_for
+from hookctl.kernels.operators import custom_op
 from hookctl.kernels.tiles import LOG2E, parts, pivots, products, program, seen, unseen
 
 MOST_TOKENS = 128  # of one launch
@@ -124,7 +125,7 @@ def _constants(q: Tensor, k: Tensor) -> dict[str, Any]:
     return sizes(q.shape[-1]) | tile.sides | tile.options | of_loads
 
 
-@torch.library.custom_op("hookctl::map_readout", mutates_args=())
+@custom_op("map_readout")
 def _operator(
     q: Tensor, k: Tensor, tokens: Tensor, lse: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -164,7 +165,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
 _operator.register_autograd(_backward, setup_context=_setup)
 
 
-@torch.library.custom_op("hookctl::key_marginals", mutates_args=())
+@custom_op("key_marginals")
 def _marginals_operator(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> Tensor:
     batch, heads, length, _ = q.shape
     out = q.new_empty(batch, heads, k.shape[2], dtype=torch.float32)

@@ -34,6 +34,7 @@ from hookctl.kernels.launch import (
     sizes,
 )
 from hookctl.kernels.launch_tables import REGIONS, forms, needed, tile_for
+from hookctl.kernels.operators import custom_op
 from hookctl.kernels.region_lists import tile_lists
 from hookctl.kernels.tiles import (
     LOG2E,
@@ -120,7 +121,7 @@ def _launch(x: Tensor) -> Launch:
     return needed(tile_for(REGIONS, (x.shape[-1],), x), REGIONS, x)
 
 
-@torch.library.custom_op("hookctl::region_attention", mutates_args=())
+@custom_op("region_attention")
 def _operator(
     q: Tensor,
     k: Tensor,

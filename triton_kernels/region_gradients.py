@@ -21,6 +21,7 @@ from torch import Tensor
 from hookctl.kernels.guard import form
 from hookctl.kernels.launch import Launch, Specimen, empty_output, interpreting, side_by_side, sizes
 from hookctl.kernels.launch_tables import GRADIENTS, REGIONS, forms, needed, tile_for
+from hookctl.kernels.operators import custom_op
 from hookctl.kernels.region_lists import tile_lists
 from hookctl.kernels.tiles import (
     LOG2E,
@@ -148,7 +149,7 @@ def _of_keys(
 TABLE = REGIONS + GRADIENTS
 
 
-@torch.library.custom_op("hookctl::region_gradients", mutates_args=())
+@custom_op("region_gradients")
 def operator(
     q: Tensor,
     k: Tensor,

@@ -12,7 +12,7 @@ tile of probabilities is multiplied once. Gradients are those of a sum of terms,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate, product
 from typing import Any, NamedTuple
@@ -39,6 +39,7 @@ from hookctl.kernels.launch import (
     sizes,
 )
 from hookctl.kernels.launch_tables import entry, needed, tile_for
+from hookctl.kernels.operators import custom_op, prepared_op
 from hookctl.kernels.stretches import Stretch
 from hookctl.kernels.sum_of_terms_backward import gradients
 from hookctl.kernels.tiles import LOG2E, dot, parts, products, program, seen, unseen
@@ -206,27 +207,32 @@ def _empty(q: Tensor, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
     return out, q.new_empty(len(groups), *q.shape[1:-1], dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "hookctl::shared_probabilities",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, int[] integers, float scale) -> (Tensor, Tensor)",
+@prepared_op(
+    "shared_probabilities",
+    "(Tensor q, Tensor k, Tensor v, int[] integers, float scale) -> (Tensor, Tensor)",
 )
-def _operator(q: Any, k: Any, v: Any, integers: Any, scale: float) -> tuple[Tensor, Tensor]:
+def _operator(q: Any, k: Any, v: Any, integers: Any, scale: float) -> Callable[..., Any]:
     groups = _decode(integers)
-    out, lse = _empty(q, groups)
     _, sub, heads, n, d = q.shape
     count = _at_once(groups, d)
     places, v_rows, out_rows = _tables(tuple(integers), count, q.device)
     tile = needed(tile_for(TABLE, (count * sum(pieces(d)),), q), TABLE, q)
-    with torch.cuda.device_of(q):
-        _forward[triton.cdiv(n, tile.block_m), sub * heads, len(places)](
-            q, k, v, out, lse, places, v_rows, out_rows, n, k.shape[-2], heads, scale,
-            *q.stride(), *k.stride(), *v.stride(), *out.stride()[:-1],
-            COUNT=count, ALIGN=side_by_side(q, k, v),
-            UPCAST=interpreting() and q.dtype == torch.bfloat16,
-            **sizes(d), **tile.sides, **tile.options,
-        )  # fmt: skip
-    return out, lse
+    launch = _forward[triton.cdiv(n, tile.block_m), sub * heads, len(places)]
+    numbers = (n, k.shape[-2], heads, scale, *q.stride(), *k.stride(), *v.stride())
+    constants = sizes(d) | tile.sides | tile.options
+    constants |= {"COUNT": count, "ALIGN": side_by_side(q, k, v)}
+    constants["UPCAST"] = interpreting() and q.dtype == torch.bfloat16
+
+    def run(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        out, lse = _empty(q, groups)
+        with torch.cuda.device_of(q):
+            launch(
+                q, k, v, out, lse, places, v_rows, out_rows, *numbers, *out.stride()[:-1],
+                **constants,
+            )  # fmt: skip
+        return out, lse
+
+    return run
 
 
 @_operator.register_fake
@@ -234,10 +240,9 @@ def _(q: Any, k: Any, v: Any, integers: Any, scale: float) -> tuple[Tensor, Tens
     return _empty(q, _decode(integers))
 
 
-@torch.library.custom_op(
-    "hookctl::shared_probabilities_backward",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor gradient, "
+@custom_op(
+    "shared_probabilities_backward",
+    "(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor gradient, "
     "Tensor lse_gradient, int[] integers, float scale, bool[] wanted) -> Tensor[]",
 )
 def _backward_op(

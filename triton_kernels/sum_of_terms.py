@@ -9,7 +9,7 @@ of keys. The kernels are in `sum_of_terms_forward` and `sum_of_terms_backward`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from hookctl.kernels import stretches
 from hookctl.kernels.arguments import Extras, tables_of
 from hookctl.kernels.launch import DTYPES, WIDEST, available, check_grid, empty_output
+from hookctl.kernels.operators import custom_op, prepared_op
 from hookctl.kernels.stretches import STACKS, Stretch
 from hookctl.kernels.sum_of_terms_backward import gradients
 from hookctl.kernels.sum_of_terms_forward import forward
@@ -82,20 +83,21 @@ def _empty(q: Sequence[Tensor], rows: int, terms: int, lse: bool) -> tuple[Tenso
     return empty_output((rows, *q[0].shape[1:]), q[0]), q[0].new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "hookctl::sum_of_terms",
-    mutates_args=(),
-    schema=f"({_ARGUMENTS}, bool lse) -> (Tensor, Tensor)",
-)
+@prepared_op("sum_of_terms", f"({_ARGUMENTS}, bool lse) -> (Tensor, Tensor)")
 def _forward_op(
     q: Any, k: Any, v: Any, weights: Any, bias: Any, query_factors: Any, key_factors: Any,
     integers: Any, numbers: Any, rows: int, scale: float, lse: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> Callable[..., tuple[Tensor, Tensor]]:  # fmt: skip
     extras = Extras(weights, bias, query_factors, key_factors)
     t = tables_of(q, k, v, extras, integers, numbers, rows)
-    out, found = _empty(q, rows, len(t.terms), lse)
-    forward(q, k, v, extras, t, scale, out, found if lse else None)
-    return out, found
+    fill = forward(q, k, v, extras, t, scale)
+
+    def run(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Tensor, Tensor]:
+        out, found = _empty(q, rows, len(t.terms), lse)
+        fill(q, k, v, Extras(*rest[:4]), out, found if lse else None)
+        return out, found
+
+    return run
 
 
 @_forward_op.register_fake
@@ -106,10 +108,9 @@ def _(
     return _empty(q, rows, sum(s.closes for s in stretches.decode(integers, numbers)), lse)
 
 
-@torch.library.custom_op(
-    "hookctl::sum_of_terms_backward",
-    mutates_args=(),
-    schema=f"({_ARGUMENTS}, Tensor out, Tensor lse, Tensor gradient, Tensor lse_gradient, "
+@custom_op(
+    "sum_of_terms_backward",
+    f"({_ARGUMENTS}, Tensor out, Tensor lse, Tensor gradient, Tensor lse_gradient, "
     "bool[] wanted) -> Tensor[]",
 )
 def _backward_op(

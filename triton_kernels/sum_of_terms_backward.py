@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hookctl.kernels import stretches
-from hookctl.kernels.arguments import Extras, common, form, out_strides, ranked
+from hookctl.kernels.arguments import Extras, fixed, form, out_strides, pointers, ranked
 from hookctl.kernels.launch import INTERPRETED, WIDTHS, Specimen, pieces
 from hookctl.kernels.launch_tables import KEYS, QUERIES, RANKED, entry, needed, tile_for
 from hookctl.kernels.stretches import Tables
@@ -252,7 +252,8 @@ def gradients(
     """The gradient of each stack of q, k and v and of the weights; empty where it is not wanted."""
     if gradient.stride(-1) != 1:
         gradient = gradient.contiguous()
-    arguments = common(q, k, v, extras, t, scale, gradient, out) | out_strides(gradient)
+    arguments = fixed(q[0], extras, t, scale) | out_strides(gradient)
+    arguments |= pointers(q, k, v, extras, gradient, out)
     key = arguments["D0"], arguments["D1"]
     arguments |= {"gradient": gradient, "lse": lse, "weights": extras.weights}
     arguments |= {"WEIGHTED": extras.weights is not None}

@@ -9,7 +9,7 @@ accumulator: prompt-to-prompt edits and decoupled adapters in one pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hookctl.kernels import stretches
-from hookctl.kernels.arguments import Extras, common, form, out_strides, ranked
+from hookctl.kernels.arguments import Extras, fixed, form, out_strides, pointers, ranked
 from hookctl.kernels.launch import WIDTHS, Launch, Specimen, pieces
 from hookctl.kernels.launch_tables import RANKED, SHORT, entry, needed, short_form, tile_for
 from hookctl.kernels.stretches import Tables
@@ -173,26 +173,27 @@ def forward(
     extras: Extras,
     t: Tables,
     scale: float,
-    out: Tensor,
-    lse: Tensor | None,
-) -> None:
-    """Fill `out` [rows, sub-batch, heads, N, channels] and `lse` [terms, sub-batch, heads, N]."""
-    arguments = common(q, k, v, extras, t, scale)
+) -> Callable[..., None]:
+    """What fills `out` [rows, sub-batch, heads, N, channels] and `lse` [terms, sub-batch, heads, N]
+    or None, for stacks and extras of the same form: fill(q, k, v, extras, out, lse)."""
     kernel, tile, sizes = _chosen(q[0], k, t)
+    known = fixed(q[0], extras, t, scale) | sizes | tile.options
+    known |= {"starts": t.starts, "WEIGHTED": extras.weights is not None}
     _, sub, heads, n, _ = q[0].shape
-    with torch.cuda.device_of(q[0]):
-        kernel[triton.cdiv(n, tile.block_m), sub * heads, out.shape[0]](
-            **arguments,
-            **sizes,
-            **out_strides(out),
-            out=out,
-            lse=lse,
-            starts=t.starts,
-            weights=extras.weights,
-            WEIGHTED=extras.weights is not None,
-            LSE=lse is not None,
-            **tile.options,
-        )
+    tiles, pairs = triton.cdiv(n, tile.block_m), sub * heads
+
+    def fill(q: Any, k: Any, v: Any, extras: Extras, out: Tensor, lse: Tensor | None) -> None:
+        given = pointers(q, k, v, extras) | out_strides(out)
+        with torch.cuda.device_of(q[0]):
+            kernel[tiles, pairs, out.shape[0]](
+                **(known | given),
+                out=out,
+                lse=lse,
+                weights=extras.weights,
+                LSE=lse is not None,
+            )
+
+    return fill
 
 
 def _chosen(q: Tensor, k: Sequence[Tensor], t: Tables) -> tuple[Any, Launch, dict[str, Any]]:

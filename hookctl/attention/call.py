@@ -20,8 +20,8 @@ from hookctl.attention.division import Division, divided, segment_of
 from hookctl.attention.isolated import isolate
 from hookctl.attention.noted import NotedCall, RowLike
 from hookctl.attention.operations import Probabilities, ReadOut, Sink, Stage
-from hookctl.attention.prepared import cast, is_all, is_finite, is_same, regions_of
-from hookctl.attention.term import Ref, Segment, Term
+from hookctl.attention.prepared import cast, is_all, is_finite, is_same, regions_of, remembered
+from hookctl.attention.term import Ref, Segment
 from hookctl.attention.token_map import Routing
 from hookctl.errors import InputError, UnsupportedError
 
@@ -171,10 +171,8 @@ class AttentionCall(NotedCall):
             raise InputError("bias: the factors are not all finite; to forbid keys use restrict")
         if any(is_all(factor, 0) for factor in factors):
             return
-        keys = cast(key_factors, self.k).reshape(m, r)
+        keys = cast(key_factors, self.k)
         queries = None if query_factors is None else cast(query_factors, self.q)
-        if queries is None and r > 1:
-            keys = keys.sum(1, keepdim=True)
         self._note(Stage.RESTRICTION, "bias", targets, does.bias(queries, keys))
 
     def route(
@@ -198,7 +196,10 @@ class AttentionCall(NotedCall):
         keys from the source too.
         """
         start, stop = self.spans.text_keys or (0, self.k.shape[-2])
-        routing = Routing.of(stop - start, token_map, blend, gain)
+        given = (stop - start, token_map, blend, gain)
+        tensors = [x for x in given if isinstance(x, Tensor)]
+        numbers = tuple(None if isinstance(x, Tensor) else x for x in given)
+        routing = remembered(lambda: Routing.of(*given), ("route", *numbers), *tensors)
         self.route_by(rows, source, routing, image_from_source=image_from_source)
 
     def route_by(
@@ -261,17 +262,11 @@ class AttentionCall(NotedCall):
                 f"add: k has {new_k.base.shape[-2]} tokens and v has {new_v.base.shape[-2]}; they "
                 "must be as many"
             )
-        weight: Tensor | float = scale
-        if mask is not None:
-            weight = self._per_query(mask, "add: mask") * scale
+        weight = None if mask is None else self._per_query(mask, "add: mask")
         if scale == 0.0 or new_k.base.shape[-2] == 0 or (mask is not None and is_all(mask, 0)):
             return
-        segments = (Segment(new_k, new_v),)
-
-        def term(row: int) -> Term:
-            return Term(Ref(self.q, row), segments, self.scale, weight=weight, extra=True)
-
-        self._note(Stage.ADDITION, "add", targets, does.add(term))
+        rewriting = does.add(self.q, Segment(new_k, new_v), self.scale, scale, weight)
+        self._note(Stage.ADDITION, "add", targets, rewriting)
 
     def divide(self, rows: RowLike | Iterable[RowLike], division: Division) -> None:
         """Let the image's queries divide their attention between the own text and further ones.

@@ -13,6 +13,7 @@ from hookctl.address.rows import PERTURBED, Rows
 from hookctl.address.sites import Site
 from hookctl.attention import plan
 from hookctl.attention.call import AttentionCall
+from hookctl.attention.repeats import Repeats
 from hookctl.attention.widened import OwnPart
 
 
@@ -49,12 +50,14 @@ def edit(
     joint_order: str | None,
     keeps_perturbed: bool,
     repeated: bool,
+    repeats: Repeats,
 ) -> Tensor:
     """Show a call to its editors and evaluate what they made of it.
 
     attached: editors with their sessions; index: of the call in its module's forward;
     keeps_perturbed: False where the pipeline attends to its perturbed rows apart; repeated: the
-    call is made again for a backward pass, so read-outs are not handed out twice.
+    call is made again for a backward pass, so read-outs are not handed out twice; repeats: the
+    calls that may be like this one.
     """
     part = caught.part
     rows, count = _rows_of(part.q, state.rows, index, keeps_perturbed)
@@ -87,10 +90,10 @@ def edit(
         call.read_outs = [r._replace(into=lambda row, values: None) for r in call.read_outs]
     if not call.operations:
         if call.read_outs:
-            plan.read_only(call, _backend(attached))
+            plan.read_only(call, _backend(attached), repeats)
             _log(attached, call, plan.PASS_THROUGH, state)
         return caught.original()
-    out, chosen = plan.evaluate(call, _backend(attached))
+    out, chosen = plan.evaluate(call, _backend(attached), repeats)
     _log(attached, call, chosen, state)
     return out.flatten(0, 1)
 

@@ -8,7 +8,7 @@ the own one stood, beside the image: k_r = [k_image; k_r].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hookctl.attention.operations import Fold
+from hookctl.attention.operations import Fold, Rewriting
 from hookctl.attention.prepared import cast
 from hookctl.attention.term import Ref, Segment, Term
 from hookctl.attention.visibility import Regions
@@ -86,9 +86,7 @@ class _Laid:
         return self._regions[name, keys]
 
 
-def divided(
-    laid: _Laid, parts: Mapping[str, Segment], q: Tensor, scale: float
-) -> Callable[[Fold, int], None]:
+def divided(laid: _Laid, parts: Mapping[str, Segment], q: Tensor, scale: float) -> Rewriting:
     """parts: context name -> its keys and values, as stacks of every row."""
 
     def further(name: str, segment: Segment, row: int) -> Term:
@@ -115,7 +113,9 @@ def divided(
         kept = [own(term) for term in state.terms[row]]
         state.terms[row] = (*kept, *(further(n, s, row) for n, s in parts.items()))
 
-    return apply
+    given = [ref.base for s in parts.values() for ref in (s.k, s.v)]
+    given += [s.shift for s in parts.values() if isinstance(s.shift, Tensor)]
+    return Rewriting(apply, (laid, *parts), (*given, *laid.shares.values(), laid.own))
 
 
 def segment_of(k: Tensor, v: Tensor, shift: Tensor | None, name: str) -> Segment:

@@ -3,7 +3,8 @@
 A forward pre-hook of the attention module enters a torch-function mode and an always-called
 forward hook leaves it, so the mode sees the torch calls of this module alone: neither text
 encoders nor the VAE, in this thread only, and again when gradient checkpointing recomputes. q, k
-and v arrive after projection, norm, LoRA and rotary embedding, whatever processor made them.
+and v arrive after projection, norm, LoRA and rotary embedding, whatever processor made them. Once
+it is seen that all attention calls go by their name, that name is watched in place of the mode.
 """
 
 from __future__ import annotations
@@ -17,11 +18,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from hookctl.address.sites import Site
-from hookctl.attention import compiled
+from hookctl.attention import by_name, compiled
+from hookctl.attention.by_name import SDPA
 from hookctl.attention.eager import EagerFollower
 from hookctl.errors import HoleError
-
-SDPA = F.scaled_dot_product_attention
 
 _MULTI_HEAD = "torch.nn.MultiheadAttention, which computes attention by itself"
 _OWN_SOFTMAX = "a softmax of its own (an eager processor)"
@@ -63,13 +63,16 @@ class Handler(Protocol):
 
 
 class SiteMode(TorchFunctionMode):
-    """Sees the torch calls of one forward of one attention module."""
+    """Sees the torch calls of one forward of one attention module.
+
+    calls: to attention; by_name: those that went by its name; seen: what else forms attention.
+    """
 
     def __init__(self, port: SitePort) -> None:
         super().__init__()
         self.port = port
-        self.calls = 0
-        self.seen = ""
+        self.calls = self.by_name = 0
+        self.seen = "neither scaled_dot_product_attention nor a softmax that was seen"
         self.follower: EagerFollower | None = None
         if port.spelled_out:
             self.follower = EagerFollower(port.site.heads, port.handler.batch(), self._followed)
@@ -77,14 +80,26 @@ class SiteMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if by_name.watcher() is not self:
+            return func(*args, **(kwargs or {}))  # of a module inside, or of an evaluation
         if func is SDPA:
-            index, self.calls = self.calls, self.calls + 1
-            return self.port.caught(index, *args, **(kwargs or {}))
+            with by_name.hidden():
+                return self._caught(*args, **(kwargs or {}))
         if self.follower is not None:
             return self.follower.follow(func, args, kwargs or {})
         if func in _TELLTALES:
             self.seen = _TELLTALES[func]
+            with by_name.hidden():  # torch's own module attends by name in some of its ways
+                return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.by_name += 1
+        return self._caught(*args, **kwargs)
+
+    def _caught(self, *args: Any, **kwargs: Any) -> Tensor:
+        index, self.calls = self.calls, self.calls + 1
+        return self.port.caught(index, *args, **kwargs)
 
     def _followed(
         self,
@@ -95,12 +110,25 @@ class SiteMode(TorchFunctionMode):
         scale: float,
         original: Callable[[], Tensor],
     ) -> Tensor:
+        with by_name.hidden():
+            return self._caught(q, k, v, mask, scale=scale, original=original)
+
+
+class Named:
+    """Sees the attention calls of one forward of a module whose calls all go by name."""
+
+    seen = "another way than at first"
+
+    def __init__(self, port: SitePort) -> None:
+        self.port, self.calls = port, 0
+
+    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         index, self.calls = self.calls, self.calls + 1
-        return self.port.caught(index, q, k, v, mask, scale=scale, original=original)
+        return self.port.caught(index, *args, **kwargs)
 
 
 class CompiledMode(TorchFunctionMode):
-    """The same while `torch.compile` traces: the call becomes one opaque operator."""
+    """What SiteMode does while `torch.compile` traces: the call becomes one opaque operator."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -138,6 +166,7 @@ class SitePort:
         self.site, self.module, self.handler, self.own_call = site, module, handler, own_call
         self.spelled_out = self.exchanged = False
         self.traced = False
+        self._names: Any = None  # the processor whose attention calls all go by name
         # Made beforehand: traced code can't make a mode and leave it entered at a graph break.
         self._compiled = CompiledMode(compiled.register(self, site.path))
         self._handles = [
@@ -153,15 +182,20 @@ class SitePort:
     @property
     def watched(self) -> bool:
         """Whether the module's forward is running under our eyes."""
-        mode = _get_current_function_mode()
-        return isinstance(mode, SiteMode) and mode.port is self
+        running = by_name.watcher()
+        return isinstance(running, SiteMode | Named) and running.port is self
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             self._compiled.calls = 0
             self._compiled.__enter__()
         elif self.handler.watching(self.site):
-            SiteMode(self).__enter__()
+            if self._goes_by_name() and by_name.is_free():
+                by_name.enter(Named(self))
+                return
+            mode = SiteMode(self)
+            by_name.enter(mode)
+            mode.__enter__()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
@@ -171,18 +205,32 @@ class SitePort:
         if mode is self._compiled:
             mode.__exit__(None, None, None)  # entered in compiled code, left after a graph break
             return
-        if not isinstance(mode, SiteMode) or mode.port is not self:
+        running = by_name.watcher()
+        if not isinstance(running, SiteMode | Named) or running.port is not self:
             return
-        mode.__exit__(None, None, None)
+        by_name.leave()
+        if isinstance(running, SiteMode):
+            running.__exit__(None, None, None)
+            every = running.by_name == running.calls > 0
+            self._names = getattr(module, "processor", None) if every else None
         # An output of None means that the forward raised: its own error is the one to show.
-        if output is not None and mode.calls == 0:
-            seen = mode.seen or "neither scaled_dot_product_attention nor a softmax that was seen"
+        if output is not None and running.calls == 0:
+            self._names = None
             raise HoleError(
-                f"{self.site.path} ran, but its attention could not be caught: it used {seen}. "
+                f"{self.site.path} ran, but its attention could not be caught: it used "
+                f"{running.seen}. "
                 "Put the model on its default SDPA processors (unet.set_attn_processor("
                 "AttnProcessor2_0()) or reset_attention_backend()), or leave this site out with "
                 "the editor's sites="
             )
+
+    def _goes_by_name(self) -> bool:
+        """Whether all attention calls of the module as it is were seen to go by their name."""
+        return (
+            self._names is not None
+            and self._names is getattr(self.module, "processor", None)
+            and not (self.spelled_out or self.exchanged)
+        )
 
     def caught(
         self,
@@ -214,18 +262,20 @@ def _raise_untouched() -> Tensor:
     raise Untouched
 
 
-def unwind(depth: int) -> None:
-    """Leave the modes above `depth`: an interrupt (no `Exception`) skips the modules' hooks."""
-    while torch._C._len_torch_function_stack() > depth:
+def unwind(depth: tuple[int, int]) -> None:
+    """Leave what was entered above `depth`: an interrupt (no `Exception`) skips modules' hooks."""
+    while by_name.depth() > depth[1]:
+        by_name.leave()
+    while torch._C._len_torch_function_stack() > depth[0]:
         mode = _get_current_function_mode()
         if not isinstance(mode, SiteMode | CompiledMode):
             return
         mode.__exit__(None, None, None)
 
 
-def mode_depth() -> int:
-    """How many torch-function modes are entered in this thread."""
-    return torch._C._len_torch_function_stack()
+def depth() -> tuple[int, int]:
+    """How many torch-function modes are entered in this thread, and how many modules watched."""
+    return torch._C._len_torch_function_stack(), by_name.depth()
 
 
-__all__ = ["Handler", "SitePort", "Untouched", "mode_depth", "unwind"]
+__all__ = ["Handler", "SitePort", "Untouched", "depth", "unwind"]

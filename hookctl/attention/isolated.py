@@ -12,21 +12,19 @@ formed, [image tokens, text tokens].
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hookctl.attention.assemble import additive
-from hookctl.attention.operations import Fold
+from hookctl.attention.operations import Fold, Rewriting
 from hookctl.attention.spans import Spans
 from hookctl.attention.term import Ref, Term
 
 _CHUNK = 1024  # image queries at a time
 
 
-def isolate(spans: Spans, mask: Tensor | None) -> Callable[[Fold, int], None]:
+def isolate(spans: Spans, mask: Tensor | None) -> Rewriting:
     """The image's tokens of a joint site see themselves and the text; what was added stays.
 
     mask: the model's own, as a stack [rows | 1, sub-batch | 1, heads | 1, N | 1, M].
@@ -46,7 +44,7 @@ def isolate(spans: Spans, mask: Tensor | None) -> Callable[[Fold, int], None]:
         state.terms[row] = (*before, *(t for t in state.terms[row] if t.extra))
         state.functions.pop(row, None)
 
-    return apply
+    return Rewriting(apply, (), () if mask is None else (mask,))
 
 
 def _isolated(term: Term, spans: Spans, mask: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ Rows and tensors that editors give are checked here against what the call holds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from hookctl.address.clock import Clock
 from hookctl.address.rows import Row, Rows
 from hookctl.address.sites import Grid, Site, grid_of
-from hookctl.attention.operations import Operation, ReadOut, Stage, folded
+from hookctl.attention.operations import Operation, ReadOut, Rewriting, Stage, folded
 from hookctl.attention.prepared import cast, stacked
 from hookctl.attention.spans import Spans, spans_of
 from hookctl.attention.term import Ref, Segment, Sum, Term
@@ -29,7 +29,8 @@ class NotedCall:
 
     q, k, v: [rows, sub-batch, heads, tokens, channels], after projection, norm and rotary
     embedding. `sub-batch` is 1 but for video models, where a row has several frames or positions.
-    rows, clock: who and when. index: which call of this module's forward it is (an adapter's
+    rows, clock: who and when. sequence: tokens of the text, where they are known, and the order of
+    a joint sequence. index: which call of this module's forward it is (an adapter's
     branches come after the text's, so 0 is the model's own). editor: who is speaking; operations,
     read_outs: what was said.
     """
@@ -56,7 +57,7 @@ class NotedCall:
         self.q, self.k, self.v = q, k, v
         self.prompts = tuple(prompts)
         self.mask, self.scale, self.latent = mask, scale, tuple(latent)
-        self._text_tokens, self._joint_order = text_tokens, joint_order
+        self.sequence = text_tokens, joint_order
         self._context = dict(context or {})
         self.operations: list[Operation] = []
         self.read_outs: list[ReadOut] = []
@@ -69,8 +70,7 @@ class NotedCall:
             self.site,
             self.q.shape[-2],
             self.k.shape[-2],
-            self._text_tokens,
-            self._joint_order,
+            *self.sequence,
         )
 
     @cached_property
@@ -116,11 +116,9 @@ class NotedCall:
         """The finished sum: every operation applied, stage by stage, in order inside a stage."""
         return folded(self.plain, self.operations, self.q.shape[0], self.mask)
 
-    def _note(
-        self, stage: Stage, verb: str, rows: tuple[int, ...], apply: Callable[..., None]
-    ) -> None:
+    def _note(self, stage: Stage, verb: str, rows: tuple[int, ...], rewriting: Rewriting) -> None:
         if rows:
-            self.operations.append(Operation(stage, self.editor, verb, rows, apply))
+            self.operations.append(Operation(stage, self.editor, verb, rows, *rewriting))
 
     # -- arguments -----------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ compose in whatever order they spoke; inside a stage they are folded in that ord
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from operator import attrgetter
@@ -51,6 +51,19 @@ class Fold:
     functions: dict[int, list[Probabilities]]
 
 
+class Rewriting(NamedTuple):
+    """What a verb does to the terms of a row, and what tells it from others of that verb.
+
+    alike: equal for rewritings that differ in tensors alone, None if it can't be told; given: those
+    that `apply` uses; constants: those of which more was made than `apply` shows.
+    """
+
+    apply: Callable[[Fold, int], None]
+    alike: Hashable = None
+    given: tuple[Tensor, ...] = ()
+    constants: tuple[Tensor, ...] = ()
+
+
 class Operation(NamedTuple):
     """One use of a verb by one editor."""
 
@@ -59,6 +72,9 @@ class Operation(NamedTuple):
     verb: str
     rows: tuple[int, ...]
     apply: Callable[[Fold, int], None]
+    alike: Hashable = None
+    given: tuple[Tensor, ...] = ()
+    constants: tuple[Tensor, ...] = ()
 
 
 class ReadOut(NamedTuple):
@@ -97,9 +113,7 @@ def folded(
     return Sum(terms, rows, mask, state.functions)
 
 
-def borrow(
-    sources: dict[str, Ref], mask_row: int | None, weight: Tensor | None
-) -> Callable[[Fold, int], None]:
+def borrow(sources: dict[str, Ref], mask_row: int | None, weight: Tensor | None) -> Rewriting:
     """sources: some of q, k, v; mask_row: row of the mask that comes with k; weight: [N]."""
     q = sources.get("q")
     changes: dict[str, Any] = {name: ref for name, ref in sources.items() if name != "q"}
@@ -118,10 +132,12 @@ def borrow(
                 part for t in terms for part in (one(t).weighted(weight), t.weighted(1 - weight))
             )
 
-    return apply
+    alike = (*((name, ref.row) for name, ref in sources.items()), mask_row)
+    stacks = tuple(ref.base for ref in sources.values())
+    return Rewriting(apply, alike, stacks if weight is None else (*stacks, weight))
 
 
-def replace_own(refs: dict[str, dict[int, Ref]]) -> Callable[[Fold, int], None]:
+def replace_own(refs: dict[str, dict[int, Ref]]) -> Rewriting:
     """refs: for some of q, k, v, what each row has instead of its own."""
 
     def apply(state: Fold, row: int) -> None:
@@ -129,10 +145,12 @@ def replace_own(refs: dict[str, dict[int, Ref]]) -> Callable[[Fold, int], None]:
         changes = {name: by_row[row] for name, by_row in refs.items() if name != "q"}
         state.terms[row] = tuple(t.with_own(q=q, **changes) for t in state.terms[row])
 
-    return apply
+    placed = [(name, row, ref) for name, of_row in refs.items() for row, ref in of_row.items()]
+    alike = tuple((name, row, ref.row) for name, row, ref in placed)
+    return Rewriting(apply, alike, tuple(ref.base for _, _, ref in placed))
 
 
-def extend(segment: Segment, share: float = 1.0) -> Callable[[Fold, int], None]:
+def extend(segment: Segment, share: float = 1.0) -> Rewriting:
     """share: weight of the extended form beside the own one."""
 
     def one(term: Term) -> tuple[Term, ...]:
@@ -144,10 +162,14 @@ def extend(segment: Segment, share: float = 1.0) -> Callable[[Fold, int], None]:
     def apply(state: Fold, row: int) -> None:
         state.terms[row] = tuple(part for term in state.terms[row] for part in one(term))
 
-    return apply
+    k, v, shift, mask_row, _ = segment
+    alike = (k.row, v.row, mask_row, share)
+    if isinstance(shift, Tensor):
+        return Rewriting(apply, alike, (k.base, v.base, shift))
+    return Rewriting(apply, (*alike, shift), (k.base, v.base))
 
 
-def restrict(regions: Regions) -> Callable[[Fold, int], None]:
+def restrict(regions: Regions) -> Rewriting:
     def one(term: Term) -> Term:
         allowed = regions.extended(sum(s.tokens for s in term.segments[1:]))
         return term._replace(regions=term.regions.both(allowed) if term.regions else allowed)
@@ -155,17 +177,20 @@ def restrict(regions: Regions) -> Callable[[Fold, int], None]:
     def apply(state: Fold, row: int) -> None:
         state.terms[row] = tuple(one(t) for t in state.terms[row])
 
-    return apply
+    return Rewriting(apply, regions)
 
 
-def bias(queries: Tensor | None, keys: Tensor) -> Callable[[Fold, int], None]:
-    """queries: [N, r] or None for ones; keys: [M, r]."""
-    pair = (queries, keys)
+def bias(queries: Tensor | None, keys: Tensor) -> Rewriting:
+    """queries: [N, r] or None for ones; keys: [M, r] or [M]."""
+    of_keys = keys if keys.dim() == 2 else keys[:, None]
+    if queries is None and of_keys.shape[1] > 1:
+        of_keys = of_keys.sum(1, keepdim=True)
+    pair = (queries, of_keys)
 
     def apply(state: Fold, row: int) -> None:
         state.terms[row] = tuple(t._replace(factors=(*t.factors, pair)) for t in state.terms[row])
 
-    return apply
+    return Rewriting(apply, (), (of_keys,) if queries is None else (queries, of_keys))
 
 
 def route(
@@ -176,7 +201,7 @@ def route(
     vanishes: bool = False,
     stays: bool = True,
     queries: Tensor | None = None,
-) -> Callable[[Fold, int], None]:
+) -> Rewriting:
     """origin: the source row; from_source, from_own: what the maps of the source and of the row
     are multiplied by, None for nothing; vanishes: whether that leaves nothing of the own map;
     stays: whether keys that are not mapped keep the own map, or get the source's; queries: weight
@@ -207,7 +232,9 @@ def route(
             new += [t.weighted(1 - queries) for t in own]
         state.terms[row] = tuple(new)
 
-    return apply
+    matrices = tuple(x.matrix for x in (from_source, from_own) if x is not None)
+    alike = (origin, from_source, from_own, vanishes, stays, queries is None)
+    return Rewriting(apply, alike, (), matrices)
 
 
 def _mapped(
@@ -238,7 +265,7 @@ def own_values(state: Fold, row: int) -> list[tuple[Ref, Tensor | float]]:
     return [(t.own.v, t.weight) for t in terms]
 
 
-def map_queries(fn: Callable[[Tensor], Tensor]) -> Callable[[Fold, int], None]:
+def map_queries(fn: Callable[[Tensor], Tensor]) -> Rewriting:
     """fn: maps a stack [rows, sub-batch, heads, N, channels] of queries to its like."""
     made: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -252,17 +279,24 @@ def map_queries(fn: Callable[[Tensor], Tensor]) -> Callable[[Fold, int], None]:
     def apply(state: Fold, row: int) -> None:
         state.terms[row] = tuple(one(t) for t in state.terms[row])
 
-    return apply
+    return Rewriting(apply)
 
 
-def add(term: Callable[[int], Term]) -> Callable[[Fold, int], None]:
+def add(q: Tensor, segment: Segment, scale: float, weight: float, mask: Tensor | None) -> Rewriting:
+    """A softmax of its own of the model's queries q over a segment; mask: [N]."""
+    gain = weight if mask is None else mask * weight
+
     def apply(state: Fold, row: int) -> None:
-        state.terms[row] = (*state.terms[row], term(row))
+        term = Term(Ref(q, row), (segment,), scale, weight=gain, extra=True)
+        state.terms[row] = (*state.terms[row], term)
 
-    return apply
+    k, v = segment.k, segment.v
+    if isinstance(gain, Tensor):
+        return Rewriting(apply, (k.row, v.row), (k.base, v.base, gain))
+    return Rewriting(apply, (k.row, v.row, gain), (k.base, v.base))
 
 
-def skip(weight: Tensor | None) -> Callable[[Fold, int], None]:
+def skip(weight: Tensor | None) -> Rewriting:
     """The values of the row as they are, at queries of `weight` [N] (None: all); what was added
     beside them stays."""
 
@@ -288,11 +322,11 @@ def skip(weight: Tensor | None) -> Callable[[Fold, int], None]:
             values = [t.weighted(weight) for t in values]
         state.terms[row] = (*kept, *values, *(t for t in terms if t.extra))
 
-    return apply
+    return Rewriting(apply, (), () if weight is None else (weight,))
 
 
-def probabilities(fn: Probabilities) -> Callable[[Fold, int], None]:
+def probabilities(fn: Probabilities) -> Rewriting:
     def apply(state: Fold, row: int) -> None:
         state.functions.setdefault(row, []).append(fn)
 
-    return apply
+    return Rewriting(apply)

@@ -20,6 +20,7 @@ from torch import Tensor
 from hookctl.attention import fused, reference, sdpa, shared, together
 from hookctl.attention.call import AttentionCall, ReadOut
 from hookctl.attention.marginals import marginals
+from hookctl.attention.repeats import Repeats
 from hookctl.attention.sdpa import Piece
 from hookctl.attention.term import Sum
 from hookctl.errors import InputError, UnsupportedError
@@ -99,28 +100,38 @@ def check_backend(backend: str) -> None:
         raise UnsupportedError(f"backend={backend!r}: {missing}; use 'auto' or 'sdpa'")
 
 
-def evaluate(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Plan]:
-    """Evaluate an edited call.
+def evaluate(
+    call: AttentionCall, backend: str = "auto", repeats: Repeats | None = None
+) -> tuple[Tensor, Plan]:
+    """Evaluate an edited call, and hand out what is read of it.
 
-    Returns the output, a stack [rows, sub-batch, heads, N, channels], and the plan. The caller
-    passes calls without any operation through itself.
+    repeats: the calls that may be like this one. Returns the output, a stack [rows, sub-batch,
+    heads, N, channels], and the plan. The caller passes calls without any operation through itself.
     """
-    finished = call.fold()
-    evaluator, plan = _choose(call, finished, backend)
-    rows = [row for row in range(finished.rows) if row not in finished.functions]
-    pieces = evaluator.evaluate(finished, rows) if rows else []
-    if finished.functions:
-        pieces += reference.evaluate(finished, sorted(finished.functions), dtype=None)
-    for request in call.read_outs:
-        request.into(request.row, _read(finished, request, call, backend))
-    return _placed(pieces, call), plan
+
+    def plainly() -> tuple[Plan, list[Tensor]]:
+        finished = call.fold()
+        evaluator, plan = _choose(call, finished, backend)
+        rows = [row for row in range(finished.rows) if row not in finished.functions]
+        pieces = evaluator.evaluate(finished, rows) if rows else []
+        if finished.functions:
+            pieces += reference.evaluate(finished, sorted(finished.functions), dtype=None)
+        return plan, [_placed(pieces, call), *_readings(finished, call, backend)]
+
+    repeats = repeats or Repeats()
+    plan, (out, *read) = repeats.evaluated(call, ("edited", backend), plainly)
+    _hand_out(call, read)
+    return out, plan
 
 
-def read_only(call: AttentionCall, backend: str = "auto") -> None:
+def read_only(call: AttentionCall, backend: str = "auto", repeats: Repeats | None = None) -> None:
     """Serve the read-outs of a call that nothing rewrote."""
-    finished = call.fold()
-    for request in call.read_outs:
-        request.into(request.row, _read(finished, request, call, backend))
+
+    def plainly() -> tuple[None, list[Tensor]]:
+        return None, _readings(call.fold(), call, backend)
+
+    repeats = repeats or Repeats()
+    _hand_out(call, repeats.evaluated(call, ("read", backend), plainly)[1])
 
 
 def _choose(call: AttentionCall, finished: Sum, backend: str) -> tuple[Evaluator, Plan]:
@@ -148,6 +159,7 @@ def _placed(pieces: list[Piece], call: AttentionCall) -> Tensor:
     """Pieces put together, laid out so that merging the heads afterwards copies nothing."""
     if len(pieces) == 1:
         return pieces[0][1]
+    pieces = sorted(pieces, key=_first)
     order = [row for group, _ in pieces for row in group]
     if order == sorted(order):
         return torch.cat([part.transpose(2, 3) for _, part in pieces]).transpose(2, 3)
@@ -155,9 +167,22 @@ def _placed(pieces: list[Piece], call: AttentionCall) -> Tensor:
     out = call.q.new_empty(rows, sub, tokens, heads, call.v.shape[-1]).transpose(2, 3)
     for group, part in pieces:
         # Row by row: nothing is gained by indexing several at once, and lists copy to a device.
-        for row, one in zip(group, part, strict=True):
+        for row, one in zip(group, part.unbind(0), strict=True):
             out[row] = one
     return out
+
+
+def _first(piece: Piece) -> int:
+    return piece[0][0]
+
+
+def _hand_out(call: AttentionCall, read: list[Tensor]) -> None:
+    for request, values in zip(call.read_outs, read, strict=True):
+        request.into(request.row, values)
+
+
+def _readings(finished: Sum, call: AttentionCall, backend: str) -> list[Tensor]:
+    return [_read(finished, request, call, backend) for request in call.read_outs]
 
 
 def _read(finished: Sum, request: ReadOut, call: AttentionCall, backend: str) -> Tensor:

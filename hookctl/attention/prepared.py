@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from hookctl.attention.tape import unrecorded
 from hookctl.attention.visibility import Regions
 from hookctl.errors import InputError
 
@@ -31,7 +32,8 @@ def remembered(make: Callable[[], T], what: Hashable, *values: Tensor) -> T:
     found = _memory.get(key)
     if found is None:
         # The tensors are kept with the result: an id stays theirs as long as it is a key.
-        with torch.inference_mode(False):  # a later call may be learned through
+        # A later call may be learned through; and what is kept need not be made again.
+        with torch.inference_mode(False), unrecorded():
             found = _memory[key] = (values, make())
         if len(_memory) > _KEPT:
             _memory.popitem(last=False)
@@ -51,7 +53,8 @@ def cast(value: Tensor, like: Tensor) -> Tensor:
 def positions(tokens: tuple[int, ...], device: torch.device) -> Tensor:
     """Positions of tokens on a device. A list, as an index, would be copied there at every use, and
     the copy waited for."""
-    return torch.tensor(tokens, device=device)
+    with unrecorded():
+        return torch.tensor(tokens, device=device)
 
 
 def is_all(value: Tensor, number: float) -> bool:

@@ -131,6 +131,7 @@ def _patches(arch: str, seen: Seen) -> Iterator[tuple[Any, str, Any]]:
     yield cuda, "max_memory_allocated", lambda device=None: 1 << 20
     yield cuda, "device_of", lambda like: nullcontext()
     yield cuda, "Event", Event
+    yield cuda, "is_current_stream_capturing", lambda: False
     for name in ("synchronize", "reset_peak_memory_stats", "_lazy_init", "_sleep"):
         yield cuda, name, lambda *_: None
     yield FakeTensorMode, "avoid_device_init", True

@@ -55,8 +55,10 @@ def scripts(case: Case) -> dict[str, Script]:
     keys = bits(m, 20, (1, 2, SIGN, 5, 0))
     other = (bits(n, 21, (1, 6, 8)), bits(m, 22, (1, 2, 9)))
     factors = (random(n, 3, seed=23), random(m, 3, seed=24))
+    of_keys, shifts = factors[1].unbind(1), random(5, seed=25)
     word = torch.zeros(t, dtype=torch.float64)
     word[1:3] = 1
+    others, moved = 1 - word, permutation(t)
     found: dict[str, Script] = {
         "borrow q": lambda c: c.borrow(3, q=2),
         "borrow k": lambda c: c.borrow(3, k=2),
@@ -73,7 +75,7 @@ def scripts(case: Case) -> dict[str, Script]:
         "replace the source": lambda c: (c.replace(2, k=own[1][0]), c.borrow(3, k=2)),
         "extend row": lambda c: c.extend((3, 4), 2, 2),
         "extend row shifted": lambda c: c.extend(3, 2, 2, shift=-0.7),
-        "extend tensors": lambda c: c.extend(3, new[0], new[1], shift=random(5, seed=25)),
+        "extend tensors": lambda c: c.extend(3, new[0], new[1], shift=shifts),
         "extend by a share": lambda c: (
             c.extend((3, 4), 2, 2, shift=0.4, share=0.3),
             c.extend(3, new[0], new[1], share=0.6),
@@ -81,16 +83,16 @@ def scripts(case: Case) -> dict[str, Script]:
         "extend twice": lambda c: (c.extend(3, 2, 2), c.extend((3, 0), new[0], new[1], shift=0.3)),
         "restrict": lambda c: c.restrict((1, 3), queries, keys),
         "restrict twice": lambda c: (c.restrict(3, queries, keys), c.restrict(3, *other)),
-        "bias keys": lambda c: c.bias(3, key_factors=factors[1][:, 0]),
+        "bias keys": lambda c: c.bias(3, key_factors=of_keys[0]),
         "bias keys summed": lambda c: c.bias(3, key_factors=factors[1]),
         "bias rank 3": lambda c: c.bias((3, 4), query_factors=factors[0], key_factors=factors[1]),
         "bias twice": lambda c: (
             c.bias(3, query_factors=factors[0], key_factors=factors[1]),
-            c.bias(3, key_factors=factors[1][:, 1]),
+            c.bias(3, key_factors=of_keys[1]),
         ),
         "route replace": lambda c: c.route((3, 4), 2, token_map=dense),
-        "route permute": lambda c: c.route(3, 2, token_map=permutation(t)),
-        "route refine": lambda c: c.route(3, 2, token_map=permutation(t), blend=1 - word),
+        "route permute": lambda c: c.route(3, 2, token_map=moved),
+        "route refine": lambda c: c.route(3, 2, token_map=moved, blend=others),
         "route blend": lambda c: c.route(3, 2, token_map=dense, blend=blend, gain=gain),
         "route reweight": lambda c: c.route(3, 2, gain=gain),
         "route zero gain": lambda c: c.route(3, 2, gain=0.0),
@@ -100,7 +102,7 @@ def scripts(case: Case) -> dict[str, Script]:
         "route twice": lambda c: (
             c.route(3, 2, token_map=dense, blend=blend),
             c.route(3, None, gain=gain),
-            c.route(3, 4, token_map=permutation(t), blend=word),
+            c.route(3, 4, token_map=moved, blend=word),
         ),
         "add": lambda c: c.add(3, new[2], new[3], scale=0.6),
         "add masked": lambda c: c.add((3, 4), new[2], new[3], scale=-1.2, mask=unit),
@@ -114,9 +116,7 @@ def scripts(case: Case) -> dict[str, Script]:
             3, 2, token_map=dense, blend=blend, image_from_source=True
         )
         found["route image alone"] = lambda c: c.route(3, 2, blend=0.0, image_from_source=True)
-        found["route image, all"] = lambda c: c.route(
-            3, 2, token_map=permutation(t), image_from_source=True
-        )
+        found["route image, all"] = lambda c: c.route(3, 2, token_map=moved, image_from_source=True)
     return found
 
 

@@ -112,7 +112,7 @@ def test_skip_needs_as_many_keys_as_queries() -> None:
 
 def test_a_joint_site_of_unknown_text() -> None:
     call = make("text_image").call()
-    call._text_tokens = None
+    call.sequence = (None, call.sequence[1])
     with pytest.raises(UnsupportedError, match="the length of the text .* is unknown"):
         call.route(3, 2)
 
