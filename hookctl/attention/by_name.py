@@ -20,7 +20,9 @@ SDPA = F.scaled_dot_product_attention
 
 
 class Watcher(Protocol):
-    """Of one forward of one module."""
+    """Of one forward of one module; port: whom it belongs to."""
+
+    port: Any
 
     def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An attention call of the module by its name."""
@@ -43,13 +45,16 @@ _HIDDEN = _Entry(None, False)
 
 
 def _named(*args: Any, **kwargs: Any) -> Any:
-    if torch.compiler.is_compiling() or not _running.entries:
+    if torch.compiler.is_compiling() or not (entries := _running.entries):
         return SDPA(*args, **kwargs)
-    watcher = _running.entries[-1].watcher
+    watcher = entries[-1].watcher
     if watcher is None:
         return SDPA(*args, **kwargs)
-    with hidden():
+    entries.append(_HIDDEN)
+    try:
         return watcher.named(args, kwargs)
+    finally:
+        entries.pop()
 
 
 _named.__name__ = _named.__qualname__ = SDPA.__name__
@@ -83,8 +88,8 @@ def hidden() -> Iterator[None]:
         entries.pop()
 
 
-def watcher() -> Watcher | None:
-    """Who watches the module that this thread runs."""
+def watcher() -> Any:
+    """Who watches the module that this thread runs, None for nobody."""
     return _running.entries[-1].watcher if _running.entries else None
 
 

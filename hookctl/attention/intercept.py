@@ -183,7 +183,7 @@ class SitePort:
     def watched(self) -> bool:
         """Whether the module's forward is running under our eyes."""
         running = by_name.watcher()
-        return isinstance(running, SiteMode | Named) and running.port is self
+        return running is not None and running.port is self
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
@@ -206,7 +206,7 @@ class SitePort:
             mode.__exit__(None, None, None)  # entered in compiled code, left after a graph break
             return
         running = by_name.watcher()
-        if not isinstance(running, SiteMode | Named) or running.port is not self:
+        if running is None or running.port is not self:
             return
         by_name.leave()
         if isinstance(running, SiteMode):

@@ -212,12 +212,13 @@ def _read(finished: Sum, request: ReadOut, call: AttentionCall, backend: str) ->
 
 def stack_rows(x: Tensor, rows: int) -> Tensor:
     """[batch, heads, tokens, channels] -> [rows, sub-batch, heads, tokens, channels]."""
-    if x.shape[0] % rows:
+    batch, *rest = x.shape
+    if batch % rows:
         raise UnsupportedError(
-            f"an attention call has a batch of {x.shape[0]}, which is no multiple of the "
-            f"denoiser's {rows} rows"
+            f"an attention call has a batch of {batch}, which is no multiple of the denoiser's "
+            f"{rows} rows"
         )
-    return x.unflatten(0, (rows, -1))
+    return x.view(rows, batch // rows, *rest)
 
 
 def stack_mask(mask: Tensor | None, rows: int) -> Tensor | None:
