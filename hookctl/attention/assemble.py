@@ -106,6 +106,15 @@ def weigh(part: Tensor, weight: Tensor | float) -> Tensor:
     return part * weight if isinstance(weight, Tensor) or weight != 1.0 else part
 
 
+def plus(total: Tensor | None, part: Tensor, weight: Tensor | float) -> Tensor:
+    """total + weight * part, in one pass; None for 0."""
+    if total is None:
+        return weigh(part, weight)
+    if isinstance(weight, Tensor):
+        return torch.addcmul(total, part, weight)
+    return torch.add(total, part, alpha=weight)
+
+
 def key_bias(terms: Sequence[Term], mask: Tensor | None) -> Tensor | None:
     """The model's mask and the shifts of segments, [rows | 1, ..., N | 1, M], or None."""
     first = terms[0]

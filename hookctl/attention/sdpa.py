@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hookctl.attention.assemble import Scores, additive, scores_of, values_of, weigh, weight_of
+from hookctl.attention.assemble import (
+    Scores,
+    additive,
+    plus,
+    scores_of,
+    values_of,
+    weigh,
+    weight_of,
+)
 from hookctl.attention.prepared import positions
 from hookctl.attention.term import Sum, Term
 from hookctl.attention.visibility import Regions
@@ -61,8 +69,7 @@ def batch(rows: list[tuple[Term, ...]], mask: Tensor | None, by: Attend) -> Tens
         part = values_of(terms)
         if not terms[0].value_only:
             part = by(scores_of(terms, mask, widen=True), part, terms[0].regions)
-        part = weigh(part, weight_of(terms, part))
-        total = part if total is None else total + part
+        total = plus(total, part, weight_of(terms, part))
     assert total is not None  # a row has at least one term
     return total
 
