@@ -105,6 +105,9 @@ def form_of(call: NotedCall) -> tuple[tuple[Hashable, ...], list[Tensor], list[T
 
     Returns a key, the tensors that may be others in each of them, and those that are the same.
     """
+    device = call.q.device.type
+    if not torch.amp.is_autocast_available(device):
+        return None  # the meta device, say, which has no numbers to compare
     given: list[Tensor] = [call.q, call.k, call.v]
     if call.mask is not None:
         given.append(call.mask)
@@ -128,7 +131,7 @@ def form_of(call: NotedCall) -> tuple[tuple[Hashable, ...], list[Tensor], list[T
         call.scale,
         call.sequence,
         torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled(call.q.device.type),
+        torch.is_autocast_enabled(device),
     )
     return key, given, constants
 

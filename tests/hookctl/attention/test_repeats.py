@@ -60,6 +60,18 @@ def check(case: Case, script: Script, backend: str, repeats: Repeats, name: str 
         assert all(torch.equal(got[2][row], want[2][row]) for row in want[2]), name
 
 
+def keys_and_values(c: Any) -> None:
+    c.borrow(3, k=2, v=2)
+
+
+def proven(script: Script, backend: str) -> Repeats:
+    """After as many calls as it takes to play the next ones."""
+    repeats = Repeats()
+    for seed in range(4):
+        evaluated(make("self", seed=seed), script, backend, repeats)
+    return repeats
+
+
 def change_tensors(script: Script) -> None:
     """Every tensor that an editor holds: what was made of them before a tape is made must not be
     played."""
@@ -148,13 +160,7 @@ def test_forms_are_told_apart(played: list[tape.Tape]) -> None:
 
 @pytest.mark.parametrize("change", ("dtype", "shape", "stride", "scale", "mask", "learned"))
 def test_tensors_of_another_form(change: str, played: list[tape.Tape]) -> None:
-    repeats = Repeats()
-
-    def script(c: Any) -> None:
-        c.borrow(3, k=2, v=2)
-
-    for seed in range(4):
-        evaluated(make("self", seed=seed), script, "auto", repeats)
+    repeats = proven(keys_and_values, "auto")
     assert len(played) == 2
     case = make("self", sub=2) if change == "shape" else make("self", seed=5)
     if change == "dtype":
@@ -167,7 +173,7 @@ def test_tensors_of_another_form(change: str, played: list[tape.Tape]) -> None:
         case.mask = masked("self", "bool").mask
     if change == "learned":
         case.q.requires_grad_()
-    got, want = (evaluated(case, script, "auto", r)[0] for r in (repeats, None))
+    got, want = (evaluated(case, keys_and_values, "auto", r)[0] for r in (repeats, None))
     assert torch.equal(got, want) and got.requires_grad == want.requires_grad
     assert len(played) == 2
 
@@ -218,7 +224,7 @@ def test_what_is_not_proven_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None
 
     play = tape.Tape.play
     monkeypatch.setattr(tape.Tape, "play", wrong)
-    check(make("self"), lambda c: c.borrow(3, k=2, v=2), "auto", Repeats())
+    check(make("self"), keys_and_values, "auto", Repeats())
     assert len(plays) == 1
 
 
@@ -234,37 +240,40 @@ def test_choices_by_values_are_evaluated_anew(
     last = plan.EVALUATORS[-1]
     looked = type(last)(last.name, last.missing, last.suits, looking)
     monkeypatch.setattr(plan, "EVALUATORS", (*plan.EVALUATORS[:-1], looked))
-    check(make("self"), lambda c: c.borrow(3, k=2, v=2), "auto", Repeats())
+    check(make("self"), keys_and_values, "auto", Repeats())
     assert not played
 
 
 def test_who_observes_sees_the_plain_calls(played: list[tape.Tape]) -> None:
     """Counters of operations, transforms of functions, forward-mode gradients."""
-    repeats = Repeats()
-
-    def script(c: Any) -> None:
-        c.borrow(3, k=2, v=2)
-
-    for seed in range(4):
-        evaluated(make("self", seed=seed), script, "reference", repeats)
+    repeats = proven(keys_and_values, "reference")
     assert len(played) == 2
     flops = []
     for r in (repeats, None):
         with FlopCounterMode(display=False) as counter:
-            evaluated(make("self"), script, "reference", r)
+            evaluated(make("self"), keys_and_values, "reference", r)
         flops.append(counter.get_total_flops())
     assert flops[0] == flops[1] > 0
     case = make("self")
 
     def of_queries(q: Tensor, r: Repeats | None) -> Tensor:
         other = Case("self", q, case.k, case.v, case.scale)
-        return evaluated(other, script, "reference", r)[0]
+        return evaluated(other, keys_and_values, "reference", r)[0]
 
     for r in (repeats, None):
         torch.func.vjp(lambda q, r=r: of_queries(q, r), case.q)
         with sdpa_kernel(SDPBackend.MATH):  # the others have no forward-mode gradients
             torch.func.jvp(lambda q, r=r: of_queries(q, r), (case.q,), (case.q,))
     assert len(played) == 2
+
+
+def test_tensors_without_numbers(played: list[tape.Tape]) -> None:
+    repeats, case = Repeats(), make("self")
+    case.q, case.k, case.v = (x.to("meta") for x in (case.q, case.k, case.v))
+    for _ in range(4):
+        out = evaluated(case, keys_and_values, "auto", repeats)[0]
+        assert out.device.type == "meta" and out.shape == case.q.shape
+    assert not played
 
 
 @pytest.mark.parametrize("backend", ("sdpa", pytest.param("triton", marks=pytest.mark.slow)))
