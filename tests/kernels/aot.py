@@ -1,14 +1,16 @@
 """Every shipped form of every kernel, compiled for GPUs that are not here.
 
     python -m tests.kernels.aot              compile every form, see that the record holds
+    python -m tests.kernels.aot --every 4    all that has changed, and every fourth of the others
     python -m tests.kernels.aot --part 1/8   an eighth of them, in one process
     python -m tests.kernels.aot --update     compile what has changed, and record it
 
 A kernel's module lists its forms in `specimens(arch)`. What each needs of a chip (registers,
 spills, shared memory, tensor-core instructions) is compiler output, not speed. It stands in
 resources.json, so that no change of it goes unseen; other versions of Triton than the recorded
-one must keep the limits, but not the numbers. To record, a form whose source, arguments and
-compiler are those of the record need not be compiled again: the compiler gives the same code.
+one must keep the limits, but not the numbers. A form whose source, arguments and compiler are
+those of the record need not be compiled again, as the compiler gives the same code; the suite
+compiles some of them all the same.
 """
 
 from __future__ import annotations
@@ -205,6 +207,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Compile the kernels ahead of time.")
     parser.add_argument("--update", action="store_true", help="record what has changed")
     parser.add_argument("--only", default="", help="forms whose key contains this")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="of the unchanged ones")
     parser.add_argument("--part", default="", metavar="K/N", help="of N parts the K-th")
     chosen = parser.parse_args()
     listed = {key: one for key, one in specimens() if chosen.only in key}
@@ -215,7 +218,8 @@ def main() -> int:
         if record.get("forms", {}).get(key, {}).get("digest") == digest(one)
     }
     changed = [key for key in listed if key not in kept]
-    keys = changed if chosen.update else part(sorted(listed), chosen.part or "1/1")
+    again = [] if chosen.update else sorted(kept)[:: chosen.every]
+    keys = part(sorted(changed + again), chosen.part or "1/1")
     jobs = 1 if chosen.part else len(os.sched_getaffinity(0))
     compiled = measure(keys, jobs)
     for key, numbers in compiled.items():
