@@ -262,11 +262,11 @@ def _raise_untouched() -> Tensor:
     raise Untouched
 
 
-def unwind(depth: tuple[int, int]) -> None:
-    """Leave what was entered above `depth`: an interrupt (no `Exception`) skips modules' hooks."""
-    while by_name.depth() > depth[1]:
+def unwind(entered: tuple[int, int]) -> None:
+    """Leave what was entered since `depth` said so: an interrupt (no `Exception`) skips hooks."""
+    while by_name.depth() > entered[1]:
         by_name.leave()
-    while torch._C._len_torch_function_stack() > depth[0]:
+    while torch._C._len_torch_function_stack() > entered[0]:
         mode = _get_current_function_mode()
         if not isinstance(mode, SiteMode | CompiledMode):
             return

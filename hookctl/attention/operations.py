@@ -55,7 +55,8 @@ class Rewriting(NamedTuple):
     """What a verb does to the terms of a row, and what tells it from others of that verb.
 
     alike: equal for rewritings that differ in tensors alone, None if it can't be told; given: those
-    that `apply` uses; constants: those of which more was made than `apply` shows.
+    that `apply` takes as they are, so that others may stand for them; constants: those whose values
+    were looked at beforehand, so that they must be the same and unchanged.
     """
 
     apply: Callable[[Fold, int], None]

@@ -91,9 +91,9 @@ def launched(unet: Any) -> Iterator[None]:
             (torch.cuda, "device_of", lambda like: nullcontext()),
             (repeats, "same", lambda a, b: True),
             (JITFunction, "_do_compile", _compiled),
+            (driver, "_active", _Driver()),
         ):
             stack.enter_context(patch.object(target, name, value))
-        driver.set_active(_Driver())
         stack.enter_context(controlled(Replacing(), "triton")(unet))
         yield
 

@@ -207,7 +207,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Compile the kernels ahead of time.")
     parser.add_argument("--update", action="store_true", help="record what has changed")
     parser.add_argument("--only", default="", help="forms whose key contains this")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="of the unchanged ones")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="unchanged: each N-th")
     parser.add_argument("--part", default="", metavar="K/N", help="of N parts the K-th")
     chosen = parser.parse_args()
     listed = {key: one for key, one in specimens() if chosen.only in key}
