@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from hookctl.attention.term import Segment, Term, gather, rows_of
 from hookctl.attention.token_map import ValueMap
@@ -106,13 +107,22 @@ def weigh(part: Tensor, weight: Tensor | float) -> Tensor:
     return part * weight if isinstance(weight, Tensor) or weight != 1.0 else part
 
 
-def plus(total: Tensor | None, part: Tensor, weight: Tensor | float) -> Tensor:
-    """total + weight * part, in one pass; None for 0."""
-    if total is None:
-        return weigh(part, weight)
+def plus(total: Tensor, part: Tensor, weight: Tensor | float, *, in_place: bool) -> Tensor:
+    """total + weight * part in one pass; in_place: into `total`, where nothing else needs it."""
+    in_place = in_place and not (_followed(total) or _followed(part) or _followed(weight))
     if isinstance(weight, Tensor):
-        return torch.addcmul(total, part, weight)
+        add = Tensor.addcmul_ if in_place else torch.addcmul
+        return add(total, part, weight)
+    if in_place:
+        return total.add_(part, alpha=weight)
     return torch.add(total, part, alpha=weight)
+
+
+def _followed(value: Tensor | float) -> bool:
+    """Whether a gradient is wanted of a tensor, or functions of it are transformed."""
+    if not isinstance(value, Tensor):
+        return False
+    return (torch.is_grad_enabled() and value.requires_grad) or is_functorch_wrapped_tensor(value)
 
 
 def key_bias(terms: Sequence[Term], mask: Tensor | None) -> Tensor | None:

@@ -10,7 +10,7 @@ matrix         rows whose probabilities an editor asked for; the others as above
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from hookctl.attention.call import AttentionCall, ReadOut
 from hookctl.attention.marginals import marginals
 from hookctl.attention.repeats import Repeats
 from hookctl.attention.sdpa import Piece
-from hookctl.attention.term import Sum
+from hookctl.attention.term import Sum, Term
 from hookctl.errors import InputError, UnsupportedError
 
 BACKENDS = ("auto", "triton", "sdpa", "reference")
@@ -62,16 +62,21 @@ def _here() -> None:
 
 
 def _suits_shared(call: AttentionCall, finished: Sum) -> str | None:
-    keys = call.k.shape[-2]
-    if (
-        call.site.kind != "cross"
-        or call.q.device.type != "cpu"
-        or call.q.dtype not in (torch.float32, torch.float64)
-        or keys > SHORT_KEYS
-        or any(t.regions or t.value_only for terms in finished.terms.values() for t in terms)
-    ):
+    terms = [term for terms in finished.terms.values() for term in terms]
+    if not _thin(call, terms):
         return None
-    return f"{keys} keys on a CPU: one softmax serves several rows"
+    return f"{call.k.shape[-2]} keys on a CPU: one softmax serves several rows"
+
+
+def _thin(call: AttentionCall, terms: Iterable[Term]) -> bool:
+    """Whether softmaxes over a short text are to be made on a CPU."""
+    return (
+        call.site.kind == "cross"
+        and call.q.device.type == "cpu"
+        and call.q.dtype in (torch.float32, torch.float64)
+        and call.k.shape[-2] <= SHORT_KEYS
+        and not any(term.regions or term.value_only for term in terms)
+    )
 
 
 # In the order in which `auto` asks them. The last suits every call.
@@ -188,7 +193,7 @@ def _readings(finished: Sum, call: AttentionCall, backend: str) -> list[Tensor]:
 def _read(finished: Sum, request: ReadOut, call: AttentionCall, backend: str) -> Tensor:
     """[sub-batch, image queries, tokens], averaged over heads; [sub-batch, tokens] if summed;
     [sub-batch, heads, image queries, tokens] if of each head."""
-    row, keys = request.row.index, call.k.shape[-2]
+    row = request.row.index
     if request.summed:
         sums = together.mean_marginals(finished, request, call, backend)
         if sums is None:
@@ -198,7 +203,11 @@ def _read(finished: Sum, request: ReadOut, call: AttentionCall, backend: str) ->
     found = together.mean_map(finished, request, call, backend)
     if found is not None:
         return found[:, start:stop]
-    if row in finished.functions or (call.site.kind == "cross" and keys <= SHORT_KEYS):
+    if row in finished.functions:
+        total = reference.columns(finished, row, request.tokens)
+    elif _thin(call, finished.terms[row]):
+        total = shared.columns(finished, row, request.tokens)
+    elif call.site.kind == "cross" and call.k.shape[-2] <= SHORT_KEYS:
         total = reference.columns(finished, row, request.tokens)
     else:
         parts = [

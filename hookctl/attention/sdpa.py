@@ -64,12 +64,18 @@ def untouched(finished: Sum, rows: Sequence[int]) -> tuple[Scores, Tensor]:
 def batch(rows: list[tuple[Term, ...]], mask: Tensor | None, by: Attend) -> Tensor:
     """The sums of rows of like terms."""
     total: Tensor | None = None
+    ours = False  # whether nobody else has what is in `total`
     for place in range(len(rows[0])):
         terms = [row[place] for row in rows]
         part = values_of(terms)
         if not terms[0].value_only:
             part = by(scores_of(terms, mask, widen=True), part, terms[0].regions)
-        total = plus(total, part, weight_of(terms, part))
+        weight = weight_of(terms, part)
+        if total is None:
+            total = weigh(part, weight)
+            ours = total is not part or not terms[0].value_only
+        else:
+            total, ours = plus(total, part, weight, in_place=ours), True
     assert total is not None  # a row has at least one term
     return total
 

@@ -1,22 +1,31 @@
 """Terms over short keys with their probabilities formed once and used by every row.
 
-Over 77 text tokens the matrix is thin (N x 77), and the source's probabilities serve the source's
-edits at once: one softmax, several value tensors. Values that a token map gives no weight are not
-multiplied. On a CPU this beats one SDPA call per term; rows are taken one at a time, so that q, k
-and v are read where they lie.
+The source's probabilities serve the source's edits at once: one softmax, several value tensors.
+Values that a token map gives no weight are not multiplied. Keys that many rows attend to, as an
+adapter's, meet the queries of all of them at once; otherwise rows are taken one at a time, so that
+q, k and v are read where they lie. On a CPU this beats one SDPA call per term.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hookctl.attention.assemble import factors_bias, key_bias, values_of
-from hookctl.attention.sdpa import Piece
+from hookctl.attention.assemble import values_of, weigh
+from hookctl.attention.prepared import positions
+from hookctl.attention.sdpa import Piece, one_hot_values
 from hookctl.attention.term import Ref, Sum, Term
+from hookctl.attention.thin import Softmax, Use
+
+
+class _Placed(NamedTuple):
+    """A term, and the place of its row in the output."""
+
+    place: int
+    term: Term
 
 
 def evaluate(finished: Sum, rows: Sequence[int]) -> list[Piece]:
@@ -25,70 +34,141 @@ def evaluate(finished: Sum, rows: Sequence[int]) -> list[Piece]:
     Each distinct softmax is formed once, [sub-batch * heads, N, M] for M keys: use it where M is
     short.
     """
-    users: dict[Any, list[tuple[int, Term]]] = {}
-    for place, row in enumerate(rows):
-        for term in finished.terms[row]:
-            users.setdefault(_key(term), []).append((place, term))
     out = _unwritten(finished.terms[rows[0]][0], len(rows))
-    places, unread = out.flatten(1, 2), _unread(out)
-    flat, begun = _Flat(), set[int]()
-    for uses in users.values():
-        p = _probabilities(uses[0][1], finished.mask, flat, unread)
-        for place, term in uses:
-            _add(places[place], p, term, flat, beta=float(place in begun))
-            begun.add(place)
+    totals, flat = _Totals(out), _Flat()
+    alone, together = _sorted(finished, rows)
+    for same in alone:
+        term = same[0].term
+        uses = [Use(*totals.row(place), *_values(t, flat), t.weight) for place, t in same]
+        _put(_softmax(term, finished.mask, flat), uses)
+    for run in together:
+        (place, term), count = run[0], len(run)
+        use = Use(*totals.rows(place, count), *_values(term, flat), term.weight)
+        q = _as_one(term.q.base, term.q.row, count)
+        _put(Softmax(q, _keys(term, flat), term, None), [use])
     return [(list(rows), out)]
 
 
-def _unwritten(like: Term, rows: int) -> Tensor:
-    """[rows, sub-batch, heads, N, channels], never read before it is written."""
-    q = like.q.base
-    _, sub, heads, tokens, _ = q.shape
-    channels = like.own.v.base.shape[-1]
-    if sub > 1:
-        return q.new_empty(rows, sub, heads, tokens, channels)
-    # Tokens before heads: merging the heads afterwards copies nothing.
-    return q.new_empty(rows, sub, tokens, heads, channels).transpose(2, 3)
+def columns(finished: Sum, row: int, tokens: tuple[int, ...]) -> Tensor:
+    """The edited probabilities of some of the row's own keys, [sub-batch, heads, N, t]."""
+    flat = _Flat()
+    parts = [_columns(t, finished.mask, tokens, flat) for t in finished.terms[row] if not t.extra]
+    total = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+    return total.unflatten(0, finished.terms[row][0].q.base.shape[1:3])
 
 
-def _key(term: Term) -> tuple[Any, ...]:
-    """Terms of equal key have equal probabilities."""
-    key: tuple[Any, ...] = (id(term.q.base), term.q.row, *map(id, term.factors))
-    for s in term.segments:
-        key += (id(s.k.base), s.k.row, s.mask_row, id(s.shift))
-    return key
+def _put(softmax: Softmax, uses: Sequence[Use]) -> None:
+    for block, p in softmax.blocks():
+        for use in uses:
+            use.add(p, block)
 
 
-def _probabilities(term: Term, mask: Tensor | None, flat: _Flat, unread: Tensor) -> Tensor:
-    """[sub-batch * heads, N, M]; rows without any allowed key are 0."""
-    q = flat.row(term.q)
-    own, *rest = term.segments
-    k = flat.row(own.k)
-    if rest:
-        k = torch.cat([k, *(flat.row(s.k) for s in rest)], -2)
-    scores = torch.baddbmm(unread, q, k.mT, beta=0, alpha=term.scale)
-    if term.factors:
-        scores = scores + factors_bias(term)
-    bare = mask is None and own.shift is None and not rest
-    bias = None if bare else key_bias([term], mask)
-    if bias is None:
-        return scores.softmax(-1)
-    empty = (bias == float("-inf")).all(-1, keepdim=True)
-    shape = term.q.base.shape[1:3]
-    scores = scores.unflatten(0, shape) + bias[0].to(q.dtype).masked_fill(empty[0], 0.0)
-    return scores.softmax(-1).masked_fill(empty[0], 0.0).flatten(0, 1)
+def _columns(term: Term, mask: Tensor | None, tokens: tuple[int, ...], flat: _Flat) -> Tensor:
+    """Of one term, weighted: [sub-batch * heads, N, t]."""
+    softmax = _softmax(term, mask, flat)
+    if term.maps:
+        values = one_hot_values(term, tokens, term.q.base)
+        parts = [p @ values for _, p in softmax.blocks()]
+    else:
+        place = positions(tokens, term.q.base.device)
+        parts = [p.index_select(-1, place) for _, p in softmax.blocks()]
+    found = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+    return weigh(found, term.weight[:, None] if isinstance(term.weight, Tensor) else term.weight)
 
 
-_zero: dict[torch.dtype, Tensor] = {}
+def _softmax(term: Term, mask: Tensor | None, flat: _Flat) -> Softmax:
+    return Softmax(flat.row(term.q), _keys(term, flat), term, mask)
 
 
-def _unread(like: Tensor) -> Tensor:
-    """The first argument of baddbmm, which it never reads if beta is 0."""
-    if like.device.type != "cpu":
-        return like.new_zeros(())
-    if like.dtype not in _zero:
-        _zero[like.dtype] = torch.zeros((), dtype=like.dtype)
-    return _zero[like.dtype]
+def _sorted(finished: Sum, rows: Sequence[int]) -> tuple[list[list[_Placed]], list[list[_Placed]]]:
+    """The terms that have equal probabilities, and those of adjacent rows that have all but their
+    queries in common."""
+    mask = finished.mask
+    equal: dict[Any, list[_Placed]] = {}
+    for place, row in enumerate(rows):
+        for term in finished.terms[row]:
+            key = (id(term.q.base), term.q.row, _probabilities_of(term, mask))
+            equal.setdefault(key, []).append(_Placed(place, term))
+    alone: list[list[_Placed]] = []
+    like: dict[Any, list[_Placed]] = {}
+    for same in equal.values():
+        place, term = same[0]
+        if len(same) > 1 or not _rows_are_one(term, mask):
+            alone.append(same)
+        else:
+            stack = id(term.q.base), term.q.row - place
+            rest = _probabilities_of(term, mask), _use_of(term)
+            like.setdefault((stack, rest), []).append(same[0])
+    runs = [run for placed in like.values() for run in _adjacent(placed)]
+    alone += [run for run in runs if len(run) == 1]
+    return alone, [run for run in runs if len(run) > 1]
+
+
+def _adjacent(placed: Iterable[_Placed]) -> Iterator[list[_Placed]]:
+    """Stretches of terms whose places follow each other."""
+    run: list[_Placed] = []
+    for one in placed:
+        if run and one.place != run[-1].place + 1:
+            yield run
+            run = []
+        run.append(one)
+    yield run
+
+
+def _probabilities_of(term: Term, mask: Tensor | None) -> tuple[Any, ...]:
+    """What the probabilities of a term are made of, but for its queries."""
+    masked = mask is not None
+    segments = [(id(s.k.base), s.k.row, masked and s.mask_row, id(s.shift)) for s in term.segments]
+    return (*segments, *map(id, term.factors), term.scale)
+
+
+def _use_of(term: Term) -> tuple[Any, ...]:
+    """What the probabilities of a term are put to."""
+    values = [(id(s.v.base), s.v.row, s.counts) for s in term.segments]
+    return (*values, *map(id, term.maps), term.weight)
+
+
+def _rows_are_one(term: Term, mask: Tensor | None) -> bool:
+    """Whether adjacent rows like this one are, without a copy, one row of many queries, and
+    nothing but q tells the queries apart."""
+    q = term.q.base
+    return (
+        not isinstance(term.weight, Tensor)
+        and not term.factors
+        and (mask is None or all(s.mask_row is None for s in term.segments))
+        and q.shape[1] == 1
+        and q.stride(0) == q.stride(-2) * q.shape[-2]
+    )
+
+
+def _as_one(stack: Tensor, row: int, count: int) -> Tensor:
+    """Adjacent rows of a stack as [heads, count * tokens, channels]."""
+    return stack[row : row + count, 0].transpose(1, 2).flatten(0, 1).transpose(0, 1)
+
+
+class _Totals:
+    """The rows of the output, [rows, sub-batch, heads, N, channels], and which of them hold a part
+    of their sums."""
+
+    def __init__(self, out: Tensor) -> None:
+        self._out, self._rows = out, out.flatten(1, 2)
+        self._begun: set[int] = set()
+
+    def row(self, place: int) -> tuple[Callable[[], Tensor], float]:
+        """[sub-batch * heads, N, channels], and the weight of what is there."""
+        begun = place in self._begun
+        self._begun.add(place)
+        return lambda: self._rows[place], float(begun)
+
+    def rows(self, place: int, count: int) -> tuple[Callable[[], Tensor], float]:
+        """Adjacent rows, [heads, count * N, channels], and the weight of what is there."""
+        places = set(range(place, place + count))
+        begun = bool(places & self._begun)
+        if begun:
+            for other in places - self._begun:
+                self._rows[other].zero_()
+        self._begun |= places
+        return lambda: _as_one(self._out, place, count), float(begun)
 
 
 class _Flat:
@@ -106,18 +186,30 @@ class _Flat:
         return self._rows[id(base)][ref.row]
 
 
-def _add(total: Tensor, p: Tensor, term: Term, flat: _Flat, beta: float) -> None:
-    """total = beta * total + weight * P V, [sub-batch * heads, N, channels], in place."""
-    maps, (own, *rest), weight = term.maps, term.segments, term.weight
+def _unwritten(like: Term, rows: int) -> Tensor:
+    """[rows, sub-batch, heads, N, channels], never read before it is written."""
+    q = like.q.base
+    _, sub, heads, tokens, _ = q.shape
+    channels = like.own.v.base.shape[-1]
+    if sub > 1:
+        return q.new_empty(rows, sub, heads, tokens, channels)
+    # Tokens before heads: merging the heads afterwards copies nothing.
+    return q.new_empty(rows, sub, tokens, heads, channels).transpose(2, 3)
+
+
+def _keys(term: Term, flat: _Flat) -> Tensor:
+    keys = [flat.row(s.k) for s in term.segments]
+    return keys[0] if len(keys) == 1 else torch.cat(keys, -2)
+
+
+def _values(term: Term, flat: _Flat) -> tuple[Tensor, slice | None]:
+    """The values of a term, mapped, and the keys that they are of (None: all)."""
+    maps, (own, *rest) = term.maps, term.segments
     if not maps and not rest:
-        v = flat.row(own.v)
-    elif len(maps) == 1 and not rest and maps[0].covers(p.shape[-1]):
+        return flat.row(own.v), None
+    tokens = own.tokens
+    if len(maps) == 1 and not rest and maps[0].covers(tokens):
         used = maps[0].used
-        if used is not None and used != (0, p.shape[-1]):
-            p = p[..., used[0] : used[1]]
-        v = maps[0].apply_used(flat.row(own.v))
-    else:
-        v = values_of([term])[0].flatten(0, 1)
-    if isinstance(weight, Tensor):
-        p, weight = p * weight[:, None], 1.0
-    total.baddbmm_(p, v, beta=beta, alpha=weight)
+        keys = slice(*used) if used is not None and used != (0, tokens) else None
+        return maps[0].apply_used(flat.row(own.v)), keys
+    return values_of([term])[0].flatten(0, 1), None

@@ -9,7 +9,7 @@ same to the last bit; the choices made on the way hold for tensors of the same f
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -26,33 +26,64 @@ _OF_FORM = {
     *(Tensor.__len__, Tensor.is_floating_point, Tensor.is_inference, Tensor.is_contiguous),
 }
 
-Values = list[Any]
 Shortcut = Callable[[Any, Sequence[Any]], Callable[..., Any]]
 
 
 class _Step(NamedTuple):
-    """function(*of(values)) is put in place `to`; what is `over` is not needed after it."""
+    """Put function(*of), the last of them given by `names`, in place `to`."""
 
     function: Callable[..., Any]
-    of: Callable[[Values], tuple[Any, ...]]
+    of: tuple[int, ...]
+    names: tuple[str, ...]
     to: int
-    over: tuple[int, ...]
 
 
 class Tape:
-    """The torch calls between some tensors and what was made of them."""
+    """The torch calls between some tensors and what was made of them.
 
-    def __init__(self, steps: Sequence[_Step], rest: Values, results: Sequence[int]) -> None:
-        self._steps, self._rest, self._results = tuple(steps), rest, tuple(results)
+    steps: in their order; given: how many tensors there are at first, in the first places;
+    constants: what stands in other places from the beginning; results: the places that are asked
+    for.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[_Step],
+        given: int,
+        constants: Mapping[int, Any],
+        results: Sequence[int],
+    ) -> None:
+        # As a function of Python: to look up steps and places takes as long as small calls do.
+        known: dict[str, Any] = {f"c{place}": value for place, value in constants.items()}
+        name = {place: f"c{place}" for place in constants}
+        name |= {place: f"v{place}" for place in [*range(given), *(step.to for step in steps)]}
+        lines = [f"[{', '.join(name[place] for place in range(given))}] = given"]
+        for i, (step, over) in enumerate(zip(steps, _over(steps, results), strict=True)):
+            known[f"f{i}"] = step.function
+            by_place = len(step.of) - len(step.names)
+            of = [name[place] for place in step.of]
+            of[by_place:] = [f"{n}={x}" for n, x in zip(step.names, of[by_place:], strict=True)]
+            lines.append(f"{name[step.to]} = f{i}({', '.join(of)})")
+            # Memory is let go as it was at first.
+            lines += [f"del {name[place]}" for place in over]
+        lines.append(f"return [{', '.join(name[place] for place in results)}]")
+        exec("\n    ".join(["def play(given):", *lines]), known)
+        self._play: Callable[[Sequence[Tensor]], list[Tensor]] = known["play"]
 
     def play(self, given: Sequence[Tensor]) -> list[Tensor]:
         """The results for other tensors of the same form."""
-        values = [*given, *self._rest]
-        for function, of, to, over in self._steps:
-            values[to] = function(*of(values))
-            for place in over:
-                values[place] = None
-        return [values[place] for place in self._results]
+        return self._play(given)
+
+
+def _over(steps: Sequence[_Step], results: Sequence[int]) -> list[list[int]]:
+    """What was made, by the step that is the last to need it."""
+    last: dict[int, int] = {}
+    for i, step in enumerate(steps):
+        last |= dict.fromkeys((*step.of, step.to), i)
+    over: list[list[int]] = [[] for _ in steps]
+    for place in {step.to for step in steps}.difference(results):
+        over[last[place]].append(place)
+    return over
 
 
 class Recorder(TorchFunctionMode):
@@ -66,14 +97,14 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self._shortcut = shortcut
         self.refused: str | None = None
-        self._count = len(given)
-        # By their places: constants, and None for what is made. Nothing is kept alive for us.
-        self._rest: Values = [None] * self._count
-        self._constant: set[int] = set()
+        self._given = len(given)
+        self._next = len(given)  # the first free place
+        self._constants: dict[int, Any] = {}
+        # The places of tensors. Nothing is kept alive for us.
         self._places: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         for place, x in enumerate(given):
             self._places[id(x)] = weakref.ref(x), place
-        self._steps: list[tuple[Callable[..., Any], tuple[int, ...], int]] = []
+        self._steps: list[_Step] = []
         self._lasting: set[int] = set()  # made by steps that write to what is there
         self._paused = False
 
@@ -96,29 +127,26 @@ class Recorder(TorchFunctionMode):
             return None
         places = [self._place(x) for x in results]
         steps = self._needed(places)
-        over = self._over(steps, places)
-        played = [
-            _Step(function, _picking(of), to, over[i]) for i, (function, of, to) in enumerate(steps)
-        ]
-        return Tape(played, self._rest[self._count :], places)
+        used = {place for step in steps for place in step.of}.union(places)
+        constants = {place: x for place, x in self._constants.items() if place in used}
+        return Tape(steps, self._given, constants, places)
 
     def _note(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
-        of = [self._place(x) for x in (*args, *kwargs.values())]
-        function = _named(func, tuple(kwargs)) if kwargs else func
+        of = tuple([self._place(x) for x in (*args, *kwargs.values())])
         if self._shortcut is not None and not kwargs:
-            function = self._shortcut(func, args)
+            func = self._shortcut(func, args)
         to = self._new(out)
         if out is None or "out" in kwargs or any(out is x for x in args):
             self._lasting.add(to)
-        self._steps.append((function, tuple(of), to))
+        self._steps.append(_Step(func, of, tuple(kwargs), to))
         if isinstance(out, tuple | list):
             for i, x in enumerate(out):
-                self._steps.append((itemgetter(i), (to,), self._new(x)))
+                self._steps.append(_Step(itemgetter(i), (to,), (), self._new(x)))
 
-    def _new(self, value: Any) -> int:
-        """A place for what a step makes."""
-        place = len(self._rest)
-        self._rest.append(None)
+    def _new(self, value: Any = None) -> int:
+        """A place for what a step makes, or for a constant."""
+        place = self._next
+        self._next += 1
         if isinstance(value, Tensor):
             self._places[id(value)] = weakref.ref(value), place
         return place
@@ -126,39 +154,25 @@ class Recorder(TorchFunctionMode):
     def _place(self, value: Any) -> int:
         """Where a value stands; what was not made here is a constant."""
         if isinstance(value, tuple | list) and any(_holds(x) for x in value):
-            parts = tuple(self._place(x) for x in value)
-            to = self._new(value)
-            self._steps.append((_tuple if isinstance(value, tuple) else _list, parts, to))
+            parts = tuple([self._place(x) for x in value])
+            to = self._new()
+            self._steps.append(_Step(_tuple if isinstance(value, tuple) else _list, parts, (), to))
             return to
         found = self._places.get(id(value))
         if found is not None and found[0]() is value:
             return found[1]
-        place = len(self._rest)
-        self._rest.append(value)
-        self._constant.add(place)
+        place = self._new()
+        self._constants[place] = value
         return place
 
-    def _needed(self, results: Sequence[int]) -> list[tuple[Any, tuple[int, ...], int]]:
+    def _needed(self, results: Sequence[int]) -> list[_Step]:
         """The steps without those that make what nobody uses."""
         used, kept = self._lasting.union(results), []
         for step in reversed(self._steps):
-            _, of, to = step
-            if to in used:
-                used.update(of)
+            if step.to in used:
+                used.update(step.of)
                 kept.append(step)
         return kept[::-1]
-
-    def _over(self, steps: Sequence[Any], results: Sequence[int]) -> list[tuple[int, ...]]:
-        """What each step is the last to need, so that memory is let go as it was at first."""
-        last: dict[int, int] = {}
-        for i, (_, of, to) in enumerate(steps):
-            last |= dict.fromkeys((*of, to), i)
-        over: list[list[int]] = [[] for _ in steps]
-        for place, i in last.items():
-            made = place >= self._count and place not in self._constant
-            if made and place not in results:
-                over[i].append(place)
-        return [tuple(places) for places in over]
 
 
 def _holds(value: Any) -> bool:
@@ -173,22 +187,6 @@ def _tuple(*parts: Any) -> tuple[Any, ...]:
 
 def _list(*parts: Any) -> list[Any]:
     return list(parts)
-
-
-def _named(func: Any, names: tuple[str, ...]) -> Callable[..., Any]:
-    """A function whose last arguments are given by name."""
-    count = len(names)
-
-    def call(*args: Any) -> Any:
-        return func(*args[:-count], **dict(zip(names, args[-count:], strict=True)))
-
-    return call
-
-
-def _picking(places: tuple[int, ...]) -> Callable[[Values], tuple[Any, ...]]:
-    if len(places) > 1:
-        return itemgetter(*places)
-    return lambda values: tuple(values[place] for place in places)
 
 
 @contextmanager
