@@ -90,9 +90,9 @@ def fixed(like: Tensor, extras: Extras, t: Tables, scale: float) -> dict[str, An
 
 
 def pointers(
-    q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], extras: Extras, *others: Tensor
-) -> dict[str, Any]:
-    """Those that differ between them; others: further tensors whose alignment counts."""
+    q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], extras: Extras
+) -> dict[str, Tensor | None]:
+    """The tensors that differ between them."""
     return {
         **_three("q", q),
         **_three("k", k),
@@ -100,8 +100,12 @@ def pointers(
         "bias": extras.bias,
         "query_factors": extras.query_factors,
         "key_factors": extras.key_factors,
-        "ALIGN": 16 // q[0].element_size() if aligned(*q, *k, *v, *others) else 1,
     }
+
+
+def alignment(*stacks: Tensor) -> dict[str, int]:
+    """What follows from where stacks lie: channels that are loaded at once."""
+    return {"ALIGN": 16 // stacks[0].element_size() if aligned(*stacks) else 1}
 
 
 def out_strides(x: Tensor) -> dict[str, int]:

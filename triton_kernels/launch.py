@@ -133,6 +133,11 @@ def sizes(width: int) -> dict[str, int]:
     return {"D": width, "D0": first, "D1": second}
 
 
+def strides(name: str, x: torch.Tensor, axes: str) -> dict[str, int]:
+    """A kernel's arguments for the strides of a tensor, an axis a letter, the first ones."""
+    return {f"{name}_stride_{axis}": s for axis, s in zip(axes, x.stride(), strict=False)}
+
+
 def side_by_side(*stacks: torch.Tensor) -> int:
     """For the loads of tiles: above 1 where all channels lie side by side."""
     return 2 if all(x.stride(-1) == 1 for x in stacks) else 1

@@ -12,7 +12,7 @@ attention that each key draws from all queries (Hong et al., arXiv 2210.00939).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,9 +22,17 @@ from torch import Tensor
 
 from hookctl.kernels import map_gradients
 from hookctl.kernels.guard import form
-from hookctl.kernels.launch import Specimen, check_grid, interpreting, side_by_side, sizes
+from hookctl.kernels.launch import (
+    Specimen,
+    check_grid,
+    interpreting,
+    side_by_side,
+    sizes,
+    strides,
+)
 from hookctl.kernels.launch_tables import MAPS, forms, needed, tile_for
-from hookctl.kernels.operators import custom_op
+from hookctl.kernels.operators import prepared_op
+from hookctl.kernels.ready import Ready
 from hookctl.kernels.tiles import LOG2E, parts, pivots, products, program, seen, unseen
 
 MOST_TOKENS = 128  # of one launch
@@ -119,29 +127,40 @@ def _marginals(
     tl.store(out_ptr + pair * keys + n, total, mask=n < keys)
 
 
-def _constants(q: Tensor, k: Tensor) -> dict[str, Any]:
+def _constants(q: Tensor, k: Tensor, scale: float) -> dict[str, Any]:
     tile = needed(tile_for(MAPS, (q.shape[-1],), q), MAPS, q)
+    found = {"tokens": q.shape[2], "keys": k.shape[2], "heads": q.shape[1], "scale": scale}
+    found |= strides("q", q, "bhnd") | strides("k", k, "bhnd")
     of_loads = {"ALIGN": side_by_side(q, k), "UPCAST": interpreting()}
-    return sizes(q.shape[-1]) | tile.sides | tile.options | of_loads
+    return found | sizes(q.shape[-1]) | tile.sides | tile.options | of_loads
 
 
-@custom_op("map_readout")
+@prepared_op(
+    "map_readout",
+    "(Tensor q, Tensor k, Tensor tokens, Tensor? lse, float scale) -> (Tensor, Tensor)",
+)
 def _operator(
-    q: Tensor, k: Tensor, tokens: Tensor, lse: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+    q: Any, k: Any, tokens: Any, lse: Any, scale: float
+) -> Callable[..., tuple[Tensor, Tensor]]:
     batch, heads, length, _ = q.shape
-    constants, count = _constants(q, k), tokens.shape[1]
+    constants, count = _constants(q, k, scale), tokens.shape[1]
     tiles = triton.cdiv(length, constants["BM"])
     splits = max(1, min(heads, PROGRAMS // (tiles * batch)))
-    maps = q.new_empty(splits, batch, length, count, dtype=torch.float32)
-    found = q.new_empty(batch, heads, length, dtype=torch.float32)
-    with torch.cuda.device_of(q):
-        _forward[tiles, batch, splits](
-            q, k, tokens, found if lse is None else lse.contiguous(), maps, found,
-            length, k.shape[2], heads, count, scale, *q.stride(), *k.stride(), tokens.stride(0),
-            BT=map_gradients.padded(count), GIVEN=lse is not None, **constants,
-        )  # fmt: skip
-    return maps.sum(0), found if lse is None else lse.clone()
+    constants |= {"count": count, "chosen_stride": tokens.stride(0)}
+    constants |= {"BT": map_gradients.padded(count), "GIVEN": lse is not None}
+    launch = Ready(_forward, (tiles, batch, splits), constants)
+
+    def run(q: Any, k: Any, tokens: Any, lse: Any, *_: Any) -> tuple[Tensor, Tensor]:
+        maps = q.new_empty(splits, batch, length, count, dtype=torch.float32)
+        found = q.new_empty(batch, heads, length, dtype=torch.float32)
+        given = found if lse is None else lse.contiguous()
+        with torch.cuda.device_of(q):
+            launch(
+                q_ptr=q, k_ptr=k, chosen_ptr=tokens, given_ptr=given, map_ptr=maps, lse_ptr=found
+            )
+        return maps.sum(0), found if lse is None else lse.clone()
+
+    return run
 
 
 @_operator.register_fake
@@ -165,16 +184,19 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
 _operator.register_autograd(_backward, setup_context=_setup)
 
 
-@custom_op("key_marginals")
-def _marginals_operator(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> Tensor:
-    batch, heads, length, _ = q.shape
-    out = q.new_empty(batch, heads, k.shape[2], dtype=torch.float32)
-    constants = _constants(q, k)
-    with torch.cuda.device_of(q):
-        _marginals[triton.cdiv(k.shape[2], constants["BN"]), batch * heads](
-            q, k, lse, out, length, k.shape[2], heads, scale, *q.stride(), *k.stride(), **constants
-        )
-    return out
+@prepared_op("key_marginals", "(Tensor q, Tensor k, Tensor lse, float scale) -> Tensor")
+def _marginals_operator(q: Any, k: Any, lse: Any, scale: float) -> Callable[..., Tensor]:
+    batch, heads, _, _ = q.shape
+    keys, constants = k.shape[2], _constants(q, k, scale)
+    launch = Ready(_marginals, (triton.cdiv(keys, constants["BN"]), batch * heads), constants)
+
+    def run(q: Any, k: Any, lse: Any, *_: Any) -> Tensor:
+        out = q.new_empty(batch, heads, keys, dtype=torch.float32)
+        with torch.cuda.device_of(q):
+            launch(q_ptr=q, k_ptr=k, lse_ptr=lse, out_ptr=out)
+        return out
+
+    return run
 
 
 @_marginals_operator.register_fake

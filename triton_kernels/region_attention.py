@@ -13,7 +13,7 @@ tile by tile (Dao, arXiv 2307.08691), without atomics: runs are bit-identical.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,9 +32,11 @@ from hookctl.kernels.launch import (
     interpreting,
     side_by_side,
     sizes,
+    strides,
 )
 from hookctl.kernels.launch_tables import REGIONS, forms, needed, tile_for
-from hookctl.kernels.operators import custom_op
+from hookctl.kernels.operators import prepared_op
+from hookctl.kernels.ready import Ready
 from hookctl.kernels.region_lists import tile_lists
 from hookctl.kernels.tiles import (
     LOG2E,
@@ -121,30 +123,38 @@ def _launch(x: Tensor) -> Launch:
     return needed(tile_for(REGIONS, (x.shape[-1],), x), REGIONS, x)
 
 
-@custom_op("region_attention")
+@prepared_op(
+    "region_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor query_regions, Tensor key_regions, Tensor order, "
+    "Tensor counts, float scale) -> (Tensor, Tensor)",
+)
 def _operator(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_regions: Tensor,
-    key_regions: Tensor,
-    order: Tensor,
-    counts: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    out, lse = _outputs(q, v)
+    q: Any, k: Any, v: Any, of_queries: Any, of_keys: Any, order: Any, counts: Any, scale: float
+) -> Callable[..., tuple[Tensor, Tensor]]:
     batch, heads, tokens, width = q.shape
     tile = _launch(q)
-    with torch.cuda.device_of(q):
-        _forward[order.shape[1], batch * heads](
-            q, k, v, query_regions, key_regions, order, counts, out, lse,
-            tokens, k.shape[2], heads, order.shape[2], scale,
-            *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3],
-            query_regions.stride(0), key_regions.stride(0), lists_between(order),
-            ALIGN=side_by_side(q, k, v), UPCAST=interpreting(),
-            **sizes(width), **tile.sides, **tile.options,
-        )  # fmt: skip
-    return out, lse
+    constants = {"tokens": tokens, "keys": k.shape[2], "heads": heads, "listed": order.shape[2]}
+    constants |= {"scale": scale, "lists_b": lists_between(order)}
+    constants |= {"q_regions_stride": of_queries.stride(0), "k_regions_stride": of_keys.stride(0)}
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        constants |= strides(name, x, "bhnd")
+    constants |= sizes(width) | tile.sides | tile.options
+    constants |= {"ALIGN": side_by_side(q, k, v), "UPCAST": interpreting()}
+    grid = order.shape[1], batch * heads
+    launch = Ready(_forward, grid, constants, lambda given: strides("out", given["out_ptr"], "bhn"))
+
+    def run(
+        q: Any, k: Any, v: Any, of_queries: Any, of_keys: Any, order: Any, counts: Any, *_: Any
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = _outputs(q, v)
+        with torch.cuda.device_of(q):
+            launch(
+                q_ptr=q, k_ptr=k, v_ptr=v, q_regions_ptr=of_queries, k_regions_ptr=of_keys,
+                order_ptr=order, counts_ptr=counts, out_ptr=out, lse_ptr=lse,
+            )  # fmt: skip
+        return out, lse
+
+    return run
 
 
 def lists_between(order: Tensor) -> int:

@@ -37,9 +37,11 @@ from hookctl.kernels.launch import (
     pieces,
     side_by_side,
     sizes,
+    strides,
 )
 from hookctl.kernels.launch_tables import entry, needed, tile_for
 from hookctl.kernels.operators import custom_op, prepared_op
+from hookctl.kernels.ready import Ready
 from hookctl.kernels.stretches import Stretch
 from hookctl.kernels.sum_of_terms_backward import gradients
 from hookctl.kernels.tiles import LOG2E, dot, parts, products, program, seen, unseen
@@ -217,19 +219,25 @@ def _operator(q: Any, k: Any, v: Any, integers: Any, scale: float) -> Callable[.
     count = _at_once(groups, d)
     places, v_rows, out_rows = _tables(tuple(integers), count, q.device)
     tile = needed(tile_for(TABLE, (count * sum(pieces(d)),), q), TABLE, q)
-    launch = _forward[triton.cdiv(n, tile.block_m), sub * heads, len(places)]
-    numbers = (n, k.shape[-2], heads, scale, *q.stride(), *k.stride(), *v.stride())
-    constants = sizes(d) | tile.sides | tile.options
-    constants |= {"COUNT": count, "ALIGN": side_by_side(q, k, v)}
+    constants: dict[str, Any] = {
+        "places_ptr": places,
+        "v_rows_ptr": v_rows,
+        "out_rows_ptr": out_rows,
+    }
+    constants |= {"tokens": n, "keys": k.shape[-2], "heads": heads, "scale": scale, "COUNT": count}
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        constants |= strides(name, x, "rbhnd")
+    constants |= sizes(d) | tile.sides | tile.options | {"ALIGN": side_by_side(q, k, v)}
     constants["UPCAST"] = interpreting() and q.dtype == torch.bfloat16
+    grid = triton.cdiv(n, tile.block_m), sub * heads, len(places)
+    launch = Ready(
+        _forward, grid, constants, lambda given: strides("out", given["out_ptr"], "rbhn")
+    )
 
     def run(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         out, lse = _empty(q, groups)
         with torch.cuda.device_of(q):
-            launch(
-                q, k, v, out, lse, places, v_rows, out_rows, *numbers, *out.stride()[:-1],
-                **constants,
-            )  # fmt: skip
+            launch(q_ptr=q, k_ptr=k, v_ptr=v, out_ptr=out, lse_ptr=lse)
         return out, lse
 
     return run

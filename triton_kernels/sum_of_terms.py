@@ -90,7 +90,7 @@ def _forward_op(
 ) -> Callable[..., tuple[Tensor, Tensor]]:  # fmt: skip
     extras = Extras(weights, bias, query_factors, key_factors)
     t = tables_of(q, k, v, extras, integers, numbers, rows)
-    fill = forward(q, k, v, extras, t, scale)
+    fill = forward(q, k, v, extras, t, scale, rows, lse)
 
     def run(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Tensor, Tensor]:
         out, found = _empty(q, rows, len(t.terms), lse)

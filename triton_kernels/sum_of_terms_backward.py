@@ -23,7 +23,15 @@ import triton.language as tl
 from torch import Tensor
 
 from hookctl.kernels import stretches
-from hookctl.kernels.arguments import Extras, fixed, form, out_strides, pointers, ranked
+from hookctl.kernels.arguments import (
+    Extras,
+    alignment,
+    fixed,
+    form,
+    out_strides,
+    pointers,
+    ranked,
+)
 from hookctl.kernels.launch import INTERPRETED, WIDTHS, Specimen, pieces
 from hookctl.kernels.launch_tables import KEYS, QUERIES, RANKED, entry, needed, tile_for
 from hookctl.kernels.stretches import Tables
@@ -253,7 +261,7 @@ def gradients(
     if gradient.stride(-1) != 1:
         gradient = gradient.contiguous()
     arguments = fixed(q[0], extras, t, scale) | out_strides(gradient)
-    arguments |= pointers(q, k, v, extras, gradient, out)
+    arguments |= pointers(q, k, v, extras) | alignment(*q, *k, *v, gradient, out)
     key = arguments["D0"], arguments["D1"]
     arguments |= {"gradient": gradient, "lse": lse, "weights": extras.weights}
     arguments |= {"WEIGHTED": extras.weights is not None}

@@ -18,9 +18,18 @@ import triton.language as tl
 from torch import Tensor
 
 from hookctl.kernels import stretches
-from hookctl.kernels.arguments import Extras, fixed, form, out_strides, pointers, ranked
+from hookctl.kernels.arguments import (
+    Extras,
+    alignment,
+    fixed,
+    form,
+    out_strides,
+    pointers,
+    ranked,
+)
 from hookctl.kernels.launch import WIDTHS, Launch, Specimen, pieces
 from hookctl.kernels.launch_tables import RANKED, SHORT, entry, needed, short_form, tile_for
+from hookctl.kernels.ready import Ready
 from hookctl.kernels.stretches import Tables
 from hookctl.kernels.tiles import (
     LOG2E,
@@ -173,27 +182,29 @@ def forward(
     extras: Extras,
     t: Tables,
     scale: float,
+    rows: int,
+    lse: bool,
 ) -> Callable[..., None]:
     """What fills `out` [rows, sub-batch, heads, N, channels] and `lse` [terms, sub-batch, heads, N]
-    or None, for stacks and extras of the same form: fill(q, k, v, extras, out, lse)."""
+    (None if it is not wanted), for stacks and extras of the same form: fill(q, k, v, extras, out,
+    lse)."""
     kernel, tile, sizes = _chosen(q[0], k, t)
     known = fixed(q[0], extras, t, scale) | sizes | tile.options
     known |= {"starts": t.starts, "WEIGHTED": extras.weights is not None}
     _, sub, heads, n, _ = q[0].shape
-    tiles, pairs = triton.cdiv(n, tile.block_m), sub * heads
+    grid = triton.cdiv(n, tile.block_m), sub * heads, rows
+    launch = Ready(kernel, grid, known | {"LSE": lse}, _by_tensors)
 
     def fill(q: Any, k: Any, v: Any, extras: Extras, out: Tensor, lse: Tensor | None) -> None:
-        given = pointers(q, k, v, extras) | out_strides(out)
-        with torch.cuda.device_of(q[0]):
-            kernel[tiles, pairs, out.shape[0]](
-                **(known | given),
-                out=out,
-                lse=lse,
-                weights=extras.weights,
-                LSE=lse is not None,
-            )
+        with torch.cuda.device_of(out):
+            launch(**pointers(q, k, v, extras), out=out, lse=lse, weights=extras.weights)
 
     return fill
+
+
+def _by_tensors(given: Any) -> dict[str, Any]:
+    stacks = [x for name, x in given.items() if name[0] in "qkv" and name[1:].isdigit()]
+    return alignment(*stacks) | out_strides(given["out"])
 
 
 def _chosen(q: Tensor, k: Sequence[Tensor], t: Tables) -> tuple[Any, Launch, dict[str, Any]]:

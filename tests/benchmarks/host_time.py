@@ -25,9 +25,6 @@ if __name__ == "__main__":
 
 import torch
 from diffusers import UNet2DConditionModel
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 import hookctl
 from hookctl import Editor
@@ -40,6 +37,7 @@ from hookctl.kernels import (
     shared_probabilities,
     sum_of_terms,
 )
+from tests.kernels.driverless import driverless
 
 Context = Callable[[Any], Any]
 KERNELS = (guard, map_readout, region_attention, shared_probabilities, sum_of_terms)
@@ -90,40 +88,11 @@ def launched(unet: Any) -> Iterator[None]:
             (launch_tables, "arch_of", lambda device: "sm_90"),
             (torch.cuda, "device_of", lambda like: nullcontext()),
             (repeats, "same", lambda a, b: True),
-            (JITFunction, "_do_compile", _compiled),
-            (driver, "_active", _Driver()),
         ):
             stack.enter_context(patch.object(target, name, value))
+        stack.enter_context(driverless()).append = lambda arguments: None
         stack.enter_context(controlled(Replacing(), "triton")(unet))
         yield
-
-
-class _Driver:
-    """What Triton's launch path asks of a device's driver."""
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-
-class _Kernel:
-    function, packed_metadata = None, None
-
-    def launch_metadata(self, *_: Any) -> None:
-        return None
-
-    def run(self, *_: Any) -> None:
-        pass
-
-
-def _compiled(self: Any, key: Any, signature: Any, device: Any, *_: Any) -> _Kernel:
-    self.device_caches[device][0][key] = kernel = _Kernel()
-    return kernel
 
 
 CASES: dict[str, Context] = {
