@@ -78,7 +78,7 @@ def add(commands: Any) -> None:
         "--words",
         type=common.words,
         metavar="A,B",
-        help="whose maps to show (default: the words that changed)",
+        help="whose maps to show (default: the words that changed, or that an editor is given)",
     )
     common.add_out(command)
     common.add_drawing(command, images=True)
@@ -115,7 +115,7 @@ def _run(path: Path, options: Any) -> None:
     pipe = load_pipeline(model, options.device, options.dtype)
     put_on(pipe, loras)
     progress = common.wants_progress(options)
-    maps = _maps(pipe, prompts, options.words)
+    maps = _maps(pipe, prompts, options.words, preset)
     times: dict[str, float] = {}
     draw_plain: Callable[[str], list[Image]] = partial(
         pictures, pipe, drawing, prompts, progress=progress
@@ -224,7 +224,9 @@ def _prompts(options: Any, preset: Preset) -> list[str]:
     return [prompt, *edits]
 
 
-def _maps(pipe: Any, prompts: Sequence[str], wanted: Sequence[str] | None) -> list[Editor]:
+def _maps(
+    pipe: Any, prompts: Sequence[str], wanted: Sequence[str] | None, preset: Preset
+) -> list[Editor]:
     """The editor that reads the maps to be shown, if the pipeline has words."""
     if wanted:
         return [hookctl.Maps(*wanted)]
@@ -237,12 +239,20 @@ def _maps(pipe: Any, prompts: Sequence[str], wanted: Sequence[str] | None) -> li
         return []
     tokens = [layout.read(prompt).streams[0][1] for prompt in prompts]
     if len(prompts) == 1:
-        return [hookctl.Maps(*[w.text for w in tokens[0].words][-SHOWN_WORDS:])]
+        return [hookctl.Maps(*_telling([w.text for w in tokens[0].words], preset))]
     found: list[str] = []
     for target in tokens[1:]:
         edits = changed_words(tokens[0], target)
         found += [target.words[i].text for edit in edits for i in edit.target][:SHOWN_WORDS]
     return [hookctl.Maps(*dict.fromkeys(found))] if found else []
+
+
+def _telling(words: Sequence[str], preset: Preset) -> list[str]:
+    """Of the words of one prompt those that its editors are given, else the longest."""
+    lists = [spec.arguments.get("words") for spec in preset.specs]
+    given = [x for found in lists if isinstance(found, list) for x in found if x in words]
+    longest = sorted(dict.fromkeys(words), key=len, reverse=True)[:SHOWN_WORDS]
+    return list(dict.fromkeys(given))[:SHOWN_WORDS] or [x for x in words if x in longest]
 
 
 # -- after -----------------------------------------------------------------------------------------

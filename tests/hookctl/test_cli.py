@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 import hookctl
-from hookctl import demos
+from hookctl import demos, recipes
 from hookctl.cli import main
 from hookctl.cli.quiet import quiet
+from hookctl.cli.run import _telling
 from hookctl.demos.shapes import load
+from hookctl.preset import EditorSpec, Preset
 
 COMMANDS = ("demo", "run", "inspect", "maps")
 EDITOR = '[[editor]]\nrecipe = "PromptToPrompt"\n'
@@ -133,6 +135,21 @@ def test_lists(say: Say) -> None:
     assert said.status == 0 and all(name in said.out for name in demos.DEMOS)
     said = say("run", "--list")
     assert said.status == 0 and "recolour" in said.out and "#" not in said.out
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    (
+        ({"words": ["square", "circle", "moon"]}, ["square", "circle"]),
+        ({"words": "square"}, ["circle", "square", "background"]),
+        ({}, ["circle", "square", "background"]),
+    ),
+)
+def test_words_that_are_shown_of_one_prompt(given: dict[str, Any], shown: list[str]) -> None:
+    """Those that an editor is about, else what says most; not the last three words."""
+    words = "a red circle and a blue square on a white background".split()
+    preset = Preset((EditorSpec("FreeU", recipes.FreeU, given),))
+    assert _telling(words, preset) == shown
 
 
 def test_folders_that_are_no_pipeline(say: Say, tmp_path: Path) -> None:
