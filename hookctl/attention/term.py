@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hookctl.attention.prepared import positions
 from hookctl.attention.token_map import ValueMap
 from hookctl.attention.visibility import Regions
 
@@ -146,14 +147,27 @@ class Sum:
         """The rows whose attention was rewritten."""
         return {*self.terms, *self.functions}
 
-    def groups(self, rows: Iterable[int]) -> list[list[int]]:
-        """The rows sorted into groups that can be evaluated in one batch, without copying q or k
-        for the rows that nothing rewrote."""
-        groups: dict[Any, list[int]] = {}
-        alone, run = len(self.terms) == 1, -1
+    def groups(self, rows: Iterable[int], *, copying: bool = False) -> list[list[int]]:
+        """The rows sorted into groups that can be evaluated in one batch.
+
+        Those that nothing rewrote are read where they lie, in runs of adjacent ones; copying: they
+        may go with those that only take their tensors from other rows, where such are.
+        """
+        rows, groups = list(rows), dict[Any, list[int]]()
+        forms = {
+            row: tuple(term.signature() for term in self.terms[row])
+            for row in rows
+            if row in self.terms
+        }
+        plain = [row for row in rows if row not in forms]
+        if plain and copying:
+            form = (self.terms[plain[0]][0].signature(),)
+            if form in forms.values():
+                forms |= dict.fromkeys(plain, form)
+        run = -1
         for row in rows:
-            if row in self.terms:
-                key: Any = alone or tuple(term.signature() for term in self.terms[row])
+            if row in forms:
+                key: Any = forms[row]
             else:
                 run = run if groups.get(run, [None])[-1] == row - 1 else -1 - len(groups)
                 key = run
@@ -168,11 +182,18 @@ def gather(refs: Sequence[Ref]) -> Tensor:
 
 def rows_of(base: Tensor, rows: Sequence[int]) -> Tensor:
     """Some rows of a stack; copies nothing if they are adjacent or all the same."""
+    if len(rows) == base.shape[0] and adjacent(rows):
+        return base
     if adjacent(rows):
         return base[rows[0] : rows[-1] + 1]
     if all(row == rows[0] for row in rows):
         return base[rows[0] : rows[0] + 1].expand(len(rows), *base.shape[1:])
-    return torch.stack([base[row] for row in rows])
+    if base.requires_grad:  # indexing adds gradients in no fixed order
+        return torch.stack([base[row] for row in rows])
+    places = positions(tuple(rows), base.device)
+    if base.dim() == 5 and base.stride(-2) > base.stride(-3):  # copied as they lie
+        return base.transpose(2, 3).index_select(0, places).transpose(2, 3)
+    return base.index_select(0, places)
 
 
 def adjacent(rows: Sequence[int]) -> bool:

@@ -79,7 +79,7 @@ class ValueMap:
         covers = self.covers(v.shape[-2])
         part = v if covers else v[..., self.start : stop, :]
         if self.diagonal:
-            mapped = part * self.matrix[:, None]
+            mapped = part * self.matrix.unsqueeze(-1)
         else:
             gather = self.gather if part.numel() >= _WORTH_GATHERING else None
             mapped = gather.apply(part) if gather else self.matrix @ part
@@ -94,7 +94,7 @@ class ValueMap:
             return self.apply(v)
         start, stop = self.used
         if self.diagonal:
-            return v[..., start:stop, :] * self.matrix[start:stop, None]
+            return v[..., start:stop, :] * self.matrix[start:stop].unsqueeze(-1)
         return self.apply(v)[..., start:stop, :]
 
     def apply_to_probabilities(self, p: Tensor) -> Tensor:
