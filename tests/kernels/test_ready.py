@@ -12,8 +12,17 @@ from torch import Tensor
 from triton.compiler.compiler import LazyDict
 from triton.runtime.jit import JITFunction
 
-from hookctl.kernels import ready
+from hookctl.kernels import (
+    map_readout,
+    ready,
+    region_attention,
+    shared_probabilities,
+    stretches,
+    sum_of_terms,
+)
+from hookctl.kernels.operators import shortcut
 from hookctl.kernels.ready import Ready
+from tests.kernels.closeness import DEVICE, random
 from tests.kernels.driverless import Handed, driverless
 
 GRID = (3, 2)
@@ -99,6 +108,36 @@ def test_an_older_triton(handed: Handed, monkeypatch: pytest.MonkeyPatch) -> Non
     for _ in range(3):
         launch(**tensors())
     assert handed.looked_up == len(handed) == 3
+
+
+def made(seed: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Operators that are made ready, with arguments whose numbers follow from the seed."""
+    q, k, v = (random(4, 1, 1, 16, 64, seed=seed + i, dtype=torch.float16) for i in range(3))
+    flat = q[:, 0], k[:, 0], v[:, 0]
+    terms = stretches.encode([stretches.Stretch(row, row, row, row) for row in range(4)])
+    bits = (torch.arange(16, device=DEVICE) % 3 + 1).expand(4, -1)
+    tokens = torch.tensor([[1, 5, 7]], device=DEVICE).expand(4, -1)
+    lse = (flat[0].float() @ flat[1].float().mT * 0.125).logsumexp(-1)
+    listed = region_attention.lists(bits[0], bits[0], flat[0])
+    return {
+        "sum": (sum_of_terms._forward_op, ([q], [k], [v], *[None] * 4, *terms, 4, 0.125, True)),
+        "shared": (shared_probabilities._operator, (q, k, v, [0, 0, 2, 0, 1, 2, 2, 1, 3], 0.125)),
+        "regions": (region_attention._operator, (*flat, bits, bits, *listed, 0.125)),
+        "maps": (map_readout._operator, (*flat[:2], tokens, None, 0.125)),
+        "marginals": (map_readout._marginals_operator, (*flat[:2], lse, 0.125)),
+    }
+
+
+@pytest.mark.parametrize("name", ("sum", "shared", "regions", "maps", "marginals"))
+def test_numbers_of_later_launches(name: str) -> None:
+    """As of the first one, by Triton, to the last bit: on a device, and in the interpreter."""
+    operator, arguments = made(0)[name]
+    run = shortcut(operator._opoverload, arguments)
+    for seed in range(3):
+        _, arguments = made(10 * seed)[name]
+        got, want = run(*arguments), operator(*arguments)
+        pairs = zip(*((x,) if isinstance(x, Tensor) else x for x in (got, want)), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_nothing_is_kept(handed: Handed) -> None:
