@@ -203,7 +203,7 @@ def forward(
 
 
 def _by_tensors(given: Any) -> dict[str, Any]:
-    stacks = [x for name, x in given.items() if name[0] in "qkv" and name[1:].isdigit()]
+    stacks = [given[f"{name}{i}"] for name in "qkv" for i in range(stretches.STACKS)]
     return alignment(*stacks) | out_strides(given["out"])
 
 

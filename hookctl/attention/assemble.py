@@ -109,6 +109,7 @@ def weigh(part: Tensor, weight: Tensor | float) -> Tensor:
 
 def plus(total: Tensor, part: Tensor, weight: Tensor | float, *, in_place: bool) -> Tensor:
     """total + weight * part in one pass; in_place: into `total`, where nothing else needs it."""
+    in_place = in_place and total.dtype == part.dtype  # under autocast they may differ
     in_place = in_place and not (_followed(total) or _followed(part) or _followed(weight))
     if isinstance(weight, Tensor):
         add = Tensor.addcmul_ if in_place else torch.addcmul

@@ -203,11 +203,10 @@ def _read(finished: Sum, request: ReadOut, call: AttentionCall, backend: str) ->
     found = together.mean_map(finished, request, call, backend)
     if found is not None:
         return found[:, start:stop]
-    if row in finished.functions:
-        total = reference.columns(finished, row, request.tokens)
-    elif _thin(call, finished.terms[row]):
+    own_matrix = row in finished.functions
+    if not own_matrix and _thin(call, finished.terms[row]):
         total = shared.columns(finished, row, request.tokens)
-    elif call.site.kind == "cross" and call.k.shape[-2] <= SHORT_KEYS:
+    elif own_matrix or (call.site.kind == "cross" and call.k.shape[-2] <= SHORT_KEYS):
         total = reference.columns(finished, row, request.tokens)
     else:
         parts = [

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from hookctl.address.clock import Clock
 from hookctl.address.rows import Row, Rows
 from hookctl.address.sites import Site
+from hookctl.attention import plan
 from hookctl.attention.call import AttentionCall
 from tests.hookctl.attention.explicit import Explicit
 
@@ -78,6 +81,27 @@ def make(
     n, m = {"cross": (IMAGE, TEXT), "self": (IMAGE, IMAGE)}.get(kind, (IMAGE + TEXT,) * 2)
     q, k, v = (random(5, sub, heads, t, d, seed=seed + i) for i, t in enumerate((n, m, m)))
     return Case(kind, q, k, v, 0.5, **kwargs)
+
+
+class _Counted(TorchFunctionMode):
+    """How often each function of torch is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def torch_calls(case: Case, script: Script) -> Counter[str]:
+    """What an edit asks of torch when it is evaluated, by name."""
+    call = case.call()
+    script(call)
+    with _Counted() as counted:
+        plan.evaluate(call)
+    return counted.calls
 
 
 def close(got: Tensor, want: Tensor, tolerance: float, name: str = "output") -> None:

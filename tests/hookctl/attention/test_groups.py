@@ -5,19 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hookctl.attention import plan, sdpa
+from hookctl.attention import sdpa
 from hookctl.attention.call import AttentionCall
-from tests.hookctl.attention.calls import Case, Script
+from tests.hookctl.attention.calls import Case, Script, torch_calls
 from tests.hookctl.attention.test_algebra import check, masked, scripts
-from tests.hookctl.attention.test_shared import Counted
 
 
 def calls(case: Case, script: Script) -> int:
-    call = case.call()
-    script(call)
-    with Counted() as counted:
-        plan.evaluate(call)
-    return counted.calls["scaled_dot_product_attention"]
+    return torch_calls(case, script)["scaled_dot_product_attention"]
 
 
 def swap(c: AttentionCall) -> None:

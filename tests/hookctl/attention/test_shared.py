@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Any
-
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 from hookctl.attention import plan, thin
 from tests.hookctl.attention import test_precision
-from tests.hookctl.attention.calls import IMAGE, TEXT, Case, Script, close, random
+from tests.hookctl.attention.calls import IMAGE, TEXT, Case, Script, close, random, torch_calls
 from tests.hookctl.attention.test_algebra import EXACT, MASKS, check, masked, scripts
 
 
@@ -32,24 +28,8 @@ def projected(case: Case) -> Case:
     return Case(case.kind, *laid, case.scale, case.mask)
 
 
-class Counted(TorchFunctionMode):
-    """How often each function of torch is called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls[func.__name__] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def softmaxes(case: Case, script: Script) -> int:
-    call = case.call()
-    script(call)
-    with Counted() as counted:
-        plan.evaluate(call)
-    return counted.calls["softmax"]
+    return torch_calls(case, script)["softmax"]
 
 
 @pytest.mark.parametrize("mask", MASKS)
