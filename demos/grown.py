@@ -23,7 +23,7 @@ from hookctl.demos.shapes.world import (
     Scene,
     Thing,
 )
-from hookctl.loop.pictures import decode, encode
+from hookctl.loop.images import decode, encode
 
 CANVAS = "gray"  # the ground of the canvas that a picture is pasted on
 SIDE = PICTURE // 2

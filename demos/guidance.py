@@ -18,10 +18,11 @@ import torch
 from PIL import Image
 
 import hookctl
-from hookctl import Editor, show
+from hookctl import Editor
 from hookctl.demos.cost import counted, drawing_mib
 from hookctl.demos.shapes.captions import sample
 from hookctl.demos.shapes.detect import detect, matches, wanted_pairs
+from hookctl.inspect import show
 from hookctl.recipes import PAG, SAG, SEG, FreeU, ScaleU
 
 STEPS, GUIDANCE, BATCH = 25, 3.0, 16

@@ -23,12 +23,12 @@ import torch
 from PIL import Image, ImageDraw
 
 import hookctl
-from hookctl import show
 from hookctl.demos.cases import EditCase, draw
 from hookctl.demos.cost import counted, drawing_mib, peak_mib
 from hookctl.demos.figures import measure, summary
 from hookctl.demos.inversion import pictures_of, psnr
-from hookctl.loop.pictures import decode, encode
+from hookctl.inspect import show
+from hookctl.loop.images import decode, encode
 from hookctl.recipes import Imagic
 
 STEPS, GUIDANCE, REFINE = 25, 2.0, 2

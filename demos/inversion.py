@@ -18,14 +18,15 @@ import numpy as np
 from PIL import Image
 
 import hookctl
-from hookctl import Editor, show
+from hookctl import Editor
 from hookctl.demos.cases import EditCase, draw
 from hookctl.demos.cost import FEW, counted, peak_mib
 from hookctl.demos.figures import EditFigures, measure, summary
 from hookctl.demos.shapes.captions import parse
 from hookctl.demos.shapes.render import drawn
 from hookctl.demos.shapes.world import Scene, Thing
-from hookctl.loop.pictures import decode, encode
+from hookctl.inspect import show
+from hookctl.loop.images import decode, encode
 from hookctl.recipes import (
     DDIMInversion,
     DirectInversion,

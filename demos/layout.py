@@ -20,8 +20,8 @@ from hookctl.demos.layouts import LayoutCase, draw_layout
 from hookctl.demos.placing import Progress, Stack, boxes, compare, words
 from hookctl.demos.shapes.render import drawn
 from hookctl.demos.shapes.world import Scene
+from hookctl.loop.images import encode
 from hookctl.loop.noise import Noise
-from hookctl.loop.pictures import encode
 from hookctl.loop.state import State
 from hookctl.recipes import BoxDiff, LayoutGuidance
 

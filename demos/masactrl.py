@@ -19,7 +19,6 @@ import numpy as np
 from PIL import Image
 
 import hookctl
-from hookctl import show
 from hookctl.demos.cost import counted, drawing_mib
 from hookctl.demos.shapes.captions import describe
 from hookctl.demos.shapes.detect import Detection, Found, detect
@@ -33,8 +32,9 @@ from hookctl.demos.shapes.world import (
     Scene,
     Thing,
 )
+from hookctl.inspect import show
 from hookctl.recipes import MasaCtrl, ReferenceOnly, StyleAligned
-from hookctl.recipes.batch import SourceAndEdits
+from hookctl.recipes.common.source_and_edits import SourceAndEdits
 
 STEPS, GUIDANCE, SHOWN = 25, 3.0, 3
 ELSEWHERE = 0.5  # intersection over union with the source's object below which the layout is new

@@ -20,12 +20,12 @@ import torch
 from PIL import Image
 
 import hookctl
-from hookctl import show
 from hookctl.demos.cost import counted, drawing_mib
 from hookctl.demos.layouts import draw_layout
 from hookctl.demos.shapes.captions import describe
 from hookctl.demos.shapes.detect import detect
 from hookctl.demos.shapes.world import PICTURE, Thing
+from hookctl.inspect import show
 from hookctl.recipes import MultiDiffusion
 
 STEPS, GUIDANCE, STRIDE, BATCH = 25, 3.0, 8, 8

@@ -24,13 +24,14 @@ from PIL import Image
 from torch import Tensor
 
 import hookctl
-from hookctl import Claim, Editor, show
+from hookctl import Claim, Editor
 from hookctl.address.regions import Region
 from hookctl.attention.call import AttentionCall
 from hookctl.demos.cost import FEW, counted, drawing_mib, peak_mib
 from hookctl.demos.grown import AT, BOX, SIDE, Case, cases, figures, mean_psnr, restored
 from hookctl.demos.shapes.world import PICTURE
 from hookctl.editor import WHOLE_PICTURE
+from hookctl.inspect import show
 from hookctl.recipes import CyclicOneWay, SelectiveOneWay
 
 STEPS, GUIDANCE, BATCH, SHOWN = 20, 3.0, 8, 3

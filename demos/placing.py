@@ -15,13 +15,14 @@ import torch
 from PIL import Image
 
 import hookctl
-from hookctl import Editor, show
+from hookctl import Editor
 from hookctl.address.regions import Region
-from hookctl.attention.maps import MapStore
 from hookctl.demos.cost import counted, drawing_mib
 from hookctl.demos.layouts import LayoutCase, found_in_place, overlap
 from hookctl.demos.shapes.detect import Found, detect
 from hookctl.demos.shapes.world import COLOURS, PICTURE, Thing
+from hookctl.inspect import show
+from hookctl.maps import MapStore
 
 STEPS, GUIDANCE, BATCH = 25, 3.0, 16
 IN_PLACE = 0.3  # intersection over union from which on an object hits its box

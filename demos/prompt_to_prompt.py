@@ -17,11 +17,11 @@ import numpy as np
 from PIL import Image
 
 import hookctl
-from hookctl import show
 from hookctl.demos.cases import EditCase, draw
 from hookctl.demos.cost import FEW, counted, drawing_mib
 from hookctl.demos.figures import EditFigures, measure, source_is_right, summary
 from hookctl.demos.shapes.detect import detect
+from hookctl.inspect import show
 from hookctl.recipes import PromptToPrompt
 
 KINDS = ("colour", "shape", "added word", "reweight")

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import hookctl
-from hookctl import Editor, show
+from hookctl import Editor
 from hookctl.demos.cost import drawing_mib
 from hookctl.demos.layouts import LayoutCase, draw_layout
 from hookctl.demos.placing import (
@@ -35,6 +35,7 @@ from hookctl.demos.placing import (
 )
 from hookctl.demos.shapes.detect import detect
 from hookctl.demos.shapes.world import COLOURS, GROUNDS, PICTURE
+from hookctl.inspect import show
 from hookctl.recipes import (
     LayoutGuidance,
     MaskedSelfAttention,

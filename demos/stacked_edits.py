@@ -24,7 +24,7 @@ from hookctl.demos.masactrl import SITES, Case, Outcome, appearances, draw_case
 from hookctl.demos.prompt_to_prompt import SETTINGS as EDITS
 from hookctl.demos.shapes.detect import detect
 from hookctl.recipes import DirectInversion, FreeU, MasaCtrl, PromptToPrompt
-from hookctl.recipes.batch import SourceAndEdits
+from hookctl.recipes.common.source_and_edits import SourceAndEdits
 
 STEPS, GUIDANCE = 25, 3.0
 NOISES = 2  # drawn at once of every prompt

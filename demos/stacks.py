@@ -19,7 +19,6 @@ import numpy as np
 from PIL import Image
 
 import hookctl
-from hookctl import show
 from hookctl.demos import placing
 from hookctl.demos.cost import drawing_mib
 from hookctl.demos.layouts import LayoutCase, draw_layout
@@ -37,6 +36,7 @@ from hookctl.demos.stacked_edits import (
     with_freeu,
     with_lora,
 )
+from hookctl.inspect import show
 from hookctl.recipes import PAG, AttendAndExcite, FreeU
 
 SHOWN = 2

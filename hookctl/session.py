@@ -10,12 +10,12 @@ from typing import Any
 from hookctl.address import families
 from hookctl.address.clock import Clock
 from hookctl.address.sites import Site
-from hookctl.attention.maps import MapStore
-from hookctl.attention.plan import Plan, check_backend
 from hookctl.editor import Editor
 from hookctl.engine import Engine
 from hookctl.errors import HoleError, InputError
-from hookctl.tables import table
+from hookctl.evaluate.plan import Plan, check_backend
+from hookctl.inspect.tables import table
+from hookctl.maps import MapStore
 
 
 @dataclass(eq=False)

@@ -23,7 +23,7 @@ from hookctl.address.sites import Selector
 from hookctl.errors import InputError
 from hookctl.loop.energy import Picture
 from hookctl.loop.noise import Level
-from hookctl.recipes.energy_guidance import (
+from hookctl.recipes.common.energy_guidance import (
     EnergyGuidance,
     Stage,
     Subject,
@@ -33,8 +33,8 @@ from hookctl.recipes.energy_guidance import (
     variance,
     whole,
 )
-from hookctl.recipes.perturbation import number
-from hookctl.recipes.places import Places
+from hookctl.recipes.common.perturbed_guidance import number
+from hookctl.recipes.common.places import Places
 
 # Fraction of the schedule -> how much attention every subject must have by then.
 THRESHOLDS: Mapping[float, float] = {0.0: 0.05, 0.2: 0.5, 0.4: 0.8}

@@ -23,8 +23,8 @@ from torch import Tensor
 from hookctl.address.sites import Selector
 from hookctl.loop.energy import Picture
 from hookctl.recipes.attend_and_excite import ExcitedMaps
-from hookctl.recipes.energy_guidance import Stage, Subject, Words, whole
-from hookctl.recipes.places import Places, check_share
+from hookctl.recipes.common.energy_guidance import Stage, Subject, Words, whole
+from hookctl.recipes.common.places import Places, check_share
 
 
 class BoxDiff(ExcitedMaps):

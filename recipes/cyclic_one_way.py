@@ -28,7 +28,7 @@ from hookctl.editor import WHOLE_PICTURE, Editor
 from hookctl.errors import InputError
 from hookctl.loop import prompts as further
 from hookctl.loop.branches import Branch
-from hookctl.loop.pictures import encode
+from hookctl.loop.images import encode
 from hookctl.loop.state import Predictions, State
 from hookctl.loop.trajectory import Trajectory
 from hookctl.session import Session, control

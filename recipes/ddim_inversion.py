@@ -18,7 +18,7 @@ from typing import Any
 
 from hookctl.loop.inversion import Progress, ddim_path, require_first_order
 from hookctl.loop.trajectory import Trajectory
-from hookctl.recipes.inverted import Inversion, Inverted
+from hookctl.recipes.common.inversion import Inversion, Inverted
 
 
 class DDIMInversion(Inversion):

@@ -29,7 +29,7 @@ from hookctl.loop.inversion import (
     unit_noise,
 )
 from hookctl.loop.trajectory import Trajectory
-from hookctl.recipes.inverted import Inversion, Inverted
+from hookctl.recipes.common.inversion import Inversion, Inverted
 
 
 class DirectInversion(Inversion):

@@ -21,7 +21,7 @@ from hookctl.address.clock import Window
 from hookctl.errors import InputError
 from hookctl.loop.inversion import Progress, edit_friendly_noise
 from hookctl.loop.trajectory import Trajectory
-from hookctl.recipes.inverted import Inversion, Inverted
+from hookctl.recipes.common.inversion import Inversion, Inverted
 
 
 class EditFriendlyDDPM(Inversion):

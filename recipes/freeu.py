@@ -22,8 +22,9 @@ from torch import Tensor
 from hookctl.address.families import denoiser_of
 from hookctl.editor import Editor
 from hookctl.errors import InputError
+from hookctl.hooks.skips import concats
 from hookctl.kernels.fourier_gain import fourier_gain
-from hookctl.loop.features import FeatureCall, concats
+from hookctl.loop.state import FeatureCall
 
 RULES = ("official", "diffusers")
 

@@ -31,11 +31,11 @@ from torch import Tensor
 from hookctl.address.rows import COND, UNCOND
 from hookctl.errors import InputError
 from hookctl.loop.energy import frozen, gradients
+from hookctl.loop.images import encode
 from hookctl.loop.inversion import ddim_path, require_first_order
-from hookctl.loop.low_rank import LowRank
 from hookctl.loop.noise import noise_like
-from hookctl.loop.pictures import encode
 from hookctl.loop.trajectory import Trajectory
+from hookctl.recipes.common.low_rank import LowRank
 
 Progress = Callable[[str, int, int], None]
 LAYERS = "."  # all that are linear or convolutional: the paper tunes all weights

@@ -29,9 +29,16 @@ from hookctl.loop.energy import Picture
 from hookctl.loop.noise import Level
 from hookctl.loop.state import State
 from hookctl.recipes.box_diff import top_mean
-from hookctl.recipes.energy_guidance import EnergyGuidance, Stage, Subject, Words, variance, whole
-from hookctl.recipes.perturbation import number
-from hookctl.recipes.places import Places
+from hookctl.recipes.common.energy_guidance import (
+    EnergyGuidance,
+    Stage,
+    Subject,
+    Words,
+    variance,
+    whole,
+)
+from hookctl.recipes.common.perturbed_guidance import number
+from hookctl.recipes.common.places import Places
 
 TOP = 0.2  # share of the cells that form="top-k" looks at
 FEWER = ((0.1, 3), (0.2, 2), (1.0, 1))  # until this fraction of the schedule, steps a turn

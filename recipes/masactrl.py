@@ -28,11 +28,11 @@ from hookctl.attention.call import AttentionCall
 from hookctl.editor import WHOLE_PICTURE, Claim
 from hookctl.errors import InputError
 from hookctl.loop.state import State
-from hookctl.recipes.batch import SourceAndEdits
-from hookctl.recipes.foreground import GivenMasks, WordMasks, parted
-from hookctl.recipes.image_tokens import image_keys, image_sites, with_image
-from hookctl.recipes.local_blend import Words, words_of
-from hookctl.recipes.pinned import Path, Pinned
+from hookctl.recipes.common.image_tokens import image_keys, image_sites, with_image
+from hookctl.recipes.common.local_blend import Words, words_of
+from hookctl.recipes.common.map_masks import GivenMasks, WordMasks, parted
+from hookctl.recipes.common.pinned import Path, Pinned
+from hookctl.recipes.common.source_and_edits import SourceAndEdits
 
 FINE = "self up @>=1/2, self blocks, joint"
 

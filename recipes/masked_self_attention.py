@@ -31,8 +31,8 @@ from hookctl.attention.call import AttentionCall
 from hookctl.editor import WHOLE_PICTURE, Claim, Editor
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.state import State
-from hookctl.recipes import places
-from hookctl.recipes.places import Places, grid_in
+from hookctl.recipes.common import places
+from hookctl.recipes.common.places import Places, grid_in
 
 SEEN = ("background", "all", "itself")
 IMAGE = "self, joint"

@@ -33,13 +33,13 @@ from hookctl.address.rows import COND
 from hookctl.editor import WHOLE_PICTURE, Claim, Editor
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.calls import prediction_of, with_prediction
-from hookctl.loop.pictures import decode
+from hookctl.loop.images import decode
 from hookctl.loop.prompts import EncodedTexts, check_texts
 from hookctl.loop.state import Proceed, State
-from hookctl.recipes import places
-from hookctl.recipes.bootstrapping import Bootstrapping
-from hookctl.recipes.places import Places, Texts, check_share, shares
-from hookctl.recipes.windows import Window, windows_of
+from hookctl.recipes.common import places
+from hookctl.recipes.common.bootstrapping import Bootstrapping
+from hookctl.recipes.common.places import Places, Texts, check_share, shares
+from hookctl.recipes.common.tiles import Window, windows_of
 from hookctl.session import control
 
 MARGIN = 8  # cells beyond the sides of a cylinder that its decoder sees

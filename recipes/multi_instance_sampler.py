@@ -34,7 +34,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hookctl.address.layout import over_latent
+from hookctl.address.latent import over_latent
 from hookctl.address.rows import COND, Row, Rows
 from hookctl.address.sites import Grid, Selector
 from hookctl.attention.call import AttentionCall
@@ -42,13 +42,13 @@ from hookctl.attention.division import Division
 from hookctl.editor import WHOLE_PICTURE, Claim, Editor
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.kernels.latent_mixing import merge_instances
-from hookctl.loop.beside import Beside, guidance_of
+from hookctl.loop.images import encode
 from hookctl.loop.noise import Noise
-from hookctl.loop.pictures import encode
 from hookctl.loop.prompts import EncodedTexts, Text, check_texts
 from hookctl.loop.state import Predictions, State
-from hookctl.recipes import places
-from hookctl.recipes.places import Places, Texts, check_share, grid_in, shares
+from hookctl.recipes.common import places
+from hookctl.recipes.common.companion import Beside, guidance_of
+from hookctl.recipes.common.places import Places, Texts, check_share, grid_in, shares
 
 MERGES = ("mean", "paste")
 Colour = tuple[int, int, int]

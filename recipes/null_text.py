@@ -25,7 +25,7 @@ from hookctl.loop.inversion import (
     require_first_order,
 )
 from hookctl.loop.trajectory import Trajectory
-from hookctl.recipes.inverted import Inversion, Inverted
+from hookctl.recipes.common.inversion import Inversion, Inverted
 
 
 class NullTextInversion(Inversion):

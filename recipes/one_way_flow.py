@@ -28,7 +28,7 @@ from hookctl.attention.call import AttentionCall
 from hookctl.editor import WHOLE_PICTURE, Claim, Editor
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.state import State
-from hookctl.recipes.image_tokens import image_sites
+from hookctl.recipes.common.image_tokens import image_sites
 
 Flow = tuple[str, str, float]
 REST = "rest"  # what lies in no named region

@@ -15,7 +15,7 @@ from hookctl.address.clock import Clock
 from hookctl.address.sites import Selector
 from hookctl.attention.call import AttentionCall
 from hookctl.loop.state import State
-from hookctl.recipes.perturbation import PerturbedGuidance, number
+from hookctl.recipes.common.perturbed_guidance import PerturbedGuidance, number
 
 TRAINED = 1000  # timesteps that the published rule counts from
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hookctl.address.clock import Clock, Window
 from hookctl.address.families import denoiser_of, describe_sites
-from hookctl.address.layout import finest_within
+from hookctl.address.latent import finest_within
 from hookctl.address.rows import COND
 from hookctl.address.sites import Selector, matcher, select
 from hookctl.address.text import PromptText, TextLayout, align
@@ -31,9 +31,9 @@ from hookctl.attention.call import AttentionCall, Routing
 from hookctl.editor import WHOLE_PICTURE, Claim
 from hookctl.errors import InputError, WordError
 from hookctl.loop.state import State
-from hookctl.recipes.batch import SourceAndEdits
-from hookctl.recipes.local_blend import LocalBlend, Words, words_of
-from hookctl.recipes.word_windows import WindowLike, WordWindows, found
+from hookctl.recipes.common.local_blend import LocalBlend, Words, words_of
+from hookctl.recipes.common.source_and_edits import SourceAndEdits
+from hookctl.recipes.common.word_windows import WindowLike, WordWindows, found
 
 MODES = ("auto", "replace", "refine")
 Gains = Mapping[str, float]

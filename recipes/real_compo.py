@@ -33,10 +33,9 @@ from hookctl.errors import InputError, UnsupportedError
 from hookctl.kernels.latent_mixing import mix_predictions, update_difference
 from hookctl.loop.calls import prediction_of
 from hookctl.loop.energy import Energies, Picture
-from hookctl.loop.mixture import MixedSteps, Part
 from hookctl.loop.noise import Noise
 from hookctl.loop.state import Predictions, Proceed, State, split_branches
-from hookctl.recipes.energy_guidance import (
+from hookctl.recipes.common.energy_guidance import (
     ATTENDING,
     Subject,
     WordEnergy,
@@ -44,10 +43,11 @@ from hookctl.recipes.energy_guidance import (
     level_of,
     mean_map,
 )
+from hookctl.recipes.common.layout_models import layout_model
+from hookctl.recipes.common.mixture import MixedSteps, Part
+from hookctl.recipes.common.perturbed_guidance import number
+from hookctl.recipes.common.places import Places, check_share
 from hookctl.recipes.layout_guidance import LayoutGuidance
-from hookctl.recipes.layout_models import layout_model
-from hookctl.recipes.perturbation import number
-from hookctl.recipes.places import Places, check_share
 
 PAPER_RHO = 1e6
 PAPER_SEED = 31

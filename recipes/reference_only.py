@@ -23,8 +23,8 @@ from hookctl.address.rows import UNCOND
 from hookctl.address.sites import Selector
 from hookctl.editor import WHOLE_PICTURE, Claim
 from hookctl.errors import InputError
+from hookctl.loop.images import encode
 from hookctl.loop.noise import Noise, noise_like
-from hookctl.loop.pictures import encode
 from hookctl.loop.state import State
 from hookctl.recipes.style_aligned import StyleAligned
 

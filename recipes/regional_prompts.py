@@ -32,8 +32,8 @@ from hookctl.attention.division import Division
 from hookctl.editor import WHOLE_PICTURE, Claim, Editor
 from hookctl.loop.prompts import EncodedTexts, check_texts
 from hookctl.loop.state import State
-from hookctl.recipes import places
-from hookctl.recipes.places import Numbers, Places, Texts, check_share, grid_in, shares
+from hookctl.recipes.common import places
+from hookctl.recipes.common.places import Numbers, Places, Texts, check_share, grid_in, shares
 
 
 class RegionalPrompts(Editor):

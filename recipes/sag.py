@@ -27,13 +27,13 @@ from hookctl.address.families import denoiser_of, describe_sites
 from hookctl.address.rows import COND, UNCOND, Row
 from hookctl.address.sites import Selector
 from hookctl.attention.call import AttentionCall
-from hookctl.attention.smoothing import blur, cut_blur_matrix
 from hookctl.editor import WHOLE_PICTURE, Claim, Editor
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.loop.again import predict_again
+from hookctl.loop.calls import predict
 from hookctl.loop.noise import Noise
 from hookctl.loop.state import Predictions, State
-from hookctl.recipes.perturbation import middle, number
+from hookctl.recipes.common.perturbed_guidance import middle, number
+from hookctl.recipes.common.smoothing import blur, cut_blur_matrix
 
 
 class SAG(Editor):
@@ -130,7 +130,8 @@ class SAG(Editor):
         mask = self._mask(branch, x.shape[-2:]).to(x)
         self._received, self.masks = {}, mask[:, 0].cpu()
         degraded = level.mix(torch.lerp(x0, self._blurred(x0), mask), eps)
-        again = predict_again(state, branch, degraded)[:, : guided.shape[1]].to(x)
+        rows = state.rows.where(branch=branch)
+        again = predict(state, rows, latents=degraded)[:, : guided.shape[1]].to(x)
         away = eps - self._noise.split(degraded, again, level)[1]
         if self._noise.kind == "epsilon":
             return guided + self.scale * away.to(guided)

@@ -21,9 +21,9 @@ from torch import Tensor
 from hookctl.address.clock import Clock
 from hookctl.address.sites import Grid, Selector
 from hookctl.attention.call import AttentionCall
-from hookctl.attention.smoothing import blur, blur_matrix, cut_blur_matrix
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.recipes.perturbation import PerturbedGuidance
+from hookctl.recipes.common.perturbed_guidance import PerturbedGuidance
+from hookctl.recipes.common.smoothing import blur, blur_matrix, cut_blur_matrix
 
 ENDLESS = 9999.0  # the official code's sigma of infinity
 

@@ -23,15 +23,15 @@ from hookctl.address.families import denoiser_of
 from hookctl.address.rows import Row
 from hookctl.address.sites import Selector
 from hookctl.attention.call import AttentionCall
-from hookctl.attention.statistics import adain
-from hookctl.attention.term import rows_of
 from hookctl.editor import Claim
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.loop.norms import shared_group_norms
+from hookctl.evaluate.gather import rows_of
 from hookctl.loop.state import Proceed, State
-from hookctl.recipes.batch import SourceAndEdits
-from hookctl.recipes.image_tokens import image_keys, image_sites, with_image
-from hookctl.recipes.pinned import Path, Pinned
+from hookctl.recipes.common.group_norms import shared_group_norms
+from hookctl.recipes.common.image_tokens import image_keys, image_sites, with_image
+from hookctl.recipes.common.pinned import Path, Pinned
+from hookctl.recipes.common.source_and_edits import SourceAndEdits
+from hookctl.recipes.common.statistics import adain
 
 
 class StyleAligned(SourceAndEdits):

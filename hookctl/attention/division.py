@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hookctl.attention.operations import Fold, Rewriting
-from hookctl.attention.prepared import cast
+from hookctl.attention.arguments import cast
+from hookctl.attention.key_regions import Regions
+from hookctl.attention.rewriting import Fold, Rewriting
 from hookctl.attention.term import Ref, Segment, Term
-from hookctl.attention.visibility import Regions
 from hookctl.errors import InputError
 
 
@@ -113,9 +113,7 @@ def divided(laid: _Laid, parts: Mapping[str, Segment], q: Tensor, scale: float) 
         kept = [own(term) for term in state.terms[row]]
         state.terms[row] = (*kept, *(further(n, s, row) for n, s in parts.items()))
 
-    given = [ref.base for s in parts.values() for ref in (s.k, s.v)]
-    given += [s.shift for s in parts.values() if isinstance(s.shift, Tensor)]
-    return Rewriting(apply, (laid, *parts), (*given, *laid.shares.values(), laid.own))
+    return apply
 
 
 def segment_of(k: Tensor, v: Tensor, shift: Tensor | None, name: str) -> Segment:

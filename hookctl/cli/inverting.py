@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from hookctl.cli.common import bar
 from hookctl.cli.draw import Drawing
 from hookctl.errors import InputError
-from hookctl.preset import Preset
-from hookctl.signature import parameters
+from hookctl.preset.signature import parameters
+from hookctl.preset.stack import Preset
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -12,14 +12,14 @@ from hookctl.cli.lora import add_lora, check_loras, put_on, said
 from hookctl.cli.models import find_model
 from hookctl.cli.quiet import quiet
 from hookctl.errors import InputError
-from hookctl.tables import table
+from hookctl.inspect.tables import table
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
     from torch import Tensor
 
-    from hookctl.attention.maps import WordMaps
+    from hookctl.maps import WordMaps
 
 _TEXT = """
 Draw a picture and write the attention maps of its words: how much each place attends to a word,
@@ -77,8 +77,8 @@ def main(options: Any) -> None:
 def _write(drawing: Drawing, out: Path, options: Any) -> None:
     import numpy as np
 
-    from hookctl import show
     from hookctl.cli.loading import load_pipeline
+    from hookctl.inspect import show
 
     pipe = load_pipeline(options.model, options.device, options.dtype)
     put_on(pipe, options.lora)
@@ -127,7 +127,7 @@ def _names(words: Any) -> dict[str, str]:
 
 def _grids(maps: WordMaps) -> Image:
     """The mean map on each grid, side by side."""
-    from hookctl import show
+    from hookctl.inspect import show
 
     means = [maps.where(grid=grid).mean().detach().cpu() for grid in maps.grids]
     titles = [f"{h} x {w}" for h, w in maps.grids]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hookctl.preset import Preset
+from hookctl.preset.stack import Preset
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,7 +43,7 @@ class Results:
 
     def grid(self) -> Image:
         """A picture a row: what was given, source (where there is an edit), plain, edited, maps."""
-        from hookctl import show
+        from hookctl.inspect import show
 
         several = len(self.prompts) > 1
         shown = [(p, j) for p in range(several, len(self.prompts)) for j in range(self.images)]

@@ -24,8 +24,8 @@ from hookctl.cli.models import find_model
 from hookctl.cli.quiet import quiet
 from hookctl.cli.results import SHOWN_WORDS, Results, say
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.preset import PictureSpec, Preset, existing, load_preset
-from hookctl.tables import table
+from hookctl.inspect.tables import table
+from hookctl.preset.stack import PictureSpec, Preset, existing, load_preset
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -174,7 +174,7 @@ def editors_by_name() -> dict[str, type[Editor]]:
 def inversions_by_name() -> dict[str, type[Any]]:
     """Every recipe that a stack may invert its picture by."""
     from hookctl import recipes
-    from hookctl.recipes.inverted import Inversion
+    from hookctl.recipes.common.inversion import Inversion
 
     known = [getattr(recipes, name) for name in recipes.__all__]
     return {c.__name__: c for c in known if isinstance(c, type) and issubclass(c, Inversion)}

@@ -17,8 +17,8 @@ from torch import Tensor
 from hookctl.address import families, pipelines
 from hookctl.address.rows import COND, PERTURBED, Row, Rows
 from hookctl.errors import ConflictError, InputError, LayoutError, UnsupportedError
+from hookctl.loop.arguments import take_rows
 from hookctl.loop.calls import prediction_of, with_prediction
-from hookctl.loop.rowwise import take_rows
 from hookctl.loop.state import State
 
 _MASK = "encoder_attention_mask"

@@ -13,25 +13,23 @@ picture's own.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hookctl.address.families import uncompiled
-from hookctl.address.rows import COND, Row, Rows
+from hookctl.address.rows import COND, Row
 from hookctl.address.sites import Grid, Selector, Site
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import Editor
 from hookctl.errors import HoleError, InputError, LayoutError, UnsupportedError
-from hookctl.loop.context import narrow
-from hookctl.loop.nested import Reading, reading_in
-from hookctl.loop.rowwise import take_rows
+from hookctl.loop.arguments import narrow, take_rows
+from hookctl.loop.calls import predict
+from hookctl.loop.driven import Reading, reading_in
 from hookctl.loop.state import State
 
 # Gradients of float16 calls are multiplied by the first of these and divided again, or small ones
@@ -171,10 +169,12 @@ def energies(
             raise InputError(f"wrt={wrt!r}; give 'latents', 'text' (if there is one) or a tensor")
         each = reader is not None and reader.heads if heads is None else heads
         collection = _collection(rows, sites, tokens or {}, reader, each, early_exit)
+        # Open until the gradient is there: a backward pass may recompute parts of the call.
         reading = Reading(uncompiled(state.denoiser), reader)
         with _collecting(reader, collection), reading_in(reading):
             if collection.pending:
-                _call(state, rows, x, words)
+                with suppress(_AllRead):
+                    predict(state, rows, latents=x, text=words)
             if collection.pending:
                 raise HoleError(
                     f"the maps of {min(collection.pending)[0]!r} were wanted, but a whole denoiser "
@@ -241,38 +241,11 @@ def _collecting(reader: MapReader | None, collection: _Collection) -> Iterator[N
         reader._collection = None
 
 
-def _call(state: State, rows: Sequence[Row], x: Tensor, text: Tensor | None) -> None:
-    """The denoiser call of these rows, up to the last site that is read."""
-    arguments = _given(state, rows)
-    arguments[state.sample] = state.model_input(x, arguments[state.sample])
-    if text is not None:
-        before = arguments[str(state.text)]
-        arguments[str(state.text)] = text.to(before).expand(before.shape[0], -1, -1)
-    state.asking = Rows([replace(row, index=i) for i, row in enumerate(rows)])
-    try:
-        called(state.denoiser, arguments)
-    except _AllRead:
-        pass
-    finally:
-        state.asking = None
-
-
-def called(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Any:
-    """What a denoiser returns for arguments by name."""
-    bound = inspect.signature(type(uncompiled(denoiser)).forward).bind_partial(None)
-    bound.arguments.update(arguments)
-    return denoiser(*bound.args[1:], **bound.kwargs)
-
-
-def _given(state: State, rows: Sequence[Row]) -> dict[str, Any]:
-    """The arguments of the call for some of its rows, without the texts that editors appended."""
+def _text_of(state: State, rows: Sequence[Row]) -> Tensor | None:
+    """The text of some rows of the call, without what editors appended."""
     arguments = take_rows(state, [(rows[0].index, rows[-1].index + 1)])
     narrow(state, arguments)
-    return arguments
-
-
-def _text_of(state: State, rows: Sequence[Row]) -> Tensor | None:
-    found = _given(state, rows).get(str(state.text))
+    found = arguments.get(str(state.text))
     return found if isinstance(found, Tensor) else None
 
 

@@ -10,7 +10,7 @@ from hookctl.address import families
 from hookctl.address.sites import Site, select
 from hookctl.editor import Editor, overrides
 from hookctl.errors import UnsupportedError
-from hookctl.loop.features import concats
+from hookctl.hooks.skips import concats
 
 Modules = Mapping[str, tuple[Site, nn.Module]]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +15,8 @@ from hookctl.address.latent import latent_grid, text_tokens
 from hookctl.address.rows import COND, Layout, Row, Rows, resolve_rows
 from hookctl.address.text import prompts_given
 from hookctl.errors import InputError, LayoutError
-from hookctl.loop.driven import Driven, driven
-from hookctl.loop.nested import reading_of
-from hookctl.loop.state import Scaling, State
+from hookctl.loop.driven import Driven, Scaling, driven, reading_of
+from hookctl.loop.state import State
 
 _TIMES = ("timestep", "timesteps", "t")
 _TEXTS = ("encoder_hidden_states", "cap_feats", "context")
@@ -56,9 +56,9 @@ class Run:
         self.scaling = None
         self.keeper.step()
 
-    def scaled(self, scaling: Scaling) -> None:
+    def scaled(self, latents: Tensor, again: Callable[[Tensor], Tensor]) -> None:
         """The scheduler made a model input."""
-        self.scaling = scaling
+        self.scaling = Scaling(latents, again)
 
     def texts(self, given: dict[str, Any]) -> None:
         """Note what the pipeline encodes; only the first of a run is its prompts."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -12,20 +13,10 @@ from torch import Tensor, nn
 from hookctl.address.clock import Clock
 from hookctl.address.rows import COND, Rows
 from hookctl.errors import InputError, LayoutError, UnsupportedError
-from hookctl.loop.nested import Reading
+from hookctl.evaluate.one_call import Reader
+from hookctl.loop.driven import Reading, Scaling
 
 Proceed = Callable[[], Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Scaling:
-    """How the scheduler made the model input of a turn from the latents.
-
-    latents: [rows, ...] as the pipeline handed them over; again: does the same to others.
-    """
-
-    latents: Tensor
-    again: Callable[[Tensor], Tensor]
 
 
 @dataclass(eq=False)
@@ -65,6 +56,11 @@ class State:
     maps: Any = None
     assigned: Tensor | None = None
     stepped: Tensor | None = None
+
+    @property
+    def reader(self) -> Reader | None:
+        """Whose read-outs alone are served in this call, None for everyone's."""
+        return None if self.reading is None else Reader(self.reading.reader)
 
     @property
     def latents(self) -> Tensor:
@@ -171,3 +167,22 @@ def split_branches(rows: Rows, prediction: Tensor) -> dict[str, Tensor]:
     for row in rows:
         order.setdefault(row.branch or COND, []).append(row.index)
     return {branch: prediction[index[0] : index[-1] + 1] for branch, index in order.items()}
+
+
+@dataclass(eq=False)
+class FeatureCall:
+    """One decoder concat.
+
+    backbone, skip: [rows, channels, height, width], assign to change; block: index of the decoder
+    block, place: of the concat inside it, order: counted over the decoder; resolution: relative
+    to the latent.
+    """
+
+    backbone: Tensor
+    skip: Tensor
+    rows: Rows
+    clock: Clock
+    block: int
+    place: int
+    order: int
+    resolution: Fraction

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from hookctl.address import families, pipelines
 from hookctl.address.rows import COND, UNCOND, Row, Rows, resolve_rows
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.loop.denoise import DenoiserPort, PipelinePort, SchedulerPort
-from hookctl.loop.patch import Patch
-from hookctl.loop.state import Scaling
+from hookctl.hooks.patch import Patch
+from hookctl.hooks.pipeline import DenoiserPort, PipelinePort, SchedulerPort
+from hookctl.loop.driven import Scaling
 
 _TIMES = ("timestep", "timesteps", "t")
 TEXT = "encoder_hidden_states"
@@ -143,7 +143,9 @@ def prepare(pipe: Any, arguments: Mapping[str, Any], prompts: int, images: int) 
     ports: list[Any] = [
         DenoiserPort(denoiser, caught),
         SchedulerPort(
-            pipe.scheduler, lambda step, given: step(**given), lambda s: seen.update(scaling=s)
+            pipe.scheduler,
+            lambda step, given: step(**given),
+            lambda x, again: seen.update(scaling=Scaling(x, again)),
         ),
         PipelinePort(
             pipe,

@@ -24,11 +24,11 @@ from hookctl.address.clock import Clock
 from hookctl.address.rows import COND, UNCOND
 from hookctl.errors import InputError
 from hookctl.loop.calls import prediction_of
-from hookctl.loop.driven import Driven, Settle, driving, settled
+from hookctl.loop.driven import Driven, Scaling, Settle, driving, settled
+from hookctl.loop.images import decode
 from hookctl.loop.noise import Level, Noise
-from hookctl.loop.pictures import decode
 from hookctl.loop.solver import Solver
-from hookctl.loop.state import Scaling, split_branches
+from hookctl.loop.state import split_branches
 from hookctl.loop.template import Template, prepare
 
 Guidance = float | Sequence[float] | Tensor

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from hookctl.attention.tape import Tape
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from hookctl.attention import repeats
-from hookctl.attention.tape import Tape
 from hookctl.bench import calls, kernels, tuning
 from hookctl.bench.calls import SHAPES, Bench, most_bytes
 from hookctl.bench.measure import OURS, PLAIN, Case, _agreeing

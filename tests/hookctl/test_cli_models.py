@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from hookctl.cli import main
-from hookctl.inspection import survey
-from hookctl.probe import probe
+from hookctl.inspect.probe import probe
+from hookctl.inspect.survey import survey
 from tests import zoo
 
 STACK = """

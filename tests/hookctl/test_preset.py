@@ -9,10 +9,10 @@ import pytest
 from hookctl.cli.run import editors_by_name, inversions_by_name, programs_by_name
 from hookctl.editor import Editor
 from hookctl.errors import InputError
-from hookctl.preset import EditorSpec, LoraSpec, Preset, dump_preset, load_preset
-from hookctl.reading import Maps
+from hookctl.maps import Maps
+from hookctl.preset.signature import Mismatch, convert, describe
+from hookctl.preset.stack import EditorSpec, LoraSpec, Preset, dump_preset, load_preset
 from hookctl.recipes import PromptToPrompt
-from hookctl.signature import Mismatch, convert, describe
 
 PRESETS = Path(__file__).parents[2] / "demos" / "presets"
 PROMPTS = ["a red circle", "a blue circle"]

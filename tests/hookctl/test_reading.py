@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hookctl import Maps, control
 from hookctl.address.rows import Row
 from hookctl.address.sites import Grid, Site
-from hookctl.attention.maps import MapStore
 from hookctl.errors import HookctlError, InputError, SelectorError, UnsupportedError, WordError
+from hookctl.maps import MapStore
 from hookctl.recipes import PromptToPrompt
 from tests import zoo
 from tests.zoo.transformers import T5_TOKENS

@@ -6,7 +6,15 @@ import torch
 from PIL import Image
 
 from hookctl.errors import InputError
-from hookctl.show import contact_sheet, grid, heatmap, markdown_table, overlay, table, time_strip
+from hookctl.inspect.show import (
+    contact_sheet,
+    grid,
+    heatmap,
+    markdown_table,
+    overlay,
+    table,
+    time_strip,
+)
 
 
 def plain(colour: str, size: tuple[int, int] = (128, 128)) -> Image.Image:

@@ -176,8 +176,8 @@ def test_no_circles(all_imports: list[Import]) -> None:
         ("hookctl.address.rows", "from ..attention.call import Term", False),
         ("hookctl.address.families", "import diffusers", True),
         ("hookctl.address.rows", "def f():\n    import diffusers.models", False),
-        ("hookctl.attention.plan", "from hookctl.kernels import folded", True),
-        ("hookctl.loop.denoise", "from hookctl.session import control", False),
+        ("hookctl.evaluate.plan", "from hookctl.kernels import folded", True),
+        ("hookctl.hooks.pipeline", "from hookctl.session import control", False),
         ("hookctl.recipes.masactrl", "import hookctl\nfrom hookctl.editor import Editor", True),
         ("hookctl.recipes.masactrl", "from hookctl.demos.shapes import load", False),
         ("hookctl.demos.gallery", "from hookctl import cli", False),
@@ -186,8 +186,8 @@ def test_no_circles(all_imports: list[Import]) -> None:
         ("hookctl.demos.gallery", "from recipes import MasaCtrl", False),
         ("hookctl", "def load_shapes():\n    from hookctl.demos import shapes", True),
         ("hookctl", "from hookctl.demos import shapes", False),
-        ("hookctl.preset", "from .recipes import MasaCtrl", False),
-        ("hookctl.preset", "from hookctl.editor import Editor", True),
+        ("hookctl.preset.stack", "from .recipes import MasaCtrl", False),
+        ("hookctl.preset.stack", "from hookctl.editor import Editor", True),
     ],
 )
 def test_the_rule_itself(module: str, code: str, right: bool) -> None:

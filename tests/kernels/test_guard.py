@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from hookctl.attention import fused, plan
 from hookctl.errors import UnsupportedError
+from hookctl.evaluate import plan
+from hookctl.evaluate import triton as fused
 from hookctl.kernels import guard
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hookctl.attention import plan
+from hookctl.evaluate import plan
 from hookctl.kernels import latent_mixing as mixing
 from hookctl.kernels.fourier_gain import by_kernel
 from hookctl.kernels.fourier_gain import reference as gain_reference

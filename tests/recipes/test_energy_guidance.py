@@ -18,7 +18,7 @@ from hookctl.loop.energy import Picture
 from hookctl.loop.noise import Level
 from hookctl.recipes.attend_and_excite import AttendAndExcite
 from hookctl.recipes.box_diff import BoxDiff
-from hookctl.recipes.energy_guidance import Subject, smoothed
+from hookctl.recipes.common.energy_guidance import Subject, smoothed
 from hookctl.recipes.layout_guidance import LayoutGuidance
 from tests import zoo
 

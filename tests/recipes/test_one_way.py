@@ -19,7 +19,7 @@ from hookctl.demos.one_way import Watched, draw
 from hookctl.demos.shapes.world import GROUNDS
 from hookctl.editor import WHOLE_PICTURE, Claim, Editor
 from hookctl.errors import InputError
-from hookctl.loop.pictures import encode
+from hookctl.loop.images import encode
 from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes import CyclicOneWay, OneWayFlow, SelectiveOneWay
 from tests import zoo

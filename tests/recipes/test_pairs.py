@@ -17,7 +17,7 @@ from torch import Tensor
 import hookctl
 from hookctl import Editor, recipes
 from hookctl.errors import ConflictError, InputError
-from hookctl.recipes.batch import SourceAndEdits
+from hookctl.recipes.common.source_and_edits import SourceAndEdits
 from tests import zoo
 from tests.families.subjects import error
 from tests.recipes.pictures import picture

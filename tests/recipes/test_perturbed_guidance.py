@@ -16,10 +16,10 @@ from hookctl import Editor
 from hookctl.address.clock import Clock
 from hookctl.address.rows import Rows
 from hookctl.address.sites import Grid
-from hookctl.attention.smoothing import blur, blur_matrix, cut_blur_matrix
 from hookctl.errors import ConflictError, InputError
 from hookctl.loop.state import Predictions
 from hookctl.recipes import PAG, SEG, PromptToPrompt
+from hookctl.recipes.common.smoothing import blur, blur_matrix, cut_blur_matrix
 from tests import zoo
 from tests.families.fingerprint import differences, fingerprint
 from tests.families.subjects import error

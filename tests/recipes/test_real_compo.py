@@ -21,7 +21,7 @@ import hookctl
 from hookctl.errors import InputError
 from hookctl.loop.noise import Noise
 from hookctl.loop.state import Predictions, State
-from hookctl.recipes.energy_guidance import level_of
+from hookctl.recipes.common.energy_guidance import level_of
 from hookctl.recipes.layout_guidance import LayoutGuidance
 from hookctl.recipes.real_compo import Guess, RealCompo
 from tests import zoo

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from hookctl import control
 from hookctl.editor import Editor
 from hookctl.errors import ConflictError, InputError, UnsupportedError
+from hookctl.loop.images import encode
 from hookctl.loop.noise import Noise
-from hookctl.loop.pictures import encode
 from hookctl.recipes import PromptToPrompt, ReferenceOnly, StyleAligned
 from tests import zoo
 from tests.recipes.literal_appearance import Call, Literal

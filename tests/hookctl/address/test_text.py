@@ -10,7 +10,7 @@ import torch
 
 from hookctl import Maps, Session, control
 from hookctl.address.families import denoiser_of, describe_sites
-from hookctl.address.layout import finest_within
+from hookctl.address.latent import finest_within
 from hookctl.address.text import Prompt, PromptText, TextLayout, align, prompts_given
 from hookctl.errors import AlignmentError, InputError, UnsupportedError, WordError
 from hookctl.recipes import PromptToPrompt

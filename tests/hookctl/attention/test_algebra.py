@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hookctl.attention import plan, sdpa
 from hookctl.attention.call import AttentionCall, Routing
+from hookctl.evaluate import plan, sdpa
 from tests.hookctl.attention.calls import IMAGE, KINDS, TEXT, Case, Script, close, make, random
 
 BACKENDS = ("auto", "sdpa", "reference")

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from hookctl.attention import plan
 from hookctl.attention.call import AttentionCall, Routing
 from hookctl.errors import InputError, UnsupportedError
+from hookctl.evaluate import plan
 from tests.hookctl.attention.calls import TEXT, make, random
 
 WRONG: dict[str, tuple[Callable[[AttentionCall], Any], str]] = {

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hookctl.address.sites import Site
-from hookctl.attention.by_name import SDPA
-from hookctl.attention.intercept import SitePort, depth, unwind
 from hookctl.errors import HoleError
+from hookctl.hooks.attention import SitePort, depth, unwind
+from hookctl.hooks.by_name import SDPA
 from tests.hookctl.attention.calls import random
 
 X = random(1, 2, 4, 8)

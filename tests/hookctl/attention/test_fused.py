@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from hookctl.attention import plan, together
+from hookctl.evaluate import plan
+from hookctl.evaluate import special as together
 from hookctl.kernels import wins
 from tests.hookctl.attention.calls import Case, Script, close, random
 from tests.hookctl.attention.test_algebra import masked, scripts

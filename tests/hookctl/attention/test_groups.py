@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hookctl.attention import sdpa
 from hookctl.attention.call import AttentionCall
+from hookctl.evaluate import sdpa
 from tests.hookctl.attention.calls import Case, Script, torch_calls
 from tests.hookctl.attention.test_algebra import check, masked, scripts
 

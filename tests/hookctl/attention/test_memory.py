@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hookctl.attention import plan
 from hookctl.attention.call import AttentionCall
+from hookctl.evaluate import plan
 from tests.hookctl.attention.calls import Case, random
 
 N, HEADS = 1024, 2

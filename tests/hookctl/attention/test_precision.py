@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hookctl.attention import plan
+from hookctl.evaluate import plan
 from tests.hookctl.attention.calls import Case, close, make, random
 from tests.hookctl.attention.test_algebra import PAIRED, masked, scripts
 

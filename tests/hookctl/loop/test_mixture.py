@@ -16,8 +16,8 @@ from diffusers import (
 )
 from torch import Tensor
 
-from hookctl.loop.mixture import MixedSteps, Part
-from hookctl.loop.own_solver import OwnSolver
+from hookctl.loop.solver import OwnSolver
+from hookctl.recipes.common.mixture import MixedSteps, Part
 
 FIRST = [DDIMScheduler, EulerDiscreteScheduler]
 WITH_HISTORY = [

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from hookctl.loop.patch import Patch
+from hookctl.hooks.patch import Patch
 
 
 class Thing:
