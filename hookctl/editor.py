@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from hookctl.loop.branches import Branch
     from hookctl.loop.state import FeatureCall, Predictions, Proceed, State
 
-# Shared by editors to whom places of the picture or its whole latents mean something, held alone by
-# one that shows the denoiser parts of the picture.
-WHOLE_PICTURE = "whole picture"
+# Shared by editors to whom places of the image or its whole latents mean something, held alone by
+# one that shows the denoiser parts of the image.
+WHOLE_IMAGE = "whole image"
 
 
 @dataclass(frozen=True)
 class Claim:
     """Something that only one editor can do at a site at a time.
 
-    what: the thing claimed, e.g. "substitution" (whose q, k, v), "token map", WHOLE_PICTURE;
+    what: the thing claimed, e.g. "substitution" (whose q, k, v), "token map", WHOLE_IMAGE;
     sites: where; window: when; prompts: for the rows of which prompts, None for all. shared:
     others may share it, but none may have it alone. cure: what to do about a conflict.
     """
@@ -99,14 +99,14 @@ class Editor:
         """Change the backbone and skip features at a decoder concat."""
 
     def before(self, state: State) -> None:
-        """Before a turn's denoiser call; may assign `state.latents`."""
+        """Before a step's denoiser call; may assign `state.latents`."""
 
     def denoise(self, state: State, proceed: Proceed) -> Any:
         """Stand round the denoiser call; `proceed()` makes it."""
         return proceed()
 
     def combine(self, predictions: Predictions) -> Tensor:
-        """Turn the rows' predictions into the one that the scheduler gets."""
+        """Step the rows' predictions into the one that the scheduler gets."""
         return predictions.guided
 
     def after(self, state: State) -> None:

@@ -33,7 +33,7 @@ from hookctl.loop.calls import Call, Calls
 from hookctl.loop.reach import sites_for
 from hookctl.loop.run import Run
 from hookctl.loop.state import FeatureCall, State, check_finite
-from hookctl.loop.step import Turn
+from hookctl.loop.step import Step
 
 Acting = tuple[tuple["Attached", ...], dict[str, EditedSite]]
 
@@ -74,7 +74,7 @@ class Engine:
         self._concat_ports: list[ConcatPort] = []
         self._calls = Calls()
         self._local = threading.local()
-        self._turn = Turn()
+        self._step = Step()
         self._exchange = Exchange()
         self._acting: dict[tuple[bool, ...], Acting] = {}
         self._denoiser_port: DenoiserPort | None = None
@@ -176,7 +176,7 @@ class Engine:
             if port is not None:
                 port.remove()
         self._denoiser_port = self._pipeline_port = self._scheduler_port = None
-        self._turn.clear()
+        self._step.clear()
 
     def _sync_ports(self) -> None:
         """Hook exactly the sites and concats that an editor wants."""
@@ -253,7 +253,7 @@ class Engine:
             self._calls.keep(call, out, self.model, lambda: acting <= set(self.attached))
         if not state.nested:
             wanted = any(overrides(a.editor, "combine") for a in call.acting)
-            self._turn.note(state, out, predictions=wanted)
+            self._step.note(state, out, predictions=wanted)
         return cut_branches(state, out)
 
     def _begin(self, state: State) -> None:
@@ -385,15 +385,15 @@ class Engine:
     # -- the scheduler's step ------------------------------------------------------------------
 
     def _stepping(self) -> State | None:
-        """The state of the turn whose end this thread's editors are working on."""
+        """The state of the step whose end this thread's editors are working on."""
         return getattr(self._local, "stepping", None)
 
     def _around_step(self, step: Inner, arguments: dict[str, Any]) -> Any:
-        state = self._turn.state
+        state = self._step.state
         editors = [a.editor for a in self._acting_at(state)[0]] if state is not None else []
         self._local.stepping = state
         try:
-            return self._turn.step(step, arguments, editors)
+            return self._step.take(step, arguments, editors)
         finally:
             self._local.stepping = None
             self.run.stepped()

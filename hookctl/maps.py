@@ -1,4 +1,4 @@
-"""Attention maps: by word, turn, site and grid, averaged over heads.
+"""Attention maps: by word, step, site and grid, averaged over heads.
 
 Maps are read out of the finished terms (edits included) as extra value columns; probabilities are
 never kept. A map is a share of attention: at a cross-attention site the values of all text tokens
@@ -31,7 +31,7 @@ class MapRecord:
 
     word: str
     site: Site
-    turn: int
+    step: int
     prompt: int
     image: int
     map: Tensor
@@ -47,18 +47,18 @@ class MapStore:
     def clear(self) -> None:
         self.records, self._seen = [], set()
 
-    def note(self, word: str, site: Site, turn: int, row: Row, values: Tensor, grid: Grid) -> None:
+    def note(self, word: str, site: Site, step: int, row: Row, values: Tensor, grid: Grid) -> None:
         """Keep a read-out: values [sub-batch, N, tokens], with its graph if it has one.
 
         Two editors may read one word at one site: the map is kept once, or means would lean to it.
         """
-        key = (word, site.path, turn, row.prompt, row.image)
+        key = (word, site.path, step, row.prompt, row.image)
         if key in self._seen:
             return
         self._seen.add(key)
         image = values.sum(-1)
         image = image.reshape(-1, grid.height, grid.width)
-        self.records.append(MapRecord(word, site, turn, row.prompt, row.image, image))
+        self.records.append(MapRecord(word, site, step, row.prompt, row.image, image))
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -80,7 +80,7 @@ class MapStore:
 
 @dataclass(frozen=True, eq=False)
 class WordMaps:
-    """The maps of one word; narrow them by prompt, image, turn, site or grid, then average."""
+    """The maps of one word; narrow them by prompt, image, step, site or grid, then average."""
 
     word: str
     records: Sequence[MapRecord]
@@ -90,8 +90,8 @@ class WordMaps:
         return tuple(sorted({r.prompt for r in self.records}))
 
     @property
-    def turns(self) -> tuple[int, ...]:
-        return tuple(sorted({r.turn for r in self.records}))
+    def steps(self) -> tuple[int, ...]:
+        return tuple(sorted({r.step for r in self.records}))
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
@@ -106,33 +106,33 @@ class WordMaps:
         *,
         prompt: int | None = None,
         image: int | None = None,
-        turns: Iterable[int] | None = None,
+        steps: Iterable[int] | None = None,
         site: str | None = None,
         grid: tuple[int, int] | None = None,
     ) -> WordMaps:
         """The records that match; InputError if none does."""
-        wanted = None if turns is None else set(turns)
+        wanted = None if steps is None else set(steps)
         chosen = [
             r
             for r in self.records
             if (prompt is None or r.prompt == prompt)
             and (image is None or r.image == image)
-            and (wanted is None or r.turn in wanted)
+            and (wanted is None or r.step in wanted)
             and (site is None or r.site.path == site)
             and (grid is None or tuple(r.map.shape[-2:]) == tuple(grid))
         ]
         if not chosen:
             raise InputError(
-                f"no map of {self.word!r} with prompt={prompt}, image={image}, turns={turns}, "
-                f"site={site!r}, grid={grid}; there are prompts {self.prompts}, turns "
-                f"{self.turns[:3]}..., grids {self.grids}"
+                f"no map of {self.word!r} with prompt={prompt}, image={image}, steps={steps}, "
+                f"site={site!r}, grid={grid}; there are prompts {self.prompts}, steps "
+                f"{self.steps[:3]}..., grids {self.grids}"
             )
         return WordMaps(self.word, chosen)
 
     def mean(self, size: tuple[int, int] | None = None) -> Tensor:
         """Average over everything left, [height, width], on the finest grid or on `size`.
 
-        Unless narrowed, the last prompt that holds the word and its first picture are meant.
+        Unless narrowed, the last prompt that holds the word and its first image are meant.
         """
         prompt = self.prompts[-1]
         image = min(r.image for r in self.records if r.prompt == prompt)
@@ -151,20 +151,20 @@ class WordMaps:
         return total / count
 
     def overlay(self, image: Any, **options: Any) -> Any:
-        """The picture with the mean map laid over it (`show.overlay`)."""
+        """The image with the mean map laid over it (`show.overlay`)."""
         from hookctl.inspect import show
 
         return show.overlay(image, self.mean().detach().cpu(), **options)
 
     def strip(self, image: Any = None, count: int = 8) -> Any:
-        """One picture of the map at up to `count` turns (`show.time_strip`)."""
+        """One image of the map at up to `count` steps (`show.time_strip`)."""
         from hookctl.inspect import show
 
-        turns = self.turns
-        step = max(1, -(-len(turns) // count))
-        chosen = list(turns[::step])
-        maps = [self.where(turns=[turn]).mean().detach().cpu() for turn in chosen]
-        return show.time_strip(maps, [f"turn {turn}" for turn in chosen], image)
+        steps = self.steps
+        step = max(1, -(-len(steps) // count))
+        chosen = list(steps[::step])
+        maps = [self.where(steps=[step]).mean().detach().cpu() for step in chosen]
+        return show.time_strip(maps, [f"step {step}" for step in chosen], image)
 
 
 Found = tuple[tuple[str, tuple[int, ...]], ...]  # words and their tokens
@@ -224,7 +224,7 @@ class Maps(Editor):
     def attention(self, call: AttentionCall) -> None:
         if call.site.kind not in ("cross", "joint") or call.grid is None:
             return
-        grid, site, turn = call.grid, call.site, call.clock.turn
+        grid, site, step = call.grid, call.site, call.clock.step
         for row in call.rows.where(branch=COND):
             found = self._tokens(call, row)
             if not found:
@@ -233,7 +233,7 @@ class Maps(Editor):
             def keep(row: Row, values: Tensor, found: Found = found) -> None:
                 parts = values.split([len(tokens) for _, tokens in found], -1)
                 for (word, _), part in zip(found, parts, strict=True):
-                    self.store.note(word, site, turn, row, part, grid)
+                    self.store.note(word, site, step, row, part, grid)
 
             # All words of a row at once: one read-out.
             call.read(row, [p for _, tokens in found for p in tokens], keep)

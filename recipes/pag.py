@@ -24,7 +24,7 @@ class PAG(PerturbedGuidance):
     """Perturbed-attention guidance, after the pipeline's own.
 
     scale: s; the paper takes 3 beside a guidance of 4, and 5 without any. 0 costs nothing.
-    adaptive: a of s_t = max(0, s - a (1000 - t)): the guidance fades as the picture gets clean
+    adaptive: a of s_t = max(0, s - a (1000 - t)): the guidance fades as the image gets clean
         (diffusers' `pag_adaptive_scale`); no rows are added once it is 0.
     sites: the paper's is the middle block; start, stop: a window, outside of which it is free.
     branch: name of the perturbed branch.

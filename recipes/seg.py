@@ -79,8 +79,8 @@ class SEG(PerturbedGuidance):
     def smoothed(self, q: Tensor, grid: Grid) -> Tensor:
         """Queries [..., frames * height * width, channels], blurred over each frame."""
         rows, columns = self._matrix(grid.height), self._matrix(grid.width)
-        picture = q.mT.unflatten(-1, (grid.frames, grid.height, grid.width))
-        return blur(picture, rows, columns).flatten(-3).mT
+        image = q.mT.unflatten(-1, (grid.frames, grid.height, grid.width))
+        return blur(image, rows, columns).flatten(-3).mT
 
     def _matrix(self, size: int) -> Tensor:
         if not self.paper:

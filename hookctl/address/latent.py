@@ -38,7 +38,7 @@ def latent_grid(
         flat = ids.reshape(-1, ids.shape[-1])
         return tuple(int(flat[:, axis].max()) + 1 for axis in (1, 2))
     shapes = arguments.get("img_shapes")
-    if shapes:  # (frames, height, width) of a row's pictures: the one that is drawn comes first
+    if shapes:  # (frames, height, width) of a row's images: the one that is drawn comes first
         first = shapes[0][0] if isinstance(shapes[0], list) else shapes[0]
         return tuple(int(side) for side in first)
     sides = (arguments.get(key) for key in ("num_frames", "height", "width"))

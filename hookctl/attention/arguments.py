@@ -1,4 +1,4 @@
-"""Arguments of verbs, prepared once and used at every site and turn.
+"""Arguments of verbs, prepared once and used at every site and step.
 
 A verb is called thousands of times in a run with the same few tensors. What it needs to know of
 their values is found here once, on the CPU where they were made, so that no call waits for a GPU.
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from hookctl.attention.key_regions import Regions
+from hookctl.attention.key_regions import KeyRegions
 from hookctl.errors import InputError
 
 T = TypeVar("T")
@@ -81,8 +81,8 @@ def is_finite(value: Tensor) -> bool:
     return remembered(lambda: bool(value.isfinite().all()), "finite", value)
 
 
-def regions_of(queries: Tensor, keys: Tensor, device: torch.device) -> Regions:
-    return remembered(lambda: Regions(queries, keys, device), ("regions", device), queries, keys)
+def regions_of(queries: Tensor, keys: Tensor, device: torch.device) -> KeyRegions:
+    return remembered(lambda: KeyRegions(queries, keys, device), ("regions", device), queries, keys)
 
 
 def stacked(value: Tensor, own: Tensor, name: str) -> Tensor:

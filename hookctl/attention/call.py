@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hookctl.attention import verbs
 from hookctl.attention.arguments import cast, is_all, is_finite, is_same, regions_of, remembered
-from hookctl.attention.call_data import NotedCall, RowLike
+from hookctl.attention.call_data import CallData, RowLike
 from hookctl.attention.division import Division, divided, segment_of
 from hookctl.attention.rewriting import Probabilities, ReadOut, Sink, Stage
 from hookctl.attention.term import Ref, Segment
@@ -25,7 +25,7 @@ from hookctl.attention.token_map import Routing
 from hookctl.errors import InputError, UnsupportedError
 
 
-class AttentionCall(NotedCall):
+class AttentionCall(CallData):
     """One attention call of one site, as its editors see and rewrite it."""
 
     def borrow(

@@ -23,7 +23,7 @@ from hookctl.errors import InputError
 RowLike = Row | int
 
 
-class NotedCall:
+class CallData:
     """The tensors of one attention call, who, when and where they are, and the operations noted.
 
     q, k, v: [rows, sub-batch, heads, tokens, channels], after projection, norm and rotary

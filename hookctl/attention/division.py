@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hookctl.attention.arguments import cast
-from hookctl.attention.key_regions import Regions
+from hookctl.attention.key_regions import KeyRegions
 from hookctl.attention.rewriting import Fold, Rewriting
 from hookctl.attention.term import Ref, Segment, Term
 from hookctl.errors import InputError
@@ -73,16 +73,16 @@ class _Laid:
         every: list[tuple[str | None, Tensor]] = [(None, own), *full.items()]
         self._queries = {name: (w > 0).long() for name, w in every} if sparse else {}
         self._device = like.device
-        self._regions: dict[tuple[str | None, int], Regions] = {}
+        self._regions: dict[tuple[str | None, int], KeyRegions] = {}
 
-    def regions(self, name: str | None, keys: int) -> Regions | None:
+    def regions(self, name: str | None, keys: int) -> KeyRegions | None:
         """The queries that take part in one summand (None: the own one); None for all of them."""
         queries = self._queries.get(name)
         if queries is None or bool(queries.all()):
             return None
         if (name, keys) not in self._regions:
             seen = torch.ones(keys, dtype=torch.int64)
-            self._regions[name, keys] = Regions(queries, seen, self._device)
+            self._regions[name, keys] = KeyRegions(queries, seen, self._device)
         return self._regions[name, keys]
 
 

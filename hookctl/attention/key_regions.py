@@ -13,7 +13,7 @@ from hookctl.errors import UnsupportedError
 _BITS = 64
 
 
-class Regions:
+class KeyRegions:
     """Per-token bit sets: a query sees a key where `queries & keys` is not 0.
 
     queries: int64 [N]; keys: int64 [M], on `device`. A query that may see no key gives 0.
@@ -23,8 +23,8 @@ class Regions:
         self.queries, self.keys = queries.to(device), keys.to(device)
         # Their values are looked at where they were made: the CPU, so that no call waits.
         self._made = (queries, keys)
-        self._extended: dict[int, Regions] = {}
-        self._joined: dict[Regions, Regions] = {}
+        self._extended: dict[int, KeyRegions] = {}
+        self._joined: dict[KeyRegions, KeyRegions] = {}
         self._masks: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
         # Tiles of keys that the region kernel visits, by the dtype and width of what attends.
         self.tiles: dict[tuple[torch.dtype, int], tuple[Tensor, Tensor]] = {}
@@ -80,16 +80,16 @@ class Regions:
         device = self.queries.device
         return bias.to(device), empty.to(device) if empty.any() else None
 
-    def extended(self, extra: int) -> Regions:
+    def extended(self, extra: int) -> KeyRegions:
         """With `extra` further keys, which belong to every region."""
         if not extra:
             return self
         if extra not in self._extended:
             keys = F.pad(self._made[1], (0, extra), value=-1)
-            self._extended[extra] = Regions(self._made[0], keys, self.queries.device)
+            self._extended[extra] = KeyRegions(self._made[0], keys, self.queries.device)
         return self._extended[extra]
 
-    def both(self, other: Regions) -> Regions:
+    def both(self, other: KeyRegions) -> KeyRegions:
         """What both allow: each distinct pair of a query's bit sets becomes one bit."""
         if other not in self._joined:
             (q, k), (other_q, other_k) = ([m.cpu() for m in r._made] for r in (self, other))
@@ -104,5 +104,5 @@ class Regions:
             seen = ((k[:, None] & pairs[0]) != 0) & ((other_k[:, None] & pairs[1]) != 0)
             # Distinct bits: their sum is their union.
             keys = torch.where(seen, bits, 0).sum(1)
-            self._joined[other] = Regions(bits[which], keys, self.queries.device)
+            self._joined[other] = KeyRegions(bits[which], keys, self.queries.device)
         return self._joined[other]

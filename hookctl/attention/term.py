@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from hookctl.address.sites import Site
-from hookctl.attention.key_regions import Regions
+from hookctl.attention.key_regions import KeyRegions
 from hookctl.attention.token_map import ValueMap
 from hookctl.errors import UnsupportedError
 
@@ -70,7 +70,7 @@ class Term(NamedTuple):
     maps: tuple[ValueMap, ...] = ()
     weight: Tensor | float = 1.0
     factors: tuple[tuple[Tensor | None, Tensor], ...] = ()
-    regions: Regions | None = None
+    regions: KeyRegions | None = None
     value_only: bool = False
     extra: bool = False
 

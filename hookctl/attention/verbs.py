@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hookctl.attention.arguments import additive
-from hookctl.attention.key_regions import Regions
+from hookctl.attention.key_regions import KeyRegions
 from hookctl.attention.rewriting import Fold, Probabilities, Rewriting
 from hookctl.attention.term import Ref, Segment, Spans, Term
 from hookctl.attention.token_map import ValueMap
@@ -66,7 +66,7 @@ def extend(segment: Segment, share: float = 1.0) -> Rewriting:
     return apply
 
 
-def restrict(regions: Regions) -> Rewriting:
+def restrict(regions: KeyRegions) -> Rewriting:
     def one(term: Term) -> Term:
         allowed = regions.extended(sum(s.tokens for s in term.segments[1:]))
         return term._replace(regions=term.regions.both(allowed) if term.regions else allowed)

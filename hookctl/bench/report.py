@@ -1,4 +1,4 @@
-"""What was measured, as rows of a table, as JSON, and as a picture with the device's limit."""
+"""What was measured, as rows of a table, as JSON, and as an image with the device's limit."""
 
 from __future__ import annotations
 

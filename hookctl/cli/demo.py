@@ -47,7 +47,7 @@ def add(commands: Any) -> None:
         "demo",
         main,
         "run a demo on the embedded pipeline",
-        "Run a demo on the embedded pipeline: pictures and figures, offline, on a CPU.",
+        "Run a demo on the embedded pipeline: images and figures, offline, on a CPU.",
         _EXAMPLES,
     )
     command.add_argument(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _TEXT = """
 List the attention sites of a model, what its family does with text and guidance, and which sites
-can be caught. Weights are not read unless --run is given: that draws one short picture and says
+can be caught. Weights are not read unless --run is given: that draws one short image and says
 which sites were really caught. Takes a pipeline or a bare denoiser folder.
 
 A site is selected by kind, place, resolution relative to the latent, or path:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hookctl.attention.arguments import positions
-from hookctl.attention.key_regions import Regions
+from hookctl.attention.key_regions import KeyRegions
 from hookctl.attention.term import Ref, Sum, Term
 from hookctl.evaluate.gather import scores_of, weigh, weight_of
 from hookctl.evaluate.sdpa import Piece
@@ -152,5 +152,5 @@ def _narrowed(term: Term, at: slice) -> Term:
     return term._replace(
         q=Ref(term.q.base[..., at, :], term.q.row),
         factors=tuple((a if a is None else a[at], b) for a, b in term.factors),
-        regions=regions and Regions(regions.queries[at], regions.keys, regions.queries.device),
+        regions=regions and KeyRegions(regions.queries[at], regions.keys, regions.queries.device),
     )

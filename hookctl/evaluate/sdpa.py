@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hookctl.attention.arguments import additive, positions
-from hookctl.attention.key_regions import Regions
+from hookctl.attention.key_regions import KeyRegions
 from hookctl.attention.term import Sum, Term
 from hookctl.evaluate.gather import (
     Scores,
@@ -37,7 +37,7 @@ _FEW_QUERIES = 2**16
 _CHANNELS = 8
 
 Piece = tuple[list[int], Tensor]
-Attend = Callable[[Scores, Tensor, Regions | None], Tensor]
+Attend = Callable[[Scores, Tensor, KeyRegions | None], Tensor]
 
 
 def evaluate(finished: Sum, rows: Sequence[int], by: Attend | None = None) -> list[Piece]:
@@ -91,7 +91,7 @@ def batch(rows: list[tuple[Term, ...]], mask: Tensor | None, by: Attend) -> Tens
     return total
 
 
-def attend(scores: Scores, v: Tensor, regions: Regions | None = None) -> Tensor:
+def attend(scores: Scores, v: Tensor, regions: KeyRegions | None = None) -> Tensor:
     """One attention over stacks, [rows, sub-batch, heads, N, channels of v]."""
     if regions is not None:
         return _by_region(scores, v, regions)
@@ -121,7 +121,7 @@ def _flat_bias(bias: Tensor, q: Tensor) -> Tensor:
     return bias.expand(q.shape[0], q.shape[1], *bias.shape[2:]).flatten(0, 1)
 
 
-def _by_region(scores: Scores, v: Tensor, regions: Regions) -> Tensor:
+def _by_region(scores: Scores, v: Tensor, regions: KeyRegions) -> Tensor:
     """Queries of one kind share their keys: attend kind by kind, without a mask."""
     if scores.q.shape[-2] * scores.k.shape[-2] <= _FEW_SCORES:
         return _by_mask(scores, v, regions)
@@ -141,7 +141,7 @@ def _by_region(scores: Scores, v: Tensor, regions: Regions) -> Tensor:
     return out
 
 
-def _by_mask(scores: Scores, v: Tensor, regions: Regions) -> Tensor:
+def _by_mask(scores: Scores, v: Tensor, regions: KeyRegions) -> Tensor:
     """Few tokens: one dense mask, made once."""
     bias, empty = regions.mask(scores.q)
     if scores.bias is not None:
@@ -154,7 +154,7 @@ def _some(x: Tensor, positions: Tensor | None, dim: int) -> Tensor:
     return x if positions is None else x.index_select(dim, positions)
 
 
-def _by_chunk(scores: Scores, v: Tensor, regions: Regions) -> Tensor:
+def _by_chunk(scores: Scores, v: Tensor, regions: KeyRegions) -> Tensor:
     """Many kinds of queries: a dense mask, but only for a chunk of queries at a time."""
     parts = []
     for start in range(0, scores.q.shape[-2], _QUERY_CHUNK):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hookctl.attention.arguments import positions
-from hookctl.attention.key_regions import Regions
+from hookctl.attention.key_regions import KeyRegions
 from hookctl.attention.term import Sum, Term
 from hookctl.evaluate import sdpa
 from hookctl.evaluate.gather import Scores
@@ -92,7 +92,7 @@ def _bare(term: Term, mask: Tensor | None) -> bool:
     return not edited and whole and len(term.segments) == 1
 
 
-def attend(scores: Scores, v: Tensor, regions: Regions | None = None) -> Tensor:
+def attend(scores: Scores, v: Tensor, regions: KeyRegions | None = None) -> Tensor:
     """As `sdpa.attend`, regions without biases by their kernel."""
     q, k = scores.q, scores.k
     alike = q.shape[-1] == k.shape[-1] == v.shape[-1] <= REGION_WIDTH
@@ -125,7 +125,7 @@ def mean_map(finished: Sum, request: ReadOut, call: AttentionCall, backend: str)
 def mean_marginals(
     finished: Sum, request: ReadOut, call: AttentionCall, backend: str
 ) -> Tensor | None:
-    """What each of the row's own keys gets from the picture's queries, averaged over heads, float32
+    """What each of the row's own keys gets from the image's queries, averaged over heads, float32
     [sub-batch, M]; None where it is summed from explicit probabilities."""
     term = _thin(finished, request, call, backend)
     learns = torch.is_grad_enabled() and (call.q.requires_grad or call.k.requires_grad)

@@ -1,6 +1,6 @@
-"""Pictures and tables: heat maps, overlays, before/after grids, one word over the turns.
+"""Pictures and tables: heat maps, overlays, before/after grids, one word over the steps.
 
-Only draws: it knows maps, pictures and strings. Small pictures are enlarged so that they and their
+Only draws: it knows maps, images and strings. Small images are enlarged so that they and their
 text can be read: photographs smoothly (Lanczos), heat maps by whole cells, since a map is a grid.
 """
 
@@ -49,9 +49,9 @@ def heatmap(
 ) -> Picture:
     """A map in colour, black to red to pale yellow.
 
-    Receives: a map [h, w], any float type; the size of the picture (width, height) in px, or
+    Receives: a map [h, w], any float type; the size of the image (width, height) in px, or
     None for about 256; whether the least value becomes 0 and the greatest 1 (otherwise values are
-    cut to 0 to 1); whether cells blend into each other. Returns: an RGB picture.
+    cut to 0 to 1); whether cells blend into each other. Returns: an RGB image.
     """
     values = _values(map)
     if normalise:
@@ -70,9 +70,9 @@ def overlay(
     *,
     normalise: bool = True,
 ) -> Picture:
-    """A map over its picture, faded; where the map is low, more of it shows.
+    """A map over its image, faded; where the map is low, more of it shows.
 
-    Receives: a picture, enlarged if its shorter side is below 256 px; a map [h, w]; the strength
+    Receives: an image, enlarged if its shorter side is below 256 px; a map [h, w]; the strength
     of the colour, 0 to 1; a word for the corner; `normalise` as for `heatmap`. Returns: RGB.
     """
     if not 0 <= alpha <= 1:
@@ -103,7 +103,7 @@ def grid(
     """Pictures in rows, with titles above the columns and to the left of the rows.
 
     Receives: rows of equal length, None for an empty place; titles, wrapped to their place; the
-    size of a cell (width, height) in px, or None for the largest picture's, at least 256 px on
+    size of a cell (width, height) in px, or None for the largest image's, at least 256 px on
     the shorter side; the gap between cells in px. Pictures keep their proportions.
     """
     columns = len(rows[0]) if rows else 0
@@ -116,7 +116,7 @@ def grid(
     ):
         if titles is not None and len(titles) != want:
             raise InputError(f"{name}: {len(titles)} given; {want} expected")
-    width, height = cell or _largest([picture for row in rows for picture in row if picture])
+    width, height = cell or _largest([image for row in rows for image in row if image])
     font = _font(max(13, min(width, height) // 14))
     above = [_wrap(title, width, font) for title in column_titles or []]
     beside = [_wrap(title, max(width // 2, 90), font) for title in row_titles or []]
@@ -135,10 +135,10 @@ def grid(
         if beside:
             at = (left - pad, y + height // 2)
             draw.multiline_text(at, beside[r], ink, font, "rm", align="right")
-        for c, picture in enumerate(row):
+        for c, image in enumerate(row):
             x = left + c * (width + pad)
-            if picture is not None:
-                fitted = _fitted(picture, (width, height))
+            if image is not None:
+                fitted = _fitted(image, (width, height))
                 at = (x + (width - fitted.width) // 2, y + (height - fitted.height) // 2)
                 sheet.paste(fitted, at)
     return sheet
@@ -174,9 +174,9 @@ def time_strip(
     *,
     cell: tuple[int, int] | None = None,
 ) -> Picture:
-    """One word over the turns: its maps side by side, all on one colour scale.
+    """One word over the steps: its maps side by side, all on one colour scale.
 
-    Receives: maps [h, w], one per turn; a label for each; the picture to lay them over, if any.
+    Receives: maps [h, w], one per step; a label for each; the image to lay them over, if any.
     """
     if not maps or len(maps) != len(labels):
         given = f"{len(maps)} maps, {len(labels)} labels"
@@ -185,10 +185,10 @@ def time_strip(
     low, high = min(a.min() for a in arrays), max(a.max() for a in arrays)
     tensors = [torch.from_numpy(_normalised(a, low, high)) for a in arrays]
     if image is None:
-        pictures = [heatmap(t, cell, normalise=False) for t in tensors]
+        images = [heatmap(t, cell, normalise=False) for t in tensors]
     else:
-        pictures = [overlay(image, t, normalise=False) for t in tensors]
-    return grid([pictures], column_titles=labels, cell=cell)
+        images = [overlay(image, t, normalise=False) for t in tensors]
+    return grid([images], column_titles=labels, cell=cell)
 
 
 def _values(map: Tensor) -> Array:
@@ -208,8 +208,8 @@ def _normalised(values: Array, low: float, high: float) -> Array:
 
 def _resized(values: Array, size: tuple[int, int], smooth: bool) -> Array:
     """Values [h, w] to [height, width], cut to 0 to 1."""
-    picture = Image.fromarray(values.astype(np.float32))
-    resized = picture.resize(size, Resampling.BICUBIC if smooth else Resampling.NEAREST)
+    image = Image.fromarray(values.astype(np.float32))
+    resized = image.resize(size, Resampling.BICUBIC if smooth else Resampling.NEAREST)
     return np.asarray(resized, dtype=np.float64).clip(0, 1)
 
 
@@ -228,7 +228,7 @@ def _enlarged(image: Picture) -> Picture:
 
 
 def _largest(images: Sequence[Picture]) -> tuple[int, int]:
-    """A cell into which the largest picture fits, not small."""
+    """A cell into which the largest image fits, not small."""
     if not images:
         return SMALL, SMALL
     width, height = max(i.width for i in images), max(i.height for i in images)

@@ -22,7 +22,7 @@ from hookctl.inspect.tables import table
 
 @dataclass(frozen=True)
 class SiteFacts:
-    """One site; grid: (height, width) of its tokens at the model's own picture size, if known.
+    """One site; grid: (height, width) of its tokens at the model's own image size, if known.
 
     caught: whether its calls can be edited; how: by which way, or why not.
     """
@@ -94,7 +94,7 @@ class Survey:
             "joint_order": self.joint_order,
             "guidance": {
                 "one_call": {str(n): list(names) for n, names in self.layout.groups.items()},
-                "calls_of_a_turn": list(self.layout.sequential),
+                "calls_of_a_step": list(self.layout.sequential),
             },
             "text": None
             if isinstance(text, str)
@@ -147,7 +147,7 @@ def _facts(survey: Survey) -> Iterator[str]:
             yield f"{title:12s} " + ", ".join(f"{key} ({n})" for key, n in counts[name].items())
     if survey.latent:
         height, width = survey.latent
-        yield f"latent       {height} x {width} at the model's own picture size"
+        yield f"latent       {height} x {width} at the model's own image size"
     order = {
         "image_text": "image before text in one sequence",
         "text_image": "text before image in one sequence",

@@ -58,7 +58,7 @@ def narrow(state: State, kwargs: dict[str, Any]) -> None:
             kwargs[name] = kwargs[name].narrow(dim, 0, state.own_text)
 
 
-# First axes that are not the batch: positions of tokens, pictures of an adapter.
+# First axes that are not the batch: positions of tokens, images of an adapter.
 _SHARED = re.compile(r"^(img|txt|text|latent_image)_ids$|rotary|freqs|^ip_adapter_masks$")
 
 Spans = Sequence[tuple[int, int]]

@@ -125,7 +125,7 @@ def _check_batch(state: State) -> None:
     """Raise UnsupportedError if the rows of this call can't be added to."""
     if isinstance(state.kwargs[state.sample], list):
         raise UnsupportedError(
-            f"{type(state.denoiser).__name__} takes its pictures as a list, to which no branch can "
+            f"{type(state.denoiser).__name__} takes its images as a list, to which no branch can "
             "be added"
         )
     if state.rows.where(branch=PERTURBED) and any(

@@ -214,7 +214,7 @@ def _predicted(output: Any) -> Any:
 
 
 def _predictions(output: Any) -> list[Tensor]:
-    """The tensors that a prediction is made of; some denoisers return one for each picture."""
+    """The tensors that a prediction is made of; some denoisers return one for each image."""
     found = _predicted(output)
     return [x for x in (found if isinstance(found, list) else [found]) if isinstance(x, Tensor)]
 

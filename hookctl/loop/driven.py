@@ -27,7 +27,7 @@ Settle = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Scaling:
-    """How the scheduler made the model input of a turn from the latents.
+    """How the scheduler made the model input of a step from the latents.
 
     latents: [rows, ...] as the pipeline handed them over; again: does the same to others.
     """

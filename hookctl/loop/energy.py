@@ -1,4 +1,4 @@
-"""Energies: a scalar of each picture's attention maps or latents, and its gradient.
+"""Energies: a scalar of each image's attention maps or latents, and its gradient.
 
     found = energies(state, scalar, reader=self, sites=paths, tokens={0: (2, 5)})
     state.latents = state.latents - step * found.gradient
@@ -7,8 +7,8 @@ The maps come from a denoiser call of the energy's own, of the rows that see the
 passes the hooks like any other, so every editor of the stack that changes the model acts in it, and
 it ends as soon as the last site has been read: what lies behind that is neither computed nor
 differentiated. Parameters are frozen meanwhile, whatever the pipeline's mode. Rows of a call do not
-see each other (unless an editor makes them), so the gradient of the sum over pictures is each
-picture's own.
+see each other (unless an editor makes them), so the gradient of the sum over images is each
+image's own.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ Key = tuple[int, int]  # prompt, image
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
-    """What an energy sees of one picture.
+class ImageMaps:
+    """What an energy sees of one image.
 
     row: whose it is; latents: [channels, ...], in the scheduler's space; maps: for each site that
     was read [frames, heads, height, width, tokens], with heads = 1 for their mean.
@@ -52,14 +52,14 @@ class Picture:
     maps: Mapping[Site, Tensor]
 
 
-Scalar = Callable[[Picture], Tensor]
+Scalar = Callable[[ImageMaps], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Energies:
-    """The energies of a call: one row of terms for each picture, and the gradient.
+    """The energies of a call: one row of terms for each image, and the gradient.
 
-    terms: [pictures, k]; the first is the energy, the others are what the scalar reports beside it.
+    terms: [images, k]; the first is the energy, the others are what the scalar reports beside it.
     gradient: of the energy, in the shape of what it was taken to; None if none was asked for.
     """
 
@@ -68,7 +68,7 @@ class Energies:
 
     @property
     def values(self) -> Tensor:
-        """[pictures]"""
+        """[images]"""
         return self.terms[:, 0]
 
 
@@ -140,16 +140,16 @@ def energies(
     heads: bool | None = None,
     early_exit: bool = True,
 ) -> Energies:
-    """The energy of each picture of a denoiser call, and its gradient.
+    """The energy of each image of a denoiser call, and its gradient.
 
-    Receives: the call; the energy of one picture, a number or [k] whose first entry counts; the
+    Receives: the call; the energy of one image, a number or [k] whose first entry counts; the
     editor of the stack that reads, the paths of the sites and the text positions of each prompt
-    (none of these for an energy of the latents alone); other latents [pictures, ...] in the
-    scheduler's space, or another text [1 | pictures, tokens, channels], in place of the call's;
+    (none of these for an energy of the latents alone); other latents [images, ...] in the
+    scheduler's space, or another text [1 | images, tokens, channels], in place of the call's;
     wrt, what to differentiate to: "latents", "text", None, or a tensor on which the latents or the
     text that were given depend; heads, whether maps are of each head (by default as the reader
     says).
-    Returns: float32 or finer, in the order of `state.pictures`.
+    Returns: float32 or finer, in the order of `state.images`.
     Raises InputError inside `torch.inference_mode()`, LayoutError without rows that see the prompt.
     """
     if torch.is_inference_mode_enabled():
@@ -182,7 +182,7 @@ def energies(
                 )
             terms = torch.stack(
                 [
-                    torch.atleast_1d(scalar(Picture(row, one, collection.maps.get(key, {}))))
+                    torch.atleast_1d(scalar(ImageMaps(row, one, collection.maps.get(key, {}))))
                     for row, one in zip(rows, x, strict=True)
                     for key in [(row.prompt, row.image)]
                 ]

@@ -1,4 +1,4 @@
-"""Pictures to latents and back, by a pipeline's own autoencoder."""
+"""Images to latents and back, by a pipeline's own autoencoder."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from hookctl.errors import InputError, UnsupportedError
 
 
 @torch.no_grad()
-def encode(pipe: Any, picture: Any) -> Tensor:
-    """The latents of a picture, [1, channels, height, width]: the mean of the encoder's.
+def encode(pipe: Any, image: Any) -> Tensor:
+    """The latents of an image, [1, channels, height, width]: the mean of the encoder's.
 
-    picture: PIL, mode RGB, with sides that the pipeline can draw.
+    image: PIL, mode RGB, with sides that the pipeline can draw.
     Raises InputError for other modes and sizes.
     """
     vae, factor = _autoencoder(pipe), int(getattr(pipe, "vae_scale_factor", 8))
-    mode, size = getattr(picture, "mode", None), getattr(picture, "size", None)
+    mode, size = getattr(image, "mode", None), getattr(image, "size", None)
     if mode is None or not isinstance(size, tuple):
-        raise InputError(f"picture is a {type(picture).__name__}; give a PIL picture in mode RGB")
+        raise InputError(f"image is a {type(image).__name__}; give a PIL image in mode RGB")
     if mode != "RGB":
-        raise InputError(f"picture has mode {mode!r}; give picture.convert('RGB')")
+        raise InputError(f"image has mode {mode!r}; give image.convert('RGB')")
     if size[0] % factor or size[1] % factor or not all(size):
         raise InputError(
-            f"picture is {size[0]} x {size[1]} px; this pipeline draws sides that are multiples of "
+            f"image is {size[0]} x {size[1]} px; this pipeline draws sides that are multiples of "
             f"{factor}, so crop or resize it"
         )
-    pixels = pipe.image_processor.preprocess(picture).to(vae.device, vae.dtype)
+    pixels = pipe.image_processor.preprocess(image).to(vae.device, vae.dtype)
     found = vae.encode(pixels)
     mean = found.latent_dist.mean if hasattr(found, "latent_dist") else found.latent
     shift = getattr(vae.config, "shift_factor", None) or 0.0
@@ -38,7 +38,7 @@ def encode(pipe: Any, picture: Any) -> Tensor:
 
 @torch.no_grad()
 def decode(pipe: Any, latents: Tensor, output_type: str = "pil") -> Any:
-    """Pictures of latents [pictures, channels, height, width], as the pipeline would show them."""
+    """Images of latents [images, channels, height, width], as the pipeline would show them."""
     if output_type == "latent":
         return latents
     vae = _autoencoder(pipe)
@@ -53,5 +53,5 @@ def decode(pipe: Any, latents: Tensor, output_type: str = "pil") -> Any:
 def _autoencoder(pipe: Any) -> Any:
     vae = getattr(pipe, "vae", None)
     if vae is None or not hasattr(pipe, "image_processor"):
-        raise UnsupportedError(f"{type(pipe).__name__} has no autoencoder for pictures")
+        raise UnsupportedError(f"{type(pipe).__name__} has no autoencoder for images")
     return vae

@@ -118,7 +118,7 @@ class Noise:
             return prediction, (x - a * prediction) / max(s, 1e-8)
         if a < 1e-6:
             raise UnsupportedError(
-                "the clean picture can't be told from an epsilon-prediction at a level without "
+                "the clean image can't be told from an epsilon-prediction at a level without "
                 "signal; use a model with v-prediction, or another timestep spacing"
             )
         return (x - s * prediction) / a, prediction

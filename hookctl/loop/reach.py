@@ -64,6 +64,6 @@ def _widened(editor: Editor, model: nn.Module, modules: Modules) -> set[str]:
         if not joint and families.counts_text(module):
             raise UnsupportedError(
                 f"{editor.name} widens the text, but {site.path} of this {name} tells text and "
-                "picture keys apart by their number"
+                "image keys apart by their number"
             )
     return {site.path for site, _ in found}

@@ -1,4 +1,4 @@
-"""One run of a pipeline: what it draws, which turn it is at, and the state of each call."""
+"""One run of a pipeline: what it draws, which step it is at, and the state of each call."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ class Run:
             self.restart()
 
     def stepped(self) -> None:
-        """The scheduler took a step: the next denoiser call belongs to a new turn."""
+        """The scheduler took a step: the next denoiser call belongs to a new step."""
         self.scaling = None
-        self.keeper.step()
+        self.keeper.advance()
 
     def scaled(self, latents: Tensor, again: Callable[[Tensor], Tensor]) -> None:
         """The scheduler made a model input."""
@@ -194,7 +194,7 @@ class Run:
             return None
         ours, given = scaling.latents.shape, model_input.shape
         differing = [d for d, (a, b) in enumerate(zip(ours, given, strict=False)) if a != b]
-        # Pictures and masks may have been appended along the channels.
+        # Images and masks may have been appended along the channels.
         fits = len(ours) == len(given) and len(differing) <= 1 and 0 not in differing
         return scaling if fits and all(ours[d] < given[d] for d in differing) else None
 

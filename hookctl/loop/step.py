@@ -1,4 +1,4 @@
-"""The end of a turn: what the denoiser predicted, and the scheduler's step."""
+"""The end of a step: what the denoiser predicted, and the scheduler's step."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hookctl.loop.state import Predictions, State, split_branches
 _STEPPED = ("model_output", "timestep", "sample")  # what a step is of; the rest are its options
 
 
-class Turn:
-    """Collects the denoiser calls of one turn until the scheduler steps."""
+class Step:
+    """Collects the denoiser calls of one step until the scheduler steps."""
 
     def __init__(self) -> None:
         self.clear()
@@ -27,7 +27,7 @@ class Turn:
         self._latents: Tensor | None = None
 
     def note(self, state: State, output: Any, *, predictions: bool) -> None:
-        """A denoiser call of this turn is done."""
+        """A denoiser call of this step is done."""
         self.state = state
         if state.assigned is not None:
             self._latents = state.assigned
@@ -35,10 +35,10 @@ class Turn:
         if found is not None:
             self._branches |= split_branches(state.rows, found)
 
-    def step(
+    def take(
         self, step: Callable[..., Any], arguments: dict[str, Any], editors: list[Editor]
     ) -> Any:
-        """The scheduler's step between `combine` and `after` of the editors of this turn.
+        """The scheduler's step between `combine` and `after` of the editors of this step.
 
         arguments: of the step, by name.
         """

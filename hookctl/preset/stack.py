@@ -16,7 +16,7 @@
     cross_replace = 0.8
     blend = ["circle", "circle"]
 
-    [inversion]                     # optional: the run edits a picture that it is given
+    [inversion]                     # optional: the run edits an image that it is given
     recipe = "DirectInversion"
     guidance = 3.0
 
@@ -25,7 +25,7 @@
     at = [32, 0]
 
 The keys of an editor and their types are those of its recipe's `__init__`. What takes `prompts`
-gets the prompts of the run, and what takes a `picture` that of the run; an inversion gets its steps
+gets the prompts of the run, and what takes a `image` that of the run; an inversion gets its steps
 too, and a program all that is said of the run.
 """
 
@@ -61,15 +61,15 @@ RUN_KEYS: Mapping[str, Any] = {
 }
 _TOP_KEYS = ("model", "lora", "run", "inversion", "program", "editor")
 _LORA_KEYS: Mapping[str, Any] = {"path": str, "weight": float}
-_PROMPTS, _PICTURE = "prompts", "picture"
+_PROMPTS, _IMAGE = "prompts", "image"
 # The parameters that a run fills, and how what they say is said to it.
 _GIVEN: Mapping[str, str] = {
     _PROMPTS: "write prompt = and edit = in [run], or give --prompt and --edit",
-    _PICTURE: "give --image",
+    _IMAGE: "give --image",
 }
 _GIVEN_TO_INVERSIONS: Mapping[str, str] = {
     "pipe": "write model = at the top, or give --model",
-    _PICTURE: "give --image",
+    _IMAGE: "give --image",
     "prompt": "write prompt = in [run], or give --prompt",
     "steps": "write steps = in [run], or give --steps",
 }
@@ -105,10 +105,10 @@ class EditorSpec:
         return _PROMPTS in parameters(self.cls)
 
     @property
-    def takes_picture(self) -> bool:
-        return _PICTURE in parameters(self.cls)
+    def takes_image(self) -> bool:
+        return _IMAGE in parameters(self.cls)
 
-    def make(self, prompts: Sequence[str], picture: Any = None) -> Editor:
+    def make(self, prompts: Sequence[str], image: Any = None) -> Editor:
         """The editor, for these prompts; InputError says where in the file an argument is wrong."""
         keywords = dict(self.arguments)
         positional: list[Any] = []
@@ -117,15 +117,15 @@ class EditorSpec:
                 positional = list(keywords.pop(name, ()))
         if self.takes_prompts:
             keywords[_PROMPTS] = list(prompts)
-        if self.takes_picture:
-            keywords[_PICTURE] = picture
+        if self.takes_image:
+            keywords[_IMAGE] = image
         with _naming(self.where):
             return self.cls(*positional, **keywords)
 
 
 @dataclass(frozen=True)
-class PictureSpec:
-    """What a run does with its picture, an inversion or a program: a class, the arguments of the
+class ImageSpec:
+    """What a run does with its image, an inversion or a program: a class, the arguments of the
     file and where they stand."""
 
     recipe: str
@@ -133,13 +133,13 @@ class PictureSpec:
     arguments: Mapping[str, Any]
     where: str = ""
 
-    def make(self, pipe: Any, picture: Any, prompt: str, **run: Any) -> Any:
+    def make(self, pipe: Any, image: Any, prompt: str, **run: Any) -> Any:
         """The class's object, to be run; InputError says where in the file an argument is wrong.
 
         run: what else the run gives it.
         """
         with _naming(self.where):
-            return self.cls(pipe, picture, prompt, **run, **self.arguments)
+            return self.cls(pipe, image, prompt, **run, **self.arguments)
 
 
 @contextmanager
@@ -155,16 +155,16 @@ def _naming(where: str) -> Iterator[None]:
 class Preset:
     """What a file says: which editors, and the arguments of a run (keys of RUN_KEYS).
 
-    loras: adapters of the model; inversion: of the picture that is edited; program: that draws
-    round the picture, or another form of it; None if the pipeline itself draws, from noise.
+    loras: adapters of the model; inversion: of the image that is edited; program: that draws
+    round the image, or another form of it; None if the pipeline itself draws, from noise.
     """
 
     specs: tuple[EditorSpec, ...]
     run: Mapping[str, Any] = field(default_factory=dict)
     model: str | None = None
     loras: tuple[LoraSpec, ...] = ()
-    inversion: PictureSpec | None = None
-    program: PictureSpec | None = None
+    inversion: ImageSpec | None = None
+    program: ImageSpec | None = None
     path: Path | None = None
     sha256: str | None = None
 
@@ -174,14 +174,14 @@ class Preset:
         return any(spec.takes_prompts for spec in self.specs)
 
     @property
-    def takes_picture(self) -> bool:
-        """Whether a run needs a picture."""
+    def takes_image(self) -> bool:
+        """Whether a run needs an image."""
         begun = self.inversion or self.program
-        return begun is not None or any(spec.takes_picture for spec in self.specs)
+        return begun is not None or any(spec.takes_image for spec in self.specs)
 
-    def editors(self, prompts: Sequence[str] = (), picture: Any = None) -> list[Editor]:
-        """New editors for a run of these prompts (the source, then its edits) and its picture."""
-        return [spec.make(prompts, picture) for spec in self.specs]
+    def editors(self, prompts: Sequence[str] = (), image: Any = None) -> list[Editor]:
+        """New editors for a run of these prompts (the source, then its edits) and its image."""
+        return [spec.make(prompts, image) for spec in self.specs]
 
 
 def load_preset(
@@ -191,7 +191,7 @@ def load_preset(
     programs: Mapping[str, type[Any]] | None = None,
 ) -> Preset:
     """Read a stack; `recipes` are the editors that it may name, `inversions` and `programs` what
-    it may do with a picture.
+    it may do with an image.
 
     Raises FileNotFoundError if there is no such file, and InputError, with the file, the key and
     what would do, for anything in it that is wrong.
@@ -215,7 +215,7 @@ def load_preset(
         "program": _begun(data, "program", programs or {}, _GIVEN_TO_PROGRAMS, path),
     }
     if all(begun.values()):
-        raise InputError(f"{path}: both [inversion] and [program] take the picture; give one")
+        raise InputError(f"{path}: both [inversion] and [program] take the image; give one")
     alone = begun["program"] is not None and "editor" not in data
     return Preset(
         () if alone else tuple(_editors(data.get("editor"), recipes, path)),
@@ -283,8 +283,8 @@ def _begun(
     classes: Mapping[str, type[Any]],
     given: Mapping[str, str],
     path: Path,
-) -> PictureSpec | None:
-    """What a file says under `key` to do with the picture."""
+) -> ImageSpec | None:
+    """What a file says under `key` to do with the image."""
     table, where = data.get(key), f"{path}: [{key}]"
     if table is None:
         return None
@@ -295,7 +295,7 @@ def _begun(
         )
     name = _named(table, classes, where)
     where = f"{where} ({name})"
-    return PictureSpec(name, classes[name], _checked(table, classes[name], where, given), where)
+    return ImageSpec(name, classes[name], _checked(table, classes[name], where, given), where)
 
 
 def _named(table: Mapping[str, Any], known: Mapping[str, Any], where: str) -> str:
@@ -386,5 +386,5 @@ def dump_preset(preset: Preset) -> str:
     return "\n".join(lines)
 
 
-def _recipe(spec: EditorSpec | PictureSpec) -> list[str]:
+def _recipe(spec: EditorSpec | ImageSpec) -> list[str]:
     return [*toml.pairs({"recipe": spec.recipe, **spec.arguments}), ""]

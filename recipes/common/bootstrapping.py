@@ -1,7 +1,7 @@
 """Bootstrapping of MultiDiffusion's regions: plain colours round what a region is to draw.
 
-Bar-Tal et al., arXiv 2302.08113, section 4.2: in the first turns a region's own path sees, outside
-of the region, a random plain colour at the noise level of the turn, so that what it draws has to
+Bar-Tal et al., arXiv 2302.08113, section 4.2: in the first steps a region's own path sees, outside
+of the region, a random plain colour at the noise level of the step, so that what it draws has to
 find room inside.
 """
 
@@ -23,7 +23,7 @@ COLOURS = 20  # of the official code
 
 
 class Bootstrapping:
-    """The pictures outside of regions, turn by turn. seed: of the colours and their order."""
+    """The images outside of regions, step by step. seed: of the colours and their order."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -49,7 +49,7 @@ class Bootstrapping:
         self._eps = state.latents / float(getattr(scheduler, "init_noise_sigma", 1.0))
 
     def outside(self, state: State, window: Window) -> Tensor:
-        """Plain colours at the level of the turn, [pictures, channels, height, width]."""
+        """Plain colours at the level of the step, [images, channels, height, width]."""
         eps = window.cut(self._eps)
         chosen = torch.randint(0, COLOURS, (len(eps),), generator=self._generator).tolist()
         x0 = torch.cat([self._colour(state.pipe, c, window) for c in chosen]).to(eps)

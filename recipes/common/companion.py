@@ -1,4 +1,4 @@
-"""A picture that is denoised beside the pipeline's own, in the same run, by a solver of its own."""
+"""An image that is denoised beside the pipeline's own, in the same run, by a solver of its own."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from hookctl.loop.state import Predictions, State, replace_channels
 
 
 class Beside:
-    """Latents [pictures, ...] that start where the pipeline's are and go their own way.
+    """Latents [images, ...] that start where the pipeline's are and go their own way.
 
-    In each turn ask `predict` in `Editor.before`, for every denoiser call of the turn, and `step`
+    In each step ask `predict` in `Editor.before`, for every denoiser call of the step, and `step`
     in `Editor.combine`. name: of the branch that its conditional rows are tagged with, so that
     what acts on the prompt's rows leaves them alone; seed: of the noise that the solver draws, if
     it draws any.
@@ -27,7 +27,7 @@ class Beside:
     def __init__(self, name: str, state: State, seed: int = 0) -> None:
         if isinstance(state.kwargs[state.sample], list):
             raise UnsupportedError(
-                f"{type(state.denoiser).__name__} takes its pictures as a list, beside which no "
+                f"{type(state.denoiser).__name__} takes its images as a list, beside which no "
                 "other can be drawn"
             )
         self.name = name
@@ -44,7 +44,7 @@ class Beside:
         def own(arguments: dict[str, Any]) -> None:
             repeats = len(state.rows) // self.latents.shape[0]
             rows = self.latents.repeat(repeats, *([1] * (self.latents.dim() - 1)))
-            rows = self._solver.model_input(rows, state.clock.turn)
+            rows = self._solver.model_input(rows, state.clock.step)
             like = arguments[state.sample]
             arguments[state.sample] = replace_channels(like, rows.to(like))
             change(arguments)
@@ -66,8 +66,8 @@ class Beside:
         guided = found[COND]
         if scale is not None:
             guided = found[UNCOND] + scale * (guided - found[UNCOND])
-        turn = predictions.state.clock.turn
-        self.latents = self._solver.step(guided, turn, self.latents, predictions.options)
+        step = predictions.state.clock.step
+        self.latents = self._solver.step(guided, step, self.latents, predictions.options)
         self._found = {}
 
     def _tagged(self, row: Row) -> Row:

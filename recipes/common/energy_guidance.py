@@ -1,10 +1,10 @@
 """Guidance by an energy of attention maps: what the box and subject recipes share.
 
-Before a turn's denoiser call, while an editor's window lasts,
+Before a step's denoiser call, while an editor's window lasts,
 
     x <- x - rho grad_x L(maps of x)
 
-once, or again and again until the energy is low enough (refinement). Every picture of a batch has
+once, or again and again until the energy is low enough (refinement). Every image of a batch has
 its own energy and stops by itself. What the papers say of latents in alpha-bar space holds for
 sigma space and flows too: with x at a level of signal a and noise s, x / r, r^2 = a^2 + s^2, is
 where their step is taken, and a step rho there is a step r^2 rho here.
@@ -28,9 +28,9 @@ from hookctl.address.regions import Region
 from hookctl.address.rows import COND
 from hookctl.address.sites import Selector, Site, select
 from hookctl.address.text import PromptText, TextLayout
-from hookctl.editor import WHOLE_PICTURE, Claim
+from hookctl.editor import WHOLE_IMAGE, Claim
 from hookctl.errors import InputError, SelectorError, UnsupportedError
-from hookctl.loop.energy import Energies, MapReader, Picture, energies
+from hookctl.loop.energy import Energies, ImageMaps, MapReader, energies
 from hookctl.loop.noise import Level, Noise
 from hookctl.loop.state import State
 from hookctl.recipes.common import places
@@ -81,7 +81,7 @@ class WordEnergy(MapReader):
         self._paths: tuple[str, ...] = ()
 
     def claims(self) -> Sequence[Claim]:
-        return [Claim(WHOLE_PICTURE, window=self.window(), shared=True)]
+        return [Claim(WHOLE_IMAGE, window=self.window(), shared=True)]
 
     def attach(self, target: Any) -> None:
         denoiser = denoiser_of(target)
@@ -141,7 +141,7 @@ class WordEnergy(MapReader):
         return [site for site in sites if site.resolution == finest]
 
     def measured(self, state: State, scalar: Any, **options: Any) -> Energies:
-        """The energies of a call's pictures by a scalar of the maps of the words."""
+        """The energies of a call's images by a scalar of the maps of the words."""
         return energies(
             state,
             scalar,
@@ -156,7 +156,7 @@ class WordEnergy(MapReader):
 class EnergyGuidance(WordEnergy, ABC):
     """An editor that takes latents downhill.
 
-    record: (turn, energies [pictures]) of every denoiser call that it made in the last run;
+    record: (step, energies [images]) of every denoiser call that it made in the last run;
     staged: whether the energy is another one in a refinement.
     """
 
@@ -179,8 +179,8 @@ class EnergyGuidance(WordEnergy, ABC):
         self._last: tuple[Tensor, Tensor] | None = None
 
     @abstractmethod
-    def energy(self, picture: Picture, subjects: Sequence[Subject], stage: Stage) -> Tensor:
-        """L of one picture; or [L, what is compared with the bound of the refinement]."""
+    def energy(self, image: ImageMaps, subjects: Sequence[Subject], stage: Stage) -> Tensor:
+        """L of one image; or [L, what is compared with the bound of the refinement]."""
 
     @abstractmethod
     def step(self, clock: Clock, level: Level) -> float:
@@ -204,12 +204,12 @@ class EnergyGuidance(WordEnergy, ABC):
             state.latents = moved
 
     def moved(self, state: State) -> Tensor | None:
-        """The latents of a call after this turn's steps, None if none is taken."""
+        """The latents of a call after this step's steps, None if none is taken."""
         if self.scale == 0 or not self.subjects:
             return None
         given = state.latents
         if self._last is not None and torch.equal(self._last[0], given):
-            return self._last[1]  # another call of the same turn: of the other branch
+            return self._last[1]  # another call of the same step: of the other branch
         if state.rows.where(branch=COND):
             guided = self.guided(state).to(given)
             if not torch.isfinite(guided).all():
@@ -222,7 +222,7 @@ class EnergyGuidance(WordEnergy, ABC):
         return None
 
     def guided(self, state: State) -> Tensor:
-        """The latents of a call after this turn's steps, [pictures, ...]."""
+        """The latents of a call after this step's steps, [images, ...]."""
         x, found = state.latents, None
         bound, most = self.refinement(state.clock)
         stages: list[Stage] = ["update"] * len(x)
@@ -240,20 +240,20 @@ class EnergyGuidance(WordEnergy, ABC):
         return x
 
     def _energies(self, state: State, x: Tensor, stages: Sequence[Stage]) -> Energies:
-        """stages: of each picture."""
+        """stages: of each image."""
         rows = state.rows.where(branch=COND)
         by_key = {(r.prompt, r.image): s for r, s in zip(rows, stages, strict=True)}
 
-        def scalar(picture: Picture) -> Tensor:
-            row = picture.row
+        def scalar(image: ImageMaps) -> Tensor:
+            row = image.row
             subjects = self.subjects.get(row.prompt, ())
             if not subjects:
-                return picture.latents.new_zeros(2)
-            found = self.energy(picture, subjects, by_key[row.prompt, row.image])
+                return image.latents.new_zeros(2)
+            found = self.energy(image, subjects, by_key[row.prompt, row.image])
             return found if found.dim() else found.repeat(2)
 
         found = self.measured(state, scalar, latents=x)
-        self.record.append((state.clock.turn, found.values))
+        self.record.append((state.clock.step, found.values))
         return found
 
     def _stepped(self, state: State, x: Tensor, found: Energies, active: Tensor) -> Tensor:
@@ -283,7 +283,7 @@ def compared(text: PromptText) -> tuple[int, ...]:
 def level_of(state: State) -> Level:
     """Signal and noise of the latents of a call."""
     scheduler = state.pipe.scheduler
-    return Noise(scheduler).level(scheduler.timesteps[state.clock.turn])
+    return Noise(scheduler).level(scheduler.timesteps[state.clock.step])
 
 
 def variance(level: Level) -> float:

@@ -1,8 +1,8 @@
-"""Real pictures made editable: what the inversion recipes share.
+"""Real images made editable: what the inversion recipes share.
 
-inverted = DirectInversion(pipe, picture, "a red circle above a blue square").run()
+inverted = DirectInversion(pipe, image, "a red circle above a blue square").run()
 edit = PromptToPrompt([inverted.prompt, "a green circle above a blue square"])
-picture_again, edited = inverted.edit(pipe, edit)
+image_again, edited = inverted.edit(pipe, edit)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hookctl.session import control
 
 @dataclass(frozen=True, eq=False)
 class Inverted:
-    """A real picture as latents, with what each step needs to lead back to it.
+    """A real image as latents, with what each step needs to lead back to it.
 
     prompt: that describes it; path: its latents at every level, noisiest first, [1, channels,
     height, width] each; start: the level that sampling starts from; corrections: of each step;
@@ -54,7 +54,7 @@ class Inverted:
         return self.path[self.start]
 
     def reconstruct(self, pipe: Any, output_type: str = "pil") -> Any:
-        """The picture as the pipeline draws it again: a list of one."""
+        """The image as the pipeline draws it again: a list of one."""
         return self.edit(pipe, output_type=output_type)
 
     def edit(
@@ -66,14 +66,14 @@ class Inverted:
         source_guidance: float | None = None,
         output_type: str = "pil",
     ) -> Any:
-        """Draw the picture again and its edits beside it, under the control of editors.
+        """Draw the image again and its edits beside it, under the control of editors.
 
-        prompts: the picture's, then those of the edits; by default the first editor's that has
+        prompts: the image's, then those of the edits; by default the first editor's that has
         prompts. guidance: scale for the edits; source_guidance: for the source, by default the one
         that it was inverted for. output_type: as the pipeline's.
 
-        Raises InputError for prompts that do not begin with the picture's, and for a pipeline that
-        samples otherwise than the one that the picture was inverted with.
+        Raises InputError for prompts that do not begin with the image's, and for a pipeline that
+        samples otherwise than the one that the image was inverted with.
         """
         texts = self._prompts(editors, prompts)
         source = self.guidance if source_guidance is None else float(source_guidance)
@@ -93,7 +93,7 @@ class Inverted:
         return program.decode(output_type)
 
     def program(self, pipe: Any, prompts: Sequence[str], guidance: float) -> Trajectory:
-        """A program that stands at the start, from the picture's latents for every prompt.
+        """A program that stands at the start, from the image's latents for every prompt.
 
         guidance: the greatest scale that its steps will have.
         """
@@ -111,7 +111,7 @@ class Inverted:
         )
         if tuple(program.noise.timesteps) != self.timesteps:
             raise InputError(
-                f"the picture was inverted at the timesteps {_short(self.timesteps)}, but this "
+                f"the image was inverted at the timesteps {_short(self.timesteps)}, but this "
                 f"pipeline's scheduler takes {_short(program.noise.timesteps)}; use the scheduler "
                 "that it was inverted with"
             )
@@ -125,17 +125,17 @@ class Inverted:
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts or texts[0] != self.prompt:
             raise InputError(
-                f"prompts={texts} do not begin with {self.prompt!r}, as which the picture was "
-                "inverted; give the picture's prompt first, then those of its edits"
+                f"prompts={texts} do not begin with {self.prompt!r}, as which the image was "
+                "inverted; give the image's prompt first, then those of its edits"
             )
         return texts
 
 
 class Inversion(ABC):
-    """Base of the inversion recipes: pictures, their prompts and a pipeline.
+    """Base of the inversion recipes: images, their prompts and a pipeline.
 
-    picture: PIL, mode RGB, sides that the pipeline can draw; prompt: that describes it. Or a list
-    of each, of pictures of one size, which are inverted in one batch. steps: of the sampling to
+    image: PIL, mode RGB, sides that the pipeline can draw; prompt: that describes it. Or a list
+    of each, of images of one size, which are inverted in one batch. steps: of the sampling to
     come; guidance: scale for the source's rows in it.
     """
 
@@ -144,7 +144,7 @@ class Inversion(ABC):
     def __init__(
         self,
         pipe: Any,
-        picture: Any,
+        image: Any,
         prompt: str | Sequence[str],
         *,
         steps: int = 50,
@@ -153,21 +153,21 @@ class Inversion(ABC):
         self.single = isinstance(prompt, str)
         self.pipe, self.steps, self.guidance = pipe, int(steps), float(guidance)
         self.prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        pictures = [picture] if self.single else list(picture)
+        images = [image] if self.single else list(image)
         name = type(self).__name__
-        if len(pictures) != len(self.prompts) or not pictures:
-            raise InputError(f"{name}: {len(pictures)} pictures and {len(self.prompts)} prompts")
+        if len(images) != len(self.prompts) or not images:
+            raise InputError(f"{name}: {len(images)} images and {len(self.prompts)} prompts")
         if self.steps < 1:
             raise InputError(f"{name}: steps={steps!r}; give a number from 1 on")
-        sizes = {getattr(p, "size", None) for p in pictures}
+        sizes = {getattr(p, "size", None) for p in images}
         if len(sizes) > 1:
-            raise InputError(f"{name}: pictures of the sizes {list(sizes)}; give them one size")
-        clean = torch.cat([encode(pipe, p) for p in pictures])
+            raise InputError(f"{name}: images of the sizes {list(sizes)}; give them one size")
+        clean = torch.cat([encode(pipe, p) for p in images])
         self.clean = clean.to(next(families.denoiser_of(pipe).parameters()).dtype)
-        self.size = pictures[0].size[::-1]
+        self.size = images[0].size[::-1]
 
     def run(self, progress: Progress | None = None) -> Any:
-        """Invert: an `Inverted`, or a list of them where several pictures were given.
+        """Invert: an `Inverted`, or a list of them where several images were given.
 
         progress: called with (steps done, steps in all) as the work goes on.
         """
@@ -185,7 +185,7 @@ class Inversion(ABC):
 
     @abstractmethod
     def _invert(self, program: Trajectory, progress: Progress | None) -> Inverted:
-        """All pictures at once, every tensor with one entry for each."""
+        """All images at once, every tensor with one entry for each."""
 
     def _found(
         self,
@@ -210,7 +210,7 @@ class Inversion(ABC):
 
 
 def _part(every: Inverted, i: int, prompt: str) -> Inverted:
-    """One picture of several that were inverted together."""
+    """One image of several that were inverted together."""
 
     def one(x: Tensor | None) -> Tensor | None:
         return None if x is None else x[i : i + 1]
@@ -227,7 +227,7 @@ def _contexts(contexts: Mapping[str, Tensor], i: int) -> dict[str, Tensor]:
 
 
 def _pinned(target: Tensor | None) -> Settle | None:
-    """Sets the first picture's latents after a step; the others stay."""
+    """Sets the first image's latents after a step; the others stay."""
     if target is None:
         return None
     return lambda x: torch.cat([target.to(x), x[1:]])

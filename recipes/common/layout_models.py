@@ -37,7 +37,7 @@ class LayoutModel(Protocol):
 
     def predict(self, state: State) -> tuple[Tensor, Tensor]:
         """The prediction for every row of a call that is the pipeline's own, [rows, ...], and the
-        latents that it is of, [pictures, ...]: those of the call, as they are or moved."""
+        latents that it is of, [images, ...]: those of the call, as they are or moved."""
 
     def measured(self, state: State, measure: Measure) -> Energies | None:
         """`measure` of this model's maps in a call; None if they are those of the pipeline's own

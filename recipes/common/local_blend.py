@@ -1,7 +1,7 @@
 """Local blend: keep an edit inside the places that chosen words attend to.
 
 Part of Prompt-to-Prompt (Hertz et al., arXiv 2208.01626, section 3.2 "Local editing"). The mask of
-a prompt is its words' attention, edits included, summed over the turns so far and over the sites
+a prompt is its words' attention, edits included, summed over the steps so far and over the sites
 that hold the layout, and joined with the source's:
 
     M = [pool(sum of maps) / max > threshold],   x <- x_source + (M_source or M) (x - x_source)
@@ -30,7 +30,7 @@ Key = tuple[int, int]  # prompt, image
 
 
 class LocalBlend:
-    """Sums the maps of words over turns and blends latents outside the words' places.
+    """Sums the maps of words over steps and blends latents outside the words' places.
 
     words, less: for each prompt, the words whose places may change and those whose may not;
     thresholds: of both masks, relative to the maximum; start: fraction of the schedule.
@@ -69,7 +69,7 @@ class LocalBlend:
             for which, words in enumerate((self.words[row.prompt], self.less[row.prompt])):
                 tokens = [texts[row.prompt].find(word) for word in words]
                 if tokens:
-                    place = (call.site, call.clock.turn, call.grid)
+                    place = (call.site, call.clock.step, call.grid)
                     keep = partial(self._keep, which, words, tokens, place)
                     call.read(row, [p for t in tokens for p in t], keep)
 
@@ -83,10 +83,10 @@ class LocalBlend:
         values: Tensor,
     ) -> None:
         """Add a read-out [sub-batch, N, tokens of all words] to the sums and to the store."""
-        site, turn, grid = place
+        site, step, grid = place
         parts = values.split([len(t) for t in tokens], -1)
         for word, part in zip(words, parts, strict=True):
-            self._maps.note(word, site, turn, row, part, grid)
+            self._maps.note(word, site, step, row, part, grid)
         # As in the official table of flags, a token that two words share counts once.
         columns = {p: i for i, p in enumerate(p for t in tokens for p in t)}
         image = values.detach()[..., list(columns.values())].sum(-1)
@@ -97,9 +97,9 @@ class LocalBlend:
 
     def after(self, state: State) -> None:
         """Take everything outside the masks from the source, in the latents after a step."""
-        if state.clock.turn + 1 <= int(self.start * state.clock.turns):
+        if state.clock.step + 1 <= int(self.start * state.clock.steps):
             return
-        x, rows, packed = state.latents, state.pictures, state.latents.dim() == 3
+        x, rows, packed = state.latents, state.images, state.latents.dim() == 3
         place = {(row.prompt, row.image): row.index for row in rows}
         sources = [place[0, row.image] for row in rows]
         channels_first = x.mT if packed else x

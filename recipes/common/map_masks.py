@@ -1,7 +1,8 @@
 """Where the thing is, in the source and in an edit: masks given, or from the maps of words.
 
 Cao et al., "MasaCtrl", arXiv 2304.08465, section 3.3 "Mask-guided mutual self-attention". With
-masks, the foreground of an edit looks into the source's foreground only, and ground into ground.
+masks, the foreground of an edit looks into the source's foreground only, and background into
+background.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from hookctl.loop.state import State
 
 
 class Masks(Protocol):
-    """Something that tells foreground from ground."""
+    """Something that tells foreground from background."""
 
-    def pair(self, prompt: int, image: int, grid: Grid, turn: int) -> tuple[Tensor, Tensor] | None:
+    def pair(self, prompt: int, image: int, grid: Grid, step: int) -> tuple[Tensor, Tensor] | None:
         """Where the thing is in the source and in an edit, bool [height, width] each on the CPU;
         None while it is unknown."""
 
@@ -54,7 +55,7 @@ class GivenMasks:
         self.nearest = nearest
         self._laid: dict[tuple[int, Grid], Tensor] = {}
 
-    def pair(self, prompt: int, image: int, grid: Grid, turn: int) -> tuple[Tensor, Tensor]:
+    def pair(self, prompt: int, image: int, grid: Grid, step: int) -> tuple[Tensor, Tensor]:
         return self._on(0, grid), self._on(prompt, grid)
 
     def _on(self, prompt: int, grid: Grid) -> Tensor:
@@ -70,29 +71,29 @@ class GivenMasks:
 
 
 class WordMasks:
-    """Masks from the cross-attention maps of a turn.
+    """Masks from the cross-attention maps of a step.
 
     The maps of the sites that hold the layout are averaged over heads and sites, summed over the
-    words' tokens and scaled to 0..1 for each picture; what reaches the threshold belongs.
+    words' tokens and scaled to 0..1 for each image; what reaches the threshold belongs.
 
-    words: of each prompt; threshold: 0 to 1; same_turn: use no map of an earlier turn.
+    words: of each prompt; threshold: 0 to 1; same_step: use no map of an earlier step.
     """
 
     def __init__(
-        self, words: Sequence[tuple[str, ...]], threshold: float, *, same_turn: bool = False
+        self, words: Sequence[tuple[str, ...]], threshold: float, *, same_step: bool = False
     ) -> None:
         if not all(words):
             raise InputError(f"words={words!r}; every prompt needs words of its own thing")
         if isinstance(threshold, bool) or not 0 < threshold <= 1:
             raise InputError(f"threshold={threshold!r}; give a share of a map's range in 0..1")
-        self.words, self.threshold, self.same_turn = words, threshold, same_turn
+        self.words, self.threshold, self.same_step = words, threshold, same_step
         self._sums: dict[tuple[int, int], Tensor] = {}
         self._masks: dict[Any, Tensor | None] = {}
-        self._turn = -1
+        self._step = -1
 
     def begin(self, sites: Iterable[Site], state: State) -> None:
         """A new run over these cross or joint sites."""
-        self._sums, self._masks, self._turn = {}, {}, -1
+        self._sums, self._masks, self._step = {}, {}, -1
         self._resolution = finest_within(sites, state.grid) if state.grid else None
         if self._resolution is None:
             raise UnsupportedError(
@@ -106,19 +107,19 @@ class WordMasks:
             return
         for row in call.rows.where(branch=COND):
             tokens = {p for word in self.words[row.prompt] for p in texts[row.prompt].find(word)}
-            call.read(row, sorted(tokens), partial(self._keep, call.clock.turn, call.grid))
+            call.read(row, sorted(tokens), partial(self._keep, call.clock.step, call.grid))
 
-    def _keep(self, turn: int, grid: Grid, row: Row, values: Tensor) -> None:
-        if turn != self._turn:
-            self._sums, self._turn = {}, turn
+    def _keep(self, step: int, grid: Grid, row: Row, values: Tensor) -> None:
+        if step != self._step:
+            self._sums, self._step = {}, step
         # A video's frames share a mask: its tokens are told apart by place alone.
         image = values.detach().sum(-1).reshape(-1, grid.height, grid.width).mean(0)
         key = (row.prompt, row.image)
         self._sums[key] = self._sums[key] + image if key in self._sums else image
         self._masks.clear()
 
-    def pair(self, prompt: int, image: int, grid: Grid, turn: int) -> tuple[Tensor, Tensor] | None:
-        if self.same_turn and turn != self._turn:
+    def pair(self, prompt: int, image: int, grid: Grid, step: int) -> tuple[Tensor, Tensor] | None:
+        if self.same_step and step != self._step:
             return None
         source, target = (self._on(p, image, grid) for p in (0, prompt))
         return None if source is None or target is None else (source, target)
@@ -142,8 +143,8 @@ class WordMasks:
 
 
 def parted(source: Tensor, target: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor] | None:
-    """Region bit sets of the queries and keys of a call, int64: bit 0 is foreground, bit 1 ground,
-    and the text of a joint site belongs to both.
+    """Region bit sets of the queries and keys of a call, int64: bit 0 is foreground, bit 1
+    background, and the text of a joint site belongs to both.
 
     source, target: bool [height, width], of the keys and of the queries. None where queries would
     be left without keys: masks that are empty, or everything, part nothing.

@@ -7,7 +7,7 @@ has seen the predictions of model j alone, the next latents are
 
 A step of first order is affine in both: where all x_j are x, that is the step of the mixed
 prediction, S(sum_j c_j e_j, x). A multistep solver extrapolates from the predictions that it
-remembers. Those of the mixture were mixed with the weights of their own turns, so that a change of
+remembers. Those of the mixture were mixed with the weights of their own steps, so that a change of
 the weights looks like a course of the model's, and is extrapolated too; the histories of the models
 are mixed with the weights of now.
 """
@@ -25,10 +25,10 @@ from hookctl.loop.solver import OwnSolver
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One model of a mixture in a turn.
+    """One model of a mixture in a step.
 
     weight: c, a number or a tensor that broadcasts to the latents; prediction, latents: e and the
-    x that it is of, [pictures, ...].
+    x that it is of, [images, ...].
     """
 
     weight: Tensor | float
@@ -48,20 +48,20 @@ class MixedSteps:
 
     def difference(
         self,
-        turn: int,
+        step: int,
         mixed: Tensor,
         latents: Tensor,
         parts: Mapping[str, Part],
         options: Mapping[str, Any],
     ) -> Tensor | None:
-        """What to add to the pipeline's next latents, None for nothing; once in every turn.
+        """What to add to the pipeline's next latents, None for nothing; once in every step.
 
         mixed, latents: the prediction that the pipeline steps with, and its x; options: of its
         step. What else has changed that prediction stays as it is.
         """
-        taken = self._pipeline.step(mixed, turn, latents, options)
+        taken = self._pipeline.step(mixed, step, latents, options)
         wanted = [
-            part.weight * self._solvers[name].step(part.prediction, turn, part.latents, options)
+            part.weight * self._solvers[name].step(part.prediction, step, part.latents, options)
             for name, part in parts.items()
         ]
         moved = any(part.latents is not latents for part in parts.values())

@@ -6,7 +6,7 @@ whose self-attention is degraded at a few sites, and the difference is followed:
     eps = eps_guided + s (eps_cond - eps_perturbed)
 
 With classifier-free guidance eps_guided = eps_u + g (eps_c - eps_u), without it eps_c. The copy
-has the text, the picture and the edits of the row that it copies.
+has the text, the image and the edits of the row that it copies.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The source kept on a path of latents, such as that of an inverted picture."""
+"""The source kept on a path of latents, such as that of an inverted image."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Path = Tensor | Sequence[Tensor]
 
 
 class Pinned:
-    """Before every turn the latents of prompt 0 are set to those of a path.
+    """Before every step the latents of prompt 0 are set to those of a path.
 
-    path: latents at the level of each timestep, noisiest first (`loop.inversion`), one picture's,
+    path: latents at the level of each timestep, noisiest first (`loop.inversion`), one image's,
     [channels, ...], or one for each image of a prompt, [1 | images, channels, ...]; further levels
-    (the clean picture) are not used. together: the other prompts start from the same noise.
-    earliest: the first turn takes this level and later ones none before the next, so that the
+    (the clean image) are not used. together: the other prompts start from the same noise.
+    earliest: the first step takes this level and later ones none before the next, so that the
     source is cleaner than what is drawn. who: named in errors.
     """
 
@@ -42,7 +42,7 @@ class Pinned:
                 f"{self.who}: path has {len(self.path)} levels and this run {len(self._times)} "
                 "timesteps; invert with as many steps"
             )
-        images = 1 + max(row.image for row in state.pictures)
+        images = 1 + max(row.image for row in state.images)
         if tuple(self.path.shape[2:]) != shape or self.path.shape[1] not in (1, images):
             raise InputError(
                 f"{self.who}: path is of latents {tuple(self.path.shape[1:])}; this run draws "
@@ -55,6 +55,6 @@ class Pinned:
         every = self.together and level == 0
         held = self.path[max(level, self.earliest + (level > 0)) if self.earliest else level]
         latents = state.latents.clone()
-        for row in state.pictures if every else state.pictures.where(prompt=0):
+        for row in state.images if every else state.images.where(prompt=0):
             latents[row.index] = held[row.image if len(held) > 1 else 0].to(latents)
         state.latents = latents

@@ -49,5 +49,5 @@ def cut_blur_matrix(size: int, sigma: float, length: int) -> Tensor:
 
 
 def blur(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Pictures [..., height, width] through a matrix for each axis."""
+    """Images [..., height, width] through a matrix for each axis."""
     return rows.to(x) @ x @ columns.to(x).mT

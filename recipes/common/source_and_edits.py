@@ -64,9 +64,9 @@ class SourceAndEdits(Editor):
         return found[1]
 
     def generators(self, seed: int = 0, images: int = 1, device: str = "cpu") -> list[Any]:
-        """One generator for each picture: every prompt starts from the same noises.
+        """One generator for each image: every prompt starts from the same noises.
 
-        Picture j of each prompt is seeded with seed + j.
+        Image j of each prompt is seeded with seed + j.
         """
         return [
             torch.Generator(device).manual_seed(seed + j)
@@ -77,10 +77,10 @@ class SourceAndEdits(Editor):
     def run(
         self, pipe: Any, *editors: Editor, seed: int = 0, images: int = 1, **arguments: Any
     ) -> Any:
-        """Draw the source and its edits: prompt by prompt, `images` pictures (or videos) of each.
+        """Draw the source and its edits: prompt by prompt, `images` images (or videos) of each.
 
         editors: further editors, after this one; arguments: of the pipeline's own call.
-        Returns what the pipeline does: a list of pictures, or as output_type= has it.
+        Returns what the pipeline does: a list of images, or as output_type= has it.
         """
         known = inspect.signature(type(pipe).__call__).parameters
         count = next((n for n in known if n.startswith("num_") and n.endswith("_per_prompt")), None)

@@ -1,4 +1,4 @@
-"""Windows of the schedule by word, and which tokens they hold for at a turn."""
+"""Windows of the schedule by word, and which tokens they hold for at a step."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def found(text: PromptText, word: str) -> tuple[int, ...]:
 
 
 def _holds(window: Window, clock: Clock) -> bool:
-    if not clock.turns:
+    if not clock.steps:
         return window.holds(clock)
     # The official table has one row more than there are steps.
-    rows = clock.turns + 1
-    return int(window.start * rows) <= clock.turn < int(window.stop * rows)
+    rows = clock.steps + 1
+    return int(window.start * rows) <= clock.step < int(window.stop * rows)

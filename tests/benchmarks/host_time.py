@@ -41,7 +41,7 @@ from tests.kernels.driverless import driverless
 
 Context = Callable[[Any], Any]
 KERNELS = (guard, map_readout, region_attention, shared_probabilities, sum_of_terms)
-TURNS = 4  # until calls are known and their tapes proven
+STEPS = 4  # until calls are known and their tapes proven
 
 
 class Idle(Editor):
@@ -50,7 +50,7 @@ class Idle(Editor):
 
 
 class Replacing(Editor):
-    """The maps of the first picture in the place of the second's, guided rows."""
+    """The maps of the first image in the place of the second's, guided rows."""
 
     def attention(self, call: Any) -> None:
         source, edited = call.rows.where(branch="cond")
@@ -113,12 +113,12 @@ def main(rounds: int = 15) -> None:
     with torch.no_grad(), ExitStack() as stack:
         for name, context in CASES.items():
             stack.enter_context(context(models[name]))
-        for turn in range(rounds + TURNS):
+        for step in range(rounds + STEPS):
             for name, model in models.items():
                 start = time.process_time()
                 model(*inputs)
                 taken = time.process_time() - start
-                if turn >= TURNS:
+                if step >= STEPS:
                     times[name].append(taken)
     print(f"plain: {1000 * statistics.median(times['plain']):.1f} ms, {calls} attention calls")
     for name, taken in times.items():

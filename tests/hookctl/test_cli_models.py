@@ -171,12 +171,12 @@ def test_maps(say: Say, folder: Folder, tmp_path: Path) -> None:
     status, out, err = say(*arguments, "--words", "cat,blue square", "--out", tmp_path)
     assert status == 0, err
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"picture.png", "maps.png", "maps.npz", "maps.json"} | {
+    assert names == {"image.png", "maps.png", "maps.npz", "maps.json"} | {
         f"{kind}-{word}.png"
         for kind in ("overlay", "grids", "time")
         for word in ("cat", "blue_square")
     }
-    assert Image.open(tmp_path / "picture.png").size == (128, 128)
+    assert Image.open(tmp_path / "image.png").size == (128, 128)
     arrays = np.load(tmp_path / "maps.npz")
     assert set(arrays) == {
         f"{word}@{n}x{n}" for word in ("cat", "blue square") for n in (2, 4, 8, 16)
@@ -214,8 +214,8 @@ def test_run(say: Say, folder: Folder, stack: Path, tmp_path: Path, name: str) -
         "run", stack, "--model", model, "--out", out, "--images", 2, "--seed", 3, "--device", "cpu"
     )
     assert status == 0, err
-    pictures = {f"{k}-{p}-{i}.png" for k in ("plain", "edited") for p in (0, 1) for i in (0, 1)}
-    assert {p.name for p in out.iterdir()} == pictures | {"grid.png", "report.txt", "run.json"}
+    images = {f"{k}-{p}-{i}.png" for k in ("plain", "edited") for p in (0, 1) for i in (0, 1)}
+    assert {p.name for p in out.iterdir()} == images | {"grid.png", "report.txt", "run.json"}
     data = json.loads((out / "run.json").read_text("utf-8"))
     assert data["prompts"] == ["a red cat above a blue square", "a red dog above a blue square"]
     assert (data["seed"], data["steps"], data["images"]) == (3, 2, 2)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 from safetensors.torch import save_file
+from tests.recipes.images import pipeline
 
 from hookctl.cli import loading, main
 from hookctl.cli.lora import check_loras
 from hookctl.errors import InputError
 from hookctl.preset.stack import LoraSpec
-from tests.recipes.pictures import pipeline
 
 STACK = """
 model = "shapes"
@@ -50,7 +50,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def drawn(files: Path, out: str, *options: str) -> list[Image.Image]:
-    """The plain and the edited picture."""
+    """The plain and the edited image."""
     stack, to = str(files / "stack.toml"), str(files / out)
     assert main(["run", stack, "--out", to, *options]) == 0
     return [Image.open(files / out / f"{name}-0.png") for name in ("plain", "edited")]

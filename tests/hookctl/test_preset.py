@@ -40,14 +40,14 @@ class Freedom(Editor):
 
 
 class Turned:
-    """An inversion: `pipe`, `picture`, `prompt` and `steps` are the run's."""
+    """An inversion: `pipe`, `image`, `prompt` and `steps` are the run's."""
 
     def __init__(
-        self, pipe: Any, picture: Any, prompt: str, *, steps: int = 50, guidance: float = 7.5
+        self, pipe: Any, image: Any, prompt: str, *, steps: int = 50, guidance: float = 7.5
     ) -> None:
         if guidance <= 0:
             raise InputError(f"guidance={guidance}; give one above 0")
-        self.given = (pipe, picture, prompt, steps, guidance)
+        self.given = (pipe, image, prompt, steps, guidance)
 
 
 class Grown:
@@ -56,31 +56,31 @@ class Grown:
     def __init__(
         self,
         pipe: Any,
-        picture: Any,
+        image: Any,
         prompt: str,
         *,
         steps: int = 50,
         seed: int = 0,
         at: tuple[int, int] = (0, 0),
     ) -> None:
-        self.given = (pipe, picture, prompt, steps, seed, at)
+        self.given = (pipe, image, prompt, steps, seed, at)
 
 
 class GrownMore(Grown):
     """What it doesn't name itself goes to its base."""
 
     def __init__(
-        self, pipe: Any, picture: Any, prompt: str, *, spread: float = 1.0, **options: Any
+        self, pipe: Any, image: Any, prompt: str, *, spread: float = 1.0, **options: Any
     ) -> None:
-        super().__init__(pipe, picture, prompt, **options)
+        super().__init__(pipe, image, prompt, **options)
         self.given += (spread,)
 
 
 class Seen(Editor):
-    """An editor that takes the run's picture."""
+    """An editor that takes the run's image."""
 
-    def __init__(self, picture: Any, *, strength: float = 1.0) -> None:
-        self.picture, self.strength = picture, strength
+    def __init__(self, image: Any, *, strength: float = 1.0) -> None:
+        self.image, self.strength = image, strength
 
 
 INVERSIONS: dict[str, type[Any]] = {"Turned": Turned}
@@ -187,8 +187,8 @@ def test_an_inversion(write: Write) -> None:
     path = write('[inversion]\nrecipe = "Turned"\nguidance = 3\n' + ANY)
     preset = load_preset(path, RECIPES, INVERSIONS)
     assert preset.inversion is not None
-    made = preset.inversion.make("pipe", "picture", "a cat", steps=9)
-    assert made.given == ("pipe", "picture", "a cat", 9, 3.0)
+    made = preset.inversion.make("pipe", "image", "a cat", steps=9)
+    assert made.given == ("pipe", "image", "a cat", 9, 3.0)
     back = load_preset(write(dump_preset(preset)), RECIPES, INVERSIONS)
     assert back.inversion is not None and back.inversion.arguments == {"guidance": 3.0}
     assert load_preset(write(ANY), RECIPES, INVERSIONS).inversion is None
@@ -197,9 +197,9 @@ def test_an_inversion(write: Write) -> None:
 def test_a_program_needs_no_editor(write: Write) -> None:
     path = write('[program]\nrecipe = "GrownMore"\nat = [8, 0]\nspread = 2\n')
     preset = load_preset(path, RECIPES, INVERSIONS, PROGRAMS)
-    assert preset.program is not None and preset.takes_picture and not preset.editors(["a cat"])
-    made = preset.program.make("pipe", "picture", "a cat", steps=9, seed=3)
-    assert made.given == ("pipe", "picture", "a cat", 9, 3, (8, 0), 2.0)
+    assert preset.program is not None and preset.takes_image and not preset.editors(["a cat"])
+    made = preset.program.make("pipe", "image", "a cat", steps=9, seed=3)
+    assert made.given == ("pipe", "image", "a cat", 9, 3, (8, 0), 2.0)
     back = load_preset(write(dump_preset(preset)), RECIPES, INVERSIONS, PROGRAMS)
     assert back.program is not None and back.program.arguments == {"at": (8, 0), "spread": 2.0}
     assert not back.specs
@@ -223,11 +223,11 @@ def test_what_is_wrong_with_a_program_is_said(write: Write, text: str, says: str
     assert says in str(caught.value)
 
 
-def test_an_editor_gets_the_run_s_picture(write: Write) -> None:
+def test_an_editor_gets_the_run_s_image(write: Write) -> None:
     preset = load_preset(write('[[editor]]\nrecipe = "Seen"\nstrength = 2'), {"Seen": Seen})
-    [editor] = preset.editors(["a cat"], "picture")
-    assert preset.takes_picture and isinstance(editor, Seen) and editor.picture == "picture"
-    with pytest.raises(InputError, match="picture belongs to the run; give --image"):
+    [editor] = preset.editors(["a cat"], "image")
+    assert preset.takes_image and isinstance(editor, Seen) and editor.image == "image"
+    with pytest.raises(InputError, match="image belongs to the run; give --image"):
         load_preset(write('[[editor]]\nrecipe = "Seen"\npicture = "x.png"'), {"Seen": Seen})
 
 
@@ -242,7 +242,7 @@ def test_an_editor_gets_the_run_s_picture(write: Write) -> None:
         ),
         ('recipe = "Turned"\nguidance = "x"', "(Turned) guidance = 'x'; give a number"),
         ('recipe = "Turned"\nsteps = 3', "steps belong to the run; write steps = in [run]"),
-        ('recipe = "Turned"\npicture = "x.png"', "picture belongs to the run; give --image"),
+        ('recipe = "Turned"\npicture = "x.png"', "image belongs to the run; give --image"),
         ('recipe = "Turned"\nprompt = "x"', "prompt belongs to the run; write prompt = in [run]"),
     ],
 )

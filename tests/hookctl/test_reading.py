@@ -82,7 +82,7 @@ def test_values_are_those_of_the_softmax(family: str) -> None:
         case.run(pipe, CAT)
     with control(pipe, Maps("cat")) as session:
         case.run(pipe, CAT)
-    maps = session.maps["cat"].where(turns=[0])
+    maps = session.maps["cat"].where(steps=[0])
     sites = [site.path for site in session.sites if site.kind in ("cross", "joint")]
     assert set(maps.sites) == set(sites)
     assert len(maps.records) == len(sites)
@@ -123,7 +123,7 @@ def test_reading_changes_nothing(family: str) -> None:
     assert session.maps.words == ("a", "red", "cat", "above", "blue", "square", "green", "dog")
     assert session.maps["cat"].prompts == (0,)
     assert session.maps["a"].prompts == (0, 1)
-    assert session.maps["dog"].turns == (0, 1)
+    assert session.maps["dog"].steps == (0, 1)
     map = session.maps["dog"].mean()
     assert map.isfinite().all() and map.min() >= 0 and map.max() <= 1
 
@@ -143,15 +143,15 @@ def test_a_word_or_phrase_of_one_prompt() -> None:
     torch.testing.assert_close(whole, both)
 
 
-def test_by_turn_site_and_grid() -> None:
+def test_by_step_site_and_grid() -> None:
     case, pipe = zoo.PIPELINES["sd15"], made("sd15")
     with control(pipe, Maps("cat", sites="cross up", start=0.25, stop=0.75)) as session:
         case.run(pipe, CAT, steps=4)
     maps = session.maps["cat"]
-    assert maps.turns == (1, 2)
+    assert maps.steps == (1, 2)
     assert maps.grids == ((4, 4), (8, 8), (16, 16))
     assert all(path.startswith("up_blocks") and path.endswith("attn2") for path in maps.sites)
-    one = maps.where(site=maps.sites[0], turns=[2])
+    one = maps.where(site=maps.sites[0], steps=[2])
     assert len(one.records) == 1
     assert torch.equal(one.mean(), one.records[0].map[0])
     assert maps.where(grid=(8, 8)).mean().shape == (8, 8)
@@ -178,8 +178,8 @@ def test_edits_of_the_stack_are_seen(first: bool) -> None:
         alone = case.run(pipe, prompts, generator=edit.generators())
     with control(pipe, *editors) as session:
         assert torch.equal(case.run(pipe, prompts, generator=edit.generators()), alone)
-    source = session.maps["cat"].where(turns=[0]).mean()
-    torch.testing.assert_close(session.maps["dog"].where(turns=[0]).mean(), source)
+    source = session.maps["cat"].where(steps=[0]).mean()
+    torch.testing.assert_close(session.maps["dog"].where(steps=[0]).mean(), source)
 
 
 class Largest(TorchDispatchMode):
@@ -253,7 +253,7 @@ def test_a_map_that_two_editors_read_is_kept_once() -> None:
     for _ in range(2):
         store.note("cat", site, 0, Row(0, "cond", 0, 0), torch.ones(1, 4, 1), Grid(2, 2))
     store.note("cat", site, 1, Row(0, "cond", 0, 0), torch.ones(1, 4, 1), Grid(2, 2))
-    assert [record.turn for record in store["cat"].records] == [0, 1]
+    assert [record.step for record in store["cat"].records] == [0, 1]
     store.clear()
     store.note("cat", site, 0, Row(0, "cond", 0, 0), torch.ones(1, 4, 1), Grid(2, 2))
     assert len(store.records) == 1

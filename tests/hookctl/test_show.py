@@ -1,4 +1,4 @@
-"""Pictures have the geometry and the colours that they should; tables line up; errors speak."""
+"""Images have the geometry and the colours that they should; tables line up; errors speak."""
 
 import numpy as np
 import pytest
@@ -33,10 +33,10 @@ def ramp(h: int = 8, w: int = 12) -> torch.Tensor:
 
 def test_heatmap_colours() -> None:
     """Brightness rises with the value; each cell of the map is one flat square."""
-    picture = heatmap(torch.linspace(3, 5, 64)[None], (640, 10))
-    grey = np.asarray(picture.convert("L"), dtype=int)[5]
+    image = heatmap(torch.linspace(3, 5, 64)[None], (640, 10))
+    grey = np.asarray(image.convert("L"), dtype=int)[5]
     assert (np.diff(grey) >= 0).all() and grey[0] < 3 and grey[-1] > 240
-    assert len(np.unique(np.asarray(picture)[5, :10], axis=0)) == 1
+    assert len(np.unique(np.asarray(image)[5, :10], axis=0)) == 1
     assert heatmap(ramp()).size == (252, 168)
     assert heatmap(ramp(), (100, 40), smooth=True).size == (100, 40)
 
@@ -56,14 +56,14 @@ def test_heatmap_normalisation() -> None:
 
 
 def test_overlay() -> None:
-    """Wide maps on wide pictures; bright where the map is; nothing at alpha 0."""
+    """Wide maps on wide images; bright where the map is; nothing at alpha 0."""
     map = torch.zeros(4, 8)
     map[1, 6] = 1
-    picture = overlay(plain("white", (512, 256)), map)
-    assert picture.size == (512, 256)
-    red, _, blue = pixel(picture, 6 * 64 + 32, 96)
+    image = overlay(plain("white", (512, 256)), map)
+    assert image.size == (512, 256)
+    red, _, blue = pixel(image, 6 * 64 + 32, 96)
     assert red - blue > 60  # hot
-    assert max(pixel(picture, 64, 192)) < 200
+    assert max(pixel(image, 64, 192)) < 200
     photo = Image.effect_noise((300, 300), 60).convert("RGB")
     assert overlay(photo, map, alpha=0).tobytes() == photo.tobytes()
     assert overlay(plain("white"), map).size == (256, 256)
@@ -81,12 +81,12 @@ def test_grid_geometry() -> None:
         255,
         255,
         255,
-    )  # a square picture is centred, not stretched
+    )  # a square image is centred, not stretched
     assert pixel(sheet, 10 + 21, 40) == (255, 0, 0)
 
 
 def test_grid_titles() -> None:
-    """Titles take room outside the pictures, wrap, and are drawn; a dark page has light text."""
+    """Titles take room outside the images, wrap, and are drawn; a dark page has light text."""
     row = [plain("red"), plain("red")]
     bare = grid([row])
     assert bare.size == (2 * 264 + 8, 264 + 8)
@@ -104,7 +104,7 @@ def test_grid_titles() -> None:
 
 
 def test_time_strip() -> None:
-    """One scale for all turns: only the strongest reaches the top of the colours."""
+    """One scale for all steps: only the strongest reaches the top of the colours."""
     maps = [ramp() * k for k in (0.25, 0.5, 1)]
     strip = np.asarray(time_strip(maps, ["0", "10", "20"], cell=(120, 80)), dtype=int)
     assert strip.shape[1] == 3 * 128 + 8
@@ -115,12 +115,12 @@ def test_time_strip() -> None:
 
 
 def test_contact_sheet() -> None:
-    pictures = [plain("red"), plain("lime"), plain("blue")]
-    sheet = contact_sheet(pictures)
+    images = [plain("red"), plain("lime"), plain("blue")]
+    sheet = contact_sheet(images)
     assert sheet.size == (2 * 264 + 8, 2 * 264 + 8)
     assert pixel(sheet, 100, 372) == (0, 0, 255) and pixel(sheet, 372, 372) == (255, 255, 255)
-    assert contact_sheet(pictures, ["a", "b", "c"], columns=9).size == (3 * 264 + 8, 264 + 8)
-    assert pictures[0].tobytes() == plain("red").tobytes()  # labels go on copies
+    assert contact_sheet(images, ["a", "b", "c"], columns=9).size == (3 * 264 + 8, 264 + 8)
+    assert images[0].tobytes() == plain("red").tobytes()  # labels go on copies
 
 
 def test_table() -> None:

@@ -27,13 +27,13 @@ def pipe(case: zoo.Case) -> Any:
     return case.make()
 
 
-SAME_NEGATIVES = ("svd", "flux2_klein")  # nothing stands for no picture; takes no negatives
+SAME_NEGATIVES = ("svd", "flux2_klein")  # nothing stands for no image; takes no negatives
 
 
 def text_rows(
     case: zoo.Case, pipe: Any, prompts: list[str], negatives: list[str], n: int
 ) -> list[list[Tensor]]:
-    """The text of each row, for each denoiser call of one turn."""
+    """The text of each row, for each denoiser call of one step."""
     seen: list[list[Tensor]] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -43,7 +43,7 @@ def text_rows(
     handle = case.denoiser_of(pipe).register_forward_pre_hook(note, with_kwargs=True)
     case.run(pipe, prompts, negatives, n=n)
     handle.remove()
-    calls = len(seen) // 2  # there were two turns
+    calls = len(seen) // 2  # there were two steps
     return seen[:calls]
 
 
@@ -84,7 +84,7 @@ def test_rows(case: zoo.Case, pipe: Any) -> None:
         if case.name == "animatediff":
             call, other = call[:: case.frames], other[:: case.frames]
         assert len(call) == len(labels)
-        # The text alone cannot tell the picture's rows from N, or the perturbed ones from P.
+        # The text alone cannot tell the image's rows from N, or the perturbed ones from P.
         sources = [label.replace("I", "N").replace("X", "P") for label in labels]
         if case.name in SAME_NEGATIVES:
             sources = [source.replace("N2", "N1") for source in sources]

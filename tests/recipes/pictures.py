@@ -1,4 +1,4 @@
-"""A picture and a tiny pipeline for the inversions, and how their work is counted."""
+"""An image and a tiny pipeline for the inversions, and how their work is counted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pipeline(name: str = "sd15", scheduler: Any = None, **config: Any) -> Any:
     return pipe
 
 
-def picture(seed: int = 0, size: tuple[int, int] = (128, 128)) -> Image.Image:
+def image(seed: int = 0, size: tuple[int, int] = (128, 128)) -> Image.Image:
     """Coloured noise of low frequency, (width, height) pixels."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))

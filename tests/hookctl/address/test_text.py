@@ -198,7 +198,7 @@ def test_a_word_is_where_the_text_begins_to_differ(family: str) -> None:
 
 @pytest.mark.parametrize("family", CHATS)
 def test_an_edit_of_a_word_in_a_template(family: str) -> None:
-    """The map of a word is there, and a weight on it changes the picture that it is in alone."""
+    """The map of a word is there, and a weight on it changes the image that it is in alone."""
     case = zoo.PIPELINES[family]
     pipe = case.make()
     edit = PromptToPrompt(["a red cat", "a red cat"], reweight={"cat": 4.0}, self_replace=0.0)

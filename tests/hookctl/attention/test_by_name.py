@@ -150,17 +150,17 @@ def test_modules_without_a_processor_keep_the_mode() -> None:
     assert modes == [1, 1] and len(seen.calls) == 2
 
 
-@pytest.mark.parametrize("turn", (0, 1))
+@pytest.mark.parametrize("step", (0, 1))
 @pytest.mark.parametrize("error", (ValueError, KeyboardInterrupt))
-def test_as_found_after_an_error(error: type[BaseException], turn: int) -> None:
+def test_as_found_after_an_error(error: type[BaseException], step: int) -> None:
     def fail() -> None:
-        if len(seen.calls) > turn:
+        if len(seen.calls) > step:
             raise error
 
     module, seen = Attention(by_name), Seen(fail)
     port(module, seen)
     entered = depth()
-    for _ in range(turn):
+    for _ in range(step):
         module(X)
     with pytest.raises(error):
         module(X)

@@ -43,10 +43,10 @@ def noise(seed: int, shape: tuple[int, ...] = (2, 4, 6, 6)) -> Tensor:
 def test_a_solver_of_its_own_steps_as_the_scheduler(cls: Any) -> None:
     theirs, own = scheduler(cls), OwnSolver(scheduler(cls))
     x = y = noise(0)
-    for turn, time in enumerate(theirs.timesteps):
-        assert torch.equal(own.model_input(y, turn), theirs.scale_model_input(x, time))
-        x = theirs.step(noise(turn), time, x)[0]
-        y = own.step(noise(turn), turn, y)
+    for step, time in enumerate(theirs.timesteps):
+        assert torch.equal(own.model_input(y, step), theirs.scale_model_input(x, time))
+        x = theirs.step(noise(step), time, x)[0]
+        y = own.step(noise(step), step, y)
         assert torch.equal(x, y)
     assert own.remembers == (cls in WITH_HISTORY)
 
@@ -54,8 +54,8 @@ def test_a_solver_of_its_own_steps_as_the_scheduler(cls: Any) -> None:
 def test_a_program_that_goes_back_finds_the_state_it_left() -> None:
     own = OwnSolver(scheduler(DPMSolverMultistepScheduler))
     x = [noise(0)]
-    for turn in range(3):
-        x.append(own.step(noise(turn), turn, x[-1]))
+    for step in range(3):
+        x.append(own.step(noise(step), step, x[-1]))
     assert torch.equal(own.step(noise(1), 1, x[1]), x[2])
 
 
@@ -65,17 +65,17 @@ def test_the_mixture_is_of_the_models_steps(cls: Any) -> None:
     pipeline, mixture = scheduler(cls), MixedSteps(scheduler(cls), ["a", "b"])
     solvers = {name: OwnSolver(scheduler(cls)) for name in "ab"}
     x = noise(0)
-    for turn, time in enumerate(pipeline.timesteps):
-        c, e = torch.rand(2, 1, 6, 6).double(), {name: noise(turn + ord(name)) for name in "ab"}
-        seen = {"a": x + 0.1 * noise(turn), "b": x}
+    for step, time in enumerate(pipeline.timesteps):
+        c, e = torch.rand(2, 1, 6, 6).double(), {name: noise(step + ord(name)) for name in "ab"}
+        seen = {"a": x + 0.1 * noise(step), "b": x}
         weight = {"a": c, "b": 1 - c}
         parts = {name: Part(weight[name], e[name], seen[name]) for name in "ab"}
         mixed = c * e["a"] + (1 - c) * e["b"]
-        more = mixture.difference(turn, mixed, x, parts, {})
+        more = mixture.difference(step, mixed, x, parts, {})
         assert more is not None
         pipeline.scale_model_input(x, time)
         got = pipeline.step(mixed, time, x)[0] + more
-        want = sum(weight[n] * solvers[n].step(e[n], turn, seen[n]) for n in "ab")
+        want = sum(weight[n] * solvers[n].step(e[n], step, seen[n]) for n in "ab")
         assert torch.allclose(got, want, atol=1e-5)  # sigmas are float32
         x = got
 
