@@ -11,16 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from hookctl.address.clock import Clock
 from hookctl.address.families import uncompiled
 from hookctl.address.rows import Rows
-
-if TYPE_CHECKING:
-    from hookctl.editor import Editor
 
 Settle = Callable[[Tensor], Tensor]
 
@@ -105,7 +102,7 @@ class Reading:
     """
 
     denoiser: nn.Module
-    reader: Editor | None
+    reader: object | None
     call: Any = None
 
 

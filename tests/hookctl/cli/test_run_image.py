@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from PIL import Image, ImageChops
-from tests.recipes.images import PROMPT, TARGET, image, pipeline
 
 from hookctl.cli import loading, main
+from tests.recipes.images import PROMPT, TARGET, image, pipeline
 
 STACK = """
 model = "shapes"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.hookctl.attention.test_algebra import EXACT, MASKS, check, masked, scripts
 
 from hookctl.evaluate import plan
 from hookctl.evaluate import short_keys as thin
 from tests.hookctl.attention import test_precision
 from tests.hookctl.attention.calls import IMAGE, TEXT, Case, Script, close, random, torch_calls
-from tests.hookctl.attention.test_algebra import EXACT, MASKS, check, masked, scripts
 
 
 @pytest.fixture(autouse=True)

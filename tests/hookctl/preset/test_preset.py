@@ -14,7 +14,7 @@ from hookctl.preset.signature import Mismatch, convert, describe
 from hookctl.preset.stack import EditorSpec, LoraSpec, Preset, dump_preset, load_preset
 from hookctl.recipes import PromptToPrompt
 
-PRESETS = Path(__file__).parents[2] / "demos" / "presets"
+PRESETS = Path(__file__).parents[3] / "demos" / "presets"
 PROMPTS = ["a red circle", "a blue circle"]
 
 
@@ -228,7 +228,7 @@ def test_an_editor_gets_the_run_s_image(write: Write) -> None:
     [editor] = preset.editors(["a cat"], "image")
     assert preset.takes_image and isinstance(editor, Seen) and editor.image == "image"
     with pytest.raises(InputError, match="image belongs to the run; give --image"):
-        load_preset(write('[[editor]]\nrecipe = "Seen"\npicture = "x.png"'), {"Seen": Seen})
+        load_preset(write('[[editor]]\nrecipe = "Seen"\nimage = "x.png"'), {"Seen": Seen})
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_an_editor_gets_the_run_s_image(write: Write) -> None:
         ),
         ('recipe = "Turned"\nguidance = "x"', "(Turned) guidance = 'x'; give a number"),
         ('recipe = "Turned"\nsteps = 3', "steps belong to the run; write steps = in [run]"),
-        ('recipe = "Turned"\npicture = "x.png"', "image belongs to the run; give --image"),
+        ('recipe = "Turned"\nimage = "x.png"', "image belongs to the run; give --image"),
         ('recipe = "Turned"\nprompt = "x"', "prompt belongs to the run; write prompt = in [run]"),
     ],
 )

@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 from safetensors.torch import save_file
-from tests.recipes.images import pipeline
 
 from hookctl.cli import loading, main
 from hookctl.cli.lora import check_loras
 from hookctl.errors import InputError
 from hookctl.preset.stack import LoraSpec
+from tests.recipes.images import pipeline
 
 STACK = """
 model = "shapes"

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hookctl.address.sites import Site
+from hookctl.attention.sdpa_call import SDPACall
 from hookctl.errors import HoleError
 from hookctl.hooks.attention import SitePort, depth, unwind
 from hookctl.hooks.by_name import SDPA
@@ -67,12 +68,10 @@ class Seen:
     def batch(self) -> int:
         return 1
 
-    def attend(
-        self, port: SitePort, index: int, q: Tensor, k: Tensor, v: Tensor, *_: Any
-    ) -> Tensor:
+    def attend(self, port: SitePort, index: int, call: SDPACall, *_: Any) -> Tensor:
         self.calls.append((port.site.path, index))
         self.within()
-        return F.scaled_dot_product_attention(q, k, v)
+        return call.attend()
 
 
 def port(module: nn.Module, seen: Seen, path: str = "a") -> SitePort:

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.hookctl.attention.test_algebra import masked, scripts
 
 from hookctl.evaluate import plan
 from hookctl.evaluate import special as together
 from hookctl.kernels import wins
 from tests.hookctl.attention.calls import Case, Script, close, random
-from tests.hookctl.attention.test_algebra import masked, scripts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 1e-5  # fp32
