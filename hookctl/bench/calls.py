@@ -141,7 +141,7 @@ class Bench:
         regions, and holds the matrix: it is for short keys."""
         if evaluator.name == "reference" or evaluator.missing() is not None:
             return False
-        return evaluator.name != "shared" or (edit.keys is not None and edit.bits is None)
+        return evaluator.name != "short keys" or (edit.keys is not None and edit.bits is None)
 
     def engine(
         self, edit: Edit, q: Tensor, k: Tensor, v: Tensor, rows: Rows, backend: str = "auto"

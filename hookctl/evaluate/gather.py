@@ -39,10 +39,8 @@ def gather(refs: Sequence[Ref]) -> Tensor:
 
 def rows_of(base: Tensor, rows: Sequence[int]) -> Tensor:
     """Some rows of a stack; copies nothing if they are adjacent or all the same."""
-    if len(rows) == base.shape[0] and adjacent(rows):
-        return base
     if adjacent(rows):
-        return base[rows[0] : rows[-1] + 1]
+        return base if len(rows) == len(base) else base[rows[0] : rows[-1] + 1]
     if all(row == rows[0] for row in rows):
         return base[rows[0] : rows[0] + 1].expand(len(rows), *base.shape[1:])
     if base.requires_grad:  # indexing adds gradients in no fixed order
@@ -55,7 +53,7 @@ def rows_of(base: Tensor, rows: Sequence[int]) -> Tensor:
 
 def adjacent(rows: Sequence[int]) -> bool:
     """Whether rows follow each other without a gap."""
-    return list(rows) == list(range(rows[0], rows[0] + len(rows)))
+    return len(rows) == 1 or list(rows) == list(range(rows[0], rows[0] + len(rows)))
 
 
 def scores_of(terms: Sequence[Term], mask: Tensor | None, *, widen: bool = False) -> Scores:

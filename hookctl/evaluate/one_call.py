@@ -148,6 +148,7 @@ class EditedSite:
         # The innermost session that asks for a backend by name has its way.
         asked = [one.backend for one in self.attached if one.backend != "auto"]
         self._backend = asked[-1] if asked else "auto"
+        self._noted: set[tuple[object, ...]] = set()
 
     def output(
         self,
@@ -224,6 +225,12 @@ class EditedSite:
         return rows, len(rows)
 
     def _note(self, call: AttentionCall, chosen: Plan) -> None:
+        """Once for each step: its other denoiser calls are like the first."""
+        done = (call.clock.step, chosen, *[(o.verb, id(o.editor)) for o in call.operations])
+        done = (*done, *[id(r.editor) for r in call.read_outs])
+        if done in self._noted:
+            return
+        self._noted.add(done)
         for one in self.attached:
             verbs = {o.verb for o in call.operations if o.editor is one.editor}
             if any(r.editor is one.editor for r in call.read_outs):

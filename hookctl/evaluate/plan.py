@@ -2,7 +2,7 @@
 
 pass-through   nothing was rewritten: the model's own call, bit-identical
 triton         fused launches on a GPU, where a table says that they win
-shared         short keys on a CPU: each distinct softmax once, used by every row
+short keys     on a CPU: each distinct softmax once, used by every row and every map
 sdpa           one scaled_dot_product_attention per group of like terms
 reference      explicit matrices in float64, on request
 matrix         rows whose probabilities an editor asked for; the others as above
@@ -20,10 +20,7 @@ from torch import Tensor
 from hookctl.attention.call import AttentionCall, ReadOut
 from hookctl.attention.term import Sum, Term
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.evaluate import reference, sdpa
-from hookctl.evaluate import short_keys as shared
-from hookctl.evaluate import special as together
-from hookctl.evaluate import triton as fused
+from hookctl.evaluate import reference, sdpa, short_keys, triton
 from hookctl.evaluate.reference import marginals
 from hookctl.evaluate.sdpa import Piece
 
@@ -32,6 +29,7 @@ BACKENDS = ("auto", "triton", "sdpa", "reference")
 # Up to this many keys a thin explicit matrix is cheaper than one SDPA call per term, and than SDPA
 # for the rows that no editor touched as well. Measured on a CPU: hookctl bench calls.
 SHORT_KEYS = 128
+SHORT_REASON = "short keys on a CPU: one softmax serves several rows"
 
 
 class Plan(NamedTuple):
@@ -63,14 +61,14 @@ def _here() -> None:
     return None
 
 
-def _suits_shared(call: AttentionCall, finished: Sum) -> str | None:
-    terms = [term for terms in finished.terms.values() for term in terms]
-    if not _thin(call, terms):
+def _suits_short_keys(call: AttentionCall, finished: Sum) -> str | None:
+    if call.site.kind != "cross":
         return None
-    return f"{call.k.shape[-2]} keys on a CPU: one softmax serves several rows"
+    terms = [term for terms in finished.terms.values() for term in terms]
+    return SHORT_REASON if _has_short_keys(call, terms) else None
 
 
-def _thin(call: AttentionCall, terms: Iterable[Term]) -> bool:
+def _has_short_keys(call: AttentionCall, terms: Iterable[Term]) -> bool:
     """Whether softmaxes over a short text are to be made on a CPU."""
     return (
         call.site.kind == "cross"
@@ -83,8 +81,8 @@ def _thin(call: AttentionCall, terms: Iterable[Term]) -> bool:
 
 # In the order in which `auto` asks them. The last suits every call.
 EVALUATORS = (
-    Evaluator("triton", fused.missing, fused.suits, fused.evaluate),
-    Evaluator("shared", _here, _suits_shared, shared.evaluate),
+    Evaluator("triton", triton.missing, triton.suits, triton.evaluate),
+    Evaluator("short keys", _here, _suits_short_keys, lambda *of: short_keys.evaluate(*of)[0]),
     Evaluator("reference", _here, lambda call, finished: None, reference.evaluate),
     Evaluator(
         "sdpa",
@@ -116,17 +114,29 @@ def evaluate(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Plan]:
     finished = call.fold()
     evaluator, plan = _choose(call, finished, backend)
     rows = [row for row in range(finished.rows) if row not in finished.functions]
-    pieces = evaluator.evaluate(finished, rows) if rows else []
+    read: Reading = {}
+    if evaluator.name == "short keys":
+        # The output and the maps of one softmax.
+        requests = _columns_of(call, finished)
+        pieces, maps = short_keys.evaluate(finished, rows, requests)
+        read = dict(zip(map(id, requests), maps, strict=True))
+    else:
+        pieces = evaluator.evaluate(finished, rows) if rows else []
     if finished.functions:
         pieces += reference.evaluate(finished, sorted(finished.functions), dtype=None)
     out = _placed(pieces, call)
-    _hand_out(call, finished, backend)
+    _hand_out(call, finished, backend, read)
     return out, plan
 
 
 def read_only(call: AttentionCall, backend: str = "auto") -> None:
     """Serve the read-outs of a call that nothing rewrote."""
-    _hand_out(call, call.fold(), backend)
+    finished, read = call.fold(), dict[int, Tensor]()
+    if backend == "auto" and _has_short_keys(call, ()):
+        requests = _columns_of(call, finished)
+        maps = short_keys.evaluate(finished, (), requests)[1]
+        read = dict(zip(map(id, requests), maps, strict=True))
+    _hand_out(call, finished, backend, read)
 
 
 def _choose(call: AttentionCall, finished: Sum, backend: str) -> tuple[Evaluator, Plan]:
@@ -171,35 +181,57 @@ def _first(piece: Piece) -> int:
     return piece[0][0]
 
 
-def _hand_out(call: AttentionCall, finished: Sum, backend: str) -> None:
-    read = [_read(finished, request, call, backend) for request in call.read_outs]
-    for request, values in zip(call.read_outs, read, strict=True):
-        request.into(request.row, values)
+# -- reading ---------------------------------------------------------------------------------------
+
+# By the identity of a request: its map of each head, [sub-batch, heads, N, tokens].
+Reading = dict[int, Tensor]
 
 
-def _read(finished: Sum, request: ReadOut, call: AttentionCall, backend: str) -> Tensor:
-    """[sub-batch, image queries, tokens], averaged over heads; [sub-batch, tokens] if summed;
-    [sub-batch, heads, image queries, tokens] if of each head."""
+def _columns_of(call: AttentionCall, finished: Sum) -> list[ReadOut]:
+    """The read-outs that are columns of a softmax over short keys."""
+    return [
+        request
+        for request in call.read_outs
+        if not request.summed
+        and request.row.index not in finished.functions
+        and _has_short_keys(call, finished.terms[request.row.index])
+    ]
+
+
+def _hand_out(call: AttentionCall, finished: Sum, backend: str, read: Reading) -> None:
+    start, stop = call.spans.image_queries if call.read_outs else (0, 0)
+    values = []
+    for request in call.read_outs:
+        if request.summed:
+            values.append(_sums(finished, request, call, backend))
+        elif (mean := triton.mean_map(finished, request, call, backend)) is not None:
+            values.append(mean[:, start:stop])
+        else:
+            of_heads = read.get(id(request))
+            if of_heads is None:
+                of_heads = _columns(finished, request, call)
+            heads = of_heads if request.heads else of_heads.mean(1)
+            values.append(heads[..., start:stop, :])
+    for request, found in zip(call.read_outs, values, strict=True):
+        request.into(request.row, found)
+
+
+def _sums(finished: Sum, request: ReadOut, call: AttentionCall, backend: str) -> Tensor:
+    """[sub-batch, tokens]: what each key gets from the image's queries, averaged over heads."""
+    sums = triton.mean_marginals(finished, request, call, backend)
+    if sums is None:
+        sums = marginals(finished, request.row.index, call.spans.image_queries).mean(1)
+    return sums[:, request.tokens[0] : request.tokens[-1] + 1]
+
+
+def _columns(finished: Sum, request: ReadOut, call: AttentionCall) -> Tensor:
+    """[sub-batch, heads, N, tokens]"""
     row = request.row.index
-    if request.summed:
-        sums = together.mean_marginals(finished, request, call, backend)
-        if sums is None:
-            sums = marginals(finished, row, call.spans.image_queries).mean(1)
-        return sums[:, request.tokens[0] : request.tokens[-1] + 1]
-    start, stop = call.spans.image_queries
-    found = together.mean_map(finished, request, call, backend)
-    if found is not None:
-        return found[:, start:stop]
-    own_matrix = row in finished.functions
-    if not own_matrix and _thin(call, finished.terms[row]):
-        total = shared.columns(finished, row, request.tokens)
-    elif own_matrix or (call.site.kind == "cross" and call.k.shape[-2] <= SHORT_KEYS):
-        total = reference.columns(finished, row, request.tokens)
-    else:
-        parts = [
-            sdpa.columns(term, finished.mask, request.tokens)
-            for term in finished.terms[row]
-            if not term.extra
-        ]
-        total = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
-    return total[:, :, start:stop] if request.heads else total.mean(1)[:, start:stop]
+    if row in finished.functions or (call.site.kind == "cross" and call.k.shape[-2] <= SHORT_KEYS):
+        return reference.columns(finished, row, request.tokens)
+    parts = [
+        sdpa.columns(term, finished.mask, request.tokens)
+        for term in finished.terms[row]
+        if not term.extra
+    ]
+    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]

@@ -1,34 +1,35 @@
-"""Terms by one fused kernel: the rows of a finished sum are named to it, and nothing is gathered.
+"""Terms by fused kernels: the rows of a finished sum are named to them, and nothing is gathered.
 
-Rows of equal probabilities and regions have kernels of their own (`together`). Dense masks over
-queries and keys, identity attention, learned biases and terms of more stacks than one launch takes
-are left to SDPA.
+Rows of equal probabilities, regions and maps have kernels of their own. Dense masks over queries
+and keys, identity attention, learned biases and terms of more stacks than one launch takes are left
+to SDPA.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from hookctl.attention.term import Segment, Sum, Term
+from hookctl.attention.arguments import positions
+from hookctl.attention.key_regions import KeyRegions
+from hookctl.attention.term import Sum, Term
 from hookctl.evaluate import sdpa
-from hookctl.evaluate import special as together
-from hookctl.evaluate.gather import segment_bias
+from hookctl.evaluate.gather import Scores
+from hookctl.evaluate.packing import launch
 from hookctl.evaluate.sdpa import Piece
 from hookctl.kernels.guard import usable
 from hookctl.kernels.launch import DTYPES, WIDEST, in_one_grid, interpreting
-from hookctl.kernels.launch_tables import SHORT, learns_ranked, short_form
-from hookctl.kernels.wins import TERMS, wins
+from hookctl.kernels.launch_tables import SHORT, learns_ranked, serves, short_form
+from hookctl.kernels.wins import MAPS, REGIONS, SHARED, TERMS, wins
 
 if TYPE_CHECKING:
-    from hookctl.attention.call import AttentionCall
+    from hookctl.attention.call import AttentionCall, ReadOut
 
 _HALVES = (torch.float16, torch.bfloat16)
+REGION_WIDTH = 160  # widest head of the kernels of regions and maps
 
 
 def missing() -> str | None:
@@ -53,7 +54,7 @@ def suits(call: AttentionCall, finished: Sum) -> str | None:
         and all(_fits(t, finished.mask) for ts in finished.terms.values() for t in ts)
     ):
         return f"{most} terms over {keys} keys: one launch writes the output once"
-    return together.suits(call, finished)
+    return _suits_others(call, finished)
 
 
 def evaluate(finished: Sum, rows: Sequence[int]) -> list[Piece]:
@@ -61,16 +62,16 @@ def evaluate(finished: Sum, rows: Sequence[int]) -> list[Piece]:
     mask = finished.mask
     fit = [row for row in rows if all(_fits(t, mask) for t in finished.terms[row])]
     rest = [row for row in rows if row not in fit]
-    pieces, fit = together.shared(finished, fit)
+    pieces, fit = _shared(finished, fit)
     # Over long keys a row that nothing rewrote is as fast by the model's own means as by any.
     long = [r for r in fit if r not in finished.terms and _keys(finished, r) > max(SHORT)]
     fit = [row for row in fit if row not in long]
-    pieces += sdpa.evaluate(finished, rest + long, together.attend) if rest or long else []
-    whole = _launch(finished, fit) if fit else None
+    pieces += sdpa.evaluate(finished, rest + long, attend) if rest or long else []
+    whole = launch(finished, fit) if fit else None
     if whole:
         return [*pieces, whole]
     for group in finished.groups(fit):
-        piece = _launch(finished, group)
+        piece = launch(finished, group)
         pieces += [piece] if piece else sdpa.evaluate(finished, group)
     return pieces
 
@@ -101,141 +102,134 @@ def _fits(term: Term, mask: Tensor | None) -> bool:
     return alike and all(keys.shape[0] <= own.tokens for _, keys in term.factors)
 
 
-def _launch(finished: Sum, rows: Sequence[int]) -> Piece | None:
-    """Some rows in one launch; None if they need more stacks than it takes."""
-    from hookctl.kernels.stretches import STACKS
-    from hookctl.kernels.sum_of_terms import sum_of_terms
+# -- equal probabilities, regions, maps ------------------------------------------------------------
 
-    form = _Form(finished.mask)
-    for i, row in enumerate(rows):
-        for term in finished.terms[row]:
-            form.add(i, term)
-    scales = {term.scale for row in rows for term in finished.terms[row]}
-    stacks = q, k, v = form.stacks("q"), form.stacks("k"), form.stacks("v")
-    if len(scales) > 1 or any(len(x) > STACKS for x in stacks):
-        return None
-    terms = [_numbered(stretch, stacks) for stretch in form.stretches]
-    out, _ = sum_of_terms(
-        q,
-        k,
-        v,
-        terms,
-        scales.pop(),
-        weights=torch.stack(form.weights) if form.weights else None,
-        bias=form.bias() if form.biases else None,
-        factors=form.factor_stacks() if form.factors else None,
+
+def _suits_others(call: AttentionCall, finished: Sum) -> str | None:
+    """Why a call is faster by a kernel of its own; None where it is not."""
+    device, keys = call.q.device, call.k.shape[-2]
+    most = max((len(rows) for rows in _sharing(finished, range(finished.rows)).values()), default=0)
+    if wins(SHARED, device, most, keys):
+        return f"{most} rows of one softmax: its products are formed once"
+    kinds = max(
+        (t.regions.kinds for ts in finished.terms.values() for t in ts if t.regions), default=0
     )
-    return list(rows), out
+    if wins(REGIONS, device, kinds, keys):
+        return f"{kinds} kinds of queries by region: one launch, no mask and nothing gathered"
+    return None
 
 
-def _numbered(stretch: dict[str, Any], stacks: Sequence[list[Tensor]]) -> Any:
-    """Rows counted through the stacks one after the other."""
-    from hookctl.kernels.stretches import Stretch
+def _sharing(finished: Sum, rows: Sequence[int]) -> dict[tuple[Any, ...], list[int]]:
+    """Rows whose one softmax is the same, two or more of each.
 
-    found = dict(stretch)
-    for kind, of_kind in zip("qkv", stacks, strict=True):
-        stack, row = found[kind]
-        found[kind] = sum(x.shape[0] for x in of_kind[:stack]) + row
-    return Stretch(**found)
+    Keys: what q, k and v are rows of, the scale; then the rows of q and k.
+    """
+    found: dict[tuple[Any, ...], list[int]] = {}
+    for row in rows:
+        term, *others = finished.terms[row]
+        if not others and _bare(term, finished.mask):
+            q, k, v = term.q, term.own.k, term.own.v
+            key = (id(q.base), id(k.base), id(v.base), term.scale, q.row, k.row)
+            found.setdefault(key, []).append(row)
+    return {key: alike for key, alike in found.items() if len(alike) > 1}
 
 
-@dataclass
-class _Form:
-    """What one launch is given, as it is collected term by term."""
+def _shared(finished: Sum, rows: Sequence[int]) -> tuple[list[Piece], list[int]]:
+    """The rows that share their probabilities, one launch for each choice of stacks; the rest."""
+    from hookctl.kernels.shared_probabilities import Group, shared_probabilities
 
-    mask: Tensor | None
-    stretches: list[dict[str, Any]] = field(default_factory=list)
-    weights: list[Tensor] = field(default_factory=list)
-    biases: list[Tensor] = field(default_factory=list)
-    factors: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
-    # Per kind: stacks as they are, or lists of rows that are yet to be stacked.
-    _bases: dict[str, list[Any]] = field(default_factory=lambda: {kind: [] for kind in "qkv"})
+    launches: dict[tuple[Any, ...], list[list[int]]] = {}
+    for key, alike in _sharing(finished, rows).items():
+        launches.setdefault(key[:4], []).append(alike)
+    pieces: list[Piece] = []
+    for groups in launches.values():
+        first = finished.terms[groups[0][0]][0]
+        named = []
+        for alike in groups:
+            terms = [finished.terms[row][0] for row in alike]
+            values = tuple(term.own.v.row for term in terms)
+            named.append(Group(terms[0].q.row, terms[0].own.k.row, values))
+        stacks = first.q.base, first.own.k.base, first.own.v.base
+        out, _ = shared_probabilities(*stacks, named, first.scale)
+        pieces.append(([row for alike in groups for row in alike], out))
+    done = {row for group, _ in pieces for row in group}
+    return pieces, [row for row in rows if row not in done]
 
-    def add(self, row: int, term: Term) -> None:
-        q = self._base("q", term.q.base), term.q.row
-        for segment in term.segments:
-            shift = segment.shift if isinstance(segment.shift, float | int) else 0.0
-            of_mask = self.mask is not None and segment.mask_row is not None
-            bias = of_mask or isinstance(segment.shift, Tensor)
-            stretch = {
-                "row": row,
-                "q": q,
-                "k": (self._base("k", segment.k.base), segment.k.row),
-                "v": self._values(term, segment),
-                "shift": 0.0 if bias else float(shift),
-                "bias": self._bias(segment) if bias else -1,
-                "closes": False,
-            }
-            if segment is term.own and term.factors:
-                stretch["factors"] = self._factors(term)
-            self.stretches.append(stretch)
-        last = self.stretches[-1]
-        last["closes"] = True
-        if isinstance(term.weight, Tensor):
-            last["weights"] = len(self.weights)
-            self.weights.append(term.weight.float().expand(term.q.base.shape[-2]))
-        else:
-            last["weight"] = float(term.weight)
 
-    def stacks(self, kind: str) -> list[Tensor]:
-        found = self._bases[kind]
-        return [torch.stack(x) if isinstance(x, list) else x for x in found]
+def _bare(term: Term, mask: Tensor | None) -> bool:
+    """Whether a term is a softmax of q and k alone over values as they are."""
+    own = term.own
+    edited = (
+        term.maps
+        or term.factors
+        or term.regions is not None
+        or term.value_only
+        or own.shift is not None
+        or not own.counts
+        or (mask is not None and own.mask_row is not None)
+    )
+    whole = not isinstance(term.weight, Tensor) and term.weight == 1.0
+    return not edited and whole and len(term.segments) == 1
 
-    def bias(self) -> Tensor:
-        """[B, sub-batch | 1, heads | 1, M], padded to the longest."""
-        keys = max(x.shape[-1] for x in self.biases)
-        padded = [F.pad(x, (0, keys - x.shape[-1])) for x in self.biases]
-        return torch.stack(torch.broadcast_tensors(*padded))
 
-    def factor_stacks(self) -> tuple[Tensor, Tensor]:
-        """[F, N, r] and [F, M, r], padded to the largest."""
-        pairs = list(self.factors.values())
-        rank, keys = (max(k.shape[i] for _, k in pairs) for i in (1, 0))
-        of_queries = [F.pad(q, (0, rank - q.shape[1])) for q, _ in pairs]
-        of_keys = [F.pad(k, (0, rank - k.shape[1], 0, keys - k.shape[0])) for _, k in pairs]
-        return torch.stack(of_queries), torch.stack(of_keys)
+def attend(scores: Scores, v: Tensor, regions: KeyRegions | None = None) -> Tensor:
+    """As `sdpa.attend`, regions without biases by their kernel."""
+    q, k = scores.q, scores.k
+    alike = q.shape[-1] == k.shape[-1] == v.shape[-1] <= REGION_WIDTH
+    if regions is None or scores.bias is not None or not alike or q.dtype not in DTYPES:
+        return sdpa.attend(scores, v, regions)
+    if not serves(REGIONS, q):
+        return sdpa.attend(scores, v, regions)
+    from hookctl.kernels.region_attention import lists, region_attention
 
-    def _base(self, kind: str, base: Tensor) -> int:
-        bases = self._bases[kind]
-        for i, known in enumerate(bases):
-            if known is base:
-                return i
-        bases.append(base)
-        return len(bases) - 1
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    sets, form = (regions.queries, regions.keys), (q.dtype, q.shape[-1])
+    if form not in regions.tiles:
+        regions.tiles[form] = lists(*sets, q)
+    out, _ = region_attention(q, k, v, *sets, scores.scale, regions.tiles[form])
+    return out.unflatten(0, scores.q.shape[:2])
 
-    def _made(self, value: Tensor) -> tuple[int, int]:
-        """A place among the values that were made here, one stack for each length."""
-        bases = self._bases["v"]
-        for i, known in enumerate(bases):
-            if isinstance(known, list) and known[0].shape == value.shape:
-                known.append(value)
-                return i, len(known) - 1
-        bases.append([value])
-        return len(bases) - 1, 0
 
-    def _values(self, term: Term, segment: Segment) -> tuple[int, int]:
-        if not segment.counts:
-            return self._made(torch.zeros_like(segment.v.tensor))
-        if segment is not term.own or not term.maps:
-            return self._base("v", segment.v.base), segment.v.row
-        value = segment.v.tensor
-        for value_map in term.maps:
-            value = value_map.apply(value)
-        return self._made(value)
+def mean_map(finished: Sum, request: ReadOut, call: AttentionCall, backend: str) -> Tensor | None:
+    """A read-out averaged over heads, [sub-batch, N, tokens]; None where SDPA serves it."""
+    term = _one_softmax(finished, request, call, backend)
+    if term is None or request.heads:
+        return None
+    from hookctl.kernels.map_readout import map_readout
 
-    def _bias(self, segment: Segment) -> int:
-        found = segment_bias([segment], self.mask)
-        assert found is not None  # the segment has a mask or a shift
-        self.biases.append(found[0, ..., 0, :].float().expand(-1, -1, segment.tokens))
-        return len(self.biases) - 1
+    tokens = positions(request.tokens, call.q.device)
+    maps: Tensor = map_readout(term.q.tensor, term.own.k.tensor, tokens, term.scale)
+    return maps.to(call.q.dtype)
 
-    def _factors(self, term: Term) -> int:
-        keys_of = term.own.tokens
-        key = (keys_of, *map(id, term.factors))
-        if key not in self.factors:
-            pairs = term.factors
-            n = term.q.base.shape[-2]
-            queries = [keys.new_ones(n, 1) if q is None else q for q, keys in pairs]
-            of_keys = [F.pad(keys, (0, 0, 0, keys_of - keys.shape[0])) for _, keys in pairs]
-            self.factors[key] = torch.cat(queries, 1), torch.cat(of_keys, 1)
-        return list(self.factors).index(key)
+
+def mean_marginals(
+    finished: Sum, request: ReadOut, call: AttentionCall, backend: str
+) -> Tensor | None:
+    """What each of the row's own keys gets from the image's queries, averaged over heads, float32
+    [sub-batch, M]; None where it is summed from explicit probabilities."""
+    term = _one_softmax(finished, request, call, backend)
+    learns = torch.is_grad_enabled() and (call.q.requires_grad or call.k.requires_grad)
+    if term is None or learns:
+        return None
+    from hookctl.kernels.map_readout import key_marginals
+
+    start, stop = call.spans.image_queries
+    sums: Tensor = key_marginals(term.q.tensor[..., start:stop, :], term.own.k.tensor, term.scale)
+    return sums
+
+
+def _one_softmax(finished: Sum, request: ReadOut, call: AttentionCall, backend: str) -> Term | None:
+    """The one softmax that a read-out is of, where the kernels of `map_readout` are to serve it."""
+    q, k, row = call.q, call.k, request.row.index
+    if backend == "auto":
+        taken = q.dtype in (torch.float16, torch.bfloat16) and q.device.type == "cuda"
+        taken = taken and usable(q.device) is None and wins(MAPS, q.device, 1, k.shape[-2])
+    else:
+        taken = backend == "triton"
+    terms = [term for term in finished.terms[row] if not term.extra]
+    if not taken or row in finished.functions or len(terms) > 1:
+        return None
+    (term,) = terms
+    if not _bare(term, finished.mask) or q.dtype not in DTYPES or q.shape[-1] > REGION_WIDTH:
+        return None
+    return term if serves(MAPS, q) else None

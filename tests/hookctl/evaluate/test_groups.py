@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.hookctl.attention.test_algebra import check, masked, scripts
 
 from hookctl.attention.call import AttentionCall
 from hookctl.evaluate import sdpa
 from tests.hookctl.attention.calls import Case, Script, torch_calls
+from tests.hookctl.evaluate.test_algebra import check, masked, scripts
 
 
 def calls(case: Case, script: Script) -> int:

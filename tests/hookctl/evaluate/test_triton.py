@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.hookctl.attention.test_algebra import masked, scripts
 
-from hookctl.evaluate import plan
-from hookctl.evaluate import special as together
+from hookctl.evaluate import plan, triton
 from hookctl.kernels import wins
 from tests.hookctl.attention.calls import Case, Script, close, random
+from tests.hookctl.evaluate.test_algebra import masked, scripts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 1e-5  # fp32
@@ -145,24 +144,24 @@ def test_the_table_says_where_kernels_win(monkeypatch: pytest.MonkeyPatch) -> No
     call = case.call()
     known["borrow qk (P2P)"](call)
     finished = call.fold()
-    assert list(together.sharing(finished, range(5)).values()) == [[2, 3, 4]]
+    assert list(triton._sharing(finished, range(5)).values()) == [[2, 3, 4]]
     restricted = case.call()
     known["restrict"](restricted)
-    assert together.suits(call, finished) is None  # 12 keys
-    assert together.suits(restricted, restricted.fold()) is None
+    assert triton._suits_others(call, finished) is None  # 12 keys
+    assert triton._suits_others(restricted, restricted.fold()) is None
 
     def table(of_arch: dict[int, int | None]) -> None:
         kernels = (wins.SHARED, wins.REGIONS)
         monkeypatch.setattr(wins, "_shipped", {kernel: {"sm_90": of_arch} for kernel in kernels})
 
     table({4: 12})  # the call has 3 rows of one softmax, the other 6 kinds of queries
-    assert together.suits(call, finished) is None
-    assert "6 kinds of queries" in (together.suits(restricted, restricted.fold()) or "")
+    assert triton._suits_others(call, finished) is None
+    assert "6 kinds of queries" in (triton._suits_others(restricted, restricted.fold()) or "")
     table({2: 12, 4: None})
-    assert "3 rows of one softmax" in (together.suits(call, finished) or "")
-    assert together.suits(restricted, restricted.fold()) is None
+    assert "3 rows of one softmax" in (triton._suits_others(call, finished) or "")
+    assert triton._suits_others(restricted, restricted.fold()) is None
     table({2: 13})
-    assert together.suits(call, finished) is None
+    assert triton._suits_others(call, finished) is None
 
 
 @pytest.mark.slow
