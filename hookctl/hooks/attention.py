@@ -23,7 +23,7 @@ from hookctl.attention.sdpa_call import SDPACall
 from hookctl.errors import HoleError
 from hookctl.hooks import by_name
 from hookctl.hooks.by_name import SDPA
-from hookctl.hooks.compiled import Ports, opaque_operator
+from hookctl.hooks.compiled import CompiledMode, attention_ports
 from hookctl.hooks.eager import EagerFollower
 
 _MULTI_HEAD = "torch.nn.MultiheadAttention, which computes attention by itself"
@@ -120,26 +120,6 @@ class Named:
         return self.port.caught(index, SDPACall(*args, **kwargs))
 
 
-class CompiledMode(TorchFunctionMode):
-    """What SiteMode does while `torch.compile` traces: the call becomes one opaque operator."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-        self.calls = 0
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is SDPA:
-            index, self.calls = self.calls, self.calls + 1
-            return _attention_operator(*SDPACall(*args, **(kwargs or {})), self.name, index)
-        if func is Tensor.unflatten:
-            # Under a mode, tracing breaks at the `super()` call inside the method.
-            return torch.unflatten(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
 class SitePort:
     """The hooks on one attention module, with one owner.
 
@@ -161,7 +141,7 @@ class SitePort:
         self.traced = False
         self._names: Any = None  # the processor whose attention calls all go by name
         # Made beforehand: traced code can't make a mode and leave it entered at a graph break.
-        self._compiled = CompiledMode(_ports.register(self, site.path))
+        self._compiled = CompiledMode(attention_ports.register(self, site.path))
         self._running = 0  # forwards between our two hooks, in every thread
         self._handles = [
             module.register_forward_pre_hook(self._enter),
@@ -278,28 +258,5 @@ def depth() -> tuple[int, int]:
     """How many torch-function modes are entered in this thread, and how many modules watched."""
     return torch._C._len_torch_function_stack(), by_name.depth()
 
-
-# -- torch.compile ---------------------------------------------------------------------------------
-
-_ports = Ports()
-
-
-def _evaluate(*given: Any) -> Tensor:
-    *call, port, index = given
-    owner = _ports.get(port)
-    if owner is None or not owner.handler.watching(owner.site):
-        return SDPACall(*call).attend()
-    out: Tensor = owner.caught(index, SDPACall(*call))
-    return out
-
-
-_attention_operator = opaque_operator(
-    "attention",
-    "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, bool is_causal, "
-    "float? scale, bool enable_gqa, str port, int index",
-    _evaluate,
-    lambda query, key, value, *rest: (*query.shape[:-1], value.shape[-1]),
-    _ports,
-)
 
 __all__ = ["Handler", "SitePort", "Untouched", "depth", "unwind"]

@@ -16,6 +16,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from hookctl.attention.sdpa_call import SDPACall
+from hookctl.hooks.by_name import SDPA
 
 _UNSAFE_TO_CAPTURE = getattr(torch.Tag, "cudagraph_unsafe", None)  # torch knows it from 2.9 on
 
@@ -127,3 +131,47 @@ def opaque_operator(
     operator.register_autograd(backward, setup_context=save)
     traceable: Callable[..., Tensor] = getattr(torch.ops.hookctl, name)
     return traceable
+
+
+# -- attention -------------------------------------------------------------------------------------
+
+attention_ports = Ports()
+
+
+def _evaluate(*given: Any) -> Tensor:
+    *call, port, index = given
+    owner = attention_ports.get(port)
+    if owner is None or not owner.handler.watching(owner.site):
+        return SDPACall(*call).attend()
+    out: Tensor = owner.caught(index, SDPACall(*call))
+    return out
+
+
+_attention_operator = opaque_operator(
+    "attention",
+    "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, bool is_causal, "
+    "float? scale, bool enable_gqa, str port, int index",
+    _evaluate,
+    lambda query, key, value, *rest: (*query.shape[:-1], value.shape[-1]),
+    attention_ports,
+)
+
+
+class CompiledMode(TorchFunctionMode):
+    """What SiteMode does while `torch.compile` traces: the call becomes one opaque operator."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.calls = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is SDPA:
+            index, self.calls = self.calls, self.calls + 1
+            return _attention_operator(*SDPACall(*args, **(kwargs or {})), self.name, index)
+        if func is Tensor.unflatten:
+            # Under a mode, tracing breaks at the `super()` call inside the method.
+            return torch.unflatten(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))

@@ -33,6 +33,11 @@ class Level:
         """The latents at this level."""
         return self.signal * x0 + self.noise * eps
 
+    @property
+    def size(self) -> float:
+        """The standard deviation of latents whose clean images have 1."""
+        return float((self.signal**2 + self.noise**2) ** 0.5)
+
 
 class Noise:
     """The levels of a scheduler and what its model's predictions mean at them.

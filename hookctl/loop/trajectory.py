@@ -21,17 +21,16 @@ from torch import Tensor
 
 from hookctl.address import families
 from hookctl.address.clock import Clock
-from hookctl.address.rows import COND, UNCOND
 from hookctl.errors import InputError
 from hookctl.loop.calls import prediction_of
 from hookctl.loop.driven import Driven, Scaling, Settle, driving, settled
+from hookctl.loop.guidance import Guidance, Scales, combined, guidance_scales, needed_branches
 from hookctl.loop.images import decode
 from hookctl.loop.noise import Level, Noise
 from hookctl.loop.solver import Solver
 from hookctl.loop.state import split_branches
 from hookctl.loop.template import Template, prepare
 
-Guidance = float | Sequence[float] | Tensor
 Generators = torch.Generator | Sequence[torch.Generator]
 Texts = Mapping[str, Tensor]
 
@@ -118,7 +117,7 @@ class Trajectory:
         x, entries = self.latents, self.solver.entries[i]
         for entry in entries:
             last = entry == entries[-1]
-            call = self._call(_branches(self.template, scales), entry)
+            call = self._call(needed_branches(scales, self.template.branches), entry)
             call.stepping, call.settle = True, settle if last else None
             many = torch.cat([x] * (len(call.rows) // len(x)))
             call.scaling = self.solver.scaling(many, entry)
@@ -167,7 +166,7 @@ class Trajectory:
             prediction = self.predict(x, i + 1 if known else self.steps, guidance, contexts)
             found = there.mix(*self.noise.split(x, prediction, here))
         else:
-            found = x if self.noise.flow else x * (_size(there) / _size(here))
+            found = x if self.noise.flow else x * (there.size / here.size)
             for _ in range(refine + 1):
                 prediction = self.predict(found, i, guidance, contexts)
                 found = self._undone(x, prediction, i)
@@ -230,7 +229,9 @@ class Trajectory:
         At the last level, which no timestep of the run stands for, the timestep is 0.
         """
         scales = self._scales(guidance)
-        return combined(self.branches(x, i, _branches(self.template, scales), contexts), scales)
+        return combined(
+            self.branches(x, i, needed_branches(scales, self.template.branches), contexts), scales
+        )
 
     def branches(
         self,
@@ -247,7 +248,7 @@ class Trajectory:
             )
         entry = self.solver.entries[i][0] if i < self.steps else None
         call = self._call(names, entry)
-        size = 1.0 if self.noise.flow else _size(self.levels[i])
+        size = 1.0 if self.noise.flow else self.levels[i].size
 
         def scale(latents: Tensor) -> Tensor:
             return latents if size == 1.0 else latents / size
@@ -305,26 +306,9 @@ class Trajectory:
                 "write(latents, level=) sets both"
             )
 
-    def _scales(self, guidance: Guidance | None) -> float | Tensor:
-        """One scale, or one for each image in the shape of the latents."""
+    def _scales(self, guidance: Guidance | None) -> Scales:
         value = self.guidance if guidance is None else guidance
-        if isinstance(value, int | float):
-            scale: float | Tensor = float(value)
-        else:
-            x = self.latents
-            many = torch.as_tensor(value, dtype=torch.float32, device=x.device)
-            if many.shape != (len(x),):
-                raise InputError(
-                    f"guidance={guidance!r}; give one scale, or one for each of {len(x)} images"
-                )
-            shaped = many.reshape(-1, *[1] * (x.dim() - 1)).to(x.dtype)
-            scale = float(many[0]) if bool((many == many[0]).all()) else shaped
-        if UNCOND not in self.template.branches and (isinstance(scale, Tensor) or scale > 1):
-            raise InputError(
-                f"guidance={guidance!r}, but this run has no unconditional rows; make it with "
-                "guidance= above 1"
-            )
-        return scale
+        return guidance_scales(value, self.latents, self.template.branches)
 
     def factors(self, i: int) -> tuple[float, float]:
         """(alpha, beta) of step i, x' = alpha x + beta prediction, as a first-order one.
@@ -347,21 +331,3 @@ class Trajectory:
                 f"step {i} can't be undone, it keeps nothing of its latents; take more steps"
             )
         return (x - beta * prediction) / alpha
-
-
-def combined(parts: Mapping[str, Tensor], scales: float | Tensor) -> Tensor:
-    """Classifier-free guidance: uncond + s (cond - uncond), or cond where there is nothing else."""
-    if UNCOND not in parts:
-        return parts[COND]
-    return parts[UNCOND] + scales * (parts[COND] - parts[UNCOND])
-
-
-def _branches(template: Template, scales: float | Tensor) -> tuple[str, ...]:
-    """The branches that guidance of this scale needs."""
-    alone = not isinstance(scales, Tensor) and scales == 1.0
-    return (COND,) if alone else template.branches
-
-
-def _size(level: Level) -> float:
-    """The standard deviation of latents at a level whose clean images have 1."""
-    return float((level.signal**2 + level.noise**2) ** 0.5)
