@@ -271,9 +271,8 @@ class Engine:
         with self._calls.during(call):
             try:
                 return self._call(inner, call, args, kwargs)
-            except BaseException:
+            finally:
                 unwind(entered)
-                raise
 
     def _call(self, inner: Inner, call: Call, args: Any, kwargs: Any) -> Any:
         state = call.state
