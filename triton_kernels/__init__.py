@@ -6,6 +6,6 @@ public function. Triton has no wheel for macOS and Windows, so nothing is import
 needs it: ask `available` first, then import the kernel's own module.
 """
 
-from hookctl.kernels.launch import available
+from hookctl.kernels.common.launch import available
 
 __all__ = ["available"]

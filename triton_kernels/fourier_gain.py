@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hookctl.kernels.guard import form, fused, jit, tl
-from hookctl.kernels.launch import Launch, Specimen
-from hookctl.kernels.launch_tables import GAIN, entry, needed, tile_for
+from hookctl.kernels.common.guard import form, fused, jit, tl
+from hookctl.kernels.common.launch import Launch, Specimen
+from hookctl.kernels.common.launch_tables import GAIN, entry, needed, tile_for
 from hookctl.kernels.operators import custom_op
 
 

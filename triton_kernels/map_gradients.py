@@ -18,11 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hookctl.kernels.guard import form
-from hookctl.kernels.launch import Specimen, empty_output, interpreting, side_by_side, sizes
-from hookctl.kernels.launch_tables import GRADIENTS, MAPS, forms, needed, tile_for
-from hookctl.kernels.operators import custom_op
-from hookctl.kernels.tiles import (
+from hookctl.kernels.common.guard import form
+from hookctl.kernels.common.launch import Specimen, empty_output, interpreting, side_by_side, sizes
+from hookctl.kernels.common.launch_tables import GRADIENTS, MAPS, forms, needed, tile_for
+from hookctl.kernels.common.tiles import (
     LOG2E,
     add_products,
     dot,
@@ -33,6 +32,7 @@ from hookctl.kernels.tiles import (
     program,
     store,
 )
+from hookctl.kernels.operators import custom_op
 
 PROGRAMS = 256  # queries are split until there are about so many
 

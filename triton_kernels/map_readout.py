@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hookctl.kernels import map_gradients
-from hookctl.kernels.guard import form
-from hookctl.kernels.launch import (
+from hookctl.kernels.common.guard import form
+from hookctl.kernels.common.launch import (
     Specimen,
     check_grid,
     interpreting,
@@ -30,10 +30,10 @@ from hookctl.kernels.launch import (
     sizes,
     strides,
 )
-from hookctl.kernels.launch_tables import MAPS, forms, needed, tile_for
+from hookctl.kernels.common.launch_tables import MAPS, forms, needed, tile_for
+from hookctl.kernels.common.tiles import LOG2E, parts, pivots, products, program, seen, unseen
 from hookctl.kernels.operators import prepared_op
 from hookctl.kernels.ready import Ready
-from hookctl.kernels.tiles import LOG2E, parts, pivots, products, program, seen, unseen
 
 MOST_TOKENS = 128  # of one launch
 PROGRAMS = 256  # work is split over heads or queries until there are about so many

@@ -22,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hookctl.kernels import region_gradients
-from hookctl.kernels.guard import form
-from hookctl.kernels.launch import (
+from hookctl.kernels.common.guard import form
+from hookctl.kernels.common.launch import (
     WIDTHS,
     Launch,
     Specimen,
@@ -34,11 +34,8 @@ from hookctl.kernels.launch import (
     sizes,
     strides,
 )
-from hookctl.kernels.launch_tables import REGIONS, forms, needed, tile_for
-from hookctl.kernels.operators import prepared_op
-from hookctl.kernels.ready import Ready
-from hookctl.kernels.region_lists import tile_lists
-from hookctl.kernels.tiles import (
+from hookctl.kernels.common.launch_tables import REGIONS, forms, needed, tile_for
+from hookctl.kernels.common.tiles import (
     LOG2E,
     add_products,
     nothing,
@@ -50,6 +47,9 @@ from hookctl.kernels.tiles import (
     store,
     unseen,
 )
+from hookctl.kernels.operators import prepared_op
+from hookctl.kernels.ready import Ready
+from hookctl.kernels.region_lists import tile_lists
 
 
 def reference(

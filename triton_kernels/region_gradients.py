@@ -18,12 +18,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hookctl.kernels.guard import form
-from hookctl.kernels.launch import Launch, Specimen, empty_output, interpreting, side_by_side, sizes
-from hookctl.kernels.launch_tables import GRADIENTS, REGIONS, forms, needed, tile_for
-from hookctl.kernels.operators import custom_op
-from hookctl.kernels.region_lists import tile_lists
-from hookctl.kernels.tiles import (
+from hookctl.kernels.common.guard import form
+from hookctl.kernels.common.launch import (
+    Launch,
+    Specimen,
+    empty_output,
+    interpreting,
+    side_by_side,
+    sizes,
+)
+from hookctl.kernels.common.launch_tables import GRADIENTS, REGIONS, forms, needed, tile_for
+from hookctl.kernels.common.tiles import (
     LOG2E,
     add_products,
     nothing,
@@ -35,6 +40,8 @@ from hookctl.kernels.tiles import (
     region_bits,
     store,
 )
+from hookctl.kernels.operators import custom_op
+from hookctl.kernels.region_lists import tile_lists
 
 
 @triton.jit

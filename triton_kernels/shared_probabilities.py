@@ -22,10 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hookctl.kernels import stretches
-from hookctl.kernels.arguments import Extras, tables_of
-from hookctl.kernels.guard import form
-from hookctl.kernels.launch import (
+from hookctl.kernels.common import stretches
+from hookctl.kernels.common.arguments import Extras, tables_of
+from hookctl.kernels.common.guard import form
+from hookctl.kernels.common.launch import (
     DTYPES,
     WIDEST,
     WIDTHS,
@@ -39,12 +39,12 @@ from hookctl.kernels.launch import (
     sizes,
     strides,
 )
-from hookctl.kernels.launch_tables import entry, needed, tile_for
+from hookctl.kernels.common.launch_tables import entry, needed, tile_for
+from hookctl.kernels.common.stretches import Stretch
+from hookctl.kernels.common.tiles import LOG2E, dot, parts, products, program, seen, unseen
 from hookctl.kernels.operators import custom_op, prepared_op
 from hookctl.kernels.ready import Ready
-from hookctl.kernels.stretches import Stretch
 from hookctl.kernels.sum_of_terms_backward import gradients
-from hookctl.kernels.tiles import LOG2E, dot, parts, products, program, seen, unseen
 
 MOST = 4  # rows of values of one program
 CHANNELS = 256  # and of all of them together

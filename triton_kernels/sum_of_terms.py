@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hookctl.kernels import stretches
-from hookctl.kernels.arguments import Extras, tables_of
-from hookctl.kernels.launch import DTYPES, WIDEST, available, check_grid, empty_output
+from hookctl.kernels.common import stretches
+from hookctl.kernels.common.arguments import Extras, tables_of
+from hookctl.kernels.common.launch import DTYPES, WIDEST, available, check_grid, empty_output
+from hookctl.kernels.common.stretches import STACKS, Stretch
 from hookctl.kernels.operators import custom_op, prepared_op
-from hookctl.kernels.stretches import STACKS, Stretch
 from hookctl.kernels.sum_of_terms_backward import gradients
 from hookctl.kernels.sum_of_terms_forward import forward
 

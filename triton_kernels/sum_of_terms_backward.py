@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hookctl.kernels import stretches
-from hookctl.kernels.arguments import (
+from hookctl.kernels.common import stretches
+from hookctl.kernels.common.arguments import (
     Extras,
     alignment,
     fixed,
@@ -32,10 +32,10 @@ from hookctl.kernels.arguments import (
     pointers,
     ranked,
 )
-from hookctl.kernels.launch import INTERPRETED, WIDTHS, Specimen, pieces
-from hookctl.kernels.launch_tables import KEYS, QUERIES, RANKED, entry, needed, tile_for
-from hookctl.kernels.stretches import Tables
-from hookctl.kernels.tiles import (
+from hookctl.kernels.common.launch import INTERPRETED, WIDTHS, Specimen, pieces
+from hookctl.kernels.common.launch_tables import KEYS, QUERIES, RANKED, entry, needed, tile_for
+from hookctl.kernels.common.stretches import Tables
+from hookctl.kernels.common.tiles import (
     LOG2E,
     add_products,
     biased,

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hookctl.kernels import stretches
-from hookctl.kernels.arguments import (
+from hookctl.kernels.common import stretches
+from hookctl.kernels.common.arguments import (
     Extras,
     alignment,
     fixed,
@@ -27,11 +27,10 @@ from hookctl.kernels.arguments import (
     pointers,
     ranked,
 )
-from hookctl.kernels.launch import WIDTHS, Launch, Specimen, pieces
-from hookctl.kernels.launch_tables import RANKED, SHORT, entry, needed, short_form, tile_for
-from hookctl.kernels.ready import Ready
-from hookctl.kernels.stretches import Tables
-from hookctl.kernels.tiles import (
+from hookctl.kernels.common.launch import WIDTHS, Launch, Specimen, pieces
+from hookctl.kernels.common.launch_tables import RANKED, SHORT, entry, needed, short_form, tile_for
+from hookctl.kernels.common.stretches import Tables
+from hookctl.kernels.common.tiles import (
     LOG2E,
     add_products,
     biased,
@@ -42,6 +41,7 @@ from hookctl.kernels.tiles import (
     products,
     store,
 )
+from hookctl.kernels.ready import Ready
 
 _COLUMNS = tl.constexpr(stretches.COLUMNS)
 _K, _V, _KEYS = (tl.constexpr(c) for c in (stretches.K, stretches.V, stretches.KEYS))

@@ -19,10 +19,10 @@ from hookctl.attention import sdpa, together
 from hookctl.attention.assemble import segment_bias
 from hookctl.attention.sdpa import Piece
 from hookctl.attention.term import Segment, Sum, Term
-from hookctl.kernels.guard import usable
-from hookctl.kernels.launch import DTYPES, WIDEST, in_one_grid, interpreting
-from hookctl.kernels.launch_tables import SHORT, learns_ranked, short_form
-from hookctl.kernels.wins import TERMS, wins
+from hookctl.kernels.common.guard import usable
+from hookctl.kernels.common.launch import DTYPES, WIDEST, in_one_grid, interpreting
+from hookctl.kernels.common.launch_tables import SHORT, learns_ranked, short_form
+from hookctl.kernels.common.wins import TERMS, wins
 
 if TYPE_CHECKING:
     from hookctl.attention.call import AttentionCall
@@ -102,7 +102,7 @@ def _fits(term: Term, mask: Tensor | None) -> bool:
 
 def _launch(finished: Sum, rows: Sequence[int]) -> Piece | None:
     """Some rows in one launch; None if they need more stacks than it takes."""
-    from hookctl.kernels.stretches import STACKS
+    from hookctl.kernels.common.stretches import STACKS
     from hookctl.kernels.sum_of_terms import sum_of_terms
 
     form = _Form(finished.mask)
@@ -129,7 +129,7 @@ def _launch(finished: Sum, rows: Sequence[int]) -> Piece | None:
 
 def _numbered(stretch: dict[str, Any], stacks: Sequence[list[Tensor]]) -> Any:
     """Rows counted through the stacks one after the other."""
-    from hookctl.kernels.stretches import Stretch
+    from hookctl.kernels.common.stretches import Stretch
 
     found = dict(stretch)
     for kind, of_kind in zip("qkv", stacks, strict=True):

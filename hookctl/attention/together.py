@@ -14,10 +14,10 @@ from hookctl.attention.prepared import positions
 from hookctl.attention.sdpa import Piece
 from hookctl.attention.term import Sum, Term
 from hookctl.attention.visibility import Regions
-from hookctl.kernels.guard import usable
-from hookctl.kernels.launch import DTYPES
-from hookctl.kernels.launch_tables import serves
-from hookctl.kernels.wins import MAPS, REGIONS, SHARED, wins
+from hookctl.kernels.common.guard import usable
+from hookctl.kernels.common.launch import DTYPES
+from hookctl.kernels.common.launch_tables import serves
+from hookctl.kernels.common.wins import MAPS, REGIONS, SHARED, wins
 
 if TYPE_CHECKING:
     from hookctl.attention.call import AttentionCall, ReadOut

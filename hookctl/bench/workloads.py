@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hookctl.bench.measure import Form
-from hookctl.kernels.launch import WIDTHS, pieces
-from hookctl.kernels.launch_tables import (
+from hookctl.kernels.common.launch import WIDTHS, pieces
+from hookctl.kernels.common.launch_tables import (
     GAIN,
     GRADIENTS,
     KEYS,
@@ -121,7 +121,7 @@ def _sum(module_function: str, several: bool, ranked: bool = False) -> Callable[
 
     def make(q: Tensor, k: Tensor, v: Tensor) -> Callable[..., Tensor]:
         from hookctl.kernels import sum_of_terms as module
-        from hookctl.kernels.stretches import Stretch
+        from hookctl.kernels.common.stretches import Stretch
 
         terms, options = [], dict[str, Any]()
         for row in range(len(q)):

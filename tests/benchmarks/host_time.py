@@ -30,13 +30,12 @@ import hookctl
 from hookctl import Editor
 from hookctl.attention import repeats
 from hookctl.kernels import (
-    guard,
-    launch_tables,
     map_readout,
     region_attention,
     shared_probabilities,
     sum_of_terms,
 )
+from hookctl.kernels.common import guard, launch_tables
 from tests.kernels.driverless import driverless
 
 Context = Callable[[Any], Any]

@@ -25,18 +25,16 @@ from torch.utils._pytree import tree_leaves
 
 from hookctl.kernels import (
     fourier_gain,
-    guard,
     latent_mixing,
-    launch_tables,
     map_gradients,
     map_readout,
     region_attention,
     region_gradients,
     shared_probabilities,
-    stretches,
     sum_of_terms,
 )
-from hookctl.kernels.launch import INTERPRETED, SHARED_LIMIT, Launch
+from hookctl.kernels.common import guard, launch_tables, stretches
+from hookctl.kernels.common.launch import INTERPRETED, SHARED_LIMIT, Launch
 
 DEVICE = torch.device("cuda:0")
 ARCHS = tuple(SHARED_LIMIT)

@@ -23,9 +23,9 @@ from hookctl.bench.measure import OURS, PLAIN, Case, _agreeing
 from hookctl.bench.workloads import WORKLOADS
 from hookctl.cli import bench as command
 from hookctl.cli import bench_steps, main
-from hookctl.kernels import launch_tables
-from hookctl.kernels.launch import Launch
-from hookctl.kernels.launch_tables import SINGLE
+from hookctl.kernels.common import launch_tables
+from hookctl.kernels.common.launch import Launch
+from hookctl.kernels.common.launch_tables import SINGLE
 from tests.benchmarks.pretended import ARCHS, DEVICE, Seen, pretended
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU needs no pretence")

@@ -33,8 +33,8 @@ from typing import Any
 from unittest.mock import patch
 
 import hookctl.kernels
-from hookctl.kernels import launch_tables
-from hookctl.kernels.launch import SHARED_LIMIT, Specimen
+from hookctl.kernels.common import launch_tables
+from hookctl.kernels.common.launch import SHARED_LIMIT, Specimen
 
 RECORD = Path(__file__).with_name("resources.json")
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}

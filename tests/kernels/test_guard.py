@@ -11,7 +11,7 @@ import torch
 
 from hookctl.attention import fused, plan
 from hookctl.errors import UnsupportedError
-from hookctl.kernels import guard
+from hookctl.kernels.common import guard
 
 CPU = torch.device("cpu")
 

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from hookctl.attention import plan
 from hookctl.kernels import latent_mixing as mixing
+from hookctl.kernels.common.launch import interpreting
+from hookctl.kernels.common.stretches import Stretch
 from hookctl.kernels.fourier_gain import by_kernel
 from hookctl.kernels.fourier_gain import reference as gain_reference
-from hookctl.kernels.launch import interpreting
 from hookctl.kernels.map_readout import key_marginals, map_readout
 from hookctl.kernels.map_readout import reference as map_reference
 from hookctl.kernels.region_attention import region_attention
 from hookctl.kernels.shared_probabilities import Group, shared_probabilities
-from hookctl.kernels.stretches import Stretch
 from hookctl.kernels.sum_of_terms import sum_of_terms
 from tests.hookctl.attention.calls import Case
 from tests.kernels.closeness import DEVICE, close, random

@@ -17,9 +17,9 @@ from hookctl.kernels import (
     ready,
     region_attention,
     shared_probabilities,
-    stretches,
     sum_of_terms,
 )
+from hookctl.kernels.common import stretches
 from hookctl.kernels.operators import shortcut
 from hookctl.kernels.ready import Ready
 from tests.kernels.closeness import DEVICE, random

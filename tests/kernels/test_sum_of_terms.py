@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hookctl.kernels import sum_of_terms_forward
-from hookctl.kernels.stretches import Stretch
+from hookctl.kernels.common.stretches import Stretch
 from hookctl.kernels.sum_of_terms import reference, sum_of_terms
 from tests.kernels.closeness import TOLERANCE, close, random
 

@@ -7,14 +7,15 @@ part is then a stand-in that nothing reads.
 
 # mypy: disallow-incomplete-defs=False
 
-import triton
-import triton.language as tl
+from __future__ import annotations
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32
+from hookctl.kernels.common.guard import constexpr, jit, tl
+
+LOG2E = constexpr(1.4426950408889634)
+LOWEST = constexpr(-3.4028234663852886e38)  # of fp32
 
 
-@triton.jit
+@jit
 def program(heads, SIZE: tl.constexpr):
     """The sequence and the head of this program, the pair of both, and the tokens of its tile."""
     pair = tl.program_id(1)
@@ -22,7 +23,7 @@ def program(heads, SIZE: tl.constexpr):
     return (pair // heads).to(tl.int64), (pair % heads).to(tl.int64), pair.to(tl.int64), i
 
 
-@triton.jit
+@jit
 def dot(a, b, acc, UPCAST: tl.constexpr):
     """acc + a b in fp32.
 
@@ -35,7 +36,7 @@ def dot(a, b, acc, UPCAST: tl.constexpr):
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
-@triton.jit
+@jit
 def place(cells, p0, p1, p2, sub, head, ALIGN: tl.constexpr):
     """(pointer, stride of tokens, stride of channels) of one head of the row that six cells name.
 
@@ -53,7 +54,7 @@ def place(cells, p0, p1, p2, sub, head, ALIGN: tl.constexpr):
     return pointer + offset, tokens, channels
 
 
-@triton.jit
+@jit
 def tile(
     pointer, tokens, channels, i, length,
     FROM: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, ALIGN: tl.constexpr,
@@ -69,7 +70,7 @@ def tile(
     return tl.load(pointer + at + c[None, :] * channels, mask=mask, other=0.0)
 
 
-@triton.jit
+@jit
 def parts(
     pointer, tokens, channels, i, length,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
@@ -82,13 +83,13 @@ def parts(
         return first, first
 
 
-@triton.jit
+@jit
 def nothing(BM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
     """Zeros to add to, in two parts."""
     return tl.zeros([BM, D0], tl.float32), tl.zeros([BM, D1 if D1 else 1], tl.float32)
 
 
-@triton.jit
+@jit
 def products(
     a_0, a_1, pointer, tokens, channels, i, length,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, UPCAST: tl.constexpr,
@@ -103,7 +104,7 @@ def products(
     return acc
 
 
-@triton.jit
+@jit
 def add_products(
     acc_0, acc_1, p, pointer, tokens, channels, i, length,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, UPCAST: tl.constexpr,
@@ -118,7 +119,7 @@ def add_products(
     return acc_0, acc_1
 
 
-@triton.jit
+@jit
 def overlap(a_0, a_1, b_0, b_1, D1: tl.constexpr):
     """rowsum(a * b) in fp32."""
     total = tl.sum(a_0.to(tl.float32) * b_0.to(tl.float32), 1)
@@ -127,7 +128,7 @@ def overlap(a_0, a_1, b_0, b_1, D1: tl.constexpr):
     return total
 
 
-@triton.jit
+@jit
 def unseen(BM: tl.constexpr):
     """The maximum and the sum of a softmax that has seen no scores.
 
@@ -136,7 +137,7 @@ def unseen(BM: tl.constexpr):
     return tl.full([BM], LOWEST, tl.float32), tl.zeros([BM], tl.float32)
 
 
-@triton.jit
+@jit
 def seen(scores, top, norm):
     """One more tile of base-2 scores of an online softmax: its exponentials, what sums so far fade
     by, and the new maximum and sum."""
@@ -146,7 +147,7 @@ def seen(scores, top, norm):
     return p, fade, new, norm * fade + tl.sum(p, 1)
 
 
-@triton.jit
+@jit
 def pivots(lse, i, length):
     """Log-sum-exps of the queries i in base 2, to recompute probabilities: +inf beyond the end and
     where there was no key, so that those are 0."""
@@ -154,13 +155,13 @@ def pivots(lse, i, length):
     return tl.where(found == float("-inf"), float("inf"), found * LOG2E)
 
 
-@triton.jit
+@jit
 def region_bits(pointer, i, length):
     """Bit sets of the tokens i; those past the end are in no region."""
     return tl.load(pointer + i, mask=i < length, other=0)
 
 
-@triton.jit
+@jit
 def store(
     pointer, tokens, i, length, x_0, x_1,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
@@ -176,7 +177,7 @@ def store(
         tl.store(at + c_1[None, :], x_1.to(pointer.dtype.element_ty), mask=mask_1)
 
 
-@triton.jit
+@jit
 def biased(
     scores, cells, shift, bias, query_factors, key_factors, sub, head, m, n, tokens, keys,
     TRANSPOSED: tl.constexpr, BIASED: tl.constexpr, RANK: tl.constexpr, UPCAST: tl.constexpr,
@@ -209,7 +210,7 @@ def biased(
         return scores + key_bias[None, :]
 
 
-@triton.jit
+@jit
 def per_query(weights, row, m, tokens):
     """The weights of the queries m, ones where the row is -1."""
     given = tl.where(row >= 0, tokens, 0)

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hookctl.kernels.launch import aligned, interpreting, sizes
-from hookctl.kernels.stretches import STACKS, Stack, Tables, layout, tables
+from hookctl.kernels.common.launch import aligned, interpreting, sizes
+from hookctl.kernels.common.stretches import STACKS, Stack, Tables, layout, tables
 
 # log2(e): the query factors carry it, since kernels take exponentials in base 2.
 _LOG2E = 1.4426950408889634

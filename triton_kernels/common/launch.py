@@ -116,6 +116,11 @@ def arch_of(device: torch.device) -> str:
     return "sm_90" if torch.cuda.get_device_capability(device)[0] == 9 else "sm_80"
 
 
+def cdiv(count: int, size: int) -> int:
+    """How many tiles of a size hold so many."""
+    return -(-count // size)
+
+
 def pieces(width: int) -> tuple[int, int]:
     """The tiles of channels of a head: powers of two of at least 16 whose sum is the width or more.
 
