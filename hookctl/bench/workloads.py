@@ -193,32 +193,31 @@ def _maps(name: str) -> Callable[..., Any]:
     return make
 
 
-def _gain(name: str) -> Callable[..., Any]:
+def _gain(which: str) -> Callable[..., Any]:
     """FreeU's filter of SDXL's backbone features."""
 
     def make(x: Tensor) -> Callable[..., Tensor]:
-        from hookctl.kernels import fourier_gain as module
+        from hookctl.kernels import fourier_gain as operator
 
-        function: Any = getattr(module, name)
+        function: Any = getattr(operator, which).fourier_gain
         return lambda x: function(x, 0.9)
 
     return make
 
 
-def _mixtures(suffix: str) -> Callable[..., Any]:
+def _mixtures(which: str) -> Callable[..., Any]:
     """All that is done to latents: they share a tile."""
 
     def make(x: Tensor, d: Tensor) -> Callable[..., Tensor]:
-        from hookctl.kernels import latent_mixing as module
+        from hookctl.kernels import latent_mixing as operators
 
-        blend, merge, mix, update = (
-            getattr(module, f"{name}_{suffix}") for name in ("blend", "merge", "mix", "update")
-        )
+        by: Any = getattr(operators, which)
         sources = torch.zeros(len(x), dtype=torch.long, device=x.device)
 
         def run(x: Tensor, d: Tensor) -> Tensor:
             y = x.flip(0)
-            found = [blend(x, sources, d), merge(x, d[1:]), mix(x, y, d), update(d, x, x, y, 0.1)]
+            found = [by.local_blend(x, sources, d), by.merge_instances(x, d[1:])]
+            found += [by.mix_predictions(x, y, d), by.update_difference(d, x, x, y, 0.1)]
             return torch.cat([one.flatten() for one in found])
 
         return run
@@ -254,11 +253,11 @@ def _workloads() -> dict[str, Workload]:
     found[MAPS] = Workload(long, *maps)
     found[MAPS + GRADIENTS] = Workload(brief, *maps, learns=(0, 1), needs=(MAPS,))
     found[GAIN] = Workload(
-        _pictures(64, (4, 640)), _gain("by_kernel"), _gain("reference"),
+        _pictures(64, (4, 640)), _gain("forward"), _gain("reference"),
         first=(1, 16), second=(128, 2048), staged=False, axes=("height", "width"),
     )  # fmt: skip
     found[MIXING] = Workload(
-        _pictures(128, (8, 4), (8,)), _mixtures("kernel"), _mixtures("reference"),
+        _pictures(128, (8, 4), (8,)), _mixtures("forward"), _mixtures("reference"),
         first=None, second=(128, 4096), staged=False, axes=("height", "width"),
     )  # fmt: skip
     return found

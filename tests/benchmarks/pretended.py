@@ -42,12 +42,12 @@ _OPTIONS = tuple(INTERPRETED.options)
 _MOST = (2**31 - 1, 65_535, 65_535)  # programs on the axes of a grid
 _ADDRESS = 1 << 20  # of every tensor: allocators align on 512 bytes
 _OPERATORS = (
-    fourier_gain._forward_op,
-    fourier_gain._backward_op,
-    latent_mixing.blend_kernel,
-    latent_mixing.merge_kernel,
-    latent_mixing.mix_kernel,
-    latent_mixing.update_kernel,
+    fourier_gain.forward.operator,
+    fourier_gain.backward.operator,
+    latent_mixing.forward.local_blend,
+    latent_mixing.forward.merge_instances,
+    latent_mixing.forward.mix_predictions,
+    latent_mixing.forward.update_difference,
     map_gradients.operator,
     map_readout._operator,
     map_readout._marginals_operator,

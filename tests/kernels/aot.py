@@ -44,8 +44,8 @@ Resources = dict[str, Any]
 
 def specimens() -> Iterator[tuple[str, Specimen]]:
     """(key in the record, form) of all kernels for all chips."""
-    for module in pkgutil.iter_modules(hookctl.kernels.__path__):
-        listed = getattr(import_module(f"hookctl.kernels.{module.name}"), "specimens", None)
+    for module in pkgutil.walk_packages(hookctl.kernels.__path__, "hookctl.kernels."):
+        listed = getattr(import_module(module.name), "specimens", None)
         if listed:
             for arch in TARGETS:
                 for one in listed(arch):
