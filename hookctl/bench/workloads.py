@@ -180,14 +180,14 @@ def _regions(name: str) -> Callable[..., Any]:
     return make
 
 
-def _maps(name: str) -> Callable[..., Any]:
+def _maps(explicit: bool) -> Callable[..., Any]:
     """Maps of eight tokens."""
 
     def make(q: Tensor, k: Tensor, v: Tensor) -> Callable[..., Tensor]:
-        from hookctl.kernels import map_readout as module
+        from hookctl.kernels.map_readout import map_readout, reference
 
         tokens = torch.arange(8, device=q.device)
-        function: Any = getattr(module, name)
+        function: Any = reference.map_readout if explicit else map_readout
         return lambda q, k, v: function(q.flatten(0, 1), k.flatten(0, 1), tokens)
 
     return make
@@ -247,7 +247,7 @@ def _workloads() -> dict[str, Workload]:
     found["shared probabilities"] = Workload(_heads(TOKENS, TOKENS, 0), *shared)
     long, brief = (_heads(n, n, 1, _channels) for n in (TOKENS, 1024))
     regions = _regions("region_attention"), _regions("reference")
-    maps = _maps("map_readout"), _maps("reference")
+    maps = _maps(explicit=False), _maps(explicit=True)
     found[REGIONS] = Workload(long, *regions)
     found[REGIONS + GRADIENTS] = Workload(brief, *regions, learns=(0, 1, 2), needs=(REGIONS,))
     found[MAPS] = Workload(long, *maps)

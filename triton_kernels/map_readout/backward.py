@@ -14,12 +14,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from hookctl.kernels.common.guard import form
-from hookctl.kernels.common.launch import Specimen, empty_output, interpreting, side_by_side, sizes
+from hookctl.kernels.common.guard import form, jit, tl
+from hookctl.kernels.common.launch import (
+    Specimen,
+    cdiv,
+    empty_output,
+    interpreting,
+    side_by_side,
+    sizes,
+)
 from hookctl.kernels.common.launch_tables import GRADIENTS, MAPS, forms, needed, tile_for
 from hookctl.kernels.common.tiles import (
     LOG2E,
@@ -32,17 +37,16 @@ from hookctl.kernels.common.tiles import (
     program,
     store,
 )
-from hookctl.kernels.operators import custom_op
 
 PROGRAMS = 256  # queries are split until there are about so many
 
 
 def padded(count: int) -> int:
     """Columns of a tile of so many chosen tokens."""
-    return max(16, triton.next_power_of_2(count))
+    return max(16, 1 << (count - 1).bit_length())
 
 
-@triton.jit
+@jit
 def _spread(grad, one_hot, SPLIT: tl.constexpr, UPCAST: tl.constexpr):
     """grad [m, t] times a one-hot matrix [t, n], by tensor cores where SPLIT.
 
@@ -60,7 +64,7 @@ def _spread(grad, one_hot, SPLIT: tl.constexpr, UPCAST: tl.constexpr):
         return dot(grad, one_hot.to(tl.float32), acc, UPCAST)
 
 
-@triton.jit
+@jit
 def _chosen_and_grad(
     chosen_ptr, grad_ptr, b, m, tokens, keys, heads, count, chosen_stride, grad_stride_b,
     BT: tl.constexpr,
@@ -73,7 +77,7 @@ def _chosen_and_grad(
     return chosen, tl.load(grad_ptr + at, mask=mask, other=0.0) / heads
 
 
-@triton.jit
+@jit
 def _of_queries(
     q_ptr, k_ptr, chosen_ptr, lse_ptr, grad_ptr, dq_ptr, r_ptr, tokens, keys, heads, count, scale,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
@@ -112,7 +116,7 @@ def _of_queries(
     store(dq_ptr, dq_stride_n, m, tokens, dq_0 * scale, dq_1 * scale, D, D0, D1)
 
 
-@triton.jit
+@jit
 def _of_keys(
     q_ptr, k_ptr, chosen_ptr, lse_ptr, grad_ptr, r_ptr, dk_ptr, tokens, keys, heads, count, scale,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
@@ -152,7 +156,7 @@ def _of_keys(
 TABLE = MAPS + GRADIENTS
 
 
-@custom_op("map_gradients")
+@torch.library.custom_op("hookctl::map_gradients", mutates_args=())
 def operator(
     q: Tensor, k: Tensor, tokens: Tensor, lse: Tensor, grad: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -164,14 +168,14 @@ def operator(
     constants |= {"BT": padded(count), "SPLIT": q.element_size() == 2}
     constants |= {"ALIGN": side_by_side(q, k), "UPCAST": interpreting()}
     grad, r, dq = grad.contiguous(), torch.empty_like(lse), empty_output(q.shape, q)
-    tiles, key_tiles = (triton.cdiv(x, tile.block_m) for x in (length, keys))
+    tiles, key_tiles = (cdiv(x, tile.block_m) for x in (length, keys))
     with torch.cuda.device_of(q):
         _of_queries[tiles, batch * heads](
             q, k, tokens, lse, grad, dq, r, length, keys, heads, count, scale,
             *q.stride(), *k.stride(), *dq.stride()[:3], tokens.stride(0), grad.stride(0),
             **constants,
         )  # fmt: skip
-    splits = max(1, min(triton.cdiv(length, tile.block_n), PROGRAMS // (key_tiles * batch * heads)))
+    splits = max(1, min(cdiv(length, tile.block_n), PROGRAMS // (key_tiles * batch * heads)))
     dk = q.new_empty(splits, batch, heads, keys, width, dtype=torch.float32)
     with torch.cuda.device_of(q):
         _of_keys[key_tiles, batch * heads, splits](
