@@ -31,7 +31,7 @@ from hookctl.kernels.common.launch import (
     WIDTHS,
     Specimen,
     available,
-    check_grid,
+    check_launch,
     empty_output,
     interpreting,
     pieces,
@@ -303,7 +303,7 @@ def shared_probabilities(
     why = available(q.device)
     if why:
         raise ValueError(f"shared_probabilities: {why}")
-    check_grid("shared_probabilities", q)
+    check_launch("shared_probabilities", q)
     alike = {(x.dtype, x.device, x.dim(), x.shape[1:3], x.shape[-1]) for x in (q, k, v)}
     if len(alike) > 1 or q.dim() != 5 or k.shape[-2] != v.shape[-2] or not k.shape[-2]:
         shapes = ", ".join(f"{x.dtype} {tuple(x.shape)} on {x.device}" for x in (q, k, v))

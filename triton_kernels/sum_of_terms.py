@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hookctl.kernels.common import stretches
 from hookctl.kernels.common.arguments import Extras, tables_of
-from hookctl.kernels.common.launch import DTYPES, WIDEST, available, check_grid, empty_output
+from hookctl.kernels.common.launch import DTYPES, WIDEST, available, check_launch, empty_output
 from hookctl.kernels.common.stretches import STACKS, Stretch
 from hookctl.kernels.operators import custom_op, prepared_op
 from hookctl.kernels.sum_of_terms_backward import gradients
@@ -202,7 +202,7 @@ def _check(q: list[Tensor], k: list[Tensor], v: list[Tensor], terms: list[Stretc
     why = available(first.device)
     if why:
         raise ValueError(f"sum_of_terms: {why}")
-    check_grid("sum_of_terms", first)
+    check_launch("sum_of_terms", first)
     for name, stacks in (("q", q), ("k", k), ("v", v)):
         if not 0 < len(stacks) <= STACKS:
             raise ValueError(f"sum_of_terms: {name} is {len(stacks)} stacks; give 1 to {STACKS}")

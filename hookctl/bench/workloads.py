@@ -159,20 +159,20 @@ def _shared(name: str) -> Callable[..., Any]:
     return make
 
 
-def _regions(name: str) -> Callable[..., Any]:
+def _regions(explicit: bool) -> Callable[..., Any]:
     """Four regions that cover everything; the lists of tiles are made for the tile that runs."""
 
     def make(q: Tensor, k: Tensor, v: Tensor) -> Callable[..., Tensor]:
-        from hookctl.kernels import region_attention as module
+        from hookctl.kernels.region_attention import lists, reference, region_attention
 
         n = q.shape[-2]
         bits = 1 << (torch.arange(n, device=q.device) * 4 // n)
-        function: Any = getattr(module, name)
-        lists = () if name == "reference" else (module.lists(bits, bits, q),)
+        function: Any = reference.region_attention if explicit else region_attention
+        listed = () if explicit else (lists(bits, bits, q),)
 
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             flat = (x.flatten(0, 1) for x in (q, k, v))
-            out: Tensor = function(*flat, bits, bits, q.shape[-1] ** -0.5, *lists)[0]
+            out: Tensor = function(*flat, bits, bits, q.shape[-1] ** -0.5, *listed)[0]
             return out
 
         return run
@@ -246,7 +246,7 @@ def _workloads() -> dict[str, Workload]:
     shared = _shared("shared_probabilities"), _shared("reference")
     found["shared probabilities"] = Workload(_heads(TOKENS, TOKENS, 0), *shared)
     long, brief = (_heads(n, n, 1, _channels) for n in (TOKENS, 1024))
-    regions = _regions("region_attention"), _regions("reference")
+    regions = _regions(explicit=False), _regions(explicit=True)
     maps = _maps(explicit=False), _maps(explicit=True)
     found[REGIONS] = Workload(long, *regions)
     found[REGIONS + GRADIENTS] = Workload(brief, *regions, learns=(0, 1, 2), needs=(REGIONS,))

@@ -28,7 +28,6 @@ from hookctl.kernels import (
     latent_mixing,
     map_readout,
     region_attention,
-    region_gradients,
     shared_probabilities,
     sum_of_terms,
 )
@@ -50,8 +49,8 @@ _OPERATORS = (
     map_readout.backward.operator,
     map_readout.forward.operator,
     map_readout.forward.marginals_operator,
-    region_attention._operator,
-    region_gradients.operator,
+    region_attention.forward.operator,
+    region_attention.backward.operator,
     shared_probabilities._operator,
     shared_probabilities._backward_op,
     sum_of_terms._forward_op,

@@ -100,8 +100,11 @@ def in_one_grid(like: torch.Tensor) -> bool:
     return like.shape[-4] * like.shape[-3] <= MOST_PAIRS
 
 
-def check_grid(name: str, like: torch.Tensor) -> None:
-    """Raise ValueError where `in_one_grid` is False."""
+def check_launch(name: str, like: torch.Tensor) -> None:
+    """Raise ValueError where the kernels can't run, or where `in_one_grid` is False."""
+    why = available(like.device)
+    if why:
+        raise ValueError(f"{name}: {why}")
     if not in_one_grid(like):
         raise ValueError(
             f"{name}: {like.shape[-4]} x {like.shape[-3]} sequences and heads; one launch takes "

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hookctl.kernels.common.launch import check_grid
+from hookctl.kernels.common.launch import check_launch
 from hookctl.kernels.map_readout import forward
 
 __all__ = ["key_marginals", "map_readout"]
@@ -28,8 +28,9 @@ def map_readout(
     tokens: int64 [T], or a row for each of the batch, where -1 stands for no key and gives 0;
     scale: channels ** -0.5 by default; lse: log-sum-exp of the scores, float32 [batch, heads, N],
     if an attention over the same q and k has given it.
+    Raises ValueError where no kernel can run or none ships for the dtype and the width.
     """
-    check_grid("map_readout", q)
+    check_launch("map_readout", q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = torch.where(tokens < 0, k.shape[2], tokens).expand(q.shape[0], -1)
     parts = []
@@ -44,9 +45,9 @@ def key_marginals(
 ) -> Tensor:
     """The attention that each key draws, summed over queries and averaged over heads.
 
-    Arguments as of `map_readout`. Returns float32 [batch, M], without a gradient.
+    Arguments and errors as of `map_readout`. Returns float32 [batch, M], without a gradient.
     """
-    check_grid("key_marginals", q)
+    check_launch("key_marginals", q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.no_grad():
         if lse is None:

@@ -14,11 +14,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from hookctl.kernels.common.guard import form
+from hookctl.kernels.common.guard import form, jit, tl
 from hookctl.kernels.common.launch import (
     Launch,
     Specimen,
@@ -40,11 +38,10 @@ from hookctl.kernels.common.tiles import (
     region_bits,
     store,
 )
-from hookctl.kernels.operators import custom_op
-from hookctl.kernels.region_lists import tile_lists
+from hookctl.kernels.region_attention.tile_lists import apart, tile_lists
 
 
-@triton.jit
+@jit
 def _of_queries(
     q_ptr, k_ptr, v_ptr, q_regions_ptr, k_regions_ptr, order_ptr, counts_ptr, out_ptr, lse_ptr,
     grad_ptr, grad_lse_ptr, dq_ptr, delta_ptr, tokens, keys, heads, listed, scale,
@@ -98,7 +95,7 @@ def _of_queries(
     store(dq_ptr, dq_stride_n, m, tokens, dq_0 * scale, dq_1 * scale, D, D0, D1)
 
 
-@triton.jit
+@jit
 def _of_keys(
     q_ptr, k_ptr, v_ptr, q_regions_ptr, k_regions_ptr, order_ptr, counts_ptr, lse_ptr, delta_ptr,
     grad_ptr, dk_ptr, dv_ptr, tokens, keys, heads, listed, scale,
@@ -156,7 +153,7 @@ def _of_keys(
 TABLE = REGIONS + GRADIENTS
 
 
-@custom_op("region_gradients")
+@torch.library.custom_op("hookctl::region_gradients", mutates_args=())
 def operator(
     q: Tensor,
     k: Tensor,
@@ -187,7 +184,7 @@ def operator(
             tokens, keys, heads, order.shape[2], scale,
             *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3], *grad.stride()[:3],
             *dq.stride()[:3], query_regions.stride(0), key_regions.stride(0),
-            0 if same else order.shape[1], **constants,
+            apart(order), **constants,
         )  # fmt: skip
     order, counts = tile_lists(of_keys, of_queries, tile.block_m, tile.block_n)
     with torch.cuda.device_of(q):
@@ -196,7 +193,7 @@ def operator(
             tokens, keys, heads, order.shape[2], scale,
             *q.stride(), *k.stride(), *v.stride(), *grad.stride()[:3], *dk.stride()[:3],
             *dv.stride()[:3], query_regions.stride(0), key_regions.stride(0),
-            0 if same else order.shape[1], **constants,
+            apart(order), **constants,
         )  # fmt: skip
     return dq, dk, dv
 
