@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from hookctl.attention.noted import NotedCall
 from hookctl.attention.operations import Operation
 from hookctl.attention.tape import Recorder, Tape, same
-from hookctl.kernels.operators import shortcut
 
 _KEPT = 512
 _PLAIN = (Tensor, torch.nn.Parameter)  # not what traces or fakes
@@ -80,7 +79,7 @@ class Repeats:
         if given[0].is_cuda and torch.cuda.is_current_stream_capturing():
             return plainly()  # nothing can be compared before it is run
         if known.tape is None:
-            recorder = Recorder(given, shortcut)
+            recorder = Recorder(given)
             with recorder:
                 known.said, made = plainly()
             known.tape = recorder.tape(made)

@@ -115,13 +115,11 @@ def _run(function: Callable[..., Tensor], given: Sequence[Tensor], learns: Seque
     return run
 
 
-def _sum(module_function: str, several: bool, ranked: bool = False) -> Callable[..., Any]:
-    """`sum_of_terms` or its reference: a term a row, or two, the second weighted by query; with
-    rank-r biases if `ranked`."""
+def _sum(explicit: bool, several: bool, ranked: bool) -> Callable[..., Any]:
+    """A term a row, or two, the second weighted by query; with rank-r biases if `ranked`."""
 
     def make(q: Tensor, k: Tensor, v: Tensor) -> Callable[..., Tensor]:
-        from hookctl.kernels import sum_of_terms as module
-        from hookctl.kernels.common.stretches import Stretch
+        from hookctl.kernels.sum_of_terms import Stretch, reference, sum_of_terms
 
         terms, options = [], dict[str, Any]()
         for row in range(len(q)):
@@ -135,7 +133,7 @@ def _sum(module_function: str, several: bool, ranked: bool = False) -> Callable[
         if ranked:
             waves = (torch.linspace(-1, 1, 2 * x, device=q.device).view(1, x, 2) for x in (n, m))
             options["factors"] = tuple(x.to(q) for x in waves)
-        function: Any = getattr(module, module_function)
+        function: Any = reference.sum_of_terms if explicit else sum_of_terms
         scale = q.shape[-1] ** -0.5
         return lambda q, k, v: function([q], [k], [v], terms, scale, **options)[0]
 
@@ -143,17 +141,17 @@ def _sum(module_function: str, several: bool, ranked: bool = False) -> Callable[
 
 
 def _sums(several: bool, ranked: bool = False) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    return _sum("sum_of_terms", several, ranked), _sum("reference", several, ranked)
+    return _sum(False, several, ranked), _sum(True, several, ranked)
 
 
-def _shared(name: str) -> Callable[..., Any]:
+def _shared(explicit: bool) -> Callable[..., Any]:
     """As many rows of values as one program takes."""
 
     def make(q: Tensor, k: Tensor, v: Tensor) -> Callable[..., Tensor]:
-        from hookctl.kernels import shared_probabilities as module
+        from hookctl.kernels.shared_probabilities import Group, reference, shared_probabilities
 
-        function: Any = getattr(module, name)
-        groups = [module.Group(0, 0, tuple(range(len(v))))]
+        function: Any = reference.shared_probabilities if explicit else shared_probabilities
+        groups = [Group(0, 0, tuple(range(len(v))))]
         return lambda q, k, v: function(q, k, v, groups, q.shape[-1] ** -0.5)[0]
 
     return make
@@ -243,7 +241,7 @@ def _workloads() -> dict[str, Workload]:
         both = QUERIES + suffix, KEYS + suffix
         found[both[0]] = Workload(brief, *sums, learns=(0,), needs=both)
         found[both[1]] = Workload(brief, *sums, learns=(1, 2), needs=both)
-    shared = _shared("shared_probabilities"), _shared("reference")
+    shared = _shared(explicit=False), _shared(explicit=True)
     found["shared probabilities"] = Workload(_heads(TOKENS, TOKENS, 0), *shared)
     long, brief = (_heads(n, n, 1, _channels) for n in (TOKENS, 1024))
     regions = _regions(explicit=False), _regions(explicit=True)

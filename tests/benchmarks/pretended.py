@@ -51,10 +51,10 @@ _OPERATORS = (
     map_readout.forward.marginals_operator,
     region_attention.forward.operator,
     region_attention.backward.operator,
-    shared_probabilities._operator,
-    shared_probabilities._backward_op,
-    sum_of_terms._forward_op,
-    sum_of_terms._backward_op,
+    shared_probabilities.forward.operator,
+    shared_probabilities.backward.operator,
+    sum_of_terms.operators.forward_operator,
+    sum_of_terms.operators.backward_operator,
 )
 
 
@@ -109,7 +109,7 @@ def pretended(arch: str) -> Iterator[Seen]:
 def _forget() -> None:
     """Tables that are kept for a device."""
     stretches.tables.cache_clear()
-    shared_probabilities._tables.cache_clear()
+    shared_probabilities.forward._tables.cache_clear()
 
 
 def _patches(arch: str, seen: Seen) -> Iterator[tuple[Any, str, Any]]:

@@ -77,7 +77,7 @@ def digest(one: Specimen) -> str:
     """Equal for forms that the compiler sees as equal, wherever they stand in their files."""
     import triton
 
-    texts = sorted(texts_of(one.kernel, {}).items())
+    texts = sorted(texts_of(one.kernel, {}).values())
     seen = (triton.__version__, texts, sorted(one.arguments.items()), one.launch, one.arch)
     return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
 
@@ -91,7 +91,7 @@ def texts_of(function: Any, found: dict[str, str]) -> dict[str, str]:
     for name in function.fn.__code__.co_names:
         used = function.fn.__globals__.get(name)
         if isinstance(used, constexpr):
-            found[name] = repr(used.value)
+            found[name] = f"{name} = {used.value!r}"
         elif isinstance(used, JITFunction) and used.fn.__module__.startswith("hookctl"):
             if f"{used.fn.__module__}.{used.fn.__name__}" not in found:
                 texts_of(used, found)

@@ -14,12 +14,11 @@ from torch import Tensor
 from hookctl.attention import plan
 from hookctl.kernels import fourier_gain, latent_mixing
 from hookctl.kernels.common.launch import interpreting
-from hookctl.kernels.common.stretches import Stretch
 from hookctl.kernels.map_readout import key_marginals, map_readout
 from hookctl.kernels.map_readout import reference as of_maps
 from hookctl.kernels.region_attention import region_attention
 from hookctl.kernels.shared_probabilities import Group, shared_probabilities
-from hookctl.kernels.sum_of_terms import sum_of_terms
+from hookctl.kernels.sum_of_terms import Stretch, sum_of_terms
 from tests.hookctl.attention.calls import Case
 from tests.kernels.closeness import DEVICE, close, random
 

@@ -1,4 +1,4 @@
-"""The forward kernels of the sum of terms; `sum_of_terms` has the formula.
+"""The forward kernels of the sum of terms and their launch.
 
 `_long` walks over the keys with an online softmax (Dao, arXiv 2307.08691). `_short` holds the
 whole softmax of up to 128 or 256 keys in registers and lets every term of a row add to one
@@ -9,12 +9,10 @@ accumulator: prompt-to-prompt edits and decoupled adapters in one pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from hookctl.kernels.common import stretches
@@ -27,7 +25,8 @@ from hookctl.kernels.common.arguments import (
     pointers,
     ranked,
 )
-from hookctl.kernels.common.launch import WIDTHS, Launch, Specimen, pieces
+from hookctl.kernels.common.guard import constexpr, jit, tl
+from hookctl.kernels.common.launch import WIDTHS, Launch, Specimen, cdiv, pieces
 from hookctl.kernels.common.launch_tables import RANKED, SHORT, entry, needed, short_form, tile_for
 from hookctl.kernels.common.stretches import Tables
 from hookctl.kernels.common.tiles import (
@@ -41,15 +40,14 @@ from hookctl.kernels.common.tiles import (
     products,
     store,
 )
-from hookctl.kernels.ready import Ready
 
-_COLUMNS = tl.constexpr(stretches.COLUMNS)
-_K, _V, _KEYS = (tl.constexpr(c) for c in (stretches.K, stretches.V, stretches.KEYS))
-_TERM, _CLOSES = tl.constexpr(stretches.TERM), tl.constexpr(stretches.CLOSES)
-_WEIGHT, _BIAS = tl.constexpr(stretches.WEIGHT), tl.constexpr(stretches.BIAS)
+_COLUMNS = constexpr(stretches.COLUMNS)
+_K, _V, _KEYS = (constexpr(c) for c in (stretches.K, stretches.V, stretches.KEYS))
+_TERM, _CLOSES = constexpr(stretches.TERM), constexpr(stretches.CLOSES)
+_WEIGHT, _BIAS = constexpr(stretches.WEIGHT), constexpr(stretches.BIAS)
 
 
-@triton.jit
+@jit
 def _close(
     step, number, top, norm, lse, weights, m, tokens,
     WEIGHTED: tl.constexpr, LSE: tl.constexpr,
@@ -64,7 +62,7 @@ def _close(
     return gain[:, None]
 
 
-@triton.jit
+@jit
 def _long(
     q0, q1, q2, k0, k1, k2, v0, v1, v2, out, lse,
     steps, numbers, starts, weights, bias, query_factors, key_factors,
@@ -133,7 +131,7 @@ def _long(
     store(out, o_token, m, tokens, sum_0, sum_1, D, D0, D1)
 
 
-@triton.jit
+@jit
 def _short(
     q0, q1, q2, k0, k1, k2, v0, v1, v2, out, lse,
     steps, numbers, starts, weights, bias, query_factors, key_factors,
@@ -182,29 +180,27 @@ def forward(
     extras: Extras,
     t: Tables,
     scale: float,
-    rows: int,
-    lse: bool,
-) -> Callable[..., None]:
-    """What fills `out` [rows, sub-batch, heads, N, channels] and `lse` [terms, sub-batch, heads, N]
-    (None if it is not wanted), for stacks and extras of the same form: fill(q, k, v, extras, out,
-    lse)."""
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """Fill `out` [rows, sub-batch, heads, N, channels] and `lse` [terms, sub-batch, heads, N]."""
     kernel, tile, sizes = _chosen(q[0], k, t)
-    known = fixed(q[0], extras, t, scale) | sizes | tile.options
-    known |= {"starts": t.starts, "WEIGHTED": extras.weights is not None}
-    _, sub, heads, n, _ = q[0].shape
-    grid = triton.cdiv(n, tile.block_m), sub * heads, rows
-    launch = Ready(kernel, grid, known | {"LSE": lse}, _by_tensors)
-
-    def fill(q: Any, k: Any, v: Any, extras: Extras, out: Tensor, lse: Tensor | None) -> None:
-        with torch.cuda.device_of(out):
-            launch(**pointers(q, k, v, extras), out=out, lse=lse, weights=extras.weights)
-
-    return fill
-
-
-def _by_tensors(given: Any) -> dict[str, Any]:
-    stacks = [given[f"{name}{i}"] for name in "qkv" for i in range(stretches.STACKS)]
-    return alignment(*stacks) | out_strides(given["out"])
+    rows, sub, heads, n, _ = out.shape
+    with torch.cuda.device_of(out):
+        kernel[cdiv(n, tile.block_m), sub * heads, rows](
+            **fixed(q[0], extras, t, scale),
+            **pointers(q, k, v, extras),
+            **alignment(*q, *k, *v),
+            **out_strides(out),
+            **sizes,
+            **tile.options,
+            starts=t.starts,
+            weights=extras.weights,
+            out=out,
+            lse=lse,
+            WEIGHTED=extras.weights is not None,
+            LSE=lse is not None,
+        )
 
 
 def _chosen(q: Tensor, k: Sequence[Tensor], t: Tables) -> tuple[Any, Launch, dict[str, Any]]:
