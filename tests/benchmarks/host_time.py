@@ -29,18 +29,11 @@ from diffusers import UNet2DConditionModel
 import hookctl
 from hookctl import Editor
 from hookctl.attention import repeats
-from hookctl.kernels import (
-    map_readout,
-    region_attention,
-    shared_probabilities,
-    sum_of_terms,
-)
-from hookctl.kernels.common import guard, launch_tables
-from tests.kernels.driverless import driverless
+from hookctl.kernels.common import guard, launch, launch_tables
+from tests.benchmarks.driverless import driverless
 
 Context = Callable[[Any], Any]
-KERNELS = (guard, map_readout, region_attention, shared_probabilities, sum_of_terms)
-TURNS = 4  # until calls are known and their tapes proven
+WARM_UP = 4  # rounds until calls are known and their tapes proven
 
 
 class Idle(Editor):
@@ -49,7 +42,7 @@ class Idle(Editor):
 
 
 class Replacing(Editor):
-    """The maps of the first picture in the place of the second's, guided rows."""
+    """The maps of the first image in the place of the second's, guided rows."""
 
     def attention(self, call: Any) -> None:
         source, edited = call.rows.where(branch="cond")
@@ -79,17 +72,16 @@ def controlled(editor: Editor, backend: str = "auto") -> Context:
 def launched(unet: Any) -> Iterator[None]:
     """Edited by kernels that are launched up to the driver's door. Nobody fills their outputs."""
     with ExitStack() as stack:
-        for module in KERNELS:
-            if hasattr(module, "available"):
-                stack.enter_context(patch.object(module, "available", lambda device: None))
         for target, name, value in (
+            (guard, "available", lambda device: None),
+            (launch, "available", lambda device: None),
             (guard, "_tried", {"cpu": None}),
             (launch_tables, "arch_of", lambda device: "sm_90"),
             (torch.cuda, "device_of", lambda like: nullcontext()),
             (repeats, "same", lambda a, b: True),
         ):
             stack.enter_context(patch.object(target, name, value))
-        stack.enter_context(driverless()).append = lambda arguments: None
+        stack.enter_context(driverless())
         stack.enter_context(controlled(Replacing(), "triton")(unet))
         yield
 
@@ -112,12 +104,12 @@ def main(rounds: int = 15) -> None:
     with torch.no_grad(), ExitStack() as stack:
         for name, context in CASES.items():
             stack.enter_context(context(models[name]))
-        for turn in range(rounds + TURNS):
+        for i in range(rounds + WARM_UP):
             for name, model in models.items():
                 start = time.process_time()
                 model(*inputs)
                 taken = time.process_time() - start
-                if turn >= TURNS:
+                if i >= WARM_UP:
                     times[name].append(taken)
     print(f"plain: {1000 * statistics.median(times['plain']):.1f} ms, {calls} attention calls")
     for name, taken in times.items():

@@ -77,7 +77,7 @@ def tables_of(
 def fixed(like: Tensor, extras: Extras, t: Tables, scale: float) -> dict[str, Any]:
     """The arguments of all kernels that calls of one form share; like: queries."""
     return {
-        "steps": t.steps,
+        "cells": t.cells,
         "numbers": t.numbers,
         "tokens": like.shape[-2],
         "heads": like.shape[2],
@@ -122,7 +122,7 @@ def form(dtype: str, width: int) -> dict[str, Any]:
     """The types of these, for compilation ahead of time: aligned, without biases."""
     return {
         **{f"{name}{i}": f"*{dtype}:16" for name in "qkv" for i in range(STACKS)},
-        "steps": "*i64:16",
+        "cells": "*i64:16",
         "numbers": "*fp32:16",
         **dict.fromkeys(("bias", "query_factors", "key_factors")),
         **dict.fromkeys(("tokens", "heads"), "i32"),

@@ -30,12 +30,12 @@ from hookctl.kernels.common.tiles import (
     LOG2E,
     add_products,
     dot,
-    nothing,
-    parts,
-    pivots,
+    load_parts,
+    load_pivots,
     products,
     program,
-    store,
+    store_parts,
+    zero_parts,
 )
 
 PROGRAMS = 256  # queries are split until there are about so many
@@ -89,8 +89,8 @@ def _of_queries(
     b, h, pair, m = program(heads, BM)
     k_ptr += b * k_stride_b + h * k_stride_h
     q_ptr += b * q_stride_b + h * q_stride_h
-    q_0, q_1 = parts(q_ptr, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN)
-    lse = pivots(lse_ptr + pair * tokens, m, tokens)
+    q_0, q_1 = load_parts(q_ptr, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN)
+    lse = load_pivots(lse_ptr + pair * tokens, m, tokens)
     chosen, grad = _chosen_and_grad(
         chosen_ptr, grad_ptr, b, m, tokens, keys, heads, count, chosen_stride, grad_stride_b, BT
     )
@@ -99,7 +99,7 @@ def _of_queries(
     )
     r = tl.sum(tl.exp2(at_chosen * (scale * LOG2E) - lse[:, None]) * grad, 1)
     tl.store(r_ptr + pair * tokens + m, r, mask=m < tokens)
-    dq_0, dq_1 = nothing(BM, D0, D1)
+    dq_0, dq_1 = zero_parts(BM, D0, D1)
     for first in range(0, keys, BN):
         n = first + tl.arange(0, BN)
         scores = products(
@@ -113,7 +113,7 @@ def _of_queries(
             D, D0, D1, ALIGN, UPCAST,
         )  # fmt: skip
     dq_ptr += b * dq_stride_b + h * dq_stride_h
-    store(dq_ptr, dq_stride_n, m, tokens, dq_0 * scale, dq_1 * scale, D, D0, D1)
+    store_parts(dq_ptr, dq_stride_n, m, tokens, dq_0 * scale, dq_1 * scale, D, D0, D1)
 
 
 @jit
@@ -130,14 +130,14 @@ def _of_keys(
     k_ptr += b * k_stride_b + h * k_stride_h
     lse_ptr += pair * tokens
     r_ptr += pair * tokens
-    k_0, k_1 = parts(k_ptr, k_stride_n, k_stride_d, n, keys, D, D0, D1, ALIGN)
-    dk_0, dk_1 = nothing(BM, D0, D1)
+    k_0, k_1 = load_parts(k_ptr, k_stride_n, k_stride_d, n, keys, D, D0, D1, ALIGN)
+    dk_0, dk_1 = zero_parts(BM, D0, D1)
     for first in range(tl.program_id(2) * BN, tokens, tl.num_programs(2) * BN):
         m = first + tl.arange(0, BN)
         scores = products(
             k_0, k_1, q_ptr, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN, UPCAST
         )
-        lse = pivots(lse_ptr, m, tokens)
+        lse = load_pivots(lse_ptr, m, tokens)
         p = tl.exp2(scores * (scale * LOG2E) - lse[None, :])
         chosen, grad = _chosen_and_grad(
             chosen_ptr, grad_ptr, b, m, tokens, keys, heads, count, chosen_stride,
@@ -150,7 +150,7 @@ def _of_keys(
             D, D0, D1, ALIGN, UPCAST,
         )  # fmt: skip
     dk_ptr += (tl.program_id(2) * tl.num_programs(1) + pair) * keys * D
-    store(dk_ptr, D, n, keys, dk_0 * scale, dk_1 * scale, D, D0, D1)
+    store_parts(dk_ptr, D, n, keys, dk_0 * scale, dk_1 * scale, D, D0, D1)
 
 
 TABLE = MAPS + GRADIENTS

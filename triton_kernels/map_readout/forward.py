@@ -20,7 +20,15 @@ from hookctl.kernels.common.launch import (
     strides,
 )
 from hookctl.kernels.common.launch_tables import MAPS, forms, needed, tile_for
-from hookctl.kernels.common.tiles import LOG2E, parts, pivots, products, program, seen, unseen
+from hookctl.kernels.common.tiles import (
+    LOG2E,
+    empty_softmax,
+    load_parts,
+    load_pivots,
+    online_softmax,
+    products,
+    program,
+)
 from hookctl.kernels.map_readout import backward
 
 MOST_TOKENS = 128  # of one launch
@@ -34,12 +42,12 @@ def _log_sum_exp(
     ALIGN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Of the scores of some queries over all keys, in base 2."""
-    top, norm = unseen(BM)
+    top, norm = empty_softmax(BM)
     for first in range(0, keys, BN):
         n = first + tl.arange(0, BN)
         scores = products(q_0, q_1, k_ptr, k_token, k_channel, n, keys, D, D0, D1, ALIGN, UPCAST)
         scores = tl.where((n < keys)[None, :], scores * scale, float("-inf"))
-        _, _, top, norm = seen(scores, top, norm)
+        _, _, top, norm = online_softmax(scores, top, norm)
     return top + tl.log2(norm)
 
 
@@ -65,10 +73,10 @@ def _forward(
         h = tl.cast(i, tl.int64)
         q_at = q_ptr + b * q_stride_b + h * q_stride_h
         k_at = k_ptr + b * k_stride_b + h * k_stride_h
-        q_0, q_1 = parts(q_at, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN)
+        q_0, q_1 = load_parts(q_at, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN)
         at = (b * heads + h) * tokens
         if GIVEN:
-            lse = pivots(given_ptr + at, m, tokens)
+            lse = load_pivots(given_ptr + at, m, tokens)
         else:
             lse = _log_sum_exp(
                 q_0, q_1, k_at, k_stride_n, k_stride_d, keys, scale * LOG2E,
@@ -96,14 +104,14 @@ def _marginals(
     b, h, pair, n = program(heads, BN)
     q_ptr += b * q_stride_b + h * q_stride_h
     k_ptr += b * k_stride_b + h * k_stride_h
-    k_0, k_1 = parts(k_ptr, k_stride_n, k_stride_d, n, keys, D, D0, D1, ALIGN)
+    k_0, k_1 = load_parts(k_ptr, k_stride_n, k_stride_d, n, keys, D, D0, D1, ALIGN)
     total = tl.zeros([BN], tl.float32)
     for first in range(0, tokens, BM):
         m = first + tl.arange(0, BM)
         scores = products(
             k_0, k_1, q_ptr, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN, UPCAST
         )
-        lse = pivots(lse_ptr + pair * tokens, m, tokens)
+        lse = load_pivots(lse_ptr + pair * tokens, m, tokens)
         total += tl.sum(tl.exp2(scores * (scale * LOG2E) - lse[None, :]), 1)
     tl.store(out_ptr + pair * keys + n, total, mask=n < keys)
 

@@ -30,14 +30,14 @@ from hookctl.kernels.common.launch_tables import REGIONS, forms, needed, tile_fo
 from hookctl.kernels.common.tiles import (
     LOG2E,
     add_products,
-    nothing,
-    parts,
+    empty_softmax,
+    load_parts,
+    load_regions,
+    online_softmax,
     products,
     program,
-    region_bits,
-    seen,
-    store,
-    unseen,
+    store_parts,
+    zero_parts,
 )
 from hookctl.kernels.region_attention import backward
 from hookctl.kernels.region_attention.tile_lists import apart
@@ -62,10 +62,10 @@ def _forward(
     q_regions_ptr += b * q_regions_stride
     k_regions_ptr += b * k_regions_stride
     at = b * lists_b + tl.program_id(0)
-    q_0, q_1 = parts(q_ptr, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN)
-    of_queries = region_bits(q_regions_ptr, m, tokens)
-    top, norm = unseen(BM)
-    acc_0, acc_1 = nothing(BM, D0, D1)
+    q_0, q_1 = load_parts(q_ptr, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN)
+    of_queries = load_regions(q_regions_ptr, m, tokens)
+    top, norm = empty_softmax(BM)
+    acc_0, acc_1 = zero_parts(BM, D0, D1)
     first = 0
     for test in tl.static_range(2):  # first the tiles that one region covers
         last = tl.load(counts_ptr + 2 * at + test)
@@ -76,10 +76,10 @@ def _forward(
             )
             scores *= scale * LOG2E
             if test:
-                of_keys = region_bits(k_regions_ptr, n, keys)
+                of_keys = load_regions(k_regions_ptr, n, keys)
                 allowed = (of_queries[:, None] & of_keys[None, :]) != 0
                 scores = tl.where(allowed, scores, float("-inf"))
-            p, fade, top, norm = seen(scores, top, norm)
+            p, fade, top, norm = online_softmax(scores, top, norm)
             acc_0, acc_1 = add_products(
                 acc_0 * fade[:, None], acc_1 * fade[:, None], p,
                 v_ptr, v_stride_n, v_stride_d, n, keys, D, D0, D1, ALIGN, UPCAST,
@@ -87,7 +87,7 @@ def _forward(
         first = last
     gain = (1.0 / tl.where(norm > 0, norm, 1.0))[:, None]
     out_ptr += b * out_stride_b + h * out_stride_h
-    store(out_ptr, out_stride_n, m, tokens, acc_0 * gain, acc_1 * gain, D, D0, D1)
+    store_parts(out_ptr, out_stride_n, m, tokens, acc_0 * gain, acc_1 * gain, D, D0, D1)
     tl.store(lse_ptr + pair * tokens + m, (top + tl.log2(norm)) / LOG2E, mask=m < tokens)
 
 
@@ -111,8 +111,8 @@ def operator(
     order, counts: lists of tiles."""
     batch, heads, tokens, width = q.shape
     tile = tile_of(q)
-    constants = {"tokens": tokens, "keys": k.shape[2], "heads": heads, "listed": order.shape[2]}
-    constants |= {"scale": scale, "lists_b": apart(order)}
+    constants: dict[str, Any] = {"tokens": tokens, "keys": k.shape[2], "heads": heads}
+    constants |= {"scale": scale, "listed": order.shape[2], "lists_b": apart(order)}
     constants |= {"q_regions_stride": query_regions.stride(0)}
     constants |= {"k_regions_stride": key_regions.stride(0)}
     out, lse = _outputs(q, v)

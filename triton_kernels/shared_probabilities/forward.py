@@ -29,7 +29,15 @@ from hookctl.kernels.common.launch import (
     strides,
 )
 from hookctl.kernels.common.launch_tables import entry, needed, tile_for
-from hookctl.kernels.common.tiles import LOG2E, dot, parts, products, program, seen, unseen
+from hookctl.kernels.common.tiles import (
+    LOG2E,
+    dot,
+    empty_softmax,
+    load_parts,
+    online_softmax,
+    products,
+    program,
+)
 from hookctl.kernels.shared_probabilities import backward
 from hookctl.kernels.shared_probabilities.groups import Group, decode
 
@@ -93,18 +101,18 @@ def _forward(
     k_ptr += tl.load(places_ptr + 1) * k_stride_r + b * k_stride_b + h * k_stride_h
     v_ptr += b * v_stride_b + h * v_stride_h
     out_ptr += b * out_stride_b + h * out_stride_h
-    q_0, q_1 = parts(q_ptr, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN)
+    q_0, q_1 = load_parts(q_ptr, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN)
     acc_0 = tl.zeros([BM, COUNT * D0], tl.float32)
     if D1:
         acc_1 = tl.zeros([BM, COUNT * D1], tl.float32)
-    top, norm = unseen(BM)
+    top, norm = empty_softmax(BM)
     for first in range(0, keys, BN):
         n = first + tl.arange(0, BN)
         scores = products(
             q_0, q_1, k_ptr, k_stride_n, k_stride_d, n, keys, D, D0, D1, ALIGN, UPCAST
         )
         scores = tl.where((n < keys)[None, :], scores * (scale * LOG2E), float("-inf"))
-        p, fade, top, norm = seen(scores, top, norm)
+        p, fade, top, norm = online_softmax(scores, top, norm)
         v_0 = _beside(
             v_ptr, v_rows_ptr, v_stride_r, v_stride_n, v_stride_d, n, keys, COUNT, 0, D0, D, ALIGN
         )

@@ -123,7 +123,7 @@ def _of_stacks(
         **{f"{prefix}{i}": x for i, x in enumerate(padded)},
         sources=users.sources,
         starts=users.starts,
-        users=users.steps,
+        users=users.stretches,
     )
     return found
 
