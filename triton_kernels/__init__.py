@@ -1,11 +1,11 @@
 """Fused attention kernels, imported as `hookctl.kernels`. They know tensors only.
 
-One file per kernel, in this order: the reference in plain torch, the forward and backward
-kernels, the launch table, the custom operator with its fake implementation and its gradient, the
-public function. Triton has no wheel for macOS and Windows, so nothing is imported from here that
-needs it: ask `available` first, then import the kernel's own module.
+A folder per operator: `reference` is its twin in plain torch, under the same names; `forward` and
+`backward` have the Triton kernels, their launches and the operators of torch; the folder's own name
+gives the function that a caller uses. `common` has what they share. Triton has no wheel for macOS
+and Windows: everything can be imported without it, and `available` says why a kernel can't run.
 """
 
-from hookctl.kernels.launch import available
+from hookctl.kernels.common.launch import available
 
 __all__ = ["available"]

@@ -14,6 +14,7 @@ from hookctl.bench.calls import CHECKED, READ, Bench, Shape, call_of
 from hookctl.bench.edits import TEXT, guided, probabilities, rows_of, sampled, weigh
 from hookctl.bench.measure import OURS, Case, Form
 from hookctl.evaluate import plan
+from hookctl.kernels.common.launch import available, interpreting
 from hookctl.kernels.fourier_gain import fourier_gain
 from hookctl.kernels.latent_mixing import (
     local_blend,
@@ -21,7 +22,6 @@ from hookctl.kernels.latent_mixing import (
     mix_predictions,
     update_difference,
 )
-from hookctl.kernels.launch import available, interpreting
 
 GROUP = "kernel"
 MAPS: tuple[tuple[Shape, bool], ...] = (((1024, 20, 64), False), ((1024, 20, 64), True))

@@ -22,9 +22,9 @@ from torch import Tensor
 from hookctl.bench.measure import OURS, Case, DisagreementError, Form, Measured, check
 from hookctl.bench.workloads import WORKLOADS, Workload
 from hookctl.errors import UnsupportedError
-from hookctl.kernels import launch_tables
-from hookctl.kernels.launch import Launch, available, interpreting
-from hookctl.kernels.launch_tables import SINGLE, Key
+from hookctl.kernels.common import launch_tables
+from hookctl.kernels.common.launch import Launch, available, interpreting
+from hookctl.kernels.common.launch_tables import SINGLE, Key
 
 _TOGETHER = 4  # candidates that one process compiles after each other
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from hookctl.bench.calls import Bench, Shape
 from hookctl.bench.edits import adapter, cross, self_replacement
 from hookctl.bench.measure import OURS, Case, Measured
-from hookctl.kernels import wins
-from hookctl.kernels.wins import MAPS, REGIONS, SHARED, TERMS
+from hookctl.kernels.common import wins
+from hookctl.kernels.common.wins import MAPS, REGIONS, SHARED, TERMS
 
 SIZES = (64, 256, 1024, 4096)  # tokens
 HEADS = ((10, 64), (8, 160))  # of each call, and their channels

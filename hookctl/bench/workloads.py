@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hookctl.bench.measure import Form
-from hookctl.kernels.launch import WIDTHS, pieces
-from hookctl.kernels.launch_tables import (
+from hookctl.kernels.common.launch import WIDTHS, pieces
+from hookctl.kernels.common.launch_tables import (
     GAIN,
     GRADIENTS,
     KEYS,
@@ -115,13 +115,11 @@ def _run(function: Callable[..., Tensor], given: Sequence[Tensor], learns: Seque
     return run
 
 
-def _sum(module_function: str, several: bool, ranked: bool = False) -> Callable[..., Any]:
-    """`sum_of_terms` or its reference: a term a row, or two, the second weighted by query; with
-    rank-r biases if `ranked`."""
+def _sum(explicit: bool, several: bool, ranked: bool) -> Callable[..., Any]:
+    """A term a row, or two, the second weighted by query; with rank-r biases if `ranked`."""
 
     def make(q: Tensor, k: Tensor, v: Tensor) -> Callable[..., Tensor]:
-        from hookctl.kernels import sum_of_terms as module
-        from hookctl.kernels.stretches import Stretch
+        from hookctl.kernels.sum_of_terms import Stretch, reference, sum_of_terms
 
         terms, options = [], dict[str, Any]()
         for row in range(len(q)):
@@ -135,7 +133,7 @@ def _sum(module_function: str, several: bool, ranked: bool = False) -> Callable[
         if ranked:
             waves = (torch.linspace(-1, 1, 2 * x, device=q.device).view(1, x, 2) for x in (n, m))
             options["factors"] = tuple(x.to(q) for x in waves)
-        function: Any = getattr(module, module_function)
+        function: Any = reference.sum_of_terms if explicit else sum_of_terms
         scale = q.shape[-1] ** -0.5
         return lambda q, k, v: function([q], [k], [v], terms, scale, **options)[0]
 
@@ -143,36 +141,36 @@ def _sum(module_function: str, several: bool, ranked: bool = False) -> Callable[
 
 
 def _sums(several: bool, ranked: bool = False) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    return _sum("sum_of_terms", several, ranked), _sum("reference", several, ranked)
+    return _sum(False, several, ranked), _sum(True, several, ranked)
 
 
-def _shared(name: str) -> Callable[..., Any]:
+def _shared(explicit: bool) -> Callable[..., Any]:
     """As many rows of values as one program takes."""
 
     def make(q: Tensor, k: Tensor, v: Tensor) -> Callable[..., Tensor]:
-        from hookctl.kernels import shared_probabilities as module
+        from hookctl.kernels.shared_probabilities import Group, reference, shared_probabilities
 
-        function: Any = getattr(module, name)
-        groups = [module.Group(0, 0, tuple(range(len(v))))]
+        function: Any = reference.shared_probabilities if explicit else shared_probabilities
+        groups = [Group(0, 0, tuple(range(len(v))))]
         return lambda q, k, v: function(q, k, v, groups, q.shape[-1] ** -0.5)[0]
 
     return make
 
 
-def _regions(name: str) -> Callable[..., Any]:
+def _regions(explicit: bool) -> Callable[..., Any]:
     """Four regions that cover everything; the lists of tiles are made for the tile that runs."""
 
     def make(q: Tensor, k: Tensor, v: Tensor) -> Callable[..., Tensor]:
-        from hookctl.kernels import region_attention as module
+        from hookctl.kernels.region_attention import lists, reference, region_attention
 
         n = q.shape[-2]
         bits = 1 << (torch.arange(n, device=q.device) * 4 // n)
-        function: Any = getattr(module, name)
-        lists = () if name == "reference" else (module.lists(bits, bits, q),)
+        function: Any = reference.region_attention if explicit else region_attention
+        listed = () if explicit else (lists(bits, bits, q),)
 
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             flat = (x.flatten(0, 1) for x in (q, k, v))
-            out: Tensor = function(*flat, bits, bits, q.shape[-1] ** -0.5, *lists)[0]
+            out: Tensor = function(*flat, bits, bits, q.shape[-1] ** -0.5, *listed)[0]
             return out
 
         return run
@@ -180,45 +178,44 @@ def _regions(name: str) -> Callable[..., Any]:
     return make
 
 
-def _maps(name: str) -> Callable[..., Any]:
+def _maps(explicit: bool) -> Callable[..., Any]:
     """Maps of eight tokens."""
 
     def make(q: Tensor, k: Tensor, v: Tensor) -> Callable[..., Tensor]:
-        from hookctl.kernels import map_readout as module
+        from hookctl.kernels.map_readout import map_readout, reference
 
         tokens = torch.arange(8, device=q.device)
-        function: Any = getattr(module, name)
+        function: Any = reference.map_readout if explicit else map_readout
         return lambda q, k, v: function(q.flatten(0, 1), k.flatten(0, 1), tokens)
 
     return make
 
 
-def _gain(name: str) -> Callable[..., Any]:
+def _gain(which: str) -> Callable[..., Any]:
     """FreeU's filter of SDXL's backbone features."""
 
     def make(x: Tensor) -> Callable[..., Tensor]:
-        from hookctl.kernels import fourier_gain as module
+        from hookctl.kernels import fourier_gain as operator
 
-        function: Any = getattr(module, name)
+        function: Any = getattr(operator, which).fourier_gain
         return lambda x: function(x, 0.9)
 
     return make
 
 
-def _mixtures(suffix: str) -> Callable[..., Any]:
+def _mixtures(which: str) -> Callable[..., Any]:
     """All that is done to latents: they share a tile."""
 
     def make(x: Tensor, d: Tensor) -> Callable[..., Tensor]:
-        from hookctl.kernels import latent_mixing as module
+        from hookctl.kernels import latent_mixing as operators
 
-        blend, merge, mix, update = (
-            getattr(module, f"{name}_{suffix}") for name in ("blend", "merge", "mix", "update")
-        )
+        by: Any = getattr(operators, which)
         sources = torch.zeros(len(x), dtype=torch.long, device=x.device)
 
         def run(x: Tensor, d: Tensor) -> Tensor:
             y = x.flip(0)
-            found = [blend(x, sources, d), merge(x, d[1:]), mix(x, y, d), update(d, x, x, y, 0.1)]
+            found = [by.local_blend(x, sources, d), by.merge_instances(x, d[1:])]
+            found += [by.mix_predictions(x, y, d), by.update_difference(d, x, x, y, 0.1)]
             return torch.cat([one.flatten() for one in found])
 
         return run
@@ -244,21 +241,21 @@ def _workloads() -> dict[str, Workload]:
         both = QUERIES + suffix, KEYS + suffix
         found[both[0]] = Workload(brief, *sums, learns=(0,), needs=both)
         found[both[1]] = Workload(brief, *sums, learns=(1, 2), needs=both)
-    shared = _shared("shared_probabilities"), _shared("reference")
+    shared = _shared(explicit=False), _shared(explicit=True)
     found["shared probabilities"] = Workload(_heads(TOKENS, TOKENS, 0), *shared)
     long, brief = (_heads(n, n, 1, _channels) for n in (TOKENS, 1024))
-    regions = _regions("region_attention"), _regions("reference")
-    maps = _maps("map_readout"), _maps("reference")
+    regions = _regions(explicit=False), _regions(explicit=True)
+    maps = _maps(explicit=False), _maps(explicit=True)
     found[REGIONS] = Workload(long, *regions)
     found[REGIONS + GRADIENTS] = Workload(brief, *regions, learns=(0, 1, 2), needs=(REGIONS,))
     found[MAPS] = Workload(long, *maps)
     found[MAPS + GRADIENTS] = Workload(brief, *maps, learns=(0, 1), needs=(MAPS,))
     found[GAIN] = Workload(
-        _images(64, (4, 640)), _gain("by_kernel"), _gain("reference"),
+        _images(64, (4, 640)), _gain("forward"), _gain("reference"),
         first=(1, 16), second=(128, 2048), staged=False, axes=("height", "width"),
     )  # fmt: skip
     found[MIXING] = Workload(
-        _images(128, (8, 4), (8,)), _mixtures("kernel"), _mixtures("reference"),
+        _images(128, (8, 4), (8,)), _mixtures("forward"), _mixtures("reference"),
         first=None, second=(128, 4096), staged=False, axes=("height", "width"),
     )  # fmt: skip
     return found

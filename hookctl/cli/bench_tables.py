@@ -22,8 +22,8 @@ def tune(device: Any, options: Any) -> None:
     from hookctl.bench import tuning
     from hookctl.bench.measure import measure
     from hookctl.errors import InputError
-    from hookctl.kernels.launch import arch_of
-    from hookctl.kernels.launch_tables import FILE
+    from hookctl.kernels.common.launch import arch_of
+    from hookctl.kernels.common.launch_tables import FILE
 
     tuning.refuse(device, "--tune")
     arch = arch_of(device)
@@ -54,8 +54,8 @@ def place(device: Any, options: Any) -> None:
     from hookctl.bench.calls import Bench
     from hookctl.bench.measure import DisagreementError, Measured, measure
     from hookctl.errors import InputError
-    from hookctl.kernels.launch import arch_of
-    from hookctl.kernels.wins import FILE
+    from hookctl.kernels.common.launch import arch_of
+    from hookctl.kernels.common.wins import FILE
 
     tuning.refuse(device, "--wins")
     dtype = getattr(torch, options.dtype or "bfloat16")

@@ -17,8 +17,7 @@ from hookctl.evaluate.sdpa import Piece
 
 def launch(finished: Sum, rows: Sequence[int]) -> Piece | None:
     """Some rows in one launch; None if they need more stacks than it takes."""
-    from hookctl.kernels.stretches import STACKS
-    from hookctl.kernels.sum_of_terms import sum_of_terms
+    from hookctl.kernels.sum_of_terms import STACKS, sum_of_terms
 
     form = _Arguments(finished.mask)
     for i, row in enumerate(rows):
@@ -44,7 +43,7 @@ def launch(finished: Sum, rows: Sequence[int]) -> Piece | None:
 
 def _numbered(stretch: dict[str, Any], stacks: Sequence[list[Tensor]]) -> Any:
     """Rows counted through the stacks one after the other."""
-    from hookctl.kernels.stretches import Stretch
+    from hookctl.kernels.sum_of_terms import Stretch
 
     found = dict(stretch)
     for kind, of_kind in zip("qkv", stacks, strict=True):

@@ -20,10 +20,10 @@ from hookctl.evaluate import sdpa
 from hookctl.evaluate.gather import Scores
 from hookctl.evaluate.packing import launch
 from hookctl.evaluate.sdpa import Piece
-from hookctl.kernels.guard import usable
-from hookctl.kernels.launch import DTYPES, WIDEST, in_one_grid, interpreting
-from hookctl.kernels.launch_tables import SHORT, learns_ranked, serves, short_form
-from hookctl.kernels.wins import MAPS, REGIONS, SHARED, TERMS, wins
+from hookctl.kernels.common.guard import usable
+from hookctl.kernels.common.launch import DTYPES, WIDEST, in_one_grid, interpreting
+from hookctl.kernels.common.launch_tables import SHORT, learns_ranked, serves, short_form
+from hookctl.kernels.common.wins import MAPS, REGIONS, SHARED, TERMS, wins
 
 if TYPE_CHECKING:
     from hookctl.attention.call import AttentionCall, ReadOut

@@ -60,13 +60,13 @@ def main(rounds: int = 30) -> None:
     }
     times: dict[str, list[float]] = {name: [] for name in cases}
     with torch.no_grad():
-        for step in range(rounds + 2):
+        for i in range(rounds + 2):
             for name, context in cases.items():
                 with context():
                     start = time.process_time()
                     unet(*inputs)
                     taken = time.process_time() - start
-                if step >= 2:
+                if i >= 2:
                     times[name].append(taken)
     for name, taken in times.items():
         ratios = [a / b for a, b in zip(taken, times["none"], strict=True)]

@@ -25,18 +25,14 @@ from torch.utils._pytree import tree_leaves
 
 from hookctl.kernels import (
     fourier_gain,
-    guard,
     latent_mixing,
-    launch_tables,
-    map_gradients,
     map_readout,
     region_attention,
-    region_gradients,
     shared_probabilities,
-    stretches,
     sum_of_terms,
 )
-from hookctl.kernels.launch import INTERPRETED, SHARED_LIMIT, Launch
+from hookctl.kernels.common import guard, launch_tables, stretches
+from hookctl.kernels.common.launch import INTERPRETED, SHARED_LIMIT, Launch
 
 DEVICE = torch.device("cuda:0")
 ARCHS = tuple(SHARED_LIMIT)
@@ -44,21 +40,21 @@ _OPTIONS = tuple(INTERPRETED.options)
 _MOST = (2**31 - 1, 65_535, 65_535)  # programs on the axes of a grid
 _ADDRESS = 1 << 20  # of every tensor: allocators align on 512 bytes
 _OPERATORS = (
-    fourier_gain._forward_op,
-    fourier_gain._backward_op,
-    latent_mixing.blend_kernel,
-    latent_mixing.merge_kernel,
-    latent_mixing.mix_kernel,
-    latent_mixing.update_kernel,
-    map_gradients.operator,
-    map_readout._operator,
-    map_readout._marginals_operator,
-    region_attention._operator,
-    region_gradients.operator,
-    shared_probabilities._operator,
-    shared_probabilities._backward_op,
-    sum_of_terms._forward_op,
-    sum_of_terms._backward_op,
+    fourier_gain.forward.operator,
+    fourier_gain.backward.operator,
+    latent_mixing.forward.local_blend,
+    latent_mixing.forward.merge_instances,
+    latent_mixing.forward.mix_predictions,
+    latent_mixing.forward.update_difference,
+    map_readout.backward.operator,
+    map_readout.forward.operator,
+    map_readout.forward.marginals_operator,
+    region_attention.forward.operator,
+    region_attention.backward.operator,
+    shared_probabilities.forward.operator,
+    shared_probabilities.backward.operator,
+    sum_of_terms.operators.forward_operator,
+    sum_of_terms.operators.backward_operator,
 )
 
 
@@ -113,7 +109,7 @@ def pretended(arch: str) -> Iterator[Seen]:
 def _forget() -> None:
     """Tables that are kept for a device."""
     stretches.tables.cache_clear()
-    shared_probabilities._tables.cache_clear()
+    shared_probabilities.forward._tables.cache_clear()
 
 
 def _patches(arch: str, seen: Seen) -> Iterator[tuple[Any, str, Any]]:

@@ -14,10 +14,10 @@ from hookctl.bench.measure import OURS, Figure, Measured, check, measure
 from hookctl.bench.workloads import WORKLOADS
 from hookctl.cli import main
 from hookctl.errors import UnsupportedError
-from hookctl.kernels import launch_tables
-from hookctl.kernels import wins as kernel_wins
-from hookctl.kernels.launch import Launch
-from hookctl.kernels.launch_tables import SINGLE
+from hookctl.kernels.common import launch_tables
+from hookctl.kernels.common import wins as kernel_wins
+from hookctl.kernels.common.launch import Launch
+from hookctl.kernels.common.launch_tables import SINGLE
 
 CPU = torch.device("cpu")
 

@@ -12,8 +12,8 @@ import torch
 from hookctl.bench import wins
 from hookctl.bench.calls import Bench
 from hookctl.bench.measure import OURS, Figure, Measured, check
-from hookctl.kernels import wins as table
-from hookctl.kernels.wins import MAPS, REGIONS, SHARED, TERMS
+from hookctl.kernels.common import wins as table
+from hookctl.kernels.common.wins import MAPS, REGIONS, SHARED, TERMS
 
 CPU = torch.device("cpu")
 

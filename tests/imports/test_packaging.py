@@ -56,5 +56,6 @@ def test_the_wheel_holds_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
         "hookctl/demos/presets/prompt_to_prompt.toml",
         "hookctl/demos/presets/striped.safetensors",
         "hookctl/demos/shapes/weights/unet/diffusion_pytorch_model.safetensors",
-        "hookctl/kernels/sum_of_terms.py",
+        "hookctl/kernels/common/launches.json",
+        "hookctl/kernels/sum_of_terms/forward.py",
     } <= names

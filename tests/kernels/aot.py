@@ -33,8 +33,8 @@ from typing import Any
 from unittest.mock import patch
 
 import hookctl.kernels
-from hookctl.kernels import launch_tables
-from hookctl.kernels.launch import SHARED_LIMIT, Specimen
+from hookctl.kernels.common import launch_tables
+from hookctl.kernels.common.launch import SHARED_LIMIT, Specimen
 
 RECORD = Path(__file__).with_name("resources.json")
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
@@ -44,8 +44,8 @@ Resources = dict[str, Any]
 
 def specimens() -> Iterator[tuple[str, Specimen]]:
     """(key in the record, form) of all kernels for all chips."""
-    for module in pkgutil.iter_modules(hookctl.kernels.__path__):
-        listed = getattr(import_module(f"hookctl.kernels.{module.name}"), "specimens", None)
+    for module in pkgutil.walk_packages(hookctl.kernels.__path__, "hookctl.kernels."):
+        listed = getattr(import_module(module.name), "specimens", None)
         if listed:
             for arch in TARGETS:
                 for one in listed(arch):
@@ -77,7 +77,7 @@ def digest(one: Specimen) -> str:
     """Equal for forms that the compiler sees as equal, wherever they stand in their files."""
     import triton
 
-    texts = sorted(texts_of(one.kernel, {}).items())
+    texts = sorted(texts_of(one.kernel, {}).values())
     seen = (triton.__version__, texts, sorted(one.arguments.items()), one.launch, one.arch)
     return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
 
@@ -91,7 +91,7 @@ def texts_of(function: Any, found: dict[str, str]) -> dict[str, str]:
     for name in function.fn.__code__.co_names:
         used = function.fn.__globals__.get(name)
         if isinstance(used, constexpr):
-            found[name] = repr(used.value)
+            found[name] = f"{name} = {used.value!r}"
         elif isinstance(used, JITFunction) and used.fn.__module__.startswith("hookctl"):
             if f"{used.fn.__module__}.{used.fn.__name__}" not in found:
                 texts_of(used, found)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from hookctl.kernels import launch
+from hookctl.kernels.common import launch
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 from hookctl.errors import UnsupportedError
 from hookctl.evaluate import plan
 from hookctl.evaluate import triton as fused
-from hookctl.kernels import guard
+from hookctl.kernels.common import guard
 
 CPU = torch.device("cpu")
 
@@ -66,3 +68,29 @@ def test_one_that_does_nothing(untried: None, monkeypatch: pytest.MonkeyPatch) -
 def test_nothing_is_tried_without_need(untried: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "available", lambda device: "there is no GPU")
     assert guard.usable(CPU) == "there is no GPU" and not guard._tried
+
+
+def test_without_triton() -> None:
+    """Every module is imported, references run, and kernels say what is missing."""
+    code = """
+import pkgutil, sys
+from importlib import import_module
+sys.modules["triton"] = None
+import torch
+import hookctl.kernels
+for module in pkgutil.walk_packages(hookctl.kernels.__path__, "hookctl.kernels."):
+    import_module(module.name)
+from hookctl.kernels.map_readout import map_readout, reference
+from hookctl.kernels.fourier_gain import fourier_gain
+x, token = torch.ones(1, 2, 3, 4), torch.zeros(1, dtype=torch.long)
+assert fourier_gain(x, 0.5).shape == x.shape
+assert reference.map_readout(x, x, token).shape == (1, 3, 1)
+try:
+    map_readout(x, x, token)
+except ValueError as error:
+    assert "Triton is not installed" in str(error), error
+else:
+    raise AssertionError("a kernel ran")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hookctl.kernels import latent_mixing as mixing
+from hookctl.kernels.latent_mixing import forward, mix_predictions, reference
 from tests.kernels.closeness import DEVICE, TOLERANCE, close, random
 
 Form = Callable[..., Tensor]
@@ -17,7 +17,7 @@ DTYPES = list(TOLERANCE)
 SHAPE = (3, 2, 5, 7)  # one row is more than one program's places
 
 
-@pytest.mark.parametrize("form", [mixing.blend_kernel, mixing.blend_reference])
+@pytest.mark.parametrize("form", [forward.local_blend, reference.local_blend])
 def test_a_hard_blend_copies_bits(form: Form) -> None:
     x = random(*SHAPE, dtype=torch.float16).transpose(2, 3)
     sources = torch.tensor([0, 0, 1], device=DEVICE)
@@ -28,7 +28,7 @@ def test_a_hard_blend_copies_bits(form: Form) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("form", [mixing.blend_kernel, mixing.blend_reference])
+@pytest.mark.parametrize("form", [forward.local_blend, reference.local_blend])
 def test_a_soft_blend(form: Form, dtype: torch.dtype) -> None:
     x, mask = random(*SHAPE, dtype=dtype), random(1, 5, 7, seed=1).sigmoid()
     sources = torch.tensor([0, 0, 1], device=DEVICE)
@@ -37,15 +37,15 @@ def test_a_soft_blend(form: Form, dtype: torch.dtype) -> None:
     close("out", form(x, sources, mask), want, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("form", [mixing.blend_kernel, mixing.blend_reference])
+@pytest.mark.parametrize("form", [forward.local_blend, reference.local_blend])
 def test_one_source_for_all(form: Form) -> None:
     x, mask = random(*SHAPE), random(1, 5, 7, seed=1) > 0
     source = torch.ones(1, dtype=torch.long, device=DEVICE).expand(3)
     assert torch.equal(form(x, source, mask), torch.where(mask, x, x[1]))
 
 
-@pytest.mark.parametrize("blend", [mixing.blend_kernel, mixing.blend_reference])
-@pytest.mark.parametrize("merge", [mixing.merge_kernel, mixing.merge_reference])
+@pytest.mark.parametrize("blend", [forward.local_blend, reference.local_blend])
+@pytest.mark.parametrize("merge", [forward.merge_instances, reference.merge_instances])
 def test_shares_of_nothing_and_of_all_copy_bits(blend: Form, merge: Form) -> None:
     x, inside = random(*SHAPE), random(3, 5, 7, seed=1) > 0
     sources = torch.tensor([0, 0, 1], device=DEVICE)
@@ -55,7 +55,7 @@ def test_shares_of_nothing_and_of_all_copy_bits(blend: Form, merge: Form) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("form", [mixing.merge_kernel, mixing.merge_reference])
+@pytest.mark.parametrize("form", [forward.merge_instances, reference.merge_instances])
 def test_merging(form: Form, dtype: torch.dtype) -> None:
     x, masks = random(*SHAPE, dtype=dtype), random(2, 5, 7, seed=1) > 0
     close("mean", form(x, None), x.double().mean(0), TOLERANCE[dtype])
@@ -65,7 +65,7 @@ def test_merging(form: Form, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("form", [mixing.mix_kernel, mixing.mix_reference])
+@pytest.mark.parametrize("form", [forward.mix_predictions, reference.mix_predictions])
 def test_mixing(form: Form, dtype: torch.dtype) -> None:
     a, b = random(*SHAPE, dtype=dtype), random(*SHAPE, seed=1, dtype=dtype)
     maps = random(2, 1, 5, 7, seed=2).double()
@@ -74,7 +74,7 @@ def test_mixing(form: Form, dtype: torch.dtype) -> None:
     close("out", form(a, b, (maps[0] - maps[1]).float()), want, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("form", [mixing.update_kernel, mixing.update_reference])
+@pytest.mark.parametrize("form", [forward.update_difference, reference.update_difference])
 def test_the_update_is_that_of_both_maps(form: Form) -> None:
     """Two maps, each after a gradient step of a loss of the trial latent x' = A x + B eps."""
     a, b, target = (random(*SHAPE, seed=i).double() for i in range(3))
@@ -100,9 +100,9 @@ def test_the_update_is_that_of_both_maps(form: Form) -> None:
 def test_compiled_without_graph_breaks_and_learned_by_reference() -> None:
     a, b, d = random(1, 2, 5, 7), random(1, 2, 5, 7, seed=1), random(1, 5, 7, seed=2)
     compiled = torch.compile(
-        lambda a, b, d: mixing.mix_kernel(a * 2, b, d), fullgraph=True, backend="aot_eager"
+        lambda a, b, d: forward.mix_predictions(a * 2, b, d), fullgraph=True, backend="aot_eager"
     )
-    close("out", compiled(a, b, d), mixing.mix_reference(a * 2, b, d).double(), 5e-6)
+    close("out", compiled(a, b, d), reference.mix_predictions(a * 2, b, d).double(), 5e-6)
     leaf = d.clone().requires_grad_()
-    mixing.mix_predictions(a, b, leaf).sum().backward()
+    mix_predictions(a, b, leaf).sum().backward()
     assert leaf.grad is not None and torch.isfinite(leaf.grad).all()

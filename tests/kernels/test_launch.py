@@ -12,16 +12,13 @@ import torch
 from torch import Tensor
 
 from hookctl.evaluate import plan
-from hookctl.kernels import latent_mixing as mixing
-from hookctl.kernels.fourier_gain import by_kernel
-from hookctl.kernels.fourier_gain import reference as gain_reference
-from hookctl.kernels.launch import interpreting
+from hookctl.kernels import fourier_gain, latent_mixing
+from hookctl.kernels.common.launch import interpreting
 from hookctl.kernels.map_readout import key_marginals, map_readout
-from hookctl.kernels.map_readout import reference as map_reference
+from hookctl.kernels.map_readout import reference as of_maps
 from hookctl.kernels.region_attention import region_attention
 from hookctl.kernels.shared_probabilities import Group, shared_probabilities
-from hookctl.kernels.stretches import Stretch
-from hookctl.kernels.sum_of_terms import sum_of_terms
+from hookctl.kernels.sum_of_terms import Stretch, sum_of_terms
 from tests.hookctl.attention.calls import Case
 from tests.kernels.closeness import DEVICE, close, random
 
@@ -60,14 +57,15 @@ def marginals(sequences: int) -> Tensor:
 
 
 def gain(_: int) -> Tensor:
-    return by_kernel(random(1, 2, 4, 4).requires_grad_(), 0.5)
+    return fourier_gain.forward.fourier_gain(random(1, 2, 4, 4).requires_grad_(), 0.5)
 
 
 def mixtures(_: int) -> Tensor:
     x, d = random(2, 2, 4, 4), random(2, 4, 4)
     sources = torch.zeros(2, dtype=torch.long, device=DEVICE)
-    found = [mixing.blend_kernel(x, sources, d), mixing.mix_kernel(x, x, d)]
-    found += [mixing.merge_kernel(x, d[1:]), mixing.update_kernel(d, x, x, x, 0.1)]
+    mix = latent_mixing.forward
+    found = [mix.local_blend(x, sources, d), mix.mix_predictions(x, x, d)]
+    found += [mix.merge_instances(x, d[1:]), mix.update_difference(d, x, x, x, 0.1)]
     return torch.cat([y.flatten() for y in found]).requires_grad_()
 
 
@@ -145,5 +143,11 @@ def test_offsets_beyond_32_bits(tmp_path: Path) -> None:
     far.copy_(near)
     token = torch.zeros(1, dtype=torch.long)
     got = map_readout(far, near[None], token)
-    close("maps", got, map_reference(near[None].double(), near[None].double(), token), 5e-6)
-    close("gain", by_kernel(far, 0.5), gain_reference(near[None].double(), 0.5), 5e-6)
+    exact = near[None].double()
+    close("maps", got, of_maps.map_readout(exact, exact, token), 5e-6)
+    close(
+        "gain",
+        fourier_gain.forward.fourier_gain(far, 0.5),
+        fourier_gain.reference.fourier_gain(exact, 0.5),
+        5e-6,
+    )

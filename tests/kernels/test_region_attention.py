@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hookctl.kernels import region_attention as module
-from hookctl.kernels.region_attention import reference, region_attention
-from hookctl.kernels.region_lists import tile_lists
+from hookctl.kernels.region_attention import lists, reference, region_attention
+from hookctl.kernels.region_attention.tile_lists import tile_lists
 from tests.kernels.closeness import DEVICE, TOLERANCE, close, random
 
 SIGN = -(1 << 63)
@@ -46,7 +45,7 @@ def test_output_and_gradients(n: int, m: int, width: int, dtype: torch.dtype, ro
     sees, seen = regions(*shape, n, seed=1), regions(*shape, m, seed=2, sets=(1, SIGN, 6, 0))
     grad, grad_lse = heads(2, 1, n, width, 5, dtype), random(2, 1, n, seed=6)
     exact = [x.double().requires_grad_() for x in given]
-    want, want_lse = reference(*exact, sees, seen)
+    want, want_lse = reference.region_attention(*exact, sees, seen)
     found = torch.isfinite(want_lse)
     assert not found.all() and found.any(), "the case has empty rows"
     finite = want_lse.masked_fill(~found, 0.0)
@@ -68,7 +67,7 @@ def test_a_joint_sequence_and_bits() -> None:
     bits = regions(40, seed=3)
     bits[30:] = -1
     runs = [region_attention(q, k, v, bits, bits, scale=0.3) for _ in range(2)]
-    want, want_lse = reference(q.double(), k.double(), v.double(), bits, bits, 0.3)
+    want, want_lse = reference.region_attention(q.double(), k.double(), v.double(), bits, bits, 0.3)
     close("out", runs[0][0], want, TOLERANCE[F32])
     close("lse", runs[0][1], want_lse, TOLERANCE[F32])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
@@ -104,13 +103,18 @@ def test_lists_tell_full_tiles_from_tested_ones() -> None:
 def test_strided_channels_and_given_lists() -> None:
     q, k, v = (heads(1, 1, 20, 32, i, F32)[..., ::2] for i in range(3))
     sees, seen = regions(20, seed=1), regions(20, seed=2)
-    listed = module.lists(sees, seen, q)
+    listed = lists(sees, seen, q)
     out, _ = region_attention(q, k, v, sees, seen, listed=listed)
-    close("out", out, reference(q.double(), k.double(), v.double(), sees, seen)[0], TOLERANCE[F32])
+    close(
+        "out",
+        out,
+        reference.region_attention(q.double(), k.double(), v.double(), sees, seen)[0],
+        TOLERANCE[F32],
+    )
     leaf = q.detach().requires_grad_()
     (dq,) = torch.autograd.grad(region_attention(leaf, k, v, sees, seen)[0].sum(), leaf)
     exact = leaf.detach().double().requires_grad_()
-    want = reference(exact, k.double(), v.double(), sees, seen)[0].sum()
+    want = reference.region_attention(exact, k.double(), v.double(), sees, seen)[0].sum()
     close("dq", dq, torch.autograd.grad(want, exact)[0], TOLERANCE[F32])
 
 
@@ -123,7 +127,7 @@ def test_compiled_without_graph_breaks() -> None:
         backend="aot_eager",
     )
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    want = reference(exact[0] * 2, *exact[1:], bits, bits)[0]
+    want = reference.region_attention(exact[0] * 2, *exact[1:], bits, bits)[0]
     out = compiled(q, k, v)
     close("out", out, want, TOLERANCE[F32])
     grad = random(*out.shape, seed=9)

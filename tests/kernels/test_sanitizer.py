@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hookctl.kernels.guard import jit, tl
+from hookctl.kernels.common.guard import jit, tl
 from tests.kernels.closeness import DEVICE
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU compute-sanitizer watches")

@@ -36,7 +36,7 @@ def stacks(n: int, m: int, d: int, dtype: torch.dtype) -> list[Tensor]:
 def test_output(groups: list[Group], n: int, m: int, d: int, dtype: torch.dtype) -> None:
     given = stacks(n, m, d, dtype)
     out, lse = shared_probabilities(*given, groups, 0.3)
-    want, of_want = reference(*(x.double() for x in given), groups, 0.3)
+    want, of_want = reference.shared_probabilities(*(x.double() for x in given), groups, 0.3)
     close("out", out, want, TOLERANCE[dtype])
     close("lse", lse, of_want, TOLERANCE[dtype])
     again, _ = shared_probabilities(*given, groups, 0.3)
@@ -51,7 +51,7 @@ def test_gradients(groups: list[Group], n: int, m: int, d: int, dtype: torch.dty
     leaves = [x.requires_grad_() for x in stacks(n, m, d, dtype)]
     exact = [x.detach().double().requires_grad_() for x in leaves]
     out, lse = shared_probabilities(*leaves, groups, 0.3)
-    want, of_want = reference(*exact, groups, 0.3)
+    want, of_want = reference.shared_probabilities(*exact, groups, 0.3)
     grads = random(*out.shape, seed=5, dtype=dtype), random(*lse.shape, seed=6)
     got = torch.autograd.grad([out, lse], leaves, grads)
     wants = torch.autograd.grad([want, of_want], exact, [g.double() for g in grads])

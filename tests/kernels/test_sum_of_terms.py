@@ -10,9 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hookctl.kernels import sum_of_terms_forward
-from hookctl.kernels.stretches import Stretch
-from hookctl.kernels.sum_of_terms import reference, sum_of_terms
+from hookctl.kernels.sum_of_terms import Stretch, forward, reference, sum_of_terms
 from tests.kernels.closeness import TOLERANCE, close, random
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -45,6 +43,14 @@ class Case:
 
         q, k, v = ([x.double() for x in stacks] for stacks in (self.q, self.k, self.v))
         return Case(q, k, v, self.terms, self.scale, {n: wide(x) for n, x in self.options.items()})
+
+    def run(self, lse: bool = False) -> tuple[Tensor, Tensor | None]:
+        return sum_of_terms(self.q, self.k, self.v, self.terms, self.scale, lse=lse, **self.options)
+
+    def explicit(self) -> tuple[Tensor, Tensor]:
+        return reference.sum_of_terms(
+            self.q, self.k, self.v, self.terms, self.scale, **self.options
+        )
 
     def leaves(self) -> dict[str, Tensor]:
         found = {f"{n}{i}": x for n in "qkv" for i, x in enumerate(getattr(self, n))}
@@ -116,11 +122,12 @@ CASES: dict[str, Callable[..., Case]] = {
 def check(case: Case, dtype: torch.dtype) -> None:
     """Output and log-sum-exp against the explicit form."""
     tolerance = TOLERANCE[dtype]
-    out, lse = sum_of_terms(
-        case.q, case.k, case.v, case.terms, case.scale, lse=True, **case.options
-    )
+    out, lse = case.run(lse=True)
+    assert lse is not None
     wide = case.double()
-    want, of_want = reference(wide.q, wide.k, wide.v, wide.terms, wide.scale, **wide.options)
+    want, of_want = reference.sum_of_terms(
+        wide.q, wide.k, wide.v, wide.terms, wide.scale, **wide.options
+    )
     close("out", out, want, tolerance)
     empty = of_want == -INF
     assert torch.equal(lse == -INF, empty), "lse of empty rows"
@@ -130,10 +137,11 @@ def check(case: Case, dtype: torch.dtype) -> None:
 def check_gradients(case: Case, dtype: torch.dtype, through_lse: bool = False) -> None:
     """Gradients of every stack and of the weights against autograd through the explicit form."""
     ours, wide = case.learning(), case.double().learning()
-    out, lse = sum_of_terms(
-        ours.q, ours.k, ours.v, ours.terms, ours.scale, lse=True, **ours.options
+    out, lse = ours.run(lse=True)
+    assert lse is not None
+    want, of_want = reference.sum_of_terms(
+        wide.q, wide.k, wide.v, wide.terms, wide.scale, **wide.options
     )
-    want, of_want = reference(wide.q, wide.k, wide.v, wide.terms, wide.scale, **wide.options)
     gradient = random(*out.shape, seed=20, dtype=dtype)
     of_lse = random(*lse.shape, seed=21) * through_lse
     total = (out * gradient).sum() + (lse * of_lse).nan_to_num().sum()
@@ -180,14 +188,14 @@ def test_whole_softmaxes_of_up_to_256_keys(
     keys: int, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The form that holds them, with empty rows, biases and several terms; longer ones walk."""
-    chosen, used = sum_of_terms_forward._chosen, []
+    chosen, used = forward._chosen, []
 
     def spied(*given: Any) -> Any:
         found = chosen(*given)
         used.append((found[0].fn.__name__, found[2]["BN"]))
         return found
 
-    monkeypatch.setattr(sum_of_terms_forward, "_chosen", spied)
+    monkeypatch.setattr(forward, "_chosen", spied)
     case = biased(torch.float32, 9, keys, 24)
     check(case, torch.float32)
     if keys == 256:
@@ -202,7 +210,7 @@ def test_one_graph_when_compiled() -> None:
     ours, again = (borrowed(torch.float32, 9, 9, 16).learning() for _ in range(2))
 
     def run(case: Case) -> Tensor:
-        return sum_of_terms(case.q, case.k, case.v, case.terms, case.scale, **case.options)[0]
+        return case.run()[0]
 
     want = run(ours)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(again)
@@ -216,16 +224,15 @@ def test_one_graph_when_compiled() -> None:
 def test_strides_and_bad_input() -> None:
     """Transposed and expanded stacks are read where they lie; what can't be is refused."""
     case = plain(torch.float32, 9, 11, 16)
-    want, _ = sum_of_terms(case.q, case.k, case.v, case.terms, case.scale)
+    want, _ = case.run()
     case.q = [case.q[0].permute(4, 3, 0, 1, 2).contiguous().permute(2, 3, 4, 1, 0)]
     case.k = [case.k[0].transpose(2, 3).contiguous().transpose(2, 3)]
-    got, _ = sum_of_terms(case.q, case.k, case.v, case.terms, case.scale)
+    got, _ = case.run()
     assert torch.equal(got, want)
     with pytest.raises(ValueError, match="sort the terms by row"):
         sum_of_terms(case.q, case.k, case.v, case.terms[::-1], case.scale)
     with pytest.raises(ValueError, match="give fp32, fp16 or bf16"):
-        wide = case.double()
-        sum_of_terms(wide.q, wide.k, wide.v, wide.terms, wide.scale)
+        case.double().run()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hookctl.evaluate import plan, triton
-from hookctl.kernels import wins
+from hookctl.kernels.common import wins
 from tests.hookctl.attention.calls import Case, Script, close, random
 from tests.hookctl.evaluate.test_algebra import masked, scripts
 

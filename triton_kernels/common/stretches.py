@@ -17,7 +17,7 @@ from torch import Tensor
 
 STACKS = 3  # of each of q, k and v in one launch
 
-# Columns of a step in the table of integers. Each of q, k, v takes six: the stack, the offset of
+# Columns of a stretch in the table of integers. Each of q, k, v takes six: the stack, the offset of
 # the row, the strides of sub-batch, head, token and channel.
 Q, K, V, KEYS, ROW, TERM, CLOSES, WEIGHT, BIAS = 0, 6, 12, 18, 19, 20, 21, 22, 23
 COLUMNS = 28  # from BIAS on: offset, strides of sub-batch and head; offsets of the two factors
@@ -45,14 +45,14 @@ class Stretch(NamedTuple):
 
 
 class Users(NamedTuple):
-    """Which steps use each source row: tables for a gradient that is summed without atomics.
+    """Which stretches use each source row: tables for a gradient that is summed without atomics.
 
-    sources: [S, 3] stack, offset in a contiguous gradient, tokens; starts: [S + 1]; steps: [.].
+    sources: [S, 3] stack, offset in a contiguous gradient, tokens; starts: [S + 1]; stretches: [.].
     """
 
     sources: Tensor
     starts: Tensor
-    steps: Tensor
+    stretches: Tensor
     rows: int
 
 
@@ -118,8 +118,8 @@ def row_of(stacks: Sequence[Tensor], row: int) -> Tensor:
 class Tables:
     """The tables of one kind of call on its device; `tables` keeps them.
 
-    steps: int64 [S, COLUMNS]; numbers: fp32 [S, 2], weight and shift; starts: int32 [rows + 1],
-    the first step of each output row; terms: of each softmax its output row, its weight and its
+    cells: int64 [S, COLUMNS]; numbers: fp32 [S, 2], weight and shift; starts: int32 [rows + 1],
+    the first stretch of each output row; terms: of each softmax its output row, its weight and its
     row of per-query weights; single: whether every row has one term.
     """
 
@@ -150,7 +150,7 @@ class Tables:
                 counts[s.row] += 1
         self.terms = [(s.row, s.weight, s.weights) for s in closing]
         self.single = len({s.row for s in closing}) == len(closing)
-        self.steps = self._table(cells, torch.int64)
+        self.cells = self._table(cells, torch.int64)
         self.numbers = self._table(numbers, torch.float32)
         self.starts = self._table([0, *accumulate(counts)], torch.int32)
         self.users = lru_cache(maxsize=64)(self._users)
@@ -162,22 +162,22 @@ class Tables:
         """Who uses the rows of the stacks of q (0), k (1) or v (2) whose gradient is wanted."""
         stacks = self.stacks[which]
         rows = [stack.shape[0] for stack in stacks]
-        steps: dict[int, list[int]] = {}
+        users: dict[int, list[int]] = {}
         for i, s in enumerate(self.stretches):
             row = (s.q, s.k, s.v)[which]
             if wanted[locate(rows, row)[0]]:
-                steps.setdefault(row, []).append(i)
+                users.setdefault(row, []).append(i)
         sources: list[int] = []
-        for row in steps:
+        for row in users:
             stack, inner = locate(rows, row)
             shape = stacks[stack].shape
             sources += [stack, inner * prod(shape[1:]), shape[-2]]
-        starts = [0, *accumulate(len(users) for users in steps.values())]
+        starts = [0, *accumulate(len(found) for found in users.values())]
         return Users(
             self._table(sources, torch.int64),
             self._table(starts, torch.int32),
-            self._table([i for users in steps.values() for i in users], torch.int32),
-            len(steps),
+            self._table([i for found in users.values() for i in found], torch.int32),
+            len(users),
         )
 
 

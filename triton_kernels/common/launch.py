@@ -100,8 +100,11 @@ def in_one_grid(like: torch.Tensor) -> bool:
     return like.shape[-4] * like.shape[-3] <= MOST_PAIRS
 
 
-def check_grid(name: str, like: torch.Tensor) -> None:
-    """Raise ValueError where `in_one_grid` is False."""
+def check_launch(name: str, like: torch.Tensor) -> None:
+    """Raise ValueError where the kernels can't run, or where `in_one_grid` is False."""
+    why = available(like.device)
+    if why:
+        raise ValueError(f"{name}: {why}")
     if not in_one_grid(like):
         raise ValueError(
             f"{name}: {like.shape[-4]} x {like.shape[-3]} sequences and heads; one launch takes "
@@ -114,6 +117,11 @@ def arch_of(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "gfx942"
     return "sm_90" if torch.cuda.get_device_capability(device)[0] == 9 else "sm_80"
+
+
+def cdiv(count: int, size: int) -> int:
+    """How many tiles of a size hold so many."""
+    return -(-count // size)
 
 
 def pieces(width: int) -> tuple[int, int]:

@@ -1,37 +1,26 @@
-"""One softmax, several value tensors: for the rows r of a group
+"""The forward kernel of shared probabilities and its launch.
 
-    out_r = softmax(q k^T * scale) v_r
-
-Prompt-to-prompt's self-replacement (Hertz et al., arXiv 2208.01626) gives the source's
-probabilities to the source and to all its edits: a batch of R rows costs 1 + R products instead of
-2 R. A program holds the accumulators of several rows side by side, as one wide head, so that each
-tile of probabilities is multiplied once. Gradients are those of a sum of terms, one of each row.
+A program holds the accumulators of several rows side by side, as one wide head, so that each tile
+of probabilities is multiplied once.
 """
 
 # mypy: disallow-incomplete-defs=False
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate, product
-from typing import Any, NamedTuple
+from itertools import product
+from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from hookctl.kernels import stretches
-from hookctl.kernels.arguments import Extras, tables_of
-from hookctl.kernels.guard import form
-from hookctl.kernels.launch import (
-    DTYPES,
-    WIDEST,
+from hookctl.kernels.common.guard import form, jit, tl
+from hookctl.kernels.common.launch import (
     WIDTHS,
     Specimen,
-    available,
-    check_grid,
+    cdiv,
     empty_output,
     interpreting,
     pieces,
@@ -39,39 +28,24 @@ from hookctl.kernels.launch import (
     sizes,
     strides,
 )
-from hookctl.kernels.launch_tables import entry, needed, tile_for
-from hookctl.kernels.operators import custom_op, prepared_op
-from hookctl.kernels.ready import Ready
-from hookctl.kernels.stretches import Stretch
-from hookctl.kernels.sum_of_terms_backward import gradients
-from hookctl.kernels.tiles import LOG2E, dot, parts, products, program, seen, unseen
+from hookctl.kernels.common.launch_tables import entry, needed, tile_for
+from hookctl.kernels.common.tiles import (
+    LOG2E,
+    dot,
+    empty_softmax,
+    load_parts,
+    online_softmax,
+    products,
+    program,
+)
+from hookctl.kernels.shared_probabilities import backward
+from hookctl.kernels.shared_probabilities.groups import Group, decode
 
 MOST = 4  # rows of values of one program
 CHANNELS = 256  # and of all of them together
 
 
-class Group(NamedTuple):
-    """Output rows of equal probabilities: the row of q, the row of k, and each one's row of v."""
-
-    q: int
-    k: int
-    values: tuple[int, ...]
-
-
-def reference(
-    q: Tensor, k: Tensor, v: Tensor, groups: Sequence[Group], scale: float
-) -> tuple[Tensor, Tensor]:
-    """`shared_probabilities` by explicit matrices, in the dtype of its arguments."""
-    out, lse = [], []
-    for group in groups:
-        scores = q[group.q] @ k[group.k].mT * scale
-        p = scores.softmax(-1)
-        out += [p @ v[row] for row in group.values]
-        lse.append(scores.logsumexp(-1))
-    return torch.stack(out), torch.stack(lse)
-
-
-@triton.jit
+@jit
 def _beside(
     pointer, rows, row_stride, tokens, channels, i, length,
     COUNT: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
@@ -89,7 +63,7 @@ def _beside(
     return tl.load(at + (row * row_stride + channel * channels)[None, :], mask=mask, other=0.0)
 
 
-@triton.jit
+@jit
 def _spread(
     pointer, rows, row_stride, tokens, i, length, x,
     COUNT: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
@@ -103,7 +77,7 @@ def _spread(
     tl.store(at, x.to(pointer.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@jit
 def _forward(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, places_ptr, v_rows_ptr, out_rows_ptr,
     tokens, keys, heads, scale,
@@ -127,18 +101,18 @@ def _forward(
     k_ptr += tl.load(places_ptr + 1) * k_stride_r + b * k_stride_b + h * k_stride_h
     v_ptr += b * v_stride_b + h * v_stride_h
     out_ptr += b * out_stride_b + h * out_stride_h
-    q_0, q_1 = parts(q_ptr, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN)
+    q_0, q_1 = load_parts(q_ptr, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN)
     acc_0 = tl.zeros([BM, COUNT * D0], tl.float32)
     if D1:
         acc_1 = tl.zeros([BM, COUNT * D1], tl.float32)
-    top, norm = unseen(BM)
+    top, norm = empty_softmax(BM)
     for first in range(0, keys, BN):
         n = first + tl.arange(0, BN)
         scores = products(
             q_0, q_1, k_ptr, k_stride_n, k_stride_d, n, keys, D, D0, D1, ALIGN, UPCAST
         )
         scores = tl.where((n < keys)[None, :], scores * (scale * LOG2E), float("-inf"))
-        p, fade, top, norm = seen(scores, top, norm)
+        p, fade, top, norm = online_softmax(scores, top, norm)
         v_0 = _beside(
             v_ptr, v_rows_ptr, v_stride_r, v_stride_n, v_stride_d, n, keys, COUNT, 0, D0, D, ALIGN
         )
@@ -180,7 +154,7 @@ def _at_once(groups: Sequence[Group], width: int) -> int:
 def _tables(integers: tuple[int, ...], count: int, device: torch.device) -> tuple[Tensor, ...]:
     """places, v_rows and out_rows of the kernel, copied to the device once."""
     places, v_rows, out_rows, done = [], [], [], 0
-    for i, group in enumerate(_decode(integers)):
+    for i, group in enumerate(decode(integers)):
         for first in range(0, len(group.values), count):
             some = group.values[first : first + count]
             beyond = [-1] * (count - len(some))
@@ -191,87 +165,44 @@ def _tables(integers: tuple[int, ...], count: int, device: torch.device) -> tupl
     return tuple(torch.tensor(x, device=device) for x in (places, v_rows, out_rows))
 
 
-def _encode(groups: Sequence[Group]) -> list[int]:
-    return [x for g in groups for x in (g.q, g.k, len(g.values), *g.values)]
-
-
-def _decode(integers: Sequence[int]) -> list[Group]:
-    found, rest = [], list(integers)
-    while rest:
-        q, k, count, *rest = rest
-        found.append(Group(q, k, tuple(rest[:count])))
-        rest = rest[count:]
-    return found
-
-
 def _empty(q: Tensor, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
     out = empty_output((sum(len(group.values) for group in groups), *q.shape[1:]), q)
     return out, q.new_empty(len(groups), *q.shape[1:-1], dtype=torch.float32)
 
 
-@prepared_op(
-    "shared_probabilities",
-    "(Tensor q, Tensor k, Tensor v, int[] integers, float scale) -> (Tensor, Tensor)",
+@torch.library.custom_op(
+    "hookctl::shared_probabilities",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, int[] integers, float scale) -> (Tensor, Tensor)",
 )
-def _operator(q: Any, k: Any, v: Any, integers: Any, scale: float) -> Callable[..., Any]:
-    groups = _decode(integers)
+def operator(
+    q: Tensor, k: Tensor, v: Tensor, integers: Sequence[int], scale: float
+) -> tuple[Tensor, Tensor]:
+    """The outputs and the log-sum-exp. integers: the groups, encoded."""
+    groups = decode(integers)
     _, sub, heads, n, d = q.shape
     count = _at_once(groups, d)
     places, v_rows, out_rows = _tables(tuple(integers), count, q.device)
     tile = needed(tile_for(TABLE, (count * sum(pieces(d)),), q), TABLE, q)
-    constants: dict[str, Any] = {
-        "places_ptr": places,
-        "v_rows_ptr": v_rows,
-        "out_rows_ptr": out_rows,
-    }
-    constants |= {"tokens": n, "keys": k.shape[-2], "heads": heads, "scale": scale, "COUNT": count}
+    out, lse = _empty(q, groups)
+    constants: dict[str, Any] = {"tokens": n, "keys": k.shape[-2], "heads": heads}
+    constants |= {"scale": scale, "COUNT": count}
     for name, x in (("q", q), ("k", k), ("v", v)):
         constants |= strides(name, x, "rbhnd")
+    constants |= strides("out", out, "rbhn")
     constants |= sizes(d) | tile.sides | tile.options | {"ALIGN": side_by_side(q, k, v)}
-    constants["UPCAST"] = interpreting() and q.dtype == torch.bfloat16
-    grid = triton.cdiv(n, tile.block_m), sub * heads, len(places)
-    launch = Ready(
-        _forward, grid, constants, lambda given: strides("out", given["out_ptr"], "rbhn")
-    )
-
-    def run(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        out, lse = _empty(q, groups)
-        with torch.cuda.device_of(q):
-            launch(q_ptr=q, k_ptr=k, v_ptr=v, out_ptr=out, lse_ptr=lse)
-        return out, lse
-
-    return run
+    constants |= {"UPCAST": interpreting() and q.dtype == torch.bfloat16}
+    with torch.cuda.device_of(q):
+        _forward[cdiv(n, tile.block_m), sub * heads, len(places)](
+            q_ptr=q, k_ptr=k, v_ptr=v, out_ptr=out, lse_ptr=lse,
+            places_ptr=places, v_rows_ptr=v_rows, out_rows_ptr=out_rows, **constants,
+        )  # fmt: skip
+    return out, lse
 
 
-@_operator.register_fake
-def _(q: Any, k: Any, v: Any, integers: Any, scale: float) -> tuple[Tensor, Tensor]:
-    return _empty(q, _decode(integers))
-
-
-@custom_op(
-    "shared_probabilities_backward",
-    "(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor gradient, "
-    "Tensor lse_gradient, int[] integers, float scale, bool[] wanted) -> Tensor[]",
-)
-def _backward_op(
-    q: Any, k: Any, v: Any, out: Any, lse: Any, gradient: Any, lse_gradient: Any,
-    integers: Any, scale: float, wanted: Any,
-) -> list[Tensor]:  # fmt: skip
-    groups = _decode(integers)
-    pairs = [(i, row) for i, group in enumerate(groups) for row in group.values]
-    terms = [Stretch(at, groups[i].q, groups[i].k, row) for at, (i, row) in enumerate(pairs)]
-    lse = lse[[i for i, _ in pairs]]
-    # A group has one log-sum-exp: its first row answers for it.
-    of_terms = torch.zeros_like(lse)
-    of_terms[[0, *accumulate(len(group.values) for group in groups[:-1])]] = lse_gradient
-    integers, numbers = stretches.encode(terms)
-    t = tables_of([q], [k], [v], Extras(), integers, numbers, len(pairs))
-    return gradients([q], [k], [v], Extras(), t, scale, out, lse, gradient, of_terms, wanted)
-
-
-@_backward_op.register_fake
-def _(q, k, v, out, lse, gradient, lse_gradient, integers, scale, wanted):
-    return [x.new_empty(x.shape if w else (0,)) for x, w in zip((q, k, v), wanted, strict=True)]
+@operator.register_fake
+def _(q, k, v, integers, scale):
+    return _empty(q, decode(integers))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -281,49 +212,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _backward(ctx: Any, gradient: Tensor, lse_gradient: Tensor) -> tuple[Any, ...]:
-    found = _backward_op(
+    found = backward.operator(
         *ctx.saved_tensors, gradient, lse_gradient, ctx.integers, ctx.scale, ctx.wanted
     )
     return *(g if w else None for g, w in zip(found, ctx.wanted, strict=True)), None, None
 
 
-_operator.register_autograd(_backward, setup_context=_setup)
-
-
-def shared_probabilities(
-    q: Tensor, k: Tensor, v: Tensor, groups: Sequence[Group], scale: float
-) -> tuple[Tensor, Tensor]:
-    """Rows that share their probabilities, group by group, in one launch.
-
-    q, k, v: stacks [rows, sub-batch, heads, tokens, channels] of any strides, alike but for their
-    rows and tokens. Returns the outputs [rows of all groups in order, sub-batch, heads, N,
-    channels] in the dtype of q and the natural log-sum-exp of the scores, float32 [groups,
-    sub-batch, heads, N]; both are differentiable in q, k and v.
-    """
-    why = available(q.device)
-    if why:
-        raise ValueError(f"shared_probabilities: {why}")
-    check_grid("shared_probabilities", q)
-    alike = {(x.dtype, x.device, x.dim(), x.shape[1:3], x.shape[-1]) for x in (q, k, v)}
-    if len(alike) > 1 or q.dim() != 5 or k.shape[-2] != v.shape[-2] or not k.shape[-2]:
-        shapes = ", ".join(f"{x.dtype} {tuple(x.shape)} on {x.device}" for x in (q, k, v))
-        raise ValueError(
-            f"shared_probabilities: q, k, v are {shapes}; give stacks [rows, sub-batch, heads, "
-            "tokens, channels] of one dtype and device, k and v of as many tokens"
-        )
-    if q.dtype not in DTYPES or q.shape[-1] > WIDEST:
-        raise ValueError(
-            f"shared_probabilities: q is {q.dtype} with {q.shape[-1]} channels; give fp32, fp16 "
-            f"or bf16 with at most {WIDEST}"
-        )
-    if not groups or not all(group.values for group in groups):
-        raise ValueError("shared_probabilities: give groups, each of one row of values or more")
-    for group in groups:
-        named = ((group.q, q), (group.k, k), *((row, v) for row in group.values))
-        if not all(0 <= row < len(x) for row, x in named):
-            rows = ", ".join(str(len(x)) for x in (q, k, v))
-            raise ValueError(f"shared_probabilities: {group}, but q, k, v have {rows} rows")
-    return _operator(q, k, v, _encode(groups), scale)
+operator.register_autograd(_backward, setup_context=_setup)
 
 
 def specimens(arch: str) -> Iterator[Specimen]:

@@ -1,68 +1,57 @@
-"""Attention maps of chosen keys, averaged over heads, from q and k alone:
-
-    map[n, t] = mean_h softmax_m(q_hn k_hm * scale)     at m = tokens[t]
-
-The matrix is never formed: the log-sum-exp of a query is found tile by tile, or given, and then
-only the chosen columns are. The gradient (`map_gradients`) recomputes the probabilities, so an
-energy over a map costs no matrix either. `key_marginals` is the other thin view of the matrix, the
-attention that each key draws from all queries (Hong et al., arXiv 2210.00939).
-"""
+"""The kernels of the read-outs and their launches."""
 
 # mypy: disallow-incomplete-defs=False
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from hookctl.kernels import map_gradients
-from hookctl.kernels.guard import form
-from hookctl.kernels.launch import (
+from hookctl.kernels.common.guard import form, jit, tl
+from hookctl.kernels.common.launch import (
     Specimen,
-    check_grid,
+    cdiv,
     interpreting,
     side_by_side,
     sizes,
     strides,
 )
-from hookctl.kernels.launch_tables import MAPS, forms, needed, tile_for
-from hookctl.kernels.operators import prepared_op
-from hookctl.kernels.ready import Ready
-from hookctl.kernels.tiles import LOG2E, parts, pivots, products, program, seen, unseen
+from hookctl.kernels.common.launch_tables import MAPS, forms, needed, tile_for
+from hookctl.kernels.common.tiles import (
+    LOG2E,
+    empty_softmax,
+    load_parts,
+    load_pivots,
+    online_softmax,
+    products,
+    program,
+)
+from hookctl.kernels.map_readout import backward
 
 MOST_TOKENS = 128  # of one launch
-PROGRAMS = 256  # work is split over heads or queries until there are about so many
+PROGRAMS = 256  # work is split over heads until there are about so many
 
 
-def reference(q: Tensor, k: Tensor, tokens: Tensor, scale: float | None = None) -> Tensor:
-    """`map_readout` from the explicit matrix, in the dtype of its arguments."""
-    p = (q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)).softmax(-1).mean(1)
-    chosen = tokens.expand(q.shape[0], -1)[:, None].expand(-1, q.shape[2], -1)
-    return p.gather(-1, chosen.clamp_min(0)).masked_fill(chosen < 0, 0.0)
-
-
-@triton.jit
+@jit
 def _log_sum_exp(
     q_0, q_1, k_ptr, k_token, k_channel, keys, scale,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     ALIGN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Of the scores of some queries over all keys, in base 2."""
-    top, norm = unseen(BM)
+    top, norm = empty_softmax(BM)
     for first in range(0, keys, BN):
         n = first + tl.arange(0, BN)
         scores = products(q_0, q_1, k_ptr, k_token, k_channel, n, keys, D, D0, D1, ALIGN, UPCAST)
         scores = tl.where((n < keys)[None, :], scores * scale, float("-inf"))
-        _, _, top, norm = seen(scores, top, norm)
+        _, _, top, norm = online_softmax(scores, top, norm)
     return top + tl.log2(norm)
 
 
-@triton.jit
+@jit
 def _forward(
     q_ptr, k_ptr, chosen_ptr, given_ptr, map_ptr, lse_ptr, tokens, keys, heads, count, scale,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
@@ -84,10 +73,10 @@ def _forward(
         h = tl.cast(i, tl.int64)
         q_at = q_ptr + b * q_stride_b + h * q_stride_h
         k_at = k_ptr + b * k_stride_b + h * k_stride_h
-        q_0, q_1 = parts(q_at, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN)
+        q_0, q_1 = load_parts(q_at, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN)
         at = (b * heads + h) * tokens
         if GIVEN:
-            lse = pivots(given_ptr + at, m, tokens)
+            lse = load_pivots(given_ptr + at, m, tokens)
         else:
             lse = _log_sum_exp(
                 q_0, q_1, k_at, k_stride_n, k_stride_d, keys, scale * LOG2E,
@@ -104,7 +93,7 @@ def _forward(
     tl.store(map_ptr + rows[:, None] * count + t[None, :], total, mask=mask)
 
 
-@triton.jit
+@jit
 def _marginals(
     q_ptr, k_ptr, lse_ptr, out_ptr, tokens, keys, heads, scale,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
@@ -115,14 +104,14 @@ def _marginals(
     b, h, pair, n = program(heads, BN)
     q_ptr += b * q_stride_b + h * q_stride_h
     k_ptr += b * k_stride_b + h * k_stride_h
-    k_0, k_1 = parts(k_ptr, k_stride_n, k_stride_d, n, keys, D, D0, D1, ALIGN)
+    k_0, k_1 = load_parts(k_ptr, k_stride_n, k_stride_d, n, keys, D, D0, D1, ALIGN)
     total = tl.zeros([BN], tl.float32)
     for first in range(0, tokens, BM):
         m = first + tl.arange(0, BM)
         scores = products(
             k_0, k_1, q_ptr, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN, UPCAST
         )
-        lse = pivots(lse_ptr + pair * tokens, m, tokens)
+        lse = load_pivots(lse_ptr + pair * tokens, m, tokens)
         total += tl.sum(tl.exp2(scores * (scale * LOG2E) - lse[None, :]), 1)
     tl.store(out_ptr + pair * keys + n, total, mask=n < keys)
 
@@ -135,35 +124,30 @@ def _constants(q: Tensor, k: Tensor, scale: float) -> dict[str, Any]:
     return found | sizes(q.shape[-1]) | tile.sides | tile.options | of_loads
 
 
-@prepared_op(
-    "map_readout",
-    "(Tensor q, Tensor k, Tensor tokens, Tensor? lse, float scale) -> (Tensor, Tensor)",
-)
-def _operator(
-    q: Any, k: Any, tokens: Any, lse: Any, scale: float
-) -> Callable[..., tuple[Tensor, Tensor]]:
+@torch.library.custom_op("hookctl::map_readout", mutates_args=())
+def operator(
+    q: Tensor, k: Tensor, tokens: Tensor, lse: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Maps of at most MOST_TOKENS keys, and the log-sum-exp. tokens: int64 [batch, T], those
+    without a key beyond the last."""
     batch, heads, length, _ = q.shape
     constants, count = _constants(q, k, scale), tokens.shape[1]
-    tiles = triton.cdiv(length, constants["BM"])
+    tiles = cdiv(length, constants["BM"])
     splits = max(1, min(heads, PROGRAMS // (tiles * batch)))
     constants |= {"count": count, "chosen_stride": tokens.stride(0)}
-    constants |= {"BT": map_gradients.padded(count), "GIVEN": lse is not None}
-    launch = Ready(_forward, (tiles, batch, splits), constants)
-
-    def run(q: Any, k: Any, tokens: Any, lse: Any, *_: Any) -> tuple[Tensor, Tensor]:
-        maps = q.new_empty(splits, batch, length, count, dtype=torch.float32)
-        found = q.new_empty(batch, heads, length, dtype=torch.float32)
-        given = found if lse is None else lse.contiguous()
-        with torch.cuda.device_of(q):
-            launch(
-                q_ptr=q, k_ptr=k, chosen_ptr=tokens, given_ptr=given, map_ptr=maps, lse_ptr=found
-            )
-        return maps.sum(0), found if lse is None else lse.clone()
-
-    return run
+    constants |= {"BT": backward.padded(count), "GIVEN": lse is not None}
+    maps = q.new_empty(splits, batch, length, count, dtype=torch.float32)
+    found = q.new_empty(batch, heads, length, dtype=torch.float32)
+    given = found if lse is None else lse.contiguous()
+    with torch.cuda.device_of(q):
+        _forward[tiles, batch, splits](
+            q_ptr=q, k_ptr=k, chosen_ptr=tokens, given_ptr=given, map_ptr=maps, lse_ptr=found,
+            **constants,
+        )  # fmt: skip
+    return maps.sum(0), found if lse is None else lse.clone()
 
 
-@_operator.register_fake
+@operator.register_fake
 def _(q, k, tokens, lse, scale):
     batch, heads, length, _ = q.shape
     maps = q.new_empty(batch, length, tokens.shape[1], dtype=torch.float32)
@@ -177,67 +161,29 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-    dq, dk = map_gradients.operator(*ctx.saved_tensors, grad, ctx.scale)
+    dq, dk = backward.operator(*ctx.saved_tensors, grad, ctx.scale)
     return dq, dk, None, None, None
 
 
-_operator.register_autograd(_backward, setup_context=_setup)
+operator.register_autograd(_backward, setup_context=_setup)
 
 
-@prepared_op("key_marginals", "(Tensor q, Tensor k, Tensor lse, float scale) -> Tensor")
-def _marginals_operator(q: Any, k: Any, lse: Any, scale: float) -> Callable[..., Tensor]:
+@torch.library.custom_op("hookctl::key_marginals", mutates_args=())
+def marginals_operator(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> Tensor:
+    """Marginals of each head, [batch, heads, M]. lse: contiguous."""
     batch, heads, _, _ = q.shape
     keys, constants = k.shape[2], _constants(q, k, scale)
-    launch = Ready(_marginals, (triton.cdiv(keys, constants["BN"]), batch * heads), constants)
-
-    def run(q: Any, k: Any, lse: Any, *_: Any) -> Tensor:
-        out = q.new_empty(batch, heads, keys, dtype=torch.float32)
-        with torch.cuda.device_of(q):
-            launch(q_ptr=q, k_ptr=k, lse_ptr=lse, out_ptr=out)
-        return out
-
-    return run
+    out = q.new_empty(batch, heads, keys, dtype=torch.float32)
+    with torch.cuda.device_of(q):
+        _marginals[cdiv(keys, constants["BN"]), batch * heads](
+            q_ptr=q, k_ptr=k, lse_ptr=lse, out_ptr=out, **constants
+        )
+    return out
 
 
-@_marginals_operator.register_fake
+@marginals_operator.register_fake
 def _(q, k, lse, scale):
     return q.new_empty(*q.shape[:2], k.shape[2], dtype=torch.float32)
-
-
-def map_readout(
-    q: Tensor, k: Tensor, tokens: Tensor, scale: float | None = None, lse: Tensor | None = None
-) -> Tensor:
-    """Probabilities of chosen keys, averaged over heads: float32 [batch, N, T], differentiable.
-
-    q: [batch, heads, N, channels]; k: [batch, heads, M, channels], up to 160 channels, any strides;
-    tokens: int64 [T], or a row for each of the batch, where -1 stands for no key and gives 0;
-    scale: channels ** -0.5 by default; lse: log-sum-exp of the scores, float32 [batch, heads, N],
-    if an attention over the same q and k has given it.
-    """
-    check_grid("map_readout", q)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    chosen = torch.where(tokens < 0, k.shape[2], tokens).expand(q.shape[0], -1)
-    parts = []
-    for some in chosen.split(MOST_TOKENS, 1):
-        part, lse = _operator(q, k, some, lse, scale)
-        parts.append(part)
-    return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
-
-
-def key_marginals(
-    q: Tensor, k: Tensor, scale: float | None = None, lse: Tensor | None = None
-) -> Tensor:
-    """The attention that each key draws, summed over queries and averaged over heads.
-
-    Arguments as of `map_readout`. Returns float32 [batch, M], without a gradient.
-    """
-    check_grid("key_marginals", q)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    with torch.no_grad():
-        if lse is None:
-            nothing = torch.full((1, 1), k.shape[2], device=q.device).expand(q.shape[0], 1)
-            lse = _operator(q, k, nothing, None, scale)[1]
-        return _marginals_operator(q, k, lse.contiguous(), scale).mean(1)
 
 
 def specimens(arch: str) -> Iterator[Specimen]:

@@ -14,24 +14,28 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from hookctl.kernels.guard import form
-from hookctl.kernels.launch import Specimen, empty_output, interpreting, side_by_side, sizes
-from hookctl.kernels.launch_tables import GRADIENTS, MAPS, forms, needed, tile_for
-from hookctl.kernels.operators import custom_op
-from hookctl.kernels.tiles import (
+from hookctl.kernels.common.guard import form, jit, tl
+from hookctl.kernels.common.launch import (
+    Specimen,
+    cdiv,
+    empty_output,
+    interpreting,
+    side_by_side,
+    sizes,
+)
+from hookctl.kernels.common.launch_tables import GRADIENTS, MAPS, forms, needed, tile_for
+from hookctl.kernels.common.tiles import (
     LOG2E,
     add_products,
     dot,
-    nothing,
-    parts,
-    pivots,
+    load_parts,
+    load_pivots,
     products,
     program,
-    store,
+    store_parts,
+    zero_parts,
 )
 
 PROGRAMS = 256  # queries are split until there are about so many
@@ -39,10 +43,10 @@ PROGRAMS = 256  # queries are split until there are about so many
 
 def padded(count: int) -> int:
     """Columns of a tile of so many chosen tokens."""
-    return max(16, triton.next_power_of_2(count))
+    return max(16, 1 << (count - 1).bit_length())
 
 
-@triton.jit
+@jit
 def _spread(grad, one_hot, SPLIT: tl.constexpr, UPCAST: tl.constexpr):
     """grad [m, t] times a one-hot matrix [t, n], by tensor cores where SPLIT.
 
@@ -60,7 +64,7 @@ def _spread(grad, one_hot, SPLIT: tl.constexpr, UPCAST: tl.constexpr):
         return dot(grad, one_hot.to(tl.float32), acc, UPCAST)
 
 
-@triton.jit
+@jit
 def _chosen_and_grad(
     chosen_ptr, grad_ptr, b, m, tokens, keys, heads, count, chosen_stride, grad_stride_b,
     BT: tl.constexpr,
@@ -73,7 +77,7 @@ def _chosen_and_grad(
     return chosen, tl.load(grad_ptr + at, mask=mask, other=0.0) / heads
 
 
-@triton.jit
+@jit
 def _of_queries(
     q_ptr, k_ptr, chosen_ptr, lse_ptr, grad_ptr, dq_ptr, r_ptr, tokens, keys, heads, count, scale,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
@@ -85,8 +89,8 @@ def _of_queries(
     b, h, pair, m = program(heads, BM)
     k_ptr += b * k_stride_b + h * k_stride_h
     q_ptr += b * q_stride_b + h * q_stride_h
-    q_0, q_1 = parts(q_ptr, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN)
-    lse = pivots(lse_ptr + pair * tokens, m, tokens)
+    q_0, q_1 = load_parts(q_ptr, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN)
+    lse = load_pivots(lse_ptr + pair * tokens, m, tokens)
     chosen, grad = _chosen_and_grad(
         chosen_ptr, grad_ptr, b, m, tokens, keys, heads, count, chosen_stride, grad_stride_b, BT
     )
@@ -95,7 +99,7 @@ def _of_queries(
     )
     r = tl.sum(tl.exp2(at_chosen * (scale * LOG2E) - lse[:, None]) * grad, 1)
     tl.store(r_ptr + pair * tokens + m, r, mask=m < tokens)
-    dq_0, dq_1 = nothing(BM, D0, D1)
+    dq_0, dq_1 = zero_parts(BM, D0, D1)
     for first in range(0, keys, BN):
         n = first + tl.arange(0, BN)
         scores = products(
@@ -109,10 +113,10 @@ def _of_queries(
             D, D0, D1, ALIGN, UPCAST,
         )  # fmt: skip
     dq_ptr += b * dq_stride_b + h * dq_stride_h
-    store(dq_ptr, dq_stride_n, m, tokens, dq_0 * scale, dq_1 * scale, D, D0, D1)
+    store_parts(dq_ptr, dq_stride_n, m, tokens, dq_0 * scale, dq_1 * scale, D, D0, D1)
 
 
-@triton.jit
+@jit
 def _of_keys(
     q_ptr, k_ptr, chosen_ptr, lse_ptr, grad_ptr, r_ptr, dk_ptr, tokens, keys, heads, count, scale,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
@@ -126,14 +130,14 @@ def _of_keys(
     k_ptr += b * k_stride_b + h * k_stride_h
     lse_ptr += pair * tokens
     r_ptr += pair * tokens
-    k_0, k_1 = parts(k_ptr, k_stride_n, k_stride_d, n, keys, D, D0, D1, ALIGN)
-    dk_0, dk_1 = nothing(BM, D0, D1)
+    k_0, k_1 = load_parts(k_ptr, k_stride_n, k_stride_d, n, keys, D, D0, D1, ALIGN)
+    dk_0, dk_1 = zero_parts(BM, D0, D1)
     for first in range(tl.program_id(2) * BN, tokens, tl.num_programs(2) * BN):
         m = first + tl.arange(0, BN)
         scores = products(
             k_0, k_1, q_ptr, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN, UPCAST
         )
-        lse = pivots(lse_ptr, m, tokens)
+        lse = load_pivots(lse_ptr, m, tokens)
         p = tl.exp2(scores * (scale * LOG2E) - lse[None, :])
         chosen, grad = _chosen_and_grad(
             chosen_ptr, grad_ptr, b, m, tokens, keys, heads, count, chosen_stride,
@@ -146,13 +150,13 @@ def _of_keys(
             D, D0, D1, ALIGN, UPCAST,
         )  # fmt: skip
     dk_ptr += (tl.program_id(2) * tl.num_programs(1) + pair) * keys * D
-    store(dk_ptr, D, n, keys, dk_0 * scale, dk_1 * scale, D, D0, D1)
+    store_parts(dk_ptr, D, n, keys, dk_0 * scale, dk_1 * scale, D, D0, D1)
 
 
 TABLE = MAPS + GRADIENTS
 
 
-@custom_op("map_gradients")
+@torch.library.custom_op("hookctl::map_gradients", mutates_args=())
 def operator(
     q: Tensor, k: Tensor, tokens: Tensor, lse: Tensor, grad: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -164,14 +168,14 @@ def operator(
     constants |= {"BT": padded(count), "SPLIT": q.element_size() == 2}
     constants |= {"ALIGN": side_by_side(q, k), "UPCAST": interpreting()}
     grad, r, dq = grad.contiguous(), torch.empty_like(lse), empty_output(q.shape, q)
-    tiles, key_tiles = (triton.cdiv(x, tile.block_m) for x in (length, keys))
+    tiles, key_tiles = (cdiv(x, tile.block_m) for x in (length, keys))
     with torch.cuda.device_of(q):
         _of_queries[tiles, batch * heads](
             q, k, tokens, lse, grad, dq, r, length, keys, heads, count, scale,
             *q.stride(), *k.stride(), *dq.stride()[:3], tokens.stride(0), grad.stride(0),
             **constants,
         )  # fmt: skip
-    splits = max(1, min(triton.cdiv(length, tile.block_n), PROGRAMS // (key_tiles * batch * heads)))
+    splits = max(1, min(cdiv(length, tile.block_n), PROGRAMS // (key_tiles * batch * heads)))
     dk = q.new_empty(splits, batch, heads, keys, width, dtype=torch.float32)
     with torch.cuda.device_of(q):
         _of_keys[key_tiles, batch * heads, splits](

@@ -34,6 +34,11 @@ def tile_lists(
     return order, torch.stack([whole.sum(-1), some.sum(-1)], -1).int()
 
 
+def apart(order: Tensor) -> int:
+    """Lists from one row of the batch to the next; 0 where one row serves all."""
+    return order.shape[1] if order.shape[0] > 1 else 0
+
+
 def _joined(regions: Tensor, tile: int, beyond: int, join: Join) -> Tensor:
     """The bit sets of each tile joined, [batch, tiles]; `beyond` stands past the end."""
     padded = F.pad(regions, (0, -regions.shape[-1] % tile), value=beyond)

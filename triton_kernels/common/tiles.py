@@ -7,14 +7,15 @@ part is then a stand-in that nothing reads.
 
 # mypy: disallow-incomplete-defs=False
 
-import triton
-import triton.language as tl
+from __future__ import annotations
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32
+from hookctl.kernels.common.guard import constexpr, jit, tl
+
+LOG2E = constexpr(1.4426950408889634)
+LOWEST = constexpr(-3.4028234663852886e38)  # of fp32
 
 
-@triton.jit
+@jit
 def program(heads, SIZE: tl.constexpr):
     """The sequence and the head of this program, the pair of both, and the tokens of its tile."""
     pair = tl.program_id(1)
@@ -22,7 +23,7 @@ def program(heads, SIZE: tl.constexpr):
     return (pair // heads).to(tl.int64), (pair % heads).to(tl.int64), pair.to(tl.int64), i
 
 
-@triton.jit
+@jit
 def dot(a, b, acc, UPCAST: tl.constexpr):
     """acc + a b in fp32.
 
@@ -35,8 +36,8 @@ def dot(a, b, acc, UPCAST: tl.constexpr):
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
-@triton.jit
-def place(cells, p0, p1, p2, sub, head, ALIGN: tl.constexpr):
+@jit
+def row_pointer(cells, p0, p1, p2, sub, head, ALIGN: tl.constexpr):
     """(pointer, stride of tokens, stride of channels) of one head of the row that six cells name.
 
     The first cell picks one of three stacks. ALIGN: how many elements every token is known to
@@ -53,8 +54,8 @@ def place(cells, p0, p1, p2, sub, head, ALIGN: tl.constexpr):
     return pointer + offset, tokens, channels
 
 
-@triton.jit
-def tile(
+@jit
+def load_tile(
     pointer, tokens, channels, i, length,
     FROM: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
@@ -69,57 +70,57 @@ def tile(
     return tl.load(pointer + at + c[None, :] * channels, mask=mask, other=0.0)
 
 
-@triton.jit
-def parts(
+@jit
+def load_parts(
     pointer, tokens, channels, i, length,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """The tokens i of a head, in two parts."""
-    first = tile(pointer, tokens, channels, i, length, 0, D0, D, ALIGN)
+    first = load_tile(pointer, tokens, channels, i, length, 0, D0, D, ALIGN)
     if D1:
-        return first, tile(pointer, tokens, channels, i, length, D0, D1, D, ALIGN)
+        return first, load_tile(pointer, tokens, channels, i, length, D0, D1, D, ALIGN)
     else:
         return first, first
 
 
-@triton.jit
-def nothing(BM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+@jit
+def zero_parts(BM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
     """Zeros to add to, in two parts."""
     return tl.zeros([BM, D0], tl.float32), tl.zeros([BM, D1 if D1 else 1], tl.float32)
 
 
-@triton.jit
+@jit
 def products(
     a_0, a_1, pointer, tokens, channels, i, length,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """a x^T, [tokens of a, tokens i of x]."""
     acc = tl.zeros([a_0.shape[0], i.shape[0]], tl.float32)
-    x = tile(pointer, tokens, channels, i, length, 0, D0, D, ALIGN)
+    x = load_tile(pointer, tokens, channels, i, length, 0, D0, D, ALIGN)
     acc = dot(a_0, tl.trans(x), acc, UPCAST)
     if D1:
-        x_1 = tile(pointer, tokens, channels, i, length, D0, D1, D, ALIGN)
+        x_1 = load_tile(pointer, tokens, channels, i, length, D0, D1, D, ALIGN)
         acc = dot(a_1, tl.trans(x_1), acc, UPCAST)
     return acc
 
 
-@triton.jit
+@jit
 def add_products(
     acc_0, acc_1, p, pointer, tokens, channels, i, length,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """acc + p x for the tokens i of x, in two parts; p in the dtype of x."""
-    x = tile(pointer, tokens, channels, i, length, 0, D0, D, ALIGN)
+    x = load_tile(pointer, tokens, channels, i, length, 0, D0, D, ALIGN)
     p = p.to(x.dtype)
     acc_0 = dot(p, x, acc_0, UPCAST)
     if D1:
-        x_1 = tile(pointer, tokens, channels, i, length, D0, D1, D, ALIGN)
+        x_1 = load_tile(pointer, tokens, channels, i, length, D0, D1, D, ALIGN)
         acc_1 = dot(p, x_1, acc_1, UPCAST)
     return acc_0, acc_1
 
 
-@triton.jit
-def overlap(a_0, a_1, b_0, b_1, D1: tl.constexpr):
+@jit
+def row_dot(a_0, a_1, b_0, b_1, D1: tl.constexpr):
     """rowsum(a * b) in fp32."""
     total = tl.sum(a_0.to(tl.float32) * b_0.to(tl.float32), 1)
     if D1:
@@ -127,8 +128,8 @@ def overlap(a_0, a_1, b_0, b_1, D1: tl.constexpr):
     return total
 
 
-@triton.jit
-def unseen(BM: tl.constexpr):
+@jit
+def empty_softmax(BM: tl.constexpr):
     """The maximum and the sum of a softmax that has seen no scores.
 
     The maximum is finite, so that nothing becomes NaN for a query without any key.
@@ -136,8 +137,8 @@ def unseen(BM: tl.constexpr):
     return tl.full([BM], LOWEST, tl.float32), tl.zeros([BM], tl.float32)
 
 
-@triton.jit
-def seen(scores, top, norm):
+@jit
+def online_softmax(scores, top, norm):
     """One more tile of base-2 scores of an online softmax: its exponentials, what sums so far fade
     by, and the new maximum and sum."""
     new = tl.maximum(top, tl.max(scores, 1))
@@ -146,22 +147,22 @@ def seen(scores, top, norm):
     return p, fade, new, norm * fade + tl.sum(p, 1)
 
 
-@triton.jit
-def pivots(lse, i, length):
+@jit
+def load_pivots(lse, i, length):
     """Log-sum-exps of the queries i in base 2, to recompute probabilities: +inf beyond the end and
     where there was no key, so that those are 0."""
     found = tl.load(lse + i, mask=i < length, other=float("inf"))
     return tl.where(found == float("-inf"), float("inf"), found * LOG2E)
 
 
-@triton.jit
-def region_bits(pointer, i, length):
+@jit
+def load_regions(pointer, i, length):
     """Bit sets of the tokens i; those past the end are in no region."""
     return tl.load(pointer + i, mask=i < length, other=0)
 
 
-@triton.jit
-def store(
+@jit
+def store_parts(
     pointer, tokens, i, length, x_0, x_1,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
 ):  # fmt: skip
@@ -176,12 +177,12 @@ def store(
         tl.store(at + c_1[None, :], x_1.to(pointer.dtype.element_ty), mask=mask_1)
 
 
-@triton.jit
-def biased(
+@jit
+def add_biases(
     scores, cells, shift, bias, query_factors, key_factors, sub, head, m, n, tokens, keys,
     TRANSPOSED: tl.constexpr, BIASED: tl.constexpr, RANK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Scores in base 2 with the step's shift, key bias and rank-r bias; -inf beyond the keys.
+    """Scores in base 2 with the stretch's shift, key bias and rank-r bias; -inf beyond the keys.
 
     scores: [m, n], or [n, m] where TRANSPOSED, already in base 2, as the query factors are. cells:
     offset and strides of the key bias, then offsets of the factors, -1 where there is none; RANK:
@@ -196,9 +197,9 @@ def biased(
     if RANK:
         of_queries, of_keys = tl.load(cells + 3), tl.load(cells + 4)
         qf_tokens = tl.where(of_keys >= 0, tokens, 0)
-        qf = tile(query_factors + of_queries, RANK, 1, m, qf_tokens, 0, RANK, RANK, 1)
+        qf = load_tile(query_factors + of_queries, RANK, 1, m, qf_tokens, 0, RANK, RANK, 1)
         kf_keys = tl.where(of_keys >= 0, keys, 0)
-        kf = tile(key_factors + of_keys, RANK, 1, n, kf_keys, 0, RANK, RANK, 1)
+        kf = load_tile(key_factors + of_keys, RANK, 1, n, kf_keys, 0, RANK, RANK, 1)
         if TRANSPOSED:
             scores = dot(kf, tl.trans(qf), scores, UPCAST)
         else:
@@ -209,8 +210,8 @@ def biased(
         return scores + key_bias[None, :]
 
 
-@triton.jit
-def per_query(weights, row, m, tokens):
+@jit
+def load_weights(weights, row, m, tokens):
     """The weights of the queries m, ones where the row is -1."""
     given = tl.where(row >= 0, tokens, 0)
     return tl.load(weights + row * tokens + m, mask=m < given, other=1.0)

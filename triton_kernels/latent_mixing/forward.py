@@ -1,14 +1,6 @@
-"""What methods do to latents between two denoiser calls, each in one launch.
+"""The mixtures of latents by their kernels, on a GPU or in the interpreter, without gradients.
 
-    local_blend        x <- x_source + M (x - x_source)         (Hertz et al., arXiv 2208.01626)
-    merge_instances    mean of the latents of all instances, or each pasted into its place
-                       (Wang et al., arXiv 2402.03290, multi-instance sampler)
-    mix_predictions    sigma(d) eps_a + (1 - sigma(d)) eps_b    (Zhang et al., arXiv 2402.12908)
-    update_difference  d - rate 2 sigma'(d) <G, a - b>, the step of the same method, or a step whose
-                       largest change is the rate
-
-RealCompo's two influence maps go through a softmax and get opposite gradients, so one map d, their
-difference, is enough. Latents are [rows, channels, *places]; a mask or d has one value a place.
+Kernels read contiguous [rows, channels, places]; a program has some places of one row.
 """
 
 # mypy: disallow-incomplete-defs=False
@@ -21,56 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hookctl.kernels.guard import form, fused, jit, tl
-from hookctl.kernels.launch import Specimen
-from hookctl.kernels.launch_tables import MIXING, entry, needed, tile_for
-from hookctl.kernels.operators import custom_op
-
-# -- references ------------------------------------------------------------------------------------
-
-
-def blend_reference(x: Tensor, sources: Tensor, mask: Tensor) -> Tensor:
-    """`local_blend` in plain torch."""
-    source, share = x.index_select(0, sources), mask[:, None]
-    if mask.dtype == torch.bool:
-        return torch.where(share, x, source)
-    wide = torch.promote_types(x.dtype, mask.dtype)  # a lerp of halves is rounded once, at its end
-    return torch.lerp(source.to(wide), x.to(wide), share.to(wide)).to(x.dtype)
-
-
-def merge_reference(x: Tensor, masks: Tensor | None) -> Tensor:
-    """`merge_instances` in plain torch."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if masks is None:
-        return x.mean(0, dtype=wide).to(x.dtype)
-    out = x[0].to(wide)
-    for one, mask in zip(x[1:], masks, strict=True):
-        out = torch.lerp(out, one.to(wide), mask.to(wide))
-    return out.to(x.dtype)
-
-
-def mix_reference(a: Tensor, b: Tensor, d: Tensor) -> Tensor:
-    """`mix_predictions` in plain torch."""
-    wide = torch.promote_types(a.dtype, torch.float32)
-    share = d.to(wide).sigmoid()[:, None]
-    return torch.lerp(b.to(wide), a.to(wide), share).to(a.dtype)
-
-
-def update_reference(
-    d: Tensor, grad: Tensor, a: Tensor, b: Tensor, rate: float, largest: bool = False
-) -> Tensor:
-    """`update_difference` in plain torch."""
-    wide = torch.promote_types(d.dtype, torch.float32)
-    share = d.to(wide).sigmoid()
-    along = (grad.to(wide) * (a.to(wide) - b.to(wide))).sum(1)
-    change = rate * (2 * share * (1 - share) * along)
-    if largest:
-        top = change.abs().flatten(1).amax(1).reshape(-1, *[1] * (change.dim() - 1))
-        change = abs(rate) * change / top.masked_fill(top == 0, 1)
-    return (d.to(wide) - change).to(d.dtype)
-
-
-# -- kernels: contiguous [rows, channels, places]; a program has some places of one row ------------
+from hookctl.kernels.common.guard import form, jit, tl
+from hookctl.kernels.common.launch import Specimen, cdiv
+from hookctl.kernels.common.launch_tables import MIXING, entry, needed, tile_for
 
 
 @jit
@@ -80,8 +25,9 @@ def _between(a, b, share):
 
 
 @jit
-def _blend_kernel(x_ptr, sources_ptr, mask_ptr, out_ptr, channels, places,
-                  HARD: tl.constexpr, P: tl.constexpr):  # fmt: skip
+def _blend_kernel(
+    x_ptr, sources_ptr, mask_ptr, out_ptr, channels, places, HARD: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(1).to(tl.int64)
     p = tl.program_id(0) * P + tl.arange(0, P)
     exists = p < places
@@ -99,8 +45,9 @@ def _blend_kernel(x_ptr, sources_ptr, mask_ptr, out_ptr, channels, places,
 
 
 @jit
-def _merge_kernel(x_ptr, masks_ptr, out_ptr, rows, channels, places,
-                  MASKED: tl.constexpr, P: tl.constexpr):  # fmt: skip
+def _merge_kernel(
+    x_ptr, masks_ptr, out_ptr, rows, channels, places, MASKED: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
     p = tl.program_id(0) * P + tl.arange(0, P)
     c = tl.program_id(1).to(tl.int64)
     exists = p < places
@@ -147,8 +94,10 @@ def _change(d_ptr, grad_ptr, a_ptr, b_ptr, row, p, channels, places, rate):
 
 
 @jit
-def _update_kernel(d_ptr, grad_ptr, a_ptr, b_ptr, out_ptr, channels, places, rate,
-                   LARGEST: tl.constexpr, P: tl.constexpr):  # fmt: skip
+def _update_kernel(
+    d_ptr, grad_ptr, a_ptr, b_ptr, out_ptr, channels, places, rate,
+    LARGEST: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
     """LARGEST: every program looks through its whole row, so that one launch is enough."""
     row = tl.program_id(1).to(tl.int64)
     p = tl.program_id(0) * P + tl.arange(0, P)
@@ -165,19 +114,15 @@ def _update_kernel(d_ptr, grad_ptr, a_ptr, b_ptr, out_ptr, channels, places, rat
     tl.store(at, (d - change).to(out_ptr.dtype.element_ty), mask=p < places)
 
 
-# -- operators -------------------------------------------------------------------------------------
-
-
 def _launch(kernel: Any, places: int, rows: int, like: Tensor, *given: Any, **forms: bool) -> None:
     """Over so many places of each row, in the tile that ships for tensors like this one."""
     tile = needed(tile_for(MIXING, (), like), MIXING, like)
     with torch.cuda.device_of(like):
-        kernel[-(-places // tile.block_n), rows](*given, P=tile.block_n, **forms, **tile.options)
+        kernel[cdiv(places, tile.block_n), rows](*given, P=tile.block_n, **forms, **tile.options)
 
 
-@custom_op("local_blend")
-def blend_kernel(x: Tensor, sources: Tensor, mask: Tensor) -> Tensor:
-    """`local_blend` by the kernel, on a GPU or in the interpreter."""
+@torch.library.custom_op("hookctl::local_blend", mutates_args=())
+def local_blend(x: Tensor, sources: Tensor, mask: Tensor) -> Tensor:
     x, hard = x.contiguous(), mask.dtype == torch.bool
     mask = (mask.view(torch.uint8) if hard else mask).expand(x.shape[0], *x.shape[2:]).contiguous()
     out = torch.empty_like(x)
@@ -187,9 +132,8 @@ def blend_kernel(x: Tensor, sources: Tensor, mask: Tensor) -> Tensor:
     return out
 
 
-@custom_op("merge_instances")
-def merge_kernel(x: Tensor, masks: Tensor | None) -> Tensor:
-    """`merge_instances` by the kernel, on a GPU or in the interpreter."""
+@torch.library.custom_op("hookctl::merge_instances", mutates_args=())
+def merge_instances(x: Tensor, masks: Tensor | None) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x[0])
     rows, channels, places = x.flatten(2).shape
@@ -199,9 +143,8 @@ def merge_kernel(x: Tensor, masks: Tensor | None) -> Tensor:
     return out
 
 
-@custom_op("mix_predictions")
-def mix_kernel(a: Tensor, b: Tensor, d: Tensor) -> Tensor:
-    """`mix_predictions` by the kernel, on a GPU or in the interpreter."""
+@torch.library.custom_op("hookctl::mix_predictions", mutates_args=())
+def mix_predictions(a: Tensor, b: Tensor, d: Tensor) -> Tensor:
     a, b = a.contiguous(), b.contiguous()
     out = torch.empty_like(a)
     rows, channels, places = a.flatten(2).shape
@@ -210,11 +153,10 @@ def mix_kernel(a: Tensor, b: Tensor, d: Tensor) -> Tensor:
     return out
 
 
-@custom_op("update_difference")
-def update_kernel(
+@torch.library.custom_op("hookctl::update_difference", mutates_args=())
+def update_difference(
     d: Tensor, grad: Tensor, a: Tensor, b: Tensor, rate: float, largest: bool = False
 ) -> Tensor:
-    """`update_difference` by the kernel, on a GPU or in the interpreter."""
     d, grad, a, b = (x.contiguous() for x in (d, grad, a, b))
     out = torch.empty_like(d)
     rows, channels, places = a.flatten(2).shape
@@ -223,72 +165,24 @@ def update_kernel(
     return out
 
 
-@blend_kernel.register_fake
+@local_blend.register_fake
 def _(x, sources, mask):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@merge_kernel.register_fake
+@merge_instances.register_fake
 def _(x, masks):
     return torch.empty_like(x[0], memory_format=torch.contiguous_format)
 
 
-@mix_kernel.register_fake
+@mix_predictions.register_fake
 def _(a, b, d):
     return torch.empty_like(a, memory_format=torch.contiguous_format)
 
 
-@update_kernel.register_fake
+@update_difference.register_fake
 def _(d, grad, a, b, rate, largest=False):
     return torch.empty_like(d, memory_format=torch.contiguous_format)
-
-
-# -- functions: a kernel on a GPU, the reference elsewhere and where a gradient is wanted ----------
-
-
-def _plain(*tensors: Tensor | None) -> bool:
-    given = [x for x in tensors if x is not None]
-    learned = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    return learned or not fused(*given)
-
-
-def local_blend(x: Tensor, sources: Tensor, mask: Tensor) -> Tensor:
-    """Each row of x inside its mask, and the row that it comes from outside.
-
-    x: [rows, channels, *places]; sources: int64 [rows], on its device; mask: [rows | 1, *places],
-    bool, or shares from 0 to 1.
-    """
-    return (blend_reference if _plain(x, mask) else blend_kernel)(x, sources, mask)
-
-
-def merge_instances(x: Tensor, masks: Tensor | None = None) -> Tensor:
-    """One latent from that of the whole picture and those of its instances.
-
-    x: [1 + instances, channels, *places], the whole picture first; masks: [instances, *places], 0
-    to 1: each instance is pasted into its own, in order; None: the mean of all.
-    """
-    return (merge_reference if _plain(x, masks) else merge_kernel)(x, masks)
-
-
-def mix_predictions(a: Tensor, b: Tensor, d: Tensor) -> Tensor:
-    """sigma(d) a + (1 - sigma(d)) b, the softmax of two maps whose difference is d.
-
-    a, b: [rows, channels, *places]; d: [rows | 1, *places].
-    """
-    return (mix_reference if _plain(a, b, d) else mix_kernel)(a, b, d)
-
-
-def update_difference(
-    d: Tensor, grad: Tensor, a: Tensor, b: Tensor, rate: float, *, largest: bool = False
-) -> Tensor:
-    """d after one gradient step of both maps whose difference it is.
-
-    d: [rows, *places]; grad: of the loss with respect to the trial latent sigma(d) a + (1 - sigma)
-    b, [rows, channels, *places] like a and b; rate: length of the step, or with `largest` the size
-    of the largest change of each row.
-    """
-    chosen = update_reference if _plain(d, grad, a, b) else update_kernel
-    return chosen(d, grad, a, b, rate, largest)
 
 
 def specimens(arch: str) -> Iterator[Specimen]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hookctl.kernels.launch import available, interpreting
+from hookctl.kernels.common.launch import available, interpreting
 
 tl: Any = None
 try:
@@ -18,8 +18,12 @@ except ImportError:
 
     def jit(fn: Any) -> Any:
         return fn
+
+    def constexpr(value: Any) -> Any:
+        return value
 else:
     tl = triton.language
+    constexpr = tl.constexpr
 
 
 def fused(*given: Tensor) -> bool:

@@ -14,30 +14,34 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from hookctl.kernels.guard import form
-from hookctl.kernels.launch import Launch, Specimen, empty_output, interpreting, side_by_side, sizes
-from hookctl.kernels.launch_tables import GRADIENTS, REGIONS, forms, needed, tile_for
-from hookctl.kernels.operators import custom_op
-from hookctl.kernels.region_lists import tile_lists
-from hookctl.kernels.tiles import (
+from hookctl.kernels.common.guard import form, jit, tl
+from hookctl.kernels.common.launch import (
+    Launch,
+    Specimen,
+    empty_output,
+    interpreting,
+    side_by_side,
+    sizes,
+)
+from hookctl.kernels.common.launch_tables import GRADIENTS, REGIONS, forms, needed, tile_for
+from hookctl.kernels.common.tiles import (
     LOG2E,
     add_products,
-    nothing,
-    overlap,
-    parts,
-    pivots,
+    load_parts,
+    load_pivots,
+    load_regions,
     products,
     program,
-    region_bits,
-    store,
+    row_dot,
+    store_parts,
+    zero_parts,
 )
+from hookctl.kernels.region_attention.tile_lists import apart, tile_lists
 
 
-@triton.jit
+@jit
 def _of_queries(
     q_ptr, k_ptr, v_ptr, q_regions_ptr, k_regions_ptr, order_ptr, counts_ptr, out_ptr, lse_ptr,
     grad_ptr, grad_lse_ptr, dq_ptr, delta_ptr, tokens, keys, heads, listed, scale,
@@ -58,15 +62,15 @@ def _of_queries(
     k_regions_ptr += b * k_regions_stride
     at = b * lists_b + tl.program_id(0)
     row = pair * tokens + m
-    q_0, q_1 = parts(q_ptr, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN)
-    o_0, o_1 = parts(out_ptr, out_stride_n, 1, m, tokens, D, D0, D1, 2)
-    g_0, g_1 = parts(grad_ptr, grad_stride_n, 1, m, tokens, D, D0, D1, 2)
-    delta = overlap(g_0, g_1, o_0, o_1, D1)
+    q_0, q_1 = load_parts(q_ptr, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN)
+    o_0, o_1 = load_parts(out_ptr, out_stride_n, 1, m, tokens, D, D0, D1, 2)
+    g_0, g_1 = load_parts(grad_ptr, grad_stride_n, 1, m, tokens, D, D0, D1, 2)
+    delta = row_dot(g_0, g_1, o_0, o_1, D1)
     delta -= tl.load(grad_lse_ptr + row, mask=m < tokens, other=0.0)
     tl.store(delta_ptr + row, delta, mask=m < tokens)
-    lse = pivots(lse_ptr + pair * tokens, m, tokens)
-    of_queries = region_bits(q_regions_ptr + b * q_regions_stride, m, tokens)
-    dq_0, dq_1 = nothing(BM, D0, D1)
+    lse = load_pivots(lse_ptr + pair * tokens, m, tokens)
+    of_queries = load_regions(q_regions_ptr + b * q_regions_stride, m, tokens)
+    dq_0, dq_1 = zero_parts(BM, D0, D1)
     first = 0
     for test in tl.static_range(2):  # first the tiles that one region covers
         last = tl.load(counts_ptr + 2 * at + test)
@@ -77,7 +81,7 @@ def _of_queries(
             )
             p = tl.exp2(scores * (scale * LOG2E) - lse[:, None])
             if test:
-                of_keys = region_bits(k_regions_ptr, n, keys)
+                of_keys = load_regions(k_regions_ptr, n, keys)
                 p = tl.where((of_queries[:, None] & of_keys[None, :]) != 0, p, 0.0)
             dp = products(
                 g_0, g_1, v_ptr, v_stride_n, v_stride_d, n, keys, D, D0, D1, ALIGN, UPCAST
@@ -88,10 +92,10 @@ def _of_queries(
             )  # fmt: skip
         first = last
     dq_ptr += b * dq_stride_b + h * dq_stride_h
-    store(dq_ptr, dq_stride_n, m, tokens, dq_0 * scale, dq_1 * scale, D, D0, D1)
+    store_parts(dq_ptr, dq_stride_n, m, tokens, dq_0 * scale, dq_1 * scale, D, D0, D1)
 
 
-@triton.jit
+@jit
 def _of_keys(
     q_ptr, k_ptr, v_ptr, q_regions_ptr, k_regions_ptr, order_ptr, counts_ptr, lse_ptr, delta_ptr,
     grad_ptr, dk_ptr, dv_ptr, tokens, keys, heads, listed, scale,
@@ -112,24 +116,24 @@ def _of_keys(
     lse_ptr += pair * tokens
     delta_ptr += pair * tokens
     at = b * lists_b + tl.program_id(0)
-    k_0, k_1 = parts(k_ptr, k_stride_n, k_stride_d, n, keys, D, D0, D1, ALIGN)
-    v_0, v_1 = parts(v_ptr, v_stride_n, v_stride_d, n, keys, D, D0, D1, ALIGN)
-    of_keys = region_bits(k_regions_ptr + b * k_regions_stride, n, keys)
-    dk_0, dk_1 = nothing(BM, D0, D1)
-    dv_0, dv_1 = nothing(BM, D0, D1)
+    k_0, k_1 = load_parts(k_ptr, k_stride_n, k_stride_d, n, keys, D, D0, D1, ALIGN)
+    v_0, v_1 = load_parts(v_ptr, v_stride_n, v_stride_d, n, keys, D, D0, D1, ALIGN)
+    of_keys = load_regions(k_regions_ptr + b * k_regions_stride, n, keys)
+    dk_0, dk_1 = zero_parts(BM, D0, D1)
+    dv_0, dv_1 = zero_parts(BM, D0, D1)
     first = 0
     for test in tl.static_range(2):  # first the tiles that one region covers
         last = tl.load(counts_ptr + 2 * at + test)
         for i in range(first, last):
             m = tl.load(order_ptr + at * listed + i) * BN + tl.arange(0, BN)
-            lse = pivots(lse_ptr, m, tokens)
+            lse = load_pivots(lse_ptr, m, tokens)
             delta = tl.load(delta_ptr + m, mask=m < tokens, other=0.0)
             scores = products(
                 k_0, k_1, q_ptr, q_stride_n, q_stride_d, m, tokens, D, D0, D1, ALIGN, UPCAST
             )
             p = tl.exp2(scores * (scale * LOG2E) - lse[None, :])
             if test:
-                of_queries = region_bits(q_regions_ptr, m, tokens)
+                of_queries = load_regions(q_regions_ptr, m, tokens)
                 p = tl.where((of_keys[:, None] & of_queries[None, :]) != 0, p, 0.0)
             dv_0, dv_1 = add_products(
                 dv_0, dv_1, p, grad_ptr, grad_stride_n, 1, m, tokens, D, D0, D1, 2, UPCAST
@@ -141,15 +145,15 @@ def _of_keys(
             )  # fmt: skip
         first = last
     dk_ptr += b * dk_stride_b + h * dk_stride_h
-    store(dk_ptr, dk_stride_n, n, keys, dk_0 * scale, dk_1 * scale, D, D0, D1)
+    store_parts(dk_ptr, dk_stride_n, n, keys, dk_0 * scale, dk_1 * scale, D, D0, D1)
     dv_ptr += b * dv_stride_b + h * dv_stride_h
-    store(dv_ptr, dv_stride_n, n, keys, dv_0, dv_1, D, D0, D1)
+    store_parts(dv_ptr, dv_stride_n, n, keys, dv_0, dv_1, D, D0, D1)
 
 
 TABLE = REGIONS + GRADIENTS
 
 
-@custom_op("region_gradients")
+@torch.library.custom_op("hookctl::region_gradients", mutates_args=())
 def operator(
     q: Tensor,
     k: Tensor,
@@ -180,7 +184,7 @@ def operator(
             tokens, keys, heads, order.shape[2], scale,
             *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3], *grad.stride()[:3],
             *dq.stride()[:3], query_regions.stride(0), key_regions.stride(0),
-            0 if same else order.shape[1], **constants,
+            apart(order), **constants,
         )  # fmt: skip
     order, counts = tile_lists(of_keys, of_queries, tile.block_m, tile.block_n)
     with torch.cuda.device_of(q):
@@ -189,7 +193,7 @@ def operator(
             tokens, keys, heads, order.shape[2], scale,
             *q.stride(), *k.stride(), *v.stride(), *grad.stride()[:3], *dk.stride()[:3],
             *dv.stride()[:3], query_regions.stride(0), key_regions.stride(0),
-            0 if same else order.shape[1], **constants,
+            apart(order), **constants,
         )  # fmt: skip
     return dq, dk, dv
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hookctl.kernels.launch import aligned, interpreting, sizes
-from hookctl.kernels.stretches import STACKS, Stack, Tables, layout, tables
+from hookctl.kernels.common.launch import aligned, interpreting, sizes
+from hookctl.kernels.common.stretches import STACKS, Stack, Tables, layout, tables
 
 # log2(e): the query factors carry it, since kernels take exponentials in base 2.
 _LOG2E = 1.4426950408889634
@@ -77,7 +77,7 @@ def tables_of(
 def fixed(like: Tensor, extras: Extras, t: Tables, scale: float) -> dict[str, Any]:
     """The arguments of all kernels that calls of one form share; like: queries."""
     return {
-        "steps": t.steps,
+        "cells": t.cells,
         "numbers": t.numbers,
         "tokens": like.shape[-2],
         "heads": like.shape[2],
@@ -122,7 +122,7 @@ def form(dtype: str, width: int) -> dict[str, Any]:
     """The types of these, for compilation ahead of time: aligned, without biases."""
     return {
         **{f"{name}{i}": f"*{dtype}:16" for name in "qkv" for i in range(STACKS)},
-        "steps": "*i64:16",
+        "cells": "*i64:16",
         "numbers": "*fp32:16",
         **dict.fromkeys(("bias", "query_factors", "key_factors")),
         **dict.fromkeys(("tokens", "heads"), "i32"),

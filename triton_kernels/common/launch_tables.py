@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from hookctl.kernels.launch import (
+from hookctl.kernels.common.launch import (
     FORMS,
     INTERPRETED,
     MOST_PAIRS,

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from hookctl.kernels.launch import arch_of
-from hookctl.kernels.launch_tables import MAPS, REGIONS
+from hookctl.kernels.common.launch import arch_of
+from hookctl.kernels.common.launch_tables import MAPS, REGIONS
 
 __all__ = ["MAPS", "REGIONS", "SHARED", "TERMS", "read", "wins", "write"]
 

@@ -1,4 +1,4 @@
-"""The forward kernels of the sum of terms; `sum_of_terms` has the formula.
+"""The forward kernels of the sum of terms and their launch.
 
 `_long` walks over the keys with an online softmax (Dao, arXiv 2307.08691). `_short` holds the
 whole softmax of up to 128 or 256 keys in registers and lets every term of a row add to one
@@ -9,16 +9,14 @@ accumulator: prompt-to-prompt edits and decoupled adapters in one pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from hookctl.kernels import stretches
-from hookctl.kernels.arguments import (
+from hookctl.kernels.common import stretches
+from hookctl.kernels.common.arguments import (
     Extras,
     alignment,
     fixed,
@@ -27,47 +25,47 @@ from hookctl.kernels.arguments import (
     pointers,
     ranked,
 )
-from hookctl.kernels.launch import WIDTHS, Launch, Specimen, pieces
-from hookctl.kernels.launch_tables import RANKED, SHORT, entry, needed, short_form, tile_for
-from hookctl.kernels.ready import Ready
-from hookctl.kernels.stretches import Tables
-from hookctl.kernels.tiles import (
+from hookctl.kernels.common.guard import constexpr, jit, tl
+from hookctl.kernels.common.launch import WIDTHS, Launch, Specimen, cdiv, pieces
+from hookctl.kernels.common.launch_tables import RANKED, SHORT, entry, needed, short_form, tile_for
+from hookctl.kernels.common.stretches import Tables
+from hookctl.kernels.common.tiles import (
     LOG2E,
+    add_biases,
     add_products,
-    biased,
-    nothing,
-    parts,
-    per_query,
-    place,
+    load_parts,
+    load_weights,
     products,
-    store,
+    row_pointer,
+    store_parts,
+    zero_parts,
 )
 
-_COLUMNS = tl.constexpr(stretches.COLUMNS)
-_K, _V, _KEYS = (tl.constexpr(c) for c in (stretches.K, stretches.V, stretches.KEYS))
-_TERM, _CLOSES = tl.constexpr(stretches.TERM), tl.constexpr(stretches.CLOSES)
-_WEIGHT, _BIAS = tl.constexpr(stretches.WEIGHT), tl.constexpr(stretches.BIAS)
+_COLUMNS = constexpr(stretches.COLUMNS)
+_K, _V, _KEYS = (constexpr(c) for c in (stretches.K, stretches.V, stretches.KEYS))
+_TERM, _CLOSES = constexpr(stretches.TERM), constexpr(stretches.CLOSES)
+_WEIGHT, _BIAS = constexpr(stretches.WEIGHT), constexpr(stretches.BIAS)
 
 
-@triton.jit
+@jit
 def _close(
-    step, number, top, norm, lse, weights, m, tokens,
+    stretch, number, top, norm, lse, weights, m, tokens,
     WEIGHTED: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
     """What the accumulator of a finished softmax is multiplied by; its log-sum-exp is kept."""
     if LSE:
-        at = tl.load(step + _TERM) * tl.num_programs(1) + tl.program_id(1)
+        at = tl.load(stretch + _TERM) * tl.num_programs(1) + tl.program_id(1)
         tl.store(lse + at * tokens + m, (top + tl.log2(norm)) / LOG2E, mask=m < tokens)
     gain = tl.where(norm > 0, tl.load(number) / norm, 0.0)
     if WEIGHTED:
-        gain *= per_query(weights, tl.load(step + _WEIGHT), m, tokens)
+        gain *= load_weights(weights, tl.load(stretch + _WEIGHT), m, tokens)
     return gain[:, None]
 
 
-@triton.jit
+@jit
 def _long(
     q0, q1, q2, k0, k1, k2, v0, v1, v2, out, lse,
-    steps, numbers, starts, weights, bias, query_factors, key_factors,
+    cells, numbers, starts, weights, bias, query_factors, key_factors,
     tokens, heads, scale, o_row, o_sub, o_head, o_token,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     ALIGN: tl.constexpr, SINGLE: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr,
@@ -82,25 +80,25 @@ def _long(
     head = (tl.program_id(1) % heads).to(tl.int64)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     out += row * o_row + sub * o_sub + head * o_head
-    acc_0, acc_1 = nothing(BM, D0, D1)
+    acc_0, acc_1 = zero_parts(BM, D0, D1)
     if not SINGLE:
-        sum_0, sum_1 = nothing(BM, D0, D1)
+        sum_0, sum_1 = zero_parts(BM, D0, D1)
     top = tl.full([BM], float("-inf"), tl.float32)
     norm = tl.zeros([BM], tl.float32)
     last = tl.load(starts + row + 1)
     for s in range(tl.load(starts + row), last):
-        step = steps + s * _COLUMNS
-        q, q_t, q_c = place(step, q0, q1, q2, sub, head, ALIGN)
-        k, k_t, k_c = place(step + _K, k0, k1, k2, sub, head, ALIGN)
-        v, v_t, v_c = place(step + _V, v0, v1, v2, sub, head, ALIGN)
-        keys = tl.load(step + _KEYS).to(tl.int32)
+        stretch = cells + s * _COLUMNS
+        q, q_t, q_c = row_pointer(stretch, q0, q1, q2, sub, head, ALIGN)
+        k, k_t, k_c = row_pointer(stretch + _K, k0, k1, k2, sub, head, ALIGN)
+        v, v_t, v_c = row_pointer(stretch + _V, v0, v1, v2, sub, head, ALIGN)
+        keys = tl.load(stretch + _KEYS).to(tl.int32)
         shift = tl.load(numbers + 2 * s + 1)
-        q_0, q_1 = parts(q, q_t, q_c, m, tokens, D, D0, D1, ALIGN)
+        q_0, q_1 = load_parts(q, q_t, q_c, m, tokens, D, D0, D1, ALIGN)
         for first in range(0, keys, BN):
             n = first + tl.arange(0, BN)
             scores = products(q_0, q_1, k, k_t, k_c, n, keys, D, D0, D1, ALIGN, UPCAST)
-            scores = biased(
-                scores * (scale * LOG2E), step + _BIAS, shift, bias, query_factors, key_factors,
+            scores = add_biases(
+                scores * (scale * LOG2E), stretch + _BIAS, shift, bias, query_factors, key_factors,
                 sub, head, m, n, tokens, keys, False, BIASED, RANK, UPCAST,
             )  # fmt: skip
             new = tl.maximum(top, tl.max(scores, 1))
@@ -115,28 +113,28 @@ def _long(
             )  # fmt: skip
             top = new
         if not SINGLE:
-            if tl.load(step + _CLOSES) != 0:
+            if tl.load(stretch + _CLOSES) != 0:
                 gain = _close(
-                    step, numbers + 2 * s, top, norm, lse, weights, m, tokens, WEIGHTED, LSE
+                    stretch, numbers + 2 * s, top, norm, lse, weights, m, tokens, WEIGHTED, LSE
                 )
                 sum_0 += acc_0 * gain
                 sum_1 += acc_1 * gain
-                acc_0, acc_1 = nothing(BM, D0, D1)
+                acc_0, acc_1 = zero_parts(BM, D0, D1)
                 top = tl.full([BM], float("-inf"), tl.float32)
                 norm = tl.zeros([BM], tl.float32)
     if SINGLE:
-        step = steps + (last - 1) * _COLUMNS
+        stretch = cells + (last - 1) * _COLUMNS
         number = numbers + 2 * (last - 1)
-        gain = _close(step, number, top, norm, lse, weights, m, tokens, WEIGHTED, LSE)
+        gain = _close(stretch, number, top, norm, lse, weights, m, tokens, WEIGHTED, LSE)
         sum_0 = acc_0 * gain
         sum_1 = acc_1 * gain
-    store(out, o_token, m, tokens, sum_0, sum_1, D, D0, D1)
+    store_parts(out, o_token, m, tokens, sum_0, sum_1, D, D0, D1)
 
 
-@triton.jit
+@jit
 def _short(
     q0, q1, q2, k0, k1, k2, v0, v1, v2, out, lse,
-    steps, numbers, starts, weights, bias, query_factors, key_factors,
+    cells, numbers, starts, weights, bias, query_factors, key_factors,
     tokens, heads, scale, o_row, o_sub, o_head, o_token,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     ALIGN: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, RANK: tl.constexpr,
@@ -149,27 +147,27 @@ def _short(
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.arange(0, BN)
     out += row * o_row + sub * o_sub + head * o_head
-    sum_0, sum_1 = nothing(BM, D0, D1)
+    sum_0, sum_1 = zero_parts(BM, D0, D1)
     for s in range(tl.load(starts + row), tl.load(starts + row + 1)):
-        step = steps + s * _COLUMNS
-        q, q_t, q_c = place(step, q0, q1, q2, sub, head, ALIGN)
-        k, k_t, k_c = place(step + _K, k0, k1, k2, sub, head, ALIGN)
-        v, v_t, v_c = place(step + _V, v0, v1, v2, sub, head, ALIGN)
-        keys = tl.load(step + _KEYS).to(tl.int32)
-        q_0, q_1 = parts(q, q_t, q_c, m, tokens, D, D0, D1, ALIGN)
+        stretch = cells + s * _COLUMNS
+        q, q_t, q_c = row_pointer(stretch, q0, q1, q2, sub, head, ALIGN)
+        k, k_t, k_c = row_pointer(stretch + _K, k0, k1, k2, sub, head, ALIGN)
+        v, v_t, v_c = row_pointer(stretch + _V, v0, v1, v2, sub, head, ALIGN)
+        keys = tl.load(stretch + _KEYS).to(tl.int32)
+        q_0, q_1 = load_parts(q, q_t, q_c, m, tokens, D, D0, D1, ALIGN)
         scores = products(q_0, q_1, k, k_t, k_c, n, keys, D, D0, D1, ALIGN, UPCAST)
-        scores = biased(
-            scores * (scale * LOG2E), step + _BIAS, tl.load(numbers + 2 * s + 1), bias,
+        scores = add_biases(
+            scores * (scale * LOG2E), stretch + _BIAS, tl.load(numbers + 2 * s + 1), bias,
             query_factors, key_factors, sub, head, m, n, tokens, keys, False, BIASED, RANK, UPCAST,
         )  # fmt: skip
         top = tl.max(scores, 1)
         p = tl.exp2(scores - tl.where(top == float("-inf"), 0.0, top)[:, None])
         norm = tl.sum(p, 1)
-        gain = _close(step, numbers + 2 * s, top, norm, lse, weights, m, tokens, WEIGHTED, LSE)
+        gain = _close(stretch, numbers + 2 * s, top, norm, lse, weights, m, tokens, WEIGHTED, LSE)
         sum_0, sum_1 = add_products(
             sum_0, sum_1, p * gain, v, v_t, v_c, n, keys, D, D0, D1, ALIGN, UPCAST
         )
-    store(out, o_token, m, tokens, sum_0, sum_1, D, D0, D1)
+    store_parts(out, o_token, m, tokens, sum_0, sum_1, D, D0, D1)
 
 
 _ONE, _SEVERAL = "sum of terms, one term", "sum of terms, several terms"
@@ -182,29 +180,27 @@ def forward(
     extras: Extras,
     t: Tables,
     scale: float,
-    rows: int,
-    lse: bool,
-) -> Callable[..., None]:
-    """What fills `out` [rows, sub-batch, heads, N, channels] and `lse` [terms, sub-batch, heads, N]
-    (None if it is not wanted), for stacks and extras of the same form: fill(q, k, v, extras, out,
-    lse)."""
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """Fill `out` [rows, sub-batch, heads, N, channels] and `lse` [terms, sub-batch, heads, N]."""
     kernel, tile, sizes = _chosen(q[0], k, t)
-    known = fixed(q[0], extras, t, scale) | sizes | tile.options
-    known |= {"starts": t.starts, "WEIGHTED": extras.weights is not None}
-    _, sub, heads, n, _ = q[0].shape
-    grid = triton.cdiv(n, tile.block_m), sub * heads, rows
-    launch = Ready(kernel, grid, known | {"LSE": lse}, _by_tensors)
-
-    def fill(q: Any, k: Any, v: Any, extras: Extras, out: Tensor, lse: Tensor | None) -> None:
-        with torch.cuda.device_of(out):
-            launch(**pointers(q, k, v, extras), out=out, lse=lse, weights=extras.weights)
-
-    return fill
-
-
-def _by_tensors(given: Any) -> dict[str, Any]:
-    stacks = [given[f"{name}{i}"] for name in "qkv" for i in range(stretches.STACKS)]
-    return alignment(*stacks) | out_strides(given["out"])
+    rows, sub, heads, n, _ = out.shape
+    with torch.cuda.device_of(out):
+        kernel[cdiv(n, tile.block_m), sub * heads, rows](
+            **fixed(q[0], extras, t, scale),
+            **pointers(q, k, v, extras),
+            **alignment(*q, *k, *v),
+            **out_strides(out),
+            **sizes,
+            **tile.options,
+            starts=t.starts,
+            weights=extras.weights,
+            out=out,
+            lse=lse,
+            WEIGHTED=extras.weights is not None,
+            LSE=lse is not None,
+        )
 
 
 def _chosen(q: Tensor, k: Sequence[Tensor], t: Tables) -> tuple[Any, Launch, dict[str, Any]]:

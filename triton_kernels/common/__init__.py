@@ -1,0 +1,1 @@
+"""What the kernels share: devices, launches and their tables, stretches of keys, pieces of code."""
