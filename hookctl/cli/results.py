@@ -83,11 +83,15 @@ def say(out: Path, sessions: Sequence[Session], preset: Preset, times: Mapping[s
     if preset.program is not None:
         print(f"{preset.program.recipe}: draws by a loop of its own")
     for session in sessions:
-        rows = session.log.rows()
+        silent = dict(session.log.silent(session.editors))
         for editor in session.editors:
-            mine = [row for row in rows if row[0] == editor.name]
+            mine = [row for row in session.log.rows() if row[0] == editor.name]
+            hooks = [row[2] for row in session.log.hook_rows() if row[0] == editor.name]
             sites, plans = {row[1] for row in mine}, sorted({row[4] for row in mine})
-            where = f"{len(sites)} of {len(session.sites)} sites, by {', '.join(plans)}"
-            print(f"{editor.name}: {where if sites else 'acts round the attention'}")
+            parts = [f"{len(sites)} of {len(session.sites)} sites, by {', '.join(plans)}"] * bool(
+                sites
+            )
+            parts += dict.fromkeys(hooks)
+            print(f"{editor.name}: {'; '.join(parts) or f'never acted: {silent[editor.name]}'}")
     print(f"edited in {times['edited']:.1f} s, plain in {times['plain']:.1f} s")
     print(f"look at {out / 'grid.png'}; also written: plain-*, edited-*, report.txt, run.json")
