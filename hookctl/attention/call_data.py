@@ -24,28 +24,7 @@ RowLike = Row | int
 
 
 class CallData:
-    """The tensors of one attention call, whose and of when they are, and what editors did to it.
-
-    site: the attention layer (`Site`): its path, kind, place and resolution.
-    q, k, v: [rows, sub-batch, heads, tokens, channels], after projection, norm and rotary
-    embedding. `sub-batch` is 1 but for video models, where a row has several frames or positions;
-    q has N tokens, k and v have M. Read-only: a verb changes them.
-    rows: who each batch row is (`Rows`); in their order, q, k and v hold them.
-    clock: the step of the denoiser call (`Clock`).
-    grid: height, width and frames of the image's queries (`Grid`), None if they form none.
-    spans: where text and image stand among queries and keys, (start, stop) of tokens each:
-    image_queries, image_keys and text_keys, the latter two None where there are none.
-    prompts: the texts of the run, which `Row.prompt` counts; () if unknown.
-    scale: of the scores, softmax(q k^T * scale + mask) v; usually channels ** -0.5.
-    mask: the model's own, added to the scores or True where a key may be seen,
-    [rows | 1, sub-batch | 1, heads | 1, N | 1, M]; None without one.
-    latent: the sides of the latent, ([frames,] height, width), () if unknown.
-    index: which attention call of its module's forward it is; 0 is the model's own, further ones
-    are those of adapters.
-    sequence: tokens of the text, None if unknown, and the order of a joint sequence, "image_text"
-    or "text_image".
-    editor: whose verbs are used now; operations, read_outs: the verbs that were used so far.
-    """
+    """An attention call without its verbs; `AttentionCall` says what its attributes are."""
 
     def __init__(
         self,
