@@ -28,8 +28,8 @@ from hookctl.errors import InputError, UnsupportedError
 class AttentionCall(CallData):
     """One attention call of one site: what an editor sees of it, and the verbs that rewrite it.
 
-    What follows is there to be read; a verb takes the rows to change (a `Row`, its index, or several)
-    and changes them alone.
+    What follows is there to be read. A verb takes the rows to change, a `Row`, its index or several
+    of them, and changes those alone.
 
     site: the attention layer, a `Site`: its path, kind ("self", "cross", "joint", "temporal"),
         place in the model and resolution relative to the latent.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import hookctl
 from hookctl.errors import InputError
+from hookctl.preset import SETTINGS
 
 if TYPE_CHECKING:
     import torch
@@ -133,20 +134,24 @@ def add_progress(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_setting(command: Any, name: str, **options: Any) -> None:
+    """The option of one setting of a run."""
+    setting = SETTINGS[name]
+    read = number if setting.hint is float else None
+    command.add_argument(
+        f"--{name}",
+        metavar=setting.metavar,
+        help=setting.help,
+        type=read if setting.least is None else whole(setting.least),
+        **options,
+    )
+
+
 def add_drawing(command: argparse.ArgumentParser, *, images: bool) -> None:
     group = command.add_argument_group("drawing")
-    group.add_argument("--seed", type=whole(0), metavar="N", help="of the first noise (default: 0)")
-    group.add_argument("--steps", type=whole(1), metavar="N", help="of the sampler (default: 30)")
-    group.add_argument(
-        "--guidance", type=number, metavar="X", help="guidance scale (default: the pipeline's own)"
-    )
-    group.add_argument("--negative", metavar="TEXT", help="negative prompt")
-    if images:
-        group.add_argument(
-            "--images", type=whole(1), metavar="N", help="images of each prompt (default: 1)"
-        )
-    group.add_argument("--width", type=whole(1), metavar="PX", help="default: the model's own")
-    group.add_argument("--height", type=whole(1), metavar="PX", help="default: the model's own")
+    for name, setting in SETTINGS.items():
+        if setting.draws and (images or name != "images"):
+            add_setting(group, name)
 
 
 def add_out(command: argparse.ArgumentParser) -> None:

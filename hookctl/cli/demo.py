@@ -27,7 +27,7 @@ from hookctl.cli.quiet import quiet
 from hookctl.demos import DEMOS
 from hookctl.demos.reports import groups, singles
 from hookctl.errors import HookctlError, InputError
-from hookctl.inspect.tables import table
+from hookctl.inspect import table
 
 if TYPE_CHECKING:
     from hookctl.demos.gallery import Shown

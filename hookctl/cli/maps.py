@@ -12,7 +12,7 @@ from hookctl.cli.lora import add_lora, check_loras, put_on, said
 from hookctl.cli.models import find_model
 from hookctl.cli.quiet import quiet
 from hookctl.errors import InputError
-from hookctl.inspect.tables import table
+from hookctl.inspect import table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,7 +53,7 @@ def add(commands: Any) -> None:
         _EXAMPLES,
     )
     command.add_argument("model", metavar="MODEL", help=common.MODEL_HELP)
-    command.add_argument("--prompt", required=True, metavar="TEXT")
+    common.add_setting(command, "prompt", required=True)
     command.add_argument(
         "--words", type=common.words, metavar="A,B", help="words or phrases (default: every word)"
     )

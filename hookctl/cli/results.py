@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hookctl.preset.stack import Preset
+from hookctl.preset import Preset
 
 if TYPE_CHECKING:
     from PIL.Image import Image

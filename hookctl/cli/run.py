@@ -24,8 +24,8 @@ from hookctl.cli.models import find_model
 from hookctl.cli.quiet import quiet
 from hookctl.cli.results import SHOWN_WORDS, Results, say
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.inspect.tables import table
-from hookctl.preset.stack import ImageSpec, Preset, existing, load_preset
+from hookctl.inspect import table
+from hookctl.preset import ImageSpec, Preset, existing, load_preset
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -70,10 +70,8 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--image", type=Path, metavar="FILE", help="image, for a stack that takes one"
     )
-    command.add_argument("--prompt", metavar="TEXT", help="of the source image")
-    command.add_argument(
-        "--edit", action="append", metavar="TEXT", help="the edited prompt; may be repeated"
-    )
+    common.add_setting(command, "prompt")
+    common.add_setting(command, "edit", action="append")
     command.add_argument(
         "--words",
         type=common.words,

@@ -16,7 +16,7 @@ from hookctl.cli import main
 from hookctl.cli.quiet import quiet
 from hookctl.cli.run import _telling
 from hookctl.demos.shapes import load
-from hookctl.preset.stack import EditorSpec, Preset
+from hookctl.preset import EditorSpec, Preset
 
 COMMANDS = ("demo", "run", "inspect", "maps")
 EDITOR = '[[editor]]\nrecipe = "PromptToPrompt"\n'

@@ -10,8 +10,8 @@ from hookctl.cli.run import editors_by_name, inversions_by_name, programs_by_nam
 from hookctl.editor import Editor
 from hookctl.errors import InputError
 from hookctl.maps import Maps
+from hookctl.preset import EditorSpec, LoraSpec, Preset, dump_preset, load_preset
 from hookctl.preset.signature import Mismatch, convert, describe
-from hookctl.preset.stack import EditorSpec, LoraSpec, Preset, dump_preset, load_preset
 from hookctl.recipes import PromptToPrompt
 
 PRESETS = Path(__file__).parents[3] / "demos" / "presets"
