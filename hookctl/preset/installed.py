@@ -10,6 +10,8 @@ import importlib
 import re
 import sys
 from importlib import metadata
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -42,26 +44,33 @@ def class_of(name: str, where: str) -> type[Editor]:
     from hookctl.editor import Editor
 
     found = getattr(module, class_name, None)
-    editors = [n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, Editor)]
+    classes = {n: v for n, v in vars(module).items() if isinstance(v, type) and v is not Editor}
+    editors = [n for n, v in classes.items() if issubclass(v, Editor)]
     if found is None:
         raise InputError(f"{lead}: {module_name} has no {class_name}{near(class_name, editors)}")
     if not isinstance(found, type) or not issubclass(found, Editor):
         raise InputError(
-            f"{lead}: {class_name} is no subclass of hookctl.Editor{near(class_name, editors)}"
+            f"{lead}: {class_name} is no subclass of hookctl.Editor; there are: "
+            f"{', '.join(editors) or 'none'}"
         )
     return found
 
 
 def _is_installed(package: str) -> bool:
-    """Whether a distribution holds a package or module of this name."""
+    """Whether a distribution holds a package or module of this name, which is what is imported."""
     here = Path.cwd()
     # An empty entry, and that of `python -m`, is the folder in which the command stands.
     paths = [path for path in sys.path if path and Path(path).resolve() != here]
-    for distribution in metadata.distributions(path=paths):
-        names = (distribution.read_text("top_level.txt") or "").split()
-        if not names:
-            parts = (PurePosixPath(str(file)).parts for file in distribution.files or ())
-            names = [part[0].removesuffix(".py") for part in parts]
-        if package in names:
-            return True
-    return False
+    if not any(package in _names(one) for one in metadata.distributions(path=paths)):
+        return False
+    installed, found = PathFinder.find_spec(package, paths), find_spec(package)
+    return installed is None or (found is not None and found.origin == installed.origin)
+
+
+def _names(distribution: metadata.Distribution) -> set[str]:
+    """The packages and modules at the top level of a distribution."""
+    if listed := distribution.read_text("top_level.txt"):
+        return {*listed.split()}
+    return {
+        PurePosixPath(str(file)).parts[0].removesuffix(".py") for file in distribution.files or ()
+    }
