@@ -22,6 +22,7 @@ from hookctl.address.text import PromptText, TextLayout
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import Editor
 from hookctl.errors import InputError, SelectorError, WordError
+from hookctl.inspect import notebook, show
 from hookctl.loop.state import State
 
 SHOWN = 12  # words, of a store in a notebook
@@ -78,8 +79,6 @@ class MapStore:
 
     def _repr_html_(self) -> str:
         """The mean map of each word, side by side."""
-        from hookctl.inspect import notebook, show
-
         shown = self.words[:SHOWN]
         if not shown:
             return notebook.html_lines([repr(self)])
@@ -131,8 +130,6 @@ class WordMaps:
 
     def _repr_html_(self) -> str:
         """The mean map."""
-        from hookctl.inspect import notebook, show
-
         heat = show.heatmap(self.mean().detach().cpu())
         return notebook.html_lines([repr(self)]) + notebook.html_image(heat, self.word)
 
@@ -187,14 +184,10 @@ class WordMaps:
 
     def overlay(self, image: Any, **options: Any) -> Any:
         """The image with the mean map laid over it (`show.overlay`)."""
-        from hookctl.inspect import show
-
         return show.overlay(image, self.mean().detach().cpu(), **options)
 
     def strip(self, image: Any = None, count: int = 8) -> Any:
         """One image of the map at up to `count` steps (`show.time_strip`)."""
-        from hookctl.inspect import show
-
         steps = self.steps
         step = max(1, -(-len(steps) // count))
         chosen = list(steps[::step])
