@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hookctl.address import families
 from hookctl.address.sites import Site
 from hookctl.attention.sdpa_call import SDPACall
-from hookctl.editor import Editor, check_conflicts, overrides
+from hookctl.editor import Editor, check_conflicts, overrides, tell
 from hookctl.errors import HoleError, UnsupportedError
 from hookctl.evaluate.one_call import EditedSite
 from hookctl.evaluate.plan import Plan
@@ -27,6 +27,7 @@ from hookctl.hooks.attention import SitePort, depth, unwind
 from hookctl.hooks.pipeline import DenoiserPort, Inner, PipelinePort, SchedulerPort, is_compiled
 from hookctl.hooks.processors import Exchange
 from hookctl.hooks.skips import Concat, ConcatPort, concats
+from hookctl.loop import around
 from hookctl.loop.arguments import widen
 from hookctl.loop.branches import add_branches, asked_branches, cut_branches
 from hookctl.loop.calls import Call, Calls
@@ -52,6 +53,10 @@ class Attached:
 
     def note(self, site: Site, step: int, verbs: set[str], plan: Plan) -> None:
         self.session.log.note(self.editor, site, step, verbs, plan)
+
+    def note_hook(self, hook: str, step: int, what: str, where: str) -> None:
+        """Keep what a hook round the attention did, "" for nothing, for the session's report."""
+        self.session.log.note_hook(self.editor, hook, step, what, where)
 
 
 _engines: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
@@ -236,6 +241,7 @@ class Engine:
         if not state.nested:
             for session in self._sessions:
                 session.clock = state.clock
+                session.log.note_call(state.clock)
         call = Call(state, *self._acting_at(state))
         if state.reading is not None:
             self._calls.follow(call, state.reading)
@@ -263,7 +269,7 @@ class Engine:
             session.maps.clear()
         for attached in self.attached:
             state.maps = attached.session.maps
-            attached.editor.begin(state)
+            tell(attached.editor, "begin", state)
         self.run.fresh = False
 
     def _within(self, call: Call, inner: Inner, args: Any, kwargs: Any) -> Any:
@@ -276,29 +282,29 @@ class Engine:
 
     def _call(self, inner: Inner, call: Call, args: Any, kwargs: Any) -> Any:
         state = call.state
-        around: list[Editor] = []
+        standing: list[Attached] = []
         if not state.nested:
             for a in call.acting:
                 if overrides(a.editor, "before"):
-                    a.editor.before(state)
-            around = [a.editor for a in call.acting if overrides(a.editor, "denoise")]
-            adding = [a.editor for a in call.acting if overrides(a.editor, "branches")]
-            wishes = [(editor.name, editor.branches(state)) for editor in adding]
+                    around.before(a, state)
+            standing = [a for a in call.acting if overrides(a.editor, "denoise")]
+            adding = [a for a in call.acting if overrides(a.editor, "branches")]
+            wishes = [(a.editor.name, around.added(a, "branches", state)) for a in adding]
             if asked := asked_branches(wishes, state):
                 add_branches(state, asked)
         extra: dict[str, Tensor] = {}
         for a in call.acting:
             if overrides(a.editor, "context"):
-                extra |= dict(a.editor.context(state) or {})
+                extra |= around.added(a, "context", state)
         if extra:
             widen(state, extra)
         untouched = state.assigned is None and state.own_rows is None
-        if not around and not extra and untouched:
+        if not standing and not extra and untouched:
             return self._inner(inner, call, args, kwargs)
 
-        def proceed(rest: Sequence[Editor] = tuple(around)) -> Any:
+        def proceed(rest: Sequence[Attached] = tuple(standing)) -> Any:
             if rest:
-                return rest[0].denoise(state, lambda: proceed(rest[1:]))
+                return around.denoise(rest[0], state, lambda: proceed(rest[1:]))
             return self._inner(inner, call, *self.run.arguments(state))
 
         return proceed()
@@ -370,14 +376,14 @@ class Engine:
         """Both parts of a concat after its editors, or None if nobody changed any."""
         current = self._calls.current
         edits = [] if current is None else current.acting
-        edits = [a.editor for a in edits if overrides(a.editor, "features")]
+        edits = [a for a in edits if overrides(a.editor, "features")]
         if current is None or not edits:
             return None
         state = current.state
         place = concat.block, concat.place, concat.order, concat.resolution
         call = FeatureCall(backbone, skip, state.rows, state.clock, *place)
-        for editor in edits:
-            editor.features(call)
+        for a in edits:
+            around.features(a, call)
         unchanged = call.backbone is backbone and call.skip is skip
         return None if unchanged else (call.backbone, call.skip)
 
@@ -389,10 +395,10 @@ class Engine:
 
     def _around_step(self, step: Inner, arguments: dict[str, Any]) -> Any:
         state = self._step.state
-        editors = [a.editor for a in self._acting_at(state)[0]] if state is not None else []
+        acting = self._acting_at(state)[0] if state is not None else ()
         self._local.stepping = state
         try:
-            return self._step.take(step, arguments, editors)
+            return self._step.take(step, arguments, acting)
         finally:
             self._local.stepping = None
             self.run.stepped()

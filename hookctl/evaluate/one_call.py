@@ -208,8 +208,7 @@ class EditedSite:
         if part.context:
             call.set_context_source(*(stack_rows(x, count) for x in part.full))
         for one in self.attached:
-            call.editor = one.editor
-            one.editor.attention(call)
+            call.show_to(one.editor)
         reader = denoiser_call.reader
         if reader is not None:
             call.read_outs = [r for r in call.read_outs if r.editor is reader.editor]

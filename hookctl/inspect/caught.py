@@ -11,7 +11,7 @@ from hookctl.address import families
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import Editor
 from hookctl.errors import HoleError
-from hookctl.inspect.survey import survey
+from hookctl.inspect.model import survey
 from hookctl.session import control
 
 

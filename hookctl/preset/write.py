@@ -1,4 +1,4 @@
-"""Values as TOML text: what the standard library reads but does not write."""
+"""A stack as a TOML text, which the standard library reads but does not write."""
 
 from __future__ import annotations
 
@@ -6,6 +6,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hookctl.errors import InputError
+from hookctl.preset.stack import EditorSpec, ImageSpec, Preset
+
+
+def dump_preset(preset: Preset) -> str:
+    """The TOML text that `load_preset` reads back as the same stack."""
+    lines = [] if preset.model is None else [*pairs({"model": preset.model}), ""]
+    for lora in preset.loras:
+        lines += ["[[lora]]", *pairs({"path": str(lora.path), "weight": lora.weight}), ""]
+    if preset.run:
+        lines += ["[run]", *pairs(preset.run), ""]
+    for key, of_image in (("inversion", preset.inversion), ("program", preset.program)):
+        if of_image is not None:
+            lines += [f"[{key}]", *_recipe(of_image)]
+    for spec in preset.specs:
+        lines += ["[[editor]]", *_recipe(spec)]
+    return "\n".join(lines)
+
+
+def _recipe(spec: EditorSpec | ImageSpec) -> list[str]:
+    return [*pairs({"recipe": spec.recipe, **spec.arguments}), ""]
 
 
 def pairs(values: Mapping[str, Any]) -> list[str]:
