@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.hookctl.attention.test_algebra import EXACT, MASKS, check, masked, scripts
 
-from hookctl.evaluate import plan
-from hookctl.evaluate import short_keys as thin
-from tests.hookctl.attention import test_precision
+from hookctl.evaluate import plan, short_keys
 from tests.hookctl.attention.calls import IMAGE, TEXT, Case, Script, close, random, torch_calls
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+from tests.hookctl.evaluate import test_precision
+from tests.hookctl.evaluate.verbs import EXACT, MASKS, check, masked, scripts
 
 
 @pytest.fixture
 def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The queries of two heads in three blocks, the last a short one."""
-    monkeypatch.setattr(thin, "_BLOCK", 5 * 2 * TEXT)
+    monkeypatch.setattr(short_keys, "_BLOCK", 5 * 2 * TEXT)
 
 
 def projected(case: Case) -> Case:
@@ -69,11 +63,11 @@ def test_uneven_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any limit, one below a single query too, covers every query once."""
     case = projected(masked("cross", "full"))
     for most in (1, 2 * TEXT, 7 * 2 * TEXT, IMAGE * 2 * TEXT - 1, IMAGE * 2 * TEXT):
-        monkeypatch.setattr(thin, "_BLOCK", most)
+        monkeypatch.setattr(short_keys, "_BLOCK", most)
         check(case, scripts(case)["route blend"])
 
 
-def together(case: Case) -> dict[str, tuple[Script, int]]:
+def shared(case: Case) -> dict[str, tuple[Script, int]]:
     """Edits whose keys are those of several rows, and how many softmaxes they take."""
     k, v, k2, v2 = (random(2, TEXT, 8, seed=60 + i) for i in range(4))
     unit = random(IMAGE, seed=65).sigmoid()
@@ -108,7 +102,7 @@ def together(case: Case) -> dict[str, tuple[Script, int]]:
 @pytest.mark.parametrize("mask", ("none", "additive"))
 def test_rows_at_once(mask: str) -> None:
     case = projected(masked("cross", mask))
-    for name, (script, count) in together(case).items():
+    for name, (script, count) in shared(case).items():
         check(case, script)
         if mask == "none":
             assert softmaxes(case, script) == count, name
@@ -116,7 +110,7 @@ def test_rows_at_once(mask: str) -> None:
 
 def test_rows_at_once_in_blocks(blocks: None) -> None:
     case = projected(masked("cross", "none"))
-    for script, _ in together(case).values():
+    for script, _ in shared(case).values():
         check(case, script)
 
 

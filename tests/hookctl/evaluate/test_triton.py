@@ -6,12 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.hookctl.attention.test_algebra import masked, scripts
 
 from hookctl.evaluate import plan
-from hookctl.evaluate import special as together
-from hookctl.kernels import wins
 from tests.hookctl.attention.calls import Case, Script, close, random
+from tests.hookctl.evaluate.verbs import masked, scripts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 1e-5  # fp32
@@ -134,35 +132,6 @@ def test_marginals_by_their_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     biased.marginals(3, lambda row, sums: None)
     plan.evaluate(biased, "triton")
     assert len(used) == 2
-
-
-def test_the_table_says_where_kernels_win(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By rows of one softmax and by kinds of regions; an entry serves what lies between it and the
-    next."""
-    monkeypatch.setattr(wins, "arch_of", lambda device: "sm_90")
-    case = masked("self", "none", heads=1)
-    known = scripts(case)
-    call = case.call()
-    known["borrow qk (P2P)"](call)
-    finished = call.fold()
-    assert list(together.sharing(finished, range(5)).values()) == [[2, 3, 4]]
-    restricted = case.call()
-    known["restrict"](restricted)
-    assert together.suits(call, finished) is None  # 12 keys
-    assert together.suits(restricted, restricted.fold()) is None
-
-    def table(of_arch: dict[int, int | None]) -> None:
-        kernels = (wins.SHARED, wins.REGIONS)
-        monkeypatch.setattr(wins, "_shipped", {kernel: {"sm_90": of_arch} for kernel in kernels})
-
-    table({4: 12})  # the call has 3 rows of one softmax, the other 6 kinds of queries
-    assert together.suits(call, finished) is None
-    assert "6 kinds of queries" in (together.suits(restricted, restricted.fold()) or "")
-    table({2: 12, 4: None})
-    assert "3 rows of one softmax" in (together.suits(call, finished) or "")
-    assert together.suits(restricted, restricted.fold()) is None
-    table({2: 13})
-    assert together.suits(call, finished) is None
 
 
 @pytest.mark.slow
