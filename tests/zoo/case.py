@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from .mould import Mould
 
 PROMPTS = ("a red cat above a blue square",)
 NEGATIVE = "blurry"
@@ -69,7 +72,15 @@ class Case:
     notes: str = ""
 
     def make(self) -> Any:
-        """A new pipeline, the same at each call; the global random state is left as it was."""
+        """A new pipeline, the same at each call."""
+        return self._mould.copy()
+
+    @cached_property
+    def _mould(self) -> Mould:
+        return Mould(self.built())
+
+    def built(self) -> Any:
+        """A pipeline from its parts; the global random state is left as it was."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             pipe = self.build()
