@@ -29,6 +29,7 @@ from transformers import (
 WORDS = (
     *("a", "the", "of", "on", "and", "with", "in", "above", "below", "photo", "painting"),
     *("cat", "dog", "bird", "circle", "square", "red", "green", "blue", "blurry"),
+    *("sits", "grass"),
 )
 PIECES = (("squir", "rel"), ("space", "ship"))
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -71,12 +72,12 @@ def _clip_files() -> tuple[str, str, int, int]:
     return json.dumps(vocab), "\n".join(lines) + "\n", vocab[BOS], vocab[EOS]
 
 
-def clip_tokenizer(pad: str = EOS) -> CLIPTokenizer:
-    """A CLIP tokenizer of 77 positions; SDXL's and SD3's second one pads with "!"."""
+def clip_tokenizer(pad: str = EOS, length: int = 77) -> CLIPTokenizer:
+    """A CLIP tokenizer of so many positions; SDXL's and SD3's second one pads with "!"."""
     vocab, merges, _, _ = _clip_files()
     config = {
         "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": 77,
+        "model_max_length": length,
         "bos_token": BOS,
         "eos_token": EOS,
         "unk_token": EOS,
@@ -120,7 +121,7 @@ def _t5_vocabulary() -> list[tuple[str, float]]:
     ]
 
 
-def t5_tokenizer() -> Any:
+def t5_tokenizer(length: int = 512) -> Any:
     """A T5 tokenizer: Unigram with a space mark, </s> at the end, no <s> in front."""
     tokenizer = Tokenizer(Unigram(_t5_vocabulary(), unk_id=2, byte_fallback=False))
     space = {"replacement": "▁", "prepend_scheme": "always"}
@@ -133,7 +134,7 @@ def t5_tokenizer() -> Any:
     )
     config = {
         "tokenizer_class": "T5Tokenizer",
-        "model_max_length": 512,
+        "model_max_length": length,
         "extra_ids": 0,
         "pad_token": "<pad>",
         "eos_token": "</s>",
