@@ -42,7 +42,6 @@ PROMISES: dict[str, Callable[[Subject], None]] = {
     "compiled before": compiling.compiled_before,
     "compiled after": compiling.compiled_after,
 }
-COMPILED_HERE = ("plain_sdpa", "compvis")  # the subjects that the test suite itself compiles
 
 
 def result(subject: Subject, name: str) -> tuple[str, str]:
