@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from hookctl.inspect.tables import markdown_table
-from tests.families import configurations, compiling, promises, training
+from tests.families import compiling, configurations, promises, training
 from tests.families.promises import NotApplicable
 from tests.families.subjects import SUBJECTS, Subject
 

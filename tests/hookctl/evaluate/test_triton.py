@@ -1,4 +1,7 @@
-"""Every verb through the fused kernel, against explicit matrices: fp32, 1e-5."""
+"""Every verb through the fused kernel, against explicit matrices: fp32, 1e-5.
+
+Without a device Triton's interpreter runs the kernels, which is slow.
+"""
 
 from __future__ import annotations
 
