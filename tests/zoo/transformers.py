@@ -124,10 +124,11 @@ def build_wan() -> WanPipeline:
         num_layers=2,
         rope_max_seq_len=32,
     )
+    vae = AutoencoderKLWan(**CAUSAL_VAE)
     return WanPipeline(
         tokenizer=t5_tokenizer(),
         text_encoder=t5_encoder(32, multilingual=True),
-        vae=AutoencoderKLWan(**CAUSAL_VAE).eval(),
+        vae=vae.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
         transformer=transformer.eval(),
     )
