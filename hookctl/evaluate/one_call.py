@@ -169,7 +169,7 @@ class EditedSite:
         part = own_part(denoiser_call, self.site.kind, self.joint_order, given)
         own = part.call
         plain = original if original is not None and part.call is given else own.attend
-        if index != self.own_call and per_sample(own.query, denoiser_call.rows):
+        if index != self.own_call and not per_sample(own.query, denoiser_call.rows):
             return plain()
         call = self._shown(part, denoiser_call, index)
         if repeated:

@@ -10,8 +10,7 @@ import torch
 
 from hookctl.attention.call import AttentionCall, Routing
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.evaluate import plan
-from tests.hookctl.attention.calls import TEXT, Case, make, random
+from tests.hookctl.attention.calls import Case, make, random
 
 WRONG: dict[str, tuple[Callable[[AttentionCall], Any], str]] = {
     "row": (lambda c: c.borrow(7, k=2), r"rows: row 7 is not in this call of 5 rows"),
@@ -126,24 +125,6 @@ def test_too_many_kinds_of_queries() -> None:
     call.restrict(3, many.repeat_interleave(12), ones)
     with pytest.raises(UnsupportedError, match="into 144 kinds, and at most 64"):
         call.fold()
-
-
-def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="backend='cuda'; give one of auto, triton"):
-        plan.check_backend("cuda")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UnsupportedError, match="backend='triton': the kernels need a CUDA or ROCm"):
-        plan.check_backend("triton")
-    for backend in ("auto", "sdpa", "reference"):
-        plan.check_backend(backend)
-        call = make("cross").call()
-        call.route(3, 2, gain=2.0)
-        assert plan.evaluate(call, backend)[1].name in (backend, "short keys")
-    call = make("cross").call()
-    call.probabilities(3, lambda p: p)
-    assert plan.evaluate(call)[1].name == "matrix"
-    assert TEXT == call.k.shape[-2]
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])

@@ -1,23 +1,76 @@
-"""The verbs that guidance by perturbation is made of, against explicit matrices in float64."""
+"""What single verbs promise: none of no strength is noted; isolation, mapped queries, marginals."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from hookctl.attention.call import AttentionCall
 from hookctl.errors import UnsupportedError
 from hookctl.evaluate import plan
 from tests.hookctl.attention.calls import IMAGE, ROWS, TEXT, Case, close, make, random
+from tests.hookctl.evaluate.verbs import BACKENDS, EXACT
 
-EXACT = 1e-10
 JOINT = ("text_image", "image_text")
-BACKENDS = ("sdpa", "reference", "auto")
+ones = torch.ones(IMAGE, dtype=torch.float64)
+NOTHING: dict[str, Callable[[AttentionCall], Any]] = {
+    "borrow from itself": lambda c: c.borrow(3, q=3, k=3, v=3),
+    "borrow nowhere": lambda c: c.borrow(3, k=2, v=2, where=0 * ones),
+    "borrow for nobody": lambda c: c.borrow((), k=2),
+    "replace by itself": lambda c: c.replace((1, 3), q=c.q[[1, 3]], k=c.k[[1, 3]], v=c.v[[1, 3]]),
+    "replace for nobody": lambda c: c.replace((), q=c.q[3]),
+    "extend by nothing": lambda c: c.extend(3, random(2, 0, 8), random(2, 0, 8)),
+    "extend by no share": lambda c: c.extend(3, 2, 2, share=0.0),
+    "restrict to all": lambda c: c.restrict(
+        3, torch.full((IMAGE,), -1), torch.full((c.k.shape[-2],), 4)
+    ),
+    "bias 0": lambda c: c.bias(3, key_factors=torch.zeros(c.k.shape[-2])),
+    "bias of no query": lambda c: c.bias(
+        3, query_factors=torch.zeros(IMAGE, 1), key_factors=torch.ones(c.k.shape[-2])
+    ),
+    "route blend 0": lambda c: c.route(3, 2, token_map=None, blend=0.0),
+    "route itself": lambda c: c.route(3, None),
+    "add scale 0": lambda c: c.add(3, random(2, 5, 8), random(2, 5, 8), scale=0.0),
+    "add nowhere": lambda c: c.add(3, random(2, 5, 8), random(2, 5, 8), mask=0 * ones),
+}
 
 
-def masked(case: Case, mask: Tensor) -> Tensor:
+@pytest.mark.parametrize("kind", ("cross", "self"))
+@pytest.mark.parametrize("verb", NOTHING)
+def test_no_strength_no_operation(verb: str, kind: str) -> None:
+    call = make(kind).call()
+    NOTHING[verb](call)
+    assert not call.operations
+
+
+def test_everywhere_is_everywhere() -> None:
+    """A borrowed form of weight 1 is one term, not two."""
+    call = make("self").call()
+    call.borrow(3, k=2, v=2, where=ones)
+    assert len(call.fold().terms[3]) == 1
+
+
+def test_only_rows_that_change_are_replaced() -> None:
+    call = make("self").call()
+    call.replace((1, 3), q=torch.stack([call.q[1], call.q[2]]))
+    assert call.operations[0].rows == (3,)
+
+
+def test_a_learned_replacement_is_kept() -> None:
+    """Its gradient would be lost with it."""
+    call = make("self").call()
+    call.replace(3, v=call.v[3].clone().requires_grad_())
+    assert call.operations[0].rows == (3,)
+
+
+# -- isolate, map_queries --------------------------------------------------------------------------
+
+
+def under_mask(case: Case, mask: Tensor) -> Tensor:
     return (case.q @ case.k.mT * case.scale).masked_fill(~mask, -torch.inf).softmax(-1) @ case.v
 
 
@@ -37,8 +90,8 @@ def test_isolated_image_tokens(kind: str, sub: int) -> None:
         call = case.call()
         call.isolate((3, 4))
         out = plan.evaluate(call, backend)[0]
-        close(out[3:5], masked(case, seen)[3:5], EXACT, "isolated")
-        close(out[:3], masked(case, torch.ones_like(seen))[:3], EXACT, "the others")
+        close(out[3:5], under_mask(case, seen)[3:5], EXACT, "isolated")
+        close(out[:3], under_mask(case, torch.ones_like(seen))[:3], EXACT, "the others")
 
 
 @pytest.mark.parametrize("form", ["bool", "additive", "per query"])
@@ -57,7 +110,7 @@ def test_isolated_under_the_models_mask(form: str) -> None:
     case.mask = mask
     call = case.call()
     call.isolate(3)
-    close(plan.evaluate(call)[0][3], masked(case, seen & hidden)[3], EXACT)
+    close(plan.evaluate(call)[0][3], under_mask(case, seen & hidden)[3], EXACT)
 
 
 def test_isolated_after_substitution() -> None:

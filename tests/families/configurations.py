@@ -1,4 +1,4 @@
-"""Promises with what a model may carry: adapters, processors, backends, offloading."""
+"""Promises for a model in another configuration: adapters, processors, backends, offloading."""
 
 from __future__ import annotations
 
@@ -192,14 +192,18 @@ def with_sliced_attention(subject: Subject) -> None:
 
 def with_eager_processors(subject: Subject) -> None:
     """Processors that form the matrix."""
+    _with_processors(subject, AttnProcessor)
+
+
+def _with_processors(subject: Subject, kind: type[AttnProcessor]) -> None:
     need(subject.is_pipeline, "compvis is the eager one among the modules")
-    need(subject.name not in OWN_PROCESSORS, "has no eager processor")
+    need(subject.name not in OWN_PROCESSORS, "its attention takes no such processor")
     need(subject.name != "sd15_pag", "sets its own processors on the middle block")
 
     def prepare(subject: Subject, target: Any) -> None:
         for module in subject.denoiser(target).modules():
             if hasattr(module, "to_q"):
-                module.set_processor(AttnProcessor())
+                module.set_processor(kind())
 
     check(subject, prepare)
 
@@ -222,16 +226,7 @@ class _Unknown(AttnProcessor):
 
 def with_unknown_processors(subject: Subject) -> None:
     """Processors of somebody else's that form the matrix are followed."""
-    need(subject.is_pipeline, "compvis is the eager one among the modules")
-    need(subject.name not in OWN_PROCESSORS, "its attention takes no such processor")
-    need(subject.name != "sd15_pag", "sets its own processors on the middle block")
-
-    def prepare(subject: Subject, target: Any) -> None:
-        for module in subject.denoiser(target).modules():
-            if hasattr(module, "to_q"):
-                module.set_processor(_Unknown())
-
-    check(subject, prepare)
+    _with_processors(subject, _Unknown)
 
 
 def _with_backend(subject: Subject, backend: str) -> None:
