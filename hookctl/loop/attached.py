@@ -1,18 +1,52 @@
-"""Which sites an editor must be shown, and whether the model has what it needs."""
+"""Editors attached to a denoiser: which sites each is shown, and by whose session."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import nn
 
 from hookctl.address import families
+from hookctl.address.clock import Clock
 from hookctl.address.sites import Site, select
 from hookctl.editor import Editor, overrides
 from hookctl.errors import UnsupportedError
+from hookctl.evaluate.plan import Plan
 from hookctl.hooks.skips import concats
 
 Modules = Mapping[str, tuple[Site, nn.Module]]
+
+
+class Session(Protocol):
+    """What editors are attached by: whoever keeps their maps and their report."""
+
+    backend: str
+    rows: tuple[str, ...] | None
+    clock: Clock | None
+    maps: Any  # the store of `hookctl.maps`, which stands above
+    log: Any  # of `hookctl.report`
+
+
+@dataclass(eq=False)
+class Attached:
+    """One editor in one session, with the sites it was resolved to."""
+
+    editor: Editor
+    session: Session
+    sites: frozenset[str]
+
+    @property
+    def backend(self) -> str:
+        return self.session.backend
+
+    def note(self, site: Site, step: int, verbs: set[str], plan: Plan) -> None:
+        self.session.log.note(self.editor, site, step, verbs, plan)
+
+    def note_hook(self, hook: str, step: int, what: str, where: str) -> None:
+        """Keep what a hook round the attention did, "" for nothing, for the session's report."""
+        self.session.log.note_hook(self.editor, hook, step, what, where)
 
 
 def sites_for(editor: Editor, model: nn.Module, modules: Modules) -> frozenset[str]:
