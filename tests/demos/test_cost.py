@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.recipes.images import PROMPT, TARGET, pipeline
 from torch import nn
 
 from hookctl.demos.cost import Live, drawing_mib, peak_mib
 from hookctl.recipes import AttendAndExcite, PromptToPrompt
 from tests.families.fingerprint import differences, fingerprint
+from tests.recipes.images import PROMPT, TARGET, pipeline
 
 KIB = 256  # floats
 
