@@ -173,8 +173,8 @@ def compare(
 ) -> dict[str, Any]:
     """Draw all cases by every method with the same noise; writes grid.png and report.json.
 
-    boxed: whether the methods know the boxes; without, nothing of them is measured or shown, but
-    how far the least attended noun is attended to."""
+    boxed: whether the methods know the boxes; without, the boxes are neither measured nor shown, but
+    the attention that the least attended noun gets is."""
     out.mkdir(parents=True, exist_ok=True)
     pipe, started = hookctl.load_shapes(), time.perf_counter()
     drawn: dict[str, Drawn] = {}

@@ -25,8 +25,8 @@ from hookctl.demos.layouts import LayoutCase, draw_layout
 from hookctl.demos.real_compo import METHODS as COMPOSED
 from hookctl.demos.regional import figures as in_parts
 from hookctl.demos.regional import layout as parts_of
-from hookctl.demos.regional import theory as regional_theory
 from hookctl.demos.regional import sampled_and_masked
+from hookctl.demos.regional import theory as regional_theory
 from hookctl.demos.stacked_edits import (
     GUIDANCE,
     STEPS,
