@@ -173,7 +173,7 @@ def compare(
 ) -> dict[str, Any]:
     """Draw all cases by every method with the same noise; writes grid.png and report.json.
 
-    boxed: whether the methods know the boxes; without, the boxes are neither measured nor shown, but
+    boxed: whether the methods know the boxes; without, boxes are neither measured nor shown, but
     the attention that the least attended noun gets is."""
     out.mkdir(parents=True, exist_ok=True)
     pipe, started = hookctl.load_shapes(), time.perf_counter()

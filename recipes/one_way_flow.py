@@ -137,7 +137,10 @@ class OneWayFlow(Editor):
         if key not in self._masks:
             queries, keys = self._factors([(flow[0], flow[1], 1.0)], call, grid)
             if bool(queries.any()) and bool(keys.all()):
-                raise InputError(f"OneWayFlow: flow {flow!r} leaves queries without any key")
+                raise InputError(
+                    f"OneWayFlow: flow {flow!r} leaves queries without any key; give a strength "
+                    "that is finite"
+                )
             self._masks[key] = (
                 torch.where(queries[:, 0] > 0, 1, 3),
                 torch.where(keys[:, 0] > 0, 2, 1),

@@ -78,7 +78,7 @@ class SAG(Editor):
     def attach(self, target: Any) -> None:
         scheduler = getattr(target, "scheduler", None)
         if scheduler is None:
-            raise InputError("SAG: needs the pipeline's scheduler; control the pipeline itself")
+            raise InputError("SAG needs the pipeline's scheduler; control the pipeline itself")
         self._noise = Noise(scheduler)
         given = self.given_sites
         self.sites = middle_sites(self.name, target)[:1] if given is None else given

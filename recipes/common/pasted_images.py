@@ -48,7 +48,8 @@ class PastedImages:
     ) -> None:
         sizes = {image.size if isinstance(image, Image.Image) else None for image in images}
         if len(sizes) != 1 or None in sizes:
-            raise InputError(f"{who}: give PIL images of one size")
+            given = ", ".join("x".join(map(str, size)) if size else "none" for size in sizes)
+            raise InputError(f"{who}: images of {given} px; give PIL images of one size")
         (width, height), (x, y) = images[0].size, at
         fits = 0 <= x and 0 <= y and x + width <= size[0] and y + height <= size[1]
         if not fits or any(side % factor for side in (x, y, width, height)):

@@ -50,8 +50,8 @@ class Bootstrapping:
         """Raise InputError or UnsupportedError unless colours can be encoded and diffused."""
         if getattr(target, "vae", None) is None or getattr(target, "scheduler", None) is None:
             raise InputError(
-                "bootstrap: it needs the pipeline's autoencoder and scheduler; control the "
-                "pipeline, or give bootstrap=0"
+                "MultiDiffusion: bootstrap needs the pipeline's autoencoder and scheduler; control "
+                "the pipeline, or give bootstrap=0"
             )
         Noise(target.scheduler)
 

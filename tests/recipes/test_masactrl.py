@@ -31,8 +31,8 @@ FAMILIES = ["sd15", "sdxl", "sd3", "flux", "pixart", "animatediff", "wan"]
 draw = partial(runs.draw, steps=STEPS)
 
 
-def plain(name: str, prompts: list[str], **call: Any) -> Tensor:
-    return runs.plain(name, MasaCtrl(prompts), **{"steps": STEPS, **call})
+def plain(name: str, prompts: list[str], dtype: Any = torch.float32, **call: Any) -> Tensor:
+    return runs.plain(name, MasaCtrl(prompts), dtype=dtype, **{"steps": STEPS, **call})
 
 
 # -- the official formulas ---------------------------------------------------------------------

@@ -29,10 +29,11 @@ BOXES = [[(0, 0, 0.5, 1), (0.5, 0, 1, 1)], [(0, 0, 0.01, 0.01)]]  # the last: le
 
 
 def editors(**options: Any) -> list[Any]:
+    """One of each, with few rounds of refinement."""
     return [
-        AttendAndExcite(WORDS, **options),
-        BoxDiff(WORDS, BOXES, **options),
-        LayoutGuidance(WORDS, BOXES, stop=0.5, **options),
+        AttendAndExcite(WORDS, refinements=2, **options),
+        BoxDiff(WORDS, BOXES, refinements=2, **options),
+        LayoutGuidance(WORDS, BOXES, iterations=2, stop=0.5, **options),
     ]
 
 
