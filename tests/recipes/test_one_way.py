@@ -216,19 +216,19 @@ def test_images_are_resized() -> None:
 
 
 @pytest.mark.slow
-def test_the_flow_carries_the_background_of_a_image() -> None:
+def test_the_flow_carries_the_background_of_an_image() -> None:
     """On the embedded pipeline: into the scene with it, and not when it is turned about."""
     pipe = hookctl.load_shapes()
     pipe.set_progress_bar_config(disable=True)
-    every = cases(seed=1, count=4, said=False)
+    scenes = cases(seed=1, count=4, said=False)
     shares, apart = {}, {}
     for name in ("COW", "SOW", "SOW turned about"):
         watched = Watched()
-        drawn = draw(pipe, name, every, seed=0, watched=watched)
+        drawn = draw(pipe, name, scenes, seed=0, watched=watched)
         shares[name] = watched.figures()["attention_into_image"]
         apart[name] = [
             np.abs(surroundings(p) - BACKGROUNDS[c.background]).mean()
-            for c, p in zip(every, drawn, strict=True)
+            for c, p in zip(scenes, drawn, strict=True)
         ]
     assert shares["SOW turned about"] < 0.7 * shares["COW"] < 0.7 * shares["SOW"]
     assert np.mean(apart["SOW"]) < 40 < np.mean(apart["SOW turned about"])
