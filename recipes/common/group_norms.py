@@ -16,9 +16,9 @@ from hookctl.errors import HoleError
 def shared_group_norms(model: nn.Module, rows: int, sources: Mapping[int, int]) -> Iterator[None]:
     """Normalise rows together with others while a denoiser call lasts.
 
-    rows: of the call; sources: row -> the row that it is normalised with, as one feature map of
-    twice the height (Hertz et al., "StyleAligned", arXiv 2312.02133). Raises HoleError if no group
-    norm ran through its hooks.
+    rows: how many the call has; sources: index of a row -> index of the row that it is normalised
+    with, as one feature map of twice the height (Hertz et al., "StyleAligned", arXiv 2312.02133).
+    Raises HoleError if no group norm ran through its hooks.
     """
     ran: list[bool] = []
 
@@ -33,14 +33,14 @@ def shared_group_norms(model: nn.Module, rows: int, sources: Mapping[int, int]) 
             out[row] = joint[:, :, : x.shape[2]]
         return out.flatten(0, 1)
 
-    found = [m for m in model.modules() if isinstance(m, nn.GroupNorm)]
-    handles = [m.register_forward_hook(shared) for m in found]
+    norms = [m for m in model.modules() if isinstance(m, nn.GroupNorm)]
+    handles = [norm.register_forward_hook(shared) for norm in norms]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-    if found and not ran:
+    if norms and not ran:
         raise HoleError(
             "no group norm ran in a denoiser call: a compiled graph is bypassing the hooks. Share "
             "no group norms, or don't compile the model"

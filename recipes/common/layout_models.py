@@ -7,20 +7,22 @@ GuidedModel      the pipeline's own denoiser under layout guidance
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from hookctl.address.families import denoiser_of, uncompiled
-from hookctl.address.rows import Row, Rows
+from hookctl.address.rows import COND, UNCOND, Rows
 from hookctl.errors import InputError
 from hookctl.loop.calls import EVERYONE, predict
 from hookctl.loop.driven import Driven, driving
 from hookctl.loop.energy import Energies, MapReader
-from hookctl.loop.state import State
-from hookctl.recipes.common.energy_guidance import EnergyGuidance, WordEnergy
+from hookctl.loop.state import Predictions, State
+from hookctl.recipes.common.energy_guidance import EnergyGuidance
+from hookctl.recipes.common.word_energy import WordEnergy
 from hookctl.session import control
 
 Measure = Callable[[State], Energies]
@@ -37,9 +39,9 @@ class LayoutModel(Protocol):
 
     def predict(self, state: State) -> tuple[Tensor, Tensor]:
         """The prediction for every row of a call that is the pipeline's own, [rows, ...], and the
-        latents that it is of, [images, ...]: those of the call, as they are or moved."""
+        latents that it is of, [images, ...]: those of the call, as they are or guided."""
 
-    def measured(self, state: State, measure: Measure) -> Energies | None:
+    def energies(self, state: State, measure: Measure) -> Energies | None:
         """`measure` of this model's maps in a call; None if they are those of the pipeline's own
         model."""
 
@@ -56,7 +58,7 @@ class SecondModel:
             raise InputError(
                 "layout is the pipeline's own denoiser; give another one, or a LayoutGuidance"
             )
-        theirs, ours = (next(one.parameters()).dtype for one in (self.denoiser, own))
+        theirs, ours = (next(model.parameters()).dtype for model in (self.denoiser, own))
         if theirs != ours:
             raise InputError(
                 f"layout is a model in {theirs}, and the pipeline's is in {ours}; give both in one "
@@ -70,21 +72,23 @@ class SecondModel:
     def predict(self, state: State) -> tuple[Tensor, Tensor]:
         rows = Rows(state.rows[: state.own_rows])
         there = replace(state, denoiser=self.denoiser)
-        with driving(self._told(state, rows)):
+        with driving(self._driven(state, rows)):
             return predict(there, rows, reader=EVERYONE).detach(), state.latents
 
-    def measured(self, state: State, measure: Measure) -> Energies:
+    def energies(self, state: State, measure: Measure) -> Energies:
         pipe = None if self.target is self.denoiser else self.target
-        rows = Rows([_numbered(row, i) for i, row in enumerate(state.rows.where(branch="cond"))])
+        conditional = state.rows.where(branch=COND)
+        rows = Rows([replace(row, index=i) for i, row in enumerate(conditional)])
         there = replace(state, denoiser=self.denoiser, pipe=pipe)
         self._reader.reader = MapReader()  # the other model's calls are shown to its own editors
         try:
-            with control(self.target, self._reader.reader), driving(self._told(state, rows)):
+            with control(self.target, self._reader.reader), driving(self._driven(state, rows)):
                 return measure(there)
         finally:
             self._reader.reader = None
 
-    def _told(self, state: State, rows: Rows) -> Driven:
+    def _driven(self, state: State, rows: Rows) -> Driven:
+        """What the hooks of the other model are told of a call."""
         return Driven(
             self._run,
             uncompiled(self.denoiser),
@@ -97,7 +101,7 @@ class SecondModel:
 
 
 class GuidedModel:
-    """The pipeline's own denoiser, shown latents that an energy guidance has moved."""
+    """The pipeline's own denoiser, shown latents that an energy guidance has changed."""
 
     def __init__(self, guidance: EnergyGuidance) -> None:
         self.guidance = guidance
@@ -110,13 +114,13 @@ class GuidedModel:
         self.guidance.begin(state)
 
     def predict(self, state: State) -> tuple[Tensor, Tensor]:
-        x = state.latents
-        moved = self.guidance.moved(state) if self.guidance.active(state.clock) else None
+        x, acts = state.latents, self.guidance.active(state.clock)
+        guided = self.guidance.guided_latents(state) if acts else None
         rows = state.rows[: state.own_rows]
-        found = predict(state, rows, latents=moved).detach()
-        return found, x if moved is None else moved
+        prediction = predict(state, rows, latents=guided).detach()
+        return prediction, x if guided is None else guided
 
-    def measured(self, state: State, measure: Measure) -> None:
+    def energies(self, state: State, measure: Measure) -> None:
         return None
 
 
@@ -124,7 +128,7 @@ def layout_model(given: Any) -> LayoutModel:
     """A layout model, from a guidance, a pipeline or a denoiser, or one as it is."""
     if isinstance(given, EnergyGuidance):
         return GuidedModel(given)
-    if all(hasattr(given, name) for name in ("predict", "measured", "attach", "begin")):
+    if all(hasattr(given, name) for name in ("predict", "energies", "attach", "begin")):
         model: LayoutModel = given
         return model
     try:
@@ -136,5 +140,22 @@ def layout_model(given: Any) -> LayoutModel:
         ) from error
 
 
-def _numbered(row: Row, index: int) -> Row:
-    return replace(row, index=index)
+def guided_as_the_pipeline(predictions: Predictions, own: Mapping[str, Tensor]) -> Tensor:
+    """A model's predictions by branch, guided as the pipeline guides its own, with what editors
+    before this one have added.
+
+    Raises InputError for a pipeline that guides otherwise than by u + scale (c - u).
+    """
+    like = predictions.guided
+    pipeline = like if predictions.own is None else predictions.own
+    if UNCOND not in own or UNCOND not in predictions.branches:
+        return own[COND].to(like) + (like - pipeline)
+    scale = float(getattr(predictions.state.pipe, "guidance_scale", 1.0))
+    u, c = predictions[UNCOND], predictions[COND]
+    if not torch.allclose(u + scale * (c - u), pipeline, rtol=1e-2, atol=1e-2):
+        raise InputError(
+            "RealCompo: the pipeline guides otherwise than by u + scale (c - u), which the layout "
+            "model can't follow; leave guidance_rescale 0"
+        )
+    u, c = own[UNCOND].to(like), own[COND].to(like)
+    return u + scale * (c - u) + (like - pipeline)

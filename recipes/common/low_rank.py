@@ -18,24 +18,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hookctl.errors import InputError
+from hookctl.recipes.common.arguments import whole
 
 
 class LowRank:
     """A low-rank change of every linear or convolutional layer whose path matches a pattern.
 
-    Grouped convolutions, and those that pad with anything but zeros, are left out.
+    pattern: regular expression; grouped convolutions, and those that pad with anything but zeros,
+    are left out. rank: of the change; generator: draws A.
 
-    factors: path -> (A, B), float32 leaves; B starts at zero, so that at first nothing changes.
+    `factors` holds (A, B) by path, float32; B starts at zero, so that at first nothing changes.
+
+    Raises InputError for a rank below 1, and for a pattern that matches no layer.
     """
 
     def __init__(
         self, model: nn.Module, pattern: str, rank: int, generator: torch.Generator
     ) -> None:
-        if rank < 1:
-            raise InputError(f"rank={rank!r}; give a number from 1 on")
+        rank = whole(rank, "rank", 1)
         self.model, self.factors = model, dict[str, tuple[Tensor, Tensor]]()
         for path, module in model.named_modules():
-            if re.search(pattern, path) and _takes_part(module):
+            if re.search(pattern, path) and _is_supported(module):
                 weight: Tensor = module.weight
                 outputs, inputs, *kernel = weight.shape
                 a = torch.randn(rank, inputs, *kernel, generator=generator)
@@ -80,7 +83,7 @@ class LowRank:
                 hook.remove()
 
 
-def _takes_part(module: nn.Module) -> bool:
+def _is_supported(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv2d):
         return module.groups == 1 and module.padding_mode == "zeros"
     return isinstance(module, nn.Linear)

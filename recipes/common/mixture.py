@@ -7,9 +7,9 @@ has seen the predictions of model j alone, the next latents are
 
 A step of first order is affine in both: where all x_j are x, that is the step of the mixed
 prediction, S(sum_j c_j e_j, x). A multistep solver extrapolates from the predictions that it
-remembers. Those of the mixture were mixed with the weights of their own steps, so that a change of
-the weights looks like a course of the model's, and is extrapolated too; the histories of the models
-are mixed with the weights of now.
+remembers. Those of the mixture were mixed with the weights of their own steps, so a change of the
+weights would be extrapolated as if it were the model's; the histories of the single models are
+mixed with the weights of now.
 """
 
 from __future__ import annotations
@@ -20,7 +20,26 @@ from typing import Any
 
 from torch import Tensor
 
+from hookctl.loop.noise import Noise
 from hookctl.loop.solver import OwnSolver
+from hookctl.loop.state import State
+from hookctl.recipes.common.energy_guidance import level_of
+
+
+@dataclass(frozen=True, eq=False)
+class ModelPrediction:
+    """What a model predicts in a step, [images, ...]: conditional, guided, and of which latents."""
+
+    cond: Tensor
+    guided: Tensor
+    latents: Tensor
+
+    def trial_step(self, state: State) -> Tensor:
+        """Where the conditional prediction leads by a deterministic step of first order, in the
+        scheduler's space; no solver is touched."""
+        noise = Noise(state.pipe.scheduler)
+        there = noise.after(state.pipe.scheduler.timesteps[state.clock.step])
+        return there.mix(*noise.split(self.latents, self.cond, level_of(state)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,17 +73,18 @@ class MixedSteps:
         parts: Mapping[str, Part],
         options: Mapping[str, Any],
     ) -> Tensor | None:
-        """What to add to the pipeline's next latents, None for nothing; once in every step.
+        """What to add to the pipeline's next latents, None for nothing. Call it once in every step.
 
-        mixed, latents: the prediction that the pipeline steps with, and its x; options: of its
-        step. What else has changed that prediction stays as it is.
+        mixed, latents: the prediction that the pipeline steps with, and its x; parts: by the names
+        of the models; options: of the pipeline's step. What other editors add to its prediction
+        stays as it is.
         """
-        taken = self._pipeline.step(mixed, step, latents, options)
+        pipeline = self._pipeline.step(mixed, step, latents, options)
         wanted = [
             part.weight * self._solvers[name].step(part.prediction, step, part.latents, options)
             for name, part in parts.items()
         ]
-        moved = any(part.latents is not latents for part in parts.values())
-        if not moved and not self._pipeline.remembers:
+        other_latents = any(part.latents is not latents for part in parts.values())
+        if not other_latents and not self._pipeline.remembers:
             return None
-        return sum(wanted[1:], wanted[0]) - taken
+        return sum(wanted[1:], wanted[0]) - pipeline

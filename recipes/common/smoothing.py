@@ -27,8 +27,8 @@ def blur_matrix(size: int, sigma: float) -> Tensor:
     reach = math.ceil(10 * sigma / (2 * size)) + 1
     total = torch.zeros(size, size, dtype=torch.float64)
     for shift in range(-reach, reach + 1):
-        for image in (cells, 2 * size - 1 - cells):  # the grid and its mirror image, repeated
-            distance = cells[:, None] - image[None] - 2 * size * shift
+        for repeated in (cells, 2 * size - 1 - cells):  # the grid and its mirror image
+            distance = cells[:, None] - repeated[None] - 2 * size * shift
             total += torch.exp(-0.5 * (distance / sigma) ** 2)
     return total / total.sum(1, keepdim=True)
 

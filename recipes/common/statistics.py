@@ -1,4 +1,4 @@
-"""Statistics of queries and keys over their tokens."""
+"""Statistics of queries and keys over their tokens, and of features over their channels."""
 
 from __future__ import annotations
 
@@ -27,3 +27,14 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     correction = min(1, x.shape[-2] - 1)
     var, mean = torch.var_mean(x, -2, correction=correction, keepdim=True)
     return mean, (var + _EPS).sqrt()
+
+
+def structure(h: Tensor) -> Tensor:
+    """The channel mean of features, scaled to 0..1 per image: [rows, 1, height, width].
+
+    h: [rows, channels, height, width]. What FreeU and ScaleU call the structure of the features.
+    """
+    mean = h.mean(1, keepdim=True)
+    low, high = mean.amin((2, 3), keepdim=True), mean.amax((2, 3), keepdim=True)
+    # A constant feature map has no structure to follow: 0 everywhere, not 0 / 0.
+    return (mean - low) / (high - low).clamp_min(1e-12)

@@ -19,19 +19,15 @@ from hookctl.address.sites import Grid
 from hookctl.errors import ConflictError, InputError
 from hookctl.loop.state import Predictions
 from hookctl.recipes import PAG, SEG, PromptToPrompt
-from hookctl.recipes.common.smoothing import blur, blur_matrix, cut_blur_matrix
+from hookctl.recipes.common.smoothing import blur_matrix
 from tests import zoo
 from tests.families.fingerprint import differences, fingerprint
 from tests.families.subjects import error
+from tests.recipes.runs import TWO
+from tests.recipes.runs import draw_two as draw
 
 SD15, SD15_PAG = zoo.PIPELINES["sd15"], zoo.PIPELINES["sd15_pag"]
-TWO = ["a red cat", "a blue dog"]
 TOLERANCE = 1e-5  # fp32; a wider batch sums in another order
-
-
-def draw(case: Any, pipe: Any, *editors: Editor, **kwargs: Any) -> Tensor:
-    with hookctl.control(pipe, *editors):
-        return case.run(pipe, TWO, **kwargs)
 
 
 class Watch(Editor):
@@ -82,7 +78,7 @@ def test_it_acts_and_leaves_nothing_behind(name: str) -> None:
     assert torch.equal(case.run(pipe, TWO), plain)
 
 
-def test_one_further_row_a_image() -> None:
+def test_one_further_row_for_each_image() -> None:
     for guidance, groups in ((4.0, 4), (1.0, 3)):
         watch = Watch()
         draw(SD15, SD15.make(), PAG(), SEG(), watch, steps=3, n=2, guidance=guidance)
@@ -171,22 +167,6 @@ def test_the_sum_in_float64() -> None:
 
 
 # -- the blur --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [1, 2, 7, 8])
-def test_blur_matrices(size: int) -> None:
-    for sigma in (0.0, 0.3, 2.0, 50.0, math.inf):
-        weights = blur_matrix(size, sigma)
-        assert torch.allclose(weights.sum(0), torch.ones(size).double())  # keeps the mean
-        assert torch.allclose(weights.sum(1), torch.ones(size).double())
-    assert torch.equal(blur_matrix(size, 0.0), torch.eye(size).double())
-    assert error(blur_matrix(size, 8.0 * size), blur_matrix(size, math.inf)) < 1e-12
-    x = torch.randn(3, 5, 9, 8, dtype=torch.float64)
-    ours = blur(x, cut_blur_matrix(9, 1.3, 9), cut_blur_matrix(8, 1.3, 9))
-    kernel = torch.exp(-0.5 * (torch.arange(-4.0, 5).double() / 1.3) ** 2)
-    kernel = (kernel[:, None] * kernel / kernel.sum() ** 2).expand(5, 1, -1, -1)
-    want = F.conv2d(F.pad(x, [4] * 4, mode="reflect"), kernel, groups=5)
-    assert error(ours, want) < 1e-12
 
 
 def test_queries_are_blurred_on_their_grid() -> None:

@@ -18,7 +18,8 @@ from hookctl.loop.energy import ImageMaps
 from hookctl.loop.noise import Level
 from hookctl.recipes.attend_and_excite import AttendAndExcite
 from hookctl.recipes.box_diff import BoxDiff
-from hookctl.recipes.common.energy_guidance import Subject, smoothed
+from hookctl.recipes.common.map_functions import smoothed
+from hookctl.recipes.common.word_energy import Subject
 from hookctl.recipes.layout_guidance import LayoutGuidance
 from tests import zoo
 
@@ -28,10 +29,11 @@ BOXES = [[(0, 0, 0.5, 1), (0.5, 0, 1, 1)], [(0, 0, 0.01, 0.01)]]  # the last: le
 
 
 def editors(**options: Any) -> list[Any]:
+    """One of each, with few rounds of refinement."""
     return [
-        AttendAndExcite(WORDS, **options),
-        BoxDiff(WORDS, BOXES, **options),
-        LayoutGuidance(WORDS, BOXES, stop=0.5, **options),
+        AttendAndExcite(WORDS, refinements=2, **options),
+        BoxDiff(WORDS, BOXES, refinements=2, **options),
+        LayoutGuidance(WORDS, BOXES, iterations=2, stop=0.5, **options),
     ]
 
 
@@ -122,13 +124,15 @@ def test_the_formulas() -> None:
 def test_the_steps() -> None:
     clock, alpha, sigma = Clock(5, 11, 0.0), Level(0.6, 0.8), Level(1.0, 0.8 / 0.6)
     excite = AttendAndExcite(["a"])
-    assert excite.step(clock, alpha) == pytest.approx(15)
-    assert AttendAndExcite(["a"], paper=True).step(clock, alpha) == pytest.approx(20 * 0.75**0.5)
+    assert excite.step_size(clock, alpha) == pytest.approx(15)
+    assert AttendAndExcite(["a"], paper=True).step_size(clock, alpha) == pytest.approx(
+        20 * 0.75**0.5
+    )
     # The same move of the same latents in both spaces: rho x / r has the gradient r grad_x.
-    assert excite.step(clock, sigma) == pytest.approx(15 / 0.6**2)
+    assert excite.step_size(clock, sigma) == pytest.approx(15 / 0.6**2)
     layout = LayoutGuidance(["a"], [(0, 0, 1, 0.5)])
-    assert layout.step(clock, sigma) == pytest.approx(sigma.noise**2)
-    assert layout.step(clock, alpha) == pytest.approx(1 - 0.6**2)
+    assert layout.step_size(clock, sigma) == pytest.approx(sigma.noise**2)
+    assert layout.step_size(clock, alpha) == pytest.approx(1 - 0.6**2)
     paper = BoxDiff(["a"], [(0, 0, 1, 0.5)], paper=True)
     point = torch.zeros(1, 5, 5)
     point[0, 2, 2] = 1
