@@ -35,6 +35,8 @@ Canvas: larger images, scenes round an image
     OneWayFlow                its flow between regions, arXiv 2411.19182
 """
 
+import sys
+
 from hookctl.recipes.attend_and_excite import AttendAndExcite
 from hookctl.recipes.box_diff import BoxDiff
 from hookctl.recipes.cyclic_one_way import CyclicOneWay
@@ -92,3 +94,9 @@ __all__ = [
     "SelectiveOneWay",
     "StyleAligned",
 ]
+
+
+def __dir__() -> list[str]:
+    if sys._getframe(1).f_globals.get("__name__") == "inspect":
+        return ["__all__"]  # help() would print every class in full; the docstring lists them
+    return sorted({*globals(), *__all__})

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from hookctl.loop.energy import ImageMaps
-from hookctl.recipes.common.energy_guidance import Stage
-from hookctl.recipes.common.excited_maps import ExcitedMaps
-from hookctl.recipes.common.word_energy import Subject
+from hookctl.recipes.common.energy.energy_guidance import Stage
+from hookctl.recipes.common.energy.excited_maps import ExcitedMaps
+from hookctl.recipes.common.energy.word_energy import Subject
 
 
 class AttendAndExcite(ExcitedMaps):

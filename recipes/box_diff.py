@@ -23,11 +23,11 @@ from torch import Tensor
 
 from hookctl.loop.energy import ImageMaps
 from hookctl.recipes.common.arguments import share, whole
-from hookctl.recipes.common.energy_guidance import Stage
-from hookctl.recipes.common.excited_maps import ExcitedMaps
-from hookctl.recipes.common.map_functions import top_mean
+from hookctl.recipes.common.energy.energy_guidance import Stage
+from hookctl.recipes.common.energy.excited_maps import ExcitedMaps
+from hookctl.recipes.common.energy.map_functions import top_mean
+from hookctl.recipes.common.energy.word_energy import Subject, Words
 from hookctl.recipes.common.per_prompt import Regions
-from hookctl.recipes.common.word_energy import Subject, Words
 
 
 class BoxDiff(ExcitedMaps):

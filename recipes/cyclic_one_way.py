@@ -28,8 +28,8 @@ from hookctl.errors import InputError
 from hookctl.loop.images import encode
 from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes.common.arguments import images_and_prompts, whole
-from hookctl.recipes.common.pasted_images import PastedImages, resized
-from hookctl.recipes.common.suppression import Suppression
+from hookctl.recipes.common.canvas.pasted_images import PastedImages, resized
+from hookctl.recipes.common.canvas.suppression import Suppression
 from hookctl.session import Session, control
 
 # What the official code says of every image.

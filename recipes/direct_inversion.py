@@ -29,8 +29,8 @@ from hookctl.loop.inversion import (
     unit_noise,
 )
 from hookctl.loop.trajectory import Trajectory
-from hookctl.recipes.common.inversion import Inversion
-from hookctl.recipes.common.inverted import Inverted
+from hookctl.recipes.common.real_images.inversion import Inversion
+from hookctl.recipes.common.real_images.inverted import Inverted
 
 
 class DirectInversion(Inversion):

@@ -21,8 +21,8 @@ from hookctl.address.clock import Window
 from hookctl.loop.inversion import Progress, edit_friendly_noise
 from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes.common.arguments import number, refusal
-from hookctl.recipes.common.inversion import Inversion
-from hookctl.recipes.common.inverted import Inverted
+from hookctl.recipes.common.real_images.inversion import Inversion
+from hookctl.recipes.common.real_images.inverted import Inverted
 
 
 class EditFriendlyDDPM(Inversion):

@@ -23,7 +23,7 @@ from hookctl.hooks.skips import concats
 from hookctl.kernels.fourier_gain import fourier_gain
 from hookctl.loop.state import FeatureCall
 from hookctl.recipes.common.arguments import number, one_of
-from hookctl.recipes.common.statistics import structure
+from hookctl.recipes.common.features.statistics import structure
 
 RULES = ("official", "diffusers")
 

@@ -34,8 +34,8 @@ from hookctl.loop.images import encode
 from hookctl.loop.inversion import ddim_path, require_first_order
 from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes.common import arguments
-from hookctl.recipes.common.fitting import Fitting, Progress
-from hookctl.recipes.common.low_rank import LowRank
+from hookctl.recipes.common.real_images.fitting import Fitting, Progress
+from hookctl.recipes.common.real_images.low_rank import LowRank
 
 LAYERS = "."  # all that are linear or convolutional: the paper tunes all weights
 

@@ -28,10 +28,10 @@ from hookctl.loop.energy import ImageMaps
 from hookctl.loop.noise import Level
 from hookctl.loop.state import State
 from hookctl.recipes.common.arguments import number, one_of, whole
-from hookctl.recipes.common.energy_guidance import EnergyGuidance, Stage, variance
-from hookctl.recipes.common.map_functions import inside_share, top_mean
+from hookctl.recipes.common.energy.energy_guidance import EnergyGuidance, Stage, variance
+from hookctl.recipes.common.energy.map_functions import inside_share, top_mean
+from hookctl.recipes.common.energy.word_energy import Subject, Words
 from hookctl.recipes.common.per_prompt import Regions
-from hookctl.recipes.common.word_energy import Subject, Words
 
 TOP = 0.2  # share of the cells that form="top-k" looks at
 TOP_K_ITERATIONS = ((0.1, 3), (0.2, 2), (1.0, 1))  # until this fraction of the schedule

@@ -29,8 +29,8 @@ from hookctl.loop.state import State
 from hookctl.recipes.common.arguments import words_for_each
 from hookctl.recipes.common.image_tokens import image_keys, with_image
 from hookctl.recipes.common.map_masks import GivenMasks, WordMasks, foreground_regions
-from hookctl.recipes.common.pinned import Path, Pinned
 from hookctl.recipes.common.prompt_texts import PromptTexts
+from hookctl.recipes.common.real_images.pinned import Path, Pinned
 from hookctl.recipes.common.sites import TEXT_KINDS, image_sites, sites_of
 from hookctl.recipes.common.source_and_edits import SourceAndEdits
 

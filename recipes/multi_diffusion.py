@@ -38,10 +38,10 @@ from hookctl.loop.prompts import EncodedTexts, check_texts
 from hookctl.loop.state import Proceed, State
 from hookctl.recipes.common import per_prompt
 from hookctl.recipes.common.arguments import pair, share, whole
-from hookctl.recipes.common.diffusion_paths import DiffusionPath, paths_of
+from hookctl.recipes.common.canvas.plain_colours import Bootstrapping
+from hookctl.recipes.common.canvas.tiles import tiles_of
 from hookctl.recipes.common.per_prompt import Regions, Texts
-from hookctl.recipes.common.plain_colours import Bootstrapping
-from hookctl.recipes.common.tiles import tiles_of
+from hookctl.recipes.common.real_images.diffusion_paths import DiffusionPath, paths_of
 from hookctl.session import control
 
 MARGIN = 8  # cells beyond the sides of a cylinder that its decoder sees

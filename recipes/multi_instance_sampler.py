@@ -47,10 +47,10 @@ from hookctl.loop.state import Predictions, State
 from hookctl.recipes.common import per_prompt
 from hookctl.recipes.common.arguments import Colour, colours, one_of
 from hookctl.recipes.common.arguments import share as check_share
-from hookctl.recipes.common.companion import Companion, guidance_scale_of
+from hookctl.recipes.common.canvas.companion import Companion, guidance_scale_of
+from hookctl.recipes.common.canvas.plain_colours import Surface
+from hookctl.recipes.common.canvas.region_shares import region_shares
 from hookctl.recipes.common.per_prompt import Regions, Texts
-from hookctl.recipes.common.plain_colours import Surface
-from hookctl.recipes.common.region_shares import region_shares
 from hookctl.recipes.common.sites import grid_of
 
 MERGES = ("mean", "paste")

@@ -19,8 +19,8 @@ from typing import Any
 
 from hookctl.loop.inversion import Progress, ddim_path, require_first_order
 from hookctl.loop.trajectory import Trajectory
-from hookctl.recipes.common.inversion import Inversion
-from hookctl.recipes.common.inverted import Inverted
+from hookctl.recipes.common.real_images.inversion import Inversion
+from hookctl.recipes.common.real_images.inverted import Inverted
 from hookctl.recipes.proximal_guidance import ProximalGuidance
 
 

@@ -25,8 +25,8 @@ from hookctl.loop.inversion import (
 )
 from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes.common.arguments import number, whole
-from hookctl.recipes.common.inversion import Inversion
-from hookctl.recipes.common.inverted import Inverted
+from hookctl.recipes.common.real_images.inversion import Inversion
+from hookctl.recipes.common.real_images.inverted import Inverted
 
 
 class NullTextInversion(Inversion):

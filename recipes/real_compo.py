@@ -34,11 +34,11 @@ from hookctl.loop.calls import prediction_of
 from hookctl.loop.energy import Energies, ImageMaps
 from hookctl.loop.state import Predictions, Proceed, State, split_branches
 from hookctl.recipes.common.arguments import number, share
-from hookctl.recipes.common.layout_models import guided_as_the_pipeline, layout_model
-from hookctl.recipes.common.map_functions import mean_map
-from hookctl.recipes.common.mixture import MixedSteps, ModelPrediction, Part
+from hookctl.recipes.common.energy.layout_models import guided_as_the_pipeline, layout_model
+from hookctl.recipes.common.energy.map_functions import mean_map
+from hookctl.recipes.common.energy.mixture import MixedSteps, ModelPrediction, Part
+from hookctl.recipes.common.energy.word_energy import TEXT_SITES, Subject, WordEnergy, Words
 from hookctl.recipes.common.per_prompt import Regions
-from hookctl.recipes.common.word_energy import TEXT_SITES, Subject, WordEnergy, Words
 from hookctl.recipes.layout_guidance import LayoutGuidance
 
 PAPER_RHO = 1e6

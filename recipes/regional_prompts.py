@@ -34,8 +34,8 @@ from hookctl.loop.prompts import EncodedTexts, check_texts
 from hookctl.loop.state import State
 from hookctl.recipes.common import per_prompt
 from hookctl.recipes.common.arguments import share
+from hookctl.recipes.common.canvas.region_shares import region_shares
 from hookctl.recipes.common.per_prompt import Numbers, Regions, Texts
-from hookctl.recipes.common.region_shares import region_shares
 from hookctl.recipes.common.sites import grid_of
 
 

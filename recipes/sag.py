@@ -33,9 +33,9 @@ from hookctl.loop.calls import predict
 from hookctl.loop.noise import Noise
 from hookctl.loop.state import Predictions, State
 from hookctl.recipes.common.arguments import number, refusal, whole
+from hookctl.recipes.common.features.smoothing import blur, cut_blur_matrix
 from hookctl.recipes.common.read_maps import MapSums
 from hookctl.recipes.common.sites import grid_of, middle_sites
-from hookctl.recipes.common.smoothing import blur, cut_blur_matrix
 
 
 class SAG(Editor):

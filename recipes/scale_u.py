@@ -27,7 +27,7 @@ from hookctl.hooks.skips import Concat, concats
 from hookctl.kernels.fourier_gain import fourier_gain
 from hookctl.loop.state import FeatureCall
 from hookctl.recipes.common.arguments import refusal
-from hookctl.recipes.common.statistics import structure
+from hookctl.recipes.common.features.statistics import structure
 
 Gains = Mapping[int, float | Sequence[float] | Tensor] | Sequence[float | Sequence[float] | Tensor]
 

@@ -23,9 +23,9 @@ from hookctl.address.clock import Clock
 from hookctl.address.sites import Grid
 from hookctl.attention.call import AttentionCall
 from hookctl.recipes.common.arguments import number
+from hookctl.recipes.common.features.smoothing import blur, blur_matrix, cut_blur_matrix
 from hookctl.recipes.common.perturbed_guidance import PerturbedGuidance
 from hookctl.recipes.common.sites import grid_of
-from hookctl.recipes.common.smoothing import blur, blur_matrix, cut_blur_matrix
 
 OFFICIAL_INFINITY = 9999.0  # sigma above it is infinite in the official code
 

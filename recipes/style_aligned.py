@@ -28,12 +28,12 @@ from hookctl.errors import UnsupportedError
 from hookctl.evaluate.gather import rows_of
 from hookctl.loop.state import Proceed, State
 from hookctl.recipes.common.arguments import number
-from hookctl.recipes.common.group_norms import shared_group_norms
+from hookctl.recipes.common.features.group_norms import shared_group_norms
+from hookctl.recipes.common.features.statistics import adain
 from hookctl.recipes.common.image_tokens import image_keys, with_image
-from hookctl.recipes.common.pinned import Path, Pinned
+from hookctl.recipes.common.real_images.pinned import Path, Pinned
 from hookctl.recipes.common.sites import image_sites
 from hookctl.recipes.common.source_and_edits import SourceAndEdits
-from hookctl.recipes.common.statistics import adain
 
 
 class StyleAligned(SourceAndEdits):

@@ -14,8 +14,8 @@ import hookctl
 from hookctl import Editor
 from hookctl.errors import ConflictError, InputError, UnsupportedError
 from hookctl.recipes import PAG, SAG, FreeU, MultiDiffusion, PromptToPrompt
-from hookctl.recipes.common.plain_colours import Bootstrapping
-from hookctl.recipes.common.tiles import Tile, tiles_of
+from hookctl.recipes.common.canvas.plain_colours import Bootstrapping
+from hookctl.recipes.common.canvas.tiles import Tile, tiles_of
 from tests import zoo
 from tests.families.fingerprint import differences, fingerprint
 from tests.families.subjects import error

@@ -19,7 +19,7 @@ from hookctl.address.sites import Grid
 from hookctl.errors import ConflictError, InputError
 from hookctl.loop.state import Predictions
 from hookctl.recipes import PAG, SEG, PromptToPrompt
-from hookctl.recipes.common.smoothing import blur_matrix
+from hookctl.recipes.common.features.smoothing import blur_matrix
 from tests import zoo
 from tests.families.fingerprint import differences, fingerprint
 from tests.families.subjects import error

@@ -17,7 +17,7 @@ from diffusers import (
 from torch import Tensor
 
 from hookctl.loop.solver import OwnSolver
-from hookctl.recipes.common.mixture import MixedSteps, Part
+from hookctl.recipes.common.energy.mixture import MixedSteps, Part
 
 FIRST = [DDIMScheduler, EulerDiscreteScheduler]
 WITH_HISTORY = [

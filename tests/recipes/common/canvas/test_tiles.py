@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hookctl.errors import InputError
-from hookctl.recipes.common.tiles import Tile, tiles_of
+from hookctl.recipes.common.canvas.tiles import Tile, tiles_of
 
 
 @pytest.mark.parametrize("wrap", [False, True])

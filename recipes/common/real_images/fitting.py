@@ -22,7 +22,7 @@ from hookctl.errors import InputError
 from hookctl.loop.energy import frozen, gradients
 from hookctl.loop.noise import noise_like
 from hookctl.loop.trajectory import Trajectory
-from hookctl.recipes.common.low_rank import LowRank
+from hookctl.recipes.common.real_images.low_rank import LowRank
 
 Progress = Callable[[str, int, int], None]
 STAGES = ("text", "model")  # A and B

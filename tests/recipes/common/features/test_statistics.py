@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hookctl.recipes.common.statistics import adain
+from hookctl.recipes.common.features.statistics import adain
 from tests.hookctl.attention.calls import close, random
 
 

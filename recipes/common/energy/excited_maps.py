@@ -21,9 +21,9 @@ from hookctl.address.clock import Clock
 from hookctl.loop.energy import ImageMaps
 from hookctl.loop.noise import Level
 from hookctl.recipes.common.arguments import number, refusal, whole
-from hookctl.recipes.common.energy_guidance import EnergyGuidance, variance
-from hookctl.recipes.common.map_functions import mean_map, smoothed
-from hookctl.recipes.common.word_energy import Subject, Words
+from hookctl.recipes.common.energy.energy_guidance import EnergyGuidance, variance
+from hookctl.recipes.common.energy.map_functions import mean_map, smoothed
+from hookctl.recipes.common.energy.word_energy import Subject, Words
 
 # Fraction of the schedule -> how much attention every subject must have by then.
 THRESHOLDS: Mapping[float, float] = {0.0: 0.05, 0.2: 0.5, 0.4: 0.8}

@@ -21,8 +21,8 @@ from hookctl.loop.calls import EVERYONE, predict
 from hookctl.loop.driven import Driven, driving
 from hookctl.loop.energy import Energies, MapReader
 from hookctl.loop.state import Predictions, State
-from hookctl.recipes.common.energy_guidance import EnergyGuidance
-from hookctl.recipes.common.word_energy import WordEnergy
+from hookctl.recipes.common.energy.energy_guidance import EnergyGuidance
+from hookctl.recipes.common.energy.word_energy import WordEnergy
 from hookctl.session import control
 
 Measure = Callable[[State], Energies]
@@ -136,7 +136,7 @@ def layout_model(given: Any) -> LayoutModel:
     except InputError as error:
         raise InputError(
             f"layout is a {type(given).__name__}; give a LayoutGuidance or BoxDiff, a pipeline, a "
-            "denoiser, or an object as in hookctl.recipes.common.layout_models"
+            "denoiser, or an object as in hookctl.recipes.common.energy.layout_models"
         ) from error
 
 

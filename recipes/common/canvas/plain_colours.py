@@ -18,7 +18,7 @@ from hookctl.loop.images import encode
 from hookctl.loop.noise import Noise
 from hookctl.loop.state import State
 from hookctl.recipes.common.arguments import Colour
-from hookctl.recipes.common.tiles import Tile
+from hookctl.recipes.common.canvas.tiles import Tile
 
 OFFICIAL_COLOURS = 20
 

@@ -22,7 +22,7 @@ from hookctl.loop.images import encode
 from hookctl.loop.inversion import Correction, Progress
 from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes.common.arguments import images_and_prompts, whole
-from hookctl.recipes.common.inverted import Inverted, image_of
+from hookctl.recipes.common.real_images.inverted import Inverted, image_of
 
 
 class Inversion(ABC):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hookctl.errors import InputError
-from hookctl.recipes.common.low_rank import LowRank
+from hookctl.recipes.common.real_images.low_rank import LowRank
 
 
 def model() -> nn.Sequential:

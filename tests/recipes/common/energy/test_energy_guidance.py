@@ -18,8 +18,8 @@ from hookctl.loop.energy import ImageMaps
 from hookctl.loop.noise import Level
 from hookctl.recipes.attend_and_excite import AttendAndExcite
 from hookctl.recipes.box_diff import BoxDiff
-from hookctl.recipes.common.map_functions import smoothed
-from hookctl.recipes.common.word_energy import Subject
+from hookctl.recipes.common.energy.map_functions import smoothed
+from hookctl.recipes.common.energy.word_energy import Subject
 from hookctl.recipes.layout_guidance import LayoutGuidance
 from tests import zoo
 

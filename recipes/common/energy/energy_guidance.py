@@ -26,7 +26,7 @@ from hookctl.loop.energy import Energies, ImageMaps
 from hookctl.loop.noise import Level, Noise
 from hookctl.loop.state import State
 from hookctl.recipes.common.arguments import number
-from hookctl.recipes.common.word_energy import Subject, WordEnergy, Words
+from hookctl.recipes.common.energy.word_energy import Subject, WordEnergy, Words
 
 # What an energy is asked for: one more round of a refinement; the update of every step; the update
 # of a step in which there was a refinement.

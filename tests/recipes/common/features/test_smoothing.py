@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hookctl.recipes.common.smoothing import blur, blur_matrix, cut_blur_matrix
+from hookctl.recipes.common.features.smoothing import blur, blur_matrix, cut_blur_matrix
 from tests.families.subjects import error
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from hookctl.loop.noise import Noise
 from hookctl.loop.solver import OwnSolver
 from hookctl.loop.state import State
-from hookctl.recipes.common.energy_guidance import level_of
+from hookctl.recipes.common.energy.energy_guidance import level_of
 
 
 @dataclass(frozen=True, eq=False)

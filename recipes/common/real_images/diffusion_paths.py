@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from hookctl.address.regions import Region
+from hookctl.recipes.common.canvas.region_shares import region_shares
+from hookctl.recipes.common.canvas.tiles import Tile
 from hookctl.recipes.common.per_prompt import PerPrompt
-from hookctl.recipes.common.region_shares import region_shares
-from hookctl.recipes.common.tiles import Tile
 
 
 @dataclass(frozen=True, eq=False)
