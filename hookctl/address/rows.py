@@ -68,6 +68,7 @@ class Rows(Sequence[Row]):
     def __init__(self, rows: Sequence[Row]) -> None:
         self._rows = tuple(rows)
         self._by_key = {(r.branch, r.prompt, r.image): r for r in self._rows}
+        self._found: dict[tuple[object, ...], tuple[Row, ...]] = {}  # every site asks the same
 
     def __getitem__(self, index):
         return self._rows[index]
@@ -92,14 +93,17 @@ class Rows(Sequence[Row]):
 
         role: as `branch`, but a perturbed row has that of the branch it copies.
         """
-        return tuple(
-            r
-            for r in self._rows
-            if (branch is None or r.branch == branch)
-            and (role is None or r.role == role)
-            and (prompt is None or r.prompt == prompt)
-            and (image is None or r.image == image)
-        )
+        tags = branch, prompt, image, role
+        if tags not in self._found:
+            self._found[tags] = tuple(
+                r
+                for r in self._rows
+                if (branch is None or r.branch == branch)
+                and (role is None or r.role == role)
+                and (prompt is None or r.prompt == prompt)
+                and (image is None or r.image == image)
+            )
+        return self._found[tags]
 
     def twin(self, row: Row, *, prompt: int | None = None, branch: str | None = None) -> Row:
         """The row with the same tags as `row` but for those given.

@@ -66,21 +66,23 @@ class AttentionCall(CallData):
         where: per-query weight [N] of the borrowed form; the own form keeps 1 - where.
         """
         targets = self._indices(rows, "rows")
-        given = {n: row for n, row in {"q": q, "k": k, "v": v}.items() if row is not None}
-        if not given:
+        stacks = ("q", q, self._q), ("k", k, self._k), ("v", v, self._v)
+        sources = {
+            name: Ref(stack, self._index(row, name))
+            for name, row, stack in stacks
+            if row is not None
+        }
+        if not sources:
             raise InputError("borrow: give at least one of q=, k=, v=, the row to take it from")
-        sources = {name: self._index(row, f"borrow: {name}") for name, row in given.items()}
         weight = None if where is None else self._per_query(where, "borrow: where")
-        targets = tuple(t for t in targets if any(s != t for s in sources.values()))
+        taken = {ref.row for ref in sources.values()}
+        targets = tuple([t for t in targets if taken != {t}])
         if where is not None and is_all(where, 0):
             return
         if where is not None and is_all(where, 1):
             weight = None
-        stacks = {"q": self.q, "k": self.k, "v": self.v}
-        refs = {name: Ref(stacks[name], row) for name, row in sources.items()}
-        self._note(
-            Stage.SUBSTITUTION, "borrow", targets, verbs.borrow(refs, sources.get("k"), weight)
-        )
+        mask_row = sources["k"].row if "k" in sources else None
+        self._note(Stage.SUBSTITUTION, "borrow", targets, verbs.borrow(sources, mask_row, weight))
 
     def replace(
         self,

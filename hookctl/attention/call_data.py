@@ -17,7 +17,7 @@ from hookctl.address.rows import Row, Rows
 from hookctl.address.sites import Grid, Site, grid_of
 from hookctl.attention.arguments import cast, stacked
 from hookctl.attention.rewriting import Operation, ReadOut, Rewriting, Stage, folded
-from hookctl.attention.term import Ref, Segment, Spans, Sum, Term, spans_of
+from hookctl.attention.term import Ref, Spans, Sum, Terms, spans_of
 from hookctl.errors import InputError, UnsupportedError, check_returned
 
 RowLike = Row | int
@@ -156,14 +156,10 @@ class CallData:
 
     # -- folding -------------------------------------------------------------------------------
 
-    def plain(self, row: int) -> Term:
-        """The term of a row that nothing rewrote."""
-        own = Segment(Ref(self.k, row), Ref(self.v, row), None, row)
-        return Term(Ref(self.q, row), (own,), self.scale)
-
     def fold(self) -> Sum:
         """The finished sum: every operation applied, stage by stage, in order inside a stage."""
-        return folded(self.plain, self.operations, self.q.shape[0], self.mask)
+        terms = Terms(self._q, self._k, self._v, self.scale)
+        return folded(terms, self.operations, len(self._q), self.mask)
 
     def _note(self, stage: Stage, verb: str, rows: tuple[int, ...], rewriting: Rewriting) -> None:
         if rows:
@@ -173,8 +169,8 @@ class CallData:
 
     def _index(self, row: RowLike, name: str) -> int:
         index = row.index if isinstance(row, Row) else int(row)
-        if not 0 <= index < self.q.shape[0]:
-            raise InputError(f"{name}: row {index} is not in this call of {self.q.shape[0]} rows")
+        if not 0 <= index < len(self._q):
+            raise InputError(f"{name}: row {index} is not in this call of {len(self._q)} rows")
         return index
 
     def _indices(self, rows: RowLike | Iterable[RowLike], name: str) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from hookctl.address.rows import Row
-from hookctl.attention.term import Sum, Term, Terms
+from hookctl.attention.term import Sum, Terms
 
 
 class Stage(IntEnum):
@@ -81,11 +81,11 @@ class ReadOut(NamedTuple):
 _stage = attrgetter("stage")
 
 
-def folded(
-    plain: Callable[[int], Term], operations: Iterable[Operation], rows: int, mask: Tensor | None
-) -> Sum:
-    """The finished sum of a call of `rows` rows: every operation applied, stage by stage."""
-    terms = Terms(plain)
+def folded(terms: Terms, operations: Iterable[Operation], rows: int, mask: Tensor | None) -> Sum:
+    """The finished sum of a call of `rows` rows: every operation applied, stage by stage.
+
+    terms: of rows that nothing has rewritten yet.
+    """
     state = Fold(terms, terms, terms, {})
     stage = Stage.SUBSTITUTION
     for operation in sorted(operations, key=_stage):

@@ -90,13 +90,13 @@ class Term(NamedTuple):
         """Terms of equal signature can be evaluated in one batch."""
         return (
             id(self.q.base),
-            tuple(
+            *[
                 (id(s.k.base), id(s.v.base), _form(s.shift), s.mask_row is None, s.counts)
                 for s in self.segments
-            ),
+            ],
             len(self.maps),
             _form(self.weight),
-            tuple((id(a), id(b)) for a, b in self.factors),
+            *[(id(a), id(b)) for a, b in self.factors],
             id(self.regions),
             self.scale,
             self.value_only,
@@ -108,21 +108,27 @@ def _form(value: Tensor | float | None) -> Any:
 
 
 class Terms(dict[int, tuple[Term, ...]]):
-    """The rewritten terms of rows; a row that nothing rewrote gives its plain term."""
+    """The rewritten terms of rows; a row that nothing rewrote gives its plain term.
 
-    def __init__(self, plain: Callable[[int], Term]) -> None:
+    q, k, v: the call's own, stacks [rows, sub-batch, heads, tokens, channels].
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
         super().__init__()
-        self._plain = plain
+        self._own = q, k, v, scale
         self._made: dict[int, tuple[Term, ...]] = {}
 
     def __missing__(self, row: int) -> tuple[Term, ...]:
-        if row not in self._made:
-            self._made[row] = (self._plain(row),)
-        return self._made[row]
+        made = self._made.get(row)
+        if made is None:
+            q, k, v, scale = self._own
+            own = Segment(Ref(k, row), Ref(v, row), None, row)
+            made = self._made[row] = (Term(Ref(q, row), (own,), scale),)
+        return made
 
     def snapshot(self) -> Terms:
         """A copy that does not follow later rewriting; plain terms are shared."""
-        copy = Terms(self._plain)
+        copy = Terms(*self._own)
         copy.update(self)
         copy._made = self._made
         return copy
@@ -155,7 +161,7 @@ class Sum:
         """
         rows, groups = list(rows), dict[Any, list[int]]()
         forms = {
-            row: tuple(term.signature() for term in self.terms[row])
+            row: tuple([term.signature() for term in self.terms[row]])
             for row in rows
             if row in self.terms
         }

@@ -25,17 +25,15 @@ def borrow(sources: dict[str, Ref], mask_row: int | None, weight: Tensor | None)
     if "k" in sources:
         changes["mask_row"] = mask_row
 
-    def one(term: Term) -> Term:
-        return term.with_own(q=q, **changes)
-
     def apply(state: Fold, row: int) -> None:
-        terms = state.terms[row]
-        if weight is None:
-            state.terms[row] = tuple(one(t) for t in terms)
-        else:
-            state.terms[row] = tuple(
-                part for t in terms for part in (one(t).weighted(weight), t.weighted(1 - weight))
-            )
+        new: list[Term] = []
+        for term in state.terms[row]:
+            taken = term.with_own(q=q, **changes)
+            if weight is None:
+                new.append(taken)
+            else:
+                new += [taken.weighted(weight), term.weighted(1 - weight)]
+        state.terms[row] = tuple(new)
 
     return apply
 

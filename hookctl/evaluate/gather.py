@@ -41,7 +41,7 @@ def rows_of(base: Tensor, rows: Sequence[int]) -> Tensor:
     """Some rows of a stack; copies nothing if they are adjacent or all the same."""
     if adjacent(rows):
         return base if len(rows) == len(base) else base[rows[0] : rows[-1] + 1]
-    if all(row == rows[0] for row in rows):
+    if len(set(rows)) == 1:
         return base[rows[0] : rows[0] + 1].expand(len(rows), *base.shape[1:])
     if base.requires_grad:  # indexing adds gradients in no fixed order
         return torch.stack([base[row] for row in rows])

@@ -193,7 +193,9 @@ class EditedSite:
             mask = causal_mask(own.query.shape[-2], own.key.shape[-2], own.query.device)
         call = AttentionCall(
             self.site,
-            *(stack_rows(x, count) for x in (own.query, own.key, own.value)),
+            stack_rows(own.query, count),
+            stack_rows(own.key, count),
+            stack_rows(own.value, count),
             rows=rows,
             clock=denoiser_call.clock,
             scale=own.query.shape[-1] ** -0.5 if own.scale is None else own.scale,
@@ -249,13 +251,15 @@ def per_sample(q: Tensor, rows: Rows) -> bool:
 
 def stack_rows(x: Tensor, rows: int) -> Tensor:
     """[batch, heads, tokens, channels] -> [rows, sub-batch, heads, tokens, channels]."""
-    batch, *rest = x.shape
+    batch = len(x)
+    if batch == rows:
+        return x.unsqueeze(1)
     if batch % rows:
         raise UnsupportedError(
             f"an attention call has a batch of {batch}, which is no multiple of the denoiser's "
             f"{rows} rows"
         )
-    return x.view(rows, batch // rows, *rest)
+    return x.view(rows, batch // rows, *x.shape[1:])
 
 
 def stack_mask(mask: Tensor | None, rows: int) -> Tensor | None:

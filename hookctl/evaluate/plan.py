@@ -29,7 +29,6 @@ BACKENDS = ("auto", "triton", "sdpa", "reference")
 # Up to this many keys a thin explicit matrix is cheaper than one SDPA call per term, and than SDPA
 # for the rows that no editor touched as well. Measured on a CPU: hookctl bench calls.
 SHORT_KEYS = 128
-SHORT_REASON = "short keys on a CPU: one softmax serves several rows"
 
 
 class Plan(NamedTuple):
@@ -46,26 +45,17 @@ PASS_THROUGH = Plan("pass-through", "no editor rewrote this call")
 class Evaluator:
     """A way to evaluate a finished sum.
 
-    missing: why it can't run in this installation, None if it can; suits: why it is the one to
-    take for a call, None if it is not, asked when `backend` is auto; evaluate: the sums of some
+    missing: why it can't run in this installation, None if it can; evaluate: the sums of some
     rows, in pieces of stacked rows.
     """
 
     name: str
     missing: Callable[[], str | None]
-    suits: Callable[[AttentionCall, Sum], str | None]
     evaluate: Callable[[Sum, Sequence[int]], list[Piece]]
 
 
 def _here() -> None:
     return None
-
-
-def _suits_short_keys(call: AttentionCall, finished: Sum) -> str | None:
-    if call.site.kind != "cross":
-        return None
-    terms = [term for terms in finished.terms.values() for term in terms]
-    return SHORT_REASON if _has_short_keys(call, terms) else None
 
 
 def _has_short_keys(call: AttentionCall, terms: Iterable[Term]) -> bool:
@@ -79,18 +69,11 @@ def _has_short_keys(call: AttentionCall, terms: Iterable[Term]) -> bool:
     )
 
 
-# In the order in which `auto` asks them. The last suits every call.
-EVALUATORS = (
-    Evaluator("triton", triton.missing, triton.suits, triton.evaluate),
-    Evaluator("short keys", _here, _suits_short_keys, lambda *of: short_keys.evaluate(*of)[0]),
-    Evaluator("reference", _here, lambda call, finished: None, reference.evaluate),
-    Evaluator(
-        "sdpa",
-        _here,
-        lambda call, finished: "edited rows by SDPA over rewritten terms",
-        sdpa.evaluate,
-    ),
-)
+TRITON = Evaluator("triton", triton.missing, triton.evaluate)
+SHORT = Evaluator("short keys", _here, lambda *of: short_keys.evaluate(*of)[0])
+REFERENCE = Evaluator("reference", _here, reference.evaluate)
+SDPA = Evaluator("sdpa", _here, sdpa.evaluate)
+EVALUATORS = (TRITON, SHORT, REFERENCE, SDPA)
 
 
 def check_backend(backend: str) -> None:
@@ -115,7 +98,7 @@ def evaluate(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Plan]:
     evaluator, plan = _choose(call, finished, backend)
     rows = [row for row in range(finished.rows) if row not in finished.functions]
     read: Reading = {}
-    if evaluator.name == "short keys":
+    if evaluator is SHORT:
         # The output and the maps of one softmax.
         requests = _columns_of(call, finished)
         pieces, maps = short_keys.evaluate(finished, rows, requests)
@@ -140,24 +123,30 @@ def read_only(call: AttentionCall, backend: str = "auto") -> None:
 
 
 def _choose(call: AttentionCall, finished: Sum, backend: str) -> tuple[Evaluator, Plan]:
-    for evaluator in EVALUATORS:
-        if backend == evaluator.name:
-            reason: str | None = f"backend={backend!r} was asked for"
-        else:
-            reason = evaluator.suits(call, finished) if backend == "auto" else None
-            if reason is not None and evaluator.missing() is not None:
-                reason = None
-        if reason is None:
-            continue
-        if not finished.touched:
-            # By the same evaluator as the model's own call.
-            return EVALUATORS[-1], PASS_THROUGH
-        if finished.functions:
-            names = {type(o.editor).__name__ for o in call.operations if o.verb == "probabilities"}
-            reason = f"{', '.join(sorted(names))} asked for the probabilities"
-            return evaluator, Plan("matrix", reason)
-        return evaluator, Plan(evaluator.name, reason)
-    raise UnsupportedError(f"backend={backend!r} can't evaluate {call.site.path}")
+    if backend == "auto":
+        evaluator, reason = _cheapest(call, finished)
+    else:
+        evaluator = next(e for e in EVALUATORS if e.name == backend)
+        reason = f"backend={backend!r} was asked for"
+    if not finished.terms and not finished.functions:
+        return SDPA, PASS_THROUGH  # by the same evaluator as the model's own call
+    if finished.functions:
+        names = {type(o.editor).__name__ for o in call.operations if o.verb == "probabilities"}
+        reason = f"{', '.join(sorted(names))} asked for the probabilities"
+        return evaluator, Plan("matrix", reason)
+    return evaluator, Plan(evaluator.name, reason)
+
+
+def _cheapest(call: AttentionCall, finished: Sum) -> tuple[Evaluator, str]:
+    """The first evaluator that suits a call, and why."""
+    reason = triton.suits(call, finished)
+    if reason is not None and TRITON.missing() is None:
+        return TRITON, reason
+    if call.site.kind == "cross":
+        terms = [term for terms in finished.terms.values() for term in terms]
+        if _has_short_keys(call, terms):
+            return SHORT, "short keys on a CPU: one softmax serves several rows"
+    return SDPA, "edited rows by SDPA over rewritten terms"
 
 
 def _placed(pieces: list[Piece], call: AttentionCall) -> Tensor:
@@ -199,7 +188,9 @@ def _columns_of(call: AttentionCall, finished: Sum) -> list[ReadOut]:
 
 
 def _hand_out(call: AttentionCall, finished: Sum, backend: str, read: Reading) -> None:
-    start, stop = call.spans.image_queries if call.read_outs else (0, 0)
+    if not call.read_outs:
+        return
+    start, stop = call.spans.image_queries
     values = []
     for request in call.read_outs:
         if request.summed:

@@ -47,7 +47,7 @@ def evaluate(finished: Sum, rows: Sequence[int], by: Attend | None = None) -> li
     """
     by, pieces = by or attend, []
     for group in finished.groups(rows, copying=_cheap(finished)):
-        if any(row in finished.terms for row in group):
+        if not finished.terms.keys().isdisjoint(group):
             part = batch([finished.terms[row] for row in group], finished.mask, by)
         else:
             part = by(*untouched(finished, group), None)

@@ -157,7 +157,7 @@ def _form(
     bias, empty = (None, None) if bare else _bias(terms, mask, q)
     count = len(q) // len(batch)
     totals = None if out is None else out.flatten(1, 2)
-    uses = [[(use, _also(use.place, written)) for use in softmax.uses] for softmax in batch]
+    betas = _betas(batch, written)
     for block in _blocks(len(q) * q.shape[1] * k.shape[-1], q.shape[1]):
         scores = torch.baddbmm(_unread(q), _some(q, block, 1), k, beta=0, alpha=term.scale)
         if term.factors:
@@ -170,19 +170,23 @@ def _form(
             p = scores.softmax(-1).masked_fill(_some(empty, block, -2), 0.0).flatten(0, 1)
         for i, softmax in enumerate(batch):
             own = p if len(batch) == 1 else p[i * count : (i + 1) * count]
-            for use, also in uses[i]:
+            for use, beta in zip(softmax.uses, betas[i], strict=True):
                 assert totals is not None  # where there are uses, there are rows
                 # A view of now: autograd knows none from before another one was written to.
-                _add(use, own, block, totals[use.place], float(also))
+                _add(use, own, block, totals[use.place], beta)
             for read in softmax.reads:
                 _read(read, own, block)
 
 
-def _also(place: int, written: set[int]) -> bool:
-    """Whether a place holds something already; now it does."""
-    found = place in written
-    written.add(place)
-    return found
+def _betas(batch: Sequence[_Softmax], written: set[int]) -> list[list[float]]:
+    """For each use of each softmax the weight of what is in its place already: 0 for the first."""
+    betas: list[list[float]] = []
+    for softmax in batch:
+        betas.append([])
+        for use in softmax.uses:
+            betas[-1].append(float(use.place in written))
+            written.add(use.place)
+    return betas
 
 
 def _add(use: _Use, p: Tensor, block: slice | None, total: Tensor, beta: float) -> None:
