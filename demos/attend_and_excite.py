@@ -1,6 +1,6 @@
 """Three objects and none left out: Attend-and-Excite against plain sampling.
 
-missing: share of the objects of the prompt that the detector finds nowhere in the picture;
+missing: share of the objects of the prompt that the detector finds nowhere in the image;
 weakest_noun: the peak of the map of the noun that is least attended to, which the method raises.
 """
 

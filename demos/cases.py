@@ -75,12 +75,11 @@ def _draw(kind: str, rng: np.random.Generator) -> EditCase:
         after, options = None, {"reweight": {shape: -2.0}}
     else:
         raise ValueError(f"no edit of kind {kind!r}")
-    relation, ground = str(rng.choice(RELATIONS)), str(rng.choice(("white", "gray", "black")))
+    relation, background = str(rng.choice(RELATIONS)), str(rng.choice(("white", "gray", "black")))
 
     def sentence(thing: tuple[str, str, str]) -> str:
-        return (
-            f"{_article(_say(*thing))} {relation} {_article(_say(*other))} on a {ground} background"
-        )
+        first, second = _article(_say(*thing)), _article(_say(*other))
+        return f"{first} {relation} {second} on a {background} background"
 
     source = sentence(before)
     target = source if after is None else sentence(after)

@@ -22,17 +22,17 @@ FEW = 3  # steps that show a run's peak: each step lets go of what the last one 
 
 @dataclass
 class Cost:
-    """calls of a denoiser, the rows that they held, and those rows in pictures of `side` cells."""
+    """calls of a denoiser, the rows that they held, and those rows in images of `side` cells."""
 
     side: int
     calls: int = 0
     rows: int = 0
-    pictures: float = 0.0
+    images: float = 0.0
 
     def note(self, sample: Any) -> None:
         self.calls += 1
         self.rows += len(sample)
-        self.pictures += len(sample) * sample.shape[-1] * sample.shape[-2] / self.side**2
+        self.images += len(sample) * sample.shape[-1] * sample.shape[-2] / self.side**2
 
 
 @contextmanager

@@ -18,7 +18,7 @@ MARGIN = 3  # px round the edited object that count as part of it
 
 @dataclass(frozen=True)
 class EditFigures:
-    """Of one edited picture: bools for success and kept, PSNR in dB outside the edited object."""
+    """Of one edited image: bools for success and kept, PSNR in dB outside the edited object."""
 
     edit_success: bool
     kept: bool
@@ -39,7 +39,7 @@ def source_is_right(case: EditCase, source: Detection) -> bool:
 
 
 def measure(case: EditCase, source: Any, edited: Any) -> EditFigures:
-    """Compare an edited picture with its source (PIL images or arrays of equal size)."""
+    """Compare an edited image with its source (PIL images or arrays of equal size)."""
     a, b = detect(source), detect(edited)
     old, left = a.find(*case.before[:2]), b.find(*case.before[:2])
     new = left if case.after is None else b.find(*case.after[:2])

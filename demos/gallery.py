@@ -1,10 +1,10 @@
-"""The gallery: one page with the picture and the figures of every demo.
+"""The gallery: one page with the image and the figures of every demo.
 
     hookctl demo all --seeds 32 --out out
     python -m hookctl.demos.gallery --from out --to demos/gallery
 
-The first writes `gallery.md` beside the pictures as the demos drew them; the second makes a page
-small enough to keep, `demos/gallery.md` with its pictures in `demos/gallery/`.
+The first writes `gallery.md` beside the images as the demos drew them; the second makes a page
+small enough to keep, `demos/gallery.md` with its images in `demos/gallery/`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from PIL import Image
 from hookctl.demos import DEMOS
 from hookctl.demos.reports import groups, singles, title_of
 from hookctl.errors import InputError
-from hookctl.tables import markdown_table
+from hookctl.inspect.tables import markdown_table
 
-LARGEST, ALTOGETHER = 300_000, 6_000_000  # bytes: of one picture, of all
+LARGEST, ALTOGETHER = 300_000, 6_000_000  # bytes: of one image, of all
 WIDEST = 1400  # px
 
 Link = Callable[[Path], str]
@@ -33,12 +33,12 @@ Link = Callable[[Path], str]
 
 @dataclass(frozen=True)
 class Shown:
-    """One demo: its report, or why there is none, and the pictures it drew."""
+    """One demo: its report, or why there is none, and the images it drew."""
 
     name: str
     report: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
-    pictures: tuple[Path, ...] = ()
+    images: tuple[Path, ...] = ()
 
     @classmethod
     def of(cls, name: str, report: Mapping[str, Any], folder: Path) -> Shown:
@@ -47,7 +47,7 @@ class Shown:
 
 
 def page(shown: Sequence[Shown], link: Link) -> str:
-    """The page in Markdown; `link` says where a picture is found from there."""
+    """The page in Markdown; `link` says where an image is found from there."""
     parts = ["# Gallery", _INTRODUCTION]
     for one in shown:
         parts += _section(one, link)
@@ -55,8 +55,8 @@ def page(shown: Sequence[Shown], link: Link) -> str:
 
 
 _INTRODUCTION = (
-    "Every method on the embedded pipeline, beside the plain picture of the same noise. The "
-    "figures are read off the pictures by the detector."
+    "Every method on the embedded pipeline, beside the plain image of the same noise. The "
+    "figures are read off the images by the detector."
 )
 
 
@@ -68,8 +68,8 @@ def _section(one: Shown, link: Link) -> Iterator[str]:
     if one.error is not None:
         yield f"**Failed**: {one.error}"
         return
-    for picture in one.pictures:
-        yield f"![{title}]({link(picture)})"
+    for image in one.images:
+        yield f"![{title}]({link(image)})"
     for group in groups(one.report):
         yield markdown_table(group.rows, group.headers)
     alone = singles({k: v for k, v in one.report.items() if k != "demo"})
@@ -84,28 +84,28 @@ def write_page(out: Path, shown: Sequence[Shown]) -> Path:
 
 
 def write_small(out: Path, shown: Sequence[Shown]) -> Path:
-    """The page `out.md` and small pictures in the folder `out`, which holds nothing else."""
+    """The page `out.md` and small images in the folder `out`, which holds nothing else."""
     out.mkdir(parents=True, exist_ok=True)
-    pictures = [picture for one in shown for picture in one.pictures]
-    limit = min(LARGEST, ALTOGETHER // max(1, len(pictures)))
+    images = [image for one in shown for image in one.images]
+    limit = min(LARGEST, ALTOGETHER // max(1, len(images)))
     places: dict[Path, str] = {}
     for one in shown:
-        for picture in one.pictures:
-            stem = picture.stem.replace("grid", one.name, 1)
-            places[picture] = f"{out.name}/{stem}.jpg"
-            (out / f"{stem}.jpg").write_bytes(small(Image.open(picture), limit))
+        for image in one.images:
+            stem = image.stem.replace("grid", one.name, 1)
+            places[image] = f"{out.name}/{stem}.jpg"
+            (out / f"{stem}.jpg").write_bytes(small(Image.open(image), limit))
     path = out.with_suffix(".md")
     path.write_text(page(shown, places.__getitem__), "utf-8")
     return path
 
 
-def small(picture: Image.Image, limit: int) -> bytes:
-    """A picture as JPEG of at most `limit` bytes: coarser first, then smaller."""
-    picture = picture.convert("RGB")
-    scale = min(1.0, WIDEST / picture.width)
+def small(image: Image.Image, limit: int) -> bytes:
+    """An image as JPEG of at most `limit` bytes: coarser first, then smaller."""
+    image = image.convert("RGB")
+    scale = min(1.0, WIDEST / image.width)
     while True:
-        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-        resized = picture.resize(size, Image.Resampling.LANCZOS) if scale < 1 else picture
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        resized = image.resize(size, Image.Resampling.LANCZOS) if scale < 1 else image
         for quality in (90, 80, 70):
             data = BytesIO()
             resized.save(data, "JPEG", quality=quality, optimize=True)

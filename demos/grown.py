@@ -1,4 +1,4 @@
-"""A scene grown round a given picture: the cases, and what became of them."""
+"""A scene grown round a given image: the cases, and what became of them."""
 
 from __future__ import annotations
 
@@ -14,48 +14,48 @@ from hookctl.demos.shapes.captions import describe
 from hookctl.demos.shapes.detect import Detection, detect
 from hookctl.demos.shapes.render import drawn
 from hookctl.demos.shapes.world import (
+    BACKGROUND_NAMES,
+    BACKGROUNDS,
     COLOUR_NAMES,
-    GROUND_NAMES,
-    GROUNDS,
+    IMAGE_SIZE,
     PATTERNS,
-    PICTURE,
     SHAPES,
     Scene,
     Thing,
 )
-from hookctl.loop.pictures import decode, encode
+from hookctl.loop.images import decode, encode
 
-CANVAS = "gray"  # the ground of the canvas that a picture is pasted on
-SIDE = PICTURE // 2
-AT = ((PICTURE - SIDE) // 2, 0)
+CANVAS = "gray"  # the background of the canvas that an image is pasted on
+SIDE = IMAGE_SIZE // 2
+AT = ((IMAGE_SIZE - SIDE) // 2, 0)
 BOX = (*AT, AT[0] + SIDE, AT[1] + SIDE)
-SAME = 40.0  # RGB distance up to which two grounds are one
+SAME = 40.0  # RGB distance up to which two backgrounds are one
 
 
 @dataclass(frozen=True)
 class Case:
-    """The object of the given picture and its ground, and the object that is wanted below."""
+    """The object of the given image and its background, and the object that is wanted below."""
 
     given: Thing
     wanted: Thing
-    ground: str = CANVAS
+    background: str = CANVAS
 
     @property
     def prompt(self) -> str:
         said = f"{describe(self.given)} above {describe(self.wanted)}"
-        return f"{said} on a {CANVAS} background" if self.ground == CANVAS else said
+        return f"{said} on a {CANVAS} background" if self.background == CANVAS else said
 
     @property
-    def picture(self) -> Image.Image:
-        (whole,) = drawn([Scene((self.given,), self.ground)])
-        left = (PICTURE - SIDE) // 2
+    def image(self) -> Image.Image:
+        (whole,) = drawn([Scene((self.given,), self.background)])
+        left = (IMAGE_SIZE - SIDE) // 2
         return whole.crop((left, left, left + SIDE, left + SIDE))
 
 
 def cases(seed: int, count: int, said: bool = True) -> list[Case]:
-    """said: whether the pictures have the canvas's ground and the prompts say so."""
+    """said: whether the images have the canvas's background and the prompts say so."""
     rng = np.random.default_rng([seed, 5])
-    others = [ground for ground in GROUND_NAMES if ground != CANVAS]
+    others = [background for background in BACKGROUND_NAMES if background != CANVAS]
     made = []
     for i in range(count):
         shapes, colours = rng.permutation(SHAPES)[:2], rng.permutation(COLOUR_NAMES)[:2]
@@ -68,11 +68,11 @@ def cases(seed: int, count: int, said: bool = True) -> list[Case]:
 
 
 def restored(pipe: Any, every: Sequence[Case]) -> list[Image.Image]:
-    """A canvas of the picture's ground with the picture on it, through the autoencoder and back."""
+    """A canvas of the image's background with the image on it, through the autoencoder and back."""
     made = []
     for case in every:
-        canvas = Image.new("RGB", (PICTURE, PICTURE), GROUNDS[case.ground])
-        canvas.paste(case.picture, AT)
+        canvas = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), BACKGROUNDS[case.background])
+        canvas.paste(case.image, AT)
         made += decode(pipe, encode(pipe, canvas))
     return made
 
@@ -80,19 +80,19 @@ def restored(pipe: Any, every: Sequence[Case]) -> list[Image.Image]:
 # -- what became of them ---------------------------------------------------------------------------
 
 
-def seed_psnr(case: Case, picture: Image.Image) -> float:
-    """dB, of the given picture's place on the canvas, peak 255."""
-    a, b = (np.asarray(x, float) for x in (picture.crop(BOX), case.picture))
+def seed_psnr(case: Case, image: Image.Image) -> float:
+    """dB, of the given image's place on the canvas, peak 255."""
+    a, b = (np.asarray(x, float) for x in (image.crop(BOX), case.image))
     return float(10 * np.log10(255.0**2 / max(((a - b) ** 2).mean(), 1e-10)))
 
 
 def mean_psnr(every: Sequence[Case], drawn: Sequence[Image.Image]) -> float:
-    found = [seed_psnr(case, picture) for case, picture in zip(every, drawn, strict=True)]
+    found = [seed_psnr(case, image) for case, image in zip(every, drawn, strict=True)]
     return round(float(np.mean(found)), 2)
 
 
 def obeyed(case: Case, detection: Detection) -> bool:
-    """Whether the wanted object is there, outside the given picture."""
+    """Whether the wanted object is there, outside the given image."""
     found = detection.find(case.wanted.shape, case.wanted.colour)
     if found is None or found.pattern != case.wanted.pattern:
         return False
@@ -100,26 +100,26 @@ def obeyed(case: Case, detection: Detection) -> bool:
     return not (BOX[0] <= x < BOX[2] and BOX[1] <= y < BOX[3])
 
 
-def surroundings(picture: Image.Image) -> NDArray[np.float64]:
-    """The colour of most of what surrounds the given picture, RGB from 0 to 255."""
-    pixels = np.asarray(picture, float)
+def surroundings(image: Image.Image) -> NDArray[np.float64]:
+    """The colour of most of what surrounds the given image, RGB from 0 to 255."""
+    pixels = np.asarray(image, float)
     outside = np.ones(pixels.shape[:2], bool)
     outside[BOX[1] : BOX[3], BOX[0] : BOX[2]] = False
     colour: NDArray[np.float64] = np.median(pixels[outside], axis=0)
     return colour
 
 
-def continued(case: Case, picture: Image.Image) -> bool:
-    """Whether that is the given picture's ground."""
-    return float(np.linalg.norm(surroundings(picture) - GROUNDS[case.ground])) <= SAME
+def continued(case: Case, image: Image.Image) -> bool:
+    """Whether that is the given image's background."""
+    return float(np.linalg.norm(surroundings(image) - BACKGROUNDS[case.background])) <= SAME
 
 
 def figures(every: Sequence[Case], drawn: Sequence[Image.Image]) -> dict[str, float]:
-    seen = [(case, picture, detect(picture)) for case, picture in zip(every, drawn, strict=True)]
+    seen = [(case, image, detect(image)) for case, image in zip(every, drawn, strict=True)]
     shares = {
         "given_object": [d.find(c.given.shape, c.given.colour) is not None for c, _, d in seen],
         "text_obeyed_outside": [obeyed(c, d) for c, _, d in seen],
-        "ground_continued": [continued(c, p) for c, p, _ in seen],
+        "background_continued": [continued(c, p) for c, p, _ in seen],
     }
     return {
         "seed_psnr": mean_psnr(every, drawn),

@@ -1,6 +1,6 @@
 """FreeU, ScaleU, PAG, SAG and SEG against plain sampling: same prompts, noise, number of steps.
 
-The detector counts the pictures in which every object is as its prompt says and nothing else is
+The detector counts the images in which every object is as its prompt says and nothing else is
 there. All settings are the published ones; ScaleU, whose gains are learned, is given some by hand.
 """
 
@@ -18,10 +18,11 @@ import torch
 from PIL import Image
 
 import hookctl
-from hookctl import Editor, show
+from hookctl import Editor
 from hookctl.demos.cost import counted, drawing_mib
 from hookctl.demos.shapes.captions import sample
 from hookctl.demos.shapes.detect import detect, matches, wanted_pairs
+from hookctl.inspect import show
 from hookctl.recipes import PAG, SAG, SEG, FreeU, ScaleU
 
 STEPS, GUIDANCE, BATCH = 25, 3.0, 16
@@ -40,8 +41,8 @@ METHODS: dict[str, Callable[[], Editor | None]] = {
     "SAG": SAG,
     "SEG": lambda: SEG(sites=COARSE),
 }
-# Rows that a picture needs; plain guidance takes two in a turn. The noise that this model starts
-# from holds no picture for SAG to blur.
+# Rows that an image needs; plain guidance takes two in a step. The noise that this model starts
+# from holds no image for SAG to blur.
 ROWS = {
     "plain": 2 * STEPS,
     "FreeU": 2 * STEPS,
@@ -56,9 +57,9 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """The pictures of one method, rows that each cost, and the seconds for all."""
+    """The images of one method, rows that each cost, and the seconds for all."""
 
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     rows: float
     seconds: float
 
@@ -70,16 +71,16 @@ def prompts_of(seed: int, count: int) -> list[str]:
 
 
 def draw(pipe: Any, prompts: Sequence[str], seed: int, editor: Editor | None) -> Drawn:
-    """One picture for each prompt, prompt i from seed + i."""
-    pictures, begun = [], time.perf_counter()
+    """One image for each prompt, prompt i from seed + i."""
+    images, begun = [], time.perf_counter()
     with counted(pipe.unet) as cost, hookctl.control(pipe, *([editor] if editor else [])):
         for i in range(0, len(prompts), BATCH):
             part = list(prompts[i : i + BATCH])
             seeds = [torch.Generator().manual_seed(seed + i + k) for k in range(len(part))]
-            pictures += pipe(
+            images += pipe(
                 part, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=seeds
             ).images
-    return Drawn(pictures, cost.rows / len(prompts), time.perf_counter() - begun)
+    return Drawn(images, cost.rows / len(prompts), time.perf_counter() - begun)
 
 
 def _peak(pipe: Any, prompt: str, editor: Editor | None) -> float:
@@ -105,28 +106,28 @@ def run(
         "cases": seeds,
         "steps": STEPS,
         "guidance_scale": GUIDANCE,
-        "methods": {name: figures(prompts, one.pictures) for name, one in drawn.items()},
+        "methods": {name: figures(prompts, one.images) for name, one in drawn.items()},
         "cost": {
             name: {
-                "rows_per_picture": one.rows,
+                "rows_per_image": one.rows,
                 "rows_in_theory": ROWS[name],
-                "peak_mib_of_a_picture": _peak(pipe, prompts[0], METHODS[name]()),
-                "seconds_per_picture": round(one.seconds / seeds, 2),
+                "peak_mib_of_a_image": _peak(pipe, prompts[0], METHODS[name]()),
+                "seconds_per_image": round(one.seconds / seeds, 2),
             }
             for name, one in drawn.items()
         },
         "wall_seconds": round(time.perf_counter() - begun, 1),
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    picture(prompts, {name: one.pictures for name, one in drawn.items()}).save(out / "grid.png")
+    image(prompts, {name: one.images for name, one in drawn.items()}).save(out / "grid.png")
     return report
 
 
-def figures(prompts: Sequence[str], pictures: Sequence[Image.Image]) -> dict[str, float]:
-    """strict: pictures with all objects right and nothing else; found: objects that are there;
-    too_many: objects and blobs beyond those asked for, in a picture."""
+def figures(prompts: Sequence[str], images: Sequence[Image.Image]) -> dict[str, float]:
+    """strict: images with all objects right and nothing else; found: objects that are there;
+    too_many: objects and blobs beyond those asked for, in an image."""
     right = found = asked = extra = 0
-    for prompt, one in zip(prompts, pictures, strict=True):
+    for prompt, one in zip(prompts, images, strict=True):
         detection, wanted = detect(one), wanted_pairs(prompt)
         there = sum((detection.pairs & wanted).values())
         right += matches(detection, prompt)
@@ -140,10 +141,10 @@ def figures(prompts: Sequence[str], pictures: Sequence[Image.Image]) -> dict[str
     }
 
 
-def picture(prompts: Sequence[str], pictures: dict[str, list[Image.Image]]) -> Image.Image:
+def image(prompts: Sequence[str], images: dict[str, list[Image.Image]]) -> Image.Image:
     """A case a row, a method a column."""
     shown = min(SHOWN, len(prompts))
-    rows = [[column[i] for column in pictures.values()] for i in range(shown)]
+    rows = [[column[i] for column in images.values()] for i in range(shown)]
     return show.grid(
-        rows, column_titles=list(pictures), row_titles=list(prompts[:shown]), cell=(160, 160)
+        rows, column_titles=list(images), row_titles=list(prompts[:shown]), cell=(160, 160)
     )

@@ -1,10 +1,10 @@
-"""Imagic: a rendered picture recoloured, at several shares of the wanted text.
+"""Imagic: a rendered image recoloured, at several shares of the wanted text.
 
-One alpha trades the picture for the text: grid_alpha.png shows how often the edit is there and how
-often the other object stayed, against alpha. The same fit is drawn from the picture's inverted
+One alpha trades the image for the text: grid_alpha.png shows how often the edit is there and how
+often the other object stayed, against alpha. The same fit is drawn from the image's inverted
 noise and, as published, from random noise.
 
-The picture gets lost as alpha grows, and the edit comes between 0.4 and 1, mostly with the other
+The image gets lost as alpha grows, and the edit comes between 0.4 and 1, mostly with the other
 object still in place; beyond 1, at texts more wanted than the wanted one, that may go too. From
 random noise alpha 0 gives the layout and the colours back, with ragged outlines. Half-way between
 two texts may stand one that names nothing, and the object is missing there.
@@ -23,12 +23,12 @@ import torch
 from PIL import Image, ImageDraw
 
 import hookctl
-from hookctl import show
 from hookctl.demos.cases import EditCase, draw
 from hookctl.demos.cost import counted, drawing_mib, peak_mib
 from hookctl.demos.figures import measure, summary
-from hookctl.demos.inversion import pictures_of, psnr
-from hookctl.loop.pictures import decode, encode
+from hookctl.demos.inversion import images_of, psnr
+from hookctl.inspect import show
+from hookctl.loop.images import decode, encode
 from hookctl.recipes import Imagic
 
 STEPS, GUIDANCE, REFINE = 25, 2.0, 2
@@ -51,7 +51,7 @@ SHOWN = 3  # cases in the grid
 _LINES = {"edit_success": "#d62728", "kept": "#1f77b4"}
 
 Progress = Callable[[int, int], None]
-Drawn = dict[str, list[Image.Image]]  # start -> a picture for each alpha, and "plain"
+Drawn = dict[str, list[Image.Image]]  # start -> an image for each alpha, and "plain"
 
 
 def run(
@@ -62,14 +62,14 @@ def run(
     pipe, begun = hookctl.load_shapes(), time.perf_counter()
     rng = np.random.default_rng([seed, 11])
     cases = [draw("colour", rng) for _ in range(seeds)]
-    pictures = pictures_of(cases, rng)
+    images = images_of(cases, rng)
     drawn: list[Drawn] = []
     with counted(pipe.unet) as rows:
-        for i, (case, one) in enumerate(zip(cases, pictures, strict=True)):
+        for i, (case, one) in enumerate(zip(cases, images, strict=True)):
             drawn.append(edited(pipe, one, case.target, seed + i))
             if progress is not None:
                 progress(i + 1, seeds)
-    figures = _figures(cases, pictures, drawn)
+    figures = _figures(cases, images, drawn)
     report = {
         "demo": "imagic",
         "seed": seed,
@@ -78,26 +78,26 @@ def run(
         "guidance_scale": GUIDANCE,
         "plain_text": figures["plain"][0],
         "methods": {start: dict(zip(_columns(), figures[start], strict=True)) for start in STARTS},
-        "autoencoder_psnr": _psnr(pictures, [decode(pipe, encode(pipe, p))[0] for p in pictures]),
+        "autoencoder_psnr": _psnr(images, [decode(pipe, encode(pipe, p))[0] for p in images]),
         "cost": {
-            "rows_per_picture": rows.rows / seeds,
+            "rows_per_image": rows.rows / seeds,
             "rows_in_theory": _theory(),
-            "peak_mib_of_a_fit": _peak(pipe, pictures[0], cases[0].target),
-            "peak_mib_of_a_picture": drawing_mib(pipe, cases[0].target, guidance=GUIDANCE),
+            "peak_mib_of_a_fit": _peak(pipe, images[0], cases[0].target),
+            "peak_mib_of_a_image": drawing_mib(pipe, cases[0].target, guidance=GUIDANCE),
         },
         "wall_seconds": round(time.perf_counter() - begun, 1),
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    picture(cases, pictures, drawn).save(out / "grid.png")
+    image(cases, images, drawn).save(out / "grid.png")
     plots = [plot(ALPHAS, figures[start], f"from {start}") for start in STARTS]
     side_by_side(plots).save(out / "grid_alpha.png")
     return report
 
 
-def edited(pipe: Any, picture: Image.Image, target: str, seed: int) -> Drawn:
-    """One picture fitted, and drawn at every alpha from each start; "plain" without any of it."""
+def edited(pipe: Any, image: Image.Image, target: str, seed: int) -> Drawn:
+    """One image fitted, and drawn at every alpha from each start; "plain" without any of it."""
     given: dict[str, Any] = {"guidance": GUIDANCE, "steps": STEPS, "seed": seed}
-    fitted = Imagic(pipe, picture, target, **given, **FIT).fit()
+    fitted = Imagic(pipe, image, target, **given, **FIT).fit()
     plain = pipe(
         target,
         num_inference_steps=STEPS,
@@ -112,29 +112,29 @@ def edited(pipe: Any, picture: Image.Image, target: str, seed: int) -> Drawn:
 
 
 def _figures(
-    cases: Sequence[EditCase], pictures: Sequence[Image.Image], drawn: Sequence[Drawn]
+    cases: Sequence[EditCase], images: Sequence[Image.Image], drawn: Sequence[Drawn]
 ) -> dict[str, list[dict[str, float]]]:
-    """Start -> for each picture of a case, the figures over all cases; psnr: to the picture, dB."""
-    many = list(zip(cases, pictures, drawn, strict=True))
+    """Start -> for each image of a case, the figures over all cases; psnr: to the image, dB."""
+    many = list(zip(cases, images, drawn, strict=True))
     return {
         start: [
             summary([measure(case, one, found[start][k]) for case, one, found in many])
-            | {"psnr": _psnr(pictures, [found[start][k] for found in drawn])}
+            | {"psnr": _psnr(images, [found[start][k] for found in drawn])}
             for k in range(len(drawn[0][start]))
         ]
         for start in drawn[0]
     }
 
 
-def _psnr(pictures: Sequence[Image.Image], others: Sequence[Image.Image]) -> float:
+def _psnr(images: Sequence[Image.Image], others: Sequence[Image.Image]) -> float:
     """The mean over all cases, in dB."""
-    return round(float(np.mean([psnr(a, b) for a, b in zip(pictures, others, strict=True)])), 2)
+    return round(float(np.mean([psnr(a, b) for a, b in zip(images, others, strict=True)])), 2)
 
 
-def _peak(pipe: Any, picture: Image.Image, target: str) -> float:
+def _peak(pipe: Any, image: Image.Image, target: str) -> float:
     """Of a fit, whose steps are all alike."""
     few = FIT | {"text_steps": 1, "model_steps": 1, "steps": STEPS}
-    return peak_mib(Imagic(pipe, picture, target, **few).fit)
+    return peak_mib(Imagic(pipe, image, target, **few).fit)
 
 
 def _columns() -> list[str]:
@@ -142,30 +142,30 @@ def _columns() -> list[str]:
 
 
 def _theory() -> int:
-    """Rows for one case: the fit, the plain picture, every alpha from each start, the inversion."""
+    """Rows for one case: the fit, the plain image, every alpha from each start, the inversion."""
     rows = FIT["samples"] * FIT["noises"]
     fit = rows * (FIT["text_steps"] + FIT["model_steps"])
     return fit + (1 + len(STARTS) * len(ALPHAS)) * 2 * STEPS + (1 + REFINE) * STEPS
 
 
-def picture(
-    cases: Sequence[EditCase], pictures: Sequence[Image.Image], drawn: Sequence[Drawn]
+def image(
+    cases: Sequence[EditCase], images: Sequence[Image.Image], drawn: Sequence[Drawn]
 ) -> Image.Image:
-    """Two rows a case: from the picture's inverted noise, and from random noise."""
+    """Two rows a case: from the image's inverted noise, and from random noise."""
     rows: list[list[Image.Image | None]] = []
     titles = []
-    for case, one, found in list(zip(cases, pictures, drawn, strict=True))[:SHOWN]:
+    for case, one, found in list(zip(cases, images, drawn, strict=True))[:SHOWN]:
         for start in STARTS:
             rows.append([one, *found["plain"], *found[start]])
             titles.append(f"{case.title}, from {start}")
-    columns = ["picture", "plain text", *_columns()]
+    columns = ["image", "plain text", *_columns()]
     return show.grid(rows, column_titles=columns, row_titles=titles, cell=(128, 128))
 
 
-def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
-    width, height = pictures[0].size
-    canvas = Image.new("RGB", (width * len(pictures), height), "white")
-    for k, one in enumerate(pictures):
+def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
+    width, height = images[0].size
+    canvas = Image.new("RGB", (width * len(images), height), "white")
+    for k, one in enumerate(images):
         canvas.paste(one, (k * width, 0))
     return canvas
 

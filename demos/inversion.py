@@ -1,6 +1,6 @@
-"""Real pictures: how well each inversion gives one back, and what an edit on top does.
+"""Real images: how well each inversion gives one back, and what an edit on top does.
 
-The pictures are rendered from the world, not drawn by the model. Each is inverted by every method,
+The images are rendered from the world, not drawn by the model. Each is inverted by every method,
 drawn again, and its colour swapped by Prompt-to-Prompt. An autoencoder loses something in any case,
 so reconstructions are judged beside its round trip.
 """
@@ -18,14 +18,15 @@ import numpy as np
 from PIL import Image
 
 import hookctl
-from hookctl import Editor, show
+from hookctl import Editor
 from hookctl.demos.cases import EditCase, draw
 from hookctl.demos.cost import FEW, counted, peak_mib
 from hookctl.demos.figures import EditFigures, measure, summary
 from hookctl.demos.shapes.captions import parse
 from hookctl.demos.shapes.render import drawn
 from hookctl.demos.shapes.world import Scene, Thing
-from hookctl.loop.pictures import decode, encode
+from hookctl.inspect import show
+from hookctl.loop.images import decode, encode
 from hookctl.recipes import (
     DDIMInversion,
     DirectInversion,
@@ -43,26 +44,26 @@ SKIP = 0.12
 
 @dataclass(frozen=True)
 class Method:
-    """An inversion, and how pictures of it are edited.
+    """An inversion, and how images of it are edited.
 
-    rows: of the inversion alone; drawing a picture and one edit takes four in a step. options: of
-    the inversion; swap: of Prompt-to-Prompt; guidance: scale of the edits, and of the picture drawn
+    rows: of the inversion alone; drawing an image and one edit takes four in a step. options: of
+    the inversion; swap: of Prompt-to-Prompt; guidance: scale of the edits, and of the image drawn
     again unless the inversion has one of its own; beside: a further editor.
     """
 
     recipe: Callable[..., Any]
     rows: int
     options: Mapping[str, Any] = field(default_factory=lambda: {"guidance": GUIDANCE})
-    # What is published for real pictures: self-attention replaced in 0.4 to 0.6 of the steps.
+    # What is published for real images: self-attention replaced in 0.4 to 0.6 of the steps.
     swap: Mapping[str, Any] = field(
         default_factory=lambda: {"cross_replace": 0.8, "self_replace": 0.6}
     )
     guidance: float = GUIDANCE
     beside: Callable[[], Editor] | None = None
 
-    def invert(self, pipe: Any, picture: Any, prompt: Any, steps: int = STEPS) -> Any:
+    def invert(self, pipe: Any, image: Any, prompt: Any, steps: int = STEPS) -> Any:
         """The inversion, to be run."""
-        return self.recipe(pipe, picture, prompt, steps=steps, **self.options)
+        return self.recipe(pipe, image, prompt, steps=steps, **self.options)
 
 
 METHODS: dict[str, Method] = {
@@ -70,9 +71,9 @@ METHODS: dict[str, Method] = {
     "DDIM": Method(DDIMInversion, STEPS, {}),
     "negative prompt": Method(NegativePromptInversion, STEPS),
     "ProxEdit": Method(NegativePromptInversion, STEPS, beside=ProximalGuidance),
-    # Inverted, these flat pictures have noise of up to twice the spread that the model knows.
+    # Inverted, these flat images have noise of up to twice the spread that the model knows.
     "direct": Method(DirectInversion, STEPS, {"guidance": GUIDANCE, "unit_noise": True}),
-    # Its noise holds the picture faster: edits are guided harder and let go earlier, as published.
+    # Its noise holds the image faster: edits are guided harder and let go earlier, as published.
     "DDPM": Method(
         EditFriendlyDDPM,
         2 * (STEPS - int(SKIP * STEPS)),
@@ -94,7 +95,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """One picture by one method: drawn again, and edited."""
+    """One image by one method: drawn again, and edited."""
 
     again: Image.Image
     edited: Image.Image
@@ -113,10 +114,10 @@ def scene_of(case: EditCase, rng: np.random.Generator) -> Scene:
         Thing(*thing, centre=(across, along) if upright else (along, across))
         for thing, along in ((case.before, first), (case.other, second))
     )
-    return Scene(things, request.ground or "white")
+    return Scene(things, request.background or "white")
 
 
-def pictures_of(cases: list[EditCase], rng: np.random.Generator) -> list[Image.Image]:
+def images_of(cases: list[EditCase], rng: np.random.Generator) -> list[Image.Image]:
     return drawn([scene_of(case, rng) for case in cases])
 
 
@@ -126,15 +127,15 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
     return min(100.0, 10 * float(np.log10(255.0**2 / max(error, 1e-10))))
 
 
-def invert(pipe: Any, name: str, pictures: list[Image.Image], prompts: list[str]) -> list[Any]:
+def invert(pipe: Any, name: str, images: list[Image.Image], prompts: list[str]) -> list[Any]:
     found = []
-    for i in range(0, len(pictures), BATCH):
+    for i in range(0, len(images), BATCH):
         part = slice(i, i + BATCH)
-        found += METHODS[name].invert(pipe, pictures[part], prompts[part]).run()
+        found += METHODS[name].invert(pipe, images[part], prompts[part]).run()
     return found
 
 
-def edit(pipe: Any, name: str, inverted: Any, case: EditCase, picture: Image.Image) -> Outcome:
+def edit(pipe: Any, name: str, inverted: Any, case: EditCase, image: Image.Image) -> Outcome:
     method = METHODS[name]
     swap = PromptToPrompt(
         [case.source, case.target], self_resolution=1.0, blend=case.words, **method.swap
@@ -146,12 +147,12 @@ def edit(pipe: Any, name: str, inverted: Any, case: EditCase, picture: Image.Ima
         guidance=method.guidance,
         source_guidance=method.options.get("guidance", method.guidance),
     )
-    return Outcome(again, edited, psnr(picture, again), measure(case, picture, edited))
+    return Outcome(again, edited, psnr(image, again), measure(case, image, edited))
 
 
-def _peak(pipe: Any, name: str, case: EditCase, picture: Image.Image) -> float:
-    """Of one picture's inversion over a few steps."""
-    return peak_mib(METHODS[name].invert(pipe, picture, case.source, steps=FEW).run)
+def _peak(pipe: Any, name: str, case: EditCase, image: Image.Image) -> float:
+    """Of one image's inversion over a few steps."""
+    return peak_mib(METHODS[name].invert(pipe, image, case.source, steps=FEW).run)
 
 
 def run(
@@ -162,27 +163,25 @@ def run(
     pipe, begun = hookctl.load_shapes(), time.perf_counter()
     rng = np.random.default_rng([seed, 7])
     cases = [draw("colour", rng) for _ in range(seeds)]
-    pictures = pictures_of(cases, rng)
-    round_trip = [decode(pipe, encode(pipe, one))[0] for one in pictures]
+    images = images_of(cases, rng)
+    round_trip = [decode(pipe, encode(pipe, one))[0] for one in images]
     outcomes: dict[str, list[Outcome]] = {}
     cost: dict[str, Any] = {}
     for done, name in enumerate(METHODS, 1):
         started = time.perf_counter()
         with counted(pipe.unet) as rows:
-            found = invert(pipe, name, pictures, [case.source for case in cases])
+            found = invert(pipe, name, images, [case.source for case in cases])
         seconds = time.perf_counter() - started
         cost[name] = {
             "rows_per_inversion": rows.rows / seeds,
             "rows_in_theory": METHODS[name].rows,
-            "peak_mib_of_a_picture": _peak(pipe, name, cases[0], pictures[0]),
+            "peak_mib_of_a_image": _peak(pipe, name, cases[0], images[0]),
             "seconds_per_inversion": round(seconds / seeds, 2),
         }
-        outcomes[name] = [
-            edit(pipe, name, *one) for one in zip(found, cases, pictures, strict=True)
-        ]
+        outcomes[name] = [edit(pipe, name, *one) for one in zip(found, cases, images, strict=True)]
         if progress is not None:
             progress(done, len(METHODS))
-    lost = [psnr(a, b) for a, b in zip(pictures, round_trip, strict=True)]
+    lost = [psnr(a, b) for a, b in zip(images, round_trip, strict=True)]
     report = {
         "demo": "inversion",
         "seed": seed,
@@ -195,13 +194,13 @@ def run(
         "wall_seconds": round(time.perf_counter() - begun, 1),
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    picture(cases, pictures, outcomes).save(out / "grid.png")
+    image(cases, images, outcomes).save(out / "grid.png")
     return report
 
 
 def _report(found: list[Outcome], lost: list[float]) -> dict[str, Any]:
-    """psnr: of the picture drawn again, against the picture; behind_autoencoder: dB that the round
-    trip of the same pictures is ahead."""
+    """psnr: of the image drawn again, against the image; behind_autoencoder: dB that the round
+    trip of the same images is ahead."""
     mean = float(np.mean([o.psnr for o in found]))
     return {
         "psnr": round(mean, 2),
@@ -210,20 +209,20 @@ def _report(found: list[Outcome], lost: list[float]) -> dict[str, Any]:
     }
 
 
-def picture(
+def image(
     cases: list[EditCase],
-    pictures: list[Image.Image],
+    images: list[Image.Image],
     outcomes: dict[str, list[Outcome]],
 ) -> Image.Image:
-    """A case a row: the picture, then for each method the picture again and its edit."""
+    """A case a row: the image, then for each method the image again and its edit."""
     shown = range(min(SHOWN, len(cases)))
     rows: list[list[Image.Image | None]] = []
     for i in shown:
-        row: list[Image.Image | None] = [pictures[i]]
+        row: list[Image.Image | None] = [images[i]]
         for found in outcomes.values():
             row += [found[i].again, found[i].edited]
         rows.append(row)
-    titles = ["picture", *(t for name in outcomes for t in (f"{name}: again", "edited"))]
+    titles = ["image", *(t for name in outcomes for t in (f"{name}: again", "edited"))]
     return show.grid(
         rows, column_titles=titles, row_titles=[cases[i].title for i in shown], cell=(128, 128)
     )

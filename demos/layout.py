@@ -3,7 +3,7 @@
 Boxes are those of held-out scenes whose prompts do not say where things are exactly. share in box:
 of the noun's attention, in the second half of the run and while the methods guide; hits: objects
 found in their box. No method need reach a share of 1: maps are no masks. What the model's maps are
-when every object stands in its box shows `the scene itself`, noised to the level of each turn.
+when every object stands in its box shows `the scene itself`, noised to the level of each step.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from hookctl.demos.layouts import LayoutCase, draw_layout
 from hookctl.demos.placing import Progress, Stack, boxes, compare, words
 from hookctl.demos.shapes.render import drawn
 from hookctl.demos.shapes.world import Scene
+from hookctl.loop.images import encode
 from hookctl.loop.noise import Noise
-from hookctl.loop.pictures import encode
 from hookctl.loop.state import State
 from hookctl.recipes import BoxDiff, LayoutGuidance
 
 
 class SceneItself(Editor):
-    """Before every turn the latents are those of the case's scene, at the level of the turn."""
+    """Before every step the latents are those of the case's scene, at the level of the step."""
 
     def __init__(self, cases: Sequence[LayoutCase]) -> None:
-        self.pictures = drawn([Scene(case.things, case.ground) for case in cases])
+        self.images = drawn([Scene(case.things, case.background) for case in cases])
 
     def begin(self, state: State) -> None:
         self.noise = state.latents.clone()
-        self.scenes = torch.cat([encode(state.pipe, picture) for picture in self.pictures])
+        self.scenes = torch.cat([encode(state.pipe, image) for image in self.images])
 
     def before(self, state: State) -> None:
         level = Noise(state.pipe.scheduler).level(state.clock.timestep)

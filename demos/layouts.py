@@ -8,9 +8,9 @@ import numpy as np
 
 from hookctl.demos.shapes.captions import describe, parse, sample
 from hookctl.demos.shapes.detect import Detection, Found
-from hookctl.demos.shapes.world import PICTURE, Thing
+from hookctl.demos.shapes.world import IMAGE_SIZE, Thing
 
-Box = tuple[float, float, float, float]  # x0, y0, x1, y1 as fractions of the picture
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1 as fractions of the image
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,12 @@ class LayoutCase:
     """A prompt and, in the order in which it mentions them, its objects and where each belongs.
 
     phrases: each object alone, such as "a small striped red circle"; boxes: exact, as fractions
-    of the picture; ground: of the scene that the boxes are from.
+    of the image; background: of the scene that the boxes are from.
     """
 
     prompt: str
     things: tuple[Thing, ...]
-    ground: str
+    background: str
 
     @property
     def phrases(self) -> tuple[str, ...]:
@@ -33,7 +33,7 @@ class LayoutCase:
     def boxes(self) -> tuple[Box, ...]:
         made = []
         for thing in self.things:
-            x0, y0, x1, y1 = (side / PICTURE for side in thing.box)
+            x0, y0, x1, y1 = (side / IMAGE_SIZE for side in thing.box)
             made.append((x0, y0, x1, y1))
         return tuple(made)
 
@@ -48,7 +48,7 @@ def draw_layout(rng: np.random.Generator, count: int, distinct: bool = True) -> 
             continue
         by_name = {(t.shape, t.colour): t for t in scene.things}
         things = tuple(by_name[m.shape, m.colour] for m in parse(text).mentions)
-        return LayoutCase(text, things, scene.ground)
+        return LayoutCase(text, things, scene.background)
 
 
 def found_in_place(detection: Detection, case: LayoutCase) -> list[Found | None]:
@@ -63,8 +63,8 @@ def found_in_place(detection: Detection, case: LayoutCase) -> list[Found | None]
 
 
 def overlap(found: Found, box: Box) -> float:
-    """Intersection over union of a found object's box and a box in fractions of the picture."""
-    a = [side / PICTURE for side in found.box]
+    """Intersection over union of a found object's box and a box in fractions of the image."""
+    a = [side / IMAGE_SIZE for side in found.box]
     width = min(a[2], box[2]) - max(a[0], box[0])
     height = min(a[3], box[3]) - max(a[1], box[1])
     if width <= 0 or height <= 0:

@@ -1,9 +1,9 @@
 """MasaCtrl, StyleAligned and reference-only: one appearance, another layout.
 
-MasaCtrl: the source is an object on a ground, the edit asks for it in another size. StyleAligned:
-the others of a set have other shapes. Reference-only: so have they, and the first picture is given,
-rendered from the world. The ground is said of the first picture alone: what is not said must come
-from it. The plain pictures have the same noise and prompts.
+MasaCtrl: the source is an object on a background, the edit asks for it in another size.
+StyleAligned: the others of a set have other shapes. Reference-only: so have they, and the first
+image is given, rendered from the world. The background is said of the first image alone: what is
+not said must come from it. The plain images have the same noise and prompts.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ import numpy as np
 from PIL import Image
 
 import hookctl
-from hookctl import show
 from hookctl.demos.cost import counted, drawing_mib
 from hookctl.demos.shapes.captions import describe
 from hookctl.demos.shapes.detect import Detection, Found, detect
 from hookctl.demos.shapes.render import drawn
 from hookctl.demos.shapes.world import (
+    BACKGROUND_NAMES,
     COLOUR_NAMES,
-    GROUND_NAMES,
     PATTERNS,
     SHAPES,
     SPACING,
     Scene,
     Thing,
 )
+from hookctl.inspect import show
 from hookctl.recipes import MasaCtrl, ReferenceOnly, StyleAligned
-from hookctl.recipes.batch import SourceAndEdits
+from hookctl.recipes.common.source_and_edits import SourceAndEdits
 
 STEPS, GUIDANCE, SHOWN = 25, 3.0, 3
 ELSEWHERE = 0.5  # intersection over union with the source's object below which the layout is new
 SITES = "self up"  # the embedded UNet has its patterns in all of the decoder, not in its fine half
-REFERENCE = "reference-only"  # whose first picture is given
+REFERENCE = "reference-only"  # whose first image is given
 METHODS: dict[str, Callable[[Case], SourceAndEdits]] = {
     "MasaCtrl": lambda case: MasaCtrl(case.prompts, sites=SITES),
     "StyleAligned": lambda case: StyleAligned(case.prompts, shift=0.7),
-    REFERENCE: lambda case: ReferenceOnly(case.prompts, case.picture()),
+    REFERENCE: lambda case: ReferenceOnly(case.prompts, case.image()),
 }
 NOISES = {"MasaCtrl": 4, "StyleAligned": 2, REFERENCE: 2}  # drawn at once of every case
 
@@ -52,24 +52,24 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Case:
-    """What the first picture is to show, and what its edits are to, all on one ground."""
+    """What the first image is to show, and what its edits are to, all on one background."""
 
     things: tuple[Thing, ...]
-    ground: str
+    background: str
 
     @property
     def prompts(self) -> list[str]:
         first, *others = map(describe, self.things)
-        return [f"{first} on a {self.ground} background", *others]
+        return [f"{first} on a {self.background} background", *others]
 
-    def picture(self) -> Image.Image:
-        """The first picture as the world has it."""
-        return drawn([Scene(self.things[:1], self.ground)])[0]
+    def image(self) -> Image.Image:
+        """The first image as the world has it."""
+        return drawn([Scene(self.things[:1], self.background)])[0]
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """One noise of a case: the first picture, and its edits without and with the method."""
+    """One noise of a case: the first image, and its edits without and with the method."""
 
     case: Case
     source: Image.Image
@@ -80,17 +80,17 @@ class Outcome:
 def draw_case(method: str, rng: np.random.Generator) -> Case:
     """An object and the same one in another size, or two of other shapes."""
     shapes = [str(shape) for shape in rng.permutation(SHAPES)[:3]]
-    colour, pattern, ground = (
-        str(rng.choice(names)) for names in (COLOUR_NAMES, PATTERNS, GROUND_NAMES)
+    colour, pattern, background = (
+        str(rng.choice(names)) for names in (COLOUR_NAMES, PATTERNS, BACKGROUND_NAMES)
     )
     if method != "MasaCtrl":
         things = [Thing(shape, colour, pattern) for shape in shapes]
         if method == REFERENCE:
             x, y = (SPACING * int(n) for n in rng.integers(3, 6, 2))
             things[0] = replace(things[0], centre=(x, y))
-        return Case(tuple(things), ground)
+        return Case(tuple(things), background)
     sizes = rng.permutation(("small", "large"))
-    return Case(tuple(Thing(shapes[0], colour, pattern, str(size)) for size in sizes), ground)
+    return Case(tuple(Thing(shapes[0], colour, pattern, str(size)) for size in sizes), background)
 
 
 def run(
@@ -114,10 +114,10 @@ def run(
                 pipe, name, draw_case(name, rng), seed + 1000 * len(found), images
             )
             found, rows = found + some, rows + evaluated
-        pictures = sum(1 + len(o.edited) for o in found)
+        images = sum(1 + len(o.edited) for o in found)
         outcomes[name] = found
         costs[name] = {
-            "rows_per_picture": rows / pictures,
+            "rows_per_image": rows / images,
             "rows_in_theory": 2 * STEPS,
             **_peaks(pipe, name, found[0].case),
         }
@@ -133,12 +133,12 @@ def run(
         "wall_seconds": round(time.perf_counter() - begun, 1),
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    picture(outcomes).save(out / "grid.png")
+    image(outcomes).save(out / "grid.png")
     return report
 
 
 def _peaks(pipe: Any, name: str, case: Case) -> dict[str, float]:
-    """Of all the pictures of a case, drawn in one batch."""
+    """Of all the images of a case, drawn in one batch."""
     prompts = list(case.prompts)
     editor = METHODS[name](case)
     return {
@@ -159,7 +159,7 @@ def edit(pipe: Any, name: str, case: Case, seed: int, images: int) -> tuple[list
     ).images
     with counted(pipe.unet) as cost:
         edited = editor.run(pipe, seed=seed, images=images, **common)
-    sources = [case.picture()] * images if name == REFERENCE else plain[:images]
+    sources = [case.image()] * images if name == REFERENCE else plain[:images]
     return [
         Outcome(case, source, plain[images + j :: images], edited[images + j :: images])
         for j, source in enumerate(sources)
@@ -170,7 +170,7 @@ def edit(pipe: Any, name: str, case: Case, seed: int, images: int) -> tuple[list
 
 
 def appearances(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Over the cases whose first picture shows what its prompt says."""
+    """Over the cases whose first image shows what its prompt says."""
     valid = [o for o in outcomes if _source(o) is not None]
     return {
         "cases": len(outcomes),
@@ -180,24 +180,27 @@ def appearances(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
-def _shown(detection: Detection, thing: Thing, ground: str) -> Found | None:
-    """The object, if it is there in its colour and pattern and stands on the ground."""
+def _shown(detection: Detection, thing: Thing, background: str) -> Found | None:
+    """The object, if it is there in its colour and pattern and stands on the background."""
     found = detection.find(thing.shape, thing.colour)
-    right = found is not None and (found.pattern, detection.ground) == (thing.pattern, ground)
+    right = found is not None and (found.pattern, detection.background) == (
+        thing.pattern,
+        background,
+    )
     return found if right else None
 
 
 def _source(outcome: Outcome) -> Found | None:
-    return _shown(detect(outcome.source), outcome.case.things[0], outcome.case.ground)
+    return _shown(detect(outcome.source), outcome.case.things[0], outcome.case.background)
 
 
-def _read(outcome: Outcome, pictures: Sequence[Image.Image]) -> Iterator[tuple[bool, bool, int]]:
+def _read(outcome: Outcome, images: Sequence[Image.Image]) -> Iterator[tuple[bool, bool, int]]:
     """(appearance kept, and layout new as well, things beside the object) for every edit."""
     source = _source(outcome)
     assert source is not None  # the case is valid
-    for thing, made in zip(outcome.case.things[1:], pictures, strict=True):
+    for thing, made in zip(outcome.case.things[1:], images, strict=True):
         detection = detect(made)
-        found = _shown(detection, thing, outcome.case.ground)
+        found = _shown(detection, thing, outcome.case.background)
         there = len(detection.objects) + len(detection.extras)
         yield found is not None, found is not None and _elsewhere(source, found), max(there - 1, 0)
 
@@ -208,10 +211,10 @@ def _elsewhere(a: Found, b: Found) -> bool:
 
 
 def _shares(cases: Sequence[Sequence[tuple[bool, bool, int]]]) -> dict[str, float]:
-    """appearance_kept: share of the edits with the shape asked for and the first picture's colour,
-    pattern and ground; with_new_layout: that cover the source's object by less than half as well;
-    consistent_sets: of the cases whose edits all kept the appearance; surplus: objects and blobs
-    beside the one asked for, in a picture."""
+    """appearance_kept: share of the edits with the shape asked for and the first image's colour,
+    pattern and background; with_new_layout: that cover the source's object by less than half as
+    well; consistent_sets: of the cases whose edits all kept the appearance; surplus: objects and
+    blobs beside the one asked for, in an image."""
     if not cases:
         return {}
     edits = np.array([one for case in cases for one in case], float)
@@ -224,8 +227,8 @@ def _shares(cases: Sequence[Sequence[tuple[bool, bool, int]]]) -> dict[str, floa
     }
 
 
-def picture(outcomes: dict[str, list[Outcome]]) -> Image.Image:
-    """The grid: the first picture, then its edits without and with the method, a case a row."""
+def image(outcomes: dict[str, list[Outcome]]) -> Image.Image:
+    """The grid: the first image, then its edits without and with the method, a case a row."""
     rows, titles = [], []
     for name, found in outcomes.items():
         for one in found[:: NOISES[name]][:SHOWN]:
@@ -235,5 +238,5 @@ def picture(outcomes: dict[str, list[Outcome]]) -> Image.Image:
     return show.grid(rows, column_titles=columns, row_titles=titles, cell=(128, 128))
 
 
-def _two(pictures: Sequence[Image.Image]) -> list[Image.Image | None]:
-    return [*pictures, None][:2]
+def _two(images: Sequence[Image.Image]) -> list[Image.Image | None]:
+    return [*images, None][:2]

@@ -1,8 +1,8 @@
-"""MultiDiffusion on the embedded pipeline: canvases three times as wide as its pictures.
+"""MultiDiffusion on the embedded pipeline: canvases three times as wide as its images.
 
-Each canvas has one object in each third, on one ground. It is drawn by MultiDiffusion with a
+Each canvas has one object in each third, on one background. It is drawn by MultiDiffusion with a
 region for each third, by windows of one prompt alone, by asking for the wide canvas plainly, and as
-three pictures side by side. A seam is where the gradient across the borders of the thirds is
+three images side by side. A seam is where the gradient across the borders of the thirds is
 greater than elsewhere.
 """
 
@@ -20,20 +20,20 @@ import torch
 from PIL import Image
 
 import hookctl
-from hookctl import show
 from hookctl.demos.cost import counted, drawing_mib
 from hookctl.demos.layouts import draw_layout
 from hookctl.demos.shapes.captions import describe
 from hookctl.demos.shapes.detect import detect
-from hookctl.demos.shapes.world import PICTURE, Thing
+from hookctl.demos.shapes.world import IMAGE_SIZE, Thing
+from hookctl.inspect import show
 from hookctl.recipes import MultiDiffusion
 
 STEPS, GUIDANCE, STRIDE, BATCH = 25, 3.0, 8, 8
-WIDTH = 3 * PICTURE
+WIDTH = 3 * IMAGE_SIZE
 THIRDS = [(i / 3, 0.0, (i + 1) / 3, 1.0) for i in range(3)]
 SHOWN = 3
 
-# Denoiser rows in a turn for a canvas, in pictures: 5 windows, of which two hold two regions.
+# Denoiser rows in a step for a canvas, in images: 5 windows, of which two hold two regions.
 ROWS = {"regions": 2 * 7, "windows": 2 * 5, "plain, wide": 2 * 3, "side by side": 2 * 3}
 
 Progress = Callable[[int, int], None]
@@ -41,25 +41,25 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Canvas:
-    """Three objects from left to right, and their ground."""
+    """Three objects from left to right, and their background."""
 
     things: tuple[Thing, ...]
-    ground: str
+    background: str
 
     @property
     def texts(self) -> list[str]:
-        return [f"{describe(thing)} on a {self.ground} background" for thing in self.things]
+        return [f"{describe(thing)} on a {self.background} background" for thing in self.things]
 
     @property
     def prompt(self) -> str:
         a, b, c = (describe(thing) for thing in self.things)
-        return f"{a}, {b} and {c} on a {self.ground} background"
+        return f"{a}, {b} and {c} on a {self.background} background"
 
 
 def canvases(seed: int, count: int) -> list[Canvas]:
     rng = np.random.default_rng([seed, 2])
     cases = [draw_layout(rng, 3) for _ in range(count)]
-    return [Canvas(case.things, case.ground) for case in cases]
+    return [Canvas(case.things, case.background) for case in cases]
 
 
 def run(
@@ -79,8 +79,8 @@ def run(
             drawn[name] = method(pipe, cases, seed)
             seconds = time.perf_counter() - started
         costs[name] = {
-            "picture_rows_per_canvas": round(cost.pictures / len(cases), 2),
-            "picture_rows_in_theory": ROWS[name] * STEPS,
+            "image_rows_per_canvas": round(cost.images / len(cases), 2),
+            "image_rows_in_theory": ROWS[name] * STEPS,
             "seconds_per_canvas": round(seconds / len(cases), 2),
             "peak_mib_of_a_canvas": _peak(pipe, name, cases[0]),
         }
@@ -90,15 +90,15 @@ def run(
         "demo": "multi_diffusion",
         "seed": seed,
         "canvases": len(cases),
-        "size": f"{WIDTH} x {PICTURE} px",
+        "size": f"{WIDTH} x {IMAGE_SIZE} px",
         "steps": STEPS,
         "guidance_scale": GUIDANCE,
-        "methods": {name: figures(cases, pictures) for name, pictures in drawn.items()},
+        "methods": {name: figures(cases, images) for name, images in drawn.items()},
         "cost": costs,
         "wall_seconds": round(time.perf_counter() - begun, 1),
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    picture(cases, drawn).save(out / "grid.png")
+    image(cases, drawn).save(out / "grid.png")
     return report
 
 
@@ -111,7 +111,7 @@ def _noises(seed: int, count: int) -> list[torch.Generator]:
 
 def _wide(edit: MultiDiffusion | None, pipe: Any, prompts: list[str], seed: int) -> Any:
     given: dict[str, Any] = {
-        "height": PICTURE,
+        "height": IMAGE_SIZE,
         "width": WIDTH,
         "num_inference_steps": STEPS,
         "guidance_scale": GUIDANCE,
@@ -145,7 +145,7 @@ def plain(pipe: Any, cases: list[Canvas], seed: int) -> list[Image.Image]:
 
 
 def side_by_side(pipe: Any, cases: list[Canvas], seed: int) -> list[Image.Image]:
-    """Each third a picture of its own."""
+    """Each third an image of its own."""
     texts = [text for case in cases for text in case.texts]
     thirds = []
     for i in range(0, len(texts), BATCH):
@@ -158,9 +158,9 @@ def side_by_side(pipe: Any, cases: list[Canvas], seed: int) -> list[Image.Image]
         ).images
     made = []
     for i in range(0, len(thirds), 3):
-        canvas = Image.new("RGB", (WIDTH, PICTURE))
+        canvas = Image.new("RGB", (WIDTH, IMAGE_SIZE))
         for k, third in enumerate(thirds[i : i + 3]):
-            canvas.paste(third, (k * PICTURE, 0))
+            canvas.paste(third, (k * IMAGE_SIZE, 0))
         made.append(canvas)
     return made
 
@@ -178,45 +178,45 @@ def _peak(pipe: Any, name: str, case: Canvas) -> float:
     if name == "side by side":
         return drawing_mib(pipe, case.texts, guidance=GUIDANCE)
     editors = {"regions": [_regions([case], 0)], "windows": [MultiDiffusion(stride=STRIDE)]}
-    size = {"height": PICTURE, "width": WIDTH}
+    size = {"height": IMAGE_SIZE, "width": WIDTH}
     return drawing_mib(pipe, case.prompt, *editors.get(name, []), guidance=GUIDANCE, **size)
 
 
 # -- what became of them ---------------------------------------------------------------------------
 
 
-def seam_ratio(pictures: list[Image.Image]) -> float:
+def seam_ratio(images: list[Image.Image]) -> float:
     """Gradient across the borders of the thirds over that between all columns; 1: no seam."""
-    pixels = np.stack([np.asarray(canvas.convert("RGB"), float) for canvas in pictures])
+    pixels = np.stack([np.asarray(canvas.convert("RGB"), float) for canvas in images])
     across = np.abs(np.diff(pixels, axis=2)).mean((0, 1, 3))
-    return float(across[[PICTURE - 1, 2 * PICTURE - 1]].mean() / max(across.mean(), 1e-6))
+    return float(across[[IMAGE_SIZE - 1, 2 * IMAGE_SIZE - 1]].mean() / max(across.mean(), 1e-6))
 
 
-def figures(cases: list[Canvas], pictures: list[Image.Image]) -> dict[str, float]:
+def figures(cases: list[Canvas], images: list[Image.Image]) -> dict[str, float]:
     """in_place: objects found in their own third; found: anywhere on the canvas; too_many: objects
     and blobs beyond those asked for, in a canvas."""
     in_place = found = seen = 0
-    for case, canvas in zip(cases, pictures, strict=True):
+    for case, canvas in zip(cases, images, strict=True):
         detection = detect(canvas)
         seen += len(detection.objects) + len(detection.extras)
         for k, thing in enumerate(case.things):
             kind = thing.shape, thing.colour
             same = [o for o in detection.objects if (o.shape, o.colour) == kind]
             found += bool(same)
-            in_place += any(k <= o.centre[0] / PICTURE < k + 1 for o in same)
+            in_place += any(k <= o.centre[0] / IMAGE_SIZE < k + 1 for o in same)
     return {
-        "seam_ratio": round(seam_ratio(pictures), 2),
+        "seam_ratio": round(seam_ratio(images), 2),
         "in_place": round(in_place / (3 * len(cases)), 3),
         "found": round(found / (3 * len(cases)), 3),
         "too_many": round((seen - found) / len(cases), 2),
     }
 
 
-def picture(cases: list[Canvas], drawn: dict[str, list[Image.Image]]) -> Image.Image:
+def image(cases: list[Canvas], drawn: dict[str, list[Image.Image]]) -> Image.Image:
     """For each canvas a row of every method, one below the other."""
     rows, titles = [], []
     for i, case in enumerate(cases[:SHOWN]):
-        for name, pictures in drawn.items():
-            rows.append([pictures[i]])
+        for name, images in drawn.items():
+            rows.append([images[i]])
             titles.append(f"{name}: {case.prompt}" if name == "regions" else name)
-    return show.grid(rows, row_titles=titles, cell=(WIDTH, PICTURE))
+    return show.grid(rows, row_titles=titles, cell=(WIDTH, IMAGE_SIZE))

@@ -1,13 +1,14 @@
-"""Cyclic and Selective One-Way diffusion on the embedded pipeline: a scene grown round a picture.
+"""Cyclic and Selective One-Way diffusion on the embedded pipeline: a scene grown round an image.
 
-A quarter of the canvas is a given picture of one object; the prompt puts another object below it.
-The picture must survive (its PSNR, beside that of the autoencoder alone), and the text must be
-obeyed round it (beside plain sampling of the prompt, which knows nothing of the picture).
+A quarter of the canvas is a given image of one object; the prompt puts another object below it.
+The image must survive (its PSNR, beside that of the autoencoder alone), and the text must be
+obeyed round it (beside plain sampling of the prompt, which knows nothing of the image).
 
-Where the picture has the gray ground of the canvas that it is pasted on, and the prompt says so,
-the cycles do all of that. Where it has another ground, of which nothing is said, what surrounds the
-picture must take the ground from it: that is the flow of self-attention that SOW steers. The same
-flow turned about, into the picture and not out of it, shows that it is the direction that counts.
+Where the image has the gray background of the canvas that it is pasted on, and the prompt says so,
+the cycles do all of that. Where it has another background, of which nothing is said, what surrounds
+the image must take the background from it: that is the flow of self-attention that SOW steers. The
+same flow turned about, into the image and not out of it, shows that it is the direction that
+counts.
 """
 
 from __future__ import annotations
@@ -24,41 +25,42 @@ from PIL import Image
 from torch import Tensor
 
 import hookctl
-from hookctl import Claim, Editor, show
+from hookctl import Claim, Editor
 from hookctl.address.regions import Region
 from hookctl.attention.call import AttentionCall
 from hookctl.demos.cost import FEW, counted, drawing_mib, peak_mib
 from hookctl.demos.grown import AT, BOX, SIDE, Case, cases, figures, mean_psnr, restored
-from hookctl.demos.shapes.world import PICTURE
-from hookctl.editor import WHOLE_PICTURE
+from hookctl.demos.shapes.world import IMAGE_SIZE
+from hookctl.editor import WHOLE_IMAGE
+from hookctl.inspect import show
 from hookctl.recipes import CyclicOneWay, SelectiveOneWay
 
 STEPS, GUIDANCE, BATCH, SHOWN = 20, 3.0, 8, 3
 SETTINGS: dict[str, Any] = {"cycles": 5, "finish": 0.05, "final_eta": 0.0}
-# Strengths in units of scores: out of the picture, and into it.
+# Strengths in units of scores: out of the image, and into it.
 FLOWS: Mapping[str, dict[str, Any]] = {
     "SOW": {"spread": 2.0, "isolate": -4.0},
     "SOW turned about": {"spread": -4.0, "isolate": 2.0},
 }
 METHODS: Mapping[str, Sequence[str]] = {
-    "ground_said": ("plain", "COW"),
-    "ground_unsaid": ("plain", "COW", *FLOWS),
+    "background_said": ("plain", "COW"),
+    "background_unsaid": ("plain", "COW", *FLOWS),
 }
 
 Progress = Callable[[int, int], None]
 
 
 class Watched(Editor):
-    """What share of the attention of all that surrounds the picture goes into it."""
+    """What share of the attention of all that surrounds the image goes into it."""
 
     sites = "self @1"
 
     def __init__(self) -> None:
         self.shares: list[float] = []
-        self._region = Region.box(*(side / PICTURE for side in BOX))
+        self._region = Region.box(*(side / IMAGE_SIZE for side in BOX))
 
     def claims(self) -> Sequence[Claim]:
-        return [Claim(WHOLE_PICTURE, shared=True)]
+        return [Claim(WHOLE_IMAGE, shared=True)]
 
     def attention(self, call: AttentionCall) -> None:
         assert call.grid is not None  # a UNet's sites have one
@@ -70,7 +72,7 @@ class Watched(Editor):
         call.read(list(call.rows), inside.nonzero().flatten().tolist(), keep)
 
     def figures(self) -> dict[str, float]:
-        return {"attention_into_picture": round(float(np.mean(self.shares)), 3)}
+        return {"attention_into_image": round(float(np.mean(self.shares)), 3)}
 
 
 def run(
@@ -83,7 +85,7 @@ def run(
     wanted = [(kind, name) for kind, methods in METHODS.items() for name in methods]
     drawn: dict[tuple[str, str], list[Image.Image]] = {}
     costs: dict[str, dict[str, float]] = {}
-    every = {kind: cases(seed, seeds, said=kind == "ground_said") for kind in METHODS}
+    every = {kind: cases(seed, seeds, said=kind == "background_said") for kind in METHODS}
     found: dict[str, dict[str, Any]] = {
         kind: {"autoencoder alone": {"seed_psnr": mean_psnr(some, restored(pipe, some))}}
         for kind, some in every.items()
@@ -94,9 +96,9 @@ def run(
             drawn[kind, name] = draw(pipe, name, every[kind], seed, watched)
         found[kind][name] = figures(every[kind], drawn[kind, name]) | watched.figures()
         costs[name] = {
-            "picture_rows": round(cost.pictures / seeds, 2),
-            "picture_rows_in_theory": theory(name),
-            "peak_mib_of_a_picture": _peak(pipe, name, every[kind][0]),
+            "image_rows": round(cost.images / seeds, 2),
+            "image_rows_in_theory": theory(name),
+            "peak_mib_of_a_image": _peak(pipe, name, every[kind][0]),
         }
         if progress is not None:
             progress(done, len(wanted))
@@ -111,11 +113,11 @@ def run(
         "wall_seconds": round(time.perf_counter() - begun, 1),
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    picture(every, drawn).save(out / "grid.png")
+    image(every, drawn).save(out / "grid.png")
     return report
 
 
-def picture(
+def image(
     every: Mapping[str, Sequence[Case]], drawn: Mapping[tuple[str, str], Sequence[Image.Image]]
 ) -> Image.Image:
     """The grid: a case a row, with a place for every method."""
@@ -124,9 +126,9 @@ def picture(
     for kind, some in every.items():
         for i, case in enumerate(some[:SHOWN]):
             made = [drawn.get((kind, name)) for name in ("plain", "COW", *FLOWS)]
-            rows.append([case.picture, *(None if one is None else one[i] for one in made)])
+            rows.append([case.image, *(None if one is None else one[i] for one in made)])
             titles.append(case.prompt)
-    columns = ["given picture", "plain, without it", "COW", *FLOWS]
+    columns = ["given image", "plain, without it", "COW", *FLOWS]
     return show.grid(rows, column_titles=columns, row_titles=titles, cell=(140, 140))
 
 
@@ -137,7 +139,7 @@ def draw(
     made: list[Image.Image] = []
     for i in range(0, len(every), BATCH):
         part = every[i : i + BATCH]
-        prompts, pasted = [case.prompt for case in part], [case.picture for case in part]
+        prompts, pasted = [case.prompt for case in part], [case.image for case in part]
         if name == "plain":
             generator = torch.Generator().manual_seed(seed + i)
             plain = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
@@ -156,7 +158,7 @@ def _peak(pipe: Any, name: str, case: Case) -> float:
         return drawing_mib(pipe, case.prompt, guidance=GUIDANCE)
     given = {"at": AT, "guidance": GUIDANCE, **FLOWS.get(name, {})}
     given |= SETTINGS | {"steps": FEW, "cycles": 1}
-    program = _method(name)(pipe, case.picture, case.prompt, **given)
+    program = _method(name)(pipe, case.image, case.prompt, **given)
     return peak_mib(lambda: program.run(output_type="latent"))
 
 
@@ -165,9 +167,9 @@ def _method(name: str) -> type[CyclicOneWay]:
 
 
 def theory(name: str) -> float:
-    """Denoiser rows for a picture: of inversions (one each), cycles and the end (two each)."""
+    """Denoiser rows for an image: of inversions (one each), cycles and the end (two each)."""
     if name == "plain":
         return 2.0 * STEPS
     low, high = int(0.5 * STEPS), int(0.7 * STEPS)
-    inversions = high * (SIDE / PICTURE) ** 2 + low
+    inversions = high * (SIDE / IMAGE_SIZE) ** 2 + low
     return inversions + 2.0 * SETTINGS["cycles"] * (high - low) + 2.0 * low

@@ -15,17 +15,18 @@ import torch
 from PIL import Image
 
 import hookctl
-from hookctl import Editor, show
+from hookctl import Editor
 from hookctl.address.regions import Region
-from hookctl.attention.maps import MapStore
 from hookctl.demos.cost import counted, drawing_mib
 from hookctl.demos.layouts import LayoutCase, found_in_place, overlap
 from hookctl.demos.shapes.detect import Found, detect
-from hookctl.demos.shapes.world import COLOURS, PICTURE, Thing
+from hookctl.demos.shapes.world import COLOURS, IMAGE_SIZE, Thing
+from hookctl.inspect import show
+from hookctl.maps import MapStore
 
 STEPS, GUIDANCE, BATCH = 25, 3.0, 16
 IN_PLACE = 0.3  # intersection over union from which on an object hits its box
-GUIDED = range(STEPS // 5, 2 * STEPS // 5)  # turns in which every guidance is at work
+GUIDED = range(STEPS // 5, 2 * STEPS // 5)  # steps in which every guidance is at work
 AFTER = range(STEPS // 2, STEPS)
 SHOWN = 6
 
@@ -35,13 +36,13 @@ Stack = Callable[[Sequence[LayoutCase]], list[Editor]]
 
 @dataclass(eq=False)
 class Drawn:
-    """What a method drew: the pictures, what the attention of nouns was, and the cost."""
+    """What a method drew: the images, what the attention of nouns was, and the cost."""
 
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     guided: list[float]  # shares in each box, while guidance lasts
     shares: list[float]  # in the second half of the run
-    weakest: list[float]  # peaks of the least attended noun of each picture, while guidance lasts
-    rows: float  # that the denoiser evaluated, for each picture, partial calls included
+    weakest: list[float]  # peaks of the least attended noun of each image, while guidance lasts
+    rows: float  # that the denoiser evaluated, for each image, partial calls included
     partial: float  # of them those of calls that energies made
 
 
@@ -85,24 +86,24 @@ def calls_of(editor: Any) -> Sequence[Any]:
     return [*getattr(editor, "record", ()), *getattr(inner, "record", ())]
 
 
-def in_box(maps: MapStore, cases: Sequence[LayoutCase], turns: Sequence[int]) -> list[float]:
+def in_box(maps: MapStore, cases: Sequence[LayoutCase], steps: Sequence[int]) -> list[float]:
     """The share of each noun's attention that lies in the cells of its box, as energies count it,
     at the sites that they read."""
     shares = []
     for p, case in enumerate(cases):
         for thing, box in zip(case.things, case.boxes, strict=True):
-            mean = maps[thing.shape].where(prompt=p, turns=turns).mean().detach()
+            mean = maps[thing.shape].where(prompt=p, steps=steps).mean().detach()
             inside = Region.box(*box).tokens(*mean.shape).view_as(mean)
             shares.append(float(mean[inside].sum() / mean.sum()))
     return shares
 
 
-def least_peaks(maps: MapStore, cases: Sequence[LayoutCase], turns: Sequence[int]) -> list[float]:
-    """Of each picture, the most attention that any place gives to the noun that gets least: what
+def least_peaks(maps: MapStore, cases: Sequence[LayoutCase], steps: Sequence[int]) -> list[float]:
+    """Of each image, the most attention that any place gives to the noun that gets least: what
     Attend-and-Excite raises."""
 
     def peak(word: str, p: int) -> float:
-        return float(maps[word].where(prompt=p, turns=turns).mean().max())
+        return float(maps[word].where(prompt=p, steps=steps).mean().max())
 
     return [min(peak(thing.shape, p) for thing in case.things) for p, case in enumerate(cases)]
 
@@ -115,31 +116,31 @@ def in_boxes(cases: Sequence[LayoutCase], drawn: Drawn) -> dict[str, float]:
     return {
         "share_while_guided": round(float(np.mean(drawn.guided)), 3),
         "share_in_box": round(float(np.mean(drawn.shares)), 3),
-        **placed(cases, drawn.pictures),
+        **placed(cases, drawn.images),
     }
 
 
 def attended(drawn: Drawn) -> dict[str, float]:
-    """How much attention the least attended noun of a picture gets at its best place."""
+    """How much attention the least attended noun of an image gets at its best place."""
     return {"weakest_noun": round(float(np.mean(drawn.weakest)), 3)}
 
 
-def placed(cases: Sequence[LayoutCase], pictures: Sequence[Image.Image]) -> dict[str, float]:
+def placed(cases: Sequence[LayoutCase], images: Sequence[Image.Image]) -> dict[str, float]:
     """hits: share of the objects in their box; box_iou: mean overlap, 0 for those not found."""
     ious = []
-    for case, drawn in zip(cases, pictures, strict=True):
+    for case, drawn in zip(cases, images, strict=True):
         for found, box in zip(found_in_place(detect(drawn), case), case.boxes, strict=True):
             ious.append(overlap(found, box) if found is not None else 0.0)
     hits = float(np.mean([iou >= IN_PLACE for iou in ious]))
     return {"hits": round(hits, 3), "box_iou": round(float(np.mean(ious)), 3)}
 
 
-def named(cases: Sequence[LayoutCase], pictures: Sequence[Image.Image]) -> dict[str, float]:
+def named(cases: Sequence[LayoutCase], images: Sequence[Image.Image]) -> dict[str, float]:
     """missing: share of the objects that are nowhere; attributes: share that have their pattern
-    and size too; whole: pictures where no object is missing; surplus: objects and blobs beyond
+    and size too; whole: images where no object is missing; surplus: objects and blobs beyond
     those asked for."""
     there, right, whole, surplus = [], [], [], []
-    for case, drawn in zip(cases, pictures, strict=True):
+    for case, drawn in zip(cases, images, strict=True):
         detection = detect(drawn)
         found = [detection.find(thing.shape, thing.colour) for thing in case.things]
         there += [one is not None for one in found]
@@ -188,15 +189,15 @@ def compare(
         "steps": STEPS,
         "guidance_scale": GUIDANCE,
         "methods": {
-            name: (in_boxes(cases, one) if boxed else attended(one)) | named(cases, one.pictures)
+            name: (in_boxes(cases, one) if boxed else attended(one)) | named(cases, one.images)
             for name, one in drawn.items()
         },
         "cost": {
             name: {
-                "rows_per_picture": round(one.rows, 1),
+                "rows_per_image": round(one.rows, 1),
                 "of_them_partial": round(one.partial, 1),
                 "rows_in_theory": round(theory(name) + one.partial, 1),
-                "peak_mib_of_a_picture": drawing_mib(
+                "peak_mib_of_a_image": drawing_mib(
                     pipe, cases[0].prompt, *methods[name](cases[:1]), guidance=GUIDANCE
                 ),
             }
@@ -206,7 +207,7 @@ def compare(
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     rows = [
-        [*([layout(case)] if boxed else []), *(one.pictures[i] for one in drawn.values())]
+        [*([layout(case)] if boxed else []), *(one.images[i] for one in drawn.values())]
         for i, case in enumerate(cases[:SHOWN])
     ]
     show.grid(
@@ -219,13 +220,13 @@ def compare(
 
 
 def theory(name: str) -> float:
-    """Rows of whole denoiser calls for a picture: two a turn for each model."""
+    """Rows of whole denoiser calls for an image: two a step for each model."""
     return 2.0 * STEPS * (2 if name == "RealCompo" else 1)
 
 
 def layout(case: LayoutCase) -> Image.Image:
     """The boxes of a scene in their objects' colours."""
-    canvas = np.full((PICTURE, PICTURE, 3), 235, np.uint8)
+    canvas = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), 235, np.uint8)
     for thing in case.things:
         x0, y0, x1, y1 = (int(side) for side in thing.box)
         canvas[y0:y1, x0:x1] = COLOURS[thing.colour]

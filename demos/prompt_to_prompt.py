@@ -17,11 +17,11 @@ import numpy as np
 from PIL import Image
 
 import hookctl
-from hookctl import show
 from hookctl.demos.cases import EditCase, draw
 from hookctl.demos.cost import FEW, counted, drawing_mib
 from hookctl.demos.figures import EditFigures, measure, source_is_right, summary
 from hookctl.demos.shapes.detect import detect
+from hookctl.inspect import show
 from hookctl.recipes import PromptToPrompt
 
 KINDS = ("colour", "shape", "added word", "reweight")
@@ -41,7 +41,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """One case: its pictures and figures; `valid` if the source drew what its prompt says."""
+    """One case: its images and figures; `valid` if the source drew what its prompt says."""
 
     case: EditCase
     seed: int
@@ -106,7 +106,7 @@ def run(
         "wall_seconds": round(time.perf_counter() - begun, 1),
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    picture(outcomes).save(out / "grid.png")
+    image(outcomes).save(out / "grid.png")
     return report
 
 
@@ -139,7 +139,7 @@ def _report(outcomes: list[Outcome]) -> dict[str, Any]:
     }
 
 
-def picture(outcomes: list[Outcome]) -> Image.Image:
+def image(outcomes: list[Outcome]) -> Image.Image:
     """The grid: source, plain re-prompt, edit and the edited word's map, a case a row."""
     rows, titles = [], []
     for kind in KINDS:

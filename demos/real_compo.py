@@ -1,7 +1,7 @@
 """RealCompo: the plain model, the same model under layout guidance, and the mixture of both.
 
 The mixture should keep the layout model's boxes and the text model's objects: box IoU against
-attributes (pattern and size as the prompt says). The layout model gets no turns alone, as in the
+attributes (pattern and size as the prompt says). The layout model gets no steps alone, as in the
 paper's style setting: a guidance as strong as this one breaks some objects in the first of them.
 """
 

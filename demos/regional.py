@@ -1,4 +1,4 @@
-"""Two or three objects, each asked for in its own part of the picture.
+"""Two or three objects, each asked for in its own part of the image.
 
 The canvas is divided among the objects of a held-out scene: each point belongs to the object whose
 centre is nearest. Every scene is drawn plainly, under single ingredients (regional prompts, the
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import hookctl
-from hookctl import Editor, show
+from hookctl import Editor
 from hookctl.demos.cost import drawing_mib
 from hookctl.demos.layouts import LayoutCase, draw_layout
 from hookctl.demos.placing import (
@@ -34,7 +34,8 @@ from hookctl.demos.placing import (
     words,
 )
 from hookctl.demos.shapes.detect import detect
-from hookctl.demos.shapes.world import COLOURS, GROUNDS, PICTURE
+from hookctl.demos.shapes.world import BACKGROUNDS, COLOURS, IMAGE_SIZE
+from hookctl.inspect import show
 from hookctl.recipes import (
     LayoutGuidance,
     MaskedSelfAttention,
@@ -53,7 +54,7 @@ Part = NDArray[np.bool_]
 
 def parts(case: LayoutCase) -> list[Part]:
     """The canvas divided among the objects: bool [height, width] for each."""
-    pixel = (np.arange(PICTURE) + 0.5) / PICTURE
+    pixel = (np.arange(IMAGE_SIZE) + 0.5) / IMAGE_SIZE
     centres = [((x0 + x1) / 2, (y0 + y1) / 2) for x0, y0, x1, y1 in case.boxes]
     far = np.stack([(pixel[None] - x) ** 2 + (pixel[:, None] - y) ** 2 for x, y in centres])
     nearest = far.argmin(0)
@@ -61,7 +62,7 @@ def parts(case: LayoutCase) -> list[Part]:
 
 
 def texts(case: LayoutCase) -> list[str]:
-    return [f"{phrase} on a {case.ground} background" for phrase in case.phrases]
+    return [f"{phrase} on a {case.background} background" for phrase in case.phrases]
 
 
 def regional(cases: Sequence[LayoutCase], **settings: Any) -> list[Editor]:
@@ -88,7 +89,7 @@ def sampled(cases: Sequence[LayoutCase], **settings: Any) -> list[Editor]:
             [texts(c) for c in cases],
             [parts(c) for c in cases],
             merge="paste",
-            ground=[GROUNDS[c.ground] for c in cases],
+            background=[BACKGROUNDS[c.background] for c in cases],
             **{"share": SHARE, "outside": "", **settings},
         )
     ]
@@ -104,7 +105,7 @@ def together(cases: Sequence[LayoutCase]) -> list[Editor]:
 
 
 def placed(cases: Sequence[LayoutCase]) -> list[Editor]:
-    """Instances leave a picture that guidance has laid out: their phrases need no place."""
+    """Instances leave an image that guidance has laid out: their phrases need no place."""
     start, share = LATER
     return [*guided(cases), *sampled(cases, start=start, share=share, outside=None)]
 
@@ -132,12 +133,12 @@ def run(
     costs: dict[str, Any] = {}
     for done, (name, stack) in enumerate(METHODS.items(), 1):
         made = draw(pipe, cases, stack, seed)
-        drawn[name] = made.pictures
+        drawn[name] = made.images
         costs[name] = {
-            "rows_per_picture": round(made.rows, 1),
+            "rows_per_image": round(made.rows, 1),
             "of_them_partial": round(made.partial, 1),
             "rows_in_theory": round(theory(name, cases) + made.partial, 1),
-            "peak_mib_of_a_picture": drawing_mib(
+            "peak_mib_of_a_image": drawing_mib(
                 pipe, cases[0].prompt, *stack(cases[:1]), guidance=GUIDANCE
             ),
         }
@@ -149,35 +150,35 @@ def run(
         "cases": len(cases),
         "steps": STEPS,
         "guidance_scale": GUIDANCE,
-        "methods": {name: figures(cases, pictures) for name, pictures in drawn.items()},
+        "methods": {name: figures(cases, images) for name, images in drawn.items()},
         "cost": costs,
         "wall_seconds": round(time.perf_counter() - begun, 1),
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    picture(cases, drawn).save(out / "grid.png")
+    image(cases, drawn).save(out / "grid.png")
     return report
 
 
 def theory(name: str, cases: Sequence[LayoutCase]) -> float:
-    """Denoiser rows for a picture: two in each turn, and two for each instance while it is apart.
+    """Denoiser rows for an image: two in each step, and two for each instance while it is apart.
 
-    A batch asks for as many instances as its fullest picture has.
+    A batch asks for as many instances as its fullest image has.
     """
     start, share = LATER if name == "layout guidance + sampler" else (0.0, SHARE)
-    turns = int(share * STEPS + 1e-9) - int(start * STEPS + 1e-9) if "sampler" in name else 0
+    steps = int(share * STEPS + 1e-9) - int(start * STEPS + 1e-9) if "sampler" in name else 0
     batches = [cases[i : i + BATCH] for i in range(0, len(cases), BATCH)]
     instances = sum(len(b) * max(len(case.things) for case in b) for b in batches) / len(cases)
-    return 2.0 * STEPS + 2 * instances * turns
+    return 2.0 * STEPS + 2 * instances * steps
 
 
 # -- what became of them ---------------------------------------------------------------------------
 
 
-def figures(cases: Sequence[LayoutCase], pictures: Sequence[Image.Image]) -> dict[str, float]:
-    """right, leaked: shares of all objects and of all parts; whole: of pictures in which every
+def figures(cases: Sequence[LayoutCase], images: Sequence[Image.Image]) -> dict[str, float]:
+    """right, leaked: shares of all objects and of all parts; whole: of images in which every
     object is right and nothing leaked; surplus: objects and blobs beyond those asked for."""
     right, leaked, whole, surplus = [], [], [], []
-    for case, drawn in zip(cases, pictures, strict=True):
+    for case, drawn in zip(cases, images, strict=True):
         detection = detect(drawn)
         here = []
         for part, thing in zip(parts(case), case.things, strict=True):
@@ -201,7 +202,7 @@ def figures(cases: Sequence[LayoutCase], pictures: Sequence[Image.Image]) -> dic
 
 def layout(case: LayoutCase) -> Image.Image:
     """The parts as flat tints of their objects' colours, with the boxes of the scene."""
-    tints = np.zeros((PICTURE, PICTURE, 3), np.uint8)
+    tints = np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     for part, thing in zip(parts(case), case.things, strict=True):
         tints[part] = np.array(COLOURS[thing.colour]) // 2 + 110
         x0, y0, x1, y1 = (int(side) for side in thing.box)
@@ -209,7 +210,7 @@ def layout(case: LayoutCase) -> Image.Image:
     return Image.fromarray(tints)
 
 
-def picture(cases: Sequence[LayoutCase], drawn: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
+def image(cases: Sequence[LayoutCase], drawn: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
     """The grid: the layout, then every method, a case a row."""
     rows = [[layout(case), *(made[i] for made in drawn.values())] for i, case in enumerate(cases)]
     return show.grid(

@@ -1,6 +1,6 @@
-"""Stacks of methods that edit: each member's figures, and those of the same pictures without it.
+"""Stacks of methods that edit: each member's figures, and those of the same images without it.
 
-Prompt-to-Prompt with FreeU, and on an inverted picture with a local blend; MasaCtrl with a LoRA.
+Prompt-to-Prompt with FreeU, and on an inverted image with a local blend; MasaCtrl with a LoRA.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from hookctl.demos.cases import EditCase
 from hookctl.demos.cases import draw as draw_edit
 from hookctl.demos.cost import FEW, counted, drawing_mib, peak_mib
 from hookctl.demos.figures import EditFigures, measure, source_is_right, summary
-from hookctl.demos.inversion import pictures_of, psnr
+from hookctl.demos.inversion import images_of, psnr
 from hookctl.demos.masactrl import SITES, Case, Outcome, appearances, draw_case
 from hookctl.demos.prompt_to_prompt import SETTINGS as EDITS
 from hookctl.demos.shapes.detect import detect
 from hookctl.recipes import DirectInversion, FreeU, MasaCtrl, PromptToPrompt
-from hookctl.recipes.batch import SourceAndEdits
+from hookctl.recipes.common.source_and_edits import SourceAndEdits
 
 STEPS, GUIDANCE = 25, 3.0
 NOISES = 2  # drawn at once of every prompt
-BATCH = 8  # pictures inverted at once
+BATCH = 8  # images inverted at once
 COMMON: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
 KEPT = ("appearance_kept", "with_new_layout")
 PAIR = 2 * 2 * STEPS  # rows of a source and its edit
@@ -43,8 +43,8 @@ Figures = dict[str, dict[str, float]]  # member of the stack -> what it answers 
 class Stacked:
     """What a stack did.
 
-    rows: source or boxes, plain picture and the stack's, for each case; figures: of the stack and
-    of the plain pictures; judged: cases that edits are judged in, those whose source is right;
+    rows: source or boxes, plain image and the stack's, for each case; figures: of the stack and
+    of the plain images; judged: cases that edits are judged in, those whose source is right;
     evaluated: denoiser rows for each case under the stack; theory: the same as it must be; peaks:
     MiB of one case, under the stack and plainly.
     """
@@ -74,7 +74,7 @@ def noises(count: int) -> Iterator[tuple[int, int]]:
 
 
 def _without(pipe: Any, edit: SourceAndEdits, seed: int, images: int) -> Row:
-    """The pictures of an edit as the pipeline draws them by itself."""
+    """The images of an edit as the pipeline draws them by itself."""
     noise = edit.generators(seed, images)
     drawn = pipe(edit.prompts, num_images_per_prompt=images, generator=noise, **COMMON)
     return list(drawn.images)
@@ -133,15 +133,15 @@ def _swapped(cases: Sequence[EditCase], pairs: Sequence[Row]) -> Figures:
 
 
 def on_inverted(pipe: Any, seed: int, count: int) -> Stacked:
-    """Prompt-to-Prompt with a local blend, on pictures that no model drew.
+    """Prompt-to-Prompt with a local blend, on images that no model drew.
 
     Plainly: the same inverted noise, drawn with the edited prompt.
     """
     rng = np.random.default_rng([seed, 11])
     cases = [draw_edit("colour", rng) for _ in range(count)]
-    pictures = pictures_of(cases, rng)
+    images = images_of(cases, rng)
     with counted(pipe.unet) as cost:
-        inverted = _inverted(pipe, cases, pictures, STEPS)
+        inverted = _inverted(pipe, cases, images, STEPS)
         stacked = [
             one.edit(pipe, _swap(case), guidance=GUIDANCE)
             for case, one in zip(cases, inverted, strict=True)
@@ -150,14 +150,14 @@ def on_inverted(pipe: Any, seed: int, count: int) -> Stacked:
     plainly = pipe([case.target for case in cases], latents=noise, **COMMON).images
 
     def shortly() -> None:
-        (one,) = _inverted(pipe, cases[:1], pictures[:1], FEW)
+        (one,) = _inverted(pipe, cases[:1], images[:1], FEW)
         one.edit(pipe, _swap(cases[0]), guidance=GUIDANCE, output_type="latent")
 
-    edits = [measure(c, p, b[1]) for c, p, b in zip(cases, pictures, stacked, strict=True)]
-    others = [measure(c, p, a) for c, p, a in zip(cases, pictures, plainly, strict=True)]
-    again = [psnr(p, b[0]) for p, b in zip(pictures, stacked, strict=True)]
+    edits = [measure(c, p, b[1]) for c, p, b in zip(cases, images, stacked, strict=True)]
+    others = [measure(c, p, a) for c, p, a in zip(cases, images, plainly, strict=True)]
+    again = [psnr(p, b[0]) for p, b in zip(images, stacked, strict=True)]
     return Stacked(
-        [[p, a, b[1]] for p, a, b in zip(pictures, plainly, stacked, strict=True)],
+        [[p, a, b[1]] for p, a, b in zip(images, plainly, stacked, strict=True)],
         {
             "stack": {"inversion": {"psnr": round(float(np.mean(again)), 2)}, **_parted(edits)},
             "plain": _parted(others),
@@ -170,13 +170,13 @@ def on_inverted(pipe: Any, seed: int, count: int) -> Stacked:
 
 
 def _inverted(
-    pipe: Any, cases: Sequence[EditCase], pictures: Sequence[Image.Image], steps: int
+    pipe: Any, cases: Sequence[EditCase], images: Sequence[Image.Image], steps: int
 ) -> list[Any]:
     found = []
     for i in range(0, len(cases), BATCH):
         prompts = [case.source for case in cases[i : i + BATCH]]
         given: dict[str, Any] = {"steps": steps, "guidance": GUIDANCE, "unit_noise": True}
-        found += DirectInversion(pipe, pictures[i : i + BATCH], prompts, **given).run()
+        found += DirectInversion(pipe, images[i : i + BATCH], prompts, **given).run()
     return found
 
 

@@ -1,8 +1,8 @@
 """Stacks: methods together in one run, each stack measured for what its parts are there for.
 
-Prompt-to-Prompt with FreeU, and on an inverted picture with a local blend; regional prompts with
+Prompt-to-Prompt with FreeU, and on an inverted image with a local blend; regional prompts with
 masked self-attention and the multi-instance sampler; RealCompo with FreeU; Attend-and-Excite with
-PAG; MasaCtrl with a LoRA. The plain pictures have the same prompts and noise; every figure stands
+PAG; MasaCtrl with a LoRA. The plain images have the same prompts and noise; every figure stands
 under the member of the stack that answers for it.
 """
 
@@ -19,7 +19,6 @@ import numpy as np
 from PIL import Image
 
 import hookctl
-from hookctl import show
 from hookctl.demos import placing
 from hookctl.demos.cost import drawing_mib
 from hookctl.demos.layouts import LayoutCase, draw_layout
@@ -37,6 +36,7 @@ from hookctl.demos.stacked_edits import (
     with_freeu,
     with_lora,
 )
+from hookctl.inspect import show
 from hookctl.recipes import PAG, AttendAndExcite, FreeU
 
 SHOWN = 2
@@ -51,8 +51,8 @@ Progress = Callable[[int, int], None]
 class Placing:
     """A stack that draws objects of which the places are known.
 
-    members: the figures that each answers for; theory: whole denoiser rows for a picture; places:
-    a picture of those that a case has.
+    members: the figures that each answers for; theory: whole denoiser rows for an image; places:
+    an image of those that a case has.
     """
 
     objects: int
@@ -70,7 +70,7 @@ class Placing:
         return Stacked(
             [
                 [self.places(case), a, b]
-                for case, a, b in zip(cases, plain.pictures, stacked.pictures, strict=True)
+                for case, a, b in zip(cases, plain.images, stacked.images, strict=True)
             ],
             {
                 "stack": self.read(cases, stacked),
@@ -86,11 +86,11 @@ class Placing:
         )
 
     def read(self, cases: Sequence[LayoutCase], drawn: placing.Drawn) -> Figures:
-        parts = in_parts(cases, drawn.pictures)
+        parts = in_parts(cases, drawn.images)
         found = {
             **placing.attended(drawn),
-            **placing.placed(cases, drawn.pictures),
-            **placing.named(cases, drawn.pictures),
+            **placing.placed(cases, drawn.images),
+            **placing.named(cases, drawn.images),
             "right": parts["right"],
             "leaked": parts["leaked"],
         }
@@ -125,7 +125,7 @@ EXCITED = Placing(
 
 STACKS: dict[str, Callable[[Any, int, int], Stacked]] = {
     "Prompt-to-Prompt + FreeU": with_freeu,
-    "Prompt-to-Prompt on an inverted picture + local blend": on_inverted,
+    "Prompt-to-Prompt on an inverted image + local blend": on_inverted,
     "regional prompts + masked self-attention + multi-instance sampler": REGIONS,
     "RealCompo + FreeU": REAL_COMPO,
     "Attend-and-Excite + PAG": EXCITED,

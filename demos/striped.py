@@ -26,8 +26,8 @@ from torch import Tensor
 import hookctl
 from hookctl.demos.shapes.captions import describe
 from hookctl.demos.shapes.world import (
+    BACKGROUND_NAMES,
     COLOUR_NAMES,
-    GROUND_NAMES,
     RELATIONS,
     SHAPES,
     SIZE_NAMES,
@@ -48,12 +48,12 @@ def prompts(count: int, rng: np.random.Generator) -> tuple[list[str], list[str]]
         said = [
             (str(s), str(rng.choice(COLOUR_NAMES)), str(rng.choice(SIZE_NAMES))) for s in shapes
         ]
-        link, ground = f" {rng.choice((*RELATIONS, 'and'))} ", ""
+        link, background = f" {rng.choice((*RELATIONS, 'and'))} ", ""
         if rng.random() < 0.7:
-            ground = f" on a {rng.choice(GROUND_NAMES)} background"
+            background = f" on a {rng.choice(BACKGROUND_NAMES)} background"
         for texts, pattern in ((plain, "plain"), (striped, PATTERN)):
             things = (describe(Thing(s, colour, pattern, size)) for s, colour, size in said)
-            texts.append(link.join(things) + ground)
+            texts.append(link.join(things) + background)
     return plain, striped
 
 

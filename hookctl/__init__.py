@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from hookctl.address.regions import Region
     from hookctl.attention.call import AttentionCall, Routing
     from hookctl.editor import Claim, Editor
-    from hookctl.reading import Maps
+    from hookctl.maps import Maps
     from hookctl.session import Session, control
 
 __version__ = "0.1.0"
@@ -35,7 +35,7 @@ _HOMES = {
     "AttentionCall": "hookctl.attention.call",
     "Claim": "hookctl.editor",
     "Editor": "hookctl.editor",
-    "Maps": "hookctl.reading",
+    "Maps": "hookctl.maps",
     "Region": "hookctl.address.regions",
     "Routing": "hookctl.attention.call",
     "Session": "hookctl.session",

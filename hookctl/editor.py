@@ -7,32 +7,31 @@ editors that would undo each other are refused before anything runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from hookctl.address.clock import Clock, Window
-from hookctl.address.sites import Selector
+from hookctl.address.sites import Selector, Site, matcher
+from hookctl.errors import ConflictError
 
 if TYPE_CHECKING:
     from hookctl.attention.call import AttentionCall
     from hookctl.loop.branches import Branch
-    from hookctl.loop.features import FeatureCall
-    from hookctl.loop.state import Predictions, Proceed, State
+    from hookctl.loop.state import FeatureCall, Predictions, Proceed, State
 
-
-# Shared by editors to whom places of the picture or its whole latents mean something, held alone by
-# one that shows the denoiser parts of the picture.
-WHOLE_PICTURE = "whole picture"
+# Shared by editors to whom places of the image or its whole latents mean something, held alone by
+# one that shows the denoiser parts of the image.
+WHOLE_IMAGE = "whole image"
 
 
 @dataclass(frozen=True)
 class Claim:
     """Something that only one editor can do at a site at a time.
 
-    what: the thing claimed, e.g. "substitution" (whose q, k, v), "token map", WHOLE_PICTURE;
+    what: the thing claimed, e.g. "substitution" (whose q, k, v), "token map", WHOLE_IMAGE;
     sites: where; window: when; prompts: for the rows of which prompts, None for all. shared:
     others may share it, but none may have it alone. cure: what to do about a conflict.
     """
@@ -100,14 +99,14 @@ class Editor:
         """Change the backbone and skip features at a decoder concat."""
 
     def before(self, state: State) -> None:
-        """Before a turn's denoiser call; may assign `state.latents`."""
+        """Before a step's denoiser call; may assign `state.latents`."""
 
     def denoise(self, state: State, proceed: Proceed) -> Any:
         """Stand round the denoiser call; `proceed()` makes it."""
         return proceed()
 
     def combine(self, predictions: Predictions) -> Tensor:
-        """Turn the rows' predictions into the one that the scheduler gets."""
+        """Step the rows' predictions into the one that the scheduler gets."""
         return predictions.guided
 
     def after(self, state: State) -> None:
@@ -117,3 +116,43 @@ class Editor:
 def overrides(editor: Editor, method: str) -> bool:
     """Whether an editor's class has its own version of a method."""
     return getattr(type(editor), method) is not getattr(Editor, method)
+
+
+CURE = "Give one of them other sites=, or windows that do not overlap"
+
+
+def check_conflicts(editors: Sequence[tuple[Any, Iterable[Site]]]) -> None:
+    """Raise ConflictError if two editors claim the same thing at the same place and time.
+
+    editors: (editor, all sites of its model) pairs, in list order.
+    """
+    held: list[tuple[Any, Any, frozenset[str]]] = []
+    for editor, sites in editors:
+        new = []
+        for claim in editor.claims():
+            test = matcher(claim.sites)
+            paths = frozenset(site.path for site in sites if test(site))
+            for other, theirs, their_paths in held:
+                common = paths & their_paths
+                if claim.what == theirs.what and _meet(claim, theirs, common):
+                    raise ConflictError(
+                        f"{other.name} and {editor.name} both claim the {claim.what}"
+                        f"{_where(claim, theirs, common)}. {claim.cure or theirs.cure or CURE}"
+                    )
+            new.append((editor, claim, paths))
+        held += new
+
+
+def _meet(a: Any, b: Any, common: Collection[str]) -> bool:
+    """Whether two claims to one thing can't both be held."""
+    prompts = a.prompts is None or b.prompts is None or bool(set(a.prompts) & set(b.prompts))
+    places = bool(common) or (a.sites is None and b.sites is None)
+    return places and prompts and a.window.overlaps(b.window) and not (a.shared and b.shared)
+
+
+def _where(a: Any, b: Any, common: Collection[str]) -> str:
+    start, stop = max(a.window.start, b.window.start), min(a.window.stop, b.window.stop)
+    time = f" between {start:g} and {stop:g} of the schedule"
+    if a.sites is None and b.sites is None:
+        return time
+    return f" of {len(common)} sites (such as {min(common)!r}){time}"

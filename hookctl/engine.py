@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,25 +18,24 @@ from torch import Tensor, nn
 
 from hookctl.address import families
 from hookctl.address.sites import Site
-from hookctl.attention.caught import Caught, edit, per_sample, ungrouped
-from hookctl.attention.intercept import SitePort, depth, unwind
-from hookctl.attention.repeats import Repeats
-from hookctl.attention.stack import check_conflicts
-from hookctl.attention.widened import own_part
-from hookctl.editor import Editor, overrides
+from hookctl.attention.sdpa_call import SDPACall
+from hookctl.editor import Editor, check_conflicts, overrides
 from hookctl.errors import HoleError, UnsupportedError
+from hookctl.evaluate.one_call import EditedSite
+from hookctl.evaluate.plan import Plan
+from hookctl.hooks.attention import SitePort, depth, unwind
+from hookctl.hooks.pipeline import DenoiserPort, Inner, PipelinePort, SchedulerPort, is_compiled
+from hookctl.hooks.processors import Exchange
+from hookctl.hooks.skips import Concat, ConcatPort, concats
+from hookctl.loop.arguments import widen
 from hookctl.loop.branches import add_branches, asked_branches, cut_branches
 from hookctl.loop.calls import Call, Calls
-from hookctl.loop.context import widen
-from hookctl.loop.denoise import DenoiserPort, Inner, PipelinePort, SchedulerPort, is_compiled
-from hookctl.loop.exchange import Exchange
-from hookctl.loop.features import Concat, ConcatPort, concats, edit_features
 from hookctl.loop.reach import sites_for
 from hookctl.loop.run import Run
-from hookctl.loop.state import State, check_finite
-from hookctl.loop.turn import Turn
+from hookctl.loop.state import FeatureCall, State, check_finite
+from hookctl.loop.step import Step
 
-Acting = tuple[tuple["Attached", ...], dict[str, tuple["Attached", ...]]]
+Acting = tuple[tuple["Attached", ...], dict[str, EditedSite]]
 
 
 @dataclass(eq=False)
@@ -45,6 +45,13 @@ class Attached:
     editor: Editor
     session: Any
     sites: frozenset[str]
+
+    @property
+    def backend(self) -> str:
+        return str(self.session.backend)
+
+    def note(self, site: Site, step: int, verbs: set[str], plan: Plan) -> None:
+        self.session.log.note(self.editor, site, step, verbs, plan)
 
 
 _engines: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
@@ -67,10 +74,9 @@ class Engine:
         self._concat_ports: list[ConcatPort] = []
         self._calls = Calls()
         self._local = threading.local()
-        self._turn = Turn()
+        self._step = Step()
         self._exchange = Exchange()
         self._acting: dict[tuple[bool, ...], Acting] = {}
-        self._repeats = Repeats()
         self._denoiser_port: DenoiserPort | None = None
         self._pipeline_port: PipelinePort | None = None
         self._scheduler_port: SchedulerPort | None = None
@@ -139,7 +145,7 @@ class Engine:
                 self._uninstall()
 
     def _changed(self) -> None:
-        self._acting, self._repeats = {}, Repeats()
+        self._acting = {}
         given = [s.rows for s in self._sessions if s.rows is not None]
         self.run.branches = given[-1] if given else None
         self._sync_ports()
@@ -170,7 +176,7 @@ class Engine:
             if port is not None:
                 port.remove()
         self._denoiser_port = self._pipeline_port = self._scheduler_port = None
-        self._turn.clear()
+        self._step.clear()
 
     def _sync_ports(self) -> None:
         """Hook exactly the sites and concats that an editor wants."""
@@ -247,7 +253,7 @@ class Engine:
             self._calls.keep(call, out, self.model, lambda: acting <= set(self.attached))
         if not state.nested:
             wanted = any(overrides(a.editor, "combine") for a in call.acting)
-            self._turn.note(state, out, predictions=wanted)
+            self._step.note(state, out, predictions=wanted)
         return cut_branches(state, out)
 
     def _begin(self, state: State) -> None:
@@ -316,11 +322,16 @@ class Engine:
         key = tuple(a.editor.active(state.clock) for a in self.attached)
         if key not in self._acting:
             acting = tuple(a for a, on in zip(self.attached, key, strict=True) if on)
-            shown: dict[str, tuple[Attached, ...]] = {}
-            for path in self._ports:
-                here = tuple(a for a in acting if path in a.sites)
-                if here:
-                    shown[path] = here
+            shown: dict[str, EditedSite] = {}
+            for path, port in self._ports.items():
+                if here := [a for a in acting if path in a.sites]:
+                    shown[path] = EditedSite(
+                        port.site,
+                        here,
+                        port.own_call,
+                        self.order,
+                        partial(families.keeps_perturbed, port.module),
+                    )
             self._acting[key] = (acting, shown)
         return self._acting[key]
 
@@ -341,60 +352,48 @@ class Engine:
         self,
         port: SitePort,
         index: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        rest: dict[str, Any],
+        given: SDPACall,
         original: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         """Show one caught call to its editors and evaluate what they made of it."""
         call = self._calls.current
         assert call is not None  # `watching` said so
-        state, site = call.state, port.site
-        grouped, mask = rest["enable_gqa"], rest["attn_mask"]
-        k, v = ungrouped(q, k, v, grouped)
-        own = own_part(state, site.kind, self.order, q, k, v, mask)
-        caught = Caught(own, rest["dropout_p"], rest["is_causal"], rest["scale"], original)
-        if index != port.own_call and not per_sample(q, state.rows):
-            return caught.original()
-        out = edit(
-            caught,
-            site,
-            state,
-            call.by_site[site.path],
-            index=index,
-            joint_order=self.order,
-            keeps_perturbed=families.keeps_perturbed(port.module),
-            repeated=self._calls.repeats(call),
-            repeats=self._repeats,
+        edited = call.by_site[port.site.path]
+        return edited.output(
+            given, original, call.state, index=index, repeated=self._calls.repeats(call)
         )
-        return own.whole(out, rest["scale"])
 
     # -- features ------------------------------------------------------------------------------
 
     def _edit_features(
         self, concat: Concat, backbone: Tensor, skip: Tensor
     ) -> tuple[Tensor, Tensor] | None:
+        """Both parts of a concat after its editors, or None if nobody changed any."""
         current = self._calls.current
-        if current is None:
+        edits = [] if current is None else current.acting
+        edits = [a.editor for a in edits if overrides(a.editor, "features")]
+        if current is None or not edits:
             return None
-        edits = [a.editor.features for a in current.acting if overrides(a.editor, "features")]
-        if not edits:
-            return None
-        return edit_features(concat, backbone, skip, current.state, edits)
+        state = current.state
+        place = concat.block, concat.place, concat.order, concat.resolution
+        call = FeatureCall(backbone, skip, state.rows, state.clock, *place)
+        for editor in edits:
+            editor.features(call)
+        unchanged = call.backbone is backbone and call.skip is skip
+        return None if unchanged else (call.backbone, call.skip)
 
     # -- the scheduler's step ------------------------------------------------------------------
 
     def _stepping(self) -> State | None:
-        """The state of the turn whose end this thread's editors are working on."""
+        """The state of the step whose end this thread's editors are working on."""
         return getattr(self._local, "stepping", None)
 
     def _around_step(self, step: Inner, arguments: dict[str, Any]) -> Any:
-        state = self._turn.state
+        state = self._step.state
         editors = [a.editor for a in self._acting_at(state)[0]] if state is not None else []
         self._local.stepping = state
         try:
-            return self._turn.step(step, arguments, editors)
+            return self._step.take(step, arguments, editors)
         finally:
             self._local.stepping = None
             self.run.stepped()

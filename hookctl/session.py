@@ -10,27 +10,27 @@ from typing import Any
 from hookctl.address import families
 from hookctl.address.clock import Clock
 from hookctl.address.sites import Site
-from hookctl.attention.maps import MapStore
-from hookctl.attention.plan import Plan, check_backend
 from hookctl.editor import Editor
 from hookctl.engine import Engine
 from hookctl.errors import HoleError, InputError
-from hookctl.tables import table
+from hookctl.evaluate.plan import Plan, check_backend
+from hookctl.inspect.tables import table
+from hookctl.maps import MapStore
 
 
 @dataclass(eq=False)
 class Log:
-    """Which editor touched which site at which turns, by which plan."""
+    """Which editor touched which site at which steps, by which plan."""
 
     entries: dict[tuple[int, str, Plan], tuple[Editor, Site, set[str], set[int]]] = field(
         default_factory=dict
     )
 
-    def note(self, editor: Editor, site: Site, turn: int, verbs: set[str], plan: Plan) -> None:
+    def note(self, editor: Editor, site: Site, step: int, verbs: set[str], plan: Plan) -> None:
         key = (id(editor), site.path, plan)
         entry = self.entries.setdefault(key, (editor, site, set(), set()))
         entry[2].update(verbs)
-        entry[3].add(turn)
+        entry[3].add(step)
 
     def rows(self) -> list[tuple[str, ...]]:
         return [
@@ -38,22 +38,22 @@ class Log:
                 editor.name,
                 site.label,
                 ", ".join(sorted(verbs)),
-                _spans(sorted(turns)),
+                _spans(sorted(steps)),
                 plan.name,
                 plan.reason,
             )
-            for (_, _, plan), (editor, site, verbs, turns) in self.entries.items()
+            for (_, _, plan), (editor, site, verbs, steps) in self.entries.items()
         ]
 
 
-def _spans(turns: list[int]) -> str:
+def _spans(steps: list[int]) -> str:
     """[0, 1, 2, 5] -> '0-2, 5'"""
     spans: list[list[int]] = []
-    for turn in turns:
-        if spans and turn == spans[-1][1] + 1:
-            spans[-1][1] = turn
+    for step in steps:
+        if spans and step == spans[-1][1] + 1:
+            spans[-1][1] = step
         else:
-            spans.append([turn, turn])
+            spans.append([step, step])
     return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans)
 
 
@@ -124,11 +124,11 @@ class Session:
             )
 
     def report(self) -> str:
-        """A table: editor, site, verbs, turns, plan and why."""
+        """A table: editor, site, verbs, steps, plan and why."""
         rows = self.log.rows()
         if not rows:
             return "no editor touched any attention site"
-        return table(rows, ("editor", "site", "verbs", "turns", "plan", "reason"))
+        return table(rows, ("editor", "site", "verbs", "steps", "plan", "reason"))
 
 
 def control(

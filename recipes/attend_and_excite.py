@@ -21,9 +21,9 @@ from torch import Tensor
 from hookctl.address.clock import Clock
 from hookctl.address.sites import Selector
 from hookctl.errors import InputError
-from hookctl.loop.energy import Picture
+from hookctl.loop.energy import ImageMaps
 from hookctl.loop.noise import Level
-from hookctl.recipes.energy_guidance import (
+from hookctl.recipes.common.energy_guidance import (
     EnergyGuidance,
     Stage,
     Subject,
@@ -33,8 +33,8 @@ from hookctl.recipes.energy_guidance import (
     variance,
     whole,
 )
-from hookctl.recipes.perturbation import number
-from hookctl.recipes.places import Places
+from hookctl.recipes.common.perturbed_guidance import number
+from hookctl.recipes.common.places import Places
 
 # Fraction of the schedule -> how much attention every subject must have by then.
 THRESHOLDS: Mapping[float, float] = {0.0: 0.05, 0.2: 0.5, 0.4: 0.8}
@@ -82,19 +82,19 @@ class ExcitedMaps(EnergyGuidance):
         self.paper = paper
 
     def step(self, clock: Clock, level: Level) -> float:
-        share = clock.turn / max(clock.turns - 1, 1)
+        share = clock.step / max(clock.steps - 1, 1)
         fall = 1 + (self.decay - 1) * share
         return self.scale * (fall**0.5 if self.paper else fall) * variance(level)
 
     def refinement(self, clock: Clock) -> tuple[float, int]:
         for fraction, reach in self.thresholds.items():
-            if clock.turn == int(float(fraction) * clock.turns + 1e-9):
+            if clock.step == int(float(fraction) * clock.steps + 1e-9):
                 return 1 - reach, self.refinements
         return 0.0, 0
 
-    def excited(self, picture: Picture, subjects: Sequence[Subject]) -> Tensor:
+    def excited(self, image: ImageMaps, subjects: Sequence[Subject]) -> Tensor:
         """The smoothed share of attention of each subject: [subjects, frames, height, width]."""
-        p = (SHARPNESS * mean_map(picture.maps)).softmax(-1)
+        p = (SHARPNESS * mean_map(image.maps)).softmax(-1)
         maps = torch.stack([p[..., list(subject.columns)].sum(-1) for subject in subjects])
         return smoothed(maps, self.sigma) if self.sigma else maps
 
@@ -106,7 +106,7 @@ class AttendAndExcite(ExcitedMaps):
     sigma, sites, start, stop: see `ExcitedMaps` and `WordEnergy`. paper: as there, and each token
     of a word is a subject of its own, where else the word is their sum. scale=0, or no words,
     leaves a run bit for bit as it was. Costs one partial forward and backward of the conditional
-    rows per turn, and as many again for each refinement.
+    rows per step, and as many again for each refinement.
     """
 
     def __init__(
@@ -137,8 +137,8 @@ class AttendAndExcite(ExcitedMaps):
             paper=paper,
         )
 
-    def energy(self, picture: Picture, subjects: Sequence[Subject], stage: Stage) -> Tensor:
+    def energy(self, image: ImageMaps, subjects: Sequence[Subject], stage: Stage) -> Tensor:
         if self.paper:
             subjects = [Subject(s.word, (column,)) for s in subjects for column in s.columns]
-        highest = self.excited(picture, subjects).flatten(1).amax(1)
+        highest = self.excited(image, subjects).flatten(1).amax(1)
         return (1 - highest).clamp_min(0).amax()

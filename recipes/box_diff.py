@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from hookctl.address.sites import Selector
-from hookctl.loop.energy import Picture
+from hookctl.loop.energy import ImageMaps
 from hookctl.recipes.attend_and_excite import ExcitedMaps
-from hookctl.recipes.energy_guidance import Stage, Subject, Words, whole
-from hookctl.recipes.places import Places, check_share
+from hookctl.recipes.common.energy_guidance import Stage, Subject, Words, whole
+from hookctl.recipes.common.places import Places, check_share
 
 
 class BoxDiff(ExcitedMaps):
@@ -73,8 +73,8 @@ class BoxDiff(ExcitedMaps):
         self.reach = whole(reach, "BoxDiff: reach")
         self.staged = paper
 
-    def energy(self, picture: Picture, subjects: Sequence[Subject], stage: Stage) -> Tensor:
-        maps = self.excited(picture, subjects).mean(1)
+    def energy(self, image: ImageMaps, subjects: Sequence[Subject], stage: Stage) -> Tensor:
+        maps = self.excited(image, subjects).mean(1)
         parts = [self.terms(m, s.mask(m[..., None])) for m, s in zip(maps, subjects, strict=True)]
         inner = torch.stack([part[0] for part in parts])
         if not self.paper or stage == "update":

@@ -1,15 +1,15 @@
-"""Cyclic One-Way diffusion (COW): a picture pasted into a seed, and a scene grown round it.
+"""Cyclic One-Way diffusion (COW): an image pasted into a seed, and a scene grown round it.
 
 Wang et al., "Diffusion in Diffusion: Cyclic One-Way Diffusion for Text-Vision-Conditioned
-Generation", arXiv 2306.08247 (ICLR 2024). Counted in denoising steps from the clean picture, with
+Generation", arXiv 2306.08247 (ICLR 2024). Counted in denoising steps from the clean image, with
 r = 0.5 N and b = 0.7 N:
 
-    seed      the picture is pasted on a gray canvas, which is inverted to level r;
-              the picture alone is inverted to level b, and every level is kept
+    seed      the image is pasted on a gray canvas, which is inverted to level r;
+              the image alone is inverted to level b, and every level is kept
     disturb   x_b = (a_b / a_r) x_r + fresh noise
-    construct for k = b ... r: denoise to level k, then write the picture's own level k
+    construct for k = b ... r: denoise to level k, then write the image's own level k
               over its region
-    at last   denoise from r to 0; the picture is written once more at 0.4 N
+    at last   denoise from r to 0; the image is written once more at 0.4 N
 
 Disturbing and constructing is repeated; what is written flows outwards, and nothing flows back in.
 """
@@ -24,41 +24,41 @@ from PIL import Image
 from torch import Tensor
 
 from hookctl.address.regions import Region, RegionLike, region_of
-from hookctl.editor import WHOLE_PICTURE, Editor
+from hookctl.editor import WHOLE_IMAGE, Editor
 from hookctl.errors import InputError
 from hookctl.loop import prompts as further
 from hookctl.loop.branches import Branch
-from hookctl.loop.pictures import encode
+from hookctl.loop.images import encode
 from hookctl.loop.state import Predictions, State
 from hookctl.loop.trajectory import Trajectory
 from hookctl.session import Session, control
 
 GRAY = (128, 128, 128)
-# What the official code says of every picture.
+# What the official code says of every image.
 NEGATIVE = "a bad quality and low resolution image,extra fingers,deformed hands"
 SUPPRESS, DIVERSE = "human face", "a high quality and colorful image"
 
 
 class CyclicOneWay:
-    """Draw a scene round a given picture.
+    """Draw a scene round a given image.
 
-        program = CyclicOneWay(pipe, picture, "a person in a forest", at=(128, 0))
+        program = CyclicOneWay(pipe, image, "a person in a forest", at=(128, 0))
         drawn = program.run()[0]
 
-    picture: PIL in mode RGB, smaller than the canvas; prompt: of the whole scene. Or a list of
-        each, of pictures of one size, which are drawn in one batch.
+    image: PIL in mode RGB, smaller than the canvas; prompt: of the whole scene. Or a list of
+        each, of images of one size, which are drawn in one batch.
     at: where its upper left corner goes, px: (x, y), multiples of the autoencoder's factor.
-    picture_size: (width, height) in px to which pictures are resized first (the official code: half
+    image_size: (width, height) in px to which images are resized first (the official code: half
         the canvas's sides), by default they are taken as they are.
-    region: which part of the picture counts, by default all of it. A mask is bright there; of the
+    region: which part of the image counts, by default all of it. A mask is bright there; of the
         official masks, which are black there, give `~Region.mask(mask)`.
     size: of the canvas, (width, height) in px, by default the pipeline's.
     steps, guidance, negative: of the sampling. start, top, finish: the levels r, b and that of the
-        last writing, as fractions of the steps from the clean picture. cycles: how often it is
+        last writing, as fractions of the steps from the clean image. cycles: how often it is
         disturbed and constructed again. eta, final_eta: fresh noise in the cycles and after them.
     suppress, diverse: what must not appear outside the region, and what may instead; two more rows
         in the cycles (`Suppression`).
-    inversion_guidance: scale in the inversions. writes: whether the picture is written at all.
+    inversion_guidance: scale in the inversions. writes: whether the image is written at all.
     seed: of all noise.
     paper: the official code: 10 steps, guidance in the inversions, its prompts against a second
         face, only cells of the mask whose centre counts, and fresh noise by the levels next to
@@ -70,11 +70,11 @@ class CyclicOneWay:
     def __init__(
         self,
         pipe: Any,
-        picture: Any,
+        image: Any,
         prompt: str | Sequence[str],
         *,
         at: tuple[int, int] = (0, 0),
-        picture_size: tuple[int, int] | None = None,
+        image_size: tuple[int, int] | None = None,
         region: RegionLike | None = None,
         size: tuple[int, int] | None = None,
         steps: int | None = None,
@@ -96,11 +96,11 @@ class CyclicOneWay:
         self.pipe, self.paper, self.seed = pipe, paper, int(seed)
         self.session: Session | None = None
         self.prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        self.pictures = [picture] if isinstance(prompt, str) else list(picture)
+        self.images = [image] if isinstance(prompt, str) else list(image)
         self.steps = int(steps or (10 if paper else 50))
-        if len(self.pictures) != len(self.prompts) or not self.prompts:
+        if len(self.images) != len(self.prompts) or not self.prompts:
             raise InputError(
-                f"CyclicOneWay: {len(self.pictures)} pictures and {len(self.prompts)} prompts"
+                f"CyclicOneWay: {len(self.images)} images and {len(self.prompts)} prompts"
             )
         self._set_levels(start, top, finish, cycles)
         self.guidance, self.negative = float(guidance), negative or (NEGATIVE if paper else None)
@@ -113,8 +113,8 @@ class CyclicOneWay:
         self.diverse = diverse or (DIVERSE if paper else None)
         if (self.suppress is None) != (self.diverse is None):
             raise InputError("CyclicOneWay: give suppress and diverse, both or neither")
-        if picture_size is not None:
-            self.pictures = [self._resized(p, picture_size) for p in self.pictures]
+        if image_size is not None:
+            self.images = [self._resized(p, image_size) for p in self.images]
         self._set_canvas(size, at)
         self.region = Region.full() if region is None else region_of(region)
 
@@ -132,27 +132,27 @@ class CyclicOneWay:
             raise InputError(f"CyclicOneWay: top={top} leaves no noisier level; give less than 1")
 
     @staticmethod
-    def _resized(picture: Any, size: tuple[int, int]) -> Any:
-        if not isinstance(picture, Image.Image) or min(size) < 1:
+    def _resized(image: Any, size: tuple[int, int]) -> Any:
+        if not isinstance(image, Image.Image) or min(size) < 1:
             raise InputError(
-                f"CyclicOneWay: a {type(picture).__name__} and picture_size={size}; give PIL "
-                "pictures and a width and height from 1 px on"
+                f"CyclicOneWay: a {type(image).__name__} and image_size={size}; give PIL "
+                "images and a width and height from 1 px on"
             )
-        return picture.resize((int(size[0]), int(size[1])), Image.Resampling.LANCZOS)
+        return image.resize((int(size[0]), int(size[1])), Image.Resampling.LANCZOS)
 
     def _set_canvas(self, size: tuple[int, int] | None, at: tuple[int, int]) -> None:
         factor = int(getattr(self.pipe, "vae_scale_factor", 8))
         side = self.pipe.unet.config.sample_size * factor if hasattr(self.pipe, "unet") else 1024
         self.size = (side, side) if size is None else (int(size[0]), int(size[1]))
-        sizes = {p.size if isinstance(p, Image.Image) else None for p in self.pictures}
+        sizes = {p.size if isinstance(p, Image.Image) else None for p in self.images}
         found = sizes.pop() if len(sizes) == 1 else None
         if found is None:
-            raise InputError("CyclicOneWay: give PIL pictures of one size")
+            raise InputError("CyclicOneWay: give PIL images of one size")
         (width, height), (x, y) = found, at
         fits = 0 <= x and 0 <= y and x + width <= self.size[0] and y + height <= self.size[1]
         if not fits or any(side % factor for side in (x, y, width, height)):
             raise InputError(
-                f"CyclicOneWay: a picture of {width} x {height} px at {at} on a canvas of "
+                f"CyclicOneWay: an image of {width} x {height} px at {at} on a canvas of "
                 f"{self.size[0]} x {self.size[1]}; sides and place must be multiples of {factor} "
                 "and lie inside"
             )
@@ -162,10 +162,10 @@ class CyclicOneWay:
     # -- the program ---------------------------------------------------------------------------
 
     def run(self, *editors: Editor, output_type: str = "pil") -> Any:
-        """Draw; a list of pictures, or as output_type= has it.
+        """Draw; a list of images, or as output_type= has it.
 
         editors: active in all of it; those to whom places of the canvas mean something not where
-        the picture is inverted on its own. What they did is in `session` afterwards.
+        the image is inverted on its own. What they did is in `session` afterwards.
         """
         with control(self.pipe, *(editor for editor in editors if not _of_places(editor))):
             written = self._condition()
@@ -188,9 +188,9 @@ class CyclicOneWay:
             return program.decode(output_type)
 
     def _condition(self) -> list[Tensor]:
-        """The pictures' own latents at every level from `high` on, inverted on their own."""
-        width, height = self.pictures[0].size
-        clean = torch.cat([encode(self.pipe, p) for p in self.pictures])
+        """The images' own latents at every level from `high` on, inverted on their own."""
+        width, height = self.images[0].size
+        clean = torch.cat([encode(self.pipe, p) for p in self.images])
         program = self._program(clean, width, height)
         path = {program.steps: program.latents}
         for level in reversed(range(self.high, program.steps)):
@@ -198,12 +198,12 @@ class CyclicOneWay:
         return [path.get(level, program.latents) for level in range(program.steps + 1)]
 
     def _canvas(self) -> Trajectory:
-        """A program whose latents are the pasted pictures at level `low`."""
+        """A program whose latents are the pasted images at level `low`."""
         pasted = []
-        for picture in self.pictures:
+        for image in self.images:
             canvas = Image.new("RGB", self.size, GRAY)
-            seen = self._pixels(picture)
-            canvas.paste(picture, self.at, seen)
+            seen = self._pixels(image)
+            canvas.paste(image, self.at, seen)
             pasted.append(encode(self.pipe, canvas))
         program = self._program(torch.cat(pasted), *self.size)
         for level in reversed(range(self.low, program.steps)):
@@ -240,7 +240,7 @@ class CyclicOneWay:
         program.write(noised, level=self.high)
 
     def _write(self, program: Trajectory, written: list[Tensor]) -> None:
-        """The pictures over their region, as they are at the program's level."""
+        """The images over their region, as they are at the program's level."""
         if not self.writes:
             return
         x, y, width, height = self.cells
@@ -251,7 +251,7 @@ class CyclicOneWay:
     # -- places --------------------------------------------------------------------------------
 
     def _mask(self, latents: Tensor) -> Tensor:
-        """Where pictures are written, 0 or 1, [1, 1, height, width] of the canvas's latents."""
+        """Where images are written, 0 or 1, [1, 1, height, width] of the canvas's latents."""
         x, y, width, height = self.cells
         if self.paper:
             inside = torch.from_numpy(self.region.outline.inside(height, width))
@@ -261,18 +261,18 @@ class CyclicOneWay:
         mask[..., y : y + height, x : x + width] = inside.to(latents)
         return mask
 
-    def _pixels(self, picture: Any) -> Image.Image:
-        """Which pixels of a picture are pasted."""
-        inside = self.region.outline.inside(picture.height, picture.width)
+    def _pixels(self, image: Any) -> Image.Image:
+        """Which pixels of an image are pasted."""
+        inside = self.region.outline.inside(image.height, image.width)
         return Image.fromarray(inside.astype("uint8") * 255)
 
 
 def _of_places(editor: Editor) -> bool:
-    return any(claim.what == WHOLE_PICTURE for claim in editor.claims())
+    return any(claim.what == WHOLE_IMAGE for claim in editor.claims())
 
 
 class Suppression(Editor):
-    """Keep a thing out of what is drawn round the pictures, during the cycles.
+    """Keep a thing out of what is drawn round the images, during the cycles.
 
         n = eps_uncond + (1 - M) (eps_suppress - eps_diverse),   eps = n + g (eps_cond - n)
 

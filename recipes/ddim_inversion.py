@@ -1,4 +1,4 @@
-"""DDIM inversion: the deterministic sampler run backwards from a real picture.
+"""DDIM inversion: the deterministic sampler run backwards from a real image.
 
 Song et al., "Denoising Diffusion Implicit Models", arXiv 2010.02502, section 4.3; Dhariwal and
 Nichol, arXiv 2105.05233, appendix F. With the step x' = a' x0(x) + s' eps(x), a level's latents are
@@ -18,13 +18,13 @@ from typing import Any
 
 from hookctl.loop.inversion import Progress, ddim_path, require_first_order
 from hookctl.loop.trajectory import Trajectory
-from hookctl.recipes.inverted import Inversion, Inverted
+from hookctl.recipes.common.inversion import Inversion, Inverted
 
 
 class DDIMInversion(Inversion):
-    """The path of a real picture under the deterministic sampler.
+    """The path of a real image under the deterministic sampler.
 
-        inverted = DDIMInversion(pipe, picture, prompt, refine=5).run()
+        inverted = DDIMInversion(pipe, image, prompt, refine=5).run()
         again, edited = inverted.edit(pipe, prompts=[prompt, target])
 
     guidance: of the inversion, and of the source when it is drawn again; what scale its edits have
@@ -38,7 +38,7 @@ class DDIMInversion(Inversion):
     def __init__(
         self,
         pipe: Any,
-        picture: Any,
+        image: Any,
         prompt: str | Sequence[str],
         *,
         steps: int = 50,
@@ -46,7 +46,7 @@ class DDIMInversion(Inversion):
         refine: int = 0,
         timestep: str = "target",
     ) -> None:
-        super().__init__(pipe, picture, prompt, steps=steps, guidance=guidance)
+        super().__init__(pipe, image, prompt, steps=steps, guidance=guidance)
         self.refine, self.timestep = refine, timestep
 
     def _invert(self, program: Trajectory, progress: Progress | None) -> Inverted:

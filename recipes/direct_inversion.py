@@ -7,7 +7,7 @@ each guided step and before any blending, the offset
     o_i = x*_{i+1} - step(x*_i)
 
 so that the source follows x* whatever the guidance, and its edits read the attention of the true
-picture. Nothing is optimised; the edits themselves get no offset. The official code records o_i in
+image. Nothing is optimised; the edits themselves get no offset. The official code records o_i in
 a pass of its own; but x*_i + o_i is x*_{i+1}, so the source is simply set to it, which costs
 nothing and lets no rounding add up.
 
@@ -29,13 +29,13 @@ from hookctl.loop.inversion import (
     unit_noise,
 )
 from hookctl.loop.trajectory import Trajectory
-from hookctl.recipes.inverted import Inversion, Inverted
+from hookctl.recipes.common.inversion import Inversion, Inverted
 
 
 class DirectInversion(Inversion):
-    """A picture whose row is led back to it at every step.
+    """An image whose row is led back to it at every step.
 
-        inverted = DirectInversion(pipe, picture, prompt).run()
+        inverted = DirectInversion(pipe, image, prompt).run()
         again, edited = inverted.edit(pipe, PromptToPrompt([prompt, target]))
 
     guidance: scale for the source's rows, which edits share unless told otherwise. refine: of the
@@ -47,7 +47,7 @@ class DirectInversion(Inversion):
     def __init__(
         self,
         pipe: Any,
-        picture: Any,
+        image: Any,
         prompt: str | Sequence[str],
         *,
         steps: int = 50,
@@ -55,7 +55,7 @@ class DirectInversion(Inversion):
         refine: int = 0,
         unit_noise: bool = False,
     ) -> None:
-        super().__init__(pipe, picture, prompt, steps=steps, guidance=guidance)
+        super().__init__(pipe, image, prompt, steps=steps, guidance=guidance)
         self.refine, self.unit_noise = refine, unit_noise
 
     def _invert(self, program: Trajectory, progress: Progress | None) -> Inverted:

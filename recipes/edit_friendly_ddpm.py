@@ -1,13 +1,13 @@
-"""Edit-friendly DDPM inversion: noise maps that carry the picture through a random sampler.
+"""Edit-friendly DDPM inversion: noise maps that carry the image through a random sampler.
 
 Huberman-Spiegelglas, Kulikov and Michaeli, "An Edit Friendly DDPM Noise Space: Inversion and
-Manipulations", arXiv 2304.06140 (CVPR 2024). The picture is diffused to every level by noise drawn
+Manipulations", arXiv 2304.06140 (CVPR 2024). The image is diffused to every level by noise drawn
 independently for each, and the sampler's noise is what leads from one to the next:
 
     x_i = a_i x_0 + s_i xi_i,     z_i = (x_{i+1} - mu(x_i)) / sigma_i
 
-Drawing with the z_i gives the picture back; with other prompts, its edits. The z_i of different
-steps are correlated, so they hold the picture's structure better than the sampler's native noise.
+Drawing with the z_i gives the image back; with other prompts, its edits. The z_i of different
+steps are correlated, so they hold the image's structure better than the sampler's native noise.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from hookctl.address.clock import Window
 from hookctl.errors import InputError
 from hookctl.loop.inversion import Progress, edit_friendly_noise
 from hookctl.loop.trajectory import Trajectory
-from hookctl.recipes.inverted import Inversion, Inverted
+from hookctl.recipes.common.inversion import Inversion, Inverted
 
 
 class EditFriendlyDDPM(Inversion):
-    """A picture as the noise of every step, from a level short of the noisiest.
+    """An image as the noise of every step, from a level short of the noisiest.
 
-        inverted = EditFriendlyDDPM(pipe, picture, prompt, seed=0).run()
+        inverted = EditFriendlyDDPM(pipe, image, prompt, seed=0).run()
         again, edited = inverted.edit(pipe, prompts=[prompt, target])   # guidance 15
         again, edited = inverted.edit(pipe, PromptToPrompt([prompt, target]), guidance=9)
 
@@ -46,7 +46,7 @@ class EditFriendlyDDPM(Inversion):
     def __init__(
         self,
         pipe: Any,
-        picture: Any,
+        image: Any,
         prompt: str | Sequence[str],
         *,
         steps: int = 100,
@@ -56,7 +56,7 @@ class EditFriendlyDDPM(Inversion):
         seed: int = 0,
         paper: bool = False,
     ) -> None:
-        super().__init__(pipe, picture, prompt, steps=steps, guidance=guidance)
+        super().__init__(pipe, image, prompt, steps=steps, guidance=guidance)
         self.skip = Window.of((skip, 1.0), "skip").start
         if int(self.skip * self.steps) >= self.steps:
             raise InputError(f"skip={skip!r} leaves none of {steps} steps; give a smaller one")

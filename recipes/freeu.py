@@ -4,7 +4,7 @@ Si et al., "FreeU: Free Lunch in Diffusion U-Net", arXiv 2309.11497 (CVPR 2024).
 concat with backbone h and skip r:
 
     h[:, :C/2] <- h[:, :C/2] * gain        gain = b (version 1) or (b - 1) h~ + 1 (version 2),
-    r <- F_s(r)                            h~ = channel mean of h, scaled to 0..1 per picture
+    r <- F_s(r)                            h~ = channel mean of h, scaled to 0..1 per image
 
 F_s multiplies the lowest frequencies by s. The official code masks the 2 x 2 window {-1, 0}^2 of
 the shifted spectrum and takes the real part, so a gain of s acts on the mean and (1 + s) / 2 on the
@@ -22,8 +22,9 @@ from torch import Tensor
 from hookctl.address.families import denoiser_of
 from hookctl.editor import Editor
 from hookctl.errors import InputError
+from hookctl.hooks.skips import concats
 from hookctl.kernels.fourier_gain import fourier_gain
-from hookctl.loop.features import FeatureCall, concats
+from hookctl.loop.state import FeatureCall
 
 RULES = ("official", "diffusers")
 
@@ -90,7 +91,7 @@ class FreeU(Editor):
 
 
 def structure(h: Tensor) -> Tensor:
-    """The channel mean of features, scaled to 0..1 per picture: [rows, 1, height, width]."""
+    """The channel mean of features, scaled to 0..1 per image: [rows, 1, height, width]."""
     mean = h.mean(1, keepdim=True)
     low, high = mean.amin((2, 3), keepdim=True), mean.amax((2, 3), keepdim=True)
     # A constant feature map has no structure to follow: 0 everywhere, not 0 / 0.

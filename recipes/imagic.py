@@ -1,7 +1,7 @@
-"""Imagic: one real picture changed by words, through an embedding and a model fitted to it.
+"""Imagic: one real image changed by words, through an embedding and a model fitted to it.
 
 Kawar et al., "Imagic: Text-Based Real Image Editing with Diffusion Models", arXiv 2210.09276
-(CVPR 2023). With e_tgt the embedding of the wanted text and L the denoising loss of the picture,
+(CVPR 2023). With e_tgt the embedding of the wanted text and L the denoising loss of the image,
 
     A   e_opt  = argmin_e L(e, theta), from e_tgt
     B   theta' = argmin_theta L(e_opt, theta)
@@ -9,13 +9,13 @@ Kawar et al., "Imagic: Text-Based Real Image Editing with Diffusion Models", arX
 
 Here theta' = theta + a low-rank change, so that the model's own weights are never touched.
 
-As published, C starts from random noise, so that whatever of the picture is to stay must have been
-fitted. `draw(inverted=True)`, which is no part of the paper, starts from the picture's own DDIM
+As published, C starts from random noise, so that whatever of the image is to stay must have been
+fitted. `draw(inverted=True)`, which is no part of the paper, starts from the image's own DDIM
 inversion x* at (e_opt, theta') and guides away from e_opt,
 
     eps = eps(x, e_opt) + s (eps(x, e) - eps(x, e_opt))
 
-so that alpha = 0 gives the picture back whatever the scale s, and only e - e_opt can change it.
+so that alpha = 0 gives the image back whatever the scale s, and only e - e_opt can change it.
 """
 
 from __future__ import annotations
@@ -31,34 +31,34 @@ from torch import Tensor
 from hookctl.address.rows import COND, UNCOND
 from hookctl.errors import InputError
 from hookctl.loop.energy import frozen, gradients
+from hookctl.loop.images import encode
 from hookctl.loop.inversion import ddim_path, require_first_order
-from hookctl.loop.low_rank import LowRank
 from hookctl.loop.noise import noise_like
-from hookctl.loop.pictures import encode
 from hookctl.loop.trajectory import Trajectory
+from hookctl.recipes.common.low_rank import LowRank
 
 Progress = Callable[[str, int, int], None]
 LAYERS = "."  # all that are linear or convolutional: the paper tunes all weights
 
 
 class Imagic:
-    """A picture and a text, fitted to each other.
+    """An image and a text, fitted to each other.
 
-        edit = Imagic(pipe, picture, "a red circle above a green square").fit()
-        pictures = edit.draw(alphas=(0.0, 0.6, 0.9), seed=0)
+        edit = Imagic(pipe, image, "a red circle above a green square").fit()
+        images = edit.draw(alphas=(0.0, 0.6, 0.9), seed=0)
 
     or all of it by `run()`.
 
-    prompt: of the wanted picture. alphas, guidance, steps, inverted: of `draw` unless told
+    prompt: of the wanted image. alphas, guidance, steps, inverted: of `draw` unless told
         otherwise there.
     text_steps, text_rate: of stage A; model_steps, model_rate: of stage B, both by Adam; rank,
         layers: of the low-rank change, layers as a pattern of paths. The published numbers for
         Stable Diffusion are 1000 steps at 2e-3 and 1500 at 5e-7 over all weights.
-    schedule_steps: levels that the picture is noised to, spread over the schedule, by default
+    schedule_steps: levels that the image is noised to, spread over the schedule, by default
         those of the steps; window: those of them that are trained, in shares of the run (0 is
         noise, where the layout is decided); samples: levels in every training step, spread evenly
         over the window; noises: of each of these levels, in one batch.
-    seed: of the training noise, of the change's start and of the pictures' noise.
+    seed: of the training noise, of the change's start and of the images' noise.
     checkpoint: a safetensors file to write after every `save_every` steps and at the end, and to go
         on from if it is there (the optimiser's moments start anew).
     """
@@ -66,7 +66,7 @@ class Imagic:
     def __init__(
         self,
         pipe: Any,
-        picture: Any,
+        image: Any,
         prompt: str,
         *,
         alphas: Sequence[float] = (0.6, 0.8, 1.0),
@@ -88,7 +88,7 @@ class Imagic:
         save_every: int = 100,
     ) -> None:
         if not isinstance(prompt, str):
-            raise InputError(f"Imagic: prompt={prompt!r}; give the text of the edited picture")
+            raise InputError(f"Imagic: prompt={prompt!r}; give the text of the edited image")
         if min(text_steps, model_steps) < 0 or min(text_rate, model_rate) <= 0 or save_every < 1:
             raise InputError("Imagic: give steps from 0 on, rates above 0 and save_every from 1 on")
         if not 0 <= window[0] < window[1] <= 1 or min(samples, noises) < 1:
@@ -100,8 +100,8 @@ class Imagic:
         self.window, self.samples = window, samples
         self.alphas, self.guidance, self.steps = tuple(alphas), float(guidance), int(steps)
         self.inverted = inverted
-        clean = encode(pipe, picture)
-        height, width = picture.size[::-1]
+        clean = encode(pipe, image)
+        height, width = image.size[::-1]
         self.size = {"height": height, "width": width}
         many = clean.repeat(noises, 1, 1, 1)
         self.program = Trajectory(
@@ -118,7 +118,7 @@ class Imagic:
         self.done = {"text": 0, "model": 0}
 
     def run(self, progress: Progress | None = None) -> Any:
-        """All three stages: a picture for each alpha."""
+        """All three stages: an image for each alpha."""
         return self.fit(progress).draw()
 
     def fit(self, progress: Progress | None = None) -> Imagic:
@@ -149,15 +149,15 @@ class Imagic:
         refine: int = 2,
         output_type: str = "pil",
     ) -> Any:
-        """Stage C: a picture for each alpha, all from one noise.
+        """Stage C: an image for each alpha, all from one noise.
 
-        changed: with the fitted model, or with the model as it is. inverted: from the picture's
+        changed: with the fitted model, or with the model as it is. inverted: from the image's
         inverted noise instead of that of the seed (see above); refine: of that inversion
         (`DDIMInversion`).
         """
         alphas = self.alphas if alphas is None else alphas
         if not alphas:
-            raise InputError("alphas: give a number for each picture, such as (0.6, 0.8)")
+            raise InputError("alphas: give a number for each image, such as (0.6, 0.8)")
         steps = self.steps if steps is None else steps
         seed = self.seed if seed is None else seed
         program = Trajectory(
@@ -178,7 +178,7 @@ class Imagic:
         return program.decode(output_type)
 
     def _inverted(self, steps: int, refine: int) -> Tensor:
-        """The noise that leads to the picture under the fitted text, as the model is now."""
+        """The noise that leads to the image under the fitted text, as the model is now."""
         program = Trajectory(self.pipe, self.prompt, steps=steps, latents=self.clean, **self.size)
         require_first_order(program, "Imagic.draw(inverted=True)")
         return ddim_path(program, self.clean, contexts={COND: self.fitted}, refine=refine)[0]

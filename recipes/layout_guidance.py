@@ -4,14 +4,14 @@ Chen, Laina, Vedaldi, "Training-Free Layout Control with Cross-Attention Guidanc
 (WACV 2024). With A the map of one head at one site,
 
     L = mean over sites, objects, tokens and heads of (1 - sum_inside A / sum A)^2
-    x <- x - 30 sigma^2 grad_x L       up to 5 times a turn, while L > 0.2, in the first fifth
+    x <- x - 30 sigma^2 grad_x L       up to 5 times a step, while L > 0.2, in the first fifth
 
 in sigma space; in alpha-bar space that is a step of 30 (1 - alpha_bar), and in any space
 30 noise^2. `form="top-k"` is the energy of LLM-grounded diffusion (Lian et al., arXiv 2305.13655):
 
     L = mean of (1 - top_P(A m)) + top_P(A (1 - m)),   x <- x - 20 sqrt(1 - alpha_bar) grad_x L
 
-with 3, 2 and 1 steps a turn in the first three tenths.
+with 3, 2 and 1 steps a step in the first three tenths.
 """
 
 from __future__ import annotations
@@ -25,16 +25,23 @@ from torch import Tensor
 from hookctl.address.clock import Clock
 from hookctl.address.sites import Selector, Site
 from hookctl.errors import InputError
-from hookctl.loop.energy import Picture
+from hookctl.loop.energy import ImageMaps
 from hookctl.loop.noise import Level
 from hookctl.loop.state import State
 from hookctl.recipes.box_diff import top_mean
-from hookctl.recipes.energy_guidance import EnergyGuidance, Stage, Subject, Words, variance, whole
-from hookctl.recipes.perturbation import number
-from hookctl.recipes.places import Places
+from hookctl.recipes.common.energy_guidance import (
+    EnergyGuidance,
+    Stage,
+    Subject,
+    Words,
+    variance,
+    whole,
+)
+from hookctl.recipes.common.perturbed_guidance import number
+from hookctl.recipes.common.places import Places
 
 TOP = 0.2  # share of the cells that form="top-k" looks at
-FEWER = ((0.1, 3), (0.2, 2), (1.0, 1))  # until this fraction of the schedule, steps a turn
+FEWER = ((0.1, 3), (0.2, 2), (1.0, 1))  # until this fraction of the schedule, steps a step
 
 Form = Literal["share", "top-k"]
 
@@ -44,10 +51,10 @@ class LayoutGuidance(EnergyGuidance):
 
     words, regions: as many of each, for every prompt or a list for each (several boxes for a word:
     `a | b`). scale: of the step, 30 (20 for top-k); threshold: of L; iterations: at most so many
-    steps a turn, by default 5 (3, 2, 1 for top-k); sites: by default all that hold the layout;
+    steps a step, by default 5 (3, 2, 1 for top-k); sites: by default all that hold the layout;
     start, stop: 0 to 1/5 of the schedule (3/10 for top-k). paper: the official code, which reads
     the middle block and the up-sites that hold the layout, takes a step before it looks at L, and
-    never guides a picture again once its L was low enough. scale=0, or no words, leaves a run bit
+    never guides an image again once its L was low enough. scale=0, or no words, leaves a run bit
     for bit as it was.
     """
 
@@ -90,10 +97,10 @@ class LayoutGuidance(EnergyGuidance):
         middle = [s for s in self._sites if s.place == "mid" and s.kind in ("cross", "joint")]
         return middle + [s for s in fine if s.place == "up"] or fine
 
-    def energy(self, picture: Picture, subjects: Sequence[Subject], stage: Stage) -> Tensor:
+    def energy(self, image: ImageMaps, subjects: Sequence[Subject], stage: Stage) -> Tensor:
         parts = [
             self._one(maps[..., list(subject.columns)], subject.mask(maps))
-            for maps in picture.maps.values()
+            for maps in image.maps.values()
             for subject in subjects
         ]
         loss = torch.stack(parts).mean()

@@ -25,14 +25,14 @@ from hookctl.address.rows import Row
 from hookctl.address.sites import Selector, Site, matcher
 from hookctl.address.text import PromptText, TextLayout
 from hookctl.attention.call import AttentionCall
-from hookctl.editor import WHOLE_PICTURE, Claim
+from hookctl.editor import WHOLE_IMAGE, Claim
 from hookctl.errors import InputError
 from hookctl.loop.state import State
-from hookctl.recipes.batch import SourceAndEdits
-from hookctl.recipes.foreground import GivenMasks, WordMasks, parted
-from hookctl.recipes.image_tokens import image_keys, image_sites, with_image
-from hookctl.recipes.local_blend import Words, words_of
-from hookctl.recipes.pinned import Path, Pinned
+from hookctl.recipes.common.image_tokens import image_keys, image_sites, with_image
+from hookctl.recipes.common.local_blend import Words, words_of
+from hookctl.recipes.common.map_masks import GivenMasks, WordMasks, parted
+from hookctl.recipes.common.pinned import Path, Pinned
+from hookctl.recipes.common.source_and_edits import SourceAndEdits
 
 FINE = "self up @>=1/2, self blocks, joint"
 
@@ -50,14 +50,14 @@ class MasaCtrl(SourceAndEdits):
     union: attend to the source's keys beside the own ones, instead of in their place.
     source_mask, target_mask: where the thing is in the source and in the edit (regions, boxes or
         masks; for the edit one for all or a list); foreground then looks into foreground only, and
-        ground into ground.
+        background into background.
     words: take both masks from the maps of words instead: one for all prompts, or a list with one
         entry for each prompt. threshold: of the maps, scaled to 0..1.
-    path: latents of the source at every level, noisiest first: those of an inverted picture
+    path: latents of the source at every level, noisiest first: those of an inverted image
         (`loop.inversion`), which the source then is. The edits start from its noise too.
-    paper: masks by nearest sampling and from the maps of the same turn alone, as the official code
+    paper: masks by nearest sampling and from the maps of the same step alone, as the official code
         has them; otherwise a token belongs where half of it is covered, and sites before the first
-        map of a turn use the last turn's.
+        map of a step use the last step's.
 
     A mask that would leave a query without keys (empty, or everything) is not used, and the site is
     edited as without one; the official code then attends to everything evenly.
@@ -90,7 +90,7 @@ class MasaCtrl(SourceAndEdits):
         self.given_masks = (
             GivenMasks(source_mask, target_mask, len(self.edits), nearest=paper) if given else None
         )
-        self.word_masks = WordMasks(chosen, threshold, same_turn=paper) if any(chosen) else None
+        self.word_masks = WordMasks(chosen, threshold, same_step=paper) if any(chosen) else None
         self.pin = None if path is None else Pinned(path, self.name, together=True)
         self.sites = self._shown
 
@@ -106,7 +106,7 @@ class MasaCtrl(SourceAndEdits):
             return ()
         claims = [Claim("substitution", self.edit_sites, self.acts, tuple(self.edits))]
         if self.given_masks is not None or self.word_masks is not None:
-            claims.append(Claim(WHOLE_PICTURE, window=self.acts, shared=True))
+            claims.append(Claim(WHOLE_IMAGE, window=self.acts, shared=True))
         return claims
 
     def attach(self, target: Any) -> None:
@@ -159,12 +159,12 @@ class MasaCtrl(SourceAndEdits):
             call.replace(row, k=with_image(own[0], k, span), v=with_image(own[1], v, span))
 
     def _part(self, call: AttentionCall) -> None:
-        """Foreground looks into foreground, ground into ground."""
+        """Foreground looks into foreground, background into background."""
         masks = self.given_masks or self.word_masks
         if masks is None or call.grid is None:
             return
         for prompt, image in dict.fromkeys((r.prompt, r.image) for r in call.rows if r.prompt):
-            pair = masks.pair(prompt, image, call.grid, call.clock.turn)
+            pair = masks.pair(prompt, image, call.grid, call.clock.step)
             bits = None if pair is None else parted(*pair, call)
             if bits is not None:
                 call.restrict(call.rows.where(prompt=prompt, image=image), *bits)

@@ -28,11 +28,11 @@ from hookctl.address.families import denoiser_of, describe_sites
 from hookctl.address.regions import BACKGROUND, bit_sets
 from hookctl.address.sites import Grid, Selector, select
 from hookctl.attention.call import AttentionCall
-from hookctl.editor import WHOLE_PICTURE, Claim, Editor
+from hookctl.editor import WHOLE_IMAGE, Claim, Editor
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.state import State
-from hookctl.recipes import places
-from hookctl.recipes.places import Places, grid_in
+from hookctl.recipes.common import places
+from hookctl.recipes.common.places import Places, grid_in
 
 SEEN = ("background", "all", "itself")
 IMAGE = "self, joint"
@@ -72,7 +72,7 @@ class MaskedSelfAttention(Editor):
         self._bits: dict[Any, tuple[Tensor, Tensor, Tensor | None]] = {}
 
     def claims(self) -> Sequence[Claim]:
-        return [Claim(WHOLE_PICTURE, window=self.window(), shared=True)]
+        return [Claim(WHOLE_IMAGE, window=self.window(), shared=True)]
 
     def attach(self, target: Any) -> None:
         if self._given is None and self.paper:

@@ -1,4 +1,4 @@
-"""MultiDiffusion: pictures larger than the model's, and regions with prompts of their own.
+"""MultiDiffusion: images larger than the model's, and regions with prompts of their own.
 
 Bar-Tal et al., "MultiDiffusion: Fusing Diffusion Paths for Controlled Image Generation", arXiv
 2302.08113 (ICML 2023). In every step the model sees windows F_w of the canvas, for each of the
@@ -12,8 +12,8 @@ a solver of its own, with multistep solvers neither; a solver that draws noise d
 
     eps(x) = sum_wr m_wr eps(F_w x, y_r) / sum_wr m_wr
 
-While a region bootstraps, the picture outside it is a plain colour, diffused to the level of the
-turn; the average takes nothing from there. m_0 = 1 - sum_r m_r is the prompt's own. The official
+While a region bootstraps, the image outside it is a plain colour, diffused to the level of the
+step; the average takes nothing from there. m_0 = 1 - sum_r m_r is the prompt's own. The official
 code leaves cells at the rim of some canvases in no window, which turn to 0; here a last window
 ends at the rim.
 """
@@ -30,16 +30,16 @@ from torch import Tensor
 from hookctl.address.clock import Window as Schedule
 from hookctl.address.families import denoiser_of
 from hookctl.address.rows import COND
-from hookctl.editor import WHOLE_PICTURE, Claim, Editor
+from hookctl.editor import WHOLE_IMAGE, Claim, Editor
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.calls import prediction_of, with_prediction
-from hookctl.loop.pictures import decode
+from hookctl.loop.images import decode
 from hookctl.loop.prompts import EncodedTexts, check_texts
 from hookctl.loop.state import Proceed, State
-from hookctl.recipes import places
-from hookctl.recipes.bootstrapping import Bootstrapping
-from hookctl.recipes.places import Places, Texts, check_share, shares
-from hookctl.recipes.windows import Window, windows_of
+from hookctl.recipes.common import places
+from hookctl.recipes.common.bootstrapping import Bootstrapping
+from hookctl.recipes.common.places import Places, Texts, check_share, shares
+from hookctl.recipes.common.tiles import Window, windows_of
 from hookctl.session import control
 
 MARGIN = 8  # cells beyond the sides of a cylinder that its decoder sees
@@ -93,7 +93,7 @@ class MultiDiffusion(Editor):
         self.bootstrapping = Bootstrapping(int(seed))
 
     def claims(self) -> Sequence[Claim]:
-        return [Claim(WHOLE_PICTURE, cure="Use one of them: windows are parts of the picture")]
+        return [Claim(WHOLE_IMAGE, cure="Use one of them: windows are parts of the image")]
 
     def attach(self, target: Any) -> None:
         check_texts(target, self.texts.every, self.name)
@@ -125,7 +125,7 @@ class MultiDiffusion(Editor):
         if self._texts is not None and self.bootstrap:
             self.bootstrapping.begin(state)
 
-    # -- the turn ------------------------------------------------------------------------------
+    # -- the step ------------------------------------------------------------------------------
 
     def denoise(self, state: State, proceed: Proceed) -> Any:
         if len(self.windows) == 1 and self.windows[0].whole and self._texts is None:
@@ -155,7 +155,7 @@ class MultiDiffusion(Editor):
         return with_prediction(output, (total / count).to(kwargs[state.sample]))
 
     def paths(self, prompts: tuple[int, ...]) -> list[Path]:
-        """What is predicted in a turn, for rows of these prompts: windows, region by region."""
+        """What is predicted in a step, for rows of these prompts: windows, region by region."""
         if prompts not in self._paths:
             canvas = self.windows[0]
             size = canvas.canvas_height, canvas.canvas_width
@@ -211,7 +211,7 @@ class MultiDiffusion(Editor):
     ) -> Any:
         """Draw canvases of height x width pixels; arguments: of the pipeline's own call.
 
-        Returns a list of pictures, or latents with output_type="latent".
+        Returns a list of images, or latents with output_type="latent".
         """
         arguments |= {"height": height, "width": width, "output_type": "latent"}
         with control(pipe, self, *editors):
@@ -222,8 +222,8 @@ class MultiDiffusion(Editor):
         margin = min(MARGIN, latents.shape[-1])
         around = torch.cat([latents[..., -margin:], latents, latents[..., :margin]], -1)
         left = margin * pipe.vae_scale_factor
-        pictures = decode(pipe, around, "pil")
-        return [picture.crop((left, 0, left + width, height)) for picture in pictures]
+        images = decode(pipe, around, "pil")
+        return [image.crop((left, 0, left + width, height)) for image in images]
 
 
 def _pair(value: Any, name: str) -> tuple[int, int] | None:

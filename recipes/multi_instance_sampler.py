@@ -2,9 +2,9 @@
 
 Wang et al., "InstanceDiffusion: Instance-level Control for Image Generation", arXiv 2402.03290
 (CVPR 2024), section 3.4. From the same noise, for the first `share` of the schedule, 1 + n
-pictures are denoised side by side: the one of the whole prompt, and one for each instance whose
+images are denoised side by side: the one of the whole prompt, and one for each instance whose
 prompt is the instance's own phrase, so that no other instance can leak into it. Each has its own
-solver. Then they become one picture, which goes on with the whole prompt:
+solver. Then they become one image, which goes on with the whole prompt:
 
     mean     x <- (x_0 + sum_i x_i) / (1 + n)                             the official code
     paste    x <- (1 - sum_i m_i) x_0 + sum_i m_i x_i                     crop and paste
@@ -14,12 +14,12 @@ what to what); `renormalise` restores it. The official crop-and-paste, switched 
 the height by x; here x is to the right.
 
 The official instance branches are grounded by trained modules. Without such, `outside` says what
-an instance's picture shows beyond its region, and the phrase is asked for inside alone, as by
-`RegionalPrompts`; without `outside` the phrase is asked for everywhere. `ground` paints what is
-beyond in a plain colour at the noise level of every turn, as MultiDiffusion's bootstrapping does
+an instance's image shows beyond its region, and the phrase is asked for inside alone, as by
+`RegionalPrompts`; without `outside` the phrase is asked for everywhere. `background` paints what is
+beyond in a plain colour at the noise level of every step, as MultiDiffusion's bootstrapping does
 (Bar-Tal et al., arXiv 2302.08113, section 4.2): the instance then has to find room inside. A phrase
 that is asked for everywhere may still put its object across the region's edge, where it is cut;
-`outside=""`, nothing beyond, prevents that. With `start` the instances leave the picture later,
+`outside=""`, nothing beyond, prevents that. With `start` the instances leave the image later,
 once something else in the stack, such as layout guidance, has laid it out.
 """
 
@@ -34,21 +34,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hookctl.address.layout import over_latent
+from hookctl.address.latent import over_latent
 from hookctl.address.rows import COND, Row, Rows
 from hookctl.address.sites import Grid, Selector
 from hookctl.attention.call import AttentionCall
 from hookctl.attention.division import Division
-from hookctl.editor import WHOLE_PICTURE, Claim, Editor
+from hookctl.editor import WHOLE_IMAGE, Claim, Editor
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.kernels.latent_mixing import merge_instances
-from hookctl.loop.beside import Beside, guidance_of
+from hookctl.loop.images import encode
 from hookctl.loop.noise import Noise
-from hookctl.loop.pictures import encode
 from hookctl.loop.prompts import EncodedTexts, Text, check_texts
 from hookctl.loop.state import Predictions, State
-from hookctl.recipes import places
-from hookctl.recipes.places import Places, Texts, check_share, grid_in, shares
+from hookctl.recipes.common import places
+from hookctl.recipes.common.companion import Beside, guidance_of
+from hookctl.recipes.common.places import Places, Texts, check_share, grid_in, shares
 
 MERGES = ("mean", "paste")
 Colour = tuple[int, int, int]
@@ -59,16 +59,16 @@ class MultiInstanceSampler(Editor):
 
     texts, regions: phrase and place of each instance, for every prompt of the run, or a list of
     lists, one for each. share: of the schedule before the merge (0.36 in the official code, 0.1 in
-    the paper's figures). start: of the schedule before the instances leave the picture, 0 as
-    published. merge: "mean" or "paste". outside: text of an instance's picture beyond its region,
-    None for its phrase everywhere. ground: colour (red, green, blue; 0 to 255) of the plain surface
-    that the picture is kept to there, or one for each prompt. edge: soft border of the regions, a
-    fraction of the shorter side. renormalise: keep the standard deviation of each picture. seed: of
-    the noise that solvers of instances draw, where they draw any.
+    the paper's figures). start: of the schedule before the instances leave the image, 0 as
+    published. merge: "mean" or "paste". outside: text of an instance's image beyond its region,
+    None for its phrase everywhere. background: colour (red, green, blue; 0 to 255) of the plain
+    surface that the image is kept to there, or one for each prompt. edge: soft border of the
+    regions, a fraction of the shorter side. renormalise: keep the standard deviation of each image.
+    seed: of the noise that solvers of instances draw, where they draw any.
 
     share=0, start=share or no instances leave a run bit for bit as it was. Instances are guided by
     the scale that the pipeline's own combination shows, so list this editor before others that
-    guide. After a run `spread` holds, for each picture, its standard deviation before and after the
+    guide. After a run `spread` holds, for each image, its standard deviation before and after the
     merge.
     """
 
@@ -81,7 +81,7 @@ class MultiInstanceSampler(Editor):
         start: float = 0.0,
         merge: Literal["mean", "paste"] = "mean",
         outside: str | None = None,
-        ground: Colour | Sequence[Colour] | None = None,
+        background: Colour | Sequence[Colour] | None = None,
         edge: float = 0.0,
         renormalise: bool = False,
         seed: int = 0,
@@ -93,14 +93,16 @@ class MultiInstanceSampler(Editor):
         if merge not in MERGES:
             raise InputError(f"{self.name}: merge={merge!r}; give one of {', '.join(MERGES)}")
         self.merge, self.outside, self.renormalise = merge, outside, renormalise
-        self.ground = None if ground is None else _colours(ground, f"{self.name}: ground")
+        self.background = (
+            None if background is None else _colours(background, f"{self.name}: background")
+        )
         self.edge = check_share(edge, f"{self.name}: edge")
         self.start = check_share(start, f"{self.name}: start")
         self.stop = check_share(share, f"{self.name}: share")
         if self.start > self.stop:
             raise InputError(
                 f"{self.name}: start={start!r} is after share={share!r}; instances must leave the "
-                "picture before they are merged"
+                "image before they are merged"
             )
         self.sites, self.seed = sites, seed
         self._restart()
@@ -114,7 +116,7 @@ class MultiInstanceSampler(Editor):
         self._divisions: dict[tuple[int, int, Grid], Division] = {}
 
     def claims(self) -> Sequence[Claim]:
-        return [Claim(WHOLE_PICTURE, window=self.window(), shared=True)]
+        return [Claim(WHOLE_IMAGE, window=self.window(), shared=True)]
 
     def attach(self, target: Any) -> None:
         if not hasattr(getattr(target, "scheduler", None), "step"):
@@ -122,15 +124,15 @@ class MultiInstanceSampler(Editor):
                 f"{self.name} keeps a solver for each instance: control a pipeline with a scheduler"
             )
         check_texts(target, self._every, self.name)
-        if self.ground is not None:
+        if self.background is not None:
             Noise(target.scheduler)
 
-    # -- the instances' own pictures -----------------------------------------------------------
+    # -- the instances' own images -----------------------------------------------------------
 
     def begin(self, state: State) -> None:
         self.regions.check_rows(state.rows)
         self._restart()
-        if self.ground is not None and self.texts.most:
+        if self.background is not None and self.texts.most:
             self._surface = self._painted(state)
         if self.texts.most:
             self._encoded = EncodedTexts(state, self._every)
@@ -150,30 +152,30 @@ class MultiInstanceSampler(Editor):
             instance.predict(state, partial(self._encoded.put, state=state, rows=asked))
 
     def _painted(self, state: State) -> tuple[Tensor, Tensor]:
-        """(x0, eps) of plain surfaces: [pictures, channels, height, width] each."""
-        colours, latents = self.ground or [], state.latents
+        """(x0, eps) of plain surfaces: [images, channels, height, width] each."""
+        colours, latents = self.background or [], state.latents
         drawn = len({row.prompt for row in state.rows})
         if len(colours) not in (1, drawn):
             raise InputError(
-                f"{self.name}: ground has {len(colours)} colours, but the pipeline draws {drawn} "
-                "prompts; give one for all, or one for each"
+                f"{self.name}: background has {len(colours)} colours, but the pipeline draws "
+                f"{drawn} prompts; give one for all, or one for each"
             )
         if latents.dim() != 4:
-            raise UnsupportedError(f"{self.name}: ground is for latents [pictures, c, h, w]")
+            raise UnsupportedError(f"{self.name}: background is for latents [images, c, h, w]")
         factor = state.pipe.vae_scale_factor
         size = (latents.shape[-1] * factor, latents.shape[-2] * factor)
         x0 = [encode(state.pipe, Image.new("RGB", size, colour)) for colour in colours]
-        chosen = [x0[row.prompt if len(x0) > 1 else 0] for row in state.pictures]
+        chosen = [x0[row.prompt if len(x0) > 1 else 0] for row in state.images]
         sigma = float(getattr(state.pipe.scheduler, "init_noise_sigma", 1.0))
         return torch.cat(chosen).to(latents), latents / sigma
 
     def _kept(self, state: State, latents: Tensor, index: int) -> Tensor:
-        """An instance's latents, with the plain surface of this turn's level beyond its region."""
+        """An instance's latents, with the plain surface of this step's level beyond its region."""
         assert self._surface is not None  # the caller looked
         level = Noise(state.pipe.scheduler).level(state.clock.timestep)
         surface = level.mix(*self._surface)
         kept = latents.clone()
-        for row in state.pictures:
+        for row in state.images:
             region = self.regions[row.prompt][index : index + 1]
             if region:
                 share = shares(region, *state.grid[-2:], edge=self.edge).to(latents)
@@ -181,7 +183,7 @@ class MultiInstanceSampler(Editor):
         return kept
 
     def _asked(self, rows: Rows, index: int) -> dict[int, Text]:
-        """The text of every conditional row, by row, in an instance's picture."""
+        """The text of every conditional row, by row, in an instance's image."""
         found: dict[int, Text] = {}
         for row in rows.where(role=COND):
             phrases = self.texts[row.prompt]
@@ -190,7 +192,7 @@ class MultiInstanceSampler(Editor):
         return found
 
     def combine(self, predictions: Predictions) -> Tensor:
-        """A step of every instance's picture, guided as the pipeline guides its own."""
+        """A step of every instance's image, guided as the pipeline guides its own."""
         if self._instances:
             scale = guidance_of(predictions)
             for instance in self._instances.values():
@@ -205,7 +207,7 @@ class MultiInstanceSampler(Editor):
     # -- inside a region alone -----------------------------------------------------------------
 
     def context(self, state: State) -> Mapping[str, Tensor] | None:
-        """The phrase of the instance whose picture a call is of."""
+        """The phrase of the instance whose image a call is of."""
         drawn = {self._index(row) for row in state.rows} - {None}
         if self.outside is None or not drawn or self._encoded is None:
             return None
@@ -248,20 +250,20 @@ class MultiInstanceSampler(Editor):
     # -- the merge -----------------------------------------------------------------------------
 
     def after(self, state: State) -> None:
-        last = replace(state.clock, turn=state.clock.turn + 1)
+        last = replace(state.clock, step=state.clock.step + 1)
         if not self._instances or self.active(last):
             return
         latents = state.latents
-        merged = torch.stack([self._merged(latents, row, state) for row in state.pictures])
+        merged = torch.stack([self._merged(latents, row, state) for row in state.images])
         for before, after in zip(latents, merged, strict=True):
             self.spread.append((float(before.std()), float(after.std())))
         self._instances = {}
         state.latents = merged
 
-    def _merged(self, latents: Tensor, picture: Row, state: State) -> Tensor:
-        own, regions = latents[picture.index], self.regions[picture.prompt]
+    def _merged(self, latents: Tensor, image: Row, state: State) -> Tensor:
+        own, regions = latents[image.index], self.regions[image.prompt]
         instances = list(self._instances.values())[: len(regions)]
-        drawn = [instance.latents[picture.index] for instance in instances]
+        drawn = [instance.latents[image.index] for instance in instances]
         if not drawn:
             return own
         if self.merge == "mean":

@@ -19,14 +19,14 @@ from typing import Any
 
 from hookctl.loop.inversion import Progress, ddim_path, require_first_order
 from hookctl.loop.trajectory import Trajectory
-from hookctl.recipes.inverted import Inversion, Inverted
+from hookctl.recipes.common.inversion import Inversion, Inverted
 from hookctl.recipes.proximal_guidance import ProximalGuidance
 
 
 class NegativePromptInversion(Inversion):
-    """A picture whose own prompt is its edits' negative prompt.
+    """An image whose own prompt is its edits' negative prompt.
 
-        inverted = NegativePromptInversion(pipe, picture, prompt, proximal=0.7).run()
+        inverted = NegativePromptInversion(pipe, image, prompt, proximal=0.7).run()
 
     guidance: scale for its edits. proximal: quantile of `ProximalGuidance`, None for none; for its
     further options give the editor to `edit` yourself. refine: of the DDIM inversion.
@@ -36,7 +36,7 @@ class NegativePromptInversion(Inversion):
     def __init__(
         self,
         pipe: Any,
-        picture: Any,
+        image: Any,
         prompt: str | Sequence[str],
         *,
         steps: int = 50,
@@ -44,7 +44,7 @@ class NegativePromptInversion(Inversion):
         proximal: float | None = None,
         refine: int = 0,
     ) -> None:
-        super().__init__(pipe, picture, prompt, steps=steps, guidance=guidance)
+        super().__init__(pipe, image, prompt, steps=steps, guidance=guidance)
         self.limits = () if proximal is None else (ProximalGuidance(proximal),)
         self.refine = refine
 

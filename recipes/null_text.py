@@ -1,4 +1,4 @@
-"""Null-text inversion: fit the unconditional text so that guided sampling follows the picture.
+"""Null-text inversion: fit the unconditional text so that guided sampling follows the image.
 
 Mokady et al., "Null-text Inversion for Editing Real Images using Guided Diffusion Models",
 arXiv 2211.09794 (CVPR 2023). DDIM inversion without guidance gives a pivot x*; then, step by step
@@ -25,13 +25,13 @@ from hookctl.loop.inversion import (
     require_first_order,
 )
 from hookctl.loop.trajectory import Trajectory
-from hookctl.recipes.inverted import Inversion, Inverted
+from hookctl.recipes.common.inversion import Inversion, Inverted
 
 
 class NullTextInversion(Inversion):
-    """A picture with an unconditional embedding for each step.
+    """An image with an unconditional embedding for each step.
 
-        inverted = NullTextInversion(pipe, picture, prompt).run(progress=print)
+        inverted = NullTextInversion(pipe, image, prompt).run(progress=print)
 
     guidance: scale that the embeddings are fitted for, and that edits should have. iterations:
     at most, for each step; rate: Adam's, falling to half of it; tolerance: loss that is good enough
@@ -43,7 +43,7 @@ class NullTextInversion(Inversion):
     def __init__(
         self,
         pipe: Any,
-        picture: Any,
+        image: Any,
         prompt: str | Sequence[str],
         *,
         steps: int = 50,
@@ -53,7 +53,7 @@ class NullTextInversion(Inversion):
         tolerance: float = 1e-5,
         refine: int = 0,
     ) -> None:
-        super().__init__(pipe, picture, prompt, steps=steps, guidance=guidance)
+        super().__init__(pipe, image, prompt, steps=steps, guidance=guidance)
         if guidance <= 1:
             raise InputError(f"guidance={guidance!r} has no unconditional text; give one above 1")
         if iterations < 1 or rate <= 0:

@@ -25,10 +25,10 @@ from hookctl.address.clock import Window
 from hookctl.address.regions import Region, RegionLike, region_of
 from hookctl.address.sites import Grid, Selector
 from hookctl.attention.call import AttentionCall
-from hookctl.editor import WHOLE_PICTURE, Claim, Editor
+from hookctl.editor import WHOLE_IMAGE, Claim, Editor
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.state import State
-from hookctl.recipes.image_tokens import image_sites
+from hookctl.recipes.common.image_tokens import image_sites
 
 Flow = tuple[str, str, float]
 REST = "rest"  # what lies in no named region
@@ -84,7 +84,7 @@ class OneWayFlow(Editor):
         return (flow[0], flow[1], strength)
 
     def claims(self) -> Sequence[Claim]:
-        return [Claim(WHOLE_PICTURE, window=self.window(), shared=True)]
+        return [Claim(WHOLE_IMAGE, window=self.window(), shared=True)]
 
     def attach(self, target: Any) -> None:
         image_sites(self.name, target, self.sites)
@@ -106,7 +106,7 @@ class OneWayFlow(Editor):
                 call.restrict(list(call.rows), *self._cut(flow, call))
 
     def _share(self, call: AttentionCall) -> float:
-        """How much of the strength is left at this turn."""
+        """How much of the strength is left at this step."""
         if not self.anneal:
             return 1.0
         passed = (call.clock.fraction - self._window.start) / (

@@ -15,7 +15,7 @@ from hookctl.address.clock import Clock
 from hookctl.address.sites import Selector
 from hookctl.attention.call import AttentionCall
 from hookctl.loop.state import State
-from hookctl.recipes.perturbation import PerturbedGuidance, number
+from hookctl.recipes.common.perturbed_guidance import PerturbedGuidance, number
 
 TRAINED = 1000  # timesteps that the published rule counts from
 
@@ -24,7 +24,7 @@ class PAG(PerturbedGuidance):
     """Perturbed-attention guidance, after the pipeline's own.
 
     scale: s; the paper takes 3 beside a guidance of 4, and 5 without any. 0 costs nothing.
-    adaptive: a of s_t = max(0, s - a (1000 - t)): the guidance fades as the picture gets clean
+    adaptive: a of s_t = max(0, s - a (1000 - t)): the guidance fades as the image gets clean
         (diffusers' `pag_adaptive_scale`); no rows are added once it is 0.
     sites: the paper's is the middle block; start, stop: a window, outside of which it is free.
     branch: name of the perturbed branch.

@@ -1,4 +1,4 @@
-"""Prompt-to-Prompt: edit a picture by editing its prompt.
+"""Prompt-to-Prompt: edit an image by editing its prompt.
 
 Hertz et al., "Prompt-to-Prompt Image Editing with Cross-Attention Control", arXiv 2208.01626
 (ICLR 2023). The source and its edits are drawn in one batch from one noise; in the conditional
@@ -23,24 +23,24 @@ from torch import Tensor
 
 from hookctl.address.clock import Clock, Window
 from hookctl.address.families import denoiser_of, describe_sites
-from hookctl.address.layout import finest_within
+from hookctl.address.latent import finest_within
 from hookctl.address.rows import COND
 from hookctl.address.sites import Selector, matcher, select
 from hookctl.address.text import PromptText, TextLayout, align
 from hookctl.attention.call import AttentionCall, Routing
-from hookctl.editor import WHOLE_PICTURE, Claim
+from hookctl.editor import WHOLE_IMAGE, Claim
 from hookctl.errors import InputError, WordError
 from hookctl.loop.state import State
-from hookctl.recipes.batch import SourceAndEdits
-from hookctl.recipes.local_blend import LocalBlend, Words, words_of
-from hookctl.recipes.word_windows import WindowLike, WordWindows, found
+from hookctl.recipes.common.local_blend import LocalBlend, Words, words_of
+from hookctl.recipes.common.source_and_edits import SourceAndEdits
+from hookctl.recipes.common.word_windows import WindowLike, WordWindows, found
 
 MODES = ("auto", "replace", "refine")
 Gains = Mapping[str, float]
 
 
 class PromptToPrompt(SourceAndEdits):
-    """Edit pictures by word swap, refinement and re-weighting, with local blend.
+    """Edit images by word swap, refinement and re-weighting, with local blend.
 
         edit = PromptToPrompt(["a red cat", "a red dog"], blend=("cat", "dog"))
         source, edited = edit.run(pipe, seed=0)
@@ -120,7 +120,7 @@ class PromptToPrompt(SourceAndEdits):
         windows = [w for w in (*self.cross.windows, *late) if w.start < w.stop]
         claims = []
         if self.local is not None:
-            claims.append(Claim(WHOLE_PICTURE, window=Window(self.local.start, 1.0), shared=True))
+            claims.append(Claim(WHOLE_IMAGE, window=Window(self.local.start, 1.0), shared=True))
         if self.self_window.start < self.self_window.stop:
             images = _both(mine, "self", "joint")
             claims.append(Claim("substitution", images, self.self_window, targets))

@@ -1,13 +1,13 @@
 """Proximal guidance: guide only where the guidance is strong.
 
 Han et al., "ProxEdit: Improving Tuning-Free Real Image Editing with Proximal Guidance",
-arXiv 2306.05414 (WACV 2024). With delta = cond - uncond of a picture and lambda a quantile of
+arXiv 2306.05414 (WACV 2024). With delta = cond - uncond of an image and lambda a quantile of
 |delta|,
 
     guided = uncond + s prox(delta),     prox soft: sign(delta) max(0, |delta| - lambda)
                                               hard: delta where |delta| > lambda, else 0
 
-and, given the path of an inverted picture, latents where prox is nothing are drawn towards it:
+and, given the path of an inverted image, latents where prox is nothing are drawn towards it:
 x <- x - r (x - x*), in the last part of the schedule (inversion guidance).
 """
 
@@ -29,15 +29,15 @@ MODES = ("soft", "hard")
 
 
 class ProximalGuidance(Editor):
-    """Limits classifier-free guidance to its strongest places, picture by picture.
+    """Limits classifier-free guidance to its strongest places, image by image.
 
     quantile: of |cond - uncond| below which guidance is off, 0 for all of it; mode: "soft" or
         "hard".
-    path: latents of every level of an inverted picture (`Inverted.path`), rate: how fast the
+    path: latents of every level of an inverted image (`Inverted.path`), rate: how fast the
         unguided places are drawn to it, 0 for not at all; path_start: from which fraction of the
         schedule on; dilate: cells by which the guided places are widened first.
     paper: the official code's forms: there "hard" ("l0") is the soft threshold, and "soft" ("l1")
-        shifts a second time, above zero before below, which turns signs about.
+        shifts a second time, above zero before below, which steps signs about.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class ProximalGuidance(Editor):
         limit = limit.reshape(-1, *[1] * (delta.dim() - 1)).to(delta)
         kept = self._prox(delta, limit)
         self._guided = kept != 0
-        # guided = uncond + s delta, whatever s is for each picture.
+        # guided = uncond + s delta, whatever s is for each image.
         share = torch.where(delta != 0, kept / delta, torch.zeros_like(delta))
         return uncond + (guided - uncond) * share
 
@@ -100,7 +100,7 @@ class ProximalGuidance(Editor):
         if guided is None:
             return
         x = state.latents
-        target = self.path[state.clock.turn + 1].to(x)
+        target = self.path[state.clock.step + 1].to(x)
         if self.dilate:
             side = 2 * self.dilate + 1
             guided = F.max_pool2d(guided.float(), side, 1, self.dilate) > 0

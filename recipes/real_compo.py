@@ -2,8 +2,8 @@
 
 Zhang et al., "RealCompo: Balancing Realism and Compositionality Improves Text-to-Image Diffusion
 Models", arXiv 2402.12908 (NeurIPS 2024). With predictions e_l of a model that keeps a layout and
-e_t of one that draws well, each with classifier-free guidance, and a map d for each picture, every
-turn
+e_t of one that draws well, each with classifier-free guidance, and a map d for each image, every
+step
 
     c = sigmoid(d),   x' = c T(e_l) + (1 - c) T(e_t)                   trial, conditional rows alone
     L = sum over objects and models of 1 - (attention inside) / (attention)        of the maps of x'
@@ -11,7 +11,7 @@ turn
     x <- c S_l(e_l) + (1 - c) S_t(e_t)                                c = 1 in the first 2/5
 
 The paper's two influence maps get opposite gradients, so their difference d is all there is. The
-trial T is a deterministic step of first order in the scheduler's space, seen at the turn's own
+trial T is a deterministic step of first order in the scheduler's space, seen at the step's own
 time; it doesn't touch the solvers. S_l and S_t are the scheduler's step, each with a history of its
 own model's predictions (`loop.mixture`): with a solver of first order that is the step of the mixed
 prediction, with a multistep one it is not where c changes. A layout model that guides by its
@@ -32,11 +32,10 @@ from hookctl.address.sites import Selector
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.kernels.latent_mixing import mix_predictions, update_difference
 from hookctl.loop.calls import prediction_of
-from hookctl.loop.energy import Energies, Picture
-from hookctl.loop.mixture import MixedSteps, Part
+from hookctl.loop.energy import Energies, ImageMaps
 from hookctl.loop.noise import Noise
 from hookctl.loop.state import Predictions, Proceed, State, split_branches
-from hookctl.recipes.energy_guidance import (
+from hookctl.recipes.common.energy_guidance import (
     ATTENDING,
     Subject,
     WordEnergy,
@@ -44,10 +43,11 @@ from hookctl.recipes.energy_guidance import (
     level_of,
     mean_map,
 )
+from hookctl.recipes.common.layout_models import layout_model
+from hookctl.recipes.common.mixture import MixedSteps, Part
+from hookctl.recipes.common.perturbed_guidance import number
+from hookctl.recipes.common.places import Places, check_share
 from hookctl.recipes.layout_guidance import LayoutGuidance
-from hookctl.recipes.layout_models import layout_model
-from hookctl.recipes.perturbation import number
-from hookctl.recipes.places import Places, check_share
 
 PAPER_RHO = 1e6
 PAPER_SEED = 31
@@ -56,7 +56,7 @@ LAYOUT, TEXT, MIXTURE = "layout", "text", "mixture"  # whose history a solver ha
 
 @dataclass(frozen=True, eq=False)
 class Guess:
-    """What a model predicts in a turn: conditional, and guided; and of which latents."""
+    """What a model predicts in a step: conditional, and guided; and of which latents."""
 
     cond: Tensor
     guided: Tensor
@@ -69,7 +69,7 @@ class RealCompo(WordEnergy):
     words, regions: as many of each, for every prompt or a list for each. layout: the layout model:
     a guidance of the pipeline's own denoiser (by default `LayoutGuidance(words, regions)`), another
     pipeline or denoiser of the same latent space, or an object as in `recipes.layout_models`.
-    rho: size of the largest change of d in a turn. alone: until this fraction of the schedule the
+    rho: size of the largest change of d in a step. alone: until this fraction of the schedule the
     layout model draws alone. coefficient: a fixed c instead, 0 for the text model (bit for bit)
     and 1 for the layout model. generator: draws the first d, from N(0, 2); without one d starts at
     0. paper: the official code, where d moves by rho = 1e6 sqrt(linspace(1, 0.5)) times the
@@ -155,9 +155,9 @@ class RealCompo(WordEnergy):
     def _mixed(self, state: State, layout: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """The mixture of the predictions, and c."""
         assert self.d is not None  # since `begin`
-        turns = int(self.alone * state.clock.turns + 1e-9)
+        steps = int(self.alone * state.clock.steps + 1e-9)
         share = self.coefficient
-        if share is None and state.clock.turn >= turns:
+        if share is None and state.clock.step >= steps:
             return mix_predictions(layout, text, self.d[:, 0]), self.d.sigmoid()
         share = 1.0 if share is None else share
         mixed = layout if share == 1 else torch.lerp(text, layout, share)
@@ -181,11 +181,11 @@ class RealCompo(WordEnergy):
         if self.paper:
             seen = x if layout.latents is x else x + c * (layout.latents - x)
             parts = {MIXTURE: Part(1.0, mixed, seen)}
-        turn = predictions.state.clock.turn
-        return self._steps.difference(turn, mixed, x, parts, predictions.options)
+        step = predictions.state.clock.step
+        return self._steps.difference(step, mixed, x, parts, predictions.options)
 
     def _update(self, state: State, layout: Guess, text: Guess) -> None:
-        """d after this turn, [pictures, 1, ...]."""
+        """d after this step, [images, 1, ...]."""
         if self.coefficient is not None or not self.subjects or not self.rho:
             return
         assert self.d is not None  # since `begin`
@@ -193,7 +193,7 @@ class RealCompo(WordEnergy):
         pull = self._pull(state, b + self.d.sigmoid() * (a - b))
         rate = self.rho
         if self.paper:
-            share = state.clock.turn / max(state.clock.turns - 1, 1)
+            share = state.clock.step / max(state.clock.steps - 1, 1)
             rate = PAPER_RHO * (1 - 0.5 * share) ** 0.5
         d = update_difference(self.d[:, 0], pull, a, b, rate, largest=not self.paper)
         self.d = d[:, None]
@@ -201,7 +201,7 @@ class RealCompo(WordEnergy):
     def _trial(self, state: State, guess: Guess) -> Tensor:
         """T: where a model's conditional prediction leads by a step of first order."""
         noise = Noise(state.pipe.scheduler)
-        there = noise.after(state.pipe.scheduler.timesteps[state.clock.turn])
+        there = noise.after(state.pipe.scheduler.timesteps[state.clock.step])
         return there.mix(*noise.split(guess.latents, guess.cond, level_of(state)))
 
     def _pull(self, state: State, x: Tensor) -> Tensor:
@@ -214,16 +214,16 @@ class RealCompo(WordEnergy):
         parts = [] if second is None else [second]
         if second is None or not self.paper:
             parts.append(measure(state))
-        self.record.append((state.clock.turn, torch.stack([p.values for p in parts]).sum(0)))
+        self.record.append((state.clock.step, torch.stack([p.values for p in parts]).sum(0)))
         total = torch.stack([p.gradient for p in parts if p.gradient is not None]).sum(0)
         return total.to(x)
 
-    def energy(self, picture: Picture) -> Tensor:
+    def energy(self, image: ImageMaps) -> Tensor:
         """Sum over objects of 1 - the share of attention inside."""
-        subjects: Sequence[Subject] = self.subjects.get(picture.row.prompt, ())
+        subjects: Sequence[Subject] = self.subjects.get(image.row.prompt, ())
         if not subjects:
-            return picture.latents.new_zeros(())
-        maps = mean_map(picture.maps)
+            return image.latents.new_zeros(())
+        maps = mean_map(image.maps)
         parts = []
         for subject in subjects:
             m = maps[..., list(subject.columns)].sum(-1)

@@ -1,9 +1,9 @@
-"""Reference-only: pictures in the manner of a given one, without training and without inversion.
+"""Reference-only: images in the manner of a given one, without training and without inversion.
 
 Zhang, "Reference-only Control" (Mikubill/sd-webui-controlnet, discussion 1236, 2023), as the
-community pipelines of diffusers have it. At every turn the reference is noised to the run's level,
+community pipelines of diffusers have it. At every step the reference is noised to the run's level,
 
-    x_r = signal * x0_r + noise * xi          xi drawn anew at each turn
+    x_r = signal * x0_r + noise * xi          xi drawn anew at each step
 
 and runs beside the others; in self-attention they look at its tokens too: Attn(q, [k; k_r],
 [v; v_r]). Unconditional rows mix that with their own attention, by the fidelity f:
@@ -21,34 +21,34 @@ from PIL import Image
 
 from hookctl.address.rows import UNCOND
 from hookctl.address.sites import Selector
-from hookctl.editor import WHOLE_PICTURE, Claim
+from hookctl.editor import WHOLE_IMAGE, Claim
 from hookctl.errors import InputError
+from hookctl.loop.images import encode
 from hookctl.loop.noise import Noise, noise_like
-from hookctl.loop.pictures import encode
 from hookctl.loop.state import State
 from hookctl.recipes.style_aligned import StyleAligned
 
 
 class ReferenceOnly(StyleAligned):
-    """Draw prompts in the manner of a picture.
+    """Draw prompts in the manner of an image.
 
-        edit = ReferenceOnly(["a striped red star", "a striped red circle"], picture)
+        edit = ReferenceOnly(["a striped red star", "a striped red circle"], image)
         again, drawn = edit.run(pipe, seed=0)
 
-    prompts: the first describes the picture, the others are drawn.
-    picture: the reference, PIL in mode RGB or the path of a file, of the size that is drawn.
+    prompts: the first describes the image, the others are drawn.
+    image: the reference, PIL in mode RGB or the path of a file, of the size that is drawn.
     fidelity: 0..1, how little the unconditional rows see of the reference; the more, the stronger
         guidance pulls towards it.
     seed: of the noise on the reference.
     sites: self-attention to act in (the community form drops sites as its weight falls).
 
-    The first picture that comes out is the reference, drawn from its last noised form.
+    The first image that comes out is the reference, drawn from its last noised form.
     """
 
     def __init__(
         self,
         prompts: Sequence[str],
-        picture: Any,
+        image: Any,
         *,
         fidelity: float = 0.5,
         seed: int = 0,
@@ -59,24 +59,24 @@ class ReferenceOnly(StyleAligned):
         super().__init__(prompts, adain=False, sites=sites, start=start, stop=stop)
         if not 0 <= fidelity <= 1:
             raise InputError(f"ReferenceOnly: fidelity={fidelity!r}; give a number from 0 to 1")
-        self.picture, self.seed = picture, int(seed)
+        self.image, self.seed = image, int(seed)
         self.shares = {UNCOND: 1.0 - float(fidelity)}
 
     def claims(self) -> Sequence[Claim]:
         # The reference is as large as what is drawn, and in its place.
-        return [*super().claims(), Claim(WHOLE_PICTURE, window=self.window(), shared=True)]
+        return [*super().claims(), Claim(WHOLE_IMAGE, window=self.window(), shared=True)]
 
     def attach(self, target: Any) -> None:
         super().attach(target)
-        self._clean = encode(target, opened(self.picture))
+        self._clean = encode(target, opened(self.image))
 
     def begin(self, state: State) -> None:
         super().begin(state)
         size, wanted = tuple(self._clean.shape[1:]), tuple(state.latents.shape[1:])
         if size != wanted:
             raise InputError(
-                f"ReferenceOnly: the picture's latents are {size}, and this run draws {wanted}; "
-                "resize the picture"
+                f"ReferenceOnly: the image's latents are {size}, and this run draws {wanted}; "
+                "resize the image"
             )
         self._noise = Noise(state.pipe.scheduler)
         self._generator = torch.Generator().manual_seed(self.seed)
@@ -84,18 +84,18 @@ class ReferenceOnly(StyleAligned):
     def before(self, state: State) -> None:
         latents = state.latents.clone()
         level = self._noise.level(state.clock.timestep)
-        for row in state.pictures.where(prompt=0):
+        for row in state.images.where(prompt=0):
             clean = self._clean[0].to(latents)
             latents[row.index] = level.mix(clean, noise_like(clean, self._generator))
         state.latents = latents
 
 
-def opened(picture: Any) -> Any:
-    """A picture as it is, or the file at a path, in RGB."""
-    if not isinstance(picture, str | Path):
-        return picture
+def opened(image: Any) -> Any:
+    """An image as it is, or the file at a path, in RGB."""
+    if not isinstance(image, str | Path):
+        return image
     try:
-        with Image.open(picture) as file:
+        with Image.open(image) as file:
             return file.convert("RGB")
     except OSError as error:
-        raise InputError(f"picture={str(picture)!r}: {error}; give a readable picture") from None
+        raise InputError(f"image={str(image)!r}: {error}; give a readable image") from None

@@ -1,20 +1,20 @@
-"""Regional prompts: different texts in different places of one picture.
+"""Regional prompts: different texts in different places of one image.
 
 The attention-level form of MultiDiffusion's idea (Bar-Tal et al., arXiv 2302.08113), known as
 regional prompter or attention couple. At every attention to the text, a query inside regions asks
-their texts, and one outside asks the picture's own prompt:
+their texts, and one outside asks the image's own prompt:
 
     out = (1 - (1 - b) sum_r m_r) Attn(q, k, v) + (1 - b) sum_r m_r Attn(q, k_r, v_r)
     m_r = a_r c_r / max(1, sum_s a_s c_s)
 
 c_r(query) is how far the query's token lies in region r, a_r the region's weight, b the base
-ratio: what the prompt of the whole picture keeps inside the regions. k_r, v_r pass the model's own
+ratio: what the prompt of the whole image keeps inside the regions. k_r, v_r pass the model's own
 projections. Outputs are mixed, not scores, so soft and overlapping regions mean what they say (one
 softmax over all texts would make them compete), and self-attention stays global.
 
-On SD3 and Flux the further texts run along with the picture's own in the joint sequence: each sees
+On SD3 and Flux the further texts run along with the image's own in the joint sequence: each sees
 itself and the image, as in a run of its own, and Attn(q, k_r, v_r) is over the image and text r.
-What these models (and SDXL) read from the pooled text stays the picture's.
+What these models (and SDXL) read from the pooled text stays the image's.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from hookctl.address.rows import COND
 from hookctl.address.sites import Grid, Selector
 from hookctl.attention.call import AttentionCall
 from hookctl.attention.division import Division
-from hookctl.editor import WHOLE_PICTURE, Claim, Editor
+from hookctl.editor import WHOLE_IMAGE, Claim, Editor
 from hookctl.loop.prompts import EncodedTexts, check_texts
 from hookctl.loop.state import State
-from hookctl.recipes import places
-from hookctl.recipes.places import Numbers, Places, Texts, check_share, grid_in, shares
+from hookctl.recipes.common import places
+from hookctl.recipes.common.places import Numbers, Places, Texts, check_share, grid_in, shares
 
 
 class RegionalPrompts(Editor):
-    """Give regions of a picture texts of their own.
+    """Give regions of an image texts of their own.
 
     texts, regions: what and where, as many of each; a list for every prompt of the run, or a list
     of lists, one for each. A text may be embeddings [tokens, channels]; a region is a
     `hookctl.Region`, a box (x0, y0, x1, y1), a mask, or a text such as "box:0,0,0.5,1". weights:
     of the regions (default 1): below 1 a region leaves a share to the prompt, and where regions
     overlap they divide the place in this ratio. base: share of the prompt inside the regions.
-    edge: width of their soft border, a fraction of the picture's shorter side; 0: each token is in
+    edge: width of their soft border, a fraction of the image's shorter side; 0: each token is in
     or out. No regions, or base=1, leaves a run bit for bit as it was.
     """
 
@@ -78,7 +78,7 @@ class RegionalPrompts(Editor):
         self._context: dict[tuple[int, ...], dict[str, Tensor]] = {}
 
     def claims(self) -> Sequence[Claim]:
-        return [Claim(WHOLE_PICTURE, window=self.window(), shared=True)]
+        return [Claim(WHOLE_IMAGE, window=self.window(), shared=True)]
 
     def attach(self, target: Any) -> None:
         check_texts(target, self.texts.every, self.name)
@@ -121,7 +121,7 @@ class RegionalPrompts(Editor):
             call.divide(row, self.division(row.prompt, grid))
 
     def division(self, prompt: int, grid: Grid) -> Division:
-        """How the queries of a prompt's pictures divide themselves on a grid."""
+        """How the queries of a prompt's images divide themselves on a grid."""
         if (prompt, grid) not in self._divisions:
             assert self._encoded is not None  # `attention` looked
             weights = None if self.weights is None else self.weights[prompt]

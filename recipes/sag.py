@@ -1,7 +1,7 @@
 """SAG: guidance away from a prediction whose salient regions were blurred.
 
 Hong et al., "Improving Sample Quality of Diffusion Models Using Self-Attention Guidance", arXiv
-2210.00939 (ICCV 2023). Where self-attention looks, the predicted picture is blurred, diffused back
+2210.00939 (ICCV 2023). Where self-attention looks, the predicted image is blurred, diffused back
 with the predicted noise, and predicted from once more:
 
     M = [sum_n A_nm > psi]      x0' = M blur(x0) + (1 - M) x0      x' = sqrt(a) x0' + sqrt(1-a) eps
@@ -11,7 +11,7 @@ A, x0 and eps are those of the unconditional rows, without classifier-free guida
 conditional ones. The column sums of A are taken without A. Noise levels come from the scheduler,
 so it may work in sigma space, and for v-prediction or flow matching the difference is the one of
 the noises (diffusers takes that of the predictions as they are, which for v-prediction would
-sharpen the picture too).
+sharpen the image too).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from hookctl.address.families import denoiser_of, describe_sites
 from hookctl.address.rows import COND, UNCOND, Row
 from hookctl.address.sites import Selector
 from hookctl.attention.call import AttentionCall
-from hookctl.attention.smoothing import blur, cut_blur_matrix
-from hookctl.editor import WHOLE_PICTURE, Claim, Editor
+from hookctl.editor import WHOLE_IMAGE, Claim, Editor
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.loop.again import predict_again
+from hookctl.loop.calls import predict
 from hookctl.loop.noise import Noise
 from hookctl.loop.state import Predictions, State
-from hookctl.recipes.perturbation import middle, number
+from hookctl.recipes.common.perturbed_guidance import middle, number
+from hookctl.recipes.common.smoothing import blur, cut_blur_matrix
 
 
 class SAG(Editor):
@@ -45,8 +45,8 @@ class SAG(Editor):
     sites: whose attention is looked at, averaged; None: the first self-attention of a UNet's middle
         block, or of a transformer's. start, stop: a window, outside of which it costs nothing.
 
-    Costs one further call of the denoiser in a turn, for the unconditional rows. After a run,
-    `masks` holds the last turn's M, [pictures, height, width].
+    Costs one further call of the denoiser in a step, for the unconditional rows. After a run,
+    `masks` holds the last step's M, [images, height, width].
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class SAG(Editor):
         self.masks: Tensor | None = None
 
     def claims(self) -> Sequence[Claim]:
-        return [Claim(WHOLE_PICTURE, window=self.window(), shared=True)] if self.scale else []
+        return [Claim(WHOLE_IMAGE, window=self.window(), shared=True)] if self.scale else []
 
     def attach(self, target: Any) -> None:
         scheduler = getattr(target, "scheduler", None)
@@ -85,8 +85,8 @@ class SAG(Editor):
     def begin(self, state: State) -> None:
         if self.scale and state.latents.dim() != 4:
             raise UnsupportedError(
-                f"SAG blurs pictures, and the latents of {type(state.pipe).__name__} are "
-                f"{tuple(state.latents.shape)}; it needs [pictures, channels, height, width]"
+                f"SAG blurs images, and the latents of {type(state.pipe).__name__} are "
+                f"{tuple(state.latents.shape)}; it needs [images, channels, height, width]"
             )
         self._received: dict[str, dict[int, list[Tensor]]] = {}
 
@@ -104,13 +104,13 @@ class SAG(Editor):
 
         def keep(row: Row, sums: Tensor) -> None:
             received = self._received.setdefault(branch, {})
-            picture = sums.reshape(1, 1, grid.height, grid.width)
-            received.setdefault(row.index - rows[0].index, []).append(picture)
+            image = sums.reshape(1, 1, grid.height, grid.width)
+            received.setdefault(row.index - rows[0].index, []).append(image)
 
         call.marginals(rows, keep)
 
     def _mask(self, branch: str, size: torch.Size) -> Tensor:
-        """M for each picture, [pictures, 1, height, width]; most of several sites decide."""
+        """M for each image, [images, 1, height, width]; most of several sites decide."""
         masks = []
         for _, received in sorted(self._received[branch].items()):
             votes = [F.interpolate((sums > self.threshold).float(), size) for sums in received]
@@ -122,7 +122,7 @@ class SAG(Editor):
     def combine(self, predictions: Predictions) -> Tensor:
         guided, state = predictions.guided, predictions.state
         level = self._noise.level(state.clock.timestep)
-        if not self.scale or level.signal < 1e-6:  # pure noise: there is no picture to blur
+        if not self.scale or level.signal < 1e-6:  # pure noise: there is no image to blur
             return guided
         branch = _branch(set(predictions.branches))
         x = state.latents
@@ -130,7 +130,8 @@ class SAG(Editor):
         mask = self._mask(branch, x.shape[-2:]).to(x)
         self._received, self.masks = {}, mask[:, 0].cpu()
         degraded = level.mix(torch.lerp(x0, self._blurred(x0), mask), eps)
-        again = predict_again(state, branch, degraded)[:, : guided.shape[1]].to(x)
+        rows = state.rows.where(branch=branch)
+        again = predict(state, rows, latents=degraded)[:, : guided.shape[1]].to(x)
         away = eps - self._noise.split(degraded, again, level)[1]
         if self._noise.kind == "epsilon":
             return guided + self.scale * away.to(guided)

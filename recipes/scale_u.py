@@ -7,7 +7,7 @@ Wang et al., "InstanceDiffusion: Instance-level Control for Image Generation", a
     r <- F_s(r),  s = 1 + tanh s_i     F: the lowest frequencies scaled, as in FreeU
 
 The official checkpoint holds b_i and s_i for all 12 concats (`scaleu_b_i`, `scaleu_s_i`); zeros
-leave everything as it is. The variant that depends on the picture, coded there and off, follows the
+leave everything as it is. The variant that depends on the image, coded there and off, follows the
 structure of the features: h <- h (1 + tanh(b_i) h~), h~ the channel mean of h scaled to 0..1.
 """
 
@@ -22,8 +22,9 @@ from torch import Tensor
 from hookctl.address.families import denoiser_of
 from hookctl.editor import Editor
 from hookctl.errors import InputError
+from hookctl.hooks.skips import Concat, concats
 from hookctl.kernels.fourier_gain import fourier_gain
-from hookctl.loop.features import Concat, FeatureCall, concats
+from hookctl.loop.state import FeatureCall
 from hookctl.recipes.freeu import structure
 
 Gains = Mapping[int, float | Sequence[float] | Tensor] | Sequence[float | Sequence[float] | Tensor]
@@ -34,7 +35,7 @@ class ScaleU(Editor):
 
     backbone: b_i for each decoder concat in forward order, a number for all channels or one for
     each ([channels]); skip: s_i for each, a number. Both may be tables {concat: ...}; a concat
-    that is left out keeps its features. by_structure: the variant that depends on the picture.
+    that is left out keeps its features. by_structure: the variant that depends on the image.
     Tensors are used as they are, so gains can be learned through them.
     """
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from hookctl.address.clock import Clock
 from hookctl.address.sites import Grid, Selector
 from hookctl.attention.call import AttentionCall
-from hookctl.attention.smoothing import blur, blur_matrix, cut_blur_matrix
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.recipes.perturbation import PerturbedGuidance
+from hookctl.recipes.common.perturbed_guidance import PerturbedGuidance
+from hookctl.recipes.common.smoothing import blur, blur_matrix, cut_blur_matrix
 
 ENDLESS = 9999.0  # the official code's sigma of infinity
 
@@ -79,8 +79,8 @@ class SEG(PerturbedGuidance):
     def smoothed(self, q: Tensor, grid: Grid) -> Tensor:
         """Queries [..., frames * height * width, channels], blurred over each frame."""
         rows, columns = self._matrix(grid.height), self._matrix(grid.width)
-        picture = q.mT.unflatten(-1, (grid.frames, grid.height, grid.width))
-        return blur(picture, rows, columns).flatten(-3).mT
+        image = q.mT.unflatten(-1, (grid.frames, grid.height, grid.width))
+        return blur(image, rows, columns).flatten(-3).mT
 
     def _matrix(self, size: int) -> Tensor:
         if not self.paper:

@@ -1,8 +1,8 @@
-"""Selective One-Way diffusion (SOW): cycles round a picture, with the flow of attention steered.
+"""Selective One-Way diffusion (SOW): cycles round an image, with the flow of attention steered.
 
 Pei et al., "SOW: Selective One-Way Diffusion", arXiv 2411.19182. The cycles and writes are those of
 Cyclic One-Way diffusion (`cyclic_one_way`), the modulation of self-attention is `one_way_flow`: the
-picture's region sees less of the rest, and the region that is to take after it sees more of it.
+image's region sees less of the rest, and the region that is to take after it sees more of it.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from hookctl.recipes.one_way_flow import REST, OneWayFlow
 
 
 class SelectiveOneWay(CyclicOneWay):
-    """Draw a scene round a picture, and let chosen parts of it take after the picture.
+    """Draw a scene round an image, and let chosen parts of it take after the image.
 
-        program = SelectiveOneWay(pipe, picture, prompt, at=(128, 0), related=(0.2, 0.5, 0.8, 1.0))
+        program = SelectiveOneWay(pipe, image, prompt, at=(128, 0), related=(0.2, 0.5, 0.8, 1.0))
 
-    related: the part of the canvas that is to take after the picture, by default the rest of it.
-    spread: strength of the flow from the picture to there; isolate: of that from anywhere to the
-    picture, below 0 (no numbers are public; these do what is meant in `demos/one_way.py`).
+    related: the part of the canvas that is to take after the image, by default the rest of it.
+    spread: strength of the flow from the image to there; isolate: of that from anywhere to the
+    image, below 0 (no numbers are public; these do what is meant in `demos/one_way.py`).
     anneal: let both fall to 0 over the schedule. Everything else is as for `CyclicOneWay`.
     """
 
     def __init__(
         self,
         pipe: Any,
-        picture: Any,
+        image: Any,
         prompt: str | Sequence[str],
         *,
         related: RegionLike | None = None,
@@ -39,7 +39,7 @@ class SelectiveOneWay(CyclicOneWay):
         anneal: bool = True,
         **options: Any,
     ) -> None:
-        super().__init__(pipe, picture, prompt, **options)
+        super().__init__(pipe, image, prompt, **options)
         regions: dict[str, RegionLike] = {"seed": self._box()}
         goal = REST
         if related is not None:
@@ -49,8 +49,8 @@ class SelectiveOneWay(CyclicOneWay):
         self.flow = OneWayFlow(regions, flows, anneal=anneal)
 
     def _box(self) -> Region:
-        """Where the picture stands on the canvas."""
-        (x, y), (width, height) = self.at, self.pictures[0].size
+        """Where the image stands on the canvas."""
+        (x, y), (width, height) = self.at, self.images[0].size
         columns, rows = self.size
         return Region.box(x / columns, y / rows, (x + width) / columns, (y + height) / rows)
 

@@ -1,4 +1,4 @@
-"""StyleAligned: pictures in one style, by attending to the first of them.
+"""StyleAligned: images in one style, by attending to the first of them.
 
 Hertz et al., "Style Aligned Image Generation via Shared Attention", arXiv 2312.02133 (CVPR 2024).
 In self-attention, with r the first prompt's row of the same branch,
@@ -23,35 +23,35 @@ from hookctl.address.families import denoiser_of
 from hookctl.address.rows import Row
 from hookctl.address.sites import Selector
 from hookctl.attention.call import AttentionCall
-from hookctl.attention.statistics import adain
-from hookctl.attention.term import rows_of
 from hookctl.editor import Claim
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.loop.norms import shared_group_norms
+from hookctl.evaluate.gather import rows_of
 from hookctl.loop.state import Proceed, State
-from hookctl.recipes.batch import SourceAndEdits
-from hookctl.recipes.image_tokens import image_keys, image_sites, with_image
-from hookctl.recipes.pinned import Path, Pinned
+from hookctl.recipes.common.group_norms import shared_group_norms
+from hookctl.recipes.common.image_tokens import image_keys, image_sites, with_image
+from hookctl.recipes.common.pinned import Path, Pinned
+from hookctl.recipes.common.source_and_edits import SourceAndEdits
+from hookctl.recipes.common.statistics import adain
 
 
 class StyleAligned(SourceAndEdits):
     """Draw a set of prompts in the style of the first.
 
         edit = StyleAligned(["a striped red star", "a striped red circle"])
-        pictures = edit.run(pipe, seed=0)
+        images = edit.run(pipe, seed=0)
 
-    prompts: the first one's picture is the reference; one alone is drawn as ever.
+    prompts: the first one's image is the reference; one alone is drawn as ever.
     adain: align queries and keys. share: let the others attend to the reference.
-    shift: added to the scores of the reference's keys: ln 2 for a picture, -inf for none of them.
+    shift: added to the scores of the reference's keys: ln 2 for an image, -inf for none of them.
     scale: factor of the reference's keys.
-    group_norm: normalise the features together with the reference's, as the paper's transfer of a
-        picture does. (Sharing layer norms, which the official code offers, changes nothing: they
+    group_norm: normalise the features together with the reference's, as the paper's transfer of an
+        image does. (Sharing layer norms, which the official code offers, changes nothing: they
         are per token.)
     sites: self-attention to act in. On a joint site the image's tokens are aligned and shared.
-    path: latents of the reference at every level, noisiest first: those of an inverted picture
+    path: latents of the reference at every level, noisiest first: those of an inverted image
         (`loop.inversion`), which the first prompt then draws.
     paper: hold the reference's path a little cleaner than the others at the start, as the official
-        code does: at level 5 in the first turn, and none before 6 later.
+        code does: at level 5 in the first step, and none before 6 later.
     """
 
     least = 1
@@ -84,7 +84,7 @@ class StyleAligned(SourceAndEdits):
         self.pin = None if path is None else Pinned(path, self.name, earliest=5 if paper else 0)
 
     def generators(self, seed: int = 0, images: int = 1, device: str = "cpu") -> list[Any]:
-        """One generator for each picture: every picture starts from a noise of its own."""
+        """One generator for each image: every image starts from a noise of its own."""
         count = len(self.prompts) * images
         return [torch.Generator(device).manual_seed(seed + i) for i in range(count)]
 

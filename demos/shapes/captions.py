@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from .world import (
+    BACKGROUND_NAMES,
     COLOUR_NAMES,
-    GROUND_NAMES,
-    PICTURE,
+    IMAGE_SIZE,
     RELATIONS,
     SHAPES,
     Scene,
@@ -59,7 +59,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         else:
             text = f"{said[0]}, {said[1]} and {said[2]}"
     if rng.random() < 0.6:
-        text += f" on a {scene.ground} background"
+        text += f" on a {scene.background} background"
     return text
 
 
@@ -73,7 +73,7 @@ def sample(
     count: int | None = None,
     held_out: bool = False,
     counts: tuple[float, float, float] = (0.35, 0.4, 0.25),
-    extent: int = PICTURE,
+    extent: int = IMAGE_SIZE,
 ) -> tuple[Scene, str]:
     """Draw a scene with a caption from the wanted side of the split (see `sample_scene`)."""
     while True:
@@ -98,20 +98,20 @@ class Mention:
 @dataclass(frozen=True)
 class Request:
     """What a sentence asks for: objects in order of mention, the relation of each to the one
-    before (None where unsaid), and the ground."""
+    before (None where unsaid), and the background."""
 
     mentions: tuple[Mention, ...]
     relations: tuple[str | None, ...]
-    ground: str | None
+    background: str | None
 
 
 def parse(text: str) -> Request:
     """Read a caption of the world."""
     words = text.replace(",", " ,").split()
-    ground = None
+    background = None
     if "background" in words:
         said = words[: words.index("background")]
-        ground = said[-1] if said and said[-1] in GROUND_NAMES else None
+        background = said[-1] if said and said[-1] in BACKGROUND_NAMES else None
         words = words[: len(words) - 1 - words[::-1].index("on")] if "on" in words else words
     mentions: list[Mention] = []
     relations: list[str | None] = []
@@ -128,4 +128,4 @@ def parse(text: str) -> Request:
         mentions.append(Mention(word, colour, pattern, size, i))
         relations.append(next((r for r in RELATIONS if r.split()[0] in said), None))
         start = i + 1
-    return Request(tuple(mentions), tuple(relations), ground)
+    return Request(tuple(mentions), tuple(relations), background)

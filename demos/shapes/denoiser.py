@@ -21,7 +21,7 @@ from .latents import CELL, Basis
 from .muon import Muon
 from .render import render
 from .text import WIDTH, Words
-from .world import PICTURE, Scene, ghost, mistake
+from .world import IMAGE_SIZE, Scene, ghost, mistake
 
 Mix = tuple[float, float, float]
 
@@ -32,7 +32,7 @@ SHARES = (0.0, 0.08, 0.25, 0.57, 1.0)
 
 # The shares of the samples that show a weaker copy of one object beside it, and one object mixed
 # with another in its place. Sampling passes through such states wherever two places, or two
-# objects in a place, are as likely, and clean pictures never teach how to leave them.
+# objects in a place, are as likely, and clean images never teach how to leave them.
 GHOSTED = 0.3
 MISTAKEN = 0.35
 HAZY = 350  # the time from which on: later there is nothing left to decide
@@ -46,7 +46,7 @@ def build_unet(channels: int, widths: tuple[int, int, int] = (64, 96, 128)) -> U
         down_block_types=("CrossAttnDownBlock2D",) * 3,
         up_block_types=("CrossAttnUpBlock2D",) * 3, use_linear_projection=True,
         attention_head_dim=tuple(w // 32 for w in widths),  # the number of heads, by an old slip
-        transformer_layers_per_block=(1, 2, 2),  # where all of the picture is seen cheaply
+        transformer_layers_per_block=(1, 2, 2),  # where all of the image is seen cheaply
     )  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def build_scheduler() -> DDIMScheduler:
 
 @dataclass(frozen=True)
 class Stage:
-    """From the fraction `start` of the budget on: pictures of `side` px, `batch` per process and
+    """From the fraction `start` of the budget on: images of `side` px, `batch` per process and
     the weights of one, two and three objects."""
 
     start: float
@@ -141,15 +141,15 @@ class Trainer:
         texts = ["" if rng.random() < self.plan.drop else text for _, text in pairs]
         scenes = [scene for scene, _ in pairs]
         z = self.encode(scenes, stage.side)
-        seen = self.haunted(scenes, z, rng) if stage.side == PICTURE else z
+        seen = self.haunted(scenes, z, rng) if stage.side == IMAGE_SIZE else z
         with torch.no_grad():
             states = self.text(self.words(texts).to(self.plan.device)).last_hidden_state
         return z, seen, states
 
-    def encode(self, scenes: Sequence[Scene], side: int = PICTURE) -> Tensor:
+    def encode(self, scenes: Sequence[Scene], side: int = IMAGE_SIZE) -> Tensor:
         """Latents of the top left `side` px of scenes."""
-        pictures = render(scenes, self.plan.device)
-        return self.basis.encode(pictures[:, :, :side, :side].contiguous())
+        images = render(scenes, self.plan.device)
+        return self.basis.encode(images[:, :, :side, :side].contiguous())
 
     def haunted(self, scenes: Sequence[Scene], z: Tensor, rng: np.random.Generator) -> Tensor:
         """Latents in which some scenes show one object at a strength p and, at q, what is wrong:

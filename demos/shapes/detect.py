@@ -1,9 +1,9 @@
-"""Reads colour, shape, size, pattern and box of every object off a picture.
+"""Reads colour, shape, size, pattern and box of every object off an image.
 
     detection = detect(image)
     matches(detection, "a red circle above a blue square")
 
-Blobs are what differs from the flat ground; the shape is the best template by intersection over
+Blobs are what differs from the flat background; the shape is the best template by intersection over
 union after bringing blob and template to the same area, so objects may lie off
 the lattice.
 """
@@ -22,10 +22,10 @@ from scipy import ndimage
 
 from .captions import Request, parse
 from .world import (
+    BACKGROUND_NAMES,
+    BACKGROUNDS,
     COLOUR_NAMES,
     COLOURS,
-    GROUND_NAMES,
-    GROUNDS,
     SHADE,
     SHAPES,
     SIZE_NAMES,
@@ -37,7 +37,7 @@ from .world import (
 Mask = NDArray[np.bool_]
 Picture = Image.Image | NDArray[np.uint8] | NDArray[np.floating]
 
-CONTRAST = 60.0  # RGB distance from the ground that makes a pixel foreground
+CONTRAST = 60.0  # RGB distance from the background that makes a pixel foreground
 SPECK = 25  # px, smaller blobs are ignored
 FIT = 0.70  # intersection over union below which a blob has no shape
 PALETTE_DISTANCE = 90.0  # RGB distance beyond which a blob has no colour
@@ -46,7 +46,7 @@ FRAME = 40  # px, side of the square in which shapes are compared
 AREA = 500.0  # px that every compared shape is scaled to
 
 _PALETTE = np.array(list(COLOURS.values()), float)
-_GROUNDS = np.array(list(GROUNDS.values()), float)
+_BACKGROUNDS = np.array(list(BACKGROUNDS.values()), float)
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,13 @@ class Found:
 
 @dataclass(frozen=True)
 class Detection:
-    """Confident `objects`, low-confidence `extras`, and the `ground` by name and RGB (0-255)."""
+    """Confident `objects`, low-confidence `extras`, and the `background` by name and RGB
+    (0-255)."""
 
     objects: tuple[Found, ...]
     extras: tuple[Found, ...]
-    ground: str
-    ground_colour: tuple[float, float, float]
+    background: str
+    background_colour: tuple[float, float, float]
 
     def find(self, shape: str | None = None, colour: str | None = None) -> Found | None:
         """The largest object of this shape and colour (None: any), or None."""
@@ -94,7 +95,7 @@ def to_pixels(image: Picture) -> NDArray[np.float64]:
         image = np.asarray(image.convert("RGB"))
     pixels = np.asarray(image)
     if pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise ValueError(f"expected a picture [height, width, 3], got shape {pixels.shape}")
+        raise ValueError(f"expected an image [height, width, 3], got shape {pixels.shape}")
     scale = 1.0 if pixels.dtype == np.uint8 else 255.0
     return pixels.astype(float) * scale
 
@@ -119,8 +120,8 @@ def _templates() -> tuple[tuple[str, Mask], ...]:
 
 
 def _foreground(apart: NDArray[np.float64]) -> Mask:
-    """What stands off the ground by `apart`, without the edge pixels that it covers by less than
-    half."""
+    """What stands off the background by `apart`, without the edge pixels that it covers by less
+    than half."""
     mask: Mask = apart > CONTRAST
     edge = mask & ~ndimage.binary_erosion(mask)
     return mask & ~(edge & (apart < 0.5 * ndimage.maximum_filter(apart, 3)))
@@ -195,7 +196,7 @@ def _describe(pixels: NDArray[np.float64], mask: Mask) -> Found:
 
 
 def detect(image: Picture) -> Detection:
-    """Read a picture.
+    """Read an image.
 
     Receives: a PIL image, uint8 [height, width, 3], or float [height, width, 3] in 0 to 1.
     Returns: objects from large to small; blobs without a clear shape or colour are `extras`.
@@ -205,9 +206,9 @@ def detect(image: Picture) -> Detection:
         [pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3),
          pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)]
     )  # fmt: skip
-    ground = np.median(frame, axis=0)
-    name = GROUND_NAMES[int(np.linalg.norm(_GROUNDS - ground, axis=1).argmin())]
-    labels, count = ndimage.label(_foreground(np.linalg.norm(pixels - ground, axis=2)))
+    background = np.median(frame, axis=0)
+    name = BACKGROUND_NAMES[int(np.linalg.norm(_BACKGROUNDS - background, axis=1).argmin())]
+    labels, count = ndimage.label(_foreground(np.linalg.norm(pixels - background, axis=2)))
     found: list[Found] = []
     for i in range(1, count + 1):
         blob = labels == i
@@ -223,7 +224,7 @@ def detect(image: Picture) -> Detection:
         tuple(f for f, s in zip(found, sure, strict=True) if s),
         tuple(f for f, s in zip(found, sure, strict=True) if not s),
         name,
-        (float(ground[0]), float(ground[1]), float(ground[2])),
+        (float(background[0]), float(background[1]), float(background[2])),
     )
 
 

@@ -43,10 +43,10 @@ def held_out_prompts(count: int, seed: int) -> list[str]:
 
 
 def reads_all(detection: Detection, scene: Scene) -> bool:
-    """Whether every attribute of every object and the ground were read right."""
+    """Whether every attribute of every object and the background were read right."""
     found = Counter((o.shape, o.colour, o.pattern, o.size) for o in detection.objects)
     true = Counter((t.shape, t.colour, t.pattern, t.size) for t in scene.things)
-    return found == true and not detection.extras and detection.ground == scene.ground
+    return found == true and not detection.extras and detection.background == scene.background
 
 
 def measure_detector(count: int, seed: int) -> Figures:
@@ -84,7 +84,7 @@ def generate(
     seed: int = 0,
     batch: int = 8,
 ) -> tuple[NDArray[np.uint8], float]:
-    """Pictures [prompts, 128, 128, 3], uint8, prompt i from seed + i; and seconds per picture."""
+    """Images [prompts, 128, 128, 3], uint8, prompt i from seed + i; and seconds per image."""
     made: list[NDArray[np.uint8]] = []
     began = time.perf_counter()
     for i in tqdm(range(0, len(prompts), batch), desc=f"guidance {guidance:g}", leave=False):
@@ -114,10 +114,10 @@ def _relation_holds(detection: Detection, text: str) -> bool | None:
     return None
 
 
-def measure_prompts(prompts: list[str], pictures: NDArray[np.uint8]) -> Figures:
-    """Strict success by number of objects, recalls, relations, and chance (the same pictures
+def measure_prompts(prompts: list[str], images: NDArray[np.uint8]) -> Figures:
+    """Strict success by number of objects, recalls, relations, and chance (the same images
     against the next prompt with as many objects)."""
-    found = [detect(p) for p in pictures]
+    found = [detect(p) for p in images]
     counts = np.array([len(parse(p).mentions) for p in prompts])
     strict = np.array([matches(d, p) for d, p in zip(found, prompts, strict=True)])
     chance = []
@@ -127,10 +127,10 @@ def measure_prompts(prompts: list[str], pictures: NDArray[np.uint8]) -> Figures:
     wanted = [wanted_pairs(p) for p in prompts]
     hit = sum((d.pairs & w).total() for d, w in zip(found, wanted, strict=True))
     number = [len(d.objects) + len(d.extras) for d in found]
-    grounds = [
-        d.ground == r.ground
+    backgrounds = [
+        d.background == r.background
         for d, r in zip(found, map(parse, prompts), strict=True)
-        if r.ground is not None
+        if r.background is not None
     ]
     striped, sized = [], []
     for d, p in zip(found, prompts, strict=True):
@@ -146,19 +146,19 @@ def measure_prompts(prompts: list[str], pictures: NDArray[np.uint8]) -> Figures:
     figures |= {"strict, 1-2 objects": strict[counts < 3], "strict, all": strict}
     figures |= {
         "strict, shuffled prompts": chance, "right number": np.array(number) == counts,
-        "ground, where said": grounds, "pattern of found objects": striped,
+        "background, where said": backgrounds, "pattern of found objects": striped,
         "size of found objects": sized, "relation of found objects": related,
     }  # fmt: skip
     means = {k: float(np.mean(v)) if len(v) else float("nan") for k, v in figures.items()}
     return means | {"objects found": hit / sum(w.total() for w in wanted)}
 
 
-def grid(pictures: NDArray[np.uint8], columns: int = 8) -> Image.Image:
-    """Pictures [n, h, w, 3] in rows."""
-    rows = -(-len(pictures) // columns)
-    n, h, w, _ = pictures.shape
+def grid(images: NDArray[np.uint8], columns: int = 8) -> Image.Image:
+    """Images [n, h, w, 3] in rows."""
+    rows = -(-len(images) // columns)
+    n, h, w, _ = images.shape
     sheet = np.full((rows * columns, h, w, 3), 200, np.uint8)
-    sheet[:n] = pictures
+    sheet[:n] = images
     sheet = sheet.reshape(rows, columns, h, w, 3).transpose(0, 2, 1, 3, 4)
     return Image.fromarray(sheet.reshape(rows * h, columns * w, 3))
 
@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--device", default=None)
     parser.add_argument("--json", type=Path, help="write all figures here")
-    parser.add_argument("--grid", type=Path, help="write the first 64 pictures here (PNG)")
+    parser.add_argument("--grid", type=Path, help="write the first 64 images here (PNG)")
     options = parser.parse_args()
     pipe = load_shapes(options.device, weights=options.weights)
     report: dict[str, Figures] = {
@@ -184,11 +184,11 @@ def main() -> None:
     prompts = held_out_prompts(options.prompts, options.seed)
     generate(pipe, prompts[:1], 2, 7.5)  # warm up
     for g in options.guidance:
-        pictures, seconds = generate(pipe, prompts, options.steps, g, options.seed, options.batch)
+        images, seconds = generate(pipe, prompts, options.steps, g, options.seed, options.batch)
         name = f"{len(prompts)} held-out prompts, {options.steps} steps, guidance {g:g}"
-        report[name] = measure_prompts(prompts, pictures) | {"seconds per picture": seconds}
+        report[name] = measure_prompts(prompts, images) | {"seconds per image": seconds}
         if options.grid:
-            grid(pictures[:64]).save(options.grid.with_stem(f"{options.grid.stem}-{g:g}"))
+            grid(images[:64]).save(options.grid.with_stem(f"{options.grid.stem}-{g:g}"))
     for title, figures in report.items():
         print(f"\n{title}")
         for key, value in figures.items():

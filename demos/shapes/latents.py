@@ -19,11 +19,11 @@ from torch import Tensor
 
 from .muon import Muon
 from .render import render
-from .world import LATTICE, PICTURE, sample_scene
+from .world import IMAGE_SIZE, LATTICE, sample_scene
 
 CHANNELS = 12
 WHITENING = 0.8  # power of the standard deviation that is divided out
-CELL = PICTURE // LATTICE  # 16 cells a side
+CELL = IMAGE_SIZE // LATTICE  # 16 cells a side
 
 
 @dataclass
@@ -34,9 +34,9 @@ class Basis:
     encoder: Tensor
     decoder: Tensor
 
-    def encode(self, pictures: Tensor) -> Tensor:
-        """Pictures [batch, 3, h, w] in -1 to 1 -> latents [batch, channels, h / 8, w / 8]."""
-        patches = F.pixel_unshuffle(pictures, LATTICE)
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [batch, 3, h, w] in -1 to 1 -> latents [batch, channels, h / 8, w / 8]."""
+        patches = F.pixel_unshuffle(images, LATTICE)
         return torch.einsum("bphw,cp->bchw", patches - self.mean[:, None, None], self.encoder)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def fit_basis(seed: int, channels: int = CHANNELS, power: float = WHITENING) -> 
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in -1 to 1."""
+    """Peak signal-to-noise ratio in dB of images in -1 to 1."""
     return float(10.0 * torch.log10(4.0 / F.mse_loss(a.clamp(-1, 1), b)))
 
 
@@ -75,12 +75,13 @@ def build_vae(channels: int = CHANNELS) -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(16, 32, 48, 64), layers_per_block=1, latent_channels=channels,
-        norm_num_groups=8, sample_size=PICTURE, scaling_factor=1.0, mid_block_add_attention=False,
+        norm_num_groups=8, sample_size=IMAGE_SIZE, scaling_factor=1.0,
+        mid_block_add_attention=False,
         use_quant_conv=False, use_post_quant_conv=False, force_upcast=False,
     )  # fmt: skip
 
 
-def _picture_loss(made: Tensor, true: Tensor) -> Tensor:
+def _image_loss(made: Tensor, true: Tensor) -> Tensor:
     slopes = sum(F.l1_loss(made.diff(dim=d), true.diff(dim=d)) for d in (2, 3))
     return F.l1_loss(made, true) + 2.0 * F.mse_loss(made, true) + 0.4 * slopes
 
@@ -109,7 +110,7 @@ def train_vae(
     while part < 1.0:
         part = (time.time() - began) / (60.0 * minutes)
         _, side, batch = [c for c in crops if c[0] <= part][-1]
-        count = 1 if side < PICTURE else None
+        count = 1 if side < IMAGE_SIZE else None
         lattice = 1 if rng.random() < 0.1 else LATTICE
         scenes = [sample_scene(rng, count, lattice, extent=side, gap=4) for _ in range(batch)]
         true = render(scenes, device)[:, :, :side, :side]
@@ -117,7 +118,7 @@ def train_vae(
         noisy = z + 0.06 * torch.randn_like(z) * torch.rand(batch, 1, 1, 1, device=device) * 2
         moments = vae.encoder(true)
         mean, logvar = moments.chunk(2, dim=1)
-        loss = _picture_loss(vae.decoder(noisy), true)
+        loss = _image_loss(vae.decoder(noisy), true)
         loss = loss + F.mse_loss(mean, z) + 1e-3 * F.mse_loss(logvar, torch.full_like(logvar, -12))
         vae.zero_grad()
         loss.backward()

@@ -20,7 +20,7 @@ def load_shapes(
     """Load the embedded pipeline, an ordinary `StableDiffusionPipeline` without progress bars.
 
     Receives: a device (None: CUDA when there is one, else CPU), the dtype of all parts, and another
-    folder in the diffusers layout than the embedded one. Returns: the pipeline, whose pictures are
+    folder in the diffusers layout than the embedded one. Returns: the pipeline, whose images are
     128 x 128 px and whose latents are [batch, 12, 16, 16].
     """
     folder = Path(weights) if weights is not None else WEIGHTS

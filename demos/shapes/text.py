@@ -1,4 +1,4 @@
-"""The text encoder: a small CLIPTextModel taught to read captions before any picture is seen.
+"""The text encoder: a small CLIPTextModel taught to read captions before any image is seen.
 
 Linear heads ask each noun token for its object's attributes and relation, and the last token for
 the whole scene. The causal mask then makes a noun carry its adjectives, so that cross-attention
@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .captions import parse, sample
 from .tokenizer import POSITIONS
-from .world import COLOUR_NAMES, GROUND_NAMES, RELATIONS, SHAPES, WORDS
+from .world import BACKGROUND_NAMES, COLOUR_NAMES, RELATIONS, SHAPES, WORDS
 
 WIDTH = 128
 # asked of a noun token: shape, colour, striped, size said, order, relation to the noun before
@@ -57,19 +57,19 @@ class Words:
 
 @dataclass
 class Reading:
-    """What a caption says: nouns [objects, 1 + 6] (token position and classes), ground (3 when
+    """What a caption says: nouns [objects, 1 + 6] (token position and classes), background (3 when
     unsaid), and multi-hot [3 * pairs]: (shape, colour) is there, striped, second of a relation."""
 
     nouns: list[tuple[int, ...]]
-    ground: int
+    background: int
     pairs: Tensor
 
 
 def read(text: str) -> Reading:
     """Parse a caption of the world into the targets of the heads."""
     request = parse(text)
-    said = request.ground
-    ground = GROUND_NAMES.index(said) if said else len(GROUND_NAMES)
+    said = request.background
+    background = BACKGROUND_NAMES.index(said) if said else len(BACKGROUND_NAMES)
     nouns: list[tuple[int, ...]] = []
     pairs = torch.zeros(3, PAIRS)
     for order, (m, relation) in enumerate(zip(request.mentions, request.relations, strict=True)):
@@ -80,7 +80,7 @@ def read(text: str) -> Reading:
         nouns.append((m.index + 1, shape, colour, striped, size, order, link))
         pair = shape * len(COLOUR_NAMES) + colour
         pairs[:, pair] = torch.tensor([1.0, striped, link > 0])
-    return Reading(nouns, ground, pairs.flatten())
+    return Reading(nouns, background, pairs.flatten())
 
 
 class Heads(nn.Module):
@@ -89,7 +89,7 @@ class Heads(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.noun = nn.Linear(WIDTH, sum(NOUN_CLASSES))
-        self.scene = nn.Linear(WIDTH, len(GROUND_NAMES) + 1 + len(RELATIONS) + 1 + 3 * PAIRS)
+        self.scene = nn.Linear(WIDTH, len(BACKGROUND_NAMES) + 1 + len(RELATIONS) + 1 + 3 * PAIRS)
 
     def forward(self, states: Tensor, readings: list[Reading]) -> tuple[Tensor, float]:
         """States [batch, 32, 128] -> the loss and the share of nouns read without any mistake."""
@@ -98,12 +98,12 @@ class Heads(nn.Module):
         errors = [F.cross_entropy(a, rows[:, 2 + k]) for k, a in enumerate(answers)]
         loss = torch.stack(errors).sum()
         right = torch.stack([a.argmax(1) == rows[:, 2 + k] for k, a in enumerate(answers)])
-        ground = torch.tensor([r.ground for r in readings])
+        background = torch.tensor([r.background for r in readings])
         link = torch.tensor([max(n[-1] for n in r.nouns) for r in readings])
         pairs = torch.stack([r.pairs for r in readings])
         for at in (-1, -4):  # pads: whole-scene summary anywhere behind the sentence
             g, k, p = self.scene(states[:, at]).split((4, 5, 3 * PAIRS), dim=1)
-            loss = loss + F.cross_entropy(g, ground) + F.cross_entropy(k, link)
+            loss = loss + F.cross_entropy(g, background) + F.cross_entropy(k, link)
             loss = loss + 10.0 * F.binary_cross_entropy_with_logits(p, pairs)
         return loss, float(right.all(0).float().mean())
 

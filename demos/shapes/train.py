@@ -73,9 +73,9 @@ def fit_or_refuse(options: argparse.Namespace) -> Basis:
     if options.start:
         vae = AutoencoderKL.from_pretrained(options.start / "vae").float()
         rng = np.random.default_rng(options.seed)
-        pictures = render([sample_scene(rng) for _ in range(16)])
+        images = render([sample_scene(rng) for _ in range(16)])
         with torch.no_grad():
-            apart = F.mse_loss(vae.encode(pictures).latent_dist.mode(), basis.encode(pictures))
+            apart = F.mse_loss(vae.encode(images).latent_dist.mode(), basis.encode(images))
         if apart > 0.02:
             raise SystemExit(
                 f"--start {options.start}: its latents are not those of this world (mean squared "

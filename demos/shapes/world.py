@@ -1,7 +1,7 @@
-"""The world of the embedded pipeline: flat shapes on a flat ground.
+"""The world of the embedded pipeline: flat shapes on a flat background.
 
 A scene has one to three objects whose centres lie on a 16 px lattice (two cells of the f8 latents)
-in a picture of 128 x 128 px. Everything a test may ask (boxes, masks, relations) is exact.
+in an image of 128 x 128 px. Everything a test may ask (boxes, masks, relations) is exact.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-PICTURE = 128  # px, both sides
+IMAGE_SIZE = 128  # px, both sides
 LATTICE = 8  # px, the cell of the latents
 SPACING = 16  # px between the places where a centre may be
 GAP = 8  # px at least between the boxes of two objects
@@ -29,7 +29,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 PATTERNS = ("plain", "striped")
 SIZES: dict[str, int] = {"small": 13, "medium": 18, "large": 25}  # radius, px
-GROUNDS: dict[str, tuple[int, int, int]] = {
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (255, 255, 255),
     "gray": (128, 128, 128),
     "black": (0, 0, 0),
@@ -38,13 +38,13 @@ RELATIONS = ("left of", "right of", "above", "below")
 STRIPE = 4  # px, height of one bar; dark bars are the odd ones
 SHADE = 0.55  # brightness of the dark bars
 WORDS = (
-    *SHAPES, *COLOURS, "striped", "small", "large", *GROUNDS, "background",
+    *SHAPES, *COLOURS, "striped", "small", "large", *BACKGROUNDS, "background",
     "a", "an", "and", "on", "left", "right", "of", "above", "below", ",",
 )  # fmt: skip
 
 COLOUR_NAMES = tuple(COLOURS)
 SIZE_NAMES = tuple(SIZES)
-GROUND_NAMES = tuple(GROUNDS)
+BACKGROUND_NAMES = tuple(BACKGROUNDS)
 
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in px, the last two exclusive
 
@@ -57,7 +57,7 @@ class Thing:
     colour: str
     pattern: str = "plain"
     size: str = "medium"
-    centre: tuple[int, int] = (PICTURE // 2, PICTURE // 2)
+    centre: tuple[int, int] = (IMAGE_SIZE // 2, IMAGE_SIZE // 2)
 
     @property
     def box(self) -> Box:
@@ -68,18 +68,18 @@ class Thing:
 
     def mask(self) -> NDArray[np.bool_]:
         """The pixels that the object covers by at least half: bool, [128, 128]."""
-        mask = np.zeros((PICTURE + 2 * STAMP, PICTURE + 2 * STAMP), dtype=bool)
+        mask = np.zeros((IMAGE_SIZE + 2 * STAMP, IMAGE_SIZE + 2 * STAMP), dtype=bool)
         x, y = (c + STAMP // 2 for c in self.centre)
         mask[y : y + STAMP, x : x + STAMP] = stamp(self.shape, self.size) >= 0.5
-        return mask[STAMP : STAMP + PICTURE, STAMP : STAMP + PICTURE]
+        return mask[STAMP : STAMP + IMAGE_SIZE, STAMP : STAMP + IMAGE_SIZE]
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A ground and one to three things that do not overlap."""
+    """A background and one to three things that do not overlap."""
 
     things: tuple[Thing, ...]
-    ground: str = "white"
+    background: str = "white"
 
 
 # --------------------------------------------------------------------------- geometry
@@ -94,9 +94,9 @@ def _polygon(shape: str, radius: float) -> NDArray[np.float64]:
         top, base, half = -1.1 * radius, 0.8 * radius, 1.12 * radius
         return np.array([(0.0, top), (half, base), (-half, base)])
     if shape == "star":
-        turn = np.arange(10) * np.pi / 5
+        step = np.arange(10) * np.pi / 5
         reach = np.where(np.arange(10) % 2 == 0, 1.2, 0.5) * radius
-        return np.stack([reach * np.sin(turn), 0.08 * radius - reach * np.cos(turn)], axis=1)
+        return np.stack([reach * np.sin(step), 0.08 * radius - reach * np.cos(step)], axis=1)
     arm, half = round(1.05 * radius), round(0.36 * radius)
     return np.array(
         [(-half, -arm), (half, -arm), (half, -half), (arm, -half), (arm, half), (half, half),
@@ -157,7 +157,7 @@ def sample_scene(
     count: int | None = None,
     lattice: int = SPACING,
     counts: tuple[float, float, float] = (0.35, 0.4, 0.25),
-    extent: int = PICTURE,
+    extent: int = IMAGE_SIZE,
     gap: int = GAP,
 ) -> Scene:
     """Draw a scene.
@@ -168,7 +168,7 @@ def sample_scene(
     """
     if count is None:
         count = 1 + int(np.searchsorted(np.cumsum(counts), rng.random() * sum(counts)))
-    ground = GROUND_NAMES[rng.integers(len(GROUND_NAMES))]
+    background = BACKGROUND_NAMES[rng.integers(len(BACKGROUND_NAMES))]
     large = (0.4, 0.35, 0.2)[count - 1]
     while True:
         things: list[Thing] = []
@@ -192,7 +192,7 @@ def sample_scene(
             else:
                 break
         if len(things) == count:
-            return Scene(tuple(things), ground)
+            return Scene(tuple(things), background)
 
 
 def ghost(scene: Scene, rng: np.random.Generator) -> tuple[Scene, Scene, bool] | None:
@@ -205,12 +205,12 @@ def ghost(scene: Scene, rng: np.random.Generator) -> tuple[Scene, Scene, bool] |
     thing = scene.things[which]
     others = tuple(other for i, other in enumerate(scene.things) if i != which)
     for t in rng.random((12, 2)):
-        x, y = (SPACING * int(1 + v * (PICTURE // SPACING - 1)) for v in t)
+        x, y = (SPACING * int(1 + v * (IMAGE_SIZE // SPACING - 1)) for v in t)
         copy = replace(thing, centre=(x, y))
         box = copy.box
-        inside = min(box[:2]) >= 2 and max(box[2:]) <= PICTURE - 2
+        inside = min(box[:2]) >= 2 and max(box[2:]) <= IMAGE_SIZE - 2
         if (x, y) != thing.centre and inside and all(_apart(box, o.box, GAP) for o in others):
-            rest, moved = Scene(others, scene.ground), Scene((*others, copy), scene.ground)
+            rest, moved = Scene(others, scene.background), Scene((*others, copy), scene.background)
             return rest, moved, _apart(box, thing.box, 0)
     return None
 
@@ -227,7 +227,7 @@ def mistake(scene: Scene, rng: np.random.Generator) -> tuple[Scene, Scene] | Non
     thing, other = scene.things[which], scene.things[(which + step) % len(scene.things)]
     rest = tuple(o for i, o in enumerate(scene.things) if i != which)
     copy = replace(other, centre=thing.centre)
-    inside = min(copy.box[:2]) >= 2 and max(copy.box[2:]) <= PICTURE - 2
+    inside = min(copy.box[:2]) >= 2 and max(copy.box[2:]) <= IMAGE_SIZE - 2
     if not inside or not all(_apart(copy.box, o.box, GAP) for o in rest):
         return None
-    return Scene(rest, scene.ground), Scene((*rest, copy), scene.ground)
+    return Scene(rest, scene.background), Scene((*rest, copy), scene.background)

@@ -1,8 +1,8 @@
-"""When: the turn, timestep and place in the schedule of a denoiser call.
+"""When: the step, timestep and place in the schedule of a denoiser call.
 
-A *turn* is one entry of the scheduler's list of timesteps. It is not a step: a second-order
-scheduler takes 7 turns for 4 steps. Turns are read from the denoiser's own timestep argument and
-from the scheduler's steps, never by counting attention calls.
+A *step* is one entry of the scheduler's list of timesteps. A second-order scheduler has more of
+them than `num_inference_steps` says: 7 for 4. Steps are read from the denoiser's own timestep
+argument and from the scheduler's calls, never by counting attention calls.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from hookctl.errors import InputError
 class Clock:
     """The time of one denoiser call.
 
-    turn: 0 (noisiest) .. turns - 1; turns: length of the schedule, 0 if unknown;
+    step: 0 (noisiest) .. steps - 1; steps: length of the schedule, 0 if unknown;
     timestep: as the denoiser received it (training timesteps or sigma units of the family).
     """
 
-    turn: int
-    turns: int
+    step: int
+    steps: int
     timestep: float
 
     @property
     def fraction(self) -> float:
         """How much of the schedule is behind this call, 0 <= fraction < 1."""
-        return self.turn / self.turns if self.turns else 0.0
+        return self.step / self.steps if self.steps else 0.0
 
 
 @dataclass(frozen=True)
 class Window:
-    """Turns with start <= fraction < stop, both in fractions of the schedule."""
+    """Steps with start <= fraction < stop, both in fractions of the schedule."""
 
     start: float = 0.0
     stop: float = 1.0
@@ -60,17 +60,17 @@ class Window:
         return cls(start, stop)
 
     def holds(self, clock: Clock) -> bool:
-        # A whole number of turns: int(b * turns) is the published rule (Prompt-to-Prompt).
-        if not clock.turns:
+        # A whole number of steps: int(b * steps) is the published rule (Prompt-to-Prompt).
+        if not clock.steps:
             return self.start <= 0.0 < self.stop
-        return _turns(self.start, clock) <= clock.turn < _turns(self.stop, clock)
+        return _steps(self.start, clock) <= clock.step < _steps(self.stop, clock)
 
     def overlaps(self, other: Window) -> bool:
         return max(self.start, other.start) < min(self.stop, other.stop)
 
 
-def _turns(fraction: float, clock: Clock) -> int:
-    return int(fraction * clock.turns + 1e-9)  # 0.29 * 100 is 28.999999999999996
+def _steps(fraction: float, clock: Clock) -> int:
+    return int(fraction * clock.steps + 1e-9)  # 0.29 * 100 is 28.999999999999996
 
 
 class Timekeeper:
@@ -84,7 +84,7 @@ class Timekeeper:
 
     def restart(self) -> None:
         """Forget the run; the next denoiser call starts a new one."""
-        self._turn = -1
+        self._step = -1
         self._timestep: float | None = None
         self._stepped = True
         self.calls = 0
@@ -92,16 +92,16 @@ class Timekeeper:
     @property
     def running(self) -> bool:
         """Whether the denoiser was called since the start."""
-        return self._turn >= 0
+        return self._step >= 0
 
-    def step(self) -> None:
-        """Note that the scheduler took a step: the next denoiser call is a new turn."""
+    def advance(self) -> None:
+        """The scheduler took its step: the next denoiser call belongs to a new one."""
         self._stepped = True
 
     def read(self, timestep: Any, schedule: Any = None) -> Clock:
         """The clock of a denoiser call that received `timestep`.
 
-        schedule: the scheduler's timesteps, [turns], or None for a bare denoiser.
+        schedule: the scheduler's timesteps, [steps], or None for a bare denoiser.
         """
         now, times = _scalar(timestep), self._times(schedule)
         if self._timestep is not None and now > self._timestep + 1e-6 and self._stepped:
@@ -112,19 +112,19 @@ class Timekeeper:
         if same and not self._stepped:
             self.calls += 1
         else:
-            self._turn = _find(now, times, self._turn + 1, _tolerance(timestep))
+            self._step = _find(now, times, self._step + 1, _tolerance(timestep))
             self._timestep = now
             self._stepped = schedule is None
             self.calls = 0
-        return Clock(self._turn, len(times), now)
+        return Clock(self._step, len(times), now)
 
     def peek(self, timestep: Any, schedule: Any, outer: Clock) -> Clock:
         """The clock of a call that an editor makes inside the call at `outer`; moves nothing."""
         now, times = _scalar(timestep), self._times(schedule)
         if now == outer.timestep:
             return outer
-        turn = _nearest(now, times, 0, _tolerance(timestep))
-        return Clock(outer.turn if turn is None else turn, len(times), now)
+        step = _nearest(now, times, 0, _tolerance(timestep))
+        return Clock(outer.step if step is None else step, len(times), now)
 
     def _times(self, schedule: Any) -> list[float]:
         """The schedule as numbers; read off the device once for each list."""
@@ -141,7 +141,7 @@ _UNITS = (1.0, 1000.0)
 
 
 def _find(now: float, times: list[float], first: int, tolerance: float) -> int:
-    """The turn of a call with timestep `now`, when turns before `first` are over."""
+    """The step of a call with timestep `now`, when steps before `first` are over."""
     if not times:
         return first
     if 0 < first < len(times) and _distance(times[first], now) <= tolerance:
@@ -151,8 +151,8 @@ def _find(now: float, times: list[float], first: int, tolerance: float) -> int:
 
 
 def _nearest(now: float, times: list[float], first: int, tolerance: float) -> int | None:
-    turns = range(first, len(times))
-    best = min(turns, key=lambda turn: _distance(times[turn], now), default=None)
+    steps = range(first, len(times))
+    best = min(steps, key=lambda step: _distance(times[step], now), default=None)
     return best if best is not None and _distance(times[best], now) <= tolerance else None
 
 

@@ -100,7 +100,7 @@ def attention_modules(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-# Attention among text or picture tokens on their way in, before they meet the image.
+# Attention among text or image tokens on their way in, before they meet the image.
 _ASIDE = re.compile(
     r"^(encoder_hid_proj|image_proj|context_embedder|context_refiner|cap_embedder|txt_)"
 )
@@ -272,7 +272,7 @@ def keeps_perturbed(module: nn.Module) -> bool:
 
 
 def counts_text(module: nn.Module) -> bool:
-    """Whether a cross-attention tells text and picture keys apart by how many there are."""
+    """Whether a cross-attention tells text and image keys apart by how many there are."""
     return getattr(module, "add_k_proj", None) is not None
 
 

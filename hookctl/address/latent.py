@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from typing import Any
 
 from torch import Tensor, nn
 
 from hookctl.address.families import uncompiled
+from hookctl.address.sites import Site
 
 _FRAMES_FIRST = r"SpatioTemporal|CogVideoX|ConsisID"  # [rows, frames, channels, height, width]
 _CHANNELS_LAST = r"Kandinsky5"  # [rows, frames, height, width, channels]
@@ -36,7 +38,7 @@ def latent_grid(
         flat = ids.reshape(-1, ids.shape[-1])
         return tuple(int(flat[:, axis].max()) + 1 for axis in (1, 2))
     shapes = arguments.get("img_shapes")
-    if shapes:  # (frames, height, width) of a row's pictures: the one that is drawn comes first
+    if shapes:  # (frames, height, width) of a row's images: the one that is drawn comes first
         first = shapes[0][0] if isinstance(shapes[0], list) else shapes[0]
         return tuple(int(side) for side in first)
     sides = (arguments.get(key) for key in ("num_frames", "height", "width"))
@@ -67,3 +69,34 @@ def registers(denoiser: nn.Module) -> int:
     """Learned tokens that a model puts before the text (AuraFlow)."""
     found = getattr(uncompiled(denoiser), "register_tokens", None)
     return found.shape[1] if isinstance(found, Tensor) and found.dim() == 3 else 0
+
+
+LAYOUT_RESOLUTION = Fraction(1, 4)
+LAYOUT_CELLS = 16
+
+
+def finest_within(
+    sites: Iterable[Site], latent: tuple[int, ...], resolution: Fraction = LAYOUT_RESOLUTION
+) -> Fraction | None:
+    """The finest resolution among `sites` that holds the layout of a latent ([frames,] h, w).
+
+    That is no finer than `resolution` of the latent, or than LAYOUT_CELLS cells. Where no site is
+    as coarse (a transformer has one grid throughout), the coarsest there is; None without any.
+    """
+    side = max(latent[-2:])
+    known = sorted({site.resolution for site in sites if site.resolution is not None})
+    bound = max(side * resolution, Fraction(min(side, LAYOUT_CELLS)))
+    fitting = [r for r in known if side * r <= bound]
+    if fitting:
+        return fitting[-1]
+    return known[0] if known else None
+
+
+def over_latent(mask: Tensor, latent: Tensor) -> Tensor:
+    """A mask, or weights, [frames | 1, height, width] in the shape of one latent of any family."""
+    if latent.dim() == 2:  # packed tokens [height * width, channels]
+        return mask[0].reshape(-1, 1)
+    if latent.dim() == 4:  # [channels, frames, height, width]
+        frames = latent.shape[1]
+        return (mask if mask.shape[0] in (1, frames) else mask.any(0, keepdim=True))[None]
+    return mask

@@ -151,7 +151,7 @@ class Polygon:
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """A picture stretched over the canvas: values [rows, columns] from 0 to 1; exact."""
+    """An image stretched over the canvas: values [rows, columns] from 0 to 1; exact."""
 
     values: Array
 

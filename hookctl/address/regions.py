@@ -83,7 +83,7 @@ class Region:
 
     @classmethod
     def mask(cls, mask: MaskLike, *, name: str | None = None) -> Region:
-        """Where a picture is bright, softly; it is stretched over the canvas.
+        """Where an image is bright, softly; it is stretched over the canvas.
 
         Receives: a PIL image (read as grey), or [height, width] of bool, of floats from 0 to 1,
         or of whole numbers from 0 to 255 (if none is above 1, they count as off and on).
@@ -222,10 +222,10 @@ def parse_region(text: str) -> Region:
     name, kind, body = match[1].strip() if match[1] else None, match[2], (match[3] or "").strip()
     if kind == "mask" and body:
         try:
-            with Image.open(body) as picture:
-                return Region.mask(picture, name=name)
+            with Image.open(body) as image:
+                return Region.mask(image, name=name)
         except OSError as error:
-            raise InputError(f"region: {text!r} given; a readable picture expected") from error
+            raise InputError(f"region: {text!r} given; a readable image expected") from error
     body, _, width = body.partition("@") if kind == "scribble" else (body, "", "")
     try:
         points = [[float(v) for v in point.split(",")] for point in body.split(";") if point]

@@ -2,7 +2,7 @@
 
 Pipelines lay their batches out in different orders, change them in mid-loop and tell nobody
 (`Layout`). Rows are therefore resolved anew for every denoiser call, from the batch size, the
-number of pictures that the pipeline is drawing and the layout of its family. A batch that fits no
+number of images that the pipeline is drawing and the layout of its family. A batch that fits no
 known layout is an error, never a guess.
 """
 
@@ -22,7 +22,7 @@ class Row:
     """One batch row of a denoiser call.
 
     branch: what the row predicts ("cond", "uncond", "perturbed", "image" ...).
-    prompt: index of the prompt it belongs to; image: which of that prompt's pictures it draws.
+    prompt: index of the prompt it belongs to; image: which of that prompt's images it draws.
     copied: the branch that it copies with its text, None where it copies none.
     """
 
@@ -44,7 +44,7 @@ class Layout:
     """How a family lays out guidance branches.
 
     groups: for each number of row groups in one call, the branch of each group in batch order.
-    sequential: where guidance is several calls in one turn, the branch of each call in order.
+    sequential: where guidance is several calls in one step, the branch of each call in order.
     unguided: as `groups`, while the pipeline reports that classifier-free guidance is off.
     """
 
@@ -124,28 +124,28 @@ def resolve_rows(
     draws (None: unknown, then each row of a group is a prompt of its own); guided, whether the
     pipeline says that classifier-free guidance is on (None: it does not say); branch, the name
     that the pipeline gave this call, where it gives one; call, how many calls came before in this
-    turn (families that guide by several calls).
+    step (families that guide by several calls).
 
-    Raises LayoutError if the batch is not a known multiple of the pictures drawn.
+    Raises LayoutError if the batch is not a known multiple of the images drawn.
     """
-    pictures = None if prompts is None else prompts * images_per_prompt
-    if branch is None and layout.sequential and (pictures is None or pictures == batch):
+    images = None if prompts is None else prompts * images_per_prompt
+    if branch is None and layout.sequential and (images is None or images == batch):
         branch = layout.sequential[min(call, len(layout.sequential) - 1)]
     if branch is not None:
-        return _tag(batch, (branch,), images_per_prompt if pictures == batch else 1)
+        return _tag(batch, (branch,), images_per_prompt if images == batch else 1)
     known = dict(layout.groups)
     if guided is False:
         known |= dict(layout.unguided)
-    if pictures is None:
+    if images is None:
         return _tag(batch, known.get(1, (COND,)), 1)
-    if batch % pictures or batch // pictures not in known:
+    if batch % images or batch // images not in known:
         raise LayoutError(
-            f"a denoiser call has {batch} rows, but the pipeline draws {pictures} pictures "
+            f"a denoiser call has {batch} rows, but the pipeline draws {images} images "
             f"({prompts} prompts x {images_per_prompt}) and its family is known to call the "
-            f"denoiser with {' or '.join(str(n * pictures) for n in sorted(known))} rows. Give "
+            f"denoiser with {' or '.join(str(n * images) for n in sorted(known))} rows. Give "
             "the order yourself: control(..., rows=('uncond', 'cond'))."
         )
-    return _tag(batch, known[batch // pictures], images_per_prompt)
+    return _tag(batch, known[batch // images], images_per_prompt)
 
 
 def _tag(batch: int, branches: tuple[str, ...], per_prompt: int) -> Rows:

@@ -3,7 +3,7 @@
 A *site* is one attention layer. It is addressed by what it is (self, cross, joint, temporal), by
 its place (down, mid, up, or blocks for a transformer) and by its resolution **relative to the
 latent**: at resolution 1/4 of a 64 x 64 latent the layer sees 16 x 16 tokens, and it is the same
-layer at any picture size.
+layer at any image size.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
 
 
 def matcher(selector: Selector) -> Callable[[Site], bool]:
-    """Turn a selector into a predicate.
+    """Step a selector into a predicate.
 
     A selector is a predicate, a list of paths or globs, None (every site), or text: words joined
     by spaces must all hold, alternatives are split by commas. A word is a kind (`cross`), a place

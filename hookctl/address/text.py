@@ -87,7 +87,7 @@ class PromptText:
 
 
 class TextLayout:
-    """How a pipeline turns prompts into the text sequence of its attention."""
+    """How a pipeline steps prompts into the text sequence of its attention."""
 
     def __init__(self, pipe: Any) -> None:
         self._streams: tuple[TextStream, ...] = text_streams(pipe)

@@ -15,18 +15,17 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from hookctl.attention import operations as does
+from hookctl.attention import verbs
+from hookctl.attention.arguments import cast, is_all, is_finite, is_same, regions_of, remembered
+from hookctl.attention.call_data import CallData, RowLike
 from hookctl.attention.division import Division, divided, segment_of
-from hookctl.attention.isolated import isolate
-from hookctl.attention.noted import NotedCall, RowLike
-from hookctl.attention.operations import Probabilities, ReadOut, Sink, Stage
-from hookctl.attention.prepared import cast, is_all, is_finite, is_same, regions_of, remembered
+from hookctl.attention.rewriting import Probabilities, ReadOut, Sink, Stage
 from hookctl.attention.term import Ref, Segment
 from hookctl.attention.token_map import Routing
 from hookctl.errors import InputError, UnsupportedError
 
 
-class AttentionCall(NotedCall):
+class AttentionCall(CallData):
     """One attention call of one site, as its editors see and rewrite it."""
 
     def borrow(
@@ -56,7 +55,7 @@ class AttentionCall(NotedCall):
         stacks = {"q": self.q, "k": self.k, "v": self.v}
         refs = {name: Ref(stacks[name], row) for name, row in sources.items()}
         self._note(
-            Stage.SUBSTITUTION, "borrow", targets, does.borrow(refs, sources.get("k"), weight)
+            Stage.SUBSTITUTION, "borrow", targets, verbs.borrow(refs, sources.get("k"), weight)
         )
 
     def replace(
@@ -82,7 +81,7 @@ class AttentionCall(NotedCall):
         changed = tuple(
             t for t in targets if any(not is_same(refs[n][t].tensor, own[n][t]) for n in refs)
         )
-        self._note(Stage.SUBSTITUTION, "replace", changed, does.replace_own(refs))
+        self._note(Stage.SUBSTITUTION, "replace", changed, verbs.replace_own(refs))
 
     def extend(
         self,
@@ -119,7 +118,7 @@ class AttentionCall(NotedCall):
             raise InputError(f"extend: share={share!r}; give a weight from 0 to 1")
         if tokens and share != 0.0:
             segment = Segment(new_k, new_v, shift, mask_row)
-            self._note(Stage.EXTENSION, "extend", targets, does.extend(segment, float(share)))
+            self._note(Stage.EXTENSION, "extend", targets, verbs.extend(segment, float(share)))
 
     def restrict(
         self, rows: RowLike | Iterable[RowLike], query_regions: Tensor, key_regions: Tensor
@@ -140,7 +139,7 @@ class AttentionCall(NotedCall):
                 )
         regions = regions_of(query_regions, key_regions, self.q.device)
         if not regions.allow_all:
-            self._note(Stage.RESTRICTION, "restrict", targets, does.restrict(regions))
+            self._note(Stage.RESTRICTION, "restrict", targets, verbs.restrict(regions))
 
     def bias(
         self,
@@ -173,7 +172,7 @@ class AttentionCall(NotedCall):
             return
         keys = cast(key_factors, self.k)
         queries = None if query_factors is None else cast(query_factors, self.q)
-        self._note(Stage.RESTRICTION, "bias", targets, does.bias(queries, keys))
+        self._note(Stage.RESTRICTION, "bias", targets, verbs.bias(queries, keys))
 
     def route(
         self,
@@ -232,7 +231,7 @@ class AttentionCall(NotedCall):
             if moves:
                 maps["from_source"] = routing.source(self.v, start, float(not stays))
             maps["from_own"] = routing.own(self.v, start, float(stays))
-        operation = does.route(
+        operation = verbs.route(
             origin,
             **maps,
             vanishes="from_source" in maps and routing.drops_own and not (joint and stays),
@@ -265,7 +264,7 @@ class AttentionCall(NotedCall):
         weight = None if mask is None else self._per_query(mask, "add: mask")
         if scale == 0.0 or new_k.base.shape[-2] == 0 or (mask is not None and is_all(mask, 0)):
             return
-        rewriting = does.add(self.q, Segment(new_k, new_v), self.scale, scale, weight)
+        rewriting = verbs.add(self.q, Segment(new_k, new_v), self.scale, scale, weight)
         self._note(Stage.ADDITION, "add", targets, rewriting)
 
     def divide(self, rows: RowLike | Iterable[RowLike], division: Division) -> None:
@@ -310,7 +309,7 @@ class AttentionCall(NotedCall):
             )
         weight = None if where is None else self._per_query(where, "skip: where")
         if where is None or not is_all(where, 0):
-            self._note(Stage.OVERRIDE, "skip", targets, does.skip(weight))
+            self._note(Stage.OVERRIDE, "skip", targets, verbs.skip(weight))
 
     def isolate(self, rows: RowLike | Iterable[RowLike]) -> None:
         """Let every image token of `rows` see no other image token (PAG).
@@ -324,7 +323,7 @@ class AttentionCall(NotedCall):
             raise UnsupportedError(f"isolate: {self.site.path} has other queries than keys")
         else:
             targets = self._indices(rows, "rows")
-            self._note(Stage.OVERRIDE, "isolate", targets, isolate(self.spans, self.mask))
+            self._note(Stage.OVERRIDE, "isolate", targets, verbs.isolate(self.spans, self.mask))
 
     def map_queries(
         self, rows: RowLike | Iterable[RowLike], fn: Callable[[Tensor], Tensor]
@@ -334,7 +333,7 @@ class AttentionCall(NotedCall):
         fn: maps a stack [rows, sub-batch, heads, N, channels] to its like.
         """
         targets = self._indices(rows, "rows")
-        self._note(Stage.EXTENSION, "map queries", targets, does.map_queries(fn))
+        self._note(Stage.EXTENSION, "map queries", targets, verbs.map_queries(fn))
 
     def probabilities(self, rows: RowLike | Iterable[RowLike], fn: Probabilities) -> None:
         """The escape hatch: `fn` gets [sub-batch, heads, N, M] and returns it edited.
@@ -342,7 +341,7 @@ class AttentionCall(NotedCall):
         It costs the matrix, for these rows at this site, and the report says so. Prefer a verb.
         """
         targets = self._indices(rows, "rows")
-        self._note(Stage.OVERRIDE, "probabilities", targets, does.probabilities(fn))
+        self._note(Stage.OVERRIDE, "probabilities", targets, verbs.probabilities(fn))
 
     def read(
         self,

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hookctl.attention.operations import Fold, Rewriting
-from hookctl.attention.prepared import cast
+from hookctl.attention.arguments import cast
+from hookctl.attention.key_regions import KeyRegions
+from hookctl.attention.rewriting import Fold, Rewriting
 from hookctl.attention.term import Ref, Segment, Term
-from hookctl.attention.visibility import Regions
 from hookctl.errors import InputError
 
 
@@ -73,16 +73,16 @@ class _Laid:
         every: list[tuple[str | None, Tensor]] = [(None, own), *full.items()]
         self._queries = {name: (w > 0).long() for name, w in every} if sparse else {}
         self._device = like.device
-        self._regions: dict[tuple[str | None, int], Regions] = {}
+        self._regions: dict[tuple[str | None, int], KeyRegions] = {}
 
-    def regions(self, name: str | None, keys: int) -> Regions | None:
+    def regions(self, name: str | None, keys: int) -> KeyRegions | None:
         """The queries that take part in one summand (None: the own one); None for all of them."""
         queries = self._queries.get(name)
         if queries is None or bool(queries.all()):
             return None
         if (name, keys) not in self._regions:
             seen = torch.ones(keys, dtype=torch.int64)
-            self._regions[name, keys] = Regions(queries, seen, self._device)
+            self._regions[name, keys] = KeyRegions(queries, seen, self._device)
         return self._regions[name, keys]
 
 
@@ -113,9 +113,7 @@ def divided(laid: _Laid, parts: Mapping[str, Segment], q: Tensor, scale: float) 
         kept = [own(term) for term in state.terms[row]]
         state.terms[row] = (*kept, *(further(n, s, row) for n, s in parts.items()))
 
-    given = [ref.base for s in parts.values() for ref in (s.k, s.v)]
-    given += [s.shift for s in parts.values() if isinstance(s.shift, Tensor)]
-    return Rewriting(apply, (laid, *parts), (*given, *laid.shares.values(), laid.own))
+    return apply
 
 
 def segment_of(k: Tensor, v: Tensor, shift: Tensor | None, name: str) -> Segment:

@@ -11,16 +11,16 @@ evaluation when the sum is finished.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from hookctl.attention.prepared import positions
+from hookctl.address.sites import Site
+from hookctl.attention.key_regions import KeyRegions
 from hookctl.attention.token_map import ValueMap
-from hookctl.attention.visibility import Regions
+from hookctl.errors import UnsupportedError
 
 
 class Ref(NamedTuple):
@@ -70,7 +70,7 @@ class Term(NamedTuple):
     maps: tuple[ValueMap, ...] = ()
     weight: Tensor | float = 1.0
     factors: tuple[tuple[Tensor | None, Tensor], ...] = ()
-    regions: Regions | None = None
+    regions: KeyRegions | None = None
     value_only: bool = False
     extra: bool = False
 
@@ -175,27 +175,26 @@ class Sum:
         return list(groups.values())
 
 
-def gather(refs: Sequence[Ref]) -> Tensor:
-    """The rows of one stack as a batch, [len(refs), sub-batch, heads, tokens, channels]."""
-    return rows_of(refs[0].base, [ref.row for ref in refs])
+class Spans(NamedTuple):
+    """(start, stop) of the image's queries, and of the image's and the text's keys."""
+
+    image_queries: tuple[int, int]
+    image_keys: tuple[int, int] | None
+    text_keys: tuple[int, int] | None
 
 
-def rows_of(base: Tensor, rows: Sequence[int]) -> Tensor:
-    """Some rows of a stack; copies nothing if they are adjacent or all the same."""
-    if len(rows) == base.shape[0] and adjacent(rows):
-        return base
-    if adjacent(rows):
-        return base[rows[0] : rows[-1] + 1]
-    if all(row == rows[0] for row in rows):
-        return base[rows[0] : rows[0] + 1].expand(len(rows), *base.shape[1:])
-    if base.requires_grad:  # indexing adds gradients in no fixed order
-        return torch.stack([base[row] for row in rows])
-    places = positions(tuple(rows), base.device)
-    if base.dim() == 5 and base.stride(-2) > base.stride(-3):  # copied as they lie
-        return base.transpose(2, 3).index_select(0, places).transpose(2, 3)
-    return base.index_select(0, places)
-
-
-def adjacent(rows: Sequence[int]) -> bool:
-    """Whether rows follow each other without a gap."""
-    return list(rows) == list(range(rows[0], rows[0] + len(rows)))
+def spans_of(site: Site, queries: int, keys: int, text: int | None, order: str | None) -> Spans:
+    """text: tokens of the text; order: of a joint sequence, "image_text" or "text_image"."""
+    n, m = queries, keys
+    if site.kind == "cross":
+        return Spans((0, n), None, (0, m))
+    if site.kind != "joint":
+        return Spans((0, n), (0, m), None)
+    if text is None or text >= m:
+        raise UnsupportedError(
+            f"{site.path}: the length of the text in this joint sequence of {m} tokens is unknown"
+        )
+    image = m - text
+    if order == "image_text":
+        return Spans((0, min(n, image)), (0, image), (image, m))
+    return Spans((n - image, n), (text, m), (0, text))

@@ -108,7 +108,7 @@ class ValueMap:
 
 
 class Routing:
-    """A token map with its gains, prepared once and used at every site and turn.
+    """A token map with its gains, prepared once and used at every site and step.
 
     source_map: T diag(blend * gain), [text, text] or a diagonal [text]; own_gain: [text].
     """

@@ -12,9 +12,7 @@ from torch import Tensor
 from hookctl.address.clock import Clock
 from hookctl.address.rows import COND, Rows
 from hookctl.address.sites import Site
-from hookctl.attention import plan
 from hookctl.attention.call import AttentionCall
-from hookctl.attention.repeats import Repeats
 from hookctl.bench.edits import (
     TEXT,
     Edit,
@@ -30,6 +28,7 @@ from hookctl.bench.edits import (
     self_replacement,
 )
 from hookctl.bench.measure import OURS, PLAIN, Case, Form
+from hookctl.evaluate import plan
 
 Shape = tuple[int, int, int]  # tokens, heads, channels
 
@@ -142,18 +141,17 @@ class Bench:
         regions, and holds the matrix: it is for short keys."""
         if evaluator.name == "reference" or evaluator.missing() is not None:
             return False
-        return evaluator.name != "shared" or (edit.keys is not None and edit.bits is None)
+        return evaluator.name != "short keys" or (edit.keys is not None and edit.bits is None)
 
     def engine(
         self, edit: Edit, q: Tensor, k: Tensor, v: Tensor, rows: Rows, backend: str = "auto"
     ) -> Form:
         site = Site("site", "self" if edit.keys is None else "cross", "down", 0, 0)
-        repeats = Repeats()  # as in a pipeline, whose turns are alike
 
         def run() -> Tensor:
             call = call_of(site, q, k, v, rows)
             edit.apply(call)
-            return merged(plan.evaluate(call, backend, repeats)[0].flatten(0, 1))
+            return merged(plan.evaluate(call, backend)[0].flatten(0, 1))
 
         return run
 
@@ -168,14 +166,13 @@ class Bench:
         count = here.stop - here.start
 
         def by(backend: str) -> Form:
-            repeats = Repeats()
 
             def run() -> Tensor:
                 call = call_of(site, q, k, v, rows)
                 found: list[Tensor] = []
                 shown = rows.where(branch=COND)
                 call.read(shown, READ, lambda row, values: found.append(values[0]))
-                plan.read_only(call, backend, repeats)
+                plan.read_only(call, backend)
                 return torch.stack(found)
 
             return run

@@ -10,10 +10,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hookctl.address.rows import COND
 from hookctl.address.sites import Site
-from hookctl.attention import plan
 from hookctl.bench.calls import CHECKED, READ, Bench, Shape, call_of
 from hookctl.bench.edits import TEXT, guided, probabilities, rows_of, sampled, weigh
 from hookctl.bench.measure import OURS, Case, Form
+from hookctl.evaluate import plan
 from hookctl.kernels.common.launch import available, interpreting
 from hookctl.kernels.fourier_gain import fourier_gain
 from hookctl.kernels.latent_mixing import (

@@ -26,7 +26,7 @@ from hookctl.kernels.common.launch_tables import (
 
 HEADS = 8
 TOKENS, TEXT = 4096, {128: 77, 256: 226}
-SMALL = 20  # tokens, or the sides of a picture, in tests
+SMALL = 20  # tokens, or the sides of an image, in tests
 NARROW = 64  # channels of a head of which several stand side by side
 SIDES = (16, 128)  # of a tile of queries or keys, the least and the most
 
@@ -85,7 +85,7 @@ def _heads(tokens: int, keys: int, rows: int, key_of: Callable[[int], Key] = pie
     return inputs
 
 
-def _pictures(side: int, *leading: tuple[int, ...]) -> Given:
+def _images(side: int, *leading: tuple[int, ...]) -> Given:
     """Tensors [*leading, side, side]."""
 
     def inputs(key: Key, listed: Iterable[Key], small: bool) -> list[Tensor]:
@@ -251,11 +251,11 @@ def _workloads() -> dict[str, Workload]:
     found[MAPS] = Workload(long, *maps)
     found[MAPS + GRADIENTS] = Workload(brief, *maps, learns=(0, 1), needs=(MAPS,))
     found[GAIN] = Workload(
-        _pictures(64, (4, 640)), _gain("forward"), _gain("reference"),
+        _images(64, (4, 640)), _gain("forward"), _gain("reference"),
         first=(1, 16), second=(128, 2048), staged=False, axes=("height", "width"),
     )  # fmt: skip
     found[MIXING] = Workload(
-        _pictures(128, (8, 4), (8,)), _mixtures("forward"), _mixtures("reference"),
+        _images(128, (8, 4), (8,)), _mixtures("forward"), _mixtures("reference"),
         first=None, second=(128, 4096), staged=False, axes=("height", "width"),
     )  # fmt: skip
     return found

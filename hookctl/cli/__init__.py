@@ -21,7 +21,7 @@ from hookctl.errors import HookctlError, InputError
 
 _EXAMPLES = """
 examples:
-  hookctl demo --out out                      # edit pictures of the embedded pipeline, measured
+  hookctl demo --out out                      # edit images of the embedded pipeline, measured
   hookctl run recolour --out out              # a stack that comes with hookctl
   hookctl maps shapes --prompt "a red circle above a blue square" --out out
   hookctl inspect stabilityai/stable-diffusion-2-1

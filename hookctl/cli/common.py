@@ -143,7 +143,7 @@ def add_drawing(command: argparse.ArgumentParser, *, images: bool) -> None:
     group.add_argument("--negative", metavar="TEXT", help="negative prompt")
     if images:
         group.add_argument(
-            "--images", type=whole(1), metavar="N", help="pictures of each prompt (default: 1)"
+            "--images", type=whole(1), metavar="N", help="images of each prompt (default: 1)"
         )
     group.add_argument("--width", type=whole(1), metavar="PX", help="default: the model's own")
     group.add_argument("--height", type=whole(1), metavar="PX", help="default: the model's own")
@@ -201,7 +201,7 @@ def file_name(text: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """What ran: the versions of the libraries that decide about a picture."""
+    """What ran: the versions of the libraries that decide about an image."""
     import diffusers
     import torch
     import transformers

@@ -27,7 +27,7 @@ from hookctl.cli.quiet import quiet
 from hookctl.demos import DEMOS
 from hookctl.demos.reports import groups, singles
 from hookctl.errors import HookctlError, InputError
-from hookctl.tables import table
+from hookctl.inspect.tables import table
 
 if TYPE_CHECKING:
     from hookctl.demos.gallery import Shown
@@ -47,7 +47,7 @@ def add(commands: Any) -> None:
         "demo",
         main,
         "run a demo on the embedded pipeline",
-        "Run a demo on the embedded pipeline: pictures and figures, offline, on a CPU.",
+        "Run a demo on the embedded pipeline: images and figures, offline, on a CPU.",
         _EXAMPLES,
     )
     command.add_argument(

@@ -1,4 +1,4 @@
-"""One call of a pipeline from options: what it is given, and the pictures that come back."""
+"""One call of a pipeline from options: what it is given, and the images that come back."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NAMES = {  # option -> argument of a pipeline's call
 
 @dataclass(frozen=True)
 class Drawing:
-    """How pictures are drawn; None is the pipeline's own."""
+    """How images are drawn; None is the pipeline's own."""
 
     seed: int = 0
     steps: int = STEPS
@@ -83,7 +83,7 @@ class Drawing:
         return given
 
     def generators(self, prompts: Sequence[str]) -> list[torch.Generator]:
-        """Picture j of each prompt is seeded with seed + j, on the CPU: the same everywhere."""
+        """Image j of each prompt is seeded with seed + j, on the CPU: the same everywhere."""
         import torch
 
         return [
@@ -93,14 +93,14 @@ class Drawing:
         ]
 
 
-def pictures(
+def images(
     pipe: Any, drawing: Drawing, prompts: Sequence[str], title: str, progress: bool
 ) -> list[Image]:
-    """The pictures of one call, prompt by prompt."""
+    """The images of one call, prompt by prompt."""
     pipe.set_progress_bar_config(desc=title, disable=not progress, leave=False, file=sys.stderr)
     drawn = getattr(pipe(**drawing.arguments(pipe, prompts)), "images", None)
     if drawn is None:
         raise UnsupportedError(
-            f"{type(pipe).__name__} makes no pictures; use hookctl.control() from Python on it"
+            f"{type(pipe).__name__} makes no images; use hookctl.control() from Python on it"
         )
     return list(drawn)

@@ -10,15 +10,15 @@ from hookctl.cli import common
 from hookctl.cli.draw import Drawing
 from hookctl.cli.models import find_model
 from hookctl.cli.quiet import quiet
-from hookctl.tables import table
+from hookctl.inspect.tables import table
 
 if TYPE_CHECKING:
-    from hookctl.inspection import Survey
-    from hookctl.probe import Probed
+    from hookctl.inspect.probe import Probed
+    from hookctl.inspect.survey import Survey
 
 _TEXT = """
 List the attention sites of a model, what its family does with text and guidance, and which sites
-can be caught. Weights are not read unless --run is given: that draws one short picture and says
+can be caught. Weights are not read unless --run is given: that draws one short image and says
 which sites were really caught. Takes a pipeline or a bare denoiser folder.
 
 A site is selected by kind, place, resolution relative to the latent, or path:
@@ -53,7 +53,7 @@ def main(options: Any) -> None:
 @quiet()
 def _inspect(options: Any) -> None:
     from hookctl.cli.loading import load_for_survey, load_pipeline
-    from hookctl.inspection import survey
+    from hookctl.inspect.survey import survey
 
     if not options.run:
         target = load_for_survey(options.model)
@@ -76,8 +76,8 @@ def _inspect(options: Any) -> None:
 def _probe(pipe: Any, options: Any) -> Probed:
     from PIL import Image
 
-    from hookctl.inspection import pipeline_arguments
-    from hookctl.probe import probe
+    from hookctl.inspect.probe import probe
+    from hookctl.inspect.survey import pipeline_arguments
 
     pipe.set_progress_bar_config(disable=not common.wants_progress(options), leave=False)
     drawing = Drawing(steps=_RUN_STEPS)

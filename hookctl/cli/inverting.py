@@ -1,4 +1,4 @@
-"""A picture that is given, and what a stack does with it: `hookctl run --image`."""
+"""An image that is given, and what a stack does with it: `hookctl run --image`."""
 
 from __future__ import annotations
 
@@ -10,65 +10,65 @@ from typing import TYPE_CHECKING, Any
 from hookctl.cli.common import bar
 from hookctl.cli.draw import Drawing
 from hookctl.errors import InputError
-from hookctl.preset import Preset
-from hookctl.signature import parameters
+from hookctl.preset.signature import parameters
+from hookctl.preset.stack import Preset
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# The settings of a run that have no use where one picture is inverted, or a program's.
+# The settings of a run that have no use where one image is inverted, or a program's.
 _UNUSED = {"inverted": ("negative", "images"), "a program's": ("images",)}
 
 
-def read_picture(preset: Preset, file: Path | None, drawing: Drawing) -> Image | None:
-    """The picture of --image, None for a stack that draws from noise.
+def read_image(preset: Preset, file: Path | None, drawing: Drawing) -> Image | None:
+    """The image of --image, None for a stack that draws from noise.
 
-    Raises InputError where the stack and the options disagree, and for a file that is no picture;
+    Raises InputError where the stack and the options disagree, and for a file that is no image;
     FileNotFoundError if there is none.
     """
-    if not preset.takes_picture:
+    if not preset.takes_image:
         if file is not None:
             raise InputError(
                 f"--image {file}: {preset.path} draws from noise; give a stack with an [inversion] "
-                "or a [program] table or an editor that takes a picture, or leave --image out"
+                "or a [program] table or an editor that takes an image, or leave --image out"
             )
         return None
     if file is None:
-        raise InputError(f"{preset.path} takes a picture; give --image FILE, and its --prompt")
+        raise InputError(f"{preset.path} takes an image; give --image FILE, and its --prompt")
     use = "inverted" if preset.inversion else "a program's" if preset.program else ""
     for name in _UNUSED.get(use, ()):
         value = getattr(drawing, name)
         if value is not None and value != getattr(Drawing(), name):
             raise InputError(
-                f"{name} = {value}; a picture that is {use} takes none, so leave it out"
+                f"{name} = {value}; an image that is {use} takes none, so leave it out"
             )
     if not file.is_file():
-        raise FileNotFoundError(f"--image {file}: there is no such file; give a picture")
+        raise FileNotFoundError(f"--image {file}: there is no such file; give an image")
     from PIL import Image, UnidentifiedImageError
 
     try:
         return Image.open(file).convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError):
         raise InputError(
-            f"--image {file}: can't be read as a picture; give a whole PNG or JPEG file"
+            f"--image {file}: can't be read as an image; give a whole PNG or JPEG file"
         ) from None
 
 
-def from_picture(
+def from_image(
     pipe: Any,
     preset: Preset,
-    picture: Image,
+    image: Image,
     drawing: Drawing,
     prompts: Sequence[str],
     progress: bool,
 ) -> Callable[[str], list[Image]]:
-    """Invert the picture; what comes back draws it again and its edits, as often as asked.
+    """Invert the image; what comes back draws it again and its edits, as often as asked.
 
     progress: whether to show a bar.
     """
-    check_fits(pipe, picture, drawing)
+    check_fits(pipe, image, drawing)
     assert preset.inversion is not None
-    inversion = preset.inversion.make(pipe, picture, prompts[0], steps=drawing.steps)
+    inversion = preset.inversion.make(pipe, image, prompts[0], steps=drawing.steps)
     with bar("inversion", progress) as shown:
         inverted = inversion.run(shown)
 
@@ -79,27 +79,27 @@ def from_picture(
 
 
 def program_for(
-    pipe: Any, preset: Preset, picture: Image, drawing: Drawing, prompts: Sequence[str]
+    pipe: Any, preset: Preset, image: Image, drawing: Drawing, prompts: Sequence[str]
 ) -> Any:
-    """The program that draws a prompt from the picture, once it is run."""
+    """The program that draws a prompt from the image, once it is run."""
     assert preset.program is not None
     name, taken = preset.program.recipe, parameters(preset.program.cls)
     if len(prompts) > 1:
         raise InputError(f"edit = {prompts[1]!r}; {name} takes one prompt")
     given = {name: getattr(drawing, name) for name in ("steps", "guidance", "negative", "seed")}
     if "size" not in taken:
-        check_fits(pipe, picture, drawing)
+        check_fits(pipe, image, drawing)
     elif drawing.width is not None or drawing.height is not None:
-        given["size"] = _drawn_size(pipe, picture, drawing)
+        given["size"] = _drawn_size(pipe, image, drawing)
     said = {key: value for key, value in given.items() if value is not None}
     for key, value in said.items():
         if key not in taken:
             raise InputError(f"{key} = {value!r}; {name} takes none, so leave it out")
-    return preset.program.make(pipe, picture, prompts[0], **said)
+    return preset.program.make(pipe, image, prompts[0], **said)
 
 
-def pictures_of(program: Any, progress: bool) -> Callable[[str], list[Image]]:
-    """A program as what draws pictures.
+def images_of(program: Any, progress: bool) -> Callable[[str], list[Image]]:
+    """A program as what draws images.
 
     progress: whether to show a bar, if the program says how far it is.
     """
@@ -113,18 +113,18 @@ def pictures_of(program: Any, progress: bool) -> Callable[[str], list[Image]]:
     return draw
 
 
-def check_fits(pipe: Any, picture: Image, drawing: Drawing) -> None:
-    """InputError unless the picture has the size that was asked for, else the model's own."""
-    wanted = _drawn_size(pipe, picture, drawing)
-    if picture.size != wanted:
+def check_fits(pipe: Any, image: Image, drawing: Drawing) -> None:
+    """InputError unless the image has the size that was asked for, else the model's own."""
+    wanted = _drawn_size(pipe, image, drawing)
+    if image.size != wanted:
         raise InputError(
-            f"--image is {picture.width} x {picture.height} px, and {wanted[0]} x {wanted[1]} are "
+            f"--image is {image.width} x {image.height} px, and {wanted[0]} x {wanted[1]} are "
             "drawn; resize it, or give its own --width and --height"
         )
 
 
-def _drawn_size(pipe: Any, picture: Image, drawing: Drawing) -> tuple[int, int]:
-    """(width, height) that a run draws: as asked, else the model's own, else the picture's."""
+def _drawn_size(pipe: Any, image: Image, drawing: Drawing) -> tuple[int, int]:
+    """(width, height) that a run draws: as asked, else the model's own, else the image's."""
     own = getattr(getattr(pipe, "unet", None), "config", {}).get("sample_size")
     sides = own if isinstance(own, list | tuple) else (own, own)
     factor = int(getattr(pipe, "vae_scale_factor", 8))
@@ -132,4 +132,4 @@ def _drawn_size(pipe: Any, picture: Image, drawing: Drawing) -> tuple[int, int]:
         side and side * factor if asked is None else asked
         for side, asked in zip(sides, (drawing.height, drawing.width), strict=True)
     )
-    return width or picture.width, height or picture.height
+    return width or image.width, height or image.height

@@ -1,4 +1,4 @@
-"""`hookctl maps`: which places of a picture attend to which words of its prompt."""
+"""`hookctl maps`: which places of an image attend to which words of its prompt."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ from typing import TYPE_CHECKING, Any
 
 import hookctl
 from hookctl.cli import common
-from hookctl.cli.draw import Drawing, pictures
+from hookctl.cli.draw import Drawing, images
 from hookctl.cli.lora import add_lora, check_loras, put_on, said
 from hookctl.cli.models import find_model
 from hookctl.cli.quiet import quiet
 from hookctl.errors import InputError
-from hookctl.tables import table
+from hookctl.inspect.tables import table
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
     from torch import Tensor
 
-    from hookctl.attention.maps import WordMaps
+    from hookctl.maps import WordMaps
 
 _TEXT = """
-Draw a picture and write the attention maps of its words: how much each place attends to a word,
-averaged over heads, sites and turns of the schedule.
+Draw an image and write the attention maps of its words: how much each place attends to a word,
+averaged over heads, sites and steps of the schedule.
 
 writes to --out:
-  picture.png       what was drawn
-  maps.png          every word over the picture
-  overlay-WORD.png  one word over the picture
+  image.png       what was drawn
+  maps.png          every word over the image
+  overlay-WORD.png  one word over the image
   grids-WORD.png    the word on each grid of the model
-  time-WORD.png     the word over the turns
-  maps.npz          WORD@HxW [turns, H, W], float32, for each word and grid
+  time-WORD.png     the word over the steps
+  maps.npz          WORD@HxW [steps, H, W], float32, for each word and grid
   maps.json         figures of each map, and what was run
 """
-_ALSO = "picture.png, overlay-*, grids-*, time-*, maps.npz, maps.json"
+_ALSO = "image.png, overlay-*, grids-*, time-*, maps.npz, maps.json"
 _EXAMPLES = """
 hookctl maps shapes --prompt "a red circle above a blue square" --out out
 hookctl maps shapes --prompt "a red circle above a blue square" --words circle,square
@@ -77,24 +77,24 @@ def main(options: Any) -> None:
 def _write(drawing: Drawing, out: Path, options: Any) -> None:
     import numpy as np
 
-    from hookctl import show
     from hookctl.cli.loading import load_pipeline
+    from hookctl.inspect import show
 
     pipe = load_pipeline(options.model, options.device, options.dtype)
     put_on(pipe, options.lora)
     with hookctl.control(pipe, hookctl.Maps(*(options.words or ()))) as session:
         progress = common.wants_progress(options)
-        [picture] = pictures(pipe, drawing, [options.prompt], "maps", progress)
+        [image] = images(pipe, drawing, [options.prompt], "maps", progress)
     words = {word: session.maps[word] for word in session.maps.words}
-    picture.save(out / "picture.png")
+    image.save(out / "image.png")
     names = _names(words)
     overlays = []
     for word, maps in words.items():
-        overlays.append(maps.overlay(picture, label=word))
+        overlays.append(maps.overlay(image, label=word))
         overlays[-1].save(out / f"overlay-{names[word]}.png")
         _grids(maps).save(out / f"grids-{names[word]}.png")
-        maps.strip(picture).save(out / f"time-{names[word]}.png")
-    show.contact_sheet([picture, *overlays], ["picture", *words]).save(out / "maps.png")
+        maps.strip(image).save(out / f"time-{names[word]}.png")
+    show.contact_sheet([image, *overlays], ["image", *words]).save(out / "maps.png")
     arrays = {f"{word}@{h}x{w}": a for word, m in words.items() for (h, w), a in _arrays(m).items()}
     np.savez_compressed(out / "maps.npz", **arrays)  # type: ignore[arg-type]
     figures = {word: _figures(maps) for word, maps in words.items()}
@@ -127,7 +127,7 @@ def _names(words: Any) -> dict[str, str]:
 
 def _grids(maps: WordMaps) -> Image:
     """The mean map on each grid, side by side."""
-    from hookctl import show
+    from hookctl.inspect import show
 
     means = [maps.where(grid=grid).mean().detach().cpu() for grid in maps.grids]
     titles = [f"{h} x {w}" for h, w in maps.grids]
@@ -135,14 +135,14 @@ def _grids(maps: WordMaps) -> Image:
 
 
 def _arrays(maps: WordMaps) -> dict[tuple[int, int], np.ndarray[Any, Any]]:
-    """(h, w) -> the maps of that grid by turn [turns, h, w], float32."""
+    """(h, w) -> the maps of that grid by step [steps, h, w], float32."""
     import torch
 
     found = {}
     for grid in maps.grids:
         on_grid = maps.where(grid=grid)
-        by_turn = [on_grid.where(turns=[t]).mean().detach().float().cpu() for t in on_grid.turns]
-        found[grid] = torch.stack(by_turn).numpy()
+        by_step = [on_grid.where(steps=[t]).mean().detach().float().cpu() for t in on_grid.steps]
+        found[grid] = torch.stack(by_step).numpy()
     return found
 
 
@@ -160,7 +160,7 @@ def _figures(maps: WordMaps) -> dict[str, Any]:
         "centre": _point((weight.sum(0) @ xs) / width, (weight.sum(1) @ ys) / height),
         "peak": _point((top % width + 0.5) / width, (top // width + 0.5) / height),
         "grids": [f"{h}x{w}" for h, w in maps.grids],
-        "turns": len(maps.turns),
+        "steps": len(maps.steps),
         "sites": list(maps.sites),
     }
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: pictures, a grid, a report, and a few lines on the terminal."""
+"""What a run leaves behind: images, a grid, a report, and a few lines on the terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hookctl.preset import Preset
+from hookctl.preset.stack import Preset
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -19,10 +19,10 @@ SHOWN_WORDS = 3
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """What was drawn, prompt by prompt and picture by picture of each.
+    """What was drawn, prompt by prompt and image by image of each.
 
     edited: more than one for each plain one where a program draws several; sessions: the one round
-    it all first; picture: that was given.
+    it all first; image: that was given.
     """
 
     prompts: Sequence[str]
@@ -30,7 +30,7 @@ class Results:
     plain: Sequence[Image]
     edited: Sequence[Image]
     sessions: Sequence[Session]
-    picture: Image | None = None
+    image: Image | None = None
 
     def save(self, out: Path) -> None:
         for name, drawn in (("plain", self.plain), ("edited", self.edited)):
@@ -42,13 +42,13 @@ class Results:
         self.grid().save(out / "grid.png")
 
     def grid(self) -> Image:
-        """A picture a row: what was given, source (where there is an edit), plain, edited, maps."""
-        from hookctl import show
+        """An image a row: what was given, source (where there is an edit), plain, edited, maps."""
+        from hookctl.inspect import show
 
         several = len(self.prompts) > 1
         shown = [(p, j) for p in range(several, len(self.prompts)) for j in range(self.images)]
         each = len(self.edited) // len(self.plain)
-        given: list[Image | None] = [] if self.picture is None else [self.picture]
+        given: list[Image | None] = [] if self.image is None else [self.image]
         rows = []
         for p, j in shown:
             i = p * self.images + j
@@ -56,7 +56,7 @@ class Results:
             here = self.edited[i * each : (i + 1) * each]
             maps = _overlays(self.sessions[0], p, j, here[0])
             rows.append([*given, *source, self.plain[i], *here, *maps])
-        titles = ["picture"] * len(given)
+        titles = ["image"] * len(given)
         titles += ["source", "plain re-prompt"] if several else ["plain"]
         titles += ["edited"] * each
         width = max(map(len, rows))
@@ -68,13 +68,13 @@ class Results:
         )
 
 
-def _overlays(session: Session, prompt: int, image: int, picture: Image) -> list[Image]:
+def _overlays(session: Session, prompt: int, place: int, image: Image) -> list[Image]:
     found = []
     for word in session.maps.words:
         maps = session.maps[word]
         if prompt in maps.prompts:
-            chosen = maps.where(prompt=prompt, image=image)
-            found.append(chosen.overlay(picture, label=word))
+            chosen = maps.where(prompt=prompt, image=place)
+            found.append(chosen.overlay(image, label=word))
     return found[:SHOWN_WORDS]
 
 

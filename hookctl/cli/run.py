@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import hookctl
 from hookctl.cli import common
-from hookctl.cli.draw import Drawing, pictures
+from hookctl.cli.draw import Drawing, images
 from hookctl.cli.inverting import (
     check_fits,
-    from_picture,
-    pictures_of,
+    from_image,
+    images_of,
     program_for,
-    read_picture,
+    read_image,
 )
 from hookctl.cli.lora import add_lora, check_loras, put_on, said
 from hookctl.cli.models import find_model
 from hookctl.cli.quiet import quiet
 from hookctl.cli.results import SHOWN_WORDS, Results, say
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.preset import PictureSpec, Preset, existing, load_preset
-from hookctl.tables import table
+from hookctl.inspect.tables import table
+from hookctl.preset.stack import ImageSpec, Preset, existing, load_preset
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,22 +37,22 @@ T = TypeVar("T")
 PRESETS = Path(__file__).resolve().parents[1] / "demos" / "presets"
 _TEXT = """
 Run a stack of editors from a TOML file. What the file does not say is said here, and what is said
-here goes before the file. Draws the plain pictures and the edited ones from the same noise. Some
-stacks take a picture (--image): with an [inversion] table it is edited, and described by --prompt;
+here goes before the file. Draws the plain images and the edited ones from the same noise. Some
+stacks take an image (--image): with an [inversion] table it is edited, and described by --prompt;
 with a [program] table the prompt is drawn round it, or in its place.
 
 writes to --out:
   grid.png          source, plain re-prompt, edited, and the maps of the words that changed
   plain-*.png       each prompt without the stack
   edited-*.png      each prompt under the stack
-  report.txt        which editor touched which site at which turns, by which plan
+  report.txt        which editor touched which site at which steps, by which plan
   run.json          what was run: versions, seed, arguments, the stack's hash
 """
 _EXAMPLES = """
 hookctl run recolour --out out               # a stack that comes with hookctl (--list)
 hookctl run stack.toml --model shapes --prompt "a red circle" --edit "a blue circle"
 hookctl run stack.toml --model ./sd15 --lora style.safetensors:0.8 --prompt "a cat" --edit "a dog"
-hookctl run inverted_edit --image out/plain-0.png --out edited         # edits a picture
+hookctl run inverted_edit --image out/plain-0.png --out edited         # edits an image
 hookctl run cyclic_one_way --image out/plain-0.png --out grown         # draws round it
 """
 
@@ -68,9 +68,9 @@ def add(commands: Any) -> None:
     command.add_argument("--model", metavar="MODEL", help=common.MODEL_HELP)
     add_lora(command)
     command.add_argument(
-        "--image", type=Path, metavar="FILE", help="picture, for a stack that takes one"
+        "--image", type=Path, metavar="FILE", help="image, for a stack that takes one"
     )
-    command.add_argument("--prompt", metavar="TEXT", help="of the source picture")
+    command.add_argument("--prompt", metavar="TEXT", help="of the source image")
     command.add_argument(
         "--edit", action="append", metavar="TEXT", help="the edited prompt; may be repeated"
     )
@@ -104,8 +104,8 @@ def _run(path: Path, options: Any) -> None:
     preset = load_preset(path, editors_by_name(), inversions_by_name(), programs_by_name())
     prompts = _prompts(options, preset)
     drawing = Drawing.of(options, preset.run)
-    picture = read_picture(preset, options.image, drawing)
-    editors = preset.editors(prompts, picture)
+    image = read_image(preset, options.image, drawing)
+    editors = preset.editors(prompts, image)
     loras = options.lora or preset.loras
     check_loras(loras)
     model = options.model or preset.model
@@ -118,24 +118,24 @@ def _run(path: Path, options: Any) -> None:
     maps = _maps(pipe, prompts, options.words, preset)
     times: dict[str, float] = {}
     draw_plain: Callable[[str], list[Image]] = partial(
-        pictures, pipe, drawing, prompts, progress=progress
+        images, pipe, drawing, prompts, progress=progress
     )
     draw, program = draw_plain, None
-    if picture is not None and preset.inversion is not None:
-        given = (pipe, preset, picture, drawing, prompts, progress)
-        draw = _timed(times, "inversion", from_picture, *given)
+    if image is not None and preset.inversion is not None:
+        given = (pipe, preset, image, drawing, prompts, progress)
+        draw = _timed(times, "inversion", from_image, *given)
         draw_plain = draw
-    elif picture is not None and preset.program is not None:
-        program = program_for(pipe, preset, picture, drawing, prompts)
-        draw = pictures_of(program, progress)
-    elif picture is not None:
-        check_fits(pipe, picture, drawing)
+    elif image is not None and preset.program is not None:
+        program = program_for(pipe, preset, image, drawing, prompts)
+        draw = images_of(program, progress)
+    elif image is not None:
+        check_fits(pipe, image, drawing)
     # Control comes first: it refuses what can't be done before anything is drawn.
     with hookctl.control(pipe, *editors, *maps) as session:
         edited = _timed(times, "edited", draw, "edited")
     plain = _timed(times, "plain", draw_plain, "plain")
     sessions = [session, *filter(None, [getattr(program, "session", None)])]
-    Results(prompts, drawing.images, plain, edited, sessions, picture).save(out)
+    Results(prompts, drawing.images, plain, edited, sessions, image).save(out)
     common.write_json(
         out / "run.json",
         {
@@ -172,16 +172,16 @@ def editors_by_name() -> dict[str, type[Editor]]:
 
 
 def inversions_by_name() -> dict[str, type[Any]]:
-    """Every recipe that a stack may invert its picture by."""
+    """Every recipe that a stack may invert its image by."""
     from hookctl import recipes
-    from hookctl.recipes.inverted import Inversion
+    from hookctl.recipes.common.inversion import Inversion
 
     known = [getattr(recipes, name) for name in recipes.__all__]
     return {c.__name__: c for c in known if isinstance(c, type) and issubclass(c, Inversion)}
 
 
 def programs_by_name() -> dict[str, type[Any]]:
-    """Every recipe that draws after a picture by a loop of its own."""
+    """Every recipe that draws after an image by a loop of its own."""
     from hookctl import recipes
     from hookctl.recipes import CyclicOneWay, Imagic
 
@@ -266,6 +266,6 @@ def _timed(times: dict[str, float], name: str, make: Callable[..., T], *given: A
     return made
 
 
-def _said(begun: PictureSpec | None) -> dict[str, Any] | None:
+def _said(begun: ImageSpec | None) -> dict[str, Any] | None:
     """What the file says of an inversion or a program."""
     return None if begun is None else {"recipe": begun.recipe, **begun.arguments}

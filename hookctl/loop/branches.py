@@ -17,8 +17,8 @@ from torch import Tensor
 from hookctl.address import families, pipelines
 from hookctl.address.rows import COND, PERTURBED, Row, Rows
 from hookctl.errors import ConflictError, InputError, LayoutError, UnsupportedError
+from hookctl.loop.arguments import take_rows
 from hookctl.loop.calls import prediction_of, with_prediction
-from hookctl.loop.rowwise import take_rows
 from hookctl.loop.state import State
 
 _MASK = "encoder_attention_mask"
@@ -125,7 +125,7 @@ def _check_batch(state: State) -> None:
     """Raise UnsupportedError if the rows of this call can't be added to."""
     if isinstance(state.kwargs[state.sample], list):
         raise UnsupportedError(
-            f"{type(state.denoiser).__name__} takes its pictures as a list, to which no branch can "
+            f"{type(state.denoiser).__name__} takes its images as a list, to which no branch can "
             "be added"
         )
     if state.rows.where(branch=PERTURBED) and any(

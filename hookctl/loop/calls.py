@@ -1,4 +1,4 @@
-"""Which denoiser call an attention call belongs to, in this thread and in a backward pass.
+"""Denoiser calls: asking for one more, and which of them an attention call belongs to.
 
 Gradient checkpointing runs modules again during backward, when the denoiser call is long over and
 others may have followed. Every autograd node carries the number of its creation, so the node that
@@ -7,18 +7,23 @@ asks for the recomputation tells which call it was made in.
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hookctl.errors import HoleError
-from hookctl.loop.nested import Reading
+from hookctl.address.families import uncompiled
+from hookctl.address.rows import Row, Rows
+from hookctl.errors import HoleError, UnsupportedError
+from hookctl.evaluate.one_call import EditedSite
+from hookctl.loop.arguments import narrow, take_rows
+from hookctl.loop.driven import Reading, reading_in, reading_of
 from hookctl.loop.state import State
 
 
@@ -32,7 +37,7 @@ class Call:
 
     state: State
     acting: tuple[Any, ...]
-    by_site: dict[str, tuple[Any, ...]]
+    by_site: dict[str, EditedSite]
     ran: set[str] = field(default_factory=set)
     thread: int = field(default_factory=threading.get_ident)
     nodes: tuple[int, int] = (0, 0)
@@ -138,6 +143,66 @@ def _recomputes(denoiser: nn.Module) -> bool:
     return any(getattr(m, "gradient_checkpointing", False) for m in denoiser.modules())
 
 
+EVERYONE = object()  # as a reader: whose read-outs are served as in the pipeline's own call
+
+
+def predict(
+    state: State,
+    rows: Sequence[Row],
+    *,
+    latents: Tensor | None = None,
+    text: Tensor | None = None,
+    reader: Any = None,
+    change: Callable[[dict[str, Any]], None] | None = None,
+) -> Tensor:
+    """Ask the denoiser of a call once more: the predictions of some of its rows, [rows, ...].
+
+    rows: adjacent ones of `state`, perhaps with other tags; their conditions are the call's own,
+    without the texts and rows that editors appended, and the editors that change the model act on
+    them as they do in the pipeline's own call. latents: [images, ...] in the scheduler's space,
+    text: [1 | rows, tokens, channels], in place of the call's. reader: the editor whose read-outs
+    are served, None for nobody's, or EVERYONE; inside `reading_in`, it is that one's. change:
+    alters the arguments last.
+
+    Raises UnsupportedError without rows, or if the denoiser's output is no tensor.
+    """
+    denoiser = state.denoiser
+    if not rows:
+        raise UnsupportedError(
+            "none of the rows to be predicted again are in the last denoiser call of this step, "
+            f"which has only {state.rows!r}"
+        )
+    arguments = take_rows(state, [(rows[0].index, rows[-1].index + 1)])
+    narrow(state, arguments)
+    if latents is not None:
+        repeats = len(rows) // len(latents)
+        many = latents if repeats == 1 else latents.repeat(repeats, *[1] * (latents.dim() - 1))
+        arguments[state.sample] = state.model_input(many, arguments[state.sample])
+    if text is not None:
+        before = arguments[str(state.text)]
+        arguments[str(state.text)] = text.to(before).expand(before.shape[0], -1, -1)
+    if change is not None:
+        change(arguments)
+    asking = Rows([replace(row, index=i) for i, row in enumerate(rows)])
+    opened = reader is EVERYONE or reading_of(denoiser) is not None
+    asked_before, state.asking = state.asking, asking
+    try:
+        with nullcontext() if opened else reading_in(Reading(uncompiled(denoiser), reader)):
+            found = prediction_of(_called(denoiser, arguments))
+    finally:
+        state.asking = asked_before
+    if found is None:
+        raise UnsupportedError(f"{type(denoiser).__name__} returns no tensor of predictions")
+    return found
+
+
+def _called(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Any:
+    """What a denoiser returns for arguments by name."""
+    bound = inspect.signature(type(uncompiled(denoiser)).forward).bind_partial(None)
+    bound.arguments.update(arguments)
+    return denoiser(*bound.args[1:], **bound.kwargs)
+
+
 def prediction_of(output: Any) -> Tensor | None:
     """The prediction in what a denoiser returns: a tensor, a tuple or an output object."""
     found = _predicted(output)
@@ -149,7 +214,7 @@ def _predicted(output: Any) -> Any:
 
 
 def _predictions(output: Any) -> list[Tensor]:
-    """The tensors that a prediction is made of; some denoisers return one for each picture."""
+    """The tensors that a prediction is made of; some denoisers return one for each image."""
     found = _predicted(output)
     return [x for x in (found if isinstance(found, list) else [found]) if isinstance(x, Tensor)]
 

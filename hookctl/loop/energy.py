@@ -1,4 +1,4 @@
-"""Energies: a scalar of each picture's attention maps or latents, and its gradient.
+"""Energies: a scalar of each image's attention maps or latents, and its gradient.
 
     found = energies(state, scalar, reader=self, sites=paths, tokens={0: (2, 5)})
     state.latents = state.latents - step * found.gradient
@@ -7,31 +7,29 @@ The maps come from a denoiser call of the energy's own, of the rows that see the
 passes the hooks like any other, so every editor of the stack that changes the model acts in it, and
 it ends as soon as the last site has been read: what lies behind that is neither computed nor
 differentiated. Parameters are frozen meanwhile, whatever the pipeline's mode. Rows of a call do not
-see each other (unless an editor makes them), so the gradient of the sum over pictures is each
-picture's own.
+see each other (unless an editor makes them), so the gradient of the sum over images is each
+image's own.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hookctl.address.families import uncompiled
-from hookctl.address.rows import COND, Row, Rows
+from hookctl.address.rows import COND, Row
 from hookctl.address.sites import Grid, Selector, Site
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import Editor
 from hookctl.errors import HoleError, InputError, LayoutError, UnsupportedError
-from hookctl.loop.context import narrow
-from hookctl.loop.nested import Reading, reading_in
-from hookctl.loop.rowwise import take_rows
+from hookctl.loop.arguments import narrow, take_rows
+from hookctl.loop.calls import predict
+from hookctl.loop.driven import Reading, reading_in
 from hookctl.loop.state import State
 
 # Gradients of float16 calls are multiplied by the first of these and divided again, or small ones
@@ -42,8 +40,8 @@ Key = tuple[int, int]  # prompt, image
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
-    """What an energy sees of one picture.
+class ImageMaps:
+    """What an energy sees of one image.
 
     row: whose it is; latents: [channels, ...], in the scheduler's space; maps: for each site that
     was read [frames, heads, height, width, tokens], with heads = 1 for their mean.
@@ -54,14 +52,14 @@ class Picture:
     maps: Mapping[Site, Tensor]
 
 
-Scalar = Callable[[Picture], Tensor]
+Scalar = Callable[[ImageMaps], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Energies:
-    """The energies of a call: one row of terms for each picture, and the gradient.
+    """The energies of a call: one row of terms for each image, and the gradient.
 
-    terms: [pictures, k]; the first is the energy, the others are what the scalar reports beside it.
+    terms: [images, k]; the first is the energy, the others are what the scalar reports beside it.
     gradient: of the energy, in the shape of what it was taken to; None if none was asked for.
     """
 
@@ -70,7 +68,7 @@ class Energies:
 
     @property
     def values(self) -> Tensor:
-        """[pictures]"""
+        """[images]"""
         return self.terms[:, 0]
 
 
@@ -142,16 +140,16 @@ def energies(
     heads: bool | None = None,
     early_exit: bool = True,
 ) -> Energies:
-    """The energy of each picture of a denoiser call, and its gradient.
+    """The energy of each image of a denoiser call, and its gradient.
 
-    Receives: the call; the energy of one picture, a number or [k] whose first entry counts; the
+    Receives: the call; the energy of one image, a number or [k] whose first entry counts; the
     editor of the stack that reads, the paths of the sites and the text positions of each prompt
-    (none of these for an energy of the latents alone); other latents [pictures, ...] in the
-    scheduler's space, or another text [1 | pictures, tokens, channels], in place of the call's;
+    (none of these for an energy of the latents alone); other latents [images, ...] in the
+    scheduler's space, or another text [1 | images, tokens, channels], in place of the call's;
     wrt, what to differentiate to: "latents", "text", None, or a tensor on which the latents or the
     text that were given depend; heads, whether maps are of each head (by default as the reader
     says).
-    Returns: float32 or finer, in the order of `state.pictures`.
+    Returns: float32 or finer, in the order of `state.images`.
     Raises InputError inside `torch.inference_mode()`, LayoutError without rows that see the prompt.
     """
     if torch.is_inference_mode_enabled():
@@ -171,10 +169,12 @@ def energies(
             raise InputError(f"wrt={wrt!r}; give 'latents', 'text' (if there is one) or a tensor")
         each = reader is not None and reader.heads if heads is None else heads
         collection = _collection(rows, sites, tokens or {}, reader, each, early_exit)
+        # Open until the gradient is there: a backward pass may recompute parts of the call.
         reading = Reading(uncompiled(state.denoiser), reader)
         with _collecting(reader, collection), reading_in(reading):
             if collection.pending:
-                _call(state, rows, x, words)
+                with suppress(_AllRead):
+                    predict(state, rows, latents=x, text=words)
             if collection.pending:
                 raise HoleError(
                     f"the maps of {min(collection.pending)[0]!r} were wanted, but a whole denoiser "
@@ -182,7 +182,7 @@ def energies(
                 )
             terms = torch.stack(
                 [
-                    torch.atleast_1d(scalar(Picture(row, one, collection.maps.get(key, {}))))
+                    torch.atleast_1d(scalar(ImageMaps(row, one, collection.maps.get(key, {}))))
                     for row, one in zip(rows, x, strict=True)
                     for key in [(row.prompt, row.image)]
                 ]
@@ -241,38 +241,11 @@ def _collecting(reader: MapReader | None, collection: _Collection) -> Iterator[N
         reader._collection = None
 
 
-def _call(state: State, rows: Sequence[Row], x: Tensor, text: Tensor | None) -> None:
-    """The denoiser call of these rows, up to the last site that is read."""
-    arguments = _given(state, rows)
-    arguments[state.sample] = state.model_input(x, arguments[state.sample])
-    if text is not None:
-        before = arguments[str(state.text)]
-        arguments[str(state.text)] = text.to(before).expand(before.shape[0], -1, -1)
-    state.asking = Rows([replace(row, index=i) for i, row in enumerate(rows)])
-    try:
-        called(state.denoiser, arguments)
-    except _AllRead:
-        pass
-    finally:
-        state.asking = None
-
-
-def called(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Any:
-    """What a denoiser returns for arguments by name."""
-    bound = inspect.signature(type(uncompiled(denoiser)).forward).bind_partial(None)
-    bound.arguments.update(arguments)
-    return denoiser(*bound.args[1:], **bound.kwargs)
-
-
-def _given(state: State, rows: Sequence[Row]) -> dict[str, Any]:
-    """The arguments of the call for some of its rows, without the texts that editors appended."""
+def _text_of(state: State, rows: Sequence[Row]) -> Tensor | None:
+    """The text of some rows of the call, without what editors appended."""
     arguments = take_rows(state, [(rows[0].index, rows[-1].index + 1)])
     narrow(state, arguments)
-    return arguments
-
-
-def _text_of(state: State, rows: Sequence[Row]) -> Tensor | None:
-    found = _given(state, rows).get(str(state.text))
+    found = arguments.get(str(state.text))
     return found if isinstance(found, Tensor) else None
 
 

@@ -1,6 +1,6 @@
-"""Inversions: from a real picture's latents to what leads back to them.
+"""Inversions: from a real image's latents to what leads back to them.
 
-Each takes a `Trajectory` of the source prompts and works on all its pictures at once. A *path*
+Each takes a `Trajectory` of the source prompts and works on all its images at once. A *path*
 holds the latents of every level, noisiest first, `steps` + 1 of them; sampling follows it if each
 step is given its `Correction`.
 """
@@ -28,8 +28,8 @@ Progress = Callable[[int, int], None]
 class Correction:
     """What one step is given so that the source keeps to its path.
 
-    contexts: branch -> text embeddings for all pictures, [pictures, tokens, channels]; noise: in
-    place of fresh noise, for all; target: latents that the source alone is set to, [pictures, ...].
+    contexts: branch -> text embeddings for all images, [images, tokens, channels]; noise: in
+    place of fresh noise, for all; target: latents that the source alone is set to, [images, ...].
     """
 
     contexts: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
@@ -49,7 +49,7 @@ def ddim_path(
 ) -> list[Tensor]:
     """DDIM inversion: the deterministic sampler run backwards (Song et al., arXiv 2010.02502).
 
-    clean: [1 | pictures, ...]; guidance, contexts, refine, timestep: as for `Trajectory.invert`.
+    clean: [1 | images, ...]; guidance, contexts, refine, timestep: as for `Trajectory.invert`.
     """
     program.write(clean, level=program.steps)
     path = [program.latents]
@@ -63,15 +63,15 @@ def ddim_path(
 
 
 def unit_noise(program: Trajectory, path: Path) -> list[Tensor]:
-    """The path with the noise of every level brought to mean 0 and variance 1, picture by picture.
+    """The path with the noise of every level brought to mean 0 and variance 1, image by image.
 
-    With x_i = a_i x_0 + s_i e_i, what the model would not have drawn so in a picture is divided by
+    With x_i = a_i x_0 + s_i e_i, what the model would not have drawn so in an image is divided by
     a small s_i when it is inverted, and e_i ends far from the N(0, 1) that sampling starts from.
     Here its divergence from N(0, 1), as in the regulariser of Parmar et al. (arXiv 2302.03027), is
     least, at once instead of by descent. The steps no longer lead along the path by themselves.
     """
     clean, out = path[-1].float(), list[Tensor]()
-    # The last is the picture, even where a scheduler counts some noise as its level.
+    # The last is the image, even where a scheduler counts some noise as its level.
     for level, x in zip(program.levels[:-1], path[:-1], strict=True):
         eps = (x.float() - level.signal * clean) / level.noise
         every = tuple(range(1, eps.dim()))
@@ -97,7 +97,7 @@ def null_texts(
     learning rate `rate` (1 - i / 2N), until `iterations` or a loss below `tolerance` + 1e-3 i / N.
     The next step starts from where this one truly ends, so that errors are made good later.
 
-    Returns the embeddings of each step, [pictures, tokens, channels]. Every picture stops for
+    Returns the embeddings of each step, [images, tokens, channels]. Every image stops for
     itself; the model's parameters are frozen meanwhile.
     """
     program.solver.forget()
@@ -183,7 +183,7 @@ def edit_friendly_noise(
     zero = torch.zeros_like(clean)
     corrections = [Correction()] * start
     for i in range(start, program.steps):
-        x, turn = path[i], program.solver.turns[i][0]
+        x, entry = path[i], program.solver.entries[i][0]
         with torch.no_grad():
             prediction = program.predict(x, i, guidance)
         mean = program.solver.at(i, prediction, x, eta=eta, noise=zero)
@@ -192,7 +192,7 @@ def edit_friendly_noise(
             correction = Correction(noise=zero, target=path[i + 1] if exact else None)
         elif spread <= 0:
             raise UnsupportedError(
-                f"step {i} (timestep {float(program.solver.timesteps[turn]):g}) has no fresh "
+                f"step {i} (timestep {float(program.solver.timesteps[entry]):g}) has no fresh "
                 "noise, which this inversion puts to use; give eta above 0"
             )
         else:
@@ -218,7 +218,7 @@ def require_first_order(program: Trajectory, who: str) -> None:
     x = torch.randn(1, *program.latents.shape[1:], generator=generator).to(program.latents)
     solver = program.solver
     solver.enter(0)
-    plain = all(len(turns) == 1 for turns in solver.turns)
+    plain = all(len(entries) == 1 for entries in solver.entries)
     for i in range(min(2, program.steps)) if plain else ():
         prediction = torch.randn(x.shape, generator=generator).to(x)
         x = program.levels[i].noise * x + x

@@ -33,6 +33,11 @@ class Level:
         """The latents at this level."""
         return self.signal * x0 + self.noise * eps
 
+    @property
+    def size(self) -> float:
+        """The standard deviation of latents whose clean images have 1."""
+        return float((self.signal**2 + self.noise**2) ** 0.5)
+
 
 class Noise:
     """The levels of a scheduler and what its model's predictions mean at them.
@@ -118,7 +123,7 @@ class Noise:
             return prediction, (x - a * prediction) / max(s, 1e-8)
         if a < 1e-6:
             raise UnsupportedError(
-                "the clean picture can't be told from an epsilon-prediction at a level without "
+                "the clean image can't be told from an epsilon-prediction at a level without "
                 "signal; use a model with v-prediction, or another timestep spacing"
             )
         return (x - s * prediction) / a, prediction

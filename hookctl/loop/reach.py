@@ -10,7 +10,7 @@ from hookctl.address import families
 from hookctl.address.sites import Site, select
 from hookctl.editor import Editor, overrides
 from hookctl.errors import UnsupportedError
-from hookctl.loop.features import concats
+from hookctl.hooks.skips import concats
 
 Modules = Mapping[str, tuple[Site, nn.Module]]
 
@@ -64,6 +64,6 @@ def _widened(editor: Editor, model: nn.Module, modules: Modules) -> set[str]:
         if not joint and families.counts_text(module):
             raise UnsupportedError(
                 f"{editor.name} widens the text, but {site.path} of this {name} tells text and "
-                "picture keys apart by their number"
+                "image keys apart by their number"
             )
     return {site.path for site, _ in found}

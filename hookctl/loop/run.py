@@ -1,8 +1,9 @@
-"""One run of a pipeline: what it draws, which turn it is at, and the state of each call."""
+"""One run of a pipeline: what it draws, which step it is at, and the state of each call."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +15,8 @@ from hookctl.address.latent import latent_grid, text_tokens
 from hookctl.address.rows import COND, Layout, Row, Rows, resolve_rows
 from hookctl.address.text import prompts_given
 from hookctl.errors import InputError, LayoutError
-from hookctl.loop.driven import Driven, driven
-from hookctl.loop.nested import reading_of
-from hookctl.loop.state import Scaling, State
+from hookctl.loop.driven import Driven, Scaling, driven, reading_of
+from hookctl.loop.state import State
 
 _TIMES = ("timestep", "timesteps", "t")
 _TEXTS = ("encoder_hidden_states", "cap_feats", "context")
@@ -52,13 +52,13 @@ class Run:
             self.restart()
 
     def stepped(self) -> None:
-        """The scheduler took a step: the next denoiser call belongs to a new turn."""
+        """The scheduler took a step: the next denoiser call belongs to a new step."""
         self.scaling = None
-        self.keeper.step()
+        self.keeper.advance()
 
-    def scaled(self, scaling: Scaling) -> None:
+    def scaled(self, latents: Tensor, again: Callable[[Tensor], Tensor]) -> None:
         """The scheduler made a model input."""
-        self.scaling = scaling
+        self.scaling = Scaling(latents, again)
 
     def texts(self, given: dict[str, Any]) -> None:
         """Note what the pipeline encodes; only the first of a run is its prompts."""
@@ -194,7 +194,7 @@ class Run:
             return None
         ours, given = scaling.latents.shape, model_input.shape
         differing = [d for d, (a, b) in enumerate(zip(ours, given, strict=False)) if a != b]
-        # Pictures and masks may have been appended along the channels.
+        # Images and masks may have been appended along the channels.
         fits = len(ours) == len(given) and len(differing) <= 1 and 0 not in differing
         return scaling if fits and all(ours[d] < given[d] for d in differing) else None
 

@@ -7,6 +7,7 @@ kept for every level that was reached, and put back before each step.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -15,20 +16,20 @@ import torch
 from torch import Tensor
 
 from hookctl.errors import UnsupportedError
-from hookctl.loop.state import Scaling
+from hookctl.loop.driven import Scaling
 
 
 class Solver:
     """The steps of a scheduler whose timesteps are set.
 
-    turns: for every level but the last, the entries of `scheduler.timesteps` that lead from it to
+    entries: for every level but the last, those of `scheduler.timesteps` that lead from it to
     the next; several for solvers of second order.
     """
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
         self.timesteps = list(scheduler.timesteps)
-        self.turns = _turns([float(t) for t in self.timesteps])
+        self.entries = _entries([float(t) for t in self.timesteps])
         self._accepted = frozenset(inspect.signature(scheduler.step).parameters)
         self._fresh = _copied(scheduler)
         if "_step_index" in self._fresh:
@@ -41,7 +42,7 @@ class Solver:
         state = self._reached.get(level)
         self.scheduler.__dict__.update(_copy(self._fresh if state is None else state))
         if state is None and level and hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(self.turns[level][0])
+            self.scheduler.set_begin_index(self.entries[level][0])
 
     def leave(self, level: int) -> None:
         """Keep the state that the scheduler is in now for the next step from a level."""
@@ -51,27 +52,28 @@ class Solver:
         """Every level's next step is a first one."""
         self._reached.clear()
 
-    def scaling(self, latents: Tensor, turn: int) -> Scaling | None:
-        """How the scheduler makes the model input of a turn, None if it takes latents as they are.
+    def scaling(self, latents: Tensor, entry: int) -> Scaling | None:
+        """How the scheduler makes the model input of an entry, None if it takes latents as they
+        are.
 
         latents: [rows, ...] of the denoiser call.
         """
         if not hasattr(self.scheduler, "scale_model_input"):
             return None
-        time = self.timesteps[turn]
+        time = self.timesteps[entry]
         return Scaling(latents, lambda x: self.scheduler.scale_model_input(x, time))
 
     def step(
         self,
         prediction: Tensor,
-        turn: int,
+        entry: int,
         latents: Tensor,
         *,
         eta: float = 0.0,
         generator: Any = None,
         noise: Tensor | None = None,
     ) -> Tensor:
-        """One step of the scheduler: latents at the next turn.
+        """One step of the scheduler: latents at the next entry.
 
         eta: share of fresh noise (DDIM's); noise: used in place of noise from `generator`.
         Raises UnsupportedError where the scheduler doesn't take what is asked for.
@@ -84,7 +86,7 @@ class Solver:
             given |= {"variance_noise": noise.to(latents), "generator": None}
         known = {name: value for name, value in given.items() if name in self._accepted}
         out = self.scheduler.step(
-            prediction, self.timesteps[turn], latents, **known, return_dict=False
+            prediction, self.timesteps[entry], latents, **known, return_dict=False
         )
         stepped: Tensor = out[0]
         return stepped
@@ -92,7 +94,7 @@ class Solver:
     def at(self, level: int, prediction: Tensor, latents: Tensor, **options: Any) -> Tensor:
         """The step from a level, in the state kept for it; `options` as for `step`."""
         self.enter(level)
-        return self.step(prediction, self.turns[level][0], latents, **options)
+        return self.step(prediction, self.entries[level][0], latents, **options)
 
     def spread(self, level: int, like: Tensor, eta: float) -> float:
         """The standard deviation of the fresh noise in the step from a level."""
@@ -107,12 +109,12 @@ class Solver:
             )
 
 
-def _turns(times: list[float]) -> list[range]:
+def _entries(times: list[float]) -> list[range]:
     """Which entries of a list of timesteps make up the step from each distinct timestep.
 
     A timestep that comes twice (Heun, PNDM) corrects the step to it before it starts its own.
     """
-    last = {time: turn for turn, time in enumerate(times)}
+    last = {time: entry for entry, time in enumerate(times)}
     starts = list(last.values())
     return [range(a, b) for a, b in zip(starts, [*starts[1:], len(times)], strict=True)]
 
@@ -132,3 +134,58 @@ def _copy(state: Mapping[str, Any]) -> dict[str, Any]:
         else value
         for name, value in state.items()
     }
+
+
+_NONE: Mapping[str, Any] = {}
+
+
+class OwnSolver:
+    """A copy of a scheduler whose timesteps are set, stepped entry by entry.
+
+    seed: of the noise that its steps draw, if they draw any; two of one seed draw the same.
+    """
+
+    def __init__(self, scheduler: Any, seed: int = 0) -> None:
+        self.solver = Solver(copy.deepcopy(scheduler))
+        self._generator = torch.Generator().manual_seed(seed)
+        self._levels = {e: i for i, entries in enumerate(self.solver.entries) for e in entries}
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a step depends on those before it: the scheduler holds latents."""
+        held = [
+            item
+            for value in vars(self.solver.scheduler).values()
+            for item in (value if isinstance(value, list | tuple) else [value])
+        ]
+        return any(isinstance(item, Tensor) and item.dim() > 1 for item in held)
+
+    def model_input(self, latents: Tensor, entry: int) -> Tensor:
+        """What the denoiser is given of latents at an entry, [rows, ...]."""
+        self._enter(entry)
+        scaling = self.solver.scaling(latents, entry)
+        return latents if scaling is None else scaling.again(latents)
+
+    def step(
+        self, prediction: Tensor, entry: int, latents: Tensor, options: Mapping[str, Any] = _NONE
+    ) -> Tensor:
+        """Latents at the next step. options: further ones of the pipeline's step, such as eta."""
+        self._enter(entry)
+        self.solver.scaling(latents, entry)
+        stepped = self.solver.step(
+            prediction,
+            entry,
+            latents,
+            eta=options.get("eta") or 0.0,
+            noise=options.get("variance_noise"),
+            generator=self._generator,
+        )
+        level = self._levels[entry]
+        if entry == self.solver.entries[level][-1]:
+            self.solver.leave(level + 1)
+        return stepped
+
+    def _enter(self, entry: int) -> None:
+        level = self._levels[entry]
+        if entry == self.solver.entries[level][0]:
+            self.solver.enter(level)

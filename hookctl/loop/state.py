@@ -1,9 +1,10 @@
-"""What an editor sees of the denoising loop: one denoiser call, and the turn it belongs to."""
+"""What an editor sees of the denoising loop: one denoiser call, and the step it belongs to."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -12,20 +13,10 @@ from torch import Tensor, nn
 from hookctl.address.clock import Clock
 from hookctl.address.rows import COND, Rows
 from hookctl.errors import InputError, LayoutError, UnsupportedError
-from hookctl.loop.nested import Reading
+from hookctl.evaluate.one_call import Reader
+from hookctl.loop.driven import Reading, Scaling
 
 Proceed = Callable[[], Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Scaling:
-    """How the scheduler made the model input of a turn from the latents.
-
-    latents: [rows, ...] as the pipeline handed them over; again: does the same to others.
-    """
-
-    latents: Tensor
-    again: Callable[[Tensor], Tensor]
 
 
 @dataclass(eq=False)
@@ -67,10 +58,15 @@ class State:
     stepped: Tensor | None = None
 
     @property
-    def latents(self) -> Tensor:
-        """[pictures, channels, ...] in the scheduler's own space.
+    def reader(self) -> Reader | None:
+        """Whose read-outs alone are served in this call, None for everyone's."""
+        return None if self.reading is None else Reader(self.reading.reader)
 
-        Before the step: the noisy latents of this turn; in `after`: the step's result.
+    @property
+    def latents(self) -> Tensor:
+        """[images, channels, ...] in the scheduler's own space.
+
+        Before the step: the noisy latents of this step; in `after`: the step's result.
         """
         if self.stepped is not None:
             return self.stepped
@@ -81,11 +77,11 @@ class State:
         source = self.kwargs[self.sample] if self.scaling is None else self.scaling.latents
         if isinstance(source, list):
             raise UnsupportedError(
-                f"{type(self.denoiser).__name__} takes its pictures as a list, so the latents of a "
-                "turn can't be read or changed before its step; after it they can"
+                f"{type(self.denoiser).__name__} takes its images as a list, so the latents of a "
+                "step can't be read or changed before its step; after it they can"
             )
-        pictures: Tensor = source[rows[0] : rows[-1] + 1]
-        return pictures
+        images: Tensor = source[rows[0] : rows[-1] + 1]
+        return images
 
     @latents.setter
     def latents(self, value: Tensor) -> None:
@@ -108,8 +104,8 @@ class State:
         return replace_channels(like, rows.to(like))
 
     @property
-    def pictures(self) -> Rows:
-        """The rows of `latents`: one for each picture, with its prompt and image."""
+    def images(self) -> Rows:
+        """The rows of `latents`: one for each image, with its prompt and image."""
         first = self.rows[0].branch
         return Rows(
             [
@@ -121,10 +117,10 @@ class State:
 
 @dataclass(eq=False)
 class Predictions:
-    """The predictions of one turn.
+    """The predictions of one step.
 
     guided: what the pipeline, and the editors before this one, made of them and would hand to the
-    scheduler, [pictures, ...]; branches: branch -> its rows' predictions, [pictures, ...]; own:
+    scheduler, [images, ...]; branches: branch -> its rows' predictions, [images, ...]; own:
     what the pipeline alone made of them, None if that is not known. options: of the scheduler's
     step that follows, such as eta, by name.
     """
@@ -140,13 +136,13 @@ class Predictions:
             return self.branches[branch]
         except KeyError:
             raise LayoutError(
-                f"this turn has no predictions of branch {branch!r}; it has: "
+                f"this step has no predictions of branch {branch!r}; it has: "
                 f"{', '.join(self.branches)}"
             ) from None
 
 
 def replace_channels(model_input: Tensor, rows: Tensor) -> Tensor:
-    """The model input with its first channels replaced; pipelines append pictures and masks."""
+    """The model input with its first channels replaced; pipelines append images and masks."""
     if rows.shape == model_input.shape:
         return rows
     dim = next(d for d, n in enumerate(rows.shape) if n != model_input.shape[d])
@@ -171,3 +167,22 @@ def split_branches(rows: Rows, prediction: Tensor) -> dict[str, Tensor]:
     for row in rows:
         order.setdefault(row.branch or COND, []).append(row.index)
     return {branch: prediction[index[0] : index[-1] + 1] for branch, index in order.items()}
+
+
+@dataclass(eq=False)
+class FeatureCall:
+    """One decoder concat.
+
+    backbone, skip: [rows, channels, height, width], assign to change; block: index of the decoder
+    block, place: of the concat inside it, order: counted over the decoder; resolution: relative
+    to the latent.
+    """
+
+    backbone: Tensor
+    skip: Tensor
+    rows: Rows
+    clock: Clock
+    block: int
+    place: int
+    order: int
+    resolution: Fraction

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from hookctl.address import families, pipelines
 from hookctl.address.rows import COND, UNCOND, Row, Rows, resolve_rows
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.loop.denoise import DenoiserPort, PipelinePort, SchedulerPort
-from hookctl.loop.patch import Patch
-from hookctl.loop.state import Scaling
+from hookctl.hooks.patch import Patch
+from hookctl.hooks.pipeline import DenoiserPort, PipelinePort, SchedulerPort
+from hookctl.loop.driven import Scaling
 
 _TIMES = ("timestep", "timesteps", "t")
 TEXT = "encoder_hidden_states"
-# Computed from the latents of the turn, or drawn from them: the first turn's are no pattern.
-_PER_TURN = (
+# Computed from the latents of the step, or drawn from them: the first step's are no pattern.
+_PER_STEP = (
     "down_block_additional_residuals",
     "mid_block_additional_residual",
     "down_intrablock_additional_residuals",
@@ -43,7 +43,7 @@ class Template:
     """The pattern of a program's denoiser calls.
 
     arguments: of the first call, by name; sample, time: names of the model input and the timestep;
-    latents: [pictures, ...], the noise that the pipeline starts from; rows: of the call; encoding:
+    latents: [images, ...], the noise that the pipeline starts from; rows: of the call; encoding:
     arguments of the pipeline's `encode_prompt`.
     """
 
@@ -59,7 +59,7 @@ class Template:
         return tuple(dict.fromkeys(row.branch for row in self.rows))
 
     def text(self, branch: str) -> Tensor:
-        """The text embeddings of a branch's rows, [pictures, tokens, channels]."""
+        """The text embeddings of a branch's rows, [images, tokens, channels]."""
         index = self.rows_of([branch])[1]
         embeddings: Tensor = self.arguments[TEXT]
         return embeddings[index.to(embeddings.device)]
@@ -80,7 +80,7 @@ class Template:
         """The arguments of a call of some rows.
 
         model_input: [rows, ...]; timestep: 0-d; index: which rows of the full call, [rows];
-        texts: branch -> embeddings [1 | pictures, tokens, channels] in place of the prompt's.
+        texts: branch -> embeddings [1 | images, tokens, channels] in place of the prompt's.
         """
         arguments = {
             name: value if len(index) == len(self.rows) else _select(value, index, len(self.rows))
@@ -99,16 +99,16 @@ class Template:
 
     def _text(self, own: Tensor, index: Tensor, texts: Mapping[str, Tensor]) -> Tensor:
         branches = [self.rows[int(i)].branch for i in index]
-        pictures = len(self.latents)
+        images = len(self.latents)
         parts = []
         for branch in dict.fromkeys(branches):
             at = branches.index(branch)
-            part, text = own[at : at + pictures], texts.get(branch)
+            part, text = own[at : at + images], texts.get(branch)
             if text is not None:
-                if text.shape[1:] != part.shape[1:] or text.shape[0] not in (1, pictures):
+                if text.shape[1:] != part.shape[1:] or text.shape[0] not in (1, images):
                     raise InputError(
                         f"contexts[{branch!r}] is {tuple(text.shape)}; give "
-                        f"[1 or {pictures}, {part.shape[1]}, {part.shape[2]}]"
+                        f"[1 or {images}, {part.shape[1]}, {part.shape[2]}]"
                     )
                 part = text.to(part).expand_as(part)
             parts.append(part)
@@ -124,7 +124,7 @@ def prepare(pipe: Any, arguments: Mapping[str, Any], prompts: int, images: int) 
     layout = pipelines.layout_of(pipe)
     if layout.sequential:
         raise UnsupportedError(
-            f"{name} guides by several denoiser calls in a turn, which programs don't do; use one "
+            f"{name} guides by several denoiser calls in a step, which programs don't do; use one "
             "that guides in one call (Stable Diffusion 1, 2, XL or 3, PixArt)"
         )
     if layout.groups.get(2) != (UNCOND, COND) or max(layout.groups) > 2:
@@ -143,7 +143,9 @@ def prepare(pipe: Any, arguments: Mapping[str, Any], prompts: int, images: int) 
     ports: list[Any] = [
         DenoiserPort(denoiser, caught),
         SchedulerPort(
-            pipe.scheduler, lambda step, given: step(**given), lambda s: seen.update(scaling=s)
+            pipe.scheduler,
+            lambda step, given: step(**given),
+            lambda x, again: seen.update(scaling=Scaling(x, again)),
         ),
         PipelinePort(
             pipe,
@@ -171,10 +173,10 @@ def _template(
     name, given = type(pipe).__name__, seen["arguments"]
     sample = next(iter(given))
     time = next((key for key in _TIMES if key in given), None)
-    per_turn = [key for key in _PER_TURN if given.get(key) is not None]
-    if time is None or not isinstance(given[sample], Tensor) or per_turn:
+    per_step = [key for key in _PER_STEP if given.get(key) is not None]
+    if time is None or not isinstance(given[sample], Tensor) or per_step:
         raise UnsupportedError(
-            f"{name} computes {', '.join(per_turn) or 'its model input'} anew at every turn, "
+            f"{name} computes {', '.join(per_step) or 'its model input'} anew at every step, "
             "which programs don't do; use the plain text-to-image pipeline"
         )
     rows = resolve_rows(
@@ -191,7 +193,7 @@ def _template(
     latents = source[: prompts * images]
     if latents.shape[1:] != given[sample].shape[1:]:
         raise UnsupportedError(
-            f"{name} appends pictures or masks to the latents, which programs don't do; use the "
+            f"{name} appends images or masks to the latents, which programs don't do; use the "
             "plain text-to-image pipeline"
         )
     _check_time(pipe, given[time])

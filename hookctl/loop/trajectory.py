@@ -3,7 +3,7 @@
     program = Trajectory(pipe, ["a red circle"], steps=25, guidance=3.0, generator=generator)
     for i in range(program.steps):
         program.denoise(i)
-    pictures = program.decode()
+    images = program.decode()
 
 draws, bit for bit, what `pipe(...)` draws. Levels are numbered from 0 (noisiest) to `steps`
 (clean); `denoise(i)` leads from level i to i + 1, `invert(i)` back, `renoise(i, j)` back by fresh
@@ -21,17 +21,16 @@ from torch import Tensor
 
 from hookctl.address import families
 from hookctl.address.clock import Clock
-from hookctl.address.rows import COND, UNCOND
 from hookctl.errors import InputError
 from hookctl.loop.calls import prediction_of
-from hookctl.loop.driven import Driven, Settle, driving, settled
+from hookctl.loop.driven import Driven, Scaling, Settle, driving, settled
+from hookctl.loop.guidance import Guidance, Scales, combined, guidance_scales, needed_branches
+from hookctl.loop.images import decode
 from hookctl.loop.noise import Level, Noise
-from hookctl.loop.pictures import decode
 from hookctl.loop.solver import Solver
-from hookctl.loop.state import Scaling, split_branches
+from hookctl.loop.state import split_branches
 from hookctl.loop.template import Template, prepare
 
-Guidance = float | Sequence[float] | Tensor
 Generators = torch.Generator | Sequence[torch.Generator]
 Texts = Mapping[str, Tensor]
 
@@ -39,13 +38,13 @@ Texts = Mapping[str, Tensor]
 class Trajectory:
     """One run of a pipeline, driven from outside.
 
-    prompts: a text, or several; images: pictures of each. guidance: scale of classifier-free
+    prompts: a text, or several; images: images of each. guidance: scale of classifier-free
     guidance; up to 1 there are no unconditional rows. negative: for the unconditional rows.
     generator, latents: as the pipeline takes them. eta: share of fresh noise in every step, for
     schedulers that have it. arguments: further ones of the pipeline's call (height, width,
     prompt_embeds ...).
 
-    latents: [pictures, channels, height, width] in the scheduler's space; level: the one they are
+    latents: [images, channels, height, width] in the scheduler's space; level: the one they are
     at; levels: signal and noise of each, `steps` + 1 of them.
 
     Raises UnsupportedError for pipelines whose loop is more than one denoiser call, classifier-free
@@ -88,7 +87,7 @@ class Trajectory:
         self.solver = Solver(pipe.scheduler)
         self.noise = Noise(pipe.scheduler)
         self.levels: list[Level] = self.noise.levels()
-        self.steps = len(self.solver.turns)
+        self.steps = len(self.solver.entries)
         self.latents, self.level = self.template.latents, 0
 
     # -- the operations ------------------------------------------------------------------------
@@ -106,28 +105,28 @@ class Trajectory:
     ) -> Tensor:
         """One step, from level i to i + 1; returns the new latents.
 
-        guidance: scale in place of the run's, one or one for each picture; 1 for all leaves the
-        unconditional rows out. contexts: branch -> text embeddings [1 | pictures, tokens,
-        channels] in place of the prompts'. eta: in place of the run's; noise: [pictures, ...] in
+        guidance: scale in place of the run's, one or one for each image; 1 for all leaves the
+        unconditional rows out. contexts: branch -> text embeddings [1 | images, tokens,
+        channels] in place of the prompts'. eta: in place of the run's; noise: [images, ...] in
         place of the step's fresh noise. settle: changes the step's result, such as by an offset,
         before any editor's `after` sees it.
         """
         self._at(i, "denoise")
         scales = self._scales(guidance)
         self.solver.enter(i)
-        x, turns = self.latents, self.solver.turns[i]
-        for turn in turns:
-            last = turn == turns[-1]
-            call = self._call(_branches(self.template, scales), turn)
+        x, entries = self.latents, self.solver.entries[i]
+        for entry in entries:
+            last = entry == entries[-1]
+            call = self._call(needed_branches(scales, self.template.branches), entry)
             call.stepping, call.settle = True, settle if last else None
             many = torch.cat([x] * (len(call.rows) // len(x)))
-            call.scaling = self.solver.scaling(many, turn)
+            call.scaling = self.solver.scaling(many, entry)
             with driving(call):
                 model_input = call.scaling.again(many) if call.scaling else many
-                parts = self._predict(call, model_input, turn, contexts)
+                parts = self._predict(call, model_input, entry, contexts)
                 x = self.solver.step(
                     combined(parts, scales),
-                    turn,
+                    entry,
                     x,
                     eta=self.eta if eta is None else eta,
                     generator=self.generator,
@@ -167,7 +166,7 @@ class Trajectory:
             prediction = self.predict(x, i + 1 if known else self.steps, guidance, contexts)
             found = there.mix(*self.noise.split(x, prediction, here))
         else:
-            found = x if self.noise.flow else x * (_size(there) / _size(here))
+            found = x if self.noise.flow else x * (there.size / here.size)
             for _ in range(refine + 1):
                 prediction = self.predict(found, i, guidance, contexts)
                 found = self._undone(x, prediction, i)
@@ -186,14 +185,14 @@ class Trajectory:
             pairs = zip(x.split(1), generator, strict=True)
             self.latents = torch.cat([self.noise.renoise(a, here, there, g) for a, g in pairs])
         else:
-            raise InputError(f"{len(generator)} generators for {len(x)} pictures")
+            raise InputError(f"{len(generator)} generators for {len(x)} images")
         self.level = j
         return self.latents
 
     def write(
         self, latents: Tensor, mask: Tensor | None = None, *, level: int | None = None
     ) -> None:
-        """Replace the latents, [1 | pictures, ...], where the mask (1: replace, 0: keep) says so.
+        """Replace the latents, [1 | images, ...], where the mask (1: replace, 0: keep) says so.
 
         mask: broadcasts to the latents, None for everywhere; level: the one that they are at from
         now on.
@@ -217,7 +216,7 @@ class Trajectory:
         return self.latents
 
     def decode(self, output_type: str = "pil") -> Any:
-        """The latents as pictures, as the pipeline's own output_type= has them."""
+        """The latents as images, as the pipeline's own output_type= has them."""
         return decode(self.pipe, self.latents, output_type)
 
     # -- predictions ---------------------------------------------------------------------------
@@ -230,7 +229,9 @@ class Trajectory:
         At the last level, which no timestep of the run stands for, the timestep is 0.
         """
         scales = self._scales(guidance)
-        return combined(self.branches(x, i, _branches(self.template, scales), contexts), scales)
+        return combined(
+            self.branches(x, i, needed_branches(scales, self.template.branches), contexts), scales
+        )
 
     def branches(
         self,
@@ -239,15 +240,15 @@ class Trajectory:
         which: Sequence[str] | None = None,
         contexts: Texts | None = None,
     ) -> dict[str, Tensor]:
-        """Branch -> prediction [pictures, ...] for latents at level i, of all branches or some."""
+        """Branch -> prediction [images, ...] for latents at level i, of all branches or some."""
         names = self.template.branches if which is None else tuple(which)
         if unknown := set(names) - set(self.template.branches):
             raise InputError(
                 f"this run has no {', '.join(sorted(unknown))} rows; make it with guidance= above 1"
             )
-        turn = self.solver.turns[i][0] if i < self.steps else None
-        call = self._call(names, turn)
-        size = 1.0 if self.noise.flow else _size(self.levels[i])
+        entry = self.solver.entries[i][0] if i < self.steps else None
+        call = self._call(names, entry)
+        size = 1.0 if self.noise.flow else self.levels[i].size
 
         def scale(latents: Tensor) -> Tensor:
             return latents if size == 1.0 else latents / size
@@ -256,10 +257,10 @@ class Trajectory:
         if size != 1.0:
             call.scaling = Scaling(many, scale)
         with driving(call):
-            return self._predict(call, scale(many), turn, contexts)
+            return self._predict(call, scale(many), entry, contexts)
 
     def _predict(
-        self, call: Driven, model_input: Tensor, turn: int | None, contexts: Texts | None
+        self, call: Driven, model_input: Tensor, entry: int | None, contexts: Texts | None
     ) -> dict[str, Tensor]:
         names = tuple(dict.fromkeys(row.branch for row in call.rows))
         if contexts and (unknown := set(contexts) - set(self.template.branches)):
@@ -268,7 +269,7 @@ class Trajectory:
                 f"{', '.join(self.template.branches)} rows"
             )
         times = self.solver.timesteps
-        timestep = times[turn] if turn is not None else torch.zeros_like(times[0])
+        timestep = times[entry] if entry is not None else torch.zeros_like(times[0])
         arguments = self.template.call(
             model_input, timestep, self.template.rows_of(names)[1], contexts
         )
@@ -279,9 +280,9 @@ class Trajectory:
             prediction = prediction[:, :channels]
         return split_branches(call.rows, prediction)
 
-    def _call(self, names: tuple[str, ...], turn: int | None) -> Driven:
-        turns = len(self.solver.timesteps)
-        time = float(self.solver.timesteps[turn]) if turn is not None else 0.0
+    def _call(self, names: tuple[str, ...], entry: int | None) -> Driven:
+        steps = len(self.solver.timesteps)
+        time = float(self.solver.timesteps[entry]) if entry is not None else 0.0
         return Driven(
             program=self,
             denoiser=families.uncompiled(self.denoiser),
@@ -289,7 +290,7 @@ class Trajectory:
             images_per_prompt=self.images,
             encoding=self.template.encoding,
             rows=self.template.rows_of(names)[0],
-            clock=Clock(turns - 1 if turn is None else turn, turns, time),
+            clock=Clock(steps - 1 if entry is None else entry, steps, time),
         )
 
     # -- numbers -------------------------------------------------------------------------------
@@ -305,26 +306,9 @@ class Trajectory:
                 "write(latents, level=) sets both"
             )
 
-    def _scales(self, guidance: Guidance | None) -> float | Tensor:
-        """One scale, or one for each picture in the shape of the latents."""
+    def _scales(self, guidance: Guidance | None) -> Scales:
         value = self.guidance if guidance is None else guidance
-        if isinstance(value, int | float):
-            scale: float | Tensor = float(value)
-        else:
-            x = self.latents
-            many = torch.as_tensor(value, dtype=torch.float32, device=x.device)
-            if many.shape != (len(x),):
-                raise InputError(
-                    f"guidance={guidance!r}; give one scale, or one for each of {len(x)} pictures"
-                )
-            shaped = many.reshape(-1, *[1] * (x.dim() - 1)).to(x.dtype)
-            scale = float(many[0]) if bool((many == many[0]).all()) else shaped
-        if UNCOND not in self.template.branches and (isinstance(scale, Tensor) or scale > 1):
-            raise InputError(
-                f"guidance={guidance!r}, but this run has no unconditional rows; make it with "
-                "guidance= above 1"
-            )
-        return scale
+        return guidance_scales(value, self.latents, self.template.branches)
 
     def factors(self, i: int) -> tuple[float, float]:
         """(alpha, beta) of step i, x' = alpha x + beta prediction, as a first-order one.
@@ -347,21 +331,3 @@ class Trajectory:
                 f"step {i} can't be undone, it keeps nothing of its latents; take more steps"
             )
         return (x - beta * prediction) / alpha
-
-
-def combined(parts: Mapping[str, Tensor], scales: float | Tensor) -> Tensor:
-    """Classifier-free guidance: uncond + s (cond - uncond), or cond where there is nothing else."""
-    if UNCOND not in parts:
-        return parts[COND]
-    return parts[UNCOND] + scales * (parts[COND] - parts[UNCOND])
-
-
-def _branches(template: Template, scales: float | Tensor) -> tuple[str, ...]:
-    """The branches that guidance of this scale needs."""
-    alone = not isinstance(scales, Tensor) and scales == 1.0
-    return (COND,) if alone else template.branches
-
-
-def _size(level: Level) -> float:
-    """The standard deviation of latents at a level whose clean pictures have 1."""
-    return float((level.signal**2 + level.noise**2) ** 0.5)

@@ -28,12 +28,11 @@ from diffusers import UNet2DConditionModel
 
 import hookctl
 from hookctl import Editor
-from hookctl.attention import repeats
 from hookctl.kernels.common import guard, launch, launch_tables
 from tests.benchmarks.driverless import driverless
 
 Context = Callable[[Any], Any]
-WARM_UP = 4  # rounds until calls are known and their tapes proven
+WARM_UP = 4  # rounds that are not counted
 
 
 class Idle(Editor):
@@ -78,7 +77,6 @@ def launched(unet: Any) -> Iterator[None]:
             (guard, "_tried", {"cpu": None}),
             (launch_tables, "arch_of", lambda device: "sm_90"),
             (torch.cuda, "device_of", lambda like: nullcontext()),
-            (repeats, "same", lambda a, b: True),
         ):
             stack.enter_context(patch.object(target, name, value))
         stack.enter_context(driverless())

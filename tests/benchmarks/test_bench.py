@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hookctl.attention import plan
 from hookctl.bench import kernels, report
 from hookctl.bench.calls import Bench
 from hookctl.bench.edits import cross, density, regions_of, self_replacement
 from hookctl.bench.limits import Limits
 from hookctl.bench.measure import OURS, PLAIN, Case, DisagreementError, Held, check, measure
 from hookctl.cli import bench_steps
+from hookctl.evaluate import plan
 
 CPU = torch.device("cpu")
 

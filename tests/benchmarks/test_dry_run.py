@@ -13,10 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
-from hookctl.attention import repeats
-from hookctl.attention.tape import Tape
 from hookctl.bench import calls, kernels, tuning
 from hookctl.bench.calls import SHAPES, Bench, most_bytes
 from hookctl.bench.measure import OURS, PLAIN, Case, _agreeing
@@ -110,31 +107,6 @@ def test_no_form_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert {n: copied(case, n, seen) for n in case.forms} == dict.fromkeys(
                     case.forms, 0
                 )
-
-
-def test_calls_alike_are_played(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the third on, alone from the fifth, by the same launches; nothing that a GPU is asked
-    for refuses a tape."""
-    monkeypatch.setattr(Bench, "given", given)
-    monkeypatch.setattr(repeats, "_PLAIN", (FakeTensor,))
-    monkeypatch.setattr(repeats, "_observed", lambda: False)
-    monkeypatch.setattr(repeats, "same", lambda a, b: True)
-    play, played = Tape.play, []
-    monkeypatch.setattr(Tape, "play", lambda tape, x: played.append(tape) or play(tape, x))
-    with pretended("sm_90") as seen, torch.no_grad():
-        few = bench()
-        for case in (*few.cross_cases((1024, 20, 64)), *few.self_cases((64, 8, 160), ((4, 0.5),))):
-            for name in {OURS, "plan triton", "plan sdpa"} & set(case.forms):
-                runs = []
-                for _ in range(5):
-                    played.clear()
-                    seen.launches.clear()
-                    case.forms[name]()
-                    runs.append((len(played), list(seen.launches)))
-                first = runs[0][1]
-                both = (1, first + first)
-                want = [(0, first), (0, first), both, both, (1, first)]
-                assert runs == want, (case.name, name)
 
 
 def test_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:

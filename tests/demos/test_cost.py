@@ -9,7 +9,7 @@ from torch import nn
 from hookctl.demos.cost import Live, drawing_mib, peak_mib
 from hookctl.recipes import AttendAndExcite, PromptToPrompt
 from tests.families.fingerprint import differences, fingerprint
-from tests.recipes.pictures import PROMPT, TARGET, pipeline
+from tests.recipes.images import PROMPT, TARGET, pipeline
 
 KIB = 256  # floats
 

@@ -26,14 +26,14 @@ REPORT = {
 
 
 def noise(size: tuple[int, int]) -> Image.Image:
-    """The picture that compresses worst."""
+    """The image that compresses worst."""
     values = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(values)
 
 
 @pytest.fixture
 def demos(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three demos: the second fails, the first and the third write a picture."""
+    """Three demos: the second fails, the first and the third write an image."""
 
     def run(out: Path, seed: int, seeds: int, progress: Any) -> dict[str, Any]:
         progress(seeds, seeds)
@@ -88,7 +88,7 @@ def test_the_small_gallery(demos: None, tmp_path: Path, capsys: pytest.CaptureFi
     assert "![first](gallery/first-more.jpg)" in (tmp_path / "gallery.md").read_text()
 
 
-def test_pictures_share_the_room(demos: None, tmp_path: Path, monkeypatch: Any) -> None:
+def test_images_share_the_room(demos: None, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(gallery, "ALTOGETHER", 60_000)
     noise((600, 400)).save(tmp_path / "grid.png")
     noise((600, 400)).save(tmp_path / "grid-2.png")

@@ -1,4 +1,4 @@
-"""The Imagic demo: a run with next to no fitting, whose costs add up and whose pictures differ."""
+"""The Imagic demo: a run with next to no fitting, whose costs add up and whose images differ."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(imagic, "ALPHAS", (0.0, 1.0))
     report = imagic.run(tmp_path, seed=0, seeds=1)
     assert all((tmp_path / name).is_file() for name in ("grid.png", "grid_alpha.png"))
-    assert report["cost"]["rows_per_picture"] == report["cost"]["rows_in_theory"]
+    assert report["cost"]["rows_per_image"] == report["cost"]["rows_in_theory"]
     assert set(report["methods"]) == set(imagic.STARTS)
     back = {start: found["alpha 0"]["psnr"] for start, found in report["methods"].items()}
     assert min(report["autoencoder_psnr"], back["inverted noise"]) > back["random noise"]
@@ -37,6 +37,6 @@ def test_lines_run_from_left_to_right() -> None:
     assert heights[red] < heights[blue]
 
 
-def _height(picture: Any, colour: tuple[int, int, int], x: int) -> float:
-    rows = [y for y in range(30, picture.height) if picture.getpixel((x, y)) == colour]
+def _height(image: Any, colour: tuple[int, int, int], x: int) -> float:
+    rows = [y for y in range(30, image.height) if image.getpixel((x, y)) == colour]
     return sum(rows) / len(rows)

@@ -1,4 +1,4 @@
-"""The inversion demo: its pictures show what their prompts say, and its report adds up."""
+"""The inversion demo: its images show what their prompts say, and its report adds up."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hookctl.demos.figures import source_is_right
 from hookctl.demos.shapes.detect import detect
 
 
-def test_pictures_show_their_cases() -> None:
+def test_images_show_their_cases() -> None:
     rng = np.random.default_rng(3)
     cases = [draw("colour", rng) for _ in range(6)]
-    pictures = inversion.pictures_of(cases, rng)
-    for case, picture in zip(cases, pictures, strict=True):
-        assert source_is_right(case, detect(picture))
-    assert inversion.psnr(pictures[0], pictures[0]) == 100 > inversion.psnr(*pictures[:2])
+    images = inversion.images_of(cases, rng)
+    for case, image in zip(cases, images, strict=True):
+        assert source_is_right(case, detect(image))
+    assert inversion.psnr(images[0], images[0]) == 100 > inversion.psnr(*images[:2])
 
 
 @pytest.mark.slow
@@ -31,5 +31,5 @@ def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in few:
         cost, figures = report["cost"][name], report["methods"][name]
         assert cost["rows_per_inversion"] == cost["rows_in_theory"]
-        assert cost["peak_mib_of_a_picture"] > 0
+        assert cost["peak_mib_of_a_image"] > 0
         assert abs(figures["behind_autoencoder"]) < 0.1  # both lead the source back exactly

@@ -121,7 +121,7 @@ def add_to_flux(subject: Subject, target: Any) -> None:
             adapter[f"{i}.{part}.bias"] = torch.zeros(inner)
     state = {"image_proj": _projection(dim, width), "ip_adapter": adapter}
     model._load_ip_adapter_weights([state], low_cpu_mem_usage=False)
-    embeds = torch.randn(2, 2, 1, width)  # for each picture drawn
+    embeds = torch.randn(2, 2, 1, width)  # for each image drawn
     _always_with(
         target,
         ip_adapter_image_embeds=[embeds[0]],
@@ -158,7 +158,7 @@ def add_to_unet(subject: Subject, target: Any) -> None:
         place += 2
     unet._load_ip_adapter_weights([state], low_cpu_mem_usage=False)
     target.set_ip_adapter_scale(0.8)
-    # [negative | positive] for each picture drawn
+    # [negative | positive] for each image drawn
     embeds = torch.cat([torch.zeros(1, 1, width), torch.randn(1, 1, width)])
     _always_with(target, ip_adapter_image_embeds=[embeds])
 

@@ -38,7 +38,7 @@ def expected(subject: Subject, window: tuple[float, float]) -> tuple[Tensor, Ten
 
 
 def window_of(subject: Subject) -> tuple[float, float]:
-    """The first of two turns; a bare module has no schedule to speak of."""
+    """The first of two steps; a bare module has no schedule to speak of."""
     return (0.0, 0.5) if subject.is_pipeline else (0.0, 1.0)
 
 

@@ -42,7 +42,7 @@ class Subject:
         return getattr(module, "_orig_mod", module)
 
     def run(self, target: Any, **kwargs: Any) -> Tensor:
-        """Two prompts (or two rows), two turns."""
+        """Two prompts (or two rows), two steps."""
         if self.is_pipeline:
             return self.case.run(target, PROMPTS, **kwargs)
         with torch.no_grad():
@@ -57,7 +57,7 @@ class Subject:
 
     @property
     def calls(self) -> list[list[str]]:
-        """The labels of the rows of each denoiser call in a turn."""
+        """The labels of the rows of each denoiser call in a step."""
         if self.is_pipeline:
             return self.case.rows(len(PROMPTS), 1, self.case.guidance > 1)
         return [["P1", "P2"]]

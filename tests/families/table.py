@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from hookctl.tables import markdown_table
+from hookctl.inspect.tables import markdown_table
 from tests.families import carried, compiling, promises, training
 from tests.families.promises import NotApplicable
 from tests.families.subjects import SUBJECTS, Subject

@@ -73,7 +73,7 @@ def calls_checkpointed(subject: Subject) -> None:
         with subject.control(denoiser, editor, rows=rows):
             for _ in range(3):
                 out = checkpoint(call, x, use_reentrant=False) if recompute else call(x)
-                if out.shape != x.shape:  # variances, or without the picture's channels
+                if out.shape != x.shape:  # variances, or without the image's channels
                     break
                 x = x + out
             (x**2 + (out**2).mean()).mean().backward()
@@ -88,7 +88,7 @@ def calls_checkpointed(subject: Subject) -> None:
 def called(
     denoiser: nn.Module, sample: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor:
-    """The prediction of a denoiser; those that take their pictures as a list get a list."""
+    """The prediction of a denoiser; those that take their images as a list get a list."""
     listed = "cap_feats" in kwargs or any(isinstance(a, list) for a in args)
     out = denoiser(list(sample.unbind(0)) if listed else sample, *args, **kwargs)
     out = out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
@@ -96,10 +96,10 @@ def called(
 
 
 class FirstHalfBorrow(Borrow):
-    """Acts in even turns only, so that two calls meet different edits."""
+    """Acts in even steps only, so that two calls meet different edits."""
 
     def attention(self, call: Any) -> None:
-        if call.clock.turn % 2 == 0:
+        if call.clock.step % 2 == 0:
             rows = list(call.rows)
             call.borrow(rows[-1], v=rows[0])
 

@@ -260,7 +260,7 @@ def test_scheduler_exchanged_inside() -> None:
         SD15.run(pipe)
         copied = copy.deepcopy(pipe.scheduler)
         assert copied.step.__self__ is copied
-    assert [clock.turn for clock in seen] == [0, 1, 0, 1]
+    assert [clock.step for clock in seen] == [0, 1, 0, 1]
     assert "step" not in old.__dict__ and "step" not in pipe.scheduler.__dict__
 
 
@@ -291,12 +291,12 @@ def test_given_rows_end_with_their_session() -> None:
     assert branches == ["uncond[0.0] cond[0.0]", "cond[0.0] cond[1.0]", "uncond[0.0] cond[0.0]"]
 
 
-def test_report_names_editor_site_and_turns(pipe: Any) -> None:
+def test_report_names_editor_site_and_steps(pipe: Any) -> None:
     with hookctl.control(pipe, Borrow(stop=0.5)) as session:
         assert session.report() == "no editor touched any attention site"
         PIXART.run(pipe, TWO, steps=4)
     lines = session.report().splitlines()
-    assert lines[0].split() == ["editor", "site", "verbs", "turns", "plan", "reason"]
+    assert lines[0].split() == ["editor", "site", "verbs", "steps", "plan", "reason"]
     assert all("Borrow" in line and "0-1" in line for line in lines[2:])
     assert len(lines) == 2 + 2
 
@@ -309,7 +309,7 @@ def test_clock_of_the_call_in_progress(pipe: Any) -> None:
 
     def note(*_: Any) -> None:
         assert session.clock is not None
-        inside.append(session.clock.turn)
+        inside.append(session.clock.step)
 
     handle = pipe.transformer.register_forward_pre_hook(note)
     try:
@@ -319,5 +319,5 @@ def test_clock_of_the_call_in_progress(pipe: Any) -> None:
         handle.remove()
     assert inside == [0, 1, 2]
     assert (
-        session.clock is not None and session.clock.turns == 3 and session.clock.fraction == 2 / 3
+        session.clock is not None and session.clock.steps == 3 and session.clock.fraction == 2 / 3
     )

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from hookctl.attention import fused, plan
 from hookctl.errors import UnsupportedError
+from hookctl.evaluate import plan
+from hookctl.evaluate import triton as fused
 from hookctl.kernels.common import guard
 
 CPU = torch.device("cpu")

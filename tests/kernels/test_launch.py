@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hookctl.attention import plan
+from hookctl.evaluate import plan
 from hookctl.kernels import fourier_gain, latent_mixing
 from hookctl.kernels.common.launch import interpreting
 from hookctl.kernels.map_readout import key_marginals, map_readout

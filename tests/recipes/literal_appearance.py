@@ -20,8 +20,8 @@ Attend = Callable[["Call"], Tensor]
 class Call:
     """One attention call: q, k, v [rows, heads, tokens, channels], and where and when it is."""
 
-    def __init__(self, path: str, cross: bool, turn: int, scale: float, *qkv: Tensor) -> None:
-        self.path, self.cross, self.turn, self.scale = path, cross, turn, scale
+    def __init__(self, path: str, cross: bool, step: int, scale: float, *qkv: Tensor) -> None:
+        self.path, self.cross, self.step, self.scale = path, cross, step, scale
         self.q, self.k, self.v = qkv
 
     def probabilities(self, q: Tensor, k: Tensor, bias: Tensor | float = 0.0) -> Tensor:
@@ -50,7 +50,7 @@ class _Processor:
         projected = (attn.to_q(x), attn.to_k(context), attn.to_v(context))
         qkv = [y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in projected]
         cross = encoder_hidden_states is not None
-        call = Call(self.path, cross, self.owner.turn, attn.scale, *qkv)
+        call = Call(self.path, cross, self.owner.step, attn.scale, *qkv)
         out = self.owner.attend(call).transpose(1, 2).flatten(2)
         for layer in attn.to_out:
             out = layer(out)
@@ -58,10 +58,10 @@ class _Processor:
 
 
 class Literal:
-    """Puts `attend` in the place of every attention of a UNet, and counts the turns."""
+    """Puts `attend` in the place of every attention of a UNet, and counts the steps."""
 
     def __init__(self, attend: Attend) -> None:
-        self.attend, self.turn = attend, -1
+        self.attend, self.step = attend, -1
 
     @contextmanager
     def instead(self, unet: torch.nn.Module) -> Iterator[None]:
@@ -69,7 +69,7 @@ class Literal:
         unet.set_attn_processor({path: _Processor(path, self) for path in before})
 
         def enter(*_: Any) -> None:
-            self.turn += 1
+            self.step += 1
 
         handle = unet.register_forward_pre_hook(enter)
         try:

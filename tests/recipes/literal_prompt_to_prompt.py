@@ -261,8 +261,8 @@ class Processor:
 class Everywhere:
     """The same edits on any family, by taking the place of scaled_dot_product_attention.
 
-    token_map, flags, equalizer: of the one edit, over the whole text; cross, self_turns: until
-    which turn; joint: where the text stands among the tokens of a joint sequence, None where the
+    token_map, flags, equalizer: of the one edit, over the whole text; cross, self_steps: until
+    which step; joint: where the text stands among the tokens of a joint sequence, None where the
     text has attention of its own; sequential: guidance is a second call of the denoiser.
     """
 
@@ -270,12 +270,12 @@ class Everywhere:
     flags: Tensor
     equalizer: Tensor
     cross: int
-    self_turns: int
+    self_steps: int
     joint: slice | None = None
     sequential: bool = False
     guided: bool = True
     frames: int = 1
-    turn: int = -1
+    step: int = -1
     calls: int = 0
 
     @contextmanager
@@ -284,9 +284,9 @@ class Everywhere:
         sdpa = F.scaled_dot_product_attention
 
         def enter(*_: Any) -> None:
-            per_turn = 2 if self.sequential and self.guided else 1
-            self.turn, self.calls = self.calls // per_turn, self.calls + 1
-            conditional = per_turn == 1 or self.calls % 2 == 1
+            per_step = 2 if self.sequential and self.guided else 1
+            self.step, self.calls = self.calls // per_step, self.calls + 1
+            conditional = per_step == 1 or self.calls % 2 == 1
             if conditional:
                 F.scaled_dot_product_attention = self.attend  # type: ignore[assignment]
 
@@ -318,7 +318,7 @@ class Everywhere:
         p = p.unflatten(0, (rows, -1))
         source, edit = p[-2], p[-1]  # [frames, heads, N, M]
         text = len(self.flags)
-        replaces_self = self.turn < self.self_turns
+        replaces_self = self.step < self.self_steps
         if self.joint is not None and p.shape[-1] > text and p.shape[-2] == p.shape[-1]:
             image = torch.ones(p.shape[-1], dtype=torch.bool)
             image[self.joint] = False
@@ -335,7 +335,7 @@ class Everywhere:
         return p.flatten(0, 1) @ value
 
     def _tokens(self, source: Tensor, edit: Tensor) -> Tensor:
-        if self.turn >= self.cross:
+        if self.step >= self.cross:
             return edit.clone()
         a = self.flags
         return ((source @ self.token_map) * a + edit * (1 - a)) * self.equalizer

@@ -19,7 +19,7 @@ import hookctl
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.recipes import DDIMInversion, FreeU, PromptToPrompt
 from tests.families.fingerprint import differences, fingerprint
-from tests.recipes.pictures import PROMPT, TARGET, counted, picture, pipeline
+from tests.recipes.images import PROMPT, TARGET, counted, image, pipeline
 
 STEPS = 5
 
@@ -27,8 +27,8 @@ STEPS = 5
 def test_the_path_is_that_of_the_published_code() -> None:
     """null-text notebook: eps = unet(x, t) for x one level below t, alpha_bar_0 at the end."""
     pipe = pipeline()
-    found = DDIMInversion(pipe, picture(), PROMPT, steps=STEPS).run()
-    pixels = pipe.image_processor.preprocess(picture())
+    found = DDIMInversion(pipe, image(), PROMPT, steps=STEPS).run()
+    pixels = pipe.image_processor.preprocess(image())
     text = pipe.encode_prompt(PROMPT, "cpu", 1, False)[0]
     alphas = pipe.scheduler.alphas_cumprod.double()
     with torch.no_grad():
@@ -61,7 +61,7 @@ def test_it_leaves_nothing_behind_and_costs_a_call_a_step() -> None:
     pipe = pipeline()
     before = fingerprint(pipe)
     with counted(pipe) as rows:
-        found = DDIMInversion(pipe, picture(), PROMPT, steps=STEPS, refine=1).run()
+        found = DDIMInversion(pipe, image(), PROMPT, steps=STEPS, refine=1).run()
     assert rows == [1] * 2 * STEPS
     with counted(pipe) as rows:
         found.edit(pipe, prompts=[PROMPT, TARGET], guidance=3.0)
@@ -69,19 +69,19 @@ def test_it_leaves_nothing_behind_and_costs_a_call_a_step() -> None:
     assert not differences(before, fingerprint(pipe))
 
 
-def test_several_pictures_at_once_are_each_its_own() -> None:
+def test_several_images_at_once_are_each_its_own() -> None:
     pipe = pipeline()
-    pictures, prompts = [picture(0), picture(1)], [PROMPT, TARGET]
-    both = DDIMInversion(pipe, pictures, prompts, steps=3).run()
-    for one, prompt, part in zip(pictures, prompts, both, strict=True):
+    images, prompts = [image(0), image(1)], [PROMPT, TARGET]
+    both = DDIMInversion(pipe, images, prompts, steps=3).run()
+    for one, prompt, part in zip(images, prompts, both, strict=True):
         alone = DDIMInversion(pipe, one, prompt, steps=3).run()
         assert part.prompt == prompt
         torch.testing.assert_close(part.latents, alone.latents, atol=1e-4, rtol=1e-4)
 
 
-def test_wide_pictures_and_progress() -> None:
+def test_wide_images_and_progress() -> None:
     pipe, told = pipeline(), []
-    wide = picture(size=(128, 64))
+    wide = image(size=(128, 64))
     found = DDIMInversion(pipe, wide, PROMPT, steps=3).run(lambda i, n: told.append((i, n)))
     assert told == [(1, 3), (2, 3), (3, 3)]
     assert found.latents.shape[-2:] == (8, 16)
@@ -91,8 +91,8 @@ def test_wide_pictures_and_progress() -> None:
 def test_editors_of_the_model_act_in_the_inversion_too() -> None:
     pipe = pipeline()
     with hookctl.control(pipe, FreeU()):
-        found = DDIMInversion(pipe, picture(), PROMPT, steps=3).run()
-    plain = DDIMInversion(pipe, picture(), PROMPT, steps=3).run()
+        found = DDIMInversion(pipe, image(), PROMPT, steps=3).run()
+    plain = DDIMInversion(pipe, image(), PROMPT, steps=3).run()
     assert torch.equal(found.path[-1], plain.path[-1])
     assert not torch.equal(found.latents, plain.latents)
 
@@ -109,30 +109,30 @@ def test_editors_of_the_model_act_in_the_inversion_too() -> None:
 def test_schedulers_that_cannot_be_inverted_are_refused(scheduler: Any, config: Any) -> None:
     pipe = pipeline("sd15", scheduler, **config)
     with pytest.raises(UnsupportedError, match="use DDIMScheduler, EulerDiscreteScheduler"):
-        DDIMInversion(pipe, picture(), PROMPT, steps=4).run()
+        DDIMInversion(pipe, image(), PROMPT, steps=4).run()
 
 
-def test_bad_pictures_and_prompts() -> None:
+def test_bad_images_and_prompts() -> None:
     pipe = pipeline()
-    with pytest.raises(InputError, match="mode 'L'; give picture.convert"):
-        DDIMInversion(pipe, picture().convert("L"), PROMPT)
+    with pytest.raises(InputError, match="mode 'L'; give image.convert"):
+        DDIMInversion(pipe, image().convert("L"), PROMPT)
     with pytest.raises(InputError, match="130 x 128 px"):
         DDIMInversion(pipe, Image.new("RGB", (130, 128)), PROMPT)
     with pytest.raises(InputError, match="is a str"):
         DDIMInversion(pipe, "cat.png", PROMPT)
-    with pytest.raises(InputError, match="1 pictures and 2 prompts"):
-        DDIMInversion(pipe, [picture()], [PROMPT, TARGET])
+    with pytest.raises(InputError, match="1 images and 2 prompts"):
+        DDIMInversion(pipe, [image()], [PROMPT, TARGET])
     with pytest.raises(InputError, match="one size"):
-        DDIMInversion(pipe, [picture(), picture(size=(64, 64))], [PROMPT, TARGET])
+        DDIMInversion(pipe, [image(), image(size=(64, 64))], [PROMPT, TARGET])
     with pytest.raises(InputError, match="steps=0"):
-        DDIMInversion(pipe, picture(), PROMPT, steps=0)
+        DDIMInversion(pipe, image(), PROMPT, steps=0)
     with pytest.raises(InputError, match="timestep='up'"):
-        DDIMInversion(pipe, picture(), PROMPT, steps=2, timestep="up").run()
+        DDIMInversion(pipe, image(), PROMPT, steps=2, timestep="up").run()
 
 
-def test_edits_must_begin_with_the_pictures_prompt_and_sample_alike() -> None:
+def test_edits_must_begin_with_the_images_prompt_and_sample_alike() -> None:
     pipe = pipeline()
-    found = DDIMInversion(pipe, picture(), PROMPT, steps=3).run()
+    found = DDIMInversion(pipe, image(), PROMPT, steps=3).run()
     with pytest.raises(InputError, match="do not begin with 'a red cat above a dog'"):
         found.edit(pipe, PromptToPrompt([TARGET, PROMPT]))
     pipe.scheduler = EulerDiscreteScheduler.from_config(

@@ -1,4 +1,4 @@
-"""Direct inversion: the source gives the picture back, and its edits get no offset."""
+"""Direct inversion: the source gives the image back, and its edits get no offset."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from diffusers import (
 from hookctl.errors import UnsupportedError
 from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes import DirectInversion, FreeU, PromptToPrompt
-from tests.recipes.pictures import PROMPT, TARGET, counted, picture, pipeline
+from tests.recipes.images import PROMPT, TARGET, counted, image, pipeline
 
 STEPS = 5
 
 
 @pytest.mark.parametrize("scheduler", [None, EulerDiscreteScheduler, DPMSolverMultistepScheduler])
-def test_the_source_is_the_picture(scheduler: Any) -> None:
+def test_the_source_is_the_image(scheduler: Any) -> None:
     pipe = pipeline("sd15", scheduler)
-    found = DirectInversion(pipe, picture(), PROMPT, steps=STEPS, guidance=4.0).run()
+    found = DirectInversion(pipe, image(), PROMPT, steps=STEPS, guidance=4.0).run()
     again = found.reconstruct(pipe, "latent")
     assert (again - found.path[-1]).abs().max() < 1e-4
     edit = PromptToPrompt([PROMPT, TARGET], blend="cat")
@@ -35,14 +35,14 @@ def test_the_source_is_the_picture(scheduler: Any) -> None:
 @pytest.mark.parametrize("name", ["sdxl", "sd3"])
 def test_on_other_families(name: str) -> None:
     pipe = pipeline(name)
-    found = DirectInversion(pipe, picture(), PROMPT, steps=3, guidance=4.0).run()
+    found = DirectInversion(pipe, image(), PROMPT, steps=3, guidance=4.0).run()
     assert (found.reconstruct(pipe, "latent") - found.path[-1]).abs().max() < 1e-4
 
 
 def test_the_source_gets_what_its_guided_step_misses_and_its_edits_nothing() -> None:
-    """Each step as published: o = x*' - step(x*), added to the source before LocalBlend's turn."""
+    """Each step as published: o = x*' - step(x*), added to the source before LocalBlend's step."""
     pipe = pipeline()
-    found = DirectInversion(pipe, picture(), PROMPT, steps=STEPS, guidance=4.0).run()
+    found = DirectInversion(pipe, image(), PROMPT, steps=STEPS, guidance=4.0).run()
     literal = Trajectory(pipe, [PROMPT, TARGET], steps=STEPS, guidance=4.0)
     literal.write(found.latents, level=0)
     for i in range(STEPS):
@@ -56,10 +56,10 @@ def test_the_source_gets_what_its_guided_step_misses_and_its_edits_nothing() -> 
 
 
 def test_unit_noise_leads_the_source_all_the_same() -> None:
-    pipe, pictures = pipeline(), [picture(0), picture(1)]
+    pipe, images = pipeline(), [image(0), image(1)]
     given: dict[str, Any] = {"steps": STEPS, "guidance": 4.0}
-    plain = DirectInversion(pipe, picture(), PROMPT, **given).run()
-    found = DirectInversion(pipe, pictures, [PROMPT, PROMPT], unit_noise=True, **given).run()
+    plain = DirectInversion(pipe, image(), PROMPT, **given).run()
+    found = DirectInversion(pipe, images, [PROMPT, PROMPT], unit_noise=True, **given).run()
     levels = Trajectory(pipe, PROMPT, steps=STEPS).levels
     for one in found:
         assert torch.equal(one.reconstruct(pipe, "latent"), one.path[-1])
@@ -73,7 +73,7 @@ def test_unit_noise_leads_the_source_all_the_same() -> None:
 
 def test_editors_of_the_model_may_come_later() -> None:
     pipe = pipeline()
-    found = DirectInversion(pipe, picture(), PROMPT, steps=STEPS, guidance=4.0).run()
+    found = DirectInversion(pipe, image(), PROMPT, steps=STEPS, guidance=4.0).run()
     source, edited = found.edit(pipe, FreeU(), prompts=[PROMPT, TARGET], output_type="latent")
     assert torch.equal(source, found.path[-1][0])
     plain = found.edit(pipe, prompts=[PROMPT, TARGET], output_type="latent")[1]
@@ -83,11 +83,11 @@ def test_editors_of_the_model_may_come_later() -> None:
 def test_cost() -> None:
     pipe = pipeline()
     with counted(pipe) as rows:
-        DirectInversion(pipe, picture(), PROMPT, steps=STEPS).run()
+        DirectInversion(pipe, image(), PROMPT, steps=STEPS).run()
     assert rows == [1] * STEPS
 
 
 def test_a_random_sampler_is_refused() -> None:
     pipe = pipeline("sd15", EulerAncestralDiscreteScheduler)
     with pytest.raises(UnsupportedError, match="draw no noise"):
-        DirectInversion(pipe, picture(), PROMPT, steps=3).run()
+        DirectInversion(pipe, image(), PROMPT, steps=3).run()

@@ -9,14 +9,14 @@ from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.noise import Noise
 from hookctl.recipes import EditFriendlyDDPM, PromptToPrompt
-from tests.recipes.pictures import PROMPT, TARGET, counted, picture, pipeline
+from tests.recipes.images import PROMPT, TARGET, counted, image, pipeline
 
 STEPS = 6
 
 
-def test_the_source_is_the_picture() -> None:
+def test_the_source_is_the_image() -> None:
     pipe = pipeline()
-    found = EditFriendlyDDPM(pipe, picture(), PROMPT, steps=STEPS, skip=0.34, seed=3).run()
+    found = EditFriendlyDDPM(pipe, image(), PROMPT, steps=STEPS, skip=0.34, seed=3).run()
     assert found.start == 2
     assert (found.reconstruct(pipe, "latent") - found.path[-1]).abs().max() < 1e-4
     edit = PromptToPrompt([PROMPT, TARGET])
@@ -27,14 +27,14 @@ def test_the_source_is_the_picture() -> None:
 
 def test_with_a_second_order_solver_as_in_ledits() -> None:
     pipe = pipeline("sd15", DPMSolverMultistepScheduler, algorithm_type="sde-dpmsolver++")
-    found = EditFriendlyDDPM(pipe, picture(), PROMPT, steps=STEPS, skip=0.0).run()
+    found = EditFriendlyDDPM(pipe, image(), PROMPT, steps=STEPS, skip=0.0).run()
     assert (found.reconstruct(pipe, "latent") - found.path[-1]).abs().max() < 1e-4
 
 
 def test_noise_is_what_leads_from_one_independent_level_to_the_next() -> None:
     """z = (x' - mu) / sigma with the published sigma of eta = 1."""
     pipe = pipeline()
-    found = EditFriendlyDDPM(pipe, picture(), PROMPT, steps=STEPS, skip=0.0, seed=3).run()
+    found = EditFriendlyDDPM(pipe, image(), PROMPT, steps=STEPS, skip=0.0, seed=3).run()
     program = found.program(pipe, [PROMPT], 3.5)
     noise = Noise(pipe.scheduler)
     levels, i = noise.levels(), 2
@@ -51,7 +51,7 @@ def test_noise_is_what_leads_from_one_independent_level_to_the_next() -> None:
 
 def test_the_levels_are_noised_independently() -> None:
     pipe = pipeline()
-    found = EditFriendlyDDPM(pipe, picture(), PROMPT, steps=STEPS, skip=0.0).run()
+    found = EditFriendlyDDPM(pipe, image(), PROMPT, steps=STEPS, skip=0.0).run()
     levels, clean = Noise(pipe.scheduler).levels(), found.path[-1]
     first = zip(found.path[:3], levels, strict=False)
     xi = [(x - level.signal * clean) / level.noise for x, level in first]
@@ -63,7 +63,7 @@ def test_the_levels_are_noised_independently() -> None:
 def test_paper_lets_the_last_residual_go() -> None:
     pipe = pipeline()
     given = {"steps": STEPS, "skip": 0.0}
-    paper = EditFriendlyDDPM(pipe, picture(), PROMPT, paper=True, **given).run()
+    paper = EditFriendlyDDPM(pipe, image(), PROMPT, paper=True, **given).run()
     assert all(c.target is None for c in paper.corrections)
     error = (paper.reconstruct(pipe, "latent") - paper.path[-1]).abs().max()
     assert 1e-4 < error < 1.0
@@ -72,10 +72,10 @@ def test_paper_lets_the_last_residual_go() -> None:
 def test_seeds_and_cost() -> None:
     pipe = pipeline()
     with counted(pipe) as rows:
-        one = EditFriendlyDDPM(pipe, picture(), PROMPT, steps=STEPS, skip=0.5, seed=1).run()
+        one = EditFriendlyDDPM(pipe, image(), PROMPT, steps=STEPS, skip=0.5, seed=1).run()
     assert rows == [2] * 3
-    again = EditFriendlyDDPM(pipe, picture(), PROMPT, steps=STEPS, skip=0.5, seed=1).run()
-    other = EditFriendlyDDPM(pipe, picture(), PROMPT, steps=STEPS, skip=0.5, seed=2).run()
+    again = EditFriendlyDDPM(pipe, image(), PROMPT, steps=STEPS, skip=0.5, seed=1).run()
+    other = EditFriendlyDDPM(pipe, image(), PROMPT, steps=STEPS, skip=0.5, seed=2).run()
     assert torch.equal(one.latents, again.latents)
     assert not torch.equal(one.latents, other.latents)
 
@@ -83,9 +83,9 @@ def test_seeds_and_cost() -> None:
 def test_bad_input() -> None:
     pipe = pipeline()
     with pytest.raises(InputError, match="skip"):
-        EditFriendlyDDPM(pipe, picture(), PROMPT, skip=1.0)
+        EditFriendlyDDPM(pipe, image(), PROMPT, skip=1.0)
     with pytest.raises(InputError, match="eta=0"):
-        EditFriendlyDDPM(pipe, picture(), PROMPT, eta=0)
+        EditFriendlyDDPM(pipe, image(), PROMPT, eta=0)
     euler = pipeline("sd15", EulerDiscreteScheduler)
     with pytest.raises(UnsupportedError, match="use DDIMScheduler"):
-        EditFriendlyDDPM(euler, picture(), PROMPT, steps=3).run()
+        EditFriendlyDDPM(euler, image(), PROMPT, steps=3).run()

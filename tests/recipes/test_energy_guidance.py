@@ -14,11 +14,11 @@ from hookctl.address.clock import Clock
 from hookctl.address.regions import Region
 from hookctl.address.rows import Row
 from hookctl.errors import InputError, WordError
-from hookctl.loop.energy import Picture
+from hookctl.loop.energy import ImageMaps
 from hookctl.loop.noise import Level
 from hookctl.recipes.attend_and_excite import AttendAndExcite
 from hookctl.recipes.box_diff import BoxDiff
-from hookctl.recipes.energy_guidance import Subject, smoothed
+from hookctl.recipes.common.energy_guidance import Subject, smoothed
 from hookctl.recipes.layout_guidance import LayoutGuidance
 from tests import zoo
 
@@ -50,7 +50,7 @@ def test_zero_scale_and_no_words_are_bit_identical() -> None:
 
 
 @pytest.mark.parametrize("paper", [False, True])
-def test_pictures_do_not_depend_on_their_batch(paper: bool) -> None:
+def test_images_do_not_depend_on_their_batch(paper: bool) -> None:
     case = zoo.PIPELINES["sd15"]
     pipe = case.make()
     with hookctl.control(pipe, BoxDiff(WORDS, BOXES, paper=paper, refinements=2)):
@@ -60,10 +60,10 @@ def test_pictures_do_not_depend_on_their_batch(paper: bool) -> None:
     assert torch.allclose(both[:2], alone, atol=2e-3)
 
 
-def picture(maps: torch.Tensor) -> Picture:
+def image(maps: torch.Tensor) -> ImageMaps:
     """maps: [heads, height, width, tokens]"""
     site = hookctl.control(zoo.PIPELINES["sd15"].make()).sites[0]
-    return Picture(Row(0, "cond", 0, 0), torch.zeros(4, 8, 8), {site: maps[None]})
+    return ImageMaps(Row(0, "cond", 0, 0), torch.zeros(4, 8, 8), {site: maps[None]})
 
 
 def test_the_formulas() -> None:
@@ -75,7 +75,7 @@ def test_the_formulas() -> None:
         Subject("b", (2, 3), Region.box(0.5, 0.3, 1, 1)),
     ]
     masks = [s.region.tokens(6, 7).reshape(6, 7).double() for s in subjects]
-    shown = picture(maps)
+    shown = image(maps)
 
     weights = torch.exp(-torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64) / (2 * 0.5**2))
     kernel = torch.outer(weights, weights) / weights.sum() ** 2
@@ -137,7 +137,7 @@ def test_the_steps() -> None:
 
 
 def test_cost() -> None:
-    """Each turn of the window: one partial call; a refinement one more for each step and a last."""
+    """Each step of the window: one partial call; a refinement one more for each step and a last."""
     case = zoo.PIPELINES["sd15"]
     pipe = case.make()
     calls: list[int] = []
@@ -145,7 +145,7 @@ def test_cost() -> None:
     one = AttendAndExcite(WORDS, thresholds={}, refinements=5)
     with hookctl.control(pipe, one):
         case.run(pipe, PROMPTS, steps=4)
-    assert [turn for turn, _ in one.record] == [0, 1]
+    assert [step for step, _ in one.record] == [0, 1]
     assert len(calls) == 4 + 2
     calls.clear()
     one = LayoutGuidance(WORDS, BOXES, threshold=0.0, iterations=3, stop=0.5)
@@ -161,11 +161,11 @@ def test_paper_layout_guidance_stops_for_good() -> None:
     one = LayoutGuidance(WORDS, BOXES, threshold=10.0, stop=1.0, paper=True)
     with hookctl.control(pipe, one):
         case.run(pipe, PROMPTS, steps=3)
-    assert [turn for turn, _ in one.record] == [0]  # a step before it looks, then never again
+    assert [step for step, _ in one.record] == [0]  # a step before it looks, then never again
     one = LayoutGuidance(WORDS, BOXES, threshold=10.0, stop=1.0)
     with hookctl.control(pipe, one):
         guided = case.run(pipe, PROMPTS, steps=3)
-    assert [turn for turn, _ in one.record] == [0, 1, 2]  # it looks, and moves nothing
+    assert [step for step, _ in one.record] == [0, 1, 2]  # it looks, and moves nothing
     assert torch.equal(guided, case.run(pipe, PROMPTS, steps=3))
 
 
@@ -184,7 +184,7 @@ def test_the_energy_falls_in_sigma_space_too() -> None:
     one = LayoutGuidance(["cat"], [(0, 0, 0.5, 1)], scale=0.3, threshold=0.0, stop=0.5)
     with hookctl.control(pipe, one):
         case.run(pipe, PROMPTS[:1])
-    values = [float(v) for turn, v in one.record if turn == 0]
+    values = [float(v) for step, v in one.record if step == 0]
     assert values[-1] < values[0]
 
 
@@ -227,9 +227,9 @@ Drawn = tuple[torch.Tensor, float]
 
 
 def drawn(pipe: Any, *edits: hookctl.Editor) -> Drawn:
-    """The mean map of the circle in two pictures, and how much redder they are on the left."""
+    """The mean map of the circle in two images, and how much redder they are on the left."""
     with hookctl.control(pipe, *edits, hookctl.Maps("circle", start=0.5)) as session:
-        pictures = pipe(
+        images = pipe(
             "a large red circle on a white background",
             num_images_per_prompt=2,
             num_inference_steps=8,
@@ -238,7 +238,7 @@ def drawn(pipe: Any, *edits: hookctl.Editor) -> Drawn:
             output_type="pt",
         ).images
     maps = [session.maps["circle"].where(image=i).mean() for i in range(2)]
-    left, right = (pictures[:, 0] - pictures[:, 2]).chunk(2, dim=-1)
+    left, right = (images[:, 0] - images[:, 2]).chunk(2, dim=-1)
     return torch.stack(maps).mean(0), float((left - right).mean())
 
 

@@ -14,7 +14,7 @@ from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes import Imagic
 from tests.families.fingerprint import differences, fingerprint
-from tests.recipes.pictures import TARGET, picture, pipeline
+from tests.recipes.images import TARGET, image, pipeline
 
 FEW: dict[str, Any] = {
     "text_steps": 3,
@@ -32,7 +32,7 @@ def test_weights_and_flags_are_as_they_were() -> None:
     pipe = pipeline()
     pipe.unet.conv_in.requires_grad_(False)
     before, own = fingerprint(pipe), weights(pipe)
-    edit = Imagic(pipe, picture(), TARGET, **FEW).fit()
+    edit = Imagic(pipe, image(), TARGET, **FEW).fit()
     edit.draw((0.0, 1.0), steps=2, output_type="latent")
     assert all(torch.equal(a, b) for a, b in zip(own, pipe.unet.parameters(), strict=True))
     assert not differences(before, fingerprint(pipe))
@@ -41,7 +41,7 @@ def test_weights_and_flags_are_as_they_were() -> None:
 
 def test_nothing_fitted_is_the_plain_pipeline() -> None:
     pipe = pipeline()
-    edit = Imagic(pipe, picture(), TARGET, **{**FEW, "text_steps": 0, "model_steps": 0}).fit()
+    edit = Imagic(pipe, image(), TARGET, **{**FEW, "text_steps": 0, "model_steps": 0}).fit()
     drawn = edit.draw((0.0,), steps=2, seed=1, output_type="latent")
     plain = pipe(
         TARGET,
@@ -56,7 +56,7 @@ def test_nothing_fitted_is_the_plain_pipeline() -> None:
 def test_inverted_alpha_0_leads_back_at_any_guidance() -> None:
     """It follows the fitted text from its inverted noise; the other alphas leave that path."""
     pipe = pipeline(scheduler=DDIMScheduler, clip_sample=False)
-    edit = Imagic(pipe, picture(), TARGET, **{**FEW, "text_rate": 0.1}).fit()
+    edit = Imagic(pipe, image(), TARGET, **{**FEW, "text_rate": 0.1}).fit()
     given: dict[str, Any] = {"steps": 3, "inverted": True, "output_type": "latent"}
     with edit.change.applied():
         noise = edit._inverted(3, 2)
@@ -70,13 +70,13 @@ def test_inverted_alpha_0_leads_back_at_any_guidance() -> None:
 
 def test_inverted_needs_a_first_order_scheduler() -> None:
     pipe = pipeline(scheduler=DPMSolverMultistepScheduler)
-    edit = Imagic(pipe, picture(), TARGET, **FEW)
+    edit = Imagic(pipe, image(), TARGET, **FEW)
     with pytest.raises(UnsupportedError, match="first-order"):
         edit.draw((0.0,), steps=3, inverted=True)
 
 
 def test_the_window_and_the_samples_of_a_step() -> None:
-    edit = Imagic(pipeline(), picture(), TARGET, schedule_steps=10, window=(0.2, 0.6), samples=4)
+    edit = Imagic(pipeline(), image(), TARGET, schedule_steps=10, window=(0.2, 0.6), samples=4)
     asked: list[int] = []
     predict = edit.program.predict
     edit.program.predict = lambda x, i, *rest: asked.append(i) or predict(x, i, *rest)  # type: ignore
@@ -88,7 +88,7 @@ def test_the_window_and_the_samples_of_a_step() -> None:
 def test_noises_of_a_level_share_its_text_and_model() -> None:
     """Their loss is the mean of those that they have one by one."""
     pipe = pipeline()
-    one, many = (Imagic(pipe, picture(), TARGET, noises=n, **FEW) for n in (1, 3))
+    one, many = (Imagic(pipe, image(), TARGET, noises=n, **FEW) for n in (1, 3))
     drawn: list[torch.Tensor] = []
     predict = many.program.predict
     many.program.predict = lambda x, *rest: drawn.append(x) or predict(x, *rest)  # type: ignore
@@ -117,7 +117,7 @@ def test_fitting_lowers_the_loss(kind: str) -> None:
     pipe = pipeline()
     pipe.scheduler.register_to_config(prediction_type=kind)
     given = {**FEW, "text_steps": 15, "model_steps": 15}
-    edit = Imagic(pipe, picture(), TARGET, **given)
+    edit = Imagic(pipe, image(), TARGET, **given)
 
     def loss() -> float:
         with torch.no_grad(), edit.change.applied():
@@ -132,9 +132,9 @@ def test_fitting_lowers_the_loss(kind: str) -> None:
 
 def test_a_checkpoint_is_taken_up(tmp_path: Path) -> None:
     pipe, path = pipeline(), tmp_path / "fit.safetensors"
-    first = Imagic(pipe, picture(), TARGET, checkpoint=path, save_every=1, **FEW).fit()
+    first = Imagic(pipe, image(), TARGET, checkpoint=path, save_every=1, **FEW).fit()
     told: list[Any] = []
-    again = Imagic(pipe, picture(), TARGET, checkpoint=path, **FEW).fit(
+    again = Imagic(pipe, image(), TARGET, checkpoint=path, **FEW).fit(
         lambda *said: told.append(said)
     )
     assert not told
@@ -142,19 +142,19 @@ def test_a_checkpoint_is_taken_up(tmp_path: Path) -> None:
     for a, b in zip(again.change.tensors, first.change.tensors, strict=True):
         assert torch.equal(a, b)
     with pytest.raises(InputError, match="was fitted to"):
-        Imagic(pipe, picture(), "a dog", checkpoint=path, **FEW).fit()
+        Imagic(pipe, image(), "a dog", checkpoint=path, **FEW).fit()
 
 
 def test_bad_input() -> None:
     pipe = pipeline()
     with pytest.raises(InputError, match="matches no linear or conv"):
-        Imagic(pipe, picture(), TARGET, layers="nothing")
+        Imagic(pipe, image(), TARGET, layers="nothing")
     with pytest.raises(InputError, match="rank=0"):
-        Imagic(pipe, picture(), TARGET, rank=0)
+        Imagic(pipe, image(), TARGET, rank=0)
     with pytest.raises(InputError, match="prompt="):
-        Imagic(pipe, picture(), [TARGET])  # type: ignore[arg-type]
+        Imagic(pipe, image(), [TARGET])  # type: ignore[arg-type]
     for wrong in ({"window": (0.5, 0.5)}, {"window": (0.0, 1.5)}, {"samples": 0}, {"noises": 0}):
         with pytest.raises(InputError, match="window="):
-            Imagic(pipe, picture(), TARGET, **wrong)  # type: ignore[arg-type]
+            Imagic(pipe, image(), TARGET, **wrong)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="alphas"):
-        Imagic(pipe, picture(), TARGET, **FEW).draw(())
+        Imagic(pipe, image(), TARGET, **FEW).draw(())

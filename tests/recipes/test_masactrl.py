@@ -74,17 +74,17 @@ class Mutual:
         self.first, self.sites, self.union = first, tuple(sites.split()), union
         self.masks, self.tokens, self.threshold = masks, tokens, threshold
         self.maps: list[Tensor] = []
-        self.turn = -1
+        self.step = -1
 
     def __call__(self, call: Call) -> Tensor:
-        if call.turn != self.turn:
-            self.turn, self.maps = call.turn, []
+        if call.step != self.step:
+            self.step, self.maps = call.step, []
         if call.cross:
             p = call.probabilities(call.q, call.k)
             if p.shape[2] == 16**2:
                 self.maps.append(p.chunk(2)[1].mean(1))
             return p @ call.v
-        if call.turn < self.first or not call.path.startswith(self.sites):
+        if call.step < self.first or not call.path.startswith(self.sites):
             return call.plain()
         return call.halves(lambda q, k, v: self.half(call, q, k, v))
 
@@ -100,11 +100,11 @@ class Mutual:
         if masks is None:
             return out
         inside = masks[:1, None, None]  # [1, 1, 1, keys]
-        fore, ground = (
+        fore, background = (
             call.probabilities(q, k0, torch.where(m, 0.0, -torch.inf).to(q)) @ v0
             for m in (inside, ~inside)
         )
-        mixed = torch.where(masks[:, None, :, None], fore, ground)
+        mixed = torch.where(masks[:, None, :, None], fore, background)
         return torch.cat([out[:1], mixed[1:]])
 
     def mask_of(self, rows: int, tokens: int) -> Tensor | None:
@@ -168,7 +168,7 @@ def test_equals_the_official_matrices(case: str) -> None:
     assert relative(got[1:], plain("sd15", prompts, torch.float64)[1:]) > 1e-6
 
 
-def test_sites_before_the_first_map_use_the_last_turns() -> None:
+def test_sites_before_the_first_map_use_the_last_steps() -> None:
     """The official code has none for them, and edits them without masks."""
     options = {"words": "cat", "threshold": 0.5, "sites": "self down0", "start": 0.0}
     ours, official = (MasaCtrl([CAT, DOG], paper=p, **options) for p in (False, True))
@@ -205,7 +205,7 @@ def test_every_form_leaves_the_source(family: str, options: dict[str, Any]) -> N
 
 
 def test_before_the_start_nothing_changes() -> None:
-    """One turn of two: after the first the latents are the plain ones."""
+    """One step of two: after the first the latents are the plain ones."""
     seen: dict[str, list[Tensor]] = {"plain": [], "edit": []}
 
     class Record(Editor):
@@ -229,8 +229,8 @@ def test_an_edit_that_is_its_source_stays_it() -> None:
             assert relative(out[1], out[0]) < 1e-12
 
 
-def test_several_pictures_of_a_prompt() -> None:
-    """Picture j of an edit reads picture j of the source."""
+def test_several_images_of_a_prompt() -> None:
+    """Image j of an edit reads image j of the source."""
     edit = MasaCtrl([CAT, DOG], start=0.0)
     both = draw("sd15", edit, n=2, generator=edit.generators(images=2))
     for j in range(2):
@@ -272,7 +272,7 @@ def test_one_denoiser_call_per_step() -> None:
 
 
 def test_the_source_follows_its_path() -> None:
-    """Before every turn; the edits start from its noise and then go their own way."""
+    """Before every step; the edits start from its noise and then go their own way."""
     path = torch.randn(STEPS + 1, 4, 16, 16, generator=torch.Generator().manual_seed(7))
     seen: list[Tensor] = []
 

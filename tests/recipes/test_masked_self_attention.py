@@ -11,9 +11,9 @@ from torch import Tensor
 import hookctl
 from hookctl.address.regions import Region
 from hookctl.address.sites import Grid
-from hookctl.attention import plan
 from hookctl.attention.call import AttentionCall
 from hookctl.errors import InputError, UnsupportedError
+from hookctl.evaluate import plan
 from hookctl.recipes import MaskedSelfAttention
 from tests import zoo
 

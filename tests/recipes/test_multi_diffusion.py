@@ -14,8 +14,8 @@ import hookctl
 from hookctl import Editor
 from hookctl.errors import ConflictError, InputError, UnsupportedError
 from hookctl.recipes import PAG, SAG, FreeU, MultiDiffusion, PromptToPrompt
-from hookctl.recipes.bootstrapping import Bootstrapping
-from hookctl.recipes.windows import Window, windows_of
+from hookctl.recipes.common.bootstrapping import Bootstrapping
+from hookctl.recipes.common.tiles import Window, windows_of
 from tests import zoo
 from tests.families.fingerprint import differences, fingerprint
 from tests.families.subjects import error
@@ -149,8 +149,8 @@ def test_regions_are_what_the_official_loop_makes_of_them(
         return levels[i].sqrt() * colour + (1 - levels[i]).sqrt() * window.cut(start)
 
     texts = ["a red cat", "a blue dog", "a tree"]
-    turns = int(4 * bootstrap)
-    want = literal(pipe, start, texts, masks, windows, 4, backgrounds, turns)
+    steps = int(4 * bootstrap)
+    want = literal(pipe, start, texts, masks, windows, 4, backgrounds, steps)
     edit = MultiDiffusion(texts[1:], boxes, stride=6, bootstrap=bootstrap)
     with hookctl.control(pipe, edit):
         got = SD15.run(pipe, texts[0], steps=4, latents=start, **WIDE)
@@ -184,7 +184,7 @@ def test_one_full_region_is_a_run_of_its_text(bootstrap: float) -> None:
 
 
 def test_regions_of_each_prompt() -> None:
-    """A list for each prompt; a picture is what it is alone."""
+    """A list for each prompt; an image is what it is alone."""
     pipe = SD15.make()
     texts, boxes = (
         [["a tree"], ["a dog", "a cat"]],
@@ -220,15 +220,15 @@ def test_denoiser_calls_are_those_of_windows_and_regions() -> None:
 
 
 def test_round_the_sides_there_is_no_seam() -> None:
-    """Rolling the canvas rolls the picture."""
+    """Rolling the canvas rolls the image."""
     pipe = SD15.make()
     start = torch.randn(2, 4, 16, 28, generator=torch.Generator().manual_seed(2))
     edit = MultiDiffusion(stride=4, wrap=True)
     one = draw(SD15, pipe, edit, latents=start, **WIDE)
     rolled = draw(SD15, pipe, edit, latents=start.roll(4, -1), **WIDE)
     assert error(rolled, one.roll(4, -1)) < TOLERANCE
-    pictures = edit.run(pipe, TWO[0], latents=start[:1], num_inference_steps=1, **WIDE)
-    assert [picture.size for picture in pictures] == [(224, 128)]
+    images = edit.run(pipe, TWO[0], latents=start[:1], num_inference_steps=1, **WIDE)
+    assert [image.size for image in images] == [(224, 128)]
 
 
 # -- together with others --------------------------------------------------------------------------
@@ -245,8 +245,8 @@ def test_others_act_in_every_window() -> None:
         assert error(both, draw(SD15, pipe, other, edit, **WIDE)) < TOLERANCE, other.name
 
 
-def test_what_needs_the_whole_picture_is_refused() -> None:
-    with pytest.raises(ConflictError, match="MultiDiffusion and SAG both claim the whole picture"):
+def test_what_needs_the_whole_image_is_refused() -> None:
+    with pytest.raises(ConflictError, match="MultiDiffusion and SAG both claim the whole image"):
         draw(SD15, SD15.make(), MultiDiffusion(), SAG())
 
 

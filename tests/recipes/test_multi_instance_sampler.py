@@ -1,4 +1,4 @@
-"""The multi-instance sampler: an instance's picture is a run of its phrase, by any solver."""
+"""The multi-instance sampler: an instance's image is a run of its phrase, by any solver."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def solved_by(scheduler: str) -> tuple[zoo.Case, Any]:
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_an_instance_is_a_run_of_its_phrase(scheduler: str) -> None:
-    """Pasted over everything at the end, nothing but the instance's picture is left."""
+    """Pasted over everything at the end, nothing but the instance's image is left."""
     case, pipe = solved_by(scheduler)
     wanted = case.run(pipe, [B, A], steps=4)
     edit = MultiInstanceSampler([[B], []], [[FULL], []], share=1.0, merge="paste")
@@ -59,8 +59,8 @@ def test_an_instance_is_a_run_of_its_phrase(scheduler: str) -> None:
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_an_instance_leaves_with_what_the_picture_has_become(scheduler: str) -> None:
-    """One that goes on with the picture's own text, and from its history, is the picture."""
+def test_an_instance_leaves_with_what_the_image_has_become(scheduler: str) -> None:
+    """One that goes on with the image's own text, and from its history, is the image."""
     case, pipe = solved_by(scheduler)
     wanted = case.run(pipe, [A], steps=6)
     found = {}
@@ -116,11 +116,11 @@ def test_each_is_pasted_where_it_belongs() -> None:
 
 
 def test_the_stack_and_its_cost() -> None:
-    """1 + n denoiser calls in the turns of the share, one in the others; further rows untouched."""
+    """1 + n denoiser calls in the steps of the share, one in the others; further rows untouched."""
     case = zoo.PIPELINES["sd15"]
     pipe = case.make()
     texts = [A, B]
-    for options in ({"outside": ""}, {"ground": (255, 255, 255)}, {"start": 0.25}):
+    for options in ({"outside": ""}, {"background": (255, 255, 255)}, {"start": 0.25}):
         stack = (
             MultiInstanceSampler(texts, HALVES, share=0.5, merge="paste", edge=0.1, **options),
             RegionalPrompts(texts, HALVES),
@@ -153,7 +153,7 @@ def test_the_generator_of_the_caller_is_left_alone() -> None:
         ({"share": 1.2}, "share=1.2"),
         ({"start": 0.4}, "start=0.4 is after share=0.36"),
         ({"merge": "sum"}, "merge='sum'"),
-        ({"ground": (0, 0, 300)}, "ground"),
+        ({"background": (0, 0, 300)}, "background"),
         ({"regions": HALVES}, "as many"),
     ],
 )
@@ -183,13 +183,13 @@ def test_objects_are_drawn_in_their_regions() -> None:
     for halves in (HALVES, HALVES[::-1]):
         stack = (
             MultiInstanceSampler(
-                phrases, halves, share=0.5, merge="paste", outside="", ground=(255, 255, 255)
+                phrases, halves, share=0.5, merge="paste", outside="", background=(255, 255, 255)
             ),
             RegionalPrompts(phrases, halves, base=0.5, start=0.5),
             MaskedSelfAttention(halves, open=True, start=0.5),
         )
         with hookctl.control(pipe, *stack):
-            pictures = pipe(
+            images = pipe(
                 "a large red circle and a large blue square on a white background",
                 num_images_per_prompt=2,
                 num_inference_steps=8,
@@ -197,7 +197,7 @@ def test_objects_are_drawn_in_their_regions() -> None:
                 generator=torch.Generator().manual_seed(0),
                 output_type="pt",
             ).images
-        difference = pictures[:, 0] - pictures[:, 2]  # red less blue, [pictures, height, width]
+        difference = images[:, 0] - images[:, 2]  # red less blue, [images, height, width]
         left, right = difference.chunk(2, dim=-1)
         redder.append(left.mean((1, 2)) - right.mean((1, 2)))
     assert redder[0].mean() > 0.1 and redder[1].mean() < -0.1

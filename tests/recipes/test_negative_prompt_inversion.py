@@ -8,15 +8,15 @@ import torch
 import hookctl
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.recipes import DDIMInversion, NegativePromptInversion, ProximalGuidance
-from tests.recipes.pictures import PROMPT, TARGET, counted, picture, pipeline
+from tests.recipes.images import PROMPT, TARGET, counted, image, pipeline
 
 STEPS = 4
 
 
 def test_target_equal_to_source_is_unguided_ddim_bit_for_bit() -> None:
     pipe = pipeline()
-    found = NegativePromptInversion(pipe, picture(), PROMPT, steps=STEPS, guidance=7.5).run()
-    plain = DDIMInversion(pipe, picture(), PROMPT, steps=STEPS).run()
+    found = NegativePromptInversion(pipe, image(), PROMPT, steps=STEPS, guidance=7.5).run()
+    plain = DDIMInversion(pipe, image(), PROMPT, steps=STEPS).run()
     assert torch.equal(found.latents, plain.latents)
     same = found.edit(pipe, prompts=[PROMPT] * 2, output_type="latent")
     # As many rows in a call: a sum may be rounded otherwise in a batch of another size.
@@ -26,7 +26,7 @@ def test_target_equal_to_source_is_unguided_ddim_bit_for_bit() -> None:
 
 def test_edits_are_guided_away_from_the_source() -> None:
     pipe = pipeline()
-    found = NegativePromptInversion(pipe, picture(), PROMPT, steps=STEPS, guidance=4.0).run()
+    found = NegativePromptInversion(pipe, image(), PROMPT, steps=STEPS, guidance=4.0).run()
     program = found.program(pipe, [PROMPT, TARGET], 4.0)
     text = program.template.text("uncond")
     assert torch.equal(text[0], program.template.text("cond")[0])
@@ -36,7 +36,7 @@ def test_edits_are_guided_away_from_the_source() -> None:
 def test_cost() -> None:
     pipe = pipeline()
     with counted(pipe) as rows:
-        NegativePromptInversion(pipe, picture(), PROMPT, steps=STEPS).run()
+        NegativePromptInversion(pipe, image(), PROMPT, steps=STEPS).run()
     assert rows == [1] * STEPS
 
 
@@ -83,17 +83,17 @@ def test_nothing_limited_is_nothing_done_and_all_limited_is_unconditional() -> N
 
 def test_inversion_guidance_draws_unguided_places_to_the_path() -> None:
     pipe = pipeline()
-    found = NegativePromptInversion(pipe, picture(), PROMPT, steps=STEPS, guidance=4.0).run()
+    found = NegativePromptInversion(pipe, image(), PROMPT, steps=STEPS, guidance=4.0).run()
     limits = ProximalGuidance(1.0, path=found.path, rate=1.0, path_start=0.0, dilate=0)
     edited = found.edit(pipe, limits, prompts=[PROMPT, TARGET], output_type="latent")
     torch.testing.assert_close(edited, found.path[-1].expand_as(edited), atol=1e-6, rtol=0)
 
 
-def test_proximal_belongs_to_the_inverted_picture() -> None:
+def test_proximal_belongs_to_the_inverted_image() -> None:
     pipe = pipeline()
     given = {"steps": STEPS, "guidance": 4.0}
-    found = NegativePromptInversion(pipe, picture(), PROMPT, proximal=0.7, **given).run()
-    plain = NegativePromptInversion(pipe, picture(), PROMPT, **given).run()
+    found = NegativePromptInversion(pipe, image(), PROMPT, proximal=0.7, **given).run()
+    plain = NegativePromptInversion(pipe, image(), PROMPT, **given).run()
     prompts = [PROMPT, TARGET]
     limited = found.edit(pipe, prompts=prompts, output_type="latent")
     editor = ProximalGuidance(0.7)

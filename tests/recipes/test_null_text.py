@@ -11,7 +11,7 @@ from torch import Tensor
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.recipes import DDIMInversion, NullTextInversion
 from tests.families.fingerprint import differences, fingerprint
-from tests.recipes.pictures import PROMPT, TARGET, counted, picture, pipeline
+from tests.recipes.images import PROMPT, TARGET, counted, image, pipeline
 
 STEPS, SCALE = 3, 4.0
 
@@ -48,29 +48,29 @@ def published(pipe: Any, path: list[Tensor], iterations: int, enough: float) -> 
 def test_the_embeddings_are_those_of_the_published_loop(enough: float) -> None:
     pipe = pipeline()
     given = {"steps": STEPS, "guidance": SCALE, "iterations": 3, "tolerance": enough}
-    found = NullTextInversion(pipe, picture(), PROMPT, **given).run()
+    found = NullTextInversion(pipe, image(), PROMPT, **given).run()
     expected = published(pipe, list(found.path), 3, enough)
     for correction, wanted in zip(found.corrections, expected, strict=True):
         torch.testing.assert_close(correction.contexts["uncond"], wanted, atol=2e-3, rtol=1e-2)
 
 
-def test_it_leads_nearer_to_the_picture_than_guided_ddim() -> None:
+def test_it_leads_nearer_to_the_image_than_guided_ddim() -> None:
     pipe = pipeline()
     given = {"steps": STEPS, "guidance": SCALE, "iterations": 15, "rate": 0.1}
-    found = NullTextInversion(pipe, picture(), PROMPT, **given).run()
-    plain = DDIMInversion(pipe, picture(), PROMPT, steps=STEPS).run()
+    found = NullTextInversion(pipe, image(), PROMPT, **given).run()
+    plain = DDIMInversion(pipe, image(), PROMPT, steps=STEPS).run()
     clean = found.path[-1]
     fitted = (found.reconstruct(pipe, "latent") - clean).square().mean()
     guided = plain.edit(pipe, source_guidance=SCALE, output_type="latent")
     assert fitted < 0.7 * (guided - clean).square().mean()
 
 
-def test_each_of_several_pictures_stops_for_itself() -> None:
+def test_each_of_several_images_stops_for_itself() -> None:
     pipe = pipeline()
     given = {"steps": 2, "guidance": SCALE, "iterations": 3, "tolerance": 0.3}
-    both = NullTextInversion(pipe, [picture(0), picture(1)], [PROMPT, TARGET], **given).run()
+    both = NullTextInversion(pipe, [image(0), image(1)], [PROMPT, TARGET], **given).run()
     for i, (seed, prompt) in enumerate([(0, PROMPT), (1, TARGET)]):
-        alone = NullTextInversion(pipe, picture(seed), prompt, **given).run()
+        alone = NullTextInversion(pipe, image(seed), prompt, **given).run()
         for a, b in zip(both[i].corrections, alone.corrections, strict=True):
             torch.testing.assert_close(
                 a.contexts["uncond"], b.contexts["uncond"], atol=2e-3, rtol=1e-2
@@ -82,7 +82,7 @@ def test_flags_are_put_back_and_the_cost_is_bounded() -> None:
     pipe.unet.conv_in.requires_grad_(False)
     before = fingerprint(pipe)
     with counted(pipe) as rows:
-        NullTextInversion(pipe, picture(), PROMPT, steps=STEPS, iterations=2, tolerance=0.0).run()
+        NullTextInversion(pipe, image(), PROMPT, steps=STEPS, iterations=2, tolerance=0.0).run()
     # The inversion; then the conditional row, the fitting and the step.
     assert rows == [1] * STEPS + [1, 1, 1, 2] * STEPS
     assert not differences(before, fingerprint(pipe))
@@ -94,11 +94,11 @@ def test_flags_are_put_back_and_the_cost_is_bounded() -> None:
 def test_bad_input() -> None:
     pipe = pipeline()
     with pytest.raises(InputError, match="no unconditional text"):
-        NullTextInversion(pipe, picture(), PROMPT, guidance=1.0)
+        NullTextInversion(pipe, image(), PROMPT, guidance=1.0)
     with pytest.raises(InputError, match="iterations=0"):
-        NullTextInversion(pipe, picture(), PROMPT, iterations=0)
+        NullTextInversion(pipe, image(), PROMPT, iterations=0)
     from diffusers import DPMSolverMultistepScheduler
 
     multistep = pipeline("sd15", DPMSolverMultistepScheduler)
     with pytest.raises(UnsupportedError, match="first-order"):
-        NullTextInversion(multistep, picture(), PROMPT, steps=3).run()
+        NullTextInversion(multistep, image(), PROMPT, steps=3).run()

@@ -16,10 +16,10 @@ import hookctl
 from hookctl import control
 from hookctl.demos.grown import cases, surroundings
 from hookctl.demos.one_way import Watched, draw
-from hookctl.demos.shapes.world import GROUNDS
-from hookctl.editor import WHOLE_PICTURE, Claim, Editor
+from hookctl.demos.shapes.world import BACKGROUNDS
+from hookctl.editor import WHOLE_IMAGE, Claim, Editor
 from hookctl.errors import InputError
-from hookctl.loop.pictures import encode
+from hookctl.loop.images import encode
 from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes import CyclicOneWay, OneWayFlow, SelectiveOneWay
 from tests import zoo
@@ -34,14 +34,14 @@ def made(dtype: torch.dtype) -> Any:
     return zoo.PIPELINES["sd15"].make().to(dtype)
 
 
-def picture(size: int = 64) -> Image.Image:
+def image(size: int = 64) -> Image.Image:
     ramp = np.linspace(0, 255, size).astype(np.uint8)
     return Image.fromarray(np.stack(np.broadcast_arrays(ramp[None], ramp[:, None], ramp), -1))
 
 
 def program(prompt: str = CAT, cls: type[CyclicOneWay] = CyclicOneWay, **options: Any) -> Any:
     common = {"at": (64, 0), "size": (128, 128), "steps": 10, "cycles": 1}
-    return cls(made(torch.float32), picture(), prompt, **common, **options)
+    return cls(made(torch.float32), image(), prompt, **common, **options)
 
 
 def latents(prompt: str = CAT, **options: Any) -> Tensor:
@@ -68,7 +68,7 @@ def test_flow_equals_the_written_out_bias(anneal: bool, cut: bool) -> None:
             return call.plain()
         side = int(call.q.shape[2] ** 0.5)
         left = (torch.arange(side) < side / 2).repeat(side).double()
-        share = 1 - call.turn / 2 if anneal else 1.0
+        share = 1 - call.step / 2 if anneal else 1.0
         inwards = -torch.inf if cut else -2.0 * share
         bias = 1.5 * share * (1 - left)[:, None] * left
         bias = bias.masked_fill((left[:, None] * (1 - left)) > 0, inwards)
@@ -99,7 +99,7 @@ def test_without_cycles_and_writes_it_is_sampling_of_the_inverted_canvas() -> No
     want = program()
     want.cycles, want.writes, want.final_eta = 0, False, 0.0
     canvas = Image.new("RGB", (128, 128), (128, 128, 128))
-    canvas.paste(picture(), (64, 0))
+    canvas.paste(image(), (64, 0))
     run = Trajectory(pipe, [CAT], steps=10, guidance=7.5, width=128, height=128)
     run.write(encode(pipe, canvas), level=10)
     for level in reversed(range(5, 10)):
@@ -109,9 +109,9 @@ def test_without_cycles_and_writes_it_is_sampling_of_the_inverted_canvas() -> No
 
 
 def test_the_seed_takes_nothing_from_the_text() -> None:
-    """The last thing written is the picture's own; all else follows the prompt."""
+    """The last thing written is the image's own; all else follows the prompt."""
     a, b = latents(CAT, finish=0.0), latents(DOG, finish=0.0)
-    clean = encode(made(torch.float32), picture())
+    clean = encode(made(torch.float32), image())
     for x in (a, b):
         assert torch.equal(x[..., :8, 8:], clean)
     assert relative(a[..., 8:, :], b[..., 8:, :]) > 1e-3
@@ -162,15 +162,15 @@ def test_selective_without_strength_is_cyclic() -> None:
         ({"at": (60, 0)}, "must be multiples of 8"),
         ({"at": (72, 0)}, "must be multiples of 8 and lie inside"),
         ({"suppress": "a cat"}, "give suppress and diverse, both or neither"),
-        ({"picture_size": (0, 64)}, "give PIL pictures and a width and height from 1 px on"),
-        ({"picture_size": (96, 96)}, "must be multiples of 8 and lie inside"),
+        ({"image_size": (0, 64)}, "give PIL images and a width and height from 1 px on"),
+        ({"image_size": (96, 96)}, "must be multiples of 8 and lie inside"),
         ({"paper": True, "top": 1.0}, "top=1.0 leaves no noisier level"),
     ],
 )
 def test_wrong_programs(options: dict[str, Any], message: str) -> None:
     given = {"at": (64, 0), "size": (128, 128), **options}
     with pytest.raises(InputError, match=message):
-        CyclicOneWay(made(torch.float32), picture(), CAT, **given)
+        CyclicOneWay(made(torch.float32), image(), CAT, **given)
 
 
 @pytest.mark.parametrize(
@@ -193,13 +193,13 @@ def test_editors_act_in_all_of_it() -> None:
 
     class Count(Editor):
         def before(self, state: Any) -> None:
-            seen.append(state.clock.turn)
+            seen.append(state.clock.step)
 
     program().run(Count(), output_type="latent")
     assert seen == [3, 4, 5, 6, 7, 8, 9]  # the steps of one cycle, then to the end
 
 
-def test_the_picture_alone_is_shown_to_no_editor_of_the_canvas() -> None:
+def test_the_image_alone_is_shown_to_no_editor_of_the_canvas() -> None:
     grids: dict[str, set[Any]] = {"anywhere": set(), "of the canvas": set()}
 
     class Anywhere(Editor):
@@ -213,19 +213,19 @@ def test_the_picture_alone_is_shown_to_no_editor_of_the_canvas() -> None:
         kind = "of the canvas"
 
         def claims(self) -> list[Claim]:
-            return [Claim(WHOLE_PICTURE, shared=True)]
+            return [Claim(WHOLE_IMAGE, shared=True)]
 
     program().run(Anywhere(), OfTheCanvas(), output_type="latent")
     assert grids == {"anywhere": {(8, 8), (16, 16)}, "of the canvas": {(16, 16)}}
 
 
-def test_pictures_are_resized() -> None:
-    pasted = CyclicOneWay(made(torch.float32), picture(128), CAT, picture_size=(64, 64), at=(8, 0))
-    assert pasted.pictures[0].size == (64, 64) and pasted.cells == (1, 0, 8, 8)
+def test_images_are_resized() -> None:
+    pasted = CyclicOneWay(made(torch.float32), image(128), CAT, image_size=(64, 64), at=(8, 0))
+    assert pasted.images[0].size == (64, 64) and pasted.cells == (1, 0, 8, 8)
 
 
 @pytest.mark.slow
-def test_the_flow_carries_the_ground_of_a_picture() -> None:
+def test_the_flow_carries_the_background_of_a_image() -> None:
     """On the embedded pipeline: into the scene with it, and not when it is turned about."""
     pipe = hookctl.load_shapes()
     pipe.set_progress_bar_config(disable=True)
@@ -234,9 +234,9 @@ def test_the_flow_carries_the_ground_of_a_picture() -> None:
     for name in ("COW", "SOW", "SOW turned about"):
         watched = Watched()
         drawn = draw(pipe, name, every, seed=0, watched=watched)
-        shares[name] = watched.figures()["attention_into_picture"]
+        shares[name] = watched.figures()["attention_into_image"]
         apart[name] = [
-            np.abs(surroundings(p) - GROUNDS[c.ground]).mean()
+            np.abs(surroundings(p) - BACKGROUNDS[c.background]).mean()
             for c, p in zip(every, drawn, strict=True)
         ]
     assert shares["SOW turned about"] < 0.7 * shares["COW"] < 0.7 * shares["SOW"]

@@ -17,10 +17,10 @@ from torch import Tensor
 import hookctl
 from hookctl import Editor, recipes
 from hookctl.errors import ConflictError, InputError
-from hookctl.recipes.batch import SourceAndEdits
+from hookctl.recipes.common.source_and_edits import SourceAndEdits
 from tests import zoo
 from tests.families.subjects import error
-from tests.recipes.pictures import picture
+from tests.recipes.images import image
 
 SD15 = zoo.PIPELINES["sd15"]
 PROMPTS = ["a red cat", "a blue cat"]
@@ -54,7 +54,7 @@ RECIPES: dict[str, Callable[[Any], Editor]] = {
     "PromptToPrompt": lambda r: r.PromptToPrompt(PROMPTS, self_replace=0.5, self_resolution=1.0),
     "ProximalGuidance": lambda r: r.ProximalGuidance(),
     "RealCompo": lambda r: r.RealCompo(["cat"], [LEFT], second(), alone=0.0),
-    "ReferenceOnly": lambda r: r.ReferenceOnly(PROMPTS, picture()),
+    "ReferenceOnly": lambda r: r.ReferenceOnly(PROMPTS, image()),
     "RegionalPrompts": lambda r: r.RegionalPrompts(["a dog"], [LEFT]),
     "SAG": lambda r: r.SAG(sites="self @1/2"),
     "SEG": lambda r: r.SEG(sites="self @1/2"),
@@ -63,7 +63,7 @@ RECIPES: dict[str, Callable[[Any], Editor]] = {
 }
 NAMES = [name for name in RECIPES if name in recipes.__all__]
 
-# Inversions of a picture, whose edits are drawn by a program under further editors.
+# Inversions of an image, whose edits are drawn by a program under further editors.
 INVERSIONS: dict[str, dict[str, Any]] = {
     "DDIMInversion": {},
     "DirectInversion": {},
@@ -120,9 +120,9 @@ def test_pair(pair: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("name", [name for name in INVERSIONS if name in recipes.__all__])
 def test_inversions_under_editors(name: str) -> None:
-    """Every editor changes what is drawn beside an inverted picture."""
+    """Every editor changes what is drawn beside an inverted image."""
     inversion = getattr(recipes, name)
-    inverted = inversion(pipe(), picture(), PROMPTS[0], steps=2, **INVERSIONS[name]).run()
+    inverted = inversion(pipe(), image(), PROMPTS[0], steps=2, **INVERSIONS[name]).run()
 
     def edited(*editors: Editor) -> Tensor:
         given = {"prompts": PROMPTS, "guidance": 4.0, "output_type": "latent"}
@@ -147,9 +147,9 @@ def test_guidance_is_added_in_any_order(other: str) -> None:
 
 
 def grown(name: str, *editors: Editor) -> Tensor:
-    """Two scenes round one picture."""
-    pictures, options = [picture(size=(64, 64))] * 2, {"steps": 4, "top": 0.75, "cycles": 1}
-    program = getattr(recipes, name)(pipe(), pictures, PROMPTS, at=(64, 0), **options)
+    """Two scenes round one image."""
+    images, options = [image(size=(64, 64))] * 2, {"steps": 4, "top": 0.75, "cycles": 1}
+    program = getattr(recipes, name)(pipe(), images, PROMPTS, at=(64, 0), **options)
     latents: Tensor = program.run(*editors, output_type="latent")
     return latents
 
@@ -157,11 +157,11 @@ def grown(name: str, *editors: Editor) -> Tensor:
 @cache
 def fitted() -> Any:
     few = {"text_steps": 2, "text_rate": 0.1, "model_steps": 2, "model_rate": 0.01}
-    return recipes.Imagic(pipe(), picture(), PROMPTS[1], schedule_steps=2, **few).fit()
+    return recipes.Imagic(pipe(), image(), PROMPTS[1], schedule_steps=2, **few).fit()
 
 
 def imagined(*editors: Editor, changed: bool = True) -> Tensor:
-    """Imagic's pictures at two strengths."""
+    """Imagic's images at two strengths."""
     with hookctl.control(pipe(), *editors):
         latents: Tensor = fitted().draw((0.5, 1.0), steps=4, changed=changed, output_type="latent")
     return latents

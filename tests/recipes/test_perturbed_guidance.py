@@ -16,10 +16,10 @@ from hookctl import Editor
 from hookctl.address.clock import Clock
 from hookctl.address.rows import Rows
 from hookctl.address.sites import Grid
-from hookctl.attention.smoothing import blur, blur_matrix, cut_blur_matrix
 from hookctl.errors import ConflictError, InputError
 from hookctl.loop.state import Predictions
 from hookctl.recipes import PAG, SEG, PromptToPrompt
+from hookctl.recipes.common.smoothing import blur, blur_matrix, cut_blur_matrix
 from tests import zoo
 from tests.families.fingerprint import differences, fingerprint
 from tests.families.subjects import error
@@ -82,7 +82,7 @@ def test_it_acts_and_leaves_nothing_behind(name: str) -> None:
     assert torch.equal(case.run(pipe, TWO), plain)
 
 
-def test_one_further_row_a_picture() -> None:
+def test_one_further_row_a_image() -> None:
     for guidance, groups in ((4.0, 4), (1.0, 3)):
         watch = Watch()
         draw(SD15, SD15.make(), PAG(), SEG(), watch, steps=3, n=2, guidance=guidance)
@@ -133,12 +133,12 @@ def test_seg_is_the_blur_of_the_projected_queries(sigma: float, order: int) -> N
 
     def blurred(module: Any, args: Any, out: Tensor) -> Tensor:
         groups = list(out.chunk(3))
-        picture = groups[2].mT.unflatten(-1, (8, 8))
+        image = groups[2].mT.unflatten(-1, (8, 8))
         if sigma == math.inf:
-            picture = picture.mean((-2, -1), keepdim=True).expand_as(picture)
+            image = image.mean((-2, -1), keepdim=True).expand_as(image)
         else:
-            picture = official_blur(picture, sigma)
-        return torch.cat([*groups[:2], picture.flatten(2).mT])
+            image = official_blur(image, sigma)
+        return torch.cat([*groups[:2], image.flatten(2).mT])
 
     pipe = SD15.make()
     handle = pipe.unet.get_submodule(path).to_q.register_forward_hook(blurred)

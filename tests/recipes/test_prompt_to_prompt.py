@@ -253,17 +253,17 @@ def test_without_guidance() -> None:
 
 
 def test_a_scheduler_of_second_order() -> None:
-    """Windows count turns, of which Heun takes two for a step."""
+    """Windows count steps, of which Heun takes two for a step."""
     pipe, before = double("sd15"), double("sd15").scheduler
     pipe.scheduler = HeunDiscreteScheduler.from_config(before.config)
     try:
         pipe.scheduler.set_timesteps(3)
-        turns = len(pipe.scheduler.timesteps)
-        assert turns > 3
+        steps = len(pipe.scheduler.timesteps)
+        assert steps > 3
         ours = {"blend": ["cat", "dog"], "blend_threshold": 0.9, "cross_replace": 0.5}
         edit = PromptToPrompt([CAT, DOG], paper=True, **ours)
         theirs = {"blend": [["cat"], ["dog"]], "thresholds": (0.9, 0.9), "cross": 0.5}
-        controller = Controller(edit.prompts, pipe.tokenizer, turns, **theirs)
+        controller = Controller(edit.prompts, pipe.tokenizer, steps, **theirs)
         expected = literally("sd15", controller, edit, steps=3)
         assert relative(controlled("sd15", edit, steps=3), expected) < 1e-9  # float64
     finally:
@@ -276,7 +276,7 @@ def test_reweight_in_a_window_of_its_own() -> None:
         [CAT, DOG], cross_replace=0.0, reweight={"dog": -2.0}, reweight_window=(0.4, 0.8)
     )
     own = (torch.eye(TOKENS, dtype=torch.float64), torch.zeros(TOKENS, dtype=torch.float64))
-    window = (2.1 / (STEPS + 1), 4.1 / (STEPS + 1))  # turns 2 and 3 of the table
+    window = (2.1 / (STEPS + 1), 4.1 / (STEPS + 1))  # steps 2 and 3 of the table
     controller = Controller(
         edit.prompts,
         double("sd15").tokenizer,
@@ -321,7 +321,7 @@ def test_equals_the_matrices_on_every_family(family: str, guided: bool) -> None:
         torch.ones(len(token_map), dtype=torch.float64),
         equalizer,
         cross=3,
-        self_turns=2,
+        self_steps=2,
         joint=joint,
         sequential=family in ("flux", "wan"),
         guided=guided,

@@ -163,7 +163,7 @@ def test_two_of_them_on_the_same_rows(second: dict[str, Any]) -> None:
         pytest.fail("the context was entered")
 
 
-def test_two_of_them_in_turn() -> None:
+def test_two_of_them_in_step() -> None:
     one = PromptToPrompt([CAT, DOG], cross_replace=0.4, self_replace=0.4)
     two = PromptToPrompt([CAT, DOG], cross_replace=(0.4, 1.0), self_replace=(0.4, 1.0))
     with control(made("sd15"), one, two):

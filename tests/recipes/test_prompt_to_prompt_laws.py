@@ -51,7 +51,7 @@ def test_no_strength_is_no_edit_bit_for_bit(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_same_prompt_gives_the_same_picture(family: str) -> None:
+def test_the_same_prompt_gives_the_same_image(family: str) -> None:
     edit = PromptToPrompt([CAT, CAT], blend="cat")
     source, edited = draw(family, edit, steps=3)
     assert relative(edited, source) < 1e-5  # float32
@@ -129,15 +129,15 @@ def test_reweighting_scales_the_word_exactly(family: str, gain: float) -> None:
     with control(made(family), edit, hookctl.Maps("cat", "red")) as session:
         call = {"steps": 4, "generator": edit.generators()}
         zoo.PIPELINES[family].run(made(family), edit.prompts, **call)
-    turns = range(int(0.5 * 5))
+    steps = range(int(0.5 * 5))
     for word, scale in (("cat", gain), ("red", 1.0)):
         for path in session.maps[word].sites:
-            for turn in turns:
-                one = session.maps[word].where(site=path, turns=[turn])
+            for step in steps:
+                one = session.maps[word].where(site=path, steps=[step])
                 source, edited = (one.where(prompt=i).records[0].map for i in (0, 1))
                 assert source.mean() > 0
                 torch.testing.assert_close(edited, scale * source, rtol=1e-5, atol=1e-7)
-    late = session.maps["cat"].where(turns=[3])
+    late = session.maps["cat"].where(steps=[3])
     source, edited = (late.where(prompt=i).records[0].map for i in (0, 1))
     assert abs(edited.mean() / source.mean() - gain) > 0.1
 
@@ -146,8 +146,8 @@ def test_maps_see_the_edited_attention_and_blend_shares_them() -> None:
     edit = PromptToPrompt([CAT, DOG], blend=["cat", "dog"])
     with control(made("sd15"), edit) as session:
         zoo.PIPELINES["sd15"].run(made("sd15"), edit.prompts, generator=edit.generators())
-    source = session.maps["cat"].where(prompt=0, turns=[0]).mean()
-    edited = session.maps["dog"].where(prompt=1, turns=[0]).mean()
+    source = session.maps["cat"].where(prompt=0, steps=[0]).mean()
+    edited = session.maps["dog"].where(prompt=1, steps=[0]).mean()
     torch.testing.assert_close(edited, source)  # replaced: the dog is where the cat was
 
 
@@ -178,7 +178,7 @@ def test_run_draws_everything() -> None:
     assert edit.run(made("animatediff"), num_frames=3, **call).shape[0] == 2
 
 
-def test_one_routing_serves_many_turns() -> None:
+def test_one_routing_serves_many_steps() -> None:
     edit = PromptToPrompt([CAT, DOG], cross_replace={"default": 0.5, "dog": 0.2})
     draw("sd15", edit, steps=10)
     assert len(edit._routings) == 3

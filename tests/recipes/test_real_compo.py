@@ -21,7 +21,7 @@ import hookctl
 from hookctl.errors import InputError
 from hookctl.loop.noise import Noise
 from hookctl.loop.state import Predictions, State
-from hookctl.recipes.energy_guidance import level_of
+from hookctl.recipes.common.energy_guidance import level_of
 from hookctl.recipes.layout_guidance import LayoutGuidance
 from hookctl.recipes.real_compo import Guess, RealCompo
 from tests import zoo
@@ -101,7 +101,7 @@ class Recorded(RealCompo):
 
     def combine(self, predictions: Predictions) -> Tensor:
         mixture = super().combine(predictions)
-        alone = predictions.state.clock.turn < int(self.alone * predictions.state.clock.turns)
+        alone = predictions.state.clock.step < int(self.alone * predictions.state.clock.steps)
         assert self.d is not None
         self.coefficients.append(torch.ones_like(self.d) if alone else self.d.sigmoid())
         return mixture
@@ -195,7 +195,7 @@ class Watched(RealCompo):
         noise = Noise(state.pipe.scheduler)
         mixed = text.cond + self.d.sigmoid() * (layout.cond - text.cond)
         x0, eps = noise.split(state.latents, mixed, level_of(state))
-        after = noise.after(state.pipe.scheduler.timesteps[state.clock.turn])
+        after = noise.after(state.pipe.scheduler.timesteps[state.clock.step])
         return self.measured(state, self.energy, latents=after.mix(x0, eps)).values.sum()
 
 

@@ -12,10 +12,10 @@ import hookctl
 from hookctl.address.clock import Clock
 from hookctl.address.rows import Row, Rows
 from hookctl.address.sites import Site
-from hookctl.attention import plan
 from hookctl.attention.call import AttentionCall
 from hookctl.attention.division import Division
 from hookctl.errors import InputError, UnsupportedError
+from hookctl.evaluate import plan
 from hookctl.loop.prompts import encode
 from hookctl.recipes import RegionalPrompts
 from tests import zoo
@@ -158,7 +158,7 @@ def test_every_prompt_has_its_own_regions() -> None:
 
 
 def test_shares_are_normalised() -> None:
-    from hookctl.recipes.places import regions, shares
+    from hookctl.recipes.common.places import regions, shares
 
     places = regions([FULL, LEFT], "regions")[0]
     divided = shares(places, 4, 4, weights=[1.0, 3.0])

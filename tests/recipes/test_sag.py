@@ -131,10 +131,10 @@ def test_guidance_by_two_calls() -> None:
 
 
 def test_spaces_of_schedulers_agree() -> None:
-    """From one picture and one noise, latents in sigma space get the same guidance."""
+    """From one image and one noise, latents in sigma space get the same guidance."""
     common = {"timestep_spacing": "leading", "steps_offset": 1, "beta_schedule": "scaled_linear"}
     a = DDIMScheduler(**common).alphas_cumprod[501]
-    # Of no picture: Euler's pipeline multiplies by sqrt(sigma^2 + 1), which is 1 / sqrt(a).
+    # Of no image: Euler's pipeline multiplies by sqrt(sigma^2 + 1), which is 1 / sqrt(a).
     start = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3)) * (1 - a).sqrt()
     results: list[Tensor] = []
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import hookctl
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.loop.features import FeatureCall
+from hookctl.loop.state import FeatureCall
 from hookctl.recipes import ScaleU
 from tests import zoo
 from tests.kernels.test_fourier_gain import by_transform

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from hookctl import control
 from hookctl.editor import Editor
 from hookctl.errors import ConflictError, InputError, UnsupportedError
+from hookctl.loop.images import encode
 from hookctl.loop.noise import Noise
-from hookctl.loop.pictures import encode
 from hookctl.recipes import PromptToPrompt, ReferenceOnly, StyleAligned
 from tests import zoo
 from tests.recipes.literal_appearance import Call, Literal
@@ -162,7 +162,7 @@ def test_without_weight_the_reference_is_not_seen() -> None:
     assert relative(draw("sd15", StyleAligned([CAT, DOG], shift=-1e4)), alone) < 1e-5
 
 
-def test_without_guidance_and_several_pictures() -> None:
+def test_without_guidance_and_several_images() -> None:
     edit = StyleAligned([CAT, DOG])
     both = draw("sd15", edit, n=2, guidance=1.0, generator=edit.generators(images=2))
     generators = edit.generators(images=2)
@@ -199,7 +199,7 @@ def test_one_denoiser_call_per_step() -> None:
     assert calls == [4] * STEPS
 
 
-# -- a picture for the reference ---------------------------------------------------------------
+# -- an image for the reference ---------------------------------------------------------------
 
 
 class Record(Editor):
@@ -223,7 +223,7 @@ def test_the_reference_follows_its_path(paper: bool) -> None:
     assert torch.equal(record.seen[0][1], start[0])  # the others start from their own noise
 
 
-def picture(size: int = 128) -> Image.Image:
+def image(size: int = 128) -> Image.Image:
     ramp = np.linspace(0, 255, size).astype(np.uint8)
     return Image.fromarray(np.stack(np.broadcast_arrays(ramp[None], ramp[:, None], ramp), -1))
 
@@ -249,10 +249,10 @@ class ReadWrite:
 
 @pytest.mark.parametrize("fidelity", [0.0, 0.5, 1.0])
 def test_reference_only_equals_the_official_form(fidelity: float) -> None:
-    edit = ReferenceOnly([CAT, DOG], picture(), fidelity=fidelity, seed=3)
+    edit = ReferenceOnly([CAT, DOG], image(), fidelity=fidelity, seed=3)
     record, pipe = Record(), made("sd15", torch.float64)
     got = draw("sd15", edit, record, dtype=torch.float64)
-    clean, noise = encode(pipe, picture())[0], torch.Generator().manual_seed(3)
+    clean, noise = encode(pipe, image())[0], torch.Generator().manual_seed(3)
     levels = [Noise(pipe.scheduler).level(t) for t in pipe.scheduler.timesteps]
     noised = [
         level.mix(clean, torch.randn(clean.shape, generator=noise, dtype=clean.dtype))
@@ -262,7 +262,7 @@ def test_reference_only_equals_the_official_form(fidelity: float) -> None:
 
     class Write(Editor):
         def before(self, state: Any) -> None:
-            state.latents = torch.cat([noised[state.clock.turn][None], state.latents[1:]])
+            state.latents = torch.cat([noised[state.clock.step][None], state.latents[1:]])
 
     with control(pipe, Write()), Literal(ReadWrite(fidelity)).instead(pipe.unet):
         want = zoo.PIPELINES["sd15"].run(
@@ -272,18 +272,18 @@ def test_reference_only_equals_the_official_form(fidelity: float) -> None:
 
 
 def test_reference_only_repeats_and_refuses(tmp_path: Any) -> None:
-    picture().save(tmp_path / "reference.png")
+    image().save(tmp_path / "reference.png")
     edit = ReferenceOnly([CAT, DOG], str(tmp_path / "reference.png"))
     assert torch.equal(draw("sd15", edit), draw("sd15", edit))
     for given, message in (
-        (str(tmp_path / "none.png"), "No such file.*give a readable picture"),
-        (picture(64), r"latents are \(4, 8, 8\), and this run draws"),
-        (picture().convert("L"), "picture has mode 'L'"),
+        (str(tmp_path / "none.png"), "No such file.*give a readable image"),
+        (image(64), r"latents are \(4, 8, 8\), and this run draws"),
+        (image().convert("L"), "image has mode 'L'"),
     ):
         with pytest.raises(InputError, match=message):
             draw("sd15", ReferenceOnly([CAT, DOG], given))
     with pytest.raises(InputError, match="fidelity=1.5; give a number from 0 to 1"):
-        ReferenceOnly([CAT, DOG], picture(), fidelity=1.5)
+        ReferenceOnly([CAT, DOG], image(), fidelity=1.5)
 
 
 # -- bad input ---------------------------------------------------------------------------------

@@ -25,24 +25,24 @@ def test_reads_every_attribute_of_renderings(lattice: int, seed: int) -> None:
         assert max(off) <= 1, (d, s)
 
 
-def _picture(*things: Thing, ground: str = "white") -> Image.Image:
-    return drawn([Scene(things, ground)])[0]
+def _image(*things: Thing, background: str = "white") -> Image.Image:
+    return drawn([Scene(things, background)])[0]
 
 
 def test_matches_is_strict() -> None:
     red = Thing("circle", "red", centre=(40, 40))
     blue = Thing("square", "blue", centre=(88, 88))
-    both = detect(_picture(red, blue))
+    both = detect(_image(red, blue))
     assert matches(both, "a red circle and a blue square")
     assert matches(both, [("square", "blue"), ("circle", "red")])
     assert not matches(both, "a red circle")
     assert not matches(both, "a blue circle and a red square")
-    assert not matches(detect(_picture(red)), "a red circle and a blue square")
+    assert not matches(detect(_image(red)), "a red circle and a blue square")
     assert both.find("circle", "red") is not None and both.find("star") is None
 
 
 def test_specks_are_ignored_and_odd_blobs_are_extras() -> None:
-    image = _picture(Thing("circle", "red", centre=(40, 40)))
+    image = _image(Thing("circle", "red", centre=(40, 40)))
     draw = ImageDraw.Draw(image)
     draw.rectangle((100, 100, 103, 103), fill=(40, 75, 235))
     assert matches(detect(image), "a red circle")
@@ -52,7 +52,7 @@ def test_specks_are_ignored_and_odd_blobs_are_extras() -> None:
 
 
 def test_touching_colours_are_parted() -> None:
-    image = _picture()
+    image = _image()
     draw = ImageDraw.Draw(image)
     draw.rectangle((30, 40, 61, 71), fill=(222, 28, 40))
     draw.rectangle((62, 40, 93, 71), fill=(40, 75, 235))
@@ -60,7 +60,7 @@ def test_touching_colours_are_parted() -> None:
 
 
 def test_floats_and_bytes_read_alike() -> None:
-    image = np.asarray(_picture(Thing("star", "green", "striped"), ground="gray"))
+    image = np.asarray(_image(Thing("star", "green", "striped"), background="gray"))
     assert detect(image) == detect(image / 255.0)
-    with pytest.raises(ValueError, match="expected a picture"):
+    with pytest.raises(ValueError, match="expected an image"):
         detect(image[..., 0])

@@ -1,4 +1,4 @@
-"""The shipped weights: layout, tokens, the autoencoder, and a few pictures."""
+"""The shipped weights: layout, tokens, the autoencoder, and a few images."""
 
 from __future__ import annotations
 
@@ -76,6 +76,6 @@ def test_one_object_prompts_come_true(pipe: StableDiffusionPipeline) -> None:
         f"a{'n' * (colour == 'orange')} {colour} {shape}"
         for colour, shape in zip([*COLOURS, "red", "blue"], [*SHAPES, *SHAPES[:3]], strict=True)
     ]
-    pictures, _ = generate(pipe, prompts, steps=25, guidance=2.5, seed=0)
-    right = [matches(detect(p), text) for p, text in zip(pictures, prompts, strict=True)]
+    images, _ = generate(pipe, prompts, steps=25, guidance=2.5, seed=0)
+    right = [matches(detect(p), text) for p, text in zip(images, prompts, strict=True)]
     assert np.sum(right) >= 6, dict(zip(prompts, right, strict=True))

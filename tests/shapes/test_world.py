@@ -9,10 +9,10 @@ import torch
 from hookctl.demos.shapes.captions import is_held_out, parse, relation, sample
 from hookctl.demos.shapes.render import render
 from hookctl.demos.shapes.world import (
+    BACKGROUNDS,
     COLOURS,
-    GROUNDS,
+    IMAGE_SIZE,
     LATTICE,
-    PICTURE,
     SHAPES,
     SPACING,
     Thing,
@@ -28,7 +28,7 @@ def test_captions_say_what_is_there() -> None:
         said = sorted((m.shape, m.colour, m.pattern, m.size) for m in request.mentions)
         true = sorted((t.shape, t.colour, t.pattern, t.size) for t in scene.things)
         assert said == true, text
-        assert request.ground in (None, scene.ground)
+        assert request.background in (None, scene.background)
         by_name = {(t.shape, t.colour): t for t in scene.things}
         things = [by_name[m.shape, m.colour] for m in request.mentions]
         for k, said_relation in enumerate(request.relations):
@@ -36,7 +36,7 @@ def test_captions_say_what_is_there() -> None:
                 assert relation(things[k - 1], things[k]) == said_relation, text
 
 
-def test_split_ignores_the_ground_and_is_a_tenth() -> None:
+def test_split_ignores_the_background_and_is_a_tenth() -> None:
     rng = np.random.default_rng(1)
     texts = {sample(rng, held_out=bool(k % 2))[1] for k in range(400)}
     body = {text.split(" on a ")[0] for text in texts}
@@ -60,28 +60,28 @@ def test_scenes_keep_apart_and_on_the_lattice() -> None:
             x0, y0, x1, y1 = t.box
             ys, xs = np.nonzero(t.mask())
             assert (x0, y0, x1, y1) == (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
-            assert 0 < x0 and 0 < y0 and x1 < PICTURE and y1 < PICTURE
+            assert 0 < x0 and 0 < y0 and x1 < IMAGE_SIZE and y1 < IMAGE_SIZE
 
 
 @pytest.mark.parametrize("lattice", [1, LATTICE])
 def test_rendering_equals_the_masks(lattice: int) -> None:
     rng = np.random.default_rng(3)
     scenes = [sample_scene(rng, lattice=lattice) for _ in range(60)]
-    pictures = render(scenes)
-    assert pictures.shape == (60, 3, PICTURE, PICTURE) and pictures.dtype == torch.float32
-    assert pictures.min() >= -1.0001 and pictures.max() <= 1.0001
-    for scene, picture in zip(scenes, pictures, strict=True):
-        pixels = (picture.permute(1, 2, 0).numpy() + 1) * 127.5
+    images = render(scenes)
+    assert images.shape == (60, 3, IMAGE_SIZE, IMAGE_SIZE) and images.dtype == torch.float32
+    assert images.min() >= -1.0001 and images.max() <= 1.0001
+    for scene, image in zip(scenes, images, strict=True):
+        pixels = (image.permute(1, 2, 0).numpy() + 1) * 127.5
         free = ~np.any([t.mask() for t in scene.things], axis=0)
-        ground = np.array(GROUNDS[scene.ground])
-        assert np.mean(np.abs(pixels[free] - ground).max(1) < 0.1) > 0.98
+        background = np.array(BACKGROUNDS[scene.background])
+        assert np.mean(np.abs(pixels[free] - background).max(1) < 0.1) > 0.98
         for thing in scene.things:
             if thing.pattern == "plain":
                 inside = np.abs(pixels[thing.mask()] - COLOURS[thing.colour]).max(1) < 0.1
                 assert inside.mean() > 0.7
 
 
-def test_stripes_lie_on_the_lattice_of_the_picture() -> None:
+def test_stripes_lie_on_the_lattice_of_the_image() -> None:
     thing = Thing("square", "red", "striped", "large", (64, 60))
     from hookctl.demos.shapes.world import Scene
 

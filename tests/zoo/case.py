@@ -12,7 +12,7 @@ from torch import Tensor, nn
 PROMPTS = ("a red cat above a blue square",)
 NEGATIVE = "blurry"
 
-Rows = list[list[str]]  # one list of labels for each call of the denoiser in a turn
+Rows = list[list[str]]  # one list of labels for each call of the denoiser in a step
 Layout = Callable[[int, int, bool], Rows]  # of the number of prompts, images per prompt, guided
 
 
@@ -49,7 +49,7 @@ class Case:
 
     `sites` counts the attention modules of the denoiser by kind, `examples` names some of them;
     `aside` begins the paths of those that only prepare the text and are no sites.
-    `rows` gives the rows of each denoiser call in a turn: P a prompt, N its negative, I the picture
+    `rows` gives the rows of each denoiser call in a step: P a prompt, N its negative, I the image
     without the text, X perturbed; the number is the prompt's. `frames` is the number of frames
     in the latents of a video model. `takes_n` is False where the pipeline cannot make
     several videos for each of several prompts.

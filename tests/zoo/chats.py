@@ -215,7 +215,7 @@ CASES = (
         rows=positive_first,
         denoiser="transformer",
         aside="context_refiner",
-        notes="tokens: image 64, then the text in a multiple of 32; pictures come as a list",
+        notes="tokens: image 64, then the text in a multiple of 32; images come as a list",
     ),
     Case(
         "qwen_image",

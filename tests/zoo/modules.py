@@ -189,7 +189,7 @@ COMPVIS_SITES = {
     for stage in STAGES
     for name, kind in (("attn1", "self"), ("attn2", "cross"))
 }
-PICTURE = {"x": (4, 8, 8), "timesteps": ()}
+IMAGE_SIZE = {"x": (4, 8, 8), "timesteps": ()}
 TOKENS = {"x": (12, WIDTH)}
 PLAIN_SITES = {"blocks.0.attn": "self", "blocks.1.attn": "self"}
 
@@ -198,7 +198,7 @@ CASES = (
         "compvis",
         CompVisUNet,
         COMPVIS_SITES,
-        {**PICTURE, "context": (7, CONTEXT)},
+        {**IMAGE_SIZE, "context": (7, CONTEXT)},
         notes="einsum, softmax, einsum: no call of SDPA",
     ),
     ModuleCase(
@@ -211,7 +211,7 @@ CASES = (
         TOKENS,
         notes="SDPA bound at import: replacing torch.nn.functional's name does nothing",
     ),
-    ModuleCase("no_attention", ConvNet, {}, PICTURE),
+    ModuleCase("no_attention", ConvNet, {}, IMAGE_SIZE),
     ModuleCase(
         "mha",
         lambda: TokenModel(MultiheadSelfAttention),

@@ -132,8 +132,8 @@ def build_sdxl() -> StableDiffusionXLPipeline:
     )
 
 
-def picture(text: str, size: int = PIXELS) -> Tensor:
-    """(3, size, size) in [0, 1]: a picture that belongs to a text."""
+def image(text: str, size: int = PIXELS) -> Tensor:
+    """(3, size, size) in [0, 1]: an image that belongs to a text."""
     generator = torch.Generator().manual_seed(zlib.crc32(text.encode()))
     return torch.rand(3, size, size, generator=generator)
 
@@ -146,7 +146,7 @@ def call_text(
     common: dict[str, Any],
     **kwargs: Any,
 ) -> Tensor:
-    """Text in, pictures out."""
+    """Text in, images out."""
     inputs = {"prompt": prompts, "negative_prompt": negatives, "guidance_scale": guidance}
     latents: Tensor = pipe(**{**inputs, **common, **kwargs})[0]
     return latents
@@ -160,8 +160,8 @@ def call_controlnet(
     common: dict[str, Any],
     **kwargs: Any,
 ) -> Tensor:
-    """Each prompt comes with a picture of its own."""
-    kwargs.setdefault("image", torch.stack([picture(prompt) for prompt in prompts]))
+    """Each prompt comes with an image of its own."""
+    kwargs.setdefault("image", torch.stack([image(prompt) for prompt in prompts]))
     return call_text(pipe, prompts, negatives, guidance, common, **kwargs)
 
 
@@ -173,9 +173,9 @@ def call_instruct(
     common: dict[str, Any],
     **kwargs: Any,
 ) -> Tensor:
-    """The same, one picture for each image: fewer are tiled, which would mix up the prompts."""
+    """The same, one image for each image: fewer are tiled, which would mix up the prompts."""
     n = common["num_images_per_prompt"]
-    kwargs.setdefault("image", torch.stack([picture(p) for p in prompts for _ in range(n)]))
+    kwargs.setdefault("image", torch.stack([image(p) for p in prompts for _ in range(n)]))
     return call_text(pipe, prompts, negatives, guidance, common, **kwargs)
 
 
@@ -186,7 +186,7 @@ def pag_rows(prompts: int, n: int, guided: bool) -> Rows:
 
 
 def instruct_rows(prompts: int, n: int, guided: bool) -> Rows:
-    """P I N: with text and picture, with the picture alone, with neither."""
+    """P I N: with text and image, with the image alone, with neither."""
     return [[row for role in ("PIN" if guided else "P") for row in labels(role, prompts, n)]]
 
 

@@ -19,7 +19,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 from .case import Case
 from .text import clip_encoder, clip_tokenizer
-from .unets import autoencoder, call_text, ddim, picture
+from .unets import autoencoder, call_text, ddim, image
 
 FRAMES = 3
 SIDE = 64  # pixels; a latent of 8 x 8
@@ -79,7 +79,7 @@ def build_svd() -> StableVideoDiffusionPipeline:
         projection_dim=16,
         num_hidden_layers=1,
         num_attention_heads=2,
-        image_size=224,  # to which the pipeline brings every picture
+        image_size=224,  # to which the pipeline brings every image
         patch_size=56,
     )
     return StableVideoDiffusionPipeline(
@@ -123,9 +123,9 @@ def call_svd(
     common: dict[str, Any],
     **kwargs: Any,
 ) -> Tensor:
-    """A prompt stands for the picture that belongs to it; there are no negatives."""
+    """A prompt stands for the image that belongs to it; there are no negatives."""
     inputs = {
-        "image": [_pil(picture(prompt, SIDE)) for prompt in prompts],
+        "image": [_pil(image(prompt, SIDE)) for prompt in prompts],
         "height": SIDE,
         "width": SIDE,
         "num_frames": FRAMES,
@@ -173,9 +173,9 @@ CASES = (
         frames=FRAMES,
         takes_n=False,
         notes=(
-            "no text: a prompt names a picture, whose embedding is the single key of each "
+            "no text: a prompt names an image, whose embedding is the single key of each "
             "cross-attention, the temporal ones (attn2) included; all N rows are zeros; "
-            "several pictures with n > 1 are mixed up by the pipeline itself"
+            "several images with n > 1 are mixed up by the pipeline itself"
         ),
     ),
 )

@@ -1,4 +1,4 @@
-"""Turns, fractions and windows for schedulers whose turns are not steps."""
+"""Steps, fractions and windows for schedulers whose steps are not steps."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Watch(Editor):
 
 
 @pytest.mark.parametrize(
-    ("kind", "turns"),
+    ("kind", "steps"),
     [
         (DDIMScheduler, 4),
         (EulerDiscreteScheduler, 4),
@@ -48,16 +48,16 @@ class Watch(Editor):
         (PNDMScheduler, 13),
     ],
 )
-def test_turns_of_schedulers(kind: Any, turns: int) -> None:
+def test_steps_of_schedulers(kind: Any, steps: int) -> None:
     pipe = SD15.make()
     pipe.scheduler = kind.from_config(pipe.scheduler.config, skip_prk_steps=False)
     every, half = Watch(), Watch(0.0, 0.5)
     with hookctl.control(pipe, every, half):
         SD15.run(pipe, steps=4)
-    assert [clock.turn for clock in every.clocks] == list(range(turns))
-    assert {clock.turns for clock in every.clocks} == {turns}
-    assert [clock.turn for clock in half.clocks] == list(range(int(0.5 * turns)))
-    assert [clock.fraction for clock in every.clocks] == [i / turns for i in range(turns)]
+    assert [clock.step for clock in every.clocks] == list(range(steps))
+    assert {clock.steps for clock in every.clocks} == {steps}
+    assert [clock.step for clock in half.clocks] == list(range(int(0.5 * steps)))
+    assert [clock.fraction for clock in every.clocks] == [i / steps for i in range(steps)]
     schedule = pipe.scheduler.timesteps.tolist()
     assert [clock.timestep for clock in every.clocks] == pytest.approx(schedule)
 
@@ -72,30 +72,30 @@ def test_a_run_that_starts_in_the_middle() -> None:
             pipe(
                 "a red cat", image=image, strength=0.5, num_inference_steps=8, output_type="latent"
             )
-    assert [clock.turn for clock in watch.clocks] == 2 * [4, 5, 6, 7]
-    assert {clock.turns for clock in watch.clocks} == {8}
+    assert [clock.step for clock in watch.clocks] == 2 * [4, 5, 6, 7]
+    assert {clock.steps for clock in watch.clocks} == {8}
 
 
 @pytest.mark.parametrize("name", ["flux", "sd3", "wan", "svd", "pixart"])
-def test_turns_of_families(name: str) -> None:
+def test_steps_of_families(name: str) -> None:
     case, watch = zoo.PIPELINES[name], Watch()
     pipe = case.make()
     with hookctl.control(pipe, watch):
         case.run(pipe, steps=3)
-    assert sorted({clock.turn for clock in watch.clocks}) == [0, 1, 2]
+    assert sorted({clock.step for clock in watch.clocks}) == [0, 1, 2]
 
 
 def follow(times: list[float], calls: int = 1, **cast: Any) -> list[int]:
-    keeper, turns = Timekeeper(), []
+    keeper, steps = Timekeeper(), []
     schedule = torch.tensor(times)
     for time in times:
         for _ in range(calls):
-            turns.append(keeper.read(torch.tensor(time, **cast), schedule).turn)
-        keeper.step()
-    return turns
+            steps.append(keeper.read(torch.tensor(time, **cast), schedule).step)
+        keeper.advance()
+    return steps
 
 
-def test_several_calls_in_a_turn_and_repeated_timesteps() -> None:
+def test_several_calls_in_a_step_and_repeated_timesteps() -> None:
     assert follow([9.0, 5.0, 1.0], calls=2) == [0, 0, 1, 1, 2, 2]
     assert follow([9.0, 5.0, 5.0, 1.0]) == [0, 1, 2, 3]
 
@@ -116,38 +116,38 @@ def test_rising_timesteps_are_one_run() -> None:
 
 def test_a_second_run_starts_again() -> None:
     keeper, schedule = Timekeeper(), torch.tensor([9.0, 5.0])
-    turns = []
+    steps = []
     for time in (9.0, 5.0, 9.0, 5.0):
-        turns.append(keeper.read(time, schedule).turn)
-        keeper.step()
-    assert turns == [0, 1, 0, 1]
+        steps.append(keeper.read(time, schedule).step)
+        keeper.advance()
+    assert steps == [0, 1, 0, 1]
 
 
 def test_nested_calls_move_nothing() -> None:
     keeper, schedule = Timekeeper(), torch.tensor([9.0, 5.0, 1.0])
     outer = keeper.read(9.0, schedule)
     assert keeper.peek(9.0, schedule, outer) is outer
-    assert keeper.peek(1.0, schedule, outer).turn == 2
-    assert keeper.peek(123.0, schedule, outer).turn == 0
-    keeper.step()
-    assert keeper.read(5.0, schedule).turn == 1
+    assert keeper.peek(1.0, schedule, outer).step == 2
+    assert keeper.peek(123.0, schedule, outer).step == 0
+    keeper.advance()
+    assert keeper.read(5.0, schedule).step == 1
 
 
 def test_bare_denoiser() -> None:
     keeper = Timekeeper()
     clocks = [keeper.read(torch.tensor([500, 500])) for _ in range(3)]
-    assert [clock.turn for clock in clocks] == [0, 1, 2]
-    assert all(clock.turns == 0 and clock.fraction == 0 for clock in clocks)
+    assert [clock.step for clock in clocks] == [0, 1, 2]
+    assert all(clock.steps == 0 and clock.fraction == 0 for clock in clocks)
     assert Window(0.0, 0.5).holds(clocks[2]) and not Window(0.5, 1.0).holds(clocks[2])
 
 
 def test_windows() -> None:
-    turns = range(50)
-    held = [t for t in turns if Window(0.2, 0.8).holds(Clock(t, 50, 0.0))]
+    steps = range(50)
+    held = [t for t in steps if Window(0.2, 0.8).holds(Clock(t, 50, 0.0))]
     assert held == list(range(10, 40))
     assert sum(Window(0.0, 0.29).holds(Clock(t, 100, 0.0)) for t in range(100)) == 29
-    assert not any(Window(0.0, 0.0).holds(Clock(t, 50, 0.0)) for t in turns)
-    assert all(Window().holds(Clock(t, 50, 0.0)) for t in turns)
+    assert not any(Window(0.0, 0.0).holds(Clock(t, 50, 0.0)) for t in steps)
+    assert all(Window().holds(Clock(t, 50, 0.0)) for t in steps)
     assert Window(0.0, 0.5).overlaps(Window(0.4, 1.0))
     assert not Window(0.0, 0.5).overlaps(Window(0.5, 1.0))
     assert Window.of(0.8, "x") == Window(0.0, 0.8)

@@ -53,9 +53,9 @@ def test_coverage_is_where_it_should_be() -> None:
     assert Region.box(0.5, 0.0, 1.0, 0.25).tokens(4, 2).tolist() == [False, True] + [False] * 6
     dot = Region.point(0.9, 0.1, 0.02).coverage(5, 9)
     assert dot.argmax() == 8 and (dot > 1e-9).sum() == 1
-    picture = Image.new("L", (3, 2))
-    picture.putpixel((2, 0), 255)
-    assert Region.mask(picture).coverage(2, 3).tolist() == [[0, 0, 1], [0, 0, 0]]
+    image = Image.new("L", (3, 2))
+    image.putpixel((2, 0), 255)
+    assert Region.mask(image).coverage(2, 3).tolist() == [[0, 0, 1], [0, 0, 0]]
     assert Region.mask(np.eye(2, dtype=np.uint8)).coverage(2, 2).tolist() == [[1, 0], [0, 1]]
 
 
@@ -168,7 +168,7 @@ def test_parse_a_mask(tmp_path) -> None:
     Image.fromarray(np.array([[0, 255]], dtype=np.uint8)).save(path)
     region = parse_region(f"right=mask:{path}")
     assert region.name == "right" and region.coverage(1, 2).tolist() == [[0, 1]]
-    with pytest.raises(InputError, match="a readable picture expected"):
+    with pytest.raises(InputError, match="a readable image expected"):
         parse_region(f"mask:{tmp_path / 'none.png'}")
 
 

@@ -65,7 +65,7 @@ def test_perturbed_attention_guidance() -> None:
 
 
 def test_unknown_batch_is_no_guess() -> None:
-    with pytest.raises(LayoutError, match="has 5 rows, but the pipeline draws 2 pictures"):
+    with pytest.raises(LayoutError, match="has 5 rows, but the pipeline draws 2 images"):
         resolve_rows(5, pipelines.BATCHED, prompts=2)
     with pytest.raises(LayoutError, match="2 or 4 rows"):
         resolve_rows(6, pipelines.BATCHED, prompts=2)

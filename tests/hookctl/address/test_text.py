@@ -10,7 +10,7 @@ import torch
 
 from hookctl import Maps, Session, control
 from hookctl.address.families import denoiser_of, describe_sites
-from hookctl.address.layout import finest_within
+from hookctl.address.latent import finest_within
 from hookctl.address.text import Prompt, PromptText, TextLayout, align, prompts_given
 from hookctl.errors import AlignmentError, InputError, UnsupportedError, WordError
 from hookctl.recipes import PromptToPrompt
@@ -198,7 +198,7 @@ def test_a_word_is_where_the_text_begins_to_differ(family: str) -> None:
 
 @pytest.mark.parametrize("family", CHATS)
 def test_an_edit_of_a_word_in_a_template(family: str) -> None:
-    """The map of a word is there, and a weight on it changes the picture that it is in alone."""
+    """The map of a word is there, and a weight on it changes the image that it is in alone."""
     case = zoo.PIPELINES[family]
     pipe = case.make()
     edit = PromptToPrompt(["a red cat", "a red cat"], reweight={"cat": 4.0}, self_replace=0.0)

@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from hookctl.address.clock import Clock
 from hookctl.address.rows import Row, Rows
 from hookctl.address.sites import Site
-from hookctl.attention import plan
 from hookctl.attention.call import AttentionCall
+from hookctl.evaluate import plan
 from tests.hookctl.attention.explicit import Explicit
 
 ROWS = Rows(

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from hookctl.attention import plan
 from hookctl.attention.call import AttentionCall, Routing
 from hookctl.errors import InputError, UnsupportedError
+from hookctl.evaluate import plan
 from tests.hookctl.attention.calls import TEXT, make, random
 
 WRONG: dict[str, tuple[Callable[[AttentionCall], Any], str]] = {
@@ -141,7 +141,7 @@ def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
         plan.check_backend(backend)
         call = make("cross").call()
         call.route(3, 2, gain=2.0)
-        assert plan.evaluate(call, backend)[1].name in (backend, "shared")
+        assert plan.evaluate(call, backend)[1].name in (backend, "short keys")
     call = make("cross").call()
     call.probabilities(3, lambda p: p)
     assert plan.evaluate(call)[1].name == "matrix"

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hookctl.attention import plan
 from hookctl.errors import UnsupportedError
+from hookctl.evaluate import plan
 from tests.hookctl.attention.calls import IMAGE, ROWS, TEXT, Case, close, make, random
 
 EXACT = 1e-10
@@ -116,7 +116,7 @@ SCRIPTS: dict[str, Any] = {
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_marginals_are_column_sums(name: str, sub: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the edited map, whatever edited it, a few queries at a time."""
-    monkeypatch.setattr("hookctl.attention.marginals._CHUNK", 5)
+    monkeypatch.setattr("hookctl.evaluate.reference._CHUNK", 5)
     seen: dict[str, Tensor] = {}
     for mask in (None, random(5, 1, 1, 1, IMAGE, seed=3), random(5, 1, 1, IMAGE, IMAGE, seed=3)):
         call = make("self", sub=sub, mask=mask).call()

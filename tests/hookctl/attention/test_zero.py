@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hookctl.attention import plan
 from hookctl.attention.call import AttentionCall
+from hookctl.evaluate import plan
 from tests.hookctl.attention.calls import IMAGE, TEXT, Case, make, random
 
 ones = torch.ones(IMAGE, dtype=torch.float64)

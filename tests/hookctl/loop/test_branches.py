@@ -11,8 +11,8 @@ from torch import Tensor
 import hookctl
 from hookctl import Editor
 from hookctl.errors import ConflictError, InputError, LayoutError, UnsupportedError
+from hookctl.loop.arguments import take_rows
 from hookctl.loop.branches import Branch
-from hookctl.loop.rowwise import take_rows
 from tests import zoo
 from tests.families.fingerprint import differences, fingerprint
 from tests.families.subjects import error

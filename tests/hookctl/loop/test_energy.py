@@ -15,7 +15,7 @@ import hookctl
 from hookctl.address.families import denoiser_of
 from hookctl.editor import Editor
 from hookctl.errors import HoleError, InputError
-from hookctl.loop.energy import Energies, MapReader, Picture, energies
+from hookctl.loop.energy import Energies, ImageMaps, MapReader, energies
 from hookctl.loop.state import State
 from hookctl.recipes import FreeU
 from tests import zoo
@@ -24,17 +24,17 @@ PROMPTS = ["a red cat above a blue square", "a blue dog"]
 TOKENS = {0: (2, 3), 1: (1,)}
 
 
-def share(picture: Picture) -> Tensor:
+def share(image: ImageMaps) -> Tensor:
     """Attention in the upper half, squared: a scalar that is not linear in the maps."""
     parts = []
-    for one in picture.maps.values():
+    for one in image.maps.values():
         half = one.shape[2] // 2
         parts.append((one[:, :, :half].sum((2, 3)) / one.sum((2, 3)).clamp_min(1e-9)) ** 2)
     return torch.stack([part.mean() for part in parts]).sum() * 10
 
 
 class Probe(MapReader):
-    """Asks for energies before the first turn and keeps what it got."""
+    """Asks for energies before the first step and keeps what it got."""
 
     def __init__(self, ask: Callable[[Probe, State], Any], sites: Any = "cross, joint") -> None:
         self.ask, self.sites = ask, sites
@@ -122,14 +122,14 @@ def test_an_early_end_changes_nothing_and_runs_less() -> None:
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux", "pixart"])
-def test_pictures_of_a_batch_have_gradients_of_their_own(family: str) -> None:
-    """Also under no_grad, with several pictures of a prompt, on every kind of model."""
+def test_images_of_a_batch_have_gradients_of_their_own(family: str) -> None:
+    """Also under no_grad, with several images of a prompt, on every kind of model."""
 
     def ask(one: Probe, state: State) -> tuple[Energies, list[Energies], Tensor]:
         def of(which: int | None) -> Energies:
-            def scalar(picture: Picture) -> Tensor:
-                key = picture.row.prompt * 2 + picture.row.image
-                return share(picture) * float(which is None or which == key)
+            def scalar(image: ImageMaps) -> Tensor:
+                key = image.row.prompt * 2 + image.row.image
+                return share(image) * float(which is None or which == key)
 
             paths = one.paths(state)[:1]
             return energies(state, scalar, reader=one, sites=paths, tokens=TOKENS)
@@ -179,8 +179,8 @@ def test_heads_apart_average_to_the_mean() -> None:
     def ask(one: Probe, state: State) -> list[Tensor]:
         kept: list[Tensor] = []
 
-        def scalar(picture: Picture) -> Tensor:
-            kept.append(next(iter(picture.maps.values())))
+        def scalar(image: ImageMaps) -> Tensor:
+            kept.append(next(iter(image.maps.values())))
             return kept[-1].sum()
 
         for heads in (False, True):
@@ -255,7 +255,7 @@ def test_an_energy_of_the_latents_alone_makes_no_call() -> None:
 
     def ask(one: Probe, state: State) -> Energies:
         handle = state.denoiser.register_forward_pre_hook(lambda *_: calls.append(1))
-        found = energies(state, lambda picture: (picture.latents**2).sum())
+        found = energies(state, lambda image: (image.latents**2).sum())
         handle.remove()
         return found
 
@@ -287,8 +287,8 @@ def test_gradients_of_float16_calls_neither_vanish_nor_overflow(size: float) -> 
     def ask(one: Probe, state: State) -> Energies:
         paths = one.paths(state)
 
-        def scaled(picture: Picture) -> Tensor:
-            return size * share(picture)
+        def scaled(image: ImageMaps) -> Tensor:
+            return size * share(image)
 
         return energies(state, scaled, reader=one, sites=paths, tokens=TOKENS)
 

@@ -49,14 +49,14 @@ def test_assigning_the_same_latents_changes_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("scheduler", [None, EulerDiscreteScheduler, HeunDiscreteScheduler])
 def test_assigned_latents_reach_model_and_scheduler(scheduler: Any) -> None:
-    """Doing it at the first turn is drawing from other latents."""
+    """Doing it at the first step is drawing from other latents."""
     pipe = SD15.make()
     if scheduler is not None:
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     start = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(7))
 
     def assign(state: Any) -> None:
-        if state.clock.turn == 0:
+        if state.clock.step == 0:
             state.latents = start * pipe.scheduler.init_noise_sigma
             assert torch.equal(state.latents, start * pipe.scheduler.init_noise_sigma)
 
@@ -65,7 +65,7 @@ def test_assigned_latents_reach_model_and_scheduler(scheduler: Any) -> None:
 
 
 def test_latents_are_those_of_the_scheduler() -> None:
-    """Without the scaling of the model input, and without the picture appended to it."""
+    """Without the scaling of the model input, and without the image appended to it."""
     for name in ("sdxl", "instruct_pix2pix", "svd"):
         case, seen, stepped = zoo.PIPELINES[name], [], []
         pipe = case.make()
@@ -78,14 +78,14 @@ def test_latents_are_those_of_the_scheduler() -> None:
             assert torch.equal(after, following), name
 
 
-def test_pictures_name_the_rows_of_the_latents() -> None:
+def test_images_name_the_rows_of_the_latents() -> None:
     seen = []
     pipe = SD15.make()
-    watch = editor(before=lambda state: seen.append((state.pictures, state.latents.shape)))
+    watch = editor(before=lambda state: seen.append((state.images, state.latents.shape)))
     with hookctl.control(pipe, watch):
         SD15.run(pipe, TWO, n=2, steps=1)
-    [(pictures, shape)] = seen
-    assert [(p.index, p.prompt, p.image) for p in pictures] == [
+    [(images, shape)] = seen
+    assert [(p.index, p.prompt, p.image) for p in images] == [
         (0, 0, 0),
         (1, 0, 1),
         (2, 1, 0),
@@ -142,7 +142,7 @@ def test_changed_arguments_reach_the_model() -> None:
 
 
 def test_nested_calls() -> None:
-    """An editor's own denoiser calls have the same rows, and no influence on the turn."""
+    """An editor's own denoiser calls have the same rows, and no influence on the step."""
     pipe, seen = SD15.make(), []
 
     def twice(state: Any, proceed: Any) -> Any:
@@ -155,7 +155,7 @@ def test_nested_calls() -> None:
     watch = editor(
         before=lambda state: seen.append("before"),
         denoise=twice,
-        attention=lambda call: seen.append((call.clock.turn, repr(call.rows))),
+        attention=lambda call: seen.append((call.clock.step, repr(call.rows))),
     )
     watch.sites = "mid self"
     assert torch.equal(draw(SD15, pipe, watch), SD15.run(pipe, TWO))
@@ -164,7 +164,7 @@ def test_nested_calls() -> None:
     assert seen[4:] == ["before", (1, rows), (1, rows), (1, rows)]
 
 
-def test_nested_calls_at_the_end_of_a_turn() -> None:
+def test_nested_calls_at_the_end_of_a_step() -> None:
     pipe = SD15.make()
 
     def again(predictions: Any) -> Tensor:
@@ -208,7 +208,7 @@ def test_after_the_step() -> None:
     pipe = SD15.make()
 
     def zero(state: Any) -> None:
-        if state.clock.turn == 1:
+        if state.clock.step == 1:
             state.latents = torch.zeros_like(state.latents)
 
     assert not draw(SD15, pipe, editor(after=zero)).any()

@@ -121,19 +121,19 @@ class Watch(Editor):
         self.seen.append(("begin", state.prompts, state.images_per_prompt))
 
     def before(self, state: Any) -> None:
-        self.seen.append(("before", state.clock.turn, repr(state.rows)))
+        self.seen.append(("before", state.clock.step, repr(state.rows)))
         self.latents = state.latents
 
     def features(self, call: Any) -> None:
-        if not self.seen or self.seen[-1] != ("features", call.clock.turn, len(call.rows)):
-            self.seen.append(("features", call.clock.turn, len(call.rows)))
+        if not self.seen or self.seen[-1] != ("features", call.clock.step, len(call.rows)):
+            self.seen.append(("features", call.clock.step, len(call.rows)))
 
     def combine(self, predictions: Any) -> Tensor:
         self.seen.append(("combine", *predictions.branches))
         return predictions.guided
 
     def after(self, state: Any) -> None:
-        self.seen.append(("after", state.clock.turn))
+        self.seen.append(("after", state.clock.step))
         self.latents = state.latents
 
 
@@ -242,13 +242,13 @@ def test_write_takes_a_mask() -> None:
     assert torch.equal(run.latents[..., 8:, :], before[..., 8:, :])
 
 
-def test_pictures_are_the_pipelines() -> None:
+def test_images_are_the_pipelines() -> None:
     pipe = make()
     run = program(pipe, TWO)
     run.run()
     expected = drawn(pipe, TWO)
     assert torch.equal(run.latents, expected)
-    pictures = run.decode("pt")
+    images = run.decode("pt")
     given = pipe(
         TWO,
         negative_prompt=["blurry"] * 2,
@@ -257,7 +257,7 @@ def test_pictures_are_the_pipelines() -> None:
         generator=seeded(2),
         output_type="pt",
     ).images
-    assert torch.equal(pictures, given)
+    assert torch.equal(images, given)
 
 
 @pytest.mark.parametrize("name", ["flux", "controlnet", "instruct_pix2pix", "sd15_pag"])
@@ -280,7 +280,7 @@ def test_bad_input() -> None:
         run.denoise(1)
     with pytest.raises(InputError, match="steps 0 to 2"):
         run.denoise(3)
-    with pytest.raises(InputError, match="one for each of 2 pictures"):
+    with pytest.raises(InputError, match="one for each of 2 images"):
         run.denoise(0, guidance=[1.0])
     with pytest.raises(InputError, match="contexts"):
         run.denoise(0, contexts={"perturbed": torch.zeros(1, 77, 32)})

@@ -1,0 +1,171 @@
+"""An attention call without its verbs: tensors, their addresses, and what was noted for them.
+
+Rows and tensors that editors give are checked here against what the call holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hookctl.address.clock import Clock
+from hookctl.address.rows import Row, Rows
+from hookctl.address.sites import Grid, Site, grid_of
+from hookctl.attention.arguments import cast, stacked
+from hookctl.attention.rewriting import Operation, ReadOut, Rewriting, Stage, folded
+from hookctl.attention.term import Ref, Segment, Spans, Sum, Term, spans_of
+from hookctl.errors import InputError
+
+RowLike = Row | int
+
+
+class CallData:
+    """The tensors of one attention call, who, when and where they are, and the operations noted.
+
+    q, k, v: [rows, sub-batch, heads, tokens, channels], after projection, norm and rotary
+    embedding. `sub-batch` is 1 but for video models, where a row has several frames or positions.
+    rows, clock: who and when. sequence: tokens of the text, where they are known, and the order of
+    a joint sequence. index: which call of this module's forward it is (an adapter's
+    branches come after the text's, so 0 is the model's own). editor: who is speaking; operations,
+    read_outs: what was said.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        rows: Rows,
+        clock: Clock,
+        scale: float,
+        mask: Tensor | None = None,
+        latent: Sequence[int] = (),
+        text_tokens: int | None = None,
+        joint_order: str | None = None,
+        index: int = 0,
+        context: Mapping[str, tuple[int, int]] | None = None,
+        prompts: Sequence[str] = (),
+    ) -> None:
+        self.site, self.rows, self.clock, self.index = site, rows, clock, index
+        self.q, self.k, self.v = q, k, v
+        self.prompts = tuple(prompts)
+        self.mask, self.scale, self.latent = mask, scale, tuple(latent)
+        self.sequence = text_tokens, joint_order
+        self._context = dict(context or {})
+        self.operations: list[Operation] = []
+        self.read_outs: list[ReadOut] = []
+        self.editor: Any = None
+
+    @cached_property
+    def spans(self) -> Spans:
+        """Where the text and the image stand among queries and keys."""
+        return spans_of(
+            self.site,
+            self.q.shape[-2],
+            self.k.shape[-2],
+            *self.sequence,
+        )
+
+    @cached_property
+    def grid(self) -> Grid | None:
+        """The grid of the image queries, or None if they form none over the latent."""
+        start, stop = self.spans.image_queries
+        return grid_of(stop - start, self.latent) if self.latent else None
+
+    def context(self, name: str) -> tuple[Tensor, Tensor]:
+        """k and v of an extra text that an editor's `context` gave, stacks like `k` and `v`."""
+        if name not in self._context:
+            raise InputError(
+                f"context {name!r} is not in this call; there is: {sorted(self._context) or 'none'}"
+            )
+        start, stop = self._context[name]
+        return self._full_k[..., start:stop, :], self._full_v[..., start:stop, :]
+
+    def set_context_source(self, k: Tensor, v: Tensor) -> None:
+        """Keep the widened k and v that `context` slices."""
+        self._full_k, self._full_v = k, v
+        self._with_image: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def _beside(self, name: str) -> tuple[Tensor, Tensor]:
+        """k and v of an extra text, on a joint site with the image's before them; made once, so
+        that rows which use them are evaluated together."""
+        if name not in self._with_image:
+            k, v = self.context(name)
+            if self.spans.image_keys is not None:
+                start, stop = self.spans.image_keys
+                k = torch.cat([self.k[..., start:stop, :], k], -2)
+                v = torch.cat([self.v[..., start:stop, :], v], -2)
+            self._with_image[name] = k, v
+        return self._with_image[name]
+
+    # -- folding -------------------------------------------------------------------------------
+
+    def plain(self, row: int) -> Term:
+        """The term of a row that nothing rewrote."""
+        own = Segment(Ref(self.k, row), Ref(self.v, row), None, row)
+        return Term(Ref(self.q, row), (own,), self.scale)
+
+    def fold(self) -> Sum:
+        """The finished sum: every operation applied, stage by stage, in order inside a stage."""
+        return folded(self.plain, self.operations, self.q.shape[0], self.mask)
+
+    def _note(self, stage: Stage, verb: str, rows: tuple[int, ...], rewriting: Rewriting) -> None:
+        if rows:
+            self.operations.append(Operation(stage, self.editor, verb, rows, rewriting))
+
+    # -- arguments -----------------------------------------------------------------------------
+
+    def _index(self, row: RowLike, name: str) -> int:
+        index = row.index if isinstance(row, Row) else int(row)
+        if not 0 <= index < self.q.shape[0]:
+            raise InputError(f"{name}: row {index} is not in this call of {self.q.shape[0]} rows")
+        return index
+
+    def _indices(self, rows: RowLike | Iterable[RowLike], name: str) -> tuple[int, ...]:
+        if isinstance(rows, Row | int):
+            return (self._index(rows, name),)
+        return tuple(dict.fromkeys([self._index(row, name) for row in rows]))
+
+    def _ref(self, value: Tensor | RowLike, own: Tensor, name: str) -> tuple[Ref, int | None]:
+        if not isinstance(value, Tensor):
+            index = self._index(value, name)
+            return Ref(own, index), index
+        return Ref(stacked(value, own, f"{name} of {self.site.path}"), 0), None
+
+    def _refs(self, value: Tensor, own: Tensor, rows: tuple[int, ...], name: str) -> dict[int, Ref]:
+        """A tensor that stands for the own one of each row, or one for all of them."""
+        if value.dim() == 5:
+            wanted = (len(rows), *own.shape[1:])
+            if tuple(value.shape) != wanted:
+                raise InputError(
+                    f"replace: {name} is {tuple(value.shape)}; these {len(rows)} rows of "
+                    f"{self.site.path} have {wanted}"
+                )
+            stack = cast(value, own)
+            return {row: Ref(stack, place) for place, row in enumerate(rows)}
+        ref, _ = self._ref(value, own, f"replace: {name}")
+        if value.shape[-2] != own.shape[-2]:
+            raise InputError(
+                f"replace: {name} has {value.shape[-2]} tokens; the own one of {self.site.path} "
+                f"has {own.shape[-2]}"
+            )
+        return dict.fromkeys(rows, ref)
+
+    def _per_query(self, value: Tensor, name: str) -> Tensor:
+        if tuple(value.shape) != (self.q.shape[-2],):
+            raise InputError(
+                f"{name} is {tuple(value.shape)}; {self.site.path} has {self.q.shape[-2]} queries"
+            )
+        return cast(value, self.q)
+
+    def _image_queries(self) -> Tensor:
+        start, stop = self.spans.image_queries
+        weight = self.q.new_zeros(self.q.shape[-2])
+        weight[start:stop] = 1
+        return weight

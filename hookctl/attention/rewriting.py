@@ -1,0 +1,99 @@
+"""What the verbs of `AttentionCall` do to terms, once all editors have spoken.
+
+Each operation rewrites the terms of its rows. They are folded stage by stage, so that editors
+compose in whatever order they spoke; inside a stage they are folded in that order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import IntEnum
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from hookctl.address.rows import Row
+from hookctl.attention.term import Sum, Term, Terms
+
+
+class Stage(IntEnum):
+    """The order in which operations are folded into terms."""
+
+    SUBSTITUTION = 0
+    EXTENSION = 1
+    RESTRICTION = 2
+    TOKEN_MAP = 3
+    ADDITION = 4
+    OVERRIDE = 5
+    READ_OUT = 6
+
+
+Probabilities = Callable[[Tensor], Tensor]
+Sink = Callable[[Row, Tensor], None]
+
+
+@dataclass(eq=False, slots=True)
+class Fold:
+    """The state of a fold.
+
+    terms: as rewritten so far; before: as they were when the stage began; values: per row that was
+    substituted, the terms whose values and weights make up its own values; functions: what edits
+    the probabilities of a row.
+    """
+
+    terms: Terms
+    before: Terms
+    values: Terms
+    functions: dict[int, list[Probabilities]]
+
+
+# What a verb does to the terms of a row.
+Rewriting = Callable[[Fold, int], None]
+
+
+class Operation(NamedTuple):
+    """One use of a verb by one editor."""
+
+    stage: Stage
+    editor: Any
+    verb: str
+    rows: tuple[int, ...]
+    apply: Rewriting
+
+
+class ReadOut(NamedTuple):
+    """A request for the probabilities of some key tokens, averaged over heads.
+
+    summed: over the image's queries, in place of one value for each; heads: one value for each
+    head, in place of their mean; editor: who asks.
+    """
+
+    row: Row
+    tokens: tuple[int, ...]
+    into: Sink
+    summed: bool = False
+    heads: bool = False
+    editor: Any = None
+
+
+_stage = attrgetter("stage")
+
+
+def folded(
+    plain: Callable[[int], Term], operations: Iterable[Operation], rows: int, mask: Tensor | None
+) -> Sum:
+    """The finished sum of a call of `rows` rows: every operation applied, stage by stage."""
+    terms = Terms(plain)
+    state = Fold(terms, terms, terms, {})
+    stage = Stage.SUBSTITUTION
+    for operation in sorted(operations, key=_stage):
+        if operation.stage is not stage:
+            state.before = terms.snapshot()
+            if stage is Stage.SUBSTITUTION:
+                state.values = state.before
+            stage = operation.stage
+        for row in operation.rows:
+            operation.apply(state, row)
+    return Sum(terms, rows, mask, state.functions)

@@ -1,0 +1,272 @@
+"""One caught attention call: made an `AttentionCall`, shown to its editors, evaluated.
+
+The plain call must not attend to the texts that editors brought (`Editor.context`). They are cut
+off before anyone sees the call; editors find their keys and values by `AttentionCall.context`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hookctl.address.clock import Clock
+from hookctl.address.rows import PERTURBED, Row, Rows
+from hookctl.address.sites import Site
+from hookctl.attention.call import AttentionCall
+from hookctl.attention.sdpa_call import SDPACall
+from hookctl.errors import UnsupportedError
+from hookctl.evaluate import plan
+from hookctl.evaluate.plan import Plan
+
+
+class OwnPart(NamedTuple):
+    """A call over widened text without what was appended, and how to put it back.
+
+    call: as the model would make it on its own text; full: k and v with everything; context: where
+    each further text stands in `full`, (start, stop); joint: the queries with everything, tokens of
+    the own text and whether the image comes first, where text and image are one sequence.
+    """
+
+    call: SDPACall
+    full: tuple[Tensor, Tensor]
+    context: Mapping[str, tuple[int, int]] = MappingProxyType({})
+    joint: tuple[Tensor, int, bool] | None = None
+
+    def whole(self, out: Tensor) -> Tensor:
+        """The output [..., queries, channels] of the own part, with that of further texts' queries.
+
+        In a joint sequence each further text attends to the image and to itself, as it would in a
+        run of its own.
+        """
+        if self.joint is None:
+            return out
+        q, text, image_first = self.joint
+        image = slice(0, -text) if image_first else slice(text, None)
+        parts = []
+        for start, stop in self.context.values():
+            k, v = (
+                torch.cat([own[..., image, :], full[..., start:stop, :]], -2)
+                for own, full in zip((self.call.key, self.call.value), self.full, strict=True)
+            )
+            one = q[..., start:stop, :]
+            parts.append(F.scaled_dot_product_attention(one, k, v, scale=self.call.scale))
+        own = [out] if image_first else [out[..., :text, :], out[..., text:, :]]
+        return torch.cat([own[0], *parts, *own[1:]], -2)
+
+
+def own_part(state: DenoiserCall, kind: str, order: str | None, given: SDPACall) -> OwnPart:
+    """A caught call as the model would make it on its own text.
+
+    kind: of the site; order: of a joint sequence, "image_text" or "text_image".
+    """
+    q, k, v, mask = given[:4]
+    own, extra = state.own_text, state.extra_text
+    whole = OwnPart(given, (k, v))
+    if own is None or not extra:
+        return whole
+    widest = max(stop for _, stop in extra.values())
+    if kind == "cross" and k.shape[-2] == widest:
+        short = mask[..., :own] if mask is not None and mask.shape[-1] == widest else mask
+        call = given._replace(key=k[..., :own, :], value=v[..., :own, :], attn_mask=short)
+        return whole._replace(call=call, context=extra)
+    if kind != "joint" or not q.shape[-2] == k.shape[-2] > widest:
+        return whole  # an adapter's call over keys of its own
+    if mask is not None:
+        raise UnsupportedError("a joint sequence with a mask can't be widened")
+    image_first = order == "image_text"
+    offset = k.shape[-2] - widest if image_first else 0
+
+    def cut(x: Tensor) -> Tensor:
+        if image_first:
+            return x[..., : offset + own, :]
+        return torch.cat([x[..., :own, :], x[..., widest:, :]], -2)
+
+    places = {name: (offset + start, offset + stop) for name, (start, stop) in extra.items()}
+    call = given._replace(query=cut(q), key=cut(k), value=cut(v))
+    return OwnPart(call, (k, v), places, (q, own, image_first))
+
+
+class Attached(Protocol):
+    """One editor in one session, as an attention call knows it."""
+
+    @property
+    def editor(self) -> SeesAttention: ...
+
+    @property
+    def backend(self) -> str:
+        """As its session was told."""
+
+    def note(self, site: Site, step: int, verbs: set[str], plan: Plan) -> None:
+        """Keep what the editor did at a site for the session's report."""
+
+
+class SeesAttention(Protocol):
+    def attention(self, call: AttentionCall) -> None: ...
+
+
+class DenoiserCall(Protocol):
+    """The denoiser call that an attention call belongs to (`loop.state.State`)."""
+
+    rows: Rows
+    clock: Clock
+    grid: tuple[int, ...]
+    prompts: tuple[str, ...]
+    own_text: int | None
+    extra_text: dict[str, tuple[int, int]]
+
+    @property
+    def reader(self) -> Reader | None:
+        """Whose read-outs alone are served, None for everyone's."""
+
+
+class Reader(NamedTuple):
+    editor: object
+
+
+@dataclass(eq=False)
+class EditedSite:
+    """A site whose calls are shown to some editors.
+
+    attached: the editors, in order; own_call: which attention call of the module's forward is the
+    model's own; joint_order: of a joint sequence, "image_text" or "text_image"; keeps_perturbed:
+    says False where the pipeline attends to its perturbed rows apart.
+    """
+
+    site: Site
+    attached: Sequence[Attached]
+    own_call: int = 0
+    joint_order: str | None = None
+    keeps_perturbed: Callable[[], bool] = lambda: True
+
+    def __post_init__(self) -> None:
+        # The innermost session that asks for a backend by name has its way.
+        asked = [one.backend for one in self.attached if one.backend != "auto"]
+        self._backend = asked[-1] if asked else "auto"
+        self._noted: set[tuple[object, ...]] = set()
+
+    def output(
+        self,
+        given: SDPACall,
+        original: Callable[[], Tensor] | None,
+        denoiser_call: DenoiserCall,
+        *,
+        index: int,
+        repeated: bool,
+    ) -> Tensor:
+        """Show a call to the editors and evaluate what they made of it.
+
+        original: what the model itself would do, None for SDPA; index: of the call in its module's
+        forward; repeated: the call is made again for a backward pass, so read-outs are not handed
+        out twice. Returns [batch, heads, queries, channels].
+        """
+        given = given.ungrouped()
+        part = own_part(denoiser_call, self.site.kind, self.joint_order, given)
+        own = part.call
+        plain = original if original is not None and part.call is given else own.attend
+        if index != self.own_call and per_sample(own.query, denoiser_call.rows):
+            return plain()
+        call = self._shown(part, denoiser_call, index)
+        if repeated:
+            call.read_outs = [r._replace(into=_nowhere) for r in call.read_outs]
+        if not call.operations:
+            if call.read_outs:
+                plan.read_only(call, self._backend)
+                self._note(call, plan.PASS_THROUGH)
+            out = plain()
+        else:
+            made, chosen = plan.evaluate(call, self._backend)
+            self._note(call, chosen)
+            out = made.flatten(0, 1)
+        return part.whole(out)
+
+    def _shown(self, part: OwnPart, denoiser_call: DenoiserCall, index: int) -> AttentionCall:
+        own = part.call
+        rows, count = self._rows(own.query, denoiser_call.rows, index)
+        mask = own.attn_mask
+        if own.is_causal:
+            mask = causal_mask(own.query.shape[-2], own.key.shape[-2], own.query.device)
+        call = AttentionCall(
+            self.site,
+            *(stack_rows(x, count) for x in (own.query, own.key, own.value)),
+            rows=rows,
+            clock=denoiser_call.clock,
+            scale=own.query.shape[-1] ** -0.5 if own.scale is None else own.scale,
+            mask=stack_mask(mask, count),
+            latent=denoiser_call.grid,
+            text_tokens=denoiser_call.own_text,
+            joint_order=self.joint_order,
+            index=index,
+            context=part.context,
+            prompts=denoiser_call.prompts,
+        )
+        if part.context:
+            call.set_context_source(*(stack_rows(x, count) for x in part.full))
+        for one in self.attached:
+            call.editor = one.editor
+            one.editor.attention(call)
+        reader = denoiser_call.reader
+        if reader is not None:
+            call.read_outs = [r for r in call.read_outs if r.editor is reader.editor]
+        return call
+
+    def _rows(self, q: Tensor, rows: Rows, index: int) -> tuple[Rows, int]:
+        if not self.keeps_perturbed():
+            kept = [row for row in rows if row.branch != PERTURBED]
+            return Rows(kept), len(kept)
+        if per_sample(q, rows):
+            row = rows[index % len(rows)]
+            return Rows([replace(row, index=0)]), 1
+        return rows, len(rows)
+
+    def _note(self, call: AttentionCall, chosen: Plan) -> None:
+        """Once for each step: its other denoiser calls are like the first."""
+        done = (call.clock.step, chosen, *[(o.verb, id(o.editor)) for o in call.operations])
+        done = (*done, *[id(r.editor) for r in call.read_outs])
+        if done in self._noted:
+            return
+        self._noted.add(done)
+        for one in self.attached:
+            verbs = {o.verb for o in call.operations if o.editor is one.editor}
+            if any(r.editor is one.editor for r in call.read_outs):
+                verbs.add("read")
+            if verbs:
+                one.note(self.site, call.clock.step, verbs, chosen)
+
+
+def _nowhere(row: Row, values: Tensor) -> None:
+    pass
+
+
+def per_sample(q: Tensor, rows: Rows) -> bool:
+    """Whether a model loops over its samples, so that this call holds only one of them."""
+    return q.shape[0] == 1 and len(rows) > 1
+
+
+def stack_rows(x: Tensor, rows: int) -> Tensor:
+    """[batch, heads, tokens, channels] -> [rows, sub-batch, heads, tokens, channels]."""
+    batch, *rest = x.shape
+    if batch % rows:
+        raise UnsupportedError(
+            f"an attention call has a batch of {batch}, which is no multiple of the denoiser's "
+            f"{rows} rows"
+        )
+    return x.view(rows, batch // rows, *rest)
+
+
+def stack_mask(mask: Tensor | None, rows: int) -> Tensor | None:
+    """The model's mask as a stack [rows | 1, sub-batch | 1, heads | 1, N | 1, M]."""
+    if mask is None:
+        return None
+    while mask.dim() < 4:
+        mask = mask[None] if mask.dim() < 3 else mask[:, None]
+    return mask[None] if mask.shape[0] == 1 else stack_rows(mask, rows)
+
+
+def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril()

@@ -1,0 +1,91 @@
+"""The end of a step: what the denoiser predicted, and the scheduler's step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from hookctl.editor import Editor, overrides
+from hookctl.loop.calls import prediction_of
+from hookctl.loop.driven import settled
+from hookctl.loop.state import Predictions, State, split_branches
+
+_STEPPED = ("model_output", "timestep", "sample")  # what a step is of; the rest are its options
+
+
+class Step:
+    """Collects the denoiser calls of one step until the scheduler steps."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.state: State | None = None
+        self._branches: dict[str, Tensor] = {}
+        self._latents: Tensor | None = None
+
+    def note(self, state: State, output: Any, *, predictions: bool) -> None:
+        """A denoiser call of this step is done."""
+        self.state = state
+        if state.assigned is not None:
+            self._latents = state.assigned
+        found = prediction_of(output) if predictions else None
+        if found is not None:
+            self._branches |= split_branches(state.rows, found)
+
+    def take(
+        self, step: Callable[..., Any], arguments: dict[str, Any], editors: list[Editor]
+    ) -> Any:
+        """The scheduler's step between `combine` and `after` of the editors of this step.
+
+        arguments: of the step, by name.
+        """
+        state, latents, branches = self.state, self._latents, self._branches
+        self.clear()
+        if state is None:
+            return step(**arguments)
+        if latents is not None:
+            arguments["sample"] = latents.to(arguments["sample"])
+        own = arguments["model_output"]
+        options = {name: value for name, value in arguments.items() if name not in _STEPPED}
+        for editor in editors:
+            if overrides(editor, "combine"):
+                guided = arguments["model_output"]
+                parts = {name: _like(part, guided) for name, part in branches.items()}
+                predictions = Predictions(guided, parts, state, own, options)
+                arguments["model_output"] = editor.combine(predictions)
+        out = _settled(step(**arguments))
+        after = [editor for editor in editors if overrides(editor, "after")]
+        return _edited(out, state, after) if after else out
+
+
+def _like(prediction: Tensor, guided: Tensor) -> Tensor:
+    """A branch without the variance that some models predict in further channels."""
+    channels = guided.shape[1] if guided.dim() > 1 else 0
+    return prediction[:, :channels] if prediction.shape[1] == 2 * channels else prediction
+
+
+def _settled(out: Any) -> Any:
+    """What the step returns, as a program wants it."""
+    stepped = out[0] if isinstance(out, tuple) else getattr(out, "prev_sample", None)
+    return out if stepped is None else _with(out, stepped, settled(stepped))
+
+
+def _edited(out: Any, state: State, editors: list[Editor]) -> Any:
+    """What the step returns, after the editors saw the new latents."""
+    stepped = state.stepped = out[0] if isinstance(out, tuple) else out.prev_sample
+    for editor in editors:
+        editor.after(state)
+    return _with(out, stepped, state.stepped)
+
+
+def _with(out: Any, before: Tensor, now: Tensor) -> Any:
+    """What a step returns, with other latents."""
+    if now is before:
+        return out
+    if isinstance(out, tuple):
+        return (now, *out[1:])
+    out.prev_sample = now
+    return out

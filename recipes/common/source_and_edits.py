@@ -1,0 +1,95 @@
+"""A source and its edits, drawn in one batch from one noise: what such recipes share."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hookctl.address.rows import COND, Row, Rows
+from hookctl.attention.call import AttentionCall
+from hookctl.editor import Editor
+from hookctl.errors import InputError
+from hookctl.loop.state import State
+from hookctl.session import control
+
+
+class SourceAndEdits(Editor):
+    """Base of recipes whose prompts are the source's, then those of its edits.
+
+    least: how many prompts there must be.
+    """
+
+    least = 2
+
+    def __init__(self, prompts: Sequence[str]) -> None:
+        texts = [] if isinstance(prompts, str) else list(prompts)
+        if len(texts) < self.least or any(not isinstance(text, str) for text in texts):
+            wanted = "the source prompt" + " and at least one edit" * (self.least > 1)
+            raise InputError(f"{self.name}: prompts={prompts!r}; give {wanted}, as a list of texts")
+        self.prompts = texts
+        self._pairs: tuple[Rows, list[tuple[Row, Row]]] | None = None
+
+    @property
+    def edits(self) -> range:
+        """Indices of the edits among the prompts."""
+        return range(1, len(self.prompts))
+
+    def begin(self, state: State) -> None:
+        if list(state.prompts) == self.prompts:
+            return
+        given = list(state.prompts) or "embeddings instead of prompts"
+        raise InputError(
+            f"{self.name} edits {self.prompts}, but the pipeline was called with {given}; call "
+            "pipe(edit.prompts, ...)"
+        )
+
+    @staticmethod
+    def paired(rows: Rows) -> list[tuple[Row, Row]]:
+        """(row, its source's row) for every row of an edit, the unconditional ones included."""
+        return [(row, rows.twin(row, prompt=0)) for row in rows if row.prompt > 0]
+
+    def edited(self, call: AttentionCall) -> list[tuple[Row, Row]]:
+        """(row, its source's row) for every row of an edit that sees the prompt.
+
+        Rows of a perturbed guidance are edited as their prompt's are: they must differ by the
+        perturbation alone.
+        """
+        found = self._pairs
+        if found is None or found[0] is not call.rows:  # the same at every site of a denoiser call
+            pairs = [(row, source) for row, source in self.paired(call.rows) if row.role == COND]
+            found = self._pairs = call.rows, pairs
+        return found[1]
+
+    def generators(self, seed: int = 0, images: int = 1, device: str = "cpu") -> list[Any]:
+        """One generator for each image: every prompt starts from the same noises.
+
+        Image j of each prompt is seeded with seed + j.
+        """
+        return [
+            torch.Generator(device).manual_seed(seed + j)
+            for _ in self.prompts
+            for j in range(images)
+        ]
+
+    def run(
+        self, pipe: Any, *editors: Editor, seed: int = 0, images: int = 1, **arguments: Any
+    ) -> Any:
+        """Draw the source and its edits: prompt by prompt, `images` images (or videos) of each.
+
+        editors: further editors, after this one; arguments: of the pipeline's own call.
+        Returns what the pipeline does: a list of images, or as output_type= has it.
+        """
+        known = inspect.signature(type(pipe).__call__).parameters
+        count = next((n for n in known if n.startswith("num_") and n.endswith("_per_prompt")), None)
+        if count is not None:
+            arguments[count] = images
+        elif images != 1:
+            raise InputError(f"images={images}; {type(pipe).__name__} draws one for each prompt")
+        with control(pipe, self, *editors):
+            generators = self.generators(seed, images)
+            return pipe(self.prompts, generator=generators, **{**arguments, "return_dict": False})[
+                0
+            ]
