@@ -4,9 +4,10 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 # The embedded model is small: a second thread gains nothing, and on busy cores it waits for the first.
 CALM := OMP_NUM_THREADS=1
+TESTS := $(CALM) $(BIN)/python -m pytest -n auto --dist worksteal
 SOURCES := pyproject.toml setup.py constraints.txt
 
-.PHONY: demo gallery bench test check format clean
+.PHONY: demo gallery bench unit test conformance aot check format clean
 
 demo: $(VENV)/.installed
 	$(CALM) $(BIN)/hookctl demo --out out
@@ -18,8 +19,20 @@ gallery: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/hookctl bench --out out/bench
 
+# What is skipped is counted, and run by a target further down.
+unit: $(VENV)/.installed-dev
+	$(TESTS) --skip slow --skip conformance --ignore=tests/kernels --ignore=tests/families --ignore=tests/demos
+
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(TESTS) --skip conformance
+
+# Every promise for every family; `python -m tests.families.table` writes it as a table.
+conformance: $(VENV)/.installed-dev
+	$(TESTS) tests/families
+
+# Every form of every kernel for every chip, those too whose source is the recorded one.
+aot: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.kernels.aot
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,26 +1,25 @@
-"""Collects the packages: real folders at the top level become subpackages of hookctl.
+"""Says where the packages are.
 
-The links hookctl/recipes -> ../recipes (and so on) make a checkout importable as it stands;
-they are left out here, so that no file enters a wheel twice.
+The links hookctl/recipes -> ../recipes (and so on) make the checkout a plain package, which an
+editable install puts on the path as it stands, so that type checkers and editors find everything.
+Where links were checked out as files (Windows), the folders they stand for are mapped by name.
 """
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-MAPPED = {
+LINKS = {
     "hookctl.demos": "demos",
     "hookctl.kernels": "triton_kernels",
     "hookctl.recipes": "recipes",
 }
 
-folders = {name: folder for name, folder in MAPPED.items() if Path(folder, "__init__.py").exists()}
-packages = [
-    name
-    for name in find_packages(include=["hookctl", "hookctl.*"])
-    if not any(name == mapped or name.startswith(f"{mapped}.") for mapped in MAPPED)
-]
-for name, folder in folders.items():
-    packages += [name, *(f"{name}.{sub}" for sub in find_packages(folder))]
+packages = find_packages(include=["hookctl", "hookctl.*"])
+folders = {"": "."}
+for name, folder in LINKS.items():
+    if not Path(name.replace(".", "/")).is_dir():
+        packages += [name, *(f"{name}.{sub}" for sub in find_packages(folder))]
+        folders[name] = folder
 
-setup(packages=packages, package_dir={"hookctl": "hookctl", **folders})
+setup(packages=packages, package_dir=folders)

@@ -23,7 +23,7 @@ from PIL import Image
 from hookctl.demos import DEMOS
 from hookctl.demos.reports import groups, singles, title_of
 from hookctl.errors import InputError
-from hookctl.inspect.tables import markdown_table
+from hookctl.inspect import markdown_table
 
 LARGEST, ALTOGETHER = 300_000, 6_000_000  # bytes: of one image, of all
 WIDEST = 1400  # px

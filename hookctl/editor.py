@@ -7,15 +7,17 @@ editors that would undo each other are refused before anything runs.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from hookctl.address.clock import Clock, Window
 from hookctl.address.sites import Selector, Site, matcher
-from hookctl.errors import ConflictError
+from hookctl.errors import ConflictError, InputError, check_returned
 
 if TYPE_CHECKING:
     from hookctl.attention.call import AttentionCall
@@ -45,10 +47,21 @@ class Claim:
 
 
 class Editor:
-    """Base of all editors.
+    """Base of all editors: override the hooks that are needed, and give an instance to `control`.
 
-    sites: which attention sites `attention` is called for (`address.sites.matcher`);
-    start, stop: fractions of the schedule between which the editor acts.
+    What a hook returns is read where it says so; the others change a call by its verbs, or by
+    assigning to what they are given. They are called in this order, editor by editor.
+
+    Once               attach, claims        when a pipeline comes under control
+    Once a run         begin
+    Each denoiser call before, branches, context
+                       denoise               round the call; inside it, site by site:
+                       attention, features
+    Each step          combine, after        before and after the scheduler's step
+
+    sites: which attention sites `attention` is called for, such as "cross", "self up @<=1/2" or a
+    function of a `Site` (`address.sites.matcher` has the grammar); None for all.
+    start, stop: fractions of the schedule, 0 to 1, between which the editor acts.
     """
 
     sites: Selector = None
@@ -57,9 +70,11 @@ class Editor:
 
     @property
     def name(self) -> str:
+        """What reports and errors call the editor."""
         return type(self).__name__
 
     def window(self) -> Window:
+        """The span of the schedule from `start` to `stop`."""
         return Window.of((self.start, self.stop), f"{self.name}.start, stop")
 
     def active(self, clock: Clock) -> bool:
@@ -96,26 +111,115 @@ class Editor:
         """Rewrite one attention call through its verbs."""
 
     def features(self, call: FeatureCall) -> None:
-        """Change the backbone and skip features at a decoder concat."""
+        """Change a skip connection: assign `call.backbone` or `call.skip`."""
 
     def before(self, state: State) -> None:
         """Before a step's denoiser call; may assign `state.latents`."""
 
     def denoise(self, state: State, proceed: Proceed) -> Any:
-        """Stand round the denoiser call; `proceed()` makes it."""
+        """Stand round the denoiser call: return what `proceed()`, which makes it, returns."""
         return proceed()
 
     def combine(self, predictions: Predictions) -> Tensor:
-        """Step the rows' predictions into the one that the scheduler gets."""
+        """Return the prediction that the scheduler gets, [images, channels, ...]."""
         return predictions.guided
 
     def after(self, state: State) -> None:
         """After the scheduler's step; may assign `state.latents`."""
 
 
+# What an editor does something by.
+HOOKS = (
+    "begin",
+    "before",
+    "branches",
+    "context",
+    "denoise",
+    "attention",
+    "features",
+    "combine",
+    "after",
+)
+_METHODS = ("attach", "claims", "window", "active", *HOOKS)
+_INSTEAD = {
+    "features": "assign call.backbone or call.skip",
+    "before": "assign state.latents",
+    "after": "assign state.latents",
+}
+
+
 def overrides(editor: Editor, method: str) -> bool:
     """Whether an editor's class has its own version of a method."""
     return getattr(type(editor), method) is not getattr(Editor, method)
+
+
+def tell(editor: Editor, hook: str, given: Any) -> None:
+    """Call a hook whose value is not read; InputError, with what to do, if it returns one."""
+    check_returned(editor.name, hook, getattr(editor, hook)(given), _INSTEAD.get(hook, ""))
+
+
+def check_editor(editor: Any, where: str) -> None:
+    """Raise InputError, with the cure, for what is no editor or can't mean what it says.
+
+    That is a class, a hook that is misspelt, takes other arguments or is set on an instance, and a
+    subclass without any hook.
+    """
+    if isinstance(editor, type):
+        name = editor.__name__
+        raise InputError(f"{where} is the class {name}; give an instance of it: {name}(...)")
+    if not isinstance(editor, Editor):
+        several = isinstance(editor, list | tuple)
+        cure = "give each by itself: control(pipe, *editors)" if several else "give instances"
+        raise InputError(f"{where} is {editor!r}; {cure} of hookctl.Editor")
+    cls = type(editor)
+    missing = [name for name in _METHODS if not overrides(editor, name)]
+    for name in _public_methods(cls):
+        if near := get_close_matches(name, missing, n=1, cutoff=0.85):
+            raise InputError(
+                f"{cls.__name__}.{name} is no hook of hookctl.Editor, so nothing calls it; did you "
+                f"mean {near[0]!r}? If not, give it a name that begins with _"
+            )
+    for name in missing:
+        if name in getattr(editor, "__dict__", {}):
+            raise InputError(
+                f"{where}: {name} is set on an instance of {cls.__name__}, where nothing finds it; "
+                "define it in a class"
+            )
+    for name in _METHODS:
+        if name not in missing:
+            _check_signature(editor, name)
+    if not any(name in HOOKS for name in _METHODS if name not in missing):
+        raise InputError(
+            f"{where}: {cls.__name__} overrides no hook of hookctl.Editor, so it would change "
+            f"nothing; define one of {', '.join(HOOKS)}"
+        )
+
+
+def _public_methods(cls: type) -> Iterator[str]:
+    """What the subclasses of Editor among a class and its bases define and Editor does not."""
+    for owner in cls.__mro__:
+        if owner is not Editor and issubclass(owner, Editor):
+            for name, value in vars(owner).items():
+                is_method = inspect.isfunction(value) or isinstance(
+                    value, classmethod | staticmethod
+                )
+                if is_method and not name.startswith("_") and not hasattr(Editor, name):
+                    yield name
+
+
+def _check_signature(editor: Editor, name: str) -> None:
+    wanted = list(inspect.signature(getattr(Editor, name)).parameters)[1:]
+    method = getattr(editor, name)
+    try:
+        inspect.signature(method).bind(*wanted)
+    except (TypeError, ValueError):  # ValueError: not even `self`, or not written in Python
+        if not inspect.ismethod(method) and not inspect.isfunction(method):
+            return
+        taken = inspect.signature(getattr(method, "__func__", method))
+        raise InputError(
+            f"{type(editor).__name__}.{name}{taken} can't be called with ({', '.join(wanted)}); "
+            f"define it as {name}({', '.join(['self', *wanted])})"
+        ) from None
 
 
 CURE = "Give one of them other sites=, or windows that do not overlap"

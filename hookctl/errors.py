@@ -42,3 +42,15 @@ class HoleError(HookctlError, RuntimeError):
 
 class UnsupportedError(HookctlError, RuntimeError):
     """The method makes no sense on, or cannot be evaluated for, this model."""
+
+
+def check_returned(editor: str, hook: str, value: object, instead: str) -> None:
+    """Raise InputError if a hook whose value nobody reads returned one.
+
+    editor: its name; instead: what to do in place of returning.
+    """
+    if value is not None:
+        raise InputError(
+            f"{editor}.{hook} returned a {type(value).__name__}, which is not read; "
+            f"{instead or 'return nothing'}"
+        )

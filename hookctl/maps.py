@@ -22,24 +22,34 @@ from hookctl.address.text import PromptText, TextLayout
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import Editor
 from hookctl.errors import InputError, SelectorError, WordError
+from hookctl.inspect import notebook, show
 from hookctl.loop.state import State
+
+SHOWN = 12  # words, of a store in a notebook
 
 
 @dataclass(frozen=True, eq=False)
 class MapRecord:
-    """One read-out: `map` is [frames, height, width], summed over the word's tokens."""
+    """The map of a word at one site and step, for one image.
+
+    prompt: index of the prompt; image: which of that prompt's images; map: [frames, height, width],
+    averaged over heads and summed over the word's tokens.
+    """
 
     word: str
     site: Site
     step: int
     prompt: int
     image: int
-    map: Tensor
+    map: Tensor = field(repr=False)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class MapStore:
-    """Every map that was read in a run, by word."""
+    """Every map that was read in a run, by word: `store["cat"]` is its `WordMaps`.
+
+    words: those that were read; records: each map by itself.
+    """
 
     records: list[MapRecord] = field(default_factory=list)
     _seen: set[tuple[str, str, int, int, int]] = field(default_factory=set)
@@ -64,6 +74,18 @@ class MapStore:
     def words(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(record.word for record in self.records))
 
+    def __repr__(self) -> str:
+        return f"<MapStore: {_count(len(self.words), 'word')}, {_extent(self.records)}>"
+
+    def _repr_html_(self) -> str:
+        """The mean map of each word, side by side."""
+        shown = self.words[:SHOWN]
+        if not shown:
+            return notebook.html_lines([repr(self)])
+        heat = [show.heatmap(self[word].mean().detach().cpu(), (128, 128)) for word in shown]
+        strip = show.grid([heat], column_titles=shown, cell=(128, 128))
+        return notebook.html_lines([repr(self)]) + notebook.html_image(strip, ", ".join(shown))
+
     def __contains__(self, word: object) -> bool:
         return any(record.word == word for record in self.records)
 
@@ -78,7 +100,7 @@ class MapStore:
         return WordMaps(word, chosen)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class WordMaps:
     """The maps of one word; narrow them by prompt, image, step, site or grid, then average."""
 
@@ -100,6 +122,16 @@ class WordMaps:
     @property
     def sites(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(r.site.path for r in self.records))
+
+    def __repr__(self) -> str:
+        grids = ", ".join(f"{height}x{width}" for height, width in self.grids)
+        prompts = _count(len(self.prompts), "prompt")
+        return f"<WordMaps {self.word!r}: {prompts}, {_extent(self.records)}, grids {grids}>"
+
+    def _repr_html_(self) -> str:
+        """The mean map."""
+        heat = show.heatmap(self.mean().detach().cpu())
+        return notebook.html_lines([repr(self)]) + notebook.html_image(heat, self.word)
 
     def where(
         self,
@@ -152,14 +184,10 @@ class WordMaps:
 
     def overlay(self, image: Any, **options: Any) -> Any:
         """The image with the mean map laid over it (`show.overlay`)."""
-        from hookctl.inspect import show
-
         return show.overlay(image, self.mean().detach().cpu(), **options)
 
     def strip(self, image: Any = None, count: int = 8) -> Any:
         """One image of the map at up to `count` steps (`show.time_strip`)."""
-        from hookctl.inspect import show
-
         steps = self.steps
         step = max(1, -(-len(steps) // count))
         chosen = list(steps[::step])
@@ -167,11 +195,20 @@ class WordMaps:
         return show.time_strip(maps, [f"step {step}" for step in chosen], image)
 
 
+def _extent(records: Sequence[MapRecord]) -> str:
+    steps, sites = {r.step for r in records}, {r.site.path for r in records}
+    return f"{_count(len(steps), 'step')}, {_count(len(sites), 'site')}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 Found = tuple[tuple[str, tuple[int, ...]], ...]  # words and their tokens
 
 
 class Maps(Editor):
-    """Record the maps of words while a pipeline draws; find them in `session.maps`.
+    """Read the maps of words while a pipeline draws; find them in `session.maps`.
 
         with hookctl.control(pipe, hookctl.Maps("cat")) as session:
             image = pipe("a red cat").images[0]

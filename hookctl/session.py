@@ -3,58 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 from hookctl.address import families
 from hookctl.address.clock import Clock
 from hookctl.address.sites import Site
-from hookctl.editor import Editor
+from hookctl.editor import Editor, check_editor
 from hookctl.engine import Engine
-from hookctl.errors import HoleError, InputError
-from hookctl.evaluate.plan import Plan, check_backend
-from hookctl.inspect.tables import table
+from hookctl.errors import HoleError
+from hookctl.evaluate.plan import check_backend
+from hookctl.inspect.notebook import html_lines, html_table
 from hookctl.maps import MapStore
-
-
-@dataclass(eq=False)
-class Log:
-    """Which editor touched which site at which steps, by which plan."""
-
-    entries: dict[tuple[int, str, Plan], tuple[Editor, Site, set[str], set[int]]] = field(
-        default_factory=dict
-    )
-
-    def note(self, editor: Editor, site: Site, step: int, verbs: set[str], plan: Plan) -> None:
-        key = (id(editor), site.path, plan)
-        entry = self.entries.setdefault(key, (editor, site, set(), set()))
-        entry[2].update(verbs)
-        entry[3].add(step)
-
-    def rows(self) -> list[tuple[str, ...]]:
-        return [
-            (
-                editor.name,
-                site.label,
-                ", ".join(sorted(verbs)),
-                _spans(sorted(steps)),
-                plan.name,
-                plan.reason,
-            )
-            for (_, _, plan), (editor, site, verbs, steps) in self.entries.items()
-        ]
-
-
-def _spans(steps: list[int]) -> str:
-    """[0, 1, 2, 5] -> '0-2, 5'"""
-    spans: list[list[int]] = []
-    for step in steps:
-        if spans and step == spans[-1][1] + 1:
-            spans[-1][1] = step
-        else:
-            spans.append([step, step])
-    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans)
+from hookctl.report import HEADERS, Log, report
 
 
 class Session:
@@ -62,7 +23,7 @@ class Session:
 
     sites: every attention site of the model; maps: the attention maps that were read, by word;
     clock: the time of the denoiser call in progress, or of the last one (None before the first);
-    log: who touched what.
+    editors: in their order; log: what they did, which `report` puts into words.
     """
 
     def __init__(
@@ -75,9 +36,7 @@ class Session:
         rows: Sequence[str] | None = None,
     ) -> None:
         for i, editor in enumerate(editors):
-            if not isinstance(editor, Editor):
-                given = f"the class {editor.__name__}" if isinstance(editor, type) else repr(editor)
-                raise InputError(f"editors[{i}] is {given}; give instances of hookctl.Editor")
+            check_editor(editor, f"editors[{i}]")
         check_backend(backend)
         self.target, self.editors, self.backend, self.strict = target, editors, backend, strict
         self.denoiser = families.denoiser_of(target)
@@ -124,11 +83,24 @@ class Session:
             )
 
     def report(self) -> str:
-        """A table: editor, site, verbs, steps, plan and why."""
-        rows = self.log.rows()
-        if not rows:
-            return "no editor touched any attention site"
-        return table(rows, ("editor", "site", "verbs", "steps", "plan", "reason"))
+        """What every editor did, where and at which steps, in attention (by which plan, and why)
+        and round it; and which editors never acted, and why."""
+        return report(self.log, self.editors)
+
+    def __repr__(self) -> str:
+        names = ", ".join(editor.name for editor in self.editors) or "no editors"
+        clock = self.clock
+        at = "not run yet"
+        if clock is not None:
+            at = f"last step {clock.step}" + (f" of {clock.steps}" if clock.steps else "")
+        return f"<Session {type(self.target).__name__}: {names}; {len(self.sites)} sites; {at}>"
+
+    def _repr_html_(self) -> str:
+        rows = [*self.log.rows(), *self.log.hook_rows()]
+        silent = [f"{name} never acted: {why}" for name, why in self.log.silent(self.editors)]
+        shown = html_table(rows, HEADERS) if rows else ""
+        maps = self.maps._repr_html_() if self.maps.records else ""
+        return html_lines([repr(self)]) + shown + html_lines(silent) + maps
 
 
 def control(

@@ -16,6 +16,23 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="MARK",
+        help="skip the tests of this mark, so that they are counted (see the Makefile)",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for mark in config.getoption("--skip"):
+        for item in items:
+            if mark in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=f"{mark}: see the Makefile"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def watched() -> Iterator[None]:
     """In the interpreter, kernels keep to their tensors and don't race; see sanitizer.py."""

@@ -20,8 +20,10 @@ from hookctl.errors import InputError
 class Clock:
     """The time of one denoiser call.
 
-    step: 0 (noisiest) .. steps - 1; steps: length of the schedule, 0 if unknown;
-    timestep: as the denoiser received it (training timesteps or sigma units of the family).
+    step: which step it belongs to, from 0 (the noisiest) to steps - 1.
+    steps: how many the scheduler's list of timesteps has, 0 if unknown.
+    timestep: as the denoiser is given it, in units of its family: training steps (999 .. 0), or
+        1000 sigma or sigma for flow matching.
     """
 
     step: int
@@ -36,7 +38,10 @@ class Clock:
 
 @dataclass(frozen=True)
 class Window:
-    """Steps with start <= fraction < stop, both in fractions of the schedule."""
+    """A span of the schedule: the steps with start <= step / steps < stop.
+
+    start, stop: fractions of the schedule, 0 (the noisiest step) to 1; rounded down to steps.
+    """
 
     start: float = 0.0
     stop: float = 1.0
@@ -60,12 +65,14 @@ class Window:
         return cls(start, stop)
 
     def holds(self, clock: Clock) -> bool:
+        """Whether the step of a denoiser call is in the span."""
         # A whole number of steps: int(b * steps) is the published rule (Prompt-to-Prompt).
         if not clock.steps:
             return self.start <= 0.0 < self.stop
         return _steps(self.start, clock) <= clock.step < _steps(self.stop, clock)
 
     def overlaps(self, other: Window) -> bool:
+        """Whether some fraction of the schedule is in both."""
         return max(self.start, other.start) < min(self.stop, other.stop)
 
 

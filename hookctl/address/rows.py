@@ -19,11 +19,16 @@ COND, UNCOND, PERTURBED = "cond", "uncond", "perturbed"
 
 @dataclass(frozen=True)
 class Row:
-    """One batch row of a denoiser call.
+    """One batch row of a denoiser call: `x[row.index]` is its part of a batch x.
 
-    branch: what the row predicts ("cond", "uncond", "perturbed", "image" ...).
-    prompt: index of the prompt it belongs to; image: which of that prompt's images it draws.
-    copied: the branch that it copies with its text, None where it copies none.
+    index: place in the batch, from 0.
+    branch: what the row predicts: COND ("cond", with the prompt), UNCOND ("uncond", with the
+        negative one), "perturbed" (of a guidance by perturbation), "image" (of an edit model), or
+        the name that an editor's `branches` gave it.
+    prompt: index of the run's prompt that it belongs to, from 0.
+    image: which of that prompt's images it draws, from 0.
+    copied: the branch that an added row copies with its text, None for a row of the pipeline's own
+        or with a text of its own.
     """
 
     index: int
@@ -54,7 +59,11 @@ class Layout:
 
 
 class Rows(Sequence[Row]):
-    """The rows of one denoiser call, in batch order."""
+    """The rows of one denoiser call, in batch order: a sequence of `Row`.
+
+    for row in call.rows.where(branch=COND): ...
+    source = call.rows.twin(row, prompt=0)
+    """
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self._rows = tuple(rows)
@@ -79,7 +88,10 @@ class Rows(Sequence[Row]):
         image: int | None = None,
         role: str | None = None,
     ) -> tuple[Row, ...]:
-        """The rows that have all the given tags."""
+        """The rows that have all the given tags, () if none has.
+
+        role: as `branch`, but a perturbed row has that of the branch it copies.
+        """
         return tuple(
             r
             for r in self._rows

@@ -11,7 +11,7 @@ from __future__ import annotations
 import fnmatch
 import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -58,7 +58,7 @@ _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
 
 
 def matcher(selector: Selector) -> Callable[[Site], bool]:
-    """Step a selector into a predicate.
+    """Turn a selector into a predicate.
 
     A selector is a predicate, a list of paths or globs, None (every site), or text: words joined
     by spaces must all hold, alternatives are split by commas. A word is a kind (`cross`), a place
@@ -127,14 +127,23 @@ def select(sites: Iterable[Site], selector: Selector, *, who: str = "") -> tuple
 
 @dataclass(frozen=True)
 class Grid:
-    """The token grid of an image span: frames x height x width."""
+    """The grid that image tokens form: `height, width = grid`, in tokens, and so many frames.
+
+    Tokens are laid out frame by frame, and in each row by row: `x.reshape(frames, height, width)`.
+    """
 
     height: int
     width: int
     frames: int = 1
 
+    def __iter__(self) -> Iterator[int]:
+        """height and width"""
+        yield self.height
+        yield self.width
+
     @property
     def tokens(self) -> int:
+        """How many there are, of all frames."""
         return self.frames * self.height * self.width
 
 

@@ -1,10 +1,10 @@
 """`AttentionCall`: what an editor sees of one attention call, and the verbs that rewrite it.
 
-Verbs do not compute: they note an operation with its stage, and the stack folds the operations
-into terms when every editor has spoken (substitution, extension, restriction, token map,
-addition, override, read-out; the order of the editors inside a stage). Editors therefore compose
+Verbs do not compute: each adds an operation with its stage, and when all editors have seen the
+call the operations are folded into terms (substitution, extension, restriction, token map,
+addition, override, read-out; in the order of the editors inside a stage). Editors therefore compose
 whatever order they were written in, and nothing is evaluated twice. A verb that would change
-nothing (scale 0, a bias of zeros, a row that borrows from itself) notes nothing, and the call
+nothing (scale 0, a bias of zeros, a row that borrows from itself) adds nothing, and the call
 stays the model's own.
 """
 
@@ -26,7 +26,31 @@ from hookctl.errors import InputError, UnsupportedError
 
 
 class AttentionCall(CallData):
-    """One attention call of one site, as its editors see and rewrite it."""
+    """One attention call of one site: what an editor sees of it, and the verbs that rewrite it.
+
+    What follows is there to be read. A verb takes the rows to change, a `Row`, its index or several
+    of them, and changes those alone.
+
+    site: the attention layer, a `Site`: its path, kind ("self", "cross", "joint", "temporal"),
+        place in the model and resolution relative to the latent.
+    q, k, v: queries [rows, sub-batch, heads, N, channels], keys and values [rows, sub-batch,
+        heads, M, channels], after projection, norm and rotary embedding. The sub-batch is 1 but
+        for video models, where a row has several frames or positions.
+    rows: whose the batch rows are, `Rows` in the order of q, k and v.
+    clock: when, the `Clock` of the denoiser call: its step, of how many.
+    grid: the grid of the image's queries, `height, width = call.grid`, in tokens, with
+        `.frames`; None if they form none over the latent (`require_grid` refuses that).
+    spans: where the image stands among the queries and text and image among the keys, (start,
+        stop) in tokens: `image_queries`, `image_keys` and `text_keys`, the latter two None where
+        there are no such keys.
+    prompts: the texts of the run, `prompts[row.prompt]`; () if the pipeline was given embeddings.
+    scale: factor of the scores, softmax(scale q k^T + mask) v; mostly channels ** -0.5.
+    mask: the model's own, [rows | 1, sub-batch | 1, heads | 1, N | 1, M], added to the scores, or
+        of bools that are True where a key is seen; None if there is none.
+    index: which attention call of its module's forward this is; the model's own is 0, those of
+        adapters (IP-Adapter) follow.
+    latent: sides of the latent, ([frames,] height, width), in latent pixels; () if unknown.
+    """
 
     def borrow(
         self,

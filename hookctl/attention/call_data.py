@@ -1,4 +1,4 @@
-"""An attention call without its verbs: tensors, their addresses, and what was noted for them.
+"""An attention call without its verbs: tensors, their addresses, and what is to be done to them.
 
 Rows and tensors that editors give are checked here against what the call holds.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Never
 
 import torch
 from torch import Tensor
@@ -18,21 +18,13 @@ from hookctl.address.sites import Grid, Site, grid_of
 from hookctl.attention.arguments import cast, stacked
 from hookctl.attention.rewriting import Operation, ReadOut, Rewriting, Stage, folded
 from hookctl.attention.term import Ref, Segment, Spans, Sum, Term, spans_of
-from hookctl.errors import InputError
+from hookctl.errors import InputError, UnsupportedError, check_returned
 
 RowLike = Row | int
 
 
 class CallData:
-    """The tensors of one attention call, who, when and where they are, and the operations noted.
-
-    q, k, v: [rows, sub-batch, heads, tokens, channels], after projection, norm and rotary
-    embedding. `sub-batch` is 1 but for video models, where a row has several frames or positions.
-    rows, clock: who and when. sequence: tokens of the text, where they are known, and the order of
-    a joint sequence. index: which call of this module's forward it is (an adapter's
-    branches come after the text's, so 0 is the model's own). editor: who is speaking; operations,
-    read_outs: what was said.
-    """
+    """An attention call without its verbs; `AttentionCall` says what its attributes are."""
 
     def __init__(
         self,
@@ -53,7 +45,7 @@ class CallData:
         prompts: Sequence[str] = (),
     ) -> None:
         self.site, self.rows, self.clock, self.index = site, rows, clock, index
-        self.q, self.k, self.v = q, k, v
+        self._q, self._k, self._v = q, k, v
         self.prompts = tuple(prompts)
         self.mask, self.scale, self.latent = mask, scale, tuple(latent)
         self.sequence = text_tokens, joint_order
@@ -61,6 +53,40 @@ class CallData:
         self.operations: list[Operation] = []
         self.read_outs: list[ReadOut] = []
         self.editor: Any = None
+
+    @property
+    def q(self) -> Tensor:
+        """Queries, [rows, sub-batch, heads, N, channels]."""
+        return self._q
+
+    @q.setter
+    def q(self, value: Never) -> None:
+        self._refuse("q")
+
+    @property
+    def k(self) -> Tensor:
+        """Keys, [rows, sub-batch, heads, M, channels]."""
+        return self._k
+
+    @k.setter
+    def k(self, value: Never) -> None:
+        self._refuse("k")
+
+    @property
+    def v(self) -> Tensor:
+        """Values, [rows, sub-batch, heads, M, channels]."""
+        return self._v
+
+    @v.setter
+    def v(self, value: Never) -> None:
+        self._refuse("v")
+
+    def _refuse(self, name: str) -> None:
+        who = getattr(self.editor, "name", "editor")
+        raise InputError(
+            f"{who}: call.{name} = ... at {self.site.path}: {name} can't be assigned; use "
+            f"call.replace(rows, {name}=...), or call.borrow(rows, {name}=row)"
+        )
 
     @cached_property
     def spans(self) -> Spans:
@@ -77,6 +103,18 @@ class CallData:
         """The grid of the image queries, or None if they form none over the latent."""
         start, stop = self.spans.image_queries
         return grid_of(stop - start, self.latent) if self.latent else None
+
+    def require_grid(self, who: str) -> Grid:
+        """The grid, for an editor (named `who`) to which places mean something.
+
+        Raises UnsupportedError if there is none.
+        """
+        if self.grid is None:
+            raise UnsupportedError(
+                f"{who}: the queries of {self.site.path} form no grid over the latent, so they "
+                "have no places in the image; leave it out with sites="
+            )
+        return self.grid
 
     def context(self, name: str) -> tuple[Tensor, Tensor]:
         """k and v of an extra text that an editor's `context` gave, stacks like `k` and `v`."""
@@ -103,6 +141,18 @@ class CallData:
                 v = torch.cat([self.v[..., start:stop, :], v], -2)
             self._with_image[name] = k, v
         return self._with_image[name]
+
+    def show_to(self, editor: Any) -> None:
+        """Let an editor rewrite this call."""
+        self.editor = editor
+        returned = editor.attention(self)
+        if returned is not None:
+            check_returned(
+                editor.name,
+                "attention",
+                returned,
+                "rewrite the call by its verbs, such as call.replace(rows, v=...)",
+            )
 
     # -- folding -------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from hookctl.bench.limits import Limits
 from hookctl.bench.measure import OURS, Measured
-from hookctl.inspect.tables import table
+from hookctl.inspect import table
 
 HEADERS = ("case", "shape", "form", "ms", "quartiles", "host ms", "MiB", "times ours", "limit ms")
 _COLOURS = {OURS: "#c8102e", "eager": "#1f4e99", "plain": "#888888"}

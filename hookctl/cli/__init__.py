@@ -7,6 +7,7 @@ progress and errors to standard error.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import traceback
@@ -21,14 +22,17 @@ from hookctl.errors import HookctlError, InputError
 
 _EXAMPLES = """
 examples:
-  hookctl demo --out out                      # edit images of the embedded pipeline, measured
-  hookctl run recolour --out out              # a stack that comes with hookctl
-  hookctl maps shapes --prompt "a red circle above a blue square" --out out
+  hookctl demo                                # edit images of the embedded pipeline, measured
+  hookctl run recolour                        # a stack that comes with hookctl
+  hookctl maps shapes --prompt "a red circle above a blue square"
   hookctl inspect stabilityai/stable-diffusion-2-1
 
 "shapes" is the embedded pipeline: no download, seconds on a CPU.
 `hookctl COMMAND --help` has more examples.
 """
+
+# A full disk: these come while a file is written, and do not say which.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
-    trace = bool(os.environ.get("HOOKCTL_TRACE"))
+    trace, options = bool(os.environ.get("HOOKCTL_TRACE")), None
     try:
         options = parser().parse_args(arguments)
         options.main(options)
@@ -83,6 +87,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, str(error), 2, trace)
     except HookctlError as error:
         return _fail(error, str(error), 1, trace)
+    except OSError as error:
+        name = error.filename
+        if name is None and error.errno in _FULL:
+            name = f"--out {getattr(options, 'out', None) or 'out'}"
+        reason = f"{name}: {error.strerror}" if name else str(error)
+        return _fail(error, reason, 1, trace)
     except Exception as error:
         hint = "" if trace else " (HOOKCTL_TRACE=1 shows where)"
         return _fail(error, f"{type(error).__name__}: {error}{hint}", 1, trace)

@@ -10,8 +10,9 @@ from hookctl.cli.bench_tables import place, tune
 from hookctl.cli.common import (
     add_command,
     add_out,
-    make_folder,
+    out_folder,
     positive,
+    save_image,
     usable_device,
     whole,
     write_json,
@@ -69,7 +70,7 @@ def add(commands: Any) -> None:
         choices=("float32", "float16", "bfloat16"),
         help="of the tensors (default: float32 on a CPU, bfloat16 on a GPU)",
     )
-    add_out(command)
+    add_out(command, "out/bench")
 
 
 def main(options: Any) -> None:
@@ -89,7 +90,7 @@ def main(options: Any) -> None:
     dtype = getattr(torch, options.dtype or usual)
     if options.tune or options.wins:
         return (tune if options.tune else place)(device, options)
-    out = make_folder(options.out)  # before anything is measured, which takes long
+    out = out_folder(options.out, "bench")  # before anything is measured, which takes long
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     seconds = options.seconds or (0.6 if options.quick else 4.0)
@@ -120,7 +121,7 @@ def main(options: Any) -> None:
     if measured:
         print(report.text(measured))
         heading = "{name}, {dtype}, torch {torch}".format_map(data)
-        report.plot(measured, heading).save(out / "bench.png")
+        save_image(report.plot(measured, heading), out / "bench.png")
         print(f"\nwritten to {out}: bench.json, bench.png")
     if failed:
         said = "\n".join(f"{what}: {why}" for what, why in failed.items())

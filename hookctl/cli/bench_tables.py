@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from hookctl.cli.common import make_folder, write_json
+from hookctl.cli.common import out_folder, write_json
 
 
 def tune(device: Any, options: Any) -> None:
@@ -83,4 +83,4 @@ def _shown(measured: list[Any], options: Any, name: str) -> None:
 
     print(file=sys.stderr)
     print(report.text(measured))
-    write_json(make_folder(options.out) / name, [one.data() for one in measured])
+    write_json(out_folder(options.out, "bench") / name, [one.data() for one in measured])

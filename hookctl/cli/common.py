@@ -9,15 +9,17 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hookctl
-from hookctl.errors import InputError
+from hookctl.errors import HookctlError, InputError
+from hookctl.preset import SETTINGS
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -133,29 +135,33 @@ def add_progress(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_setting(command: Any, name: str, **options: Any) -> None:
+    """The option of one setting of a run."""
+    setting = SETTINGS[name]
+    read = number if setting.hint is float else None
+    command.add_argument(
+        f"--{name}",
+        metavar=setting.metavar,
+        help=setting.help,
+        type=read if setting.least is None else whole(setting.least),
+        **options,
+    )
+
+
 def add_drawing(command: argparse.ArgumentParser, *, images: bool) -> None:
     group = command.add_argument_group("drawing")
-    group.add_argument("--seed", type=whole(0), metavar="N", help="of the first noise (default: 0)")
-    group.add_argument("--steps", type=whole(1), metavar="N", help="of the sampler (default: 30)")
-    group.add_argument(
-        "--guidance", type=number, metavar="X", help="guidance scale (default: the pipeline's own)"
-    )
-    group.add_argument("--negative", metavar="TEXT", help="negative prompt")
-    if images:
-        group.add_argument(
-            "--images", type=whole(1), metavar="N", help="images of each prompt (default: 1)"
-        )
-    group.add_argument("--width", type=whole(1), metavar="PX", help="default: the model's own")
-    group.add_argument("--height", type=whole(1), metavar="PX", help="default: the model's own")
+    for name, setting in SETTINGS.items():
+        if setting.draws and (images or name != "images"):
+            add_setting(group, name)
 
 
-def add_out(command: argparse.ArgumentParser) -> None:
+def add_out(command: argparse.ArgumentParser, default: str) -> None:
+    """default: the folder in words, as `out_folder` makes it of the name of what is run."""
     command.add_argument(
         "--out",
         type=Path,
-        default=Path("out"),
         metavar="DIR",
-        help="folder for what is made; files of the same names are replaced (default: out)",
+        help=f"folder for what is made; files of the same names are replaced (default: {default})",
     )
 
 
@@ -182,17 +188,43 @@ def bar(title: str, shown: bool, unit: str = "step") -> Iterator[Callable[..., N
         yield progress
 
 
-def make_folder(out: Path) -> Path:
-    """The folder for results, made if need be; InputError if it can't be."""
+def out_folder(given: Path | None, command: str, name: str = "") -> Path:
+    """The folder for results, made if need be; InputError if it can't be.
+
+    given: as --out says it, else it is out/COMMAND-NAME.
+    """
+    out = given or Path("out", f"{command}-{file_name(name)}" if name else command)
     try:
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out}: can't be made a folder ({error.strerror})") from None
+    except (OSError, ValueError) as error:  # ValueError: of a null byte
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"--out {str(out)!r}: can't be made a folder ({reason})") from None
     return out
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Write a file; where that fails, no part of it is left and the error names it."""
+    try:
+        yield path
+    except OSError as error:
+        with suppress(OSError):
+            path.unlink()
+        raise HookctlError(f"{path}: can't be written ({error.strerror or error})") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    with writing(path):
+        path.write_text(text, "utf-8")
+
+
 def write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n", "utf-8")
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def save_image(image: Image, path: Path) -> None:
+    with writing(path):
+        image.save(path)
 
 
 def file_name(text: str) -> str:

@@ -17,7 +17,7 @@ from hookctl.cli.common import (
     add_out,
     add_progress,
     bar,
-    make_folder,
+    out_folder,
     versions,
     wants_progress,
     whole,
@@ -27,17 +27,17 @@ from hookctl.cli.quiet import quiet
 from hookctl.demos import DEMOS
 from hookctl.demos.reports import groups, singles
 from hookctl.errors import HookctlError, InputError
-from hookctl.inspect.tables import table
+from hookctl.inspect import table
 
 if TYPE_CHECKING:
     from hookctl.demos.gallery import Shown
 
 _DEFAULT = "prompt_to_prompt"
 _EXAMPLES = """
-hookctl demo --out out                       # the default demo; look at out/grid.png
+hookctl demo                                 # the default; look at out/demo-*/grid.png
 hookctl demo --list                          # which demos there are
 hookctl demo prompt_to_prompt --seeds 16     # more cases, steadier figures
-hookctl demo all --out out                   # every demo, each in a folder of its own
+hookctl demo all                             # every demo, each in a folder of its own
 """
 
 
@@ -54,7 +54,7 @@ def add(commands: Any) -> None:
         "name", nargs="?", default=_DEFAULT, help=f"of the demo, or 'all' (default: {_DEFAULT})"
     )
     command.add_argument("--list", action="store_true", help="list the demos and stop")
-    add_out(command)
+    add_out(command, "out/demo-NAME")
     command.add_argument("--seed", type=whole(0), default=0, metavar="N", help="default: 0")
     command.add_argument(
         "--seeds", type=whole(1), default=4, metavar="N", help="cases of each kind (default: 4)"
@@ -66,18 +66,19 @@ def main(options: Any) -> None:
     if options.list:
         print(table(list(DEMOS.items()), ("demo", "what it shows")))
     elif options.name == "all":
-        _all(options)
+        _all(out_folder(options.out, "demo", "all"), options)
     else:
-        _run(_known(options.name), make_folder(options.out), options)
+        name = _known(options.name)
+        _run(name, out_folder(options.out, "demo", name), options)
 
 
-def _all(options: Any) -> None:
+def _all(out: Path, options: Any) -> None:
     """Every demo in a folder of its own, and a page of all; one that fails stops no other."""
     from hookctl.demos.gallery import Shown, write_page
 
     shown, begun = [], time.perf_counter()
     for name in DEMOS:
-        folder = make_folder(options.out / name)
+        folder = out_folder(out / name, "demo")
         try:
             shown.append(Shown.of(name, _run(name, folder, options), folder))
         except Exception as error:
@@ -87,9 +88,9 @@ def _all(options: Any) -> None:
             if os.environ.get("HOOKCTL_TRACE"):
                 traceback.print_exception(error)
         # After each: hours may lie between the first and the last.
-        page = write_page(options.out, shown)
+        page = write_page(out, shown)
         seconds = round(time.perf_counter() - begun, 1)
-        write_json(options.out / "report.json", _report(shown, seconds, options))
+        write_json(out / "report.json", _report(shown, seconds, options))
     print(f"all of them: {page}")
     failed = [one.name for one in shown if one.error is not None]
     if failed:

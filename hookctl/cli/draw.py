@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import inspect
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from hookctl.errors import InputError, UnsupportedError
+from hookctl.preset import SETTINGS
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
 STEPS = 30
-_NAMES = {  # option -> argument of a pipeline's call
-    "steps": "num_inference_steps",
-    "guidance": "guidance_scale",
-    "negative": "negative_prompt",
-    "images": "num_images_per_prompt",
-    "width": "width",
-    "height": "height",
-}
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """How images are drawn; None is the pipeline's own."""
+    """How images are drawn: the settings that say so (`preset.SETTINGS`); None is the pipeline's
+    own."""
 
     seed: int = 0
     steps: int = STEPS
@@ -37,15 +30,6 @@ class Drawing:
     images: int = 1
     width: int | None = None
     height: int | None = None
-
-    def __post_init__(self) -> None:
-        least = {"seed": 0, "steps": 1, "images": 1, "width": 1, "height": 1}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value < 2**63:
-                raise InputError(f"{name} = {value}; give a whole number >= {low}")
-        if self.guidance is not None and not math.isfinite(self.guidance):
-            raise InputError(f"guidance = {self.guidance}; give a number")
 
     @classmethod
     def of(cls, options: Any, defaults: Mapping[str, Any] | None = None) -> Drawing:
@@ -65,9 +49,9 @@ class Drawing:
         if "prompt" not in taken:
             raise UnsupportedError(f"{type(pipe).__name__} takes no prompt; give one that does")
         given: dict[str, Any] = {"prompt": list(prompts), "generator": self.generators(prompts)}
-        for option, name in _NAMES.items():
-            value = getattr(self, option)
-            if value is None or (option == "images" and value == 1):
+        for option, value in self.data().items():
+            name = SETTINGS[option].argument
+            if name is None or value is None or (option == "images" and value == 1):
                 continue
             if name not in taken:
                 raise InputError(

@@ -10,11 +10,10 @@ from hookctl.cli import common
 from hookctl.cli.draw import Drawing
 from hookctl.cli.models import find_model
 from hookctl.cli.quiet import quiet
-from hookctl.inspect.tables import table
+from hookctl.inspect import table
 
 if TYPE_CHECKING:
-    from hookctl.inspect.probe import Probed
-    from hookctl.inspect.survey import Survey
+    from hookctl.inspect import Probed, Survey
 
 _TEXT = """
 List the attention sites of a model, what its family does with text and guidance, and which sites
@@ -53,7 +52,7 @@ def main(options: Any) -> None:
 @quiet()
 def _inspect(options: Any) -> None:
     from hookctl.cli.loading import load_for_survey, load_pipeline
-    from hookctl.inspect.survey import survey
+    from hookctl.inspect import survey
 
     if not options.run:
         target = load_for_survey(options.model)
@@ -76,8 +75,7 @@ def _inspect(options: Any) -> None:
 def _probe(pipe: Any, options: Any) -> Probed:
     from PIL import Image
 
-    from hookctl.inspect.probe import probe
-    from hookctl.inspect.survey import pipeline_arguments
+    from hookctl.inspect import pipeline_arguments, probe
 
     pipe.set_progress_bar_config(disable=not common.wants_progress(options), leave=False)
     drawing = Drawing(steps=_RUN_STEPS)

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hookctl.cli.common import bar
 from hookctl.cli.draw import Drawing
 from hookctl.errors import InputError
-from hookctl.preset.signature import parameters
-from hookctl.preset.stack import Preset
+from hookctl.preset import FILLED, Preset, parameters
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -86,7 +85,7 @@ def program_for(
     name, taken = preset.program.recipe, parameters(preset.program.cls)
     if len(prompts) > 1:
         raise InputError(f"edit = {prompts[1]!r}; {name} takes one prompt")
-    given = {name: getattr(drawing, name) for name in ("steps", "guidance", "negative", "seed")}
+    given = {key: value for key, value in drawing.data().items() if key in FILLED["program"]}
     if "size" not in taken:
         check_fits(pipe, image, drawing)
     elif drawing.width is not None or drawing.height is not None:

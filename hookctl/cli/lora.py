@@ -10,7 +10,7 @@ from typing import Any
 
 from hookctl.cli.common import number
 from hookctl.errors import InputError
-from hookctl.preset.stack import LoraSpec
+from hookctl.preset import LoraSpec
 
 
 def add_lora(command: argparse.ArgumentParser) -> None:

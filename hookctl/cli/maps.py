@@ -12,7 +12,7 @@ from hookctl.cli.lora import add_lora, check_loras, put_on, said
 from hookctl.cli.models import find_model
 from hookctl.cli.quiet import quiet
 from hookctl.errors import InputError
-from hookctl.inspect.tables import table
+from hookctl.inspect import table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,8 +25,8 @@ _TEXT = """
 Draw an image and write the attention maps of its words: how much each place attends to a word,
 averaged over heads, sites and steps of the schedule.
 
-writes to --out:
-  image.png       what was drawn
+writes to --out (default: out/maps-MODEL):
+  image.png         what was drawn
   maps.png          every word over the image
   overlay-WORD.png  one word over the image
   grids-WORD.png    the word on each grid of the model
@@ -36,7 +36,7 @@ writes to --out:
 """
 _ALSO = "image.png, overlay-*, grids-*, time-*, maps.npz, maps.json"
 _EXAMPLES = """
-hookctl maps shapes --prompt "a red circle above a blue square" --out out
+hookctl maps shapes --prompt "a red circle above a blue square"
 hookctl maps shapes --prompt "a red circle above a blue square" --words circle,square
 hookctl maps ./sd15 --prompt "a cat on a mat" --words "cat,on a mat" --steps 20 --seed 3
 hookctl maps owner/name --prompt "a cat" --dtype float16 --device cuda
@@ -53,12 +53,12 @@ def add(commands: Any) -> None:
         _EXAMPLES,
     )
     command.add_argument("model", metavar="MODEL", help=common.MODEL_HELP)
-    command.add_argument("--prompt", required=True, metavar="TEXT")
+    common.add_setting(command, "prompt", required=True)
     command.add_argument(
         "--words", type=common.words, metavar="A,B", help="words or phrases (default: every word)"
     )
     add_lora(command)
-    common.add_out(command)
+    common.add_out(command, "out/maps-MODEL")
     common.add_drawing(command, images=False)
     common.add_machine(command)
     common.add_progress(command)
@@ -70,7 +70,7 @@ def main(options: Any) -> None:
         raise InputError(f"--prompt {options.prompt!r} has no words; give a text to read maps of")
     check_loras(options.lora)
     find_model(options.model)
-    _write(drawing, common.make_folder(options.out), options)
+    _write(drawing, common.out_folder(options.out, "maps", Path(options.model).name), options)
 
 
 @quiet()
@@ -86,17 +86,19 @@ def _write(drawing: Drawing, out: Path, options: Any) -> None:
         progress = common.wants_progress(options)
         [image] = images(pipe, drawing, [options.prompt], "maps", progress)
     words = {word: session.maps[word] for word in session.maps.words}
-    image.save(out / "image.png")
+    common.save_image(image, out / "image.png")
     names = _names(words)
     overlays = []
     for word, maps in words.items():
         overlays.append(maps.overlay(image, label=word))
-        overlays[-1].save(out / f"overlay-{names[word]}.png")
-        _grids(maps).save(out / f"grids-{names[word]}.png")
-        maps.strip(image).save(out / f"time-{names[word]}.png")
-    show.contact_sheet([image, *overlays], ["image", *words]).save(out / "maps.png")
+        common.save_image(overlays[-1], out / f"overlay-{names[word]}.png")
+        common.save_image(_grids(maps), out / f"grids-{names[word]}.png")
+        common.save_image(maps.strip(image), out / f"time-{names[word]}.png")
+    sheet = show.contact_sheet([image, *overlays], ["image", *words])
+    common.save_image(sheet, out / "maps.png")
     arrays = {f"{word}@{h}x{w}": a for word, m in words.items() for (h, w), a in _arrays(m).items()}
-    np.savez_compressed(out / "maps.npz", **arrays)  # type: ignore[arg-type]
+    with common.writing(out / "maps.npz") as path:
+        np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
     figures = {word: _figures(maps) for word, maps in words.items()}
     common.write_json(
         out / "maps.json",

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hookctl.preset.stack import Preset
+from hookctl.cli.common import save_image, write_text
+from hookctl.preset import Preset
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,7 +23,7 @@ class Results:
     """What was drawn, prompt by prompt and image by image of each.
 
     edited: more than one for each plain one where a program draws several; sessions: the one round
-    it all first; image: that was given.
+    it all first; words: whose maps to show; image: that was given.
     """
 
     prompts: Sequence[str]
@@ -30,16 +31,17 @@ class Results:
     plain: Sequence[Image]
     edited: Sequence[Image]
     sessions: Sequence[Session]
+    words: Sequence[str] = ()
     image: Image | None = None
 
     def save(self, out: Path) -> None:
         for name, drawn in (("plain", self.plain), ("edited", self.edited)):
             for i, one in enumerate(drawn):
                 image = f"-{i % self.images}" if self.images > 1 else ""
-                one.save(out / f"{name}-{i // self.images}{image}.png")
+                save_image(one, out / f"{name}-{i // self.images}{image}.png")
         reports = [session.report() for session in self.sessions if session.editors]
-        (out / "report.txt").write_text("\n\n".join(reports) + "\n", "utf-8")
-        self.grid().save(out / "grid.png")
+        write_text(out / "report.txt", "\n\n".join(reports) + "\n")
+        save_image(self.grid(), out / "grid.png")
 
     def grid(self) -> Image:
         """An image a row: what was given, source (where there is an edit), plain, edited, maps."""
@@ -54,7 +56,7 @@ class Results:
             i = p * self.images + j
             source = [self.plain[j]] if several else []
             here = self.edited[i * each : (i + 1) * each]
-            maps = _overlays(self.sessions[0], p, j, here[0])
+            maps = _overlays(self.sessions[0], self.words, p, j, here[0])
             rows.append([*given, *source, self.plain[i], *here, *maps])
         titles = ["image"] * len(given)
         titles += ["source", "plain re-prompt"] if several else ["plain"]
@@ -68,11 +70,13 @@ class Results:
         )
 
 
-def _overlays(session: Session, prompt: int, place: int, image: Image) -> list[Image]:
+def _overlays(
+    session: Session, words: Sequence[str], prompt: int, place: int, image: Image
+) -> list[Image]:
+    """The maps of the words in one image, of those that its prompt has."""
     found = []
-    for word in session.maps.words:
-        maps = session.maps[word]
-        if prompt in maps.prompts:
+    for word in words:
+        if word in session.maps and prompt in (maps := session.maps[word]).prompts:
             chosen = maps.where(prompt=prompt, image=place)
             found.append(chosen.overlay(image, label=word))
     return found[:SHOWN_WORDS]
@@ -83,11 +87,15 @@ def say(out: Path, sessions: Sequence[Session], preset: Preset, times: Mapping[s
     if preset.program is not None:
         print(f"{preset.program.recipe}: draws by a loop of its own")
     for session in sessions:
-        rows = session.log.rows()
+        silent = dict(session.log.silent(session.editors))
         for editor in session.editors:
-            mine = [row for row in rows if row[0] == editor.name]
+            mine = [row for row in session.log.rows() if row[0] == editor.name]
+            hooks = [row[2] for row in session.log.hook_rows() if row[0] == editor.name]
             sites, plans = {row[1] for row in mine}, sorted({row[4] for row in mine})
-            where = f"{len(sites)} of {len(session.sites)} sites, by {', '.join(plans)}"
-            print(f"{editor.name}: {where if sites else 'acts round the attention'}")
+            parts = [f"{len(sites)} of {len(session.sites)} sites, by {', '.join(plans)}"] * bool(
+                sites
+            )
+            parts += dict.fromkeys(hooks)
+            print(f"{editor.name}: {'; '.join(parts) or f'never acted: {silent[editor.name]}'}")
     print(f"edited in {times['edited']:.1f} s, plain in {times['plain']:.1f} s")
     print(f"look at {out / 'grid.png'}; also written: plain-*, edited-*, report.txt, run.json")

@@ -24,8 +24,8 @@ from hookctl.cli.models import find_model
 from hookctl.cli.quiet import quiet
 from hookctl.cli.results import SHOWN_WORDS, Results, say
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.inspect.tables import table
-from hookctl.preset.stack import ImageSpec, Preset, existing, load_preset
+from hookctl.inspect import table
+from hookctl.preset import ImageSpec, Preset, existing, load_preset
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,7 +41,7 @@ here goes before the file. Draws the plain images and the edited ones from the s
 stacks take an image (--image): with an [inversion] table it is edited, and described by --prompt;
 with a [program] table the prompt is drawn round it, or in its place.
 
-writes to --out:
+writes to --out (default: out/run-STACK):
   grid.png          source, plain re-prompt, edited, and the maps of the words that changed
   plain-*.png       each prompt without the stack
   edited-*.png      each prompt under the stack
@@ -49,11 +49,11 @@ writes to --out:
   run.json          what was run: versions, seed, arguments, the stack's hash
 """
 _EXAMPLES = """
-hookctl run recolour --out out               # a stack that comes with hookctl (--list)
+hookctl run recolour                         # a stack that comes with hookctl (--list)
 hookctl run stack.toml --model shapes --prompt "a red circle" --edit "a blue circle"
 hookctl run stack.toml --model ./sd15 --lora style.safetensors:0.8 --prompt "a cat" --edit "a dog"
-hookctl run inverted_edit --image out/plain-0.png --out edited         # edits an image
-hookctl run cyclic_one_way --image out/plain-0.png --out grown         # draws round it
+hookctl run inverted_edit --image out/run-recolour/plain-0.png         # edits an image
+hookctl run cyclic_one_way --image out/run-recolour/plain-0.png        # draws round it
 """
 
 
@@ -70,17 +70,15 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--image", type=Path, metavar="FILE", help="image, for a stack that takes one"
     )
-    command.add_argument("--prompt", metavar="TEXT", help="of the source image")
-    command.add_argument(
-        "--edit", action="append", metavar="TEXT", help="the edited prompt; may be repeated"
-    )
+    common.add_setting(command, "prompt")
+    common.add_setting(command, "edit", action="append")
     command.add_argument(
         "--words",
         type=common.words,
         metavar="A,B",
         help="whose maps to show (default: the words that changed, or that an editor is given)",
     )
-    common.add_out(command)
+    common.add_out(command, "out/run-STACK")
     common.add_drawing(command, images=True)
     common.add_machine(command)
     common.add_progress(command)
@@ -111,7 +109,7 @@ def _run(path: Path, options: Any) -> None:
     model = options.model or preset.model
     if model is None:
         raise InputError(f"which model? Give --model, or model = in {preset.path}")
-    out = common.make_folder(options.out)
+    out = common.out_folder(options.out, "run", path.stem)
     pipe = load_pipeline(model, options.device, options.dtype)
     put_on(pipe, loras)
     progress = common.wants_progress(options)
@@ -135,7 +133,9 @@ def _run(path: Path, options: Any) -> None:
         edited = _timed(times, "edited", draw, "edited")
     plain = _timed(times, "plain", draw_plain, "plain")
     sessions = [session, *filter(None, [getattr(program, "session", None)])]
-    Results(prompts, drawing.images, plain, edited, sessions, image).save(out)
+    readers = [one for one in (*maps, *editors) if isinstance(one, hookctl.Maps)]
+    words = [word for one in readers for word in one.words] or session.maps.words
+    Results(prompts, drawing.images, plain, edited, sessions, words, image).save(out)
     common.write_json(
         out / "run.json",
         {
@@ -174,7 +174,7 @@ def editors_by_name() -> dict[str, type[Editor]]:
 def inversions_by_name() -> dict[str, type[Any]]:
     """Every recipe that a stack may invert its image by."""
     from hookctl import recipes
-    from hookctl.recipes.common.inversion import Inversion
+    from hookctl.recipes.common.real_images.inversion import Inversion
 
     known = [getattr(recipes, name) for name in recipes.__all__]
     return {c.__name__: c for c in known if isinstance(c, type) and issubclass(c, Inversion)}
@@ -226,7 +226,7 @@ def _prompts(options: Any, preset: Preset) -> list[str]:
 
 def _maps(
     pipe: Any, prompts: Sequence[str], wanted: Sequence[str] | None, preset: Preset
-) -> list[Editor]:
+) -> list[hookctl.Maps]:
     """The editor that reads the maps to be shown, if the pipeline has words."""
     if wanted:
         return [hookctl.Maps(*wanted)]

@@ -169,7 +169,7 @@ class EditedSite:
         part = own_part(denoiser_call, self.site.kind, self.joint_order, given)
         own = part.call
         plain = original if original is not None and part.call is given else own.attend
-        if index != self.own_call and per_sample(own.query, denoiser_call.rows):
+        if index != self.own_call and not per_sample(own.query, denoiser_call.rows):
             return plain()
         call = self._shown(part, denoiser_call, index)
         if repeated:
@@ -208,8 +208,7 @@ class EditedSite:
         if part.context:
             call.set_context_source(*(stack_rows(x, count) for x in part.full))
         for one in self.attached:
-            call.editor = one.editor
-            one.editor.attention(call)
+            call.show_to(one.editor)
         reader = denoiser_call.reader
         if reader is not None:
             call.read_outs = [r for r in call.read_outs if r.editor is reader.editor]

@@ -26,7 +26,7 @@ from hookctl.address.rows import COND, Row
 from hookctl.address.sites import Grid, Selector, Site
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import Editor
-from hookctl.errors import HoleError, InputError, LayoutError, UnsupportedError
+from hookctl.errors import HoleError, InputError, LayoutError
 from hookctl.loop.arguments import narrow, take_rows
 from hookctl.loop.calls import predict
 from hookctl.loop.driven import Reading, reading_in
@@ -85,19 +85,16 @@ class _Collection:
     heads: bool
     pending: set[tuple[str, Key]]
     early: bool
+    who: str = "energy"
     maps: dict[Key, dict[Site, Tensor]] = field(default_factory=dict)
 
     def ask(self, call: AttentionCall) -> None:
         if call.site.path not in self.sites:
             return
-        if call.grid is None:
-            raise UnsupportedError(
-                f"the queries of {call.site.path} form no grid over the latent, so its maps have "
-                "no places; leave it out with sites="
-            )
+        grid = call.require_grid(self.who)
         for row in call.rows:
             if tokens := self.tokens.get(row.prompt):
-                call.read(row, tokens, partial(self._keep, call.site, call.grid), heads=self.heads)
+                call.read(row, tokens, partial(self._keep, call.site, grid), heads=self.heads)
 
     def _keep(self, site: Site, grid: Grid, row: Row, values: Tensor) -> None:
         """values: [sub-batch, (heads,) N, tokens]."""
@@ -225,7 +222,8 @@ def _collection(
 ) -> _Collection:
     keys = [(row.prompt, row.image) for row in rows if tokens.get(row.prompt)]
     pending = {(path, key) for path in sites for key in keys} if reader is not None else set()
-    return _Collection(frozenset(sites), tokens, heads, pending, early)
+    who = "energy" if reader is None else reader.name
+    return _Collection(frozenset(sites), tokens, heads, pending, early, who)
 
 
 @contextmanager

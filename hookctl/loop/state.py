@@ -21,18 +21,32 @@ Proceed = Callable[[], Any]
 
 @dataclass(eq=False)
 class State:
-    """One denoiser call.
+    """One denoiser call. An editor may assign `latents`, and change `kwargs` before `proceed`.
 
-    rows, clock: who and when. kwargs: every argument of the call by name (an editor's `denoise`
-    may change them before it proceeds). prompts: the texts of the run, () if unknown;
-    encoding: how the pipeline encoded them (arguments of its `encode_prompt`, by name).
-    sample: name of the argument that holds the model input; scaling: how the scheduler made it
-    from the latents, None where it is the latents; text: name of the argument with the text
-    embeddings. grid: ([frames,] height, width) of the latent; nested: the call was made by an
-    editor, inside another call. own_text: tokens of the text that the pipeline gave; own_rows:
-    how many rows are the pipeline's, None for all. asking: the rows of a call that an editor makes
-    inside this one, where they are not all of its rows; reading: what this call is made for, if it
-    is to read maps (`energy`). maps: the store of the session whose editor is spoken to.
+    latents: [images, channels, [frames,] height, width] in the scheduler's space: in `before` and
+        `denoise` the noisy ones of this step, in `after` what the step made of them.
+    images: whose they are, a `Row` for each.
+    rows: whose the batch rows of the call are (`Rows`); a guided call has several for each image.
+    clock: when (`Clock`): the step, of how many.
+    prompts: the texts of the run, `prompts[row.prompt]`; () if the pipeline was given embeddings.
+    images_per_prompt: how many images each prompt gets.
+    encoding: how the pipeline encoded the prompts: arguments of its `encode_prompt` by name.
+    kwargs: every argument of the call by its name in the denoiser's `forward`.
+    sample: which of them is the model input, [rows, channels, [frames,] height, width].
+    text: which of them has the text embeddings, [rows, tokens, channels]; None if none has.
+    grid: sides of the latent, ([frames,] height, width), in latent pixels.
+    denoiser, pipe: the model, and its pipeline (None for a bare denoiser).
+    maps: the `MapStore` of the session that the editor belongs to (in `begin`).
+    nested: whether an editor made this call, inside another.
+
+    For those who make calls of their own (`loop.calls.predict`):
+    scaling: how the scheduler made the model input from the latents, None where it is the latents.
+    own_text: tokens of the pipeline's own text; extra_text: where texts that editors added stand
+        behind it, name -> (start, stop).
+    own_rows: how many rows are the pipeline's own, None for all.
+    asking: the rows of a call that an editor makes inside this one, None for this one's.
+    reading: whose maps the call is made for, None for an ordinary one (`energy`).
+    assigned: latents that an editor gave the step, None for none; stepped: the step's result.
     """
 
     denoiser: nn.Module
@@ -117,12 +131,15 @@ class State:
 
 @dataclass(eq=False)
 class Predictions:
-    """The predictions of one step.
+    """What the denoiser predicted in one step: `predictions[COND]` is a branch of it.
 
-    guided: what the pipeline, and the editors before this one, made of them and would hand to the
-    scheduler, [images, ...]; branches: branch -> its rows' predictions, [images, ...]; own:
-    what the pipeline alone made of them, None if that is not known. options: of the scheduler's
-    step that follows, such as eta, by name.
+    guided: what the scheduler would be given, [images, channels, [frames,] height, width]: what
+        the pipeline made of the branches, and the editors before this one of that.
+    branches: branch -> the predictions of its rows, shaped like `guided`, those of rows that
+        editors added among them.
+    state: the denoiser call; the last one, where a step has several.
+    own: what the pipeline alone made of the branches, None if unknown.
+    options: of the scheduler's step that follows, by name, such as eta and generator.
     """
 
     guided: Tensor
@@ -171,11 +188,16 @@ def split_branches(rows: Rows, prediction: Tensor) -> dict[str, Tensor]:
 
 @dataclass(eq=False)
 class FeatureCall:
-    """One decoder concat.
+    """One skip connection of a UNet, where a decoder block joins encoder features to its own.
 
-    backbone, skip: [rows, channels, height, width], assign to change; block: index of the decoder
-    block, place: of the concat inside it, order: counted over the decoder; resolution: relative
-    to the latent.
+    backbone: the decoder's own features, [rows, channels, height, width]; assign to change them.
+    skip: the encoder's, [rows, their channels, height, width]; assign to change them.
+    rows: whose the batch rows are (`Rows`).
+    clock: when (`Clock`).
+    block: index of the decoder block, from 0, the coarsest.
+    place: which connection of that block, from 0.
+    order: which connection of the decoder, from 0.
+    resolution: of the features, relative to the latent, such as 1/4.
     """
 
     backbone: Tensor

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from hookctl.editor import Editor, overrides
+from hookctl.editor import overrides
+from hookctl.loop import around
+from hookctl.loop.around import Attached
 from hookctl.loop.calls import prediction_of
 from hookctl.loop.driven import settled
 from hookctl.loop.state import Predictions, State, split_branches
@@ -36,7 +38,7 @@ class Step:
             self._branches |= split_branches(state.rows, found)
 
     def take(
-        self, step: Callable[..., Any], arguments: dict[str, Any], editors: list[Editor]
+        self, step: Callable[..., Any], arguments: dict[str, Any], acting: Sequence[Attached]
     ) -> Any:
         """The scheduler's step between `combine` and `after` of the editors of this step.
 
@@ -50,14 +52,14 @@ class Step:
             arguments["sample"] = latents.to(arguments["sample"])
         own = arguments["model_output"]
         options = {name: value for name, value in arguments.items() if name not in _STEPPED}
-        for editor in editors:
-            if overrides(editor, "combine"):
+        for one in acting:
+            if overrides(one.editor, "combine"):
                 guided = arguments["model_output"]
                 parts = {name: _like(part, guided) for name, part in branches.items()}
                 predictions = Predictions(guided, parts, state, own, options)
-                arguments["model_output"] = editor.combine(predictions)
+                arguments["model_output"] = around.combine(one, predictions)
         out = _settled(step(**arguments))
-        after = [editor for editor in editors if overrides(editor, "after")]
+        after = [one for one in acting if overrides(one.editor, "after")]
         return _edited(out, state, after) if after else out
 
 
@@ -73,11 +75,11 @@ def _settled(out: Any) -> Any:
     return out if stepped is None else _with(out, stepped, settled(stepped))
 
 
-def _edited(out: Any, state: State, editors: list[Editor]) -> Any:
+def _edited(out: Any, state: State, acting: Sequence[Attached]) -> Any:
     """What the step returns, after the editors saw the new latents."""
     stepped = state.stepped = out[0] if isinstance(out, tuple) else out.prev_sample
-    for editor in editors:
-        editor.after(state)
+    for one in acting:
+        around.after(one, state)
     return _with(out, stepped, state.stepped)
 
 

@@ -62,7 +62,10 @@ def convert(value: Any, hint: Any) -> Any:
             return value
         raise Mismatch
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise Mismatch from None
     if hint in _WORDS:
         # bool is an int in Python, and is not in a file.
         if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):

@@ -109,6 +109,21 @@ def test_no_form_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
                 )
 
 
+def test_calls_alike_launch_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same edit made again asks for the same launches."""
+    monkeypatch.setattr(Bench, "given", given)
+    with pretended("sm_90") as seen, torch.no_grad():
+        few = bench()
+        for case in (*few.cross_cases((1024, 20, 64)), *few.self_cases((64, 8, 160), ((4, 0.5),))):
+            for name in {OURS, "plan triton", "plan sdpa"} & set(case.forms):
+                runs = []
+                for _ in range(2):
+                    seen.launches.clear()
+                    case.forms[name]()
+                    runs.append(list(seen.launches))
+                assert runs[0] == runs[1], (case.name, name)
+
+
 def test_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of an SDXL UNet with its largest attention alone: edits in every form, with the gradient."""
     fewer = {

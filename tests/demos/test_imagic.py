@@ -14,6 +14,7 @@ FEW: dict[str, Any] = {"text_steps": 1, "model_steps": 1, "schedule_steps": 4}
 
 @pytest.mark.slow
 def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole demo: the trained model is fitted, if briefly, for every start."""
     monkeypatch.setattr(imagic, "FIT", {**imagic.FIT, **FEW})
     monkeypatch.setattr(imagic, "STEPS", 4)
     monkeypatch.setattr(imagic, "ALPHAS", (0.0, 1.0))

@@ -24,6 +24,7 @@ def test_images_show_their_cases() -> None:
 
 @pytest.mark.slow
 def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole demo: inversions and edits of a trained model, at as many steps as they need."""
     few = ("direct", "DDPM")
     monkeypatch.setattr(inversion, "METHODS", {name: inversion.METHODS[name] for name in few})
     report = inversion.run(tmp_path, seed=0, seeds=1)

@@ -58,7 +58,7 @@ def test_striping(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.slow
 def test_the_adapter_that_comes_along(pipe: Any) -> None:
-    """It is what the module makes, but for the rounding to half precision."""
+    """It is what the module makes (which takes a while), but for the rounding to half precision."""
     made, shipped = striped.lora(pipe), load_file(PRESETS / "striped.safetensors")
     assert shipped.keys() == made.keys()
     for name in (n for n in made if ".lora_A." in n):
@@ -71,6 +71,7 @@ def test_the_adapter_that_comes_along(pipe: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["Prompt-to-Prompt + FreeU", "MasaCtrl + LoRA"])
 def test_costs(pipe: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every member of a stack is drawn alone and together, by the trained model."""
     monkeypatch.setitem(stacked_edits.COMMON, "num_inference_steps", 4)
     made = stacks.STACKS[name](pipe, 0, 2)
     assert made.evaluated == 2 * 2 * 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,3 +56,12 @@ def fingerprint(target: Any) -> dict[str, Any]:
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+
+
+@contextmanager
+def unchanged(target: Any) -> Iterator[None]:
+    """Whatever happens inside, a target is left as it was found; errors pass through unchecked."""
+    before = fingerprint(target)
+    yield
+    left = differences(before, fingerprint(target))
+    assert not left, left[:5]

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from hookctl.inspect.tables import markdown_table
-from tests.families import carried, compiling, promises, training
+from hookctl.inspect import markdown_table
+from tests.families import compiling, configurations, promises, training
 from tests.families.promises import NotApplicable
 from tests.families.subjects import SUBJECTS, Subject
 
@@ -24,16 +24,16 @@ PROMISES: dict[str, Callable[[Subject], None]] = {
     "q, k, v caught": promises.calls_caught,
     "idle exact, edit right": promises.idle_and_edited,
     "rows": promises.rows_resolved,
-    "LoRA": carried.with_lora,
-    "IP-Adapter": carried.with_ip_adapter,
-    "fused QKV": carried.with_fused_projections,
-    "sliced": carried.with_sliced_attention,
-    "eager": carried.with_eager_processors,
-    "unknown processor": carried.with_unknown_processors,
-    "flex backend": carried.with_flex_backend,
-    "math backend": carried.with_math_backend,
-    "model offload": carried.with_model_offload,
-    "sequential offload": carried.with_sequential_offload,
+    "LoRA": configurations.with_lora,
+    "IP-Adapter": configurations.with_ip_adapter,
+    "fused QKV": configurations.with_fused_projections,
+    "sliced": configurations.with_sliced_attention,
+    "eager": configurations.with_eager_processors,
+    "unknown processor": configurations.with_unknown_processors,
+    "flex backend": configurations.with_flex_backend,
+    "math backend": configurations.with_math_backend,
+    "model offload": configurations.with_model_offload,
+    "sequential offload": configurations.with_sequential_offload,
     "checkpointed blocks": training.gradients_checkpointed,
     "checkpointed calls": training.calls_checkpointed,
     "exceptions": promises.exceptions_leave_nothing,
@@ -42,7 +42,6 @@ PROMISES: dict[str, Callable[[Subject], None]] = {
     "compiled before": compiling.compiled_before,
     "compiled after": compiling.compiled_after,
 }
-COMPILED_HERE = ("plain_sdpa", "compvis")  # the subjects that the test suite itself compiles
 
 
 def result(subject: Subject, name: str) -> tuple[str, str]:

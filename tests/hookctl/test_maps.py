@@ -257,3 +257,19 @@ def test_a_map_that_two_editors_read_is_kept_once() -> None:
     store.clear()
     store.note("cat", site, 0, Row(0, "cond", 0, 0), torch.ones(1, 4, 1), Grid(2, 2))
     assert len(store.records) == 1
+
+
+def test_stores_and_maps_in_one_line_and_as_a_picture() -> None:
+    store, site = MapStore(), Site("x", "cross", "up", 0, 0)
+    assert repr(store) == "<MapStore: 0 words, 0 steps, 0 sites>"
+    assert "<img" not in store._repr_html_()
+    for word in ("cat", "<b>"):
+        for step in range(3):
+            values = torch.rand(1, 8, 1)
+            store.note(word, site, step, Row(0, "cond", 0, 0), values, Grid(2, 4))
+    assert repr(store) == "<MapStore: 2 words, 3 steps, 1 site>"
+    assert repr(store["cat"]) == "<WordMaps 'cat': 1 prompt, 3 steps, 1 site, grids 2x4>"
+    assert "tensor" not in repr(store.records[0])
+    for shown, alt in ((store, "cat, &lt;b&gt;"), (store["<b>"], "&lt;b&gt;")):
+        assert f'<img alt="{alt}" src="data:image/png;base64,' in shown._repr_html_()
+    assert store["cat"].where(grid=Grid(2, 4)).grids == ((2, 4),)

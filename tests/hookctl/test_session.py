@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
 from torch import Tensor, nn
 
 import hookctl
-from hookctl import Claim, Editor
+from hookctl import Branch, Claim, Editor, FeatureCall, Predictions, State
 from hookctl.editor import Window
 from hookctl.errors import (
     ConflictError,
@@ -88,7 +88,9 @@ def test_window_outside_the_schedule(pipe: Any, window: Any) -> None:
 
 def test_no_editor(pipe: Any) -> None:
     refused(pipe, "masactrl", error=InputError, match=r"editors\[0\] is 'masactrl'")
-    refused(pipe, Borrow, error=InputError, match=r"editors\[0\] is the class Borrow")
+    refused(
+        pipe, Borrow, error=InputError, match=r"editors\[0\] is the class Borrow; give an instance"
+    )
 
 
 def test_bad_backend(pipe: Any) -> None:
@@ -293,12 +295,97 @@ def test_given_rows_end_with_their_session() -> None:
 
 def test_report_names_editor_site_and_steps(pipe: Any) -> None:
     with hookctl.control(pipe, Borrow(stop=0.5)) as session:
-        assert session.report() == "no editor touched any attention site"
+        assert session.report() == "Borrow never acted: the denoiser was not called"
         PIXART.run(pipe, TWO, steps=4)
     lines = session.report().splitlines()
-    assert lines[0].split() == ["editor", "site", "verbs", "steps", "plan", "reason"]
+    assert lines[0].split() == ["editor", "where", "what", "steps", "plan", "reason"]
     assert all("Borrow" in line and "0-1" in line for line in lines[2:])
     assert len(lines) == 2 + 2
+
+
+class Around(Editor):
+    """Acts by every hook but `attention`."""
+
+    def __init__(self, strength: float = 1.0) -> None:
+        self.strength = strength
+
+    def branches(self, state: State) -> dict[str, Branch]:
+        return {"again": Branch()} if self.strength else {}
+
+    def context(self, state: State) -> dict[str, Tensor]:
+        return {"text": torch.zeros(1, 3, 32)} if self.strength else {}
+
+    def features(self, call: FeatureCall) -> None:
+        if self.strength:
+            call.skip.mul_(0.5)  # in place
+
+    def before(self, state: State) -> None:
+        if self.strength:
+            state.latents = state.latents * 0.9
+
+    def combine(self, predictions: Predictions) -> Tensor:
+        return predictions.guided * 0.9 if self.strength else predictions.guided
+
+    def after(self, state: State) -> None:
+        if self.strength:
+            state.latents = state.latents * 0.9
+
+
+class Standing(Editor):
+    def denoise(self, state: State, proceed: Any) -> Any:
+        return proceed()
+
+
+class Late(Borrow):
+    name = "late"
+
+
+class Weak(Around):
+    name = "weak"
+
+
+def test_report_tells_of_every_hook_and_of_those_that_did_nothing() -> None:
+    pipe = SD15.make()
+    editors = Around(), Standing(), Late(start=1.0), Weak(0.0)
+    with hookctl.control(pipe, *editors) as session:
+        SD15.run(pipe, TWO, steps=2)
+    log = session.log
+    rows = {
+        (name, hook): (where, steps, what) for name, where, hook, steps, _, what in log.hook_rows()
+    }
+    step, call = "step", "denoiser call"
+    assert rows.pop(("Around", "features"))[1:] == ("0-1", "changed the skip connection")
+    assert rows == {
+        ("Around", "before"): (step, "0-1", "assigned the latents"),
+        ("Around", "branches"): (call, "0-1", "added again"),
+        ("Around", "context"): (call, "0-1", "added text"),
+        ("Standing", "denoise"): (call, "0-1", "stood round the call"),
+        ("Around", "combine"): (step, "0-1", "changed the prediction"),
+        ("Around", "after"): (step, "0-1", "assigned the latents"),
+    }
+    silent = session.report().partition("\n\n")[2].splitlines()
+    assert silent == [
+        "late never acted: its window, 1 to 1 of the schedule, holds none of the steps that ran, "
+        "0-1 of 2",
+        "weak never acted: it was active at steps 0-1 and changed nothing: its strength is 0, or "
+        "no row, word or site of the run is its own",
+    ]
+    html = session._repr_html_()
+    assert html.count("<tr>") == 1 + len(log.rows()) + len(log.hook_rows())
+    assert "late never acted" in html and "<img" not in html and "&lt;Session" in html
+
+
+def test_a_session_in_one_line(pipe: Any) -> None:
+    session = hookctl.control(pipe, Borrow(), hookctl.Maps("red"))
+    kind = type(pipe).__name__
+    assert repr(session) == f"<Session {kind}: Borrow, Maps; 4 sites; not run yet>"
+    with session:
+        PIXART.run(pipe, TWO, steps=3)
+    assert repr(session).endswith("4 sites; last step 2 of 3>")
+    html = session._repr_html_()
+    assert "Borrow" in html and 'alt="red"' in html and "data:image/png;base64," in html
+    assert repr(hookctl.control(pipe)).endswith(": no editors; 4 sites; not run yet>")
+    assert hookctl.control(pipe).report() == "no editors"
 
 
 def test_clock_of_the_call_in_progress(pipe: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pydoc
 import subprocess
 import sys
 
@@ -38,6 +39,15 @@ assert not loaded, loaded
 def test_every_name_is_there() -> None:
     for name in hookctl.__all__:
         assert getattr(hookctl, name) is not None
+        assert name in str(hookctl.__doc__)
+    assert {*hookctl._HOMES} == {*hookctl.__all__} - {"errors", "load_shapes"}
     assert set(hookctl.__all__) <= set(dir(hookctl))
     with pytest.raises(AttributeError, match="no attribute 'paint'"):
         _ = hookctl.paint  # type: ignore[attr-defined]
+
+
+def test_help_is_short() -> None:
+    """Two screens; each class has a help of its own."""
+    text = pydoc.render_doc(hookctl, renderer=pydoc.plaintext)
+    assert len(text.splitlines()) <= 80 and "class AttentionCall" not in text
+    assert "class Editor" in pydoc.render_doc(hookctl.Editor, renderer=pydoc.plaintext)

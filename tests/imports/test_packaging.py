@@ -19,19 +19,19 @@ FOLDERS = {
 UNPACKED = {".jpg", ".png", ".pyc"}
 
 
-def shipped() -> set[str]:
+def shipped() -> list[str]:
     """Paths in the wheel, by setuptools' configuration; nothing is built."""
     build = run_setup("setup.py", stop_after="config").get_command_obj("build_py")
     build.ensure_finalized()
-    modules = {
+    modules = [
         f"{package.replace('.', '/')}/{Path(file).name}"
         for package, _, file in build.find_all_modules()
-    }
-    return modules | {
+    ]
+    return modules + [
         f"{package.replace('.', '/')}/{name}"
         for package, _, _, names in build.data_files
         for name in names
-    }
+    ]
 
 
 def present() -> set[str]:
@@ -47,7 +47,9 @@ def present() -> set[str]:
 
 def test_the_wheel_holds_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    names = shipped()
+    every = shipped()
+    names = set(every)
+    assert len(every) == len(names)
     assert present() - names == {"hookctl/demos/gallery.md"}
     assert names <= present()
     assert {
@@ -59,3 +61,39 @@ def test_the_wheel_holds_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
         "hookctl/kernels/common/launches.json",
         "hookctl/kernels/sum_of_terms/forward.py",
     } <= names
+
+
+def test_an_editable_install_is_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Type checkers and editors follow a path, and no import hook; setuptools writes the one
+    instead of the other where all packages lie under the same folder by their own names."""
+    monkeypatch.chdir(ROOT)
+    found = run_setup("setup.py", stop_after="config")
+    assert found.package_dir == {"": "."}
+    assert {
+        "hookctl.recipes",
+        "hookctl.recipes.common",
+        "hookctl.kernels",
+        "hookctl.demos.shapes",
+    } <= {*found.packages}
+    for package in found.packages:
+        assert (ROOT / package.replace(".", "/") / "__init__.py").is_file()
+
+
+def test_links_that_were_checked_out_as_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As git does on Windows, unless it is told otherwise."""
+    for folder in ("hookctl", "recipes/common", "triton_kernels", "demos"):
+        (tmp_path / folder).mkdir(parents=True)
+    for folder in ("hookctl", "recipes", "recipes/common", "triton_kernels", "demos"):
+        (tmp_path / folder / "__init__.py").touch()
+    (tmp_path / "hookctl" / "recipes").write_text("../recipes")
+    (tmp_path / "setup.py").write_text((ROOT / "setup.py").read_text("utf-8"), "utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert {
+        "hookctl/__init__.py",
+        "hookctl/recipes/__init__.py",
+        "hookctl/recipes/common/__init__.py",
+        "hookctl/kernels/__init__.py",
+        "hookctl/demos/__init__.py",
+    } == set(shipped())

@@ -93,7 +93,7 @@ def test_flags_are_put_back_and_the_cost_is_bounded() -> None:
 
 def test_bad_input() -> None:
     pipe = pipeline()
-    with pytest.raises(InputError, match="no unconditional text"):
+    with pytest.raises(InputError, match="there is no unconditional text"):
         NullTextInversion(pipe, image(), PROMPT, guidance=1.0)
     with pytest.raises(InputError, match="iterations=0"):
         NullTextInversion(pipe, image(), PROMPT, iterations=0)

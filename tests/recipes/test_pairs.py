@@ -47,7 +47,7 @@ RECIPES: dict[str, Callable[[Any], Editor]] = {
     ),
     "MasaCtrl": lambda r: r.MasaCtrl(PROMPTS, start=0.0, sites="self"),
     "MaskedSelfAttention": lambda r: r.MaskedSelfAttention([LEFT, RIGHT]),
-    "MultiDiffusion": lambda r: r.MultiDiffusion(window=12, stride=4),
+    "MultiDiffusion": lambda r: r.MultiDiffusion(tile=12, stride=4),
     "MultiInstanceSampler": lambda r: r.MultiInstanceSampler(["a dog"], [LEFT], share=0.5),
     "OneWayFlow": lambda r: r.OneWayFlow({"seed": TOP}, [("rest", "seed", -4.0)]),
     "PAG": lambda r: r.PAG(sites="self @1/2"),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from .mould import Mould
 
 PROMPTS = ("a red cat above a blue square",)
 NEGATIVE = "blurry"
@@ -16,16 +19,16 @@ Rows = list[list[str]]  # one list of labels for each call of the denoiser in a 
 Layout = Callable[[int, int, bool], Rows]  # of the number of prompts, images per prompt, guided
 
 
-class Call(Protocol):
-    def __call__(
-        self,
-        pipe: Any,
-        prompts: list[str],
-        negatives: list[str],
-        guidance: float,
-        common: dict[str, Any],
-        **kwargs: Any,
-    ) -> Tensor: ...
+class Asked(NamedTuple):
+    """What a run is asked for: lists of equal length, and how many images of each prompt."""
+
+    prompts: list[str]
+    negatives: list[str]
+    guidance: float
+    n: int
+
+
+Inputs = Callable[[Asked], dict[str, Any]]  # the arguments of a pipeline's call
 
 
 def labels(role: str, prompts: int, n: int) -> list[str]:
@@ -45,7 +48,7 @@ def two_calls(prompts: int, n: int, guided: bool) -> Rows:
 
 @dataclass(frozen=True)
 class Case:
-    """A tiny random pipeline.
+    """A tiny random pipeline, and the arguments of its call for what is asked of it.
 
     `sites` counts the attention modules of the denoiser by kind, `examples` names some of them;
     `aside` begins the paths of those that only prepare the text and are no sites.
@@ -57,7 +60,7 @@ class Case:
 
     name: str
     build: Callable[[], Any]
-    call: Call
+    inputs: Inputs
     sites: Mapping[str, int]
     examples: Mapping[str, str]
     rows: Layout = negative_first
@@ -69,7 +72,15 @@ class Case:
     notes: str = ""
 
     def make(self) -> Any:
-        """A new pipeline, the same at each call; the global random state is left as it was."""
+        """A new pipeline, the same at each call."""
+        return self._mould.copy()
+
+    @cached_property
+    def _mould(self) -> Mould:
+        return Mould(self.built())
+
+    def built(self) -> Any:
+        """A pipeline from its parts; the global random state is left as it was."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             pipe = self.build()
@@ -100,18 +111,29 @@ class Case:
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         negatives = [negatives] * len(prompts) if isinstance(negatives, str) else list(negatives)
+        if n > 1 and not self.takes_n:
+            raise ValueError(f"{self.name}: {self.notes or 'one image for a prompt'}")
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts) * n)]
         common = {
             "num_inference_steps": steps,
             "generator": generators,
             "output_type": "latent",
             "return_dict": False,
+            "num_videos_per_prompt" if self.frames > 1 else "num_images_per_prompt": n,
         }
-        if n > 1 and not self.takes_n:
-            raise ValueError(f"{self.name}: {self.notes or 'one image for a prompt'}")
-        common["num_videos_per_prompt" if self.frames > 1 else "num_images_per_prompt"] = n
-        guidance = self.guidance if guidance is None else guidance
-        return self.call(pipe, prompts, negatives, guidance, common, **kwargs)
+        asked = Asked(prompts, negatives, self.guidance if guidance is None else guidance, n)
+        out = pipe(**{**self.inputs(asked), **common, **kwargs})
+        latents: Tensor = out[0] if isinstance(out, tuple) else out
+        return latents
+
+
+def of_text(asked: Asked) -> dict[str, Any]:
+    """Text in, images out."""
+    return {
+        "prompt": asked.prompts,
+        "negative_prompt": asked.negatives,
+        "guidance_scale": asked.guidance,
+    }
 
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:

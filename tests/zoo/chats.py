@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from diffusers import (
@@ -18,15 +17,17 @@ from diffusers import (
 )
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
-from torch import Tensor
+from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from .case import Call, Case, Rows, labels, two_calls
+from .case import Asked, Case, Rows, labels, of_text, two_calls
 from .text import WORDS
+from .transformers import CAUSAL_VAE, SHIFTED_VAE
 from .unets import PIXELS, autoencoder
 
 TOKENS = 32  # that prompts are padded to
 WIDTH = 16
+SIZE = {"height": PIXELS, "width": PIXELS}
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -69,8 +70,17 @@ def chat_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config).eval()
 
 
-def flow() -> FlowMatchEulerDiscreteScheduler:
-    return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+def assembled(
+    kind: type[Any], transformer: nn.Module, vae: nn.Module, tokenizer: PreTrainedTokenizerFast
+) -> Any:
+    """A pipeline of these parts, a chat model and a flow-matching scheduler."""
+    return kind(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae.eval(),
+        text_encoder=chat_model(tokenizer),
+        tokenizer=tokenizer,
+        transformer=transformer.eval(),
+    )
 
 
 def build_z_image() -> ZImagePipeline:
@@ -87,13 +97,7 @@ def build_z_image() -> ZImagePipeline:
         axes_dims=[4, 6, 6],
         axes_lens=[256, 64, 64],
     )
-    return ZImagePipeline(
-        scheduler=flow(),
-        vae=autoencoder(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06),
-        text_encoder=chat_model(tokenizer),
-        tokenizer=tokenizer,
-        transformer=transformer.eval(),
-    )
+    return assembled(ZImagePipeline, transformer, autoencoder(**SHIFTED_VAE), tokenizer)
 
 
 def build_qwen_image() -> QwenImagePipeline:
@@ -108,21 +112,8 @@ def build_qwen_image() -> QwenImagePipeline:
         joint_attention_dim=WIDTH,
         axes_dims_rope=(4, 6, 6),
     )
-    vae = AutoencoderKLQwenImage(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
-    pipe = QwenImagePipeline(
-        scheduler=flow(),
-        vae=vae.eval(),
-        text_encoder=chat_model(tokenizer),
-        tokenizer=tokenizer,
-        transformer=transformer.eval(),
-    )
+    vae = AutoencoderKLQwenImage(**CAUSAL_VAE)
+    pipe = assembled(QwenImagePipeline, transformer, vae, tokenizer)
     # The published number is that of the published tokenizer: all but the prompt's own message.
     before = pipe.prompt_template_encode.split("{}")[0]
     pipe.prompt_template_encode_start_idx = len(tokenizer(before).input_ids)
@@ -148,13 +139,7 @@ def build_flux2_klein() -> Flux2KleinPipeline:
         norm_num_groups=2,
         sample_size=PIXELS,
     )
-    return Flux2KleinPipeline(
-        scheduler=flow(),
-        vae=vae.eval(),
-        text_encoder=chat_model(tokenizer),
-        tokenizer=tokenizer,
-        transformer=transformer.eval(),
-    )
+    return assembled(Flux2KleinPipeline, transformer, vae, tokenizer)
 
 
 def positive_first(prompts: int, n: int, guided: bool) -> Rows:
@@ -162,46 +147,25 @@ def positive_first(prompts: int, n: int, guided: bool) -> Rows:
     return [[*labels("P", prompts, n), *(labels("N", prompts, n) if guided else [])]]
 
 
-def calling(inputs: Callable[[list[str], list[str], float], dict[str, Any]]) -> Call:
-    """A call of a pipeline with inputs made of prompts, negatives and guidance."""
-
-    def call(
-        pipe: Any,
-        prompts: list[str],
-        negatives: list[str],
-        guidance: float,
-        common: dict[str, Any],
-        **kwargs: Any,
-    ) -> Tensor:
-        size = {"height": PIXELS, "width": PIXELS}
-        given = {**inputs(prompts, negatives, guidance), **size, **common, **kwargs}
-        latents: Tensor = pipe(**given)[0]
-        return latents
-
-    return call
-
-
-def for_z_image(prompts: list[str], negatives: list[str], guidance: float) -> dict[str, Any]:
+def of_z_image(asked: Asked) -> dict[str, Any]:
     """Guidance is counted from 0 here: cond + g (cond - uncond)."""
-    return {
-        "prompt": prompts,
-        "negative_prompt": negatives,
-        "guidance_scale": guidance - 1,
-        "max_sequence_length": TOKENS,
-    }
+    guidance = {"guidance_scale": asked.guidance - 1}
+    return {**of_text(asked), **guidance, **SIZE, "max_sequence_length": TOKENS}
 
 
-def for_qwen_image(prompts: list[str], negatives: list[str], guidance: float) -> dict[str, Any]:
-    return {"prompt": prompts, "negative_prompt": negatives, "true_cfg_scale": guidance}
+def of_qwen_image(asked: Asked) -> dict[str, Any]:
+    given = of_text(asked)
+    return {"true_cfg_scale": given.pop("guidance_scale"), **given, **SIZE}
 
 
-def for_flux2_klein(prompts: list[str], negatives: list[str], guidance: float) -> dict[str, Any]:
+def of_flux2_klein(asked: Asked) -> dict[str, Any]:
     """It takes no negative prompts: they are empty."""
     return {
-        "prompt": prompts,
-        "guidance_scale": guidance,
+        "prompt": asked.prompts,
+        "guidance_scale": asked.guidance,
         "max_sequence_length": TOKENS,
         "text_encoder_out_layers": (1, 2, 3),
+        **SIZE,
     }
 
 
@@ -209,7 +173,7 @@ CASES = (
     Case(
         "z_image",
         build_z_image,
-        calling(for_z_image),
+        of_z_image,
         sites={"joint": 2, "self": 1},
         examples={"noise_refiner.0.attention": "self", "layers.1.attention": "joint"},
         rows=positive_first,
@@ -220,7 +184,7 @@ CASES = (
     Case(
         "qwen_image",
         build_qwen_image,
-        calling(for_qwen_image),
+        of_qwen_image,
         sites={"joint": 2},
         examples={"transformer_blocks.1.attn": "joint"},
         rows=two_calls,
@@ -230,7 +194,7 @@ CASES = (
     Case(
         "flux2_klein",
         build_flux2_klein,
-        calling(for_flux2_klein),
+        of_flux2_klein,
         sites={"joint": 4},
         examples={
             "transformer_blocks.1.attn": "joint",

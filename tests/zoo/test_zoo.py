@@ -58,10 +58,16 @@ def test_runs_and_repeats(case: zoo.Case, pipe: Any) -> None:
 
 
 def test_make_is_deterministic(case: zoo.Case, pipe: Any) -> None:
+    """Built anew or copied; and copies share nothing."""
     before = torch.get_rng_state()
-    other = case.make()
+    built, copy = case.built(), case.make()
     assert torch.equal(before, torch.get_rng_state())
-    assert torch.equal(case.run(pipe), case.run(other))
+    assert torch.equal(case.run(pipe), case.run(built))
+    for model in (m for m in copy.components.values() if isinstance(m, nn.Module)):
+        model.requires_grad_(False)
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
+    assert torch.equal(case.run(pipe), case.run(case.make()))
 
 
 def test_sites(case: zoo.Case, pipe: Any) -> None:

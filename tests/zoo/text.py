@@ -30,6 +30,7 @@ WORDS = (
     *("a", "the", "of", "on", "and", "with", "in", "above", "below", "photo", "painting"),
     *("cat", "dog", "bird", "circle", "square", "red", "green", "blue", "blurry"),
 )
+MORE = (*WORDS, "sits", "grass")  # for texts alone: a pipeline's weights depend on their number
 PIECES = (("squir", "rel"), ("space", "ship"))
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
@@ -38,10 +39,10 @@ def _letters(text: str, end: str) -> list[str]:
     return [*text[:-1], text[-1] + end]
 
 
-def _merges() -> list[tuple[str, str]]:
+def _merges(known: tuple[str, ...]) -> list[tuple[str, str]]:
     """Left to right, letter by letter, each word of the vocabulary grows to one token."""
     merges: dict[tuple[str, str], None] = {}
-    words = [_letters(word, "</w>") for word in WORDS]
+    words = [_letters(word, "</w>") for word in known]
     for head, tail in PIECES:
         words += [_letters(head, ""), _letters(tail, "</w>")]
     for word in words:
@@ -59,9 +60,9 @@ def _merges() -> list[tuple[str, str]]:
 
 
 @cache
-def _clip_files() -> tuple[str, str, int, int]:
+def _clip_files(known: tuple[str, ...] = WORDS) -> tuple[str, str, int, int]:
     """vocab.json, merges.txt and the ids of the first and the last token."""
-    merges = _merges()
+    merges = _merges(known)
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [chr(256 + i) for i in range(256 - len(plain))]  # byte-level stand-ins
     symbols = [*map(chr, plain), *rest]
@@ -71,12 +72,14 @@ def _clip_files() -> tuple[str, str, int, int]:
     return json.dumps(vocab), "\n".join(lines) + "\n", vocab[BOS], vocab[EOS]
 
 
-def clip_tokenizer(pad: str = EOS) -> CLIPTokenizer:
-    """A CLIP tokenizer of 77 positions; SDXL's and SD3's second one pads with "!"."""
-    vocab, merges, _, _ = _clip_files()
+def clip_tokenizer(
+    pad: str = EOS, length: int = 77, known: tuple[str, ...] = WORDS
+) -> CLIPTokenizer:
+    """A CLIP tokenizer of so many positions; SDXL's and SD3's second one pads with "!"."""
+    vocab, merges, _, _ = _clip_files(known)
     config = {
         "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": 77,
+        "model_max_length": length,
         "bos_token": BOS,
         "eos_token": EOS,
         "unk_token": EOS,
@@ -109,20 +112,20 @@ def clip_encoder(width: int = 32, pooled: int | None = None) -> Any:
     return model.eval()
 
 
-def _t5_vocabulary() -> list[tuple[str, float]]:
+def _t5_vocabulary(known: tuple[str, ...] = WORDS) -> list[tuple[str, float]]:
     letters = "".join(map(chr, range(33, 127)))
     pieces = [(f"▁{head}", tail) for head, tail in PIECES]
     return [
         *(("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -12.0)),
-        *((f"▁{word}", -4.0) for word in WORDS),
+        *((f"▁{word}", -4.0) for word in known),
         *((piece, -5.0) for pair in pieces for piece in pair),
         *((letter, -10.0) for letter in letters),
     ]
 
 
-def t5_tokenizer() -> Any:
+def t5_tokenizer(length: int = 512, known: tuple[str, ...] = WORDS) -> Any:
     """A T5 tokenizer: Unigram with a space mark, </s> at the end, no <s> in front."""
-    tokenizer = Tokenizer(Unigram(_t5_vocabulary(), unk_id=2, byte_fallback=False))
+    tokenizer = Tokenizer(Unigram(_t5_vocabulary(known), unk_id=2, byte_fallback=False))
     space = {"replacement": "▁", "prepend_scheme": "always"}
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**space)]
@@ -133,7 +136,7 @@ def t5_tokenizer() -> Any:
     )
     config = {
         "tokenizer_class": "T5Tokenizer",
-        "model_max_length": 512,
+        "model_max_length": length,
         "extra_ids": 0,
         "pad_token": "<pad>",
         "eos_token": "</s>",

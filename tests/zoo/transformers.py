@@ -17,13 +17,21 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from torch import Tensor
 
-from .case import Case, two_calls
+from .case import Asked, Case, of_text, two_calls
 from .text import clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer
-from .unets import PIXELS, autoencoder, call_text
+from .unets import PIXELS, autoencoder
 
 T5_TOKENS = 16
+CAUSAL_VAE = {
+    "base_dim": 4,
+    "z_dim": 4,
+    "dim_mult": [1, 1, 1, 1],
+    "num_res_blocks": 1,
+    "latents_mean": [0.0] * 4,
+    "latents_std": [1.0] * 4,
+}
+SHIFTED_VAE = {"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.06}
 
 
 def build_sd3() -> StableDiffusion3Pipeline:
@@ -46,7 +54,7 @@ def build_sd3() -> StableDiffusion3Pipeline:
     return StableDiffusion3Pipeline(
         transformer=transformer.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=autoencoder(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06),
+        vae=autoencoder(**SHIFTED_VAE),
         text_encoder=clip_encoder(16, pooled=16),
         tokenizer=clip_tokenizer(),
         text_encoder_2=clip_encoder(32, pooled=24),
@@ -73,7 +81,7 @@ def build_flux() -> FluxPipeline:
     return FluxPipeline(
         transformer=transformer.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=autoencoder(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06),
+        vae=autoencoder(**SHIFTED_VAE),
         text_encoder=clip_encoder(24),
         tokenizer=clip_tokenizer(),
         text_encoder_2=t5_encoder(32),
@@ -116,14 +124,7 @@ def build_wan() -> WanPipeline:
         num_layers=2,
         rope_max_seq_len=32,
     )
-    vae = AutoencoderKLWan(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
+    vae = AutoencoderKLWan(**CAUSAL_VAE)
     return WanPipeline(
         tokenizer=t5_tokenizer(),
         text_encoder=t5_encoder(32, multilingual=True),
@@ -133,69 +134,41 @@ def build_wan() -> WanPipeline:
     )
 
 
-def call_sd3(
-    pipe: Any,
-    prompts: list[str],
-    negatives: list[str],
-    guidance: float,
-    common: dict[str, Any],
-    **kwargs: Any,
-) -> Tensor:
-    kwargs.setdefault("max_sequence_length", T5_TOKENS)
-    return call_text(pipe, prompts, negatives, guidance, common, **kwargs)
+def of_sd3(asked: Asked) -> dict[str, Any]:
+    return {**of_text(asked), "max_sequence_length": T5_TOKENS}
 
 
-def call_flux(
-    pipe: Any,
-    prompts: list[str],
-    negatives: list[str],
-    guidance: float,
-    common: dict[str, Any],
-    **kwargs: Any,
-) -> Tensor:
+def of_flux(asked: Asked) -> dict[str, Any]:
     """Guidance above 1 is true guidance, with a second call; the embedded one stays at 3.5."""
-    defaults = {
-        "true_cfg_scale": guidance,
+    return {
+        **of_text(asked),
+        "guidance_scale": 3.5,
+        "true_cfg_scale": asked.guidance,
         "height": PIXELS,
         "width": PIXELS,
         "max_sequence_length": T5_TOKENS,
     }
-    return call_text(pipe, prompts, negatives, 3.5, common, **{**defaults, **kwargs})
 
 
-def call_pixart(
-    pipe: Any,
-    prompts: list[str],
-    negatives: list[str],
-    guidance: float,
-    common: dict[str, Any],
-    **kwargs: Any,
-) -> Tensor:
-    defaults = {
+def of_pixart(asked: Asked) -> dict[str, Any]:
+    return {
+        **of_text(asked),
         "clean_caption": False,
         "use_resolution_binning": False,
         "max_sequence_length": T5_TOKENS,
     }
-    return call_text(pipe, prompts, negatives, guidance, common, **{**defaults, **kwargs})
 
 
-def call_wan(
-    pipe: Any,
-    prompts: list[str],
-    negatives: list[str],
-    guidance: float,
-    common: dict[str, Any],
-    **kwargs: Any,
-) -> Tensor:
-    defaults = {"height": 64, "width": 64, "num_frames": 9, "max_sequence_length": T5_TOKENS}
-    return call_text(pipe, prompts, negatives, guidance, common, **{**defaults, **kwargs})
+def of_wan(asked: Asked) -> dict[str, Any]:
+    sizes = {"height": 64, "width": 64, "num_frames": 9}
+    return {**of_text(asked), **sizes, "max_sequence_length": T5_TOKENS}
 
 
 CASES = (
     Case(
         "sd3",
         build_sd3,
-        call_sd3,
+        of_sd3,
         sites={"joint": 3, "self": 1},
         examples={"transformer_blocks.0.attn": "joint", "transformer_blocks.0.attn2": "self"},
         denoiser="transformer",
@@ -204,7 +177,7 @@ CASES = (
     Case(
         "flux",
         build_flux,
-        call_flux,
+        of_flux,
         sites={"joint": 4},
         examples={
             "transformer_blocks.1.attn": "joint",
@@ -218,7 +191,7 @@ CASES = (
     Case(
         "pixart",
         build_pixart,
-        call_pixart,
+        of_pixart,
         sites={"self": 2, "cross": 2},
         examples={"transformer_blocks.0.attn1": "self", "transformer_blocks.1.attn2": "cross"},
         denoiser="transformer",
@@ -227,7 +200,7 @@ CASES = (
     Case(
         "wan",
         build_wan,
-        call_wan,
+        of_wan,
         sites={"self": 2, "cross": 2},
         examples={"blocks.0.attn1": "self", "blocks.1.attn2": "cross"},
         rows=two_calls,

@@ -20,7 +20,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from .case import Case, Rows, labels, negative_first
+from .case import Asked, Case, Rows, labels, negative_first, of_text
 from .text import clip_encoder, clip_tokenizer
 
 PIXELS = 128  # a latent of 16 x 16
@@ -138,45 +138,15 @@ def image(text: str, size: int = PIXELS) -> Tensor:
     return torch.rand(3, size, size, generator=generator)
 
 
-def call_text(
-    pipe: Any,
-    prompts: list[str],
-    negatives: list[str],
-    guidance: float,
-    common: dict[str, Any],
-    **kwargs: Any,
-) -> Tensor:
-    """Text in, images out."""
-    inputs = {"prompt": prompts, "negative_prompt": negatives, "guidance_scale": guidance}
-    latents: Tensor = pipe(**{**inputs, **common, **kwargs})[0]
-    return latents
-
-
-def call_controlnet(
-    pipe: Any,
-    prompts: list[str],
-    negatives: list[str],
-    guidance: float,
-    common: dict[str, Any],
-    **kwargs: Any,
-) -> Tensor:
+def of_controlnet(asked: Asked) -> dict[str, Any]:
     """Each prompt comes with an image of its own."""
-    kwargs.setdefault("image", torch.stack([image(prompt) for prompt in prompts]))
-    return call_text(pipe, prompts, negatives, guidance, common, **kwargs)
+    return {**of_text(asked), "image": torch.stack([image(prompt) for prompt in asked.prompts])}
 
 
-def call_instruct(
-    pipe: Any,
-    prompts: list[str],
-    negatives: list[str],
-    guidance: float,
-    common: dict[str, Any],
-    **kwargs: Any,
-) -> Tensor:
+def of_instruct(asked: Asked) -> dict[str, Any]:
     """The same, one image for each image: fewer are tiled, which would mix up the prompts."""
-    n = common["num_images_per_prompt"]
-    kwargs.setdefault("image", torch.stack([image(p) for p in prompts for _ in range(n)]))
-    return call_text(pipe, prompts, negatives, guidance, common, **kwargs)
+    images = [image(prompt) for prompt in asked.prompts for _ in range(asked.n)]
+    return {**of_text(asked), "image": torch.stack(images)}
 
 
 def pag_rows(prompts: int, n: int, guided: bool) -> Rows:
@@ -199,11 +169,11 @@ SD15_EXAMPLES = {
 }
 
 CASES = (
-    Case("sd15", build_sd15, call_text, SD15_SITES, SD15_EXAMPLES),
+    Case("sd15", build_sd15, of_text, SD15_SITES, SD15_EXAMPLES),
     Case(
         "sdxl",
         build_sdxl,
-        call_text,
+        of_text,
         # down: 1 + 2 deep, middle: 2 deep, up: 2 x 2 deep + 2 x 1 deep
         sites={"self": 11, "cross": 11},
         examples={
@@ -215,7 +185,7 @@ CASES = (
     Case(
         "controlnet",
         build_controlnet,
-        call_controlnet,
+        of_controlnet,
         SD15_SITES,
         SD15_EXAMPLES,
         notes="pipe.controlnet has 8 attention modules of its own, which are no sites",
@@ -223,7 +193,7 @@ CASES = (
     Case(
         "sd15_pag",
         build_sd15_pag,
-        call_text,
+        of_text,
         SD15_SITES,
         SD15_EXAMPLES,
         rows=pag_rows,
@@ -232,7 +202,7 @@ CASES = (
     Case(
         "instruct_pix2pix",
         build_instruct_pix2pix,
-        call_instruct,
+        of_instruct,
         SD15_SITES,
         SD15_EXAMPLES,
         rows=instruct_rows,

@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from .case import Case
+from .case import Asked, Case, of_text
 from .text import clip_encoder, clip_tokenizer
-from .unets import autoencoder, call_text, ddim, image
+from .unets import autoencoder, ddim, image
 
 FRAMES = 3
 SIDE = 64  # pixels; a latent of 8 x 8
@@ -99,40 +99,23 @@ def build_svd() -> StableVideoDiffusionPipeline:
     )
 
 
-def call_animatediff(
-    pipe: Any,
-    prompts: list[str],
-    negatives: list[str],
-    guidance: float,
-    common: dict[str, Any],
-    **kwargs: Any,
-) -> Tensor:
-    kwargs.setdefault("num_frames", FRAMES)
-    return call_text(pipe, prompts, negatives, guidance, common, **kwargs)
+def of_animatediff(asked: Asked) -> dict[str, Any]:
+    return {**of_text(asked), "num_frames": FRAMES}
 
 
 def _pil(image: Tensor) -> Image.Image:
     return Image.fromarray((255 * image.permute(1, 2, 0)).byte().numpy())
 
 
-def call_svd(
-    pipe: Any,
-    prompts: list[str],
-    negatives: list[str],
-    guidance: float,
-    common: dict[str, Any],
-    **kwargs: Any,
-) -> Tensor:
+def of_svd(asked: Asked) -> dict[str, Any]:
     """A prompt stands for the image that belongs to it; there are no negatives."""
-    inputs = {
-        "image": [_pil(image(prompt, SIDE)) for prompt in prompts],
+    return {
+        "image": [_pil(image(prompt, SIDE)) for prompt in asked.prompts],
         "height": SIDE,
         "width": SIDE,
         "num_frames": FRAMES,
-        "max_guidance_scale": guidance,
+        "max_guidance_scale": asked.guidance,
     }
-    latents: Tensor = pipe(**{**inputs, **common, **kwargs})
-    return latents
 
 
 DOWN = "down_blocks.0.attentions.0"
@@ -141,7 +124,7 @@ CASES = (
     Case(
         "animatediff",
         build_animatediff,
-        call_animatediff,
+        of_animatediff,
         # one spatial transformer down, one in the middle, two up; a motion module at every place
         sites={"self": 4, "cross": 4, "temporal": 14},
         examples={
@@ -160,7 +143,7 @@ CASES = (
     Case(
         "svd",
         build_svd,
-        call_svd,
+        of_svd,
         # four spatio-temporal transformers with four attention modules each
         sites={"self": 4, "cross": 4, "temporal": 8},
         examples={

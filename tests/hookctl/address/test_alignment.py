@@ -11,10 +11,10 @@ from torch import Tensor
 from hookctl.address.alignment import refinement_map, replacement_map
 from hookctl.address.words import PromptTokens
 from hookctl.errors import AlignmentError
-from tests.hookctl.address.tiny_tokenizers import clip_tokenizer, t5_tokenizer
+from tests.zoo.text import MORE, clip_tokenizer, t5_tokenizer
 
 LENGTH = 24
-CLIP = clip_tokenizer(LENGTH)
+CLIP = clip_tokenizer(length=LENGTH, known=MORE)
 
 
 def clip(text: str, length: int | None = None) -> PromptTokens:
@@ -268,7 +268,7 @@ def test_refinement_leaves_half_shared_words_free() -> None:
 
 
 def test_without_beginning_token() -> None:
-    t5 = t5_tokenizer(12)
+    t5 = t5_tokenizer(length=12, known=MORE)
     source, target = (PromptTokens.encode(f"a {w} sits", t5) for w in ("cat", "xyz"))
     matrix = replacement_map(source, target)
     assert matrix[2, target.find("sits")[0]] == 1 and matrix[source.end, target.end] == 1

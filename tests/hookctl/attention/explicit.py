@@ -33,7 +33,7 @@ def joined(pairs: Pairs) -> Pairs:
 
 
 class Explicit:
-    """Stands in for an AttentionCall: note verbs, then ask for `output()` and `maps()`."""
+    """Stands in for an AttentionCall: ask verbs of it, then ask for `output()` and `maps()`."""
 
     def __init__(
         self,
@@ -54,10 +54,10 @@ class Explicit:
         if bias.dtype == torch.bool:
             bias = torch.zeros(bias.shape, dtype=q.dtype).masked_fill(~bias, -torch.inf)
         self.mask = bias.expand(q.shape[0], *q.shape[1:3], self.n, self.m)
-        self.noted: list[tuple[str, Any, dict[str, Any]]] = []
+        self.operations: list[tuple[str, Any, dict[str, Any]]] = []
 
     def __getattr__(self, verb: str) -> Callable[..., None]:
-        def note(rows: Any, *args: Any, **kwargs: Any) -> None:
+        def operation(rows: Any, *args: Any, **kwargs: Any) -> None:
             names = {
                 "extend": ("k", "v"),
                 "restrict": ("query_regions", "key_regions"),
@@ -67,12 +67,12 @@ class Explicit:
             }.get(verb, ())
             given = dict(zip(names, args, strict=False)) | kwargs
             rows = rows if isinstance(rows, tuple) else (rows,)
-            self.noted.append((verb, rows, given | {"rows": rows}))
+            self.operations.append((verb, rows, given | {"rows": rows}))
 
-        return note
+        return operation
 
     def verbs(self, stage: str, row: int) -> list[tuple[str, dict[str, Any]]]:
-        return [(n, a) for n, rows, a in self.noted if n in stage.split() and row in rows]
+        return [(n, a) for n, rows, a in self.operations if n in stage.split() and row in rows]
 
     def branches(self, row: int) -> list[dict[str, Any]]:
         """Weight, q, k, v and mask of every form that `borrow` and `replace` made of a row."""

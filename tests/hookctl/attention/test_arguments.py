@@ -10,8 +10,7 @@ import torch
 
 from hookctl.attention.call import AttentionCall, Routing
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.evaluate import plan
-from tests.hookctl.attention.calls import TEXT, make, random
+from tests.hookctl.attention.calls import Case, make, random
 
 WRONG: dict[str, tuple[Callable[[AttentionCall], Any], str]] = {
     "row": (lambda c: c.borrow(7, k=2), r"rows: row 7 is not in this call of 5 rows"),
@@ -118,11 +117,9 @@ def test_a_joint_site_of_unknown_text() -> None:
 
 
 def test_too_many_kinds_of_queries() -> None:
-    call = make("self").call()
-    n = 12
-    many = torch.arange(n)
-    assert call.q.shape[-2] == n
-    call.q = call.k = call.v = random(5, 1, 2, 144, 8)
+    many = torch.arange(12)
+    x = random(5, 1, 2, 144, 8)
+    call = Case("self", x, x, x, 1.0).call()
     ones = torch.ones(144, dtype=torch.int64)
     call.restrict(3, many.repeat(12), ones)
     call.restrict(3, many.repeat_interleave(12), ones)
@@ -130,19 +127,21 @@ def test_too_many_kinds_of_queries() -> None:
         call.fold()
 
 
-def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="backend='cuda'; give one of auto, triton"):
-        plan.check_backend("cuda")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UnsupportedError, match="backend='triton': the kernels need a CUDA or ROCm"):
-        plan.check_backend("triton")
-    for backend in ("auto", "sdpa", "reference"):
-        plan.check_backend(backend)
-        call = make("cross").call()
-        call.route(3, 2, gain=2.0)
-        assert plan.evaluate(call, backend)[1].name in (backend, "short keys")
-    call = make("cross").call()
-    call.probabilities(3, lambda p: p)
-    assert plan.evaluate(call)[1].name == "matrix"
-    assert TEXT == call.k.shape[-2]
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_tensors_can_not_be_assigned(name: str) -> None:
+    call = make("self").call()
+    with pytest.raises(InputError, match=rf"a.site: {name} can't be assigned; use call.replace"):
+        setattr(call, name, call.q * 0)
+
+
+def test_the_grid() -> None:
+    call = make("self").call()
+    call.latent = ()
+    assert call.grid is None
+    with pytest.raises(
+        UnsupportedError, match="Mine: the queries of a.site form no grid .* sites="
+    ):
+        call.require_grid("Mine")
+    call = make("self").call()
+    height, width = call.require_grid("Mine")
+    assert (height, width) == (3, 4) and call.grid is not None and call.grid.tokens == 12

@@ -1,22 +1,26 @@
 """What the command says and with which exit status, without drawing anything."""
 
+import errno
 import json
 import runpy
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import hookctl
 from hookctl import demos, recipes
-from hookctl.cli import main
+from hookctl.cli import common, main
+from hookctl.cli.draw import Drawing
 from hookctl.cli.quiet import quiet
 from hookctl.cli.run import _telling
 from hookctl.demos.shapes import load
-from hookctl.preset.stack import EditorSpec, Preset
+from hookctl.preset import SETTINGS, EditorSpec, Preset
 
 COMMANDS = ("demo", "run", "inspect", "maps")
 EDITOR = '[[editor]]\nrecipe = "PromptToPrompt"\n'
@@ -173,6 +177,51 @@ def test_out_must_be_a_folder(say: Say, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     said = say("maps", "shapes", "--prompt", "x", "--out", tmp_path / "file")
     assert said.status == 2 and "can't be made a folder" in said.err
+
+
+def test_out_with_a_null_byte(say: Say) -> None:
+    said = say("bench", "--out", "a\0b")
+    assert said.status == 2 and r"--out 'a\x00b': can't be made a folder (embedded null" in said.err
+
+
+def test_every_run_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert common.out_folder(None, "run", "recolour") == Path("out/run-recolour")
+    assert common.out_folder(None, "bench") == Path("out/bench")
+    assert common.out_folder(Path("mine"), "run", "recolour") == Path("mine")
+    assert {path.name for path in tmp_path.rglob("*")} == {"out", "run-recolour", "bench", "mine"}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk(tmp_path: Path) -> None:
+    """The error names the file, of which no part is left."""
+    for write in (
+        lambda path: common.write_json(path, {}),
+        lambda path: common.save_image(Image.new("RGB", (8, 8)), path),
+    ):
+        path = tmp_path / "made.png"
+        path.symlink_to("/dev/full")
+        with pytest.raises(hookctl.errors.HookctlError, match="made.png: can't be written .*space"):
+            write(path)
+        assert not path.is_symlink()
+
+
+def test_a_full_disk_under_a_demo(
+    say: Say, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(**_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("hookctl.demos.prompt_to_prompt.run", fail)
+    said = say("demo", "--out", tmp_path)
+    assert said.status == 1 and said.err.startswith(f"hookctl: error: --out {tmp_path}: No space")
+
+
+def test_the_settings_of_a_run_are_listed_once(say: Say) -> None:
+    """In the table of presets; options and what is drawn follow."""
+    assert {f.name for f in fields(Drawing)} == {s.name for s in SETTINGS.values() if s.draws}
+    text = say("run", "--help").out
+    assert all(f"--{s.name} {s.metavar}" in text and s.help in text for s in SETTINGS.values())
 
 
 def test_without_the_embedded_weights(

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from hookctl.cli import loading, main
 from hookctl.cli.lora import check_loras
 from hookctl.errors import InputError
-from hookctl.preset.stack import LoraSpec
+from hookctl.preset import LoraSpec
 from tests.recipes.images import pipeline
 
 STACK = """

@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 
 from hookctl.cli import main
-from hookctl.inspect.probe import probe
-from hookctl.inspect.survey import survey
+from hookctl.inspect import probe, survey
 from tests import zoo
 
 STACK = """

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hookctl.evaluate import plan
 from tests.hookctl.attention.calls import Case, close, make, random
-from tests.hookctl.evaluate.test_algebra import PAIRED, masked, scripts
+from tests.hookctl.evaluate.verbs import PAIRED, masked, scripts
 
 # Of the largest element: a few units of the last place of what q, k, v and the output are held in.
 TOLERANCES = {torch.float32: 5e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}

@@ -11,12 +11,7 @@ from torch.overrides import TorchFunctionMode
 from hookctl.evaluate import plan, short_keys
 from tests.hookctl.attention.calls import IMAGE, TEXT, Case, Script, close, random
 from tests.hookctl.evaluate import test_precision
-from tests.hookctl.evaluate.test_algebra import EXACT, MASKS, check, masked, scripts
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+from tests.hookctl.evaluate.verbs import EXACT, MASKS, check, masked, scripts
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""Every verb through the fused kernel, against explicit matrices: fp32, 1e-5."""
+"""Every verb through the fused kernel, against explicit matrices: fp32, 1e-5.
+
+Without a device Triton's interpreter runs the kernels, which is slow.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch
 from hookctl.evaluate import plan, triton
 from hookctl.kernels.common import wins
 from tests.hookctl.attention.calls import Case, Script, close, random
-from tests.hookctl.evaluate.test_algebra import masked, scripts
+from tests.hookctl.evaluate.verbs import masked, scripts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 1e-5  # fp32

@@ -251,3 +251,45 @@ def test_gradient_checkpointing() -> None:
         (want,) = torch.autograd.grad(SDPA(y, y, y).sum(), y)
         assert torch.equal(got, want)
     assert len(seen.calls) == 6
+
+
+@pytest.mark.parametrize("elsewhere", (False, True))
+@pytest.mark.parametrize("seen_before", (0, 1))
+def test_removed_while_the_module_runs(seen_before: int, elsewhere: bool) -> None:
+    """By a hook, or by another thread: the forward ends as it began, and nothing stays."""
+
+    def remove() -> None:
+        if elsewhere:
+            thread = threading.Thread(target=handle.remove)
+            thread.start()
+            thread.join()
+        else:
+            handle.remove()
+
+    module, seen = Attention(by_name), Seen()
+    handle = port(module, seen)
+    entered = depth()
+    for _ in range(seen_before):
+        module(X)
+    seen.within = remove
+    module(X)
+    assert F.scaled_dot_product_attention is SDPA and depth() == entered
+    unwind(entered)  # as every denoiser call ends
+    assert not module._forward_hooks and not module._forward_pre_hooks
+    count = len(seen.calls)
+    module(X)
+    assert len(seen.calls) == count
+
+
+def test_removed_before_an_interrupt() -> None:
+    def fail() -> None:
+        handle.remove()
+        raise KeyboardInterrupt
+
+    module, seen = Attention(by_name), Seen(fail)
+    handle = port(module, seen)
+    entered = depth()
+    with pytest.raises(KeyboardInterrupt):
+        module(X)
+    unwind(entered)
+    assert not module._forward_hooks and not module._forward_pre_hooks

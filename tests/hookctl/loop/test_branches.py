@@ -11,13 +11,11 @@ from torch import Tensor
 import hookctl
 from hookctl import Editor
 from hookctl.errors import ConflictError, InputError, LayoutError, UnsupportedError
-from hookctl.loop.arguments import take_rows
 from hookctl.loop.branches import Branch
 from tests import zoo
-from tests.families.fingerprint import differences, fingerprint
 from tests.families.subjects import error
+from tests.hookctl.drawing import TWO, draw
 
-TWO = ["a red cat", "a blue dog"]
 FAMILIES = ["sd15", "sdxl", "controlnet", "sd3", "flux", "pixart", "wan", "animatediff", "svd"]
 TOLERANCE = 1e-5  # fp32; a wider batch sums in another order
 
@@ -46,23 +44,18 @@ class Copies(Editor):
         return predictions.guided
 
 
-def draw(name: str, *editors: Editor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+def both(name: str, *editors: Editor, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """(with editors, plain)"""
     case = zoo.PIPELINES[name]
     pipe = case.make()
-    plain = case.run(pipe, TWO, **kwargs)
-    before = fingerprint(pipe)
-    with hookctl.control(pipe, *editors):
-        result = case.run(pipe, TWO, **kwargs)
-    assert not differences(before, fingerprint(pipe))
-    return result, plain
+    return draw(case, pipe, *editors, **kwargs), case.run(pipe, TWO, **kwargs)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_copy_predicts_what_its_original_does(name: str) -> None:
     """And the pipeline gets its own rows, as if nothing had been added."""
     copies = Copies(again=Branch())
-    result, plain = draw(name, copies)
+    result, plain = both(name, copies)
     assert error(result, plain) < (1e-3 if name == "svd" else TOLERANCE)  # sigma 700
     assert copies.predictions
     for parts in copies.predictions:
@@ -72,14 +65,14 @@ def test_a_copy_predicts_what_its_original_does(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["sd15", "flux", "wan", "animatediff"])
 def test_no_branch_changes_no_bit(name: str) -> None:
-    result, plain = draw(name, Copies())
+    result, plain = both(name, Copies())
     assert torch.equal(result, plain)
 
 
 @pytest.mark.parametrize("kwargs", [{"n": 2}, {"guidance": 1.0}])
 def test_rows_are_tagged_as_what_they_copy(kwargs: dict[str, Any]) -> None:
     copies = Copies(again=Branch(), other=Branch(of="cond"))
-    draw("sd15", copies, steps=1, **kwargs)
+    both("sd15", copies, steps=1, **kwargs)
     [rows] = copies.rows
     cond = rows.where(branch="cond")
     for name in ("again", "other"):
@@ -96,7 +89,7 @@ def test_rows_are_tagged_as_what_they_copy(kwargs: dict[str, Any]) -> None:
 def test_it_joins_the_call_that_holds_its_original() -> None:
     """Where guidance is two calls, only one of them is longer."""
     copies = Copies(again=Branch(of="uncond"))
-    draw("wan", copies, steps=1)
+    both("wan", copies, steps=1)
     assert [{r.branch for r in rows} for rows in copies.rows] == [{"cond"}, {"uncond", "again"}]
     [parts] = copies.predictions
     assert error(parts["again"], parts["uncond"]) < TOLERANCE
@@ -119,37 +112,10 @@ def test_a_text_of_its_own(name: str) -> None:
             return super().combine(predictions)
 
     swapped, shape = Swapped(), (4, 3, 8, 8) if name == "animatediff" else (4, 16, 16)
-    draw(name, swapped, steps=1, latents=torch.randn(1, *shape).repeat(2, *[1] * len(shape)))
+    both(name, swapped, steps=1, latents=torch.randn(1, *shape).repeat(2, *[1] * len(shape)))
     [parts] = swapped.predictions
     assert error(parts["swapped"], parts["cond"].flip(0)) < TOLERANCE
     assert error(parts["swapped"], parts["cond"]) > 1e-4
-
-
-def test_conditions_beside_the_text_are_copied() -> None:
-    """ControlNet's residuals and an adapter's embeddings, whatever holds them."""
-    state = type("State", (), {})()
-    state.rows, state.grid = [0, 1], (4, 4)
-    state.kwargs = {
-        "sample": torch.arange(2.0)[:, None],
-        "timestep": torch.tensor(3),
-        "added_cond_kwargs": {"image_embeds": [torch.arange(2.0)[:, None]], "scale": 0.5},
-        "down_block_additional_residuals": (torch.arange(2.0)[:, None],),
-        "class_labels": torch.tensor([5, 6]),
-        "img_shapes": [[(1, 2, 2)], [(1, 2, 4)]],
-        "img_ids": torch.zeros(2, 3),
-        "cross_attention_kwargs": {"ip_adapter_masks": [torch.ones(2, 1, 4, 4)]},
-    }
-    taken = take_rows(state, [(0, 2), (1, 2)])
-    expected = torch.tensor([[0.0], [1.0], [1.0]])
-    assert torch.equal(taken["sample"], expected)
-    assert torch.equal(taken["added_cond_kwargs"]["image_embeds"][0], expected)
-    assert torch.equal(taken["down_block_additional_residuals"][0], expected)
-    assert taken["class_labels"].tolist() == [5, 6, 6]
-    assert taken["img_shapes"] == [[(1, 2, 2)], [(1, 2, 4)], [(1, 2, 4)]]
-    for name in ("timestep", "img_ids"):
-        assert taken[name] is state.kwargs[name]
-    assert taken["cross_attention_kwargs"]["ip_adapter_masks"][0].shape[0] == 2
-    assert taken["added_cond_kwargs"]["scale"] == 0.5
 
 
 # -- refused ---------------------------------------------------------------------------------------
@@ -161,26 +127,26 @@ class Others(Copies):
 
 def test_two_editors_of_one_name() -> None:
     with pytest.raises(ConflictError, match="Copies and Others both add a branch 'again'"):
-        draw("sd15", Copies(again=Branch()), Others(again=Branch()))
+        both("sd15", Copies(again=Branch()), Others(again=Branch()))
 
 
 def test_a_pipeline_with_that_branch() -> None:
     with pytest.raises(ConflictError, match="StableDiffusionPAGPipeline draws one itself"):
-        draw("sd15_pag", Copies(perturbed=Branch()))
+        both("sd15_pag", Copies(perturbed=Branch()))
     with pytest.raises(UnsupportedError, match="divide the batch"):
-        draw("sd15_pag", Copies(again=Branch()))
-    result, plain = draw("sd15_pag", Copies(again=Branch()), pag_scale=0.0)
+        both("sd15_pag", Copies(again=Branch()))
+    result, plain = both("sd15_pag", Copies(again=Branch()), pag_scale=0.0)
     assert error(result, plain) < TOLERANCE
 
 
 def test_a_branch_of_nothing() -> None:
     with pytest.raises(LayoutError, match=r"copies 'image'.* it has: cond, uncond"):
-        draw("sd15", Copies(again=Branch(of="image")))
+        both("sd15", Copies(again=Branch(of="image")))
 
 
 def test_a_text_of_another_shape() -> None:
     with pytest.raises(InputError, match=r"branch 'again': text is \(1, 3, 5\)"):
-        draw("sd15", Copies(again=Branch(text=torch.zeros(1, 3, 5))))
+        both("sd15", Copies(again=Branch(text=torch.zeros(1, 3, 5))))
 
 
 # -- output forms, training, compilation -----------------------------------------------------------

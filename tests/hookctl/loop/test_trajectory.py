@@ -23,9 +23,9 @@ from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes import FreeU, PromptToPrompt
 from tests import zoo
-from tests.families.fingerprint import differences, fingerprint
+from tests.families.fingerprint import unchanged
+from tests.hookctl.drawing import TWO
 
-TWO = ["a red cat", "a blue dog"]
 SCHEDULERS = [
     DDIMScheduler,
     EulerDiscreteScheduler,
@@ -83,13 +83,11 @@ def test_other_families_too(name: str) -> None:
     case = zoo.PIPELINES[name]
     pipe = case.make()
     expected = case.run(pipe, TWO, steps=3, guidance=4.0)
-    before = fingerprint(pipe)
     options = {"pixart": {"clean_caption": False, "use_resolution_binning": False}}
     sizes = {"height": 128, "width": 128, "max_sequence_length": 16}
     given = {**(sizes if name != "sdxl" else {}), **options.get(name, {})}
-    run = program(pipe, TWO, **given)
-    assert torch.equal(run.run(), expected)
-    assert not differences(before, fingerprint(pipe))
+    with unchanged(pipe):
+        assert torch.equal(program(pipe, TWO, **given).run(), expected)
 
 
 def test_without_guidance_and_with_fresh_noise() -> None:
@@ -265,13 +263,11 @@ def test_what_programs_cannot_drive_is_refused(name: str) -> None:
     case = zoo.PIPELINES[name]
     pipe = case.make()
     case.run(pipe)
-    before = fingerprint(pipe)
     extra: dict[str, Any] = {"generator": seeded(1)}
     if name in ("controlnet", "instruct_pix2pix"):
         extra["image"] = torch.zeros(1, 3, 128, 128)
-    with pytest.raises(UnsupportedError, match="programs"):
+    with unchanged(pipe), pytest.raises(UnsupportedError, match="programs"):
         Trajectory(pipe, "a cat", steps=2, guidance=4.0, **extra)
-    assert not differences(before, fingerprint(pipe))
 
 
 def test_bad_input() -> None:

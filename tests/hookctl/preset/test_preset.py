@@ -10,8 +10,8 @@ from hookctl.cli.run import editors_by_name, inversions_by_name, programs_by_nam
 from hookctl.editor import Editor
 from hookctl.errors import InputError
 from hookctl.maps import Maps
+from hookctl.preset import EditorSpec, LoraSpec, Preset, dump_preset, load_preset
 from hookctl.preset.signature import Mismatch, convert, describe
-from hookctl.preset.stack import EditorSpec, LoraSpec, Preset, dump_preset, load_preset
 from hookctl.recipes import PromptToPrompt
 
 PRESETS = Path(__file__).parents[3] / "demos" / "presets"
@@ -329,6 +329,107 @@ def test_what_is_wrong_is_said(write: Write, text: str, says: list[str]) -> None
     assert message.startswith(str(path)) and "\n" not in message
     for part in says:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("x = " + "[" * 5000, "nested too deeply"),
+        ("[run]\nsteps = " + "[" * 300 + "]" * 300, "steps = [[["),
+        ("[run]\nseed = " + "9" * 5000, "can't be read: Exceeds the limit (4300 digits)"),
+        ("[run]\nseed = 0x" + "f" * 5000, "seed = a number of thousands of digits; give a whole"),
+        ("[run]\nguidance = 0x" + "f" * 5000, "guidance = a number of thousands of digits; give"),
+        ("[run]\nguidance = nan", "guidance = nan; give a number"),
+        ("[run]\nsteps = 0", "steps = 0; give a whole number >= 1"),
+        ("[run]\nseed = -1", "seed = -1; give a whole number >= 0"),
+        ('"' + "x" * 5000 + '" = 1', "xxx... is not a key of a stack"),
+    ],
+)
+def test_files_that_mean_harm(write: Write, text: str, says: str) -> None:
+    path = write(text + "\n")
+    with pytest.raises(InputError) as caught:
+        load_preset(path, RECIPES)
+    message = str(caught.value)
+    assert message.startswith(str(path)) and says in message and len(message) < 1000
+
+
+# -- classes of installed packages -----------------------------------------------------------------
+
+MODULE = """
+from hookctl import Editor
+class Sharpen(Editor):
+    def __init__(self, strength: float = 1.0) -> None:
+        self.strength = strength
+    def before(self, state):
+        pass
+number = 3
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of an installed package with the modules `editors` and `broken`."""
+    site, name = tmp_path / "site", f"sharpening_{tmp_path.name.replace('-', '_')}"
+    (site / name).mkdir(parents=True)
+    (site / name / "__init__.py").touch()
+    (site / name / "editors.py").write_text(MODULE)
+    (site / name / "broken.py").write_text("raise RuntimeError('not\\nready')\n")
+    info = site / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "RECORD").write_text(f"{name}/__init__.py,,\n{name}/editors.py,,\n")
+    monkeypatch.syspath_prepend(site)
+    return name
+
+
+def test_an_editor_of_an_installed_package(write: Write, package: str) -> None:
+    name = f"{package}.editors:Sharpen"
+    preset = load_preset(write(f'[[editor]]\nrecipe = "{name}"\nstrength = 2\n'), RECIPES)
+    [editor] = preset.editors()
+    assert type(editor).__name__ == "Sharpen" and vars(editor) == {"strength": 2.0}
+    back = load_preset(write(dump_preset(preset)), RECIPES)
+    assert back.specs[0].recipe == name and back.specs[0].cls is preset.specs[0].cls
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("{}.editors:Sharpn", "has no Sharpn; did you mean 'Sharpen'?"),
+        ("{}.editors:number", "number is no subclass of hookctl.Editor; there are: Sharpen"),
+        ("{}.broken:Sharpen", "broken can't be imported (RuntimeError: not ready)"),
+        ("{}.nothing:Sharpen", "nothing can't be imported (ModuleNotFoundError"),
+        ("antigravity:Sharpen", "no installed package holds 'antigravity'; install it"),
+        ("{}.editors:", "is no class; write package.module:Class"),
+        ("../x:Sharpen", "is no class; write package.module:Class"),
+        ("{}.editors:Sharpen.x", "is no class; write package.module:Class"),
+    ],
+)
+def test_classes_that_are_refused(write: Write, package: str, name: str, says: str) -> None:
+    path = write(f'[[editor]]\nrecipe = "{name.format(package)}"\n')
+    with pytest.raises(InputError) as caught:
+        load_preset(path, RECIPES)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: [[editor]] 1: recipe=") and says in message
+
+
+def test_code_beside_a_file_is_never_run(
+    write: Write, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the folder of the command is on the path, and holds what looks installed."""
+    (tmp_path / "brought.py").write_text("raise SystemExit('it ran')\n")
+    info = tmp_path / "brought-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: brought\nVersion: 1.0\n")
+    (info / "top_level.txt").write_text("brought\n")
+    (tmp_path / f"{package}.py").write_text("raise SystemExit('it ran')\n")  # hides the package
+    monkeypatch.chdir(tmp_path)
+    for entry in ("", str(tmp_path)):
+        for name in ("brought", package):
+            path = write(f'[[editor]]\nrecipe = "{name}:Sharpen"\n')
+            with monkeypatch.context() as patch:
+                patch.syspath_prepend(entry)
+                with pytest.raises(InputError, match=f"no installed package holds {name!r}"):
+                    load_preset(path, RECIPES)
 
 
 def test_the_recipe_s_own_errors_name_the_file(write: Write) -> None:

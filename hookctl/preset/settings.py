@@ -1,0 +1,63 @@
+"""The settings of a run: the keys of [run] in a file, and the options of the same names."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One thing that a file or the command line says of a run.
+
+    hint: the type of its value in a file; help, metavar: of its option; least: the smallest whole
+    number that will do; argument: of a pipeline's call that it becomes, None if it becomes none by
+    itself; draws: whether it says how images are drawn, whatever they show.
+    """
+
+    name: str
+    hint: Any
+    help: str
+    metavar: str
+    least: int | None = None
+    argument: str | None = None
+    draws: bool = True
+
+    def lacks(self, value: Any) -> str | None:
+        """What would do in place of a value of the right type, None if it will do."""
+        if self.least is not None and not self.least <= value < 2**63:
+            return f"a whole number >= {self.least}"
+        if self.hint is float and not math.isfinite(value):
+            return "a number"
+        return None
+
+    @property
+    def instead(self) -> str:
+        """How to say it to a run."""
+        return f"write {self.name} = in [run], or give --{self.name}"
+
+
+_OWN = "default: the model's own"
+SETTINGS = {
+    setting.name: setting
+    for setting in (
+        Setting("prompt", str, "of the source image", "TEXT", draws=False),
+        Setting("edit", str | list[str], "the edited prompt; may be repeated", "TEXT", draws=False),
+        Setting("seed", int, "of the first noise (default: 0)", "N", 0),
+        Setting("steps", int, "of the sampler (default: 30)", "N", 1, "num_inference_steps"),
+        Setting(
+            "guidance",
+            float,
+            "guidance scale (default: the pipeline's own)",
+            "X",
+            argument="guidance_scale",
+        ),
+        Setting("negative", str, "negative prompt", "TEXT", argument="negative_prompt"),
+        Setting(
+            "images", int, "images of each prompt (default: 1)", "N", 1, "num_images_per_prompt"
+        ),
+        Setting("width", int, _OWN, "PX", 1, "width"),
+        Setting("height", int, _OWN, "PX", 1, "height"),
+    )
+}

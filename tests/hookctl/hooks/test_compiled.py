@@ -1,0 +1,122 @@
+"""The opaque operators of compiled graphs are never replayed from a captured CUDA graph.
+
+`mode="reduce-overhead"` records the kernels of a graph at its first run and replays them. A replay
+runs no Python, so an edit behind an operator would be that of the first step for ever. What torch
+does about operators with the tag is imitated here on a CPU: the kernels of every other operator are
+recorded and replayed, those with the tag are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import hookctl
+from hookctl import Editor
+
+UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)
+
+pytestmark = pytest.mark.skipif(UNSAFE is None, reason="this torch captures no graphs in parts")
+
+
+class Captured(fx.Interpreter):
+    """Runs a graph as a captured one: untagged operators of ours by the kernels of their first
+    call."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.kernels: dict[str, Callable[..., Any]] = {}
+        self.ours: list[Any] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op != "call_function" or "hookctl" not in str(n.target):
+            return super().run_node(n)
+        operator: Any = n.target
+        operator = getattr(operator, "default", operator)
+        self.ours.append(operator)
+        if UNSAFE in operator.tags:
+            return super().run_node(n)
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        rest = args[len(tensors) :]
+        if n.name not in self.kernels:
+            self.kernels[n.name] = make_fx(lambda *given: operator(*given, *rest))(*tensors)
+        return self.kernels[n.name](*tensors)
+
+
+class OnlyTheSecond(Editor):
+    """Edits the attention of the second step alone."""
+
+    sites = "self"
+    start, stop = 0.5, 1.0
+
+    def attention(self, call: Any) -> None:
+        call.skip(call.rows)
+
+
+class Doubled(Editor):
+    start, stop = 0.5, 1.0
+
+    def features(self, call: Any) -> None:
+        call.backbone = call.backbone * 2
+
+
+def unet() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=4,
+        cross_attention_dim=8,
+        norm_num_groups=4,
+    ).eval()
+
+
+class Pipeline:
+    """Two steps of a denoiser."""
+
+    def __init__(self, model: UNet2DConditionModel) -> None:
+        self.unet, self.scheduler = model, DDIMScheduler()
+        self.scheduler.set_timesteps(2)
+
+    def __call__(self) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        x, text = (torch.randn(s, generator=generator) for s in ((1, 4, 8, 8), (1, 5, 8)))
+        found = []
+        for t in self.scheduler.timesteps:
+            found.append(self.unet(x, t, text).sample)
+            self.scheduler.step(found[-1], t, x)
+        return found
+
+
+@pytest.mark.parametrize("editor", (OnlyTheSecond, Doubled))
+def test_an_edit_never_replays_stale(editor: type[Editor]) -> None:
+    graphs: list[Captured] = []
+
+    def captured(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        graphs.append(Captured(module))
+        return graphs[-1].run
+
+    with torch.no_grad():
+        want = Pipeline(unet())
+        with hookctl.control(want, editor()):
+            first, second = want()
+        assert torch.equal(first, want()[0]) and not torch.equal(second, want()[1])
+        got = Pipeline(unet())
+        with hookctl.control(got, editor()):
+            got.unet = torch.compile(got.unet, backend=captured)
+            for _ in range(2):
+                for one, other in zip(got(), (first, second), strict=True):
+                    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
+    ours = [operator for graph in graphs for operator in graph.ours]
+    assert ours and all(UNSAFE in operator.tags for operator in ours)

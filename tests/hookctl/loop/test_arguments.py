@@ -1,0 +1,100 @@
+"""The arguments of a denoiser call: further text for every row, and some rows of everything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hookctl import Editor
+from hookctl.errors import InputError
+from hookctl.loop.arguments import take_rows
+from tests import zoo
+from tests.families.subjects import error
+from tests.hookctl.drawing import SD15, TWO, draw, editor
+
+# -- context ---------------------------------------------------------------------------------------
+
+
+def text_of(pipe: Any, prompt: str) -> Tensor:
+    return pipe.encode_prompt(prompt, "cpu", 1, False)[0]
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "animatediff"])
+def test_text_that_nobody_attends_to(name: str) -> None:
+    case = zoo.PIPELINES[name]
+    pipe = case.make()
+    width = pipe.unet.config.cross_attention_dim
+    extra = torch.randn(1, 20, width)
+    edited = draw(case, pipe, editor(context=lambda state: {"other": extra}))
+    # One product over more keys may sum in another order.
+    assert error(edited, case.run(pipe, TWO)) < 1e-5
+
+
+def test_another_prompt_through_the_models_own_projections() -> None:
+    """All attention given to the extra text is drawing the extra text's prompt."""
+    pipe = SD15.make()
+    extra = text_of(pipe, "a green bird")
+
+    class Instead(Editor):
+        sites = "cross"
+
+        def context(self, state: Any) -> Any:
+            return {"bird": extra}
+
+        def attention(self, call: Any) -> None:
+            k, v = call.context("bird")
+            assert k.shape[-2] == 77 and call.k.shape[-2] == 77
+            for row in call.rows.where(branch="cond"):
+                own_k, own_v = k[row.index], v[row.index]
+                call.add(row, own_k, own_v)
+                call.route(row, None, gain=0.0)
+
+    edited = draw(SD15, pipe, Instead())
+    expected = SD15.run(pipe, ["a green bird", "a green bird"])
+    assert error(edited, expected) < 1e-4
+
+
+def test_a_context_of_a_wrong_shape() -> None:
+    with pytest.raises(InputError, match="context 'other' is"):
+        draw(SD15, SD15.make(), editor(context=lambda state: {"other": torch.randn(1, 5, 7)}))
+
+
+def test_masked_text_is_widened_with_its_mask() -> None:
+    case = zoo.PIPELINES["pixart"]
+    pipe = case.make()
+    extra = torch.randn(1, 9, 32)
+    edited = draw(case, pipe, editor(context=lambda state: {"other": extra}))
+    assert error(edited, case.run(pipe, TWO)) < 1e-5
+
+
+# -- rows ------------------------------------------------------------------------------------------
+
+
+def test_conditions_beside_the_text_are_copied() -> None:
+    """ControlNet's residuals and an adapter's embeddings, whatever holds them."""
+    state = type("State", (), {})()
+    state.rows, state.grid = [0, 1], (4, 4)
+    state.kwargs = {
+        "sample": torch.arange(2.0)[:, None],
+        "timestep": torch.tensor(3),
+        "added_cond_kwargs": {"image_embeds": [torch.arange(2.0)[:, None]], "scale": 0.5},
+        "down_block_additional_residuals": (torch.arange(2.0)[:, None],),
+        "class_labels": torch.tensor([5, 6]),
+        "img_shapes": [[(1, 2, 2)], [(1, 2, 4)]],
+        "img_ids": torch.zeros(2, 3),
+        "cross_attention_kwargs": {"ip_adapter_masks": [torch.ones(2, 1, 4, 4)]},
+    }
+    taken = take_rows(state, [(0, 2), (1, 2)])
+    expected = torch.tensor([[0.0], [1.0], [1.0]])
+    assert torch.equal(taken["sample"], expected)
+    assert torch.equal(taken["added_cond_kwargs"]["image_embeds"][0], expected)
+    assert torch.equal(taken["down_block_additional_residuals"][0], expected)
+    assert taken["class_labels"].tolist() == [5, 6, 6]
+    assert taken["img_shapes"] == [[(1, 2, 2)], [(1, 2, 4)], [(1, 2, 4)]]
+    for name in ("timestep", "img_ids"):
+        assert taken[name] is state.kwargs[name]
+    assert taken["cross_attention_kwargs"]["ip_adapter_masks"][0].shape[0] == 2
+    assert taken["added_cond_kwargs"]["scale"] == 0.5

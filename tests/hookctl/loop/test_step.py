@@ -1,0 +1,48 @@
+"""The end of a step: predictions put together otherwise, and latents changed after it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import zoo
+from tests.families.subjects import error
+from tests.hookctl.drawing import SD15, TWO, assign_same, draw, editor
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "pixart", "wan", "flux", "animatediff"])
+def test_guidance_made_again_from_the_branches(name: str) -> None:
+    case = zoo.PIPELINES[name]
+    pipe, worst = case.make(), []
+    guidance = max(case.guidance, 3.0)
+
+    def combine(predictions: Any) -> Tensor:
+        uncond, cond = predictions["uncond"], predictions["cond"]
+        mine = uncond + guidance * (cond - uncond)
+        worst.append(error(mine, predictions.guided))
+        return mine
+
+    edited = draw(case, pipe, editor(combine=combine), guidance=guidance)
+    assert len(worst) == 2 and max(worst) < 1e-6
+    assert error(edited, case.run(pipe, TWO, guidance=guidance)) < 1e-5
+
+
+def test_what_combine_returns_is_stepped() -> None:
+    pipe = SD15.make()
+    edited = draw(SD15, pipe, editor(combine=lambda predictions: predictions["cond"]))
+    assert error(edited, SD15.run(pipe, TWO, guidance=1.0)) < 1e-5
+
+
+def test_after_the_step() -> None:
+    pipe = SD15.make()
+
+    def zero(state: Any) -> None:
+        if state.clock.step == 1:
+            state.latents = torch.zeros_like(state.latents)
+
+    assert not draw(SD15, pipe, editor(after=zero)).any()
+    same = draw(SD15, pipe, editor(after=assign_same))
+    assert torch.equal(same, SD15.run(pipe, TWO))
