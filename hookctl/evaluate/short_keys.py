@@ -28,16 +28,17 @@ _BLOCK = 2**18
 
 
 class _Use(NamedTuple):
-    """weight * P V: what probabilities P add to the output of a row.
-
-    place: of the row in the output; values: V, [batch, keys, channels], and the keys of P that they
-    are of (None: all); weight: a number, or [N].
-    """
+    """A term whose probabilities add to the output of a row; place: of the row in the output."""
 
     place: int
-    values: Tensor
-    keys: slice | None
-    weight: Tensor | float
+    term: Term
+
+    @property
+    def plain(self) -> bool:
+        """Whether the row's values are taken as they are."""
+        term = self.term
+        bare = not term.maps and len(term.segments) == 1
+        return bare and not isinstance(term.weight, Tensor) and term.weight == 1.0
 
 
 class _Read(NamedTuple):
@@ -73,8 +74,7 @@ def evaluate(
     softmaxes: dict[Hashable, _Softmax] = {}
     for place, row in enumerate(rows):
         for term in finished.terms[row]:
-            use = _Use(place, *_values(term), term.weight)
-            _softmax_of(term, finished.mask, softmaxes).uses.append(use)
+            _softmax_of(term, finished.mask, softmaxes).uses.append(_Use(place, term))
     parts = [
         [
             _reading(term, request, _softmax_of(term, finished.mask, softmaxes))
@@ -156,8 +156,8 @@ def _form(
     bare = mask is None and all(s.shift is None for s in term.segments)
     bias, empty = (None, None) if bare else _bias(terms, mask, q)
     count = len(q) // len(batch)
-    totals = None if out is None else out.flatten(1, 2)
-    betas = _betas(batch, written)
+    ahead = _ahead(batch, written)
+    sums = [] if out is None else _sums(batch, ahead, written)
     for block in _blocks(len(q) * q.shape[1] * k.shape[-1], q.shape[1]):
         scores = torch.baddbmm(_unread(q), _some(q, block, 1), k, beta=0, alpha=term.scale)
         if term.factors:
@@ -168,38 +168,81 @@ def _form(
         else:
             scores = scores.unflatten(0, (len(batch), -1)) + _some(bias, block, -2)
             p = scores.softmax(-1).masked_fill(_some(empty, block, -2), 0.0).flatten(0, 1)
+        if ahead and out is not None:
+            _put_ahead(batch[:ahead], p[: ahead * count], block, out)
         for i, softmax in enumerate(batch):
             own = p if len(batch) == 1 else p[i * count : (i + 1) * count]
-            for use, beta in zip(softmax.uses, betas[i], strict=True):
-                assert totals is not None  # where there are uses, there are rows
-                # A view of now: autograd knows none from before another one was written to.
-                _add(use, own, block, totals[use.place], beta)
+            if out is not None:
+                for one in sums[i]:
+                    _add(one, own, block, out)
             for read in softmax.reads:
                 _read(read, own, block)
 
 
-def _betas(batch: Sequence[_Softmax], written: set[int]) -> list[list[float]]:
-    """For each use of each softmax the weight of what is in its place already: 0 for the first."""
-    betas: list[list[float]] = []
-    for softmax in batch:
-        betas.append([])
-        for use in softmax.uses:
-            betas[-1].append(float(use.place in written))
-            written.add(use.place)
-    return betas
+class _Summand(NamedTuple):
+    """total = beta * total + weight * P V at a place of the output.
 
-
-def _add(use: _Use, p: Tensor, block: slice | None, total: Tensor, beta: float) -> None:
-    """total = beta * total + weight * P V for a block of queries.
-
-    p: [batch, queries, M]; total: [batch, N, channels].
+    values: V, [batch, keys, channels], and the keys of P that they are of (None: all); weight: a
+    number, or [N].
     """
-    weight = use.weight
-    if use.keys is not None:
-        p = p[..., use.keys]
+
+    place: int
+    beta: float
+    values: Tensor
+    keys: slice | None
+    weight: Tensor | float
+
+
+def _sums(batch: Sequence[_Softmax], ahead: int, written: set[int]) -> list[list[_Summand]]:
+    """What each softmax adds to the output, but for the first uses of those that go ahead.
+
+    written: places that hold something already; those of the batch are added.
+    """
+    sums: list[list[_Summand]] = []
+    written.update(softmax.uses[0].place for softmax in batch[:ahead])
+    for i, softmax in enumerate(batch):
+        sums.append([])
+        for place, term in softmax.uses[i < ahead :]:
+            summand = _Summand(place, float(place in written), *_values(term), term.weight)
+            sums[-1].append(summand)
+            written.add(place)
+    return sums
+
+
+def _ahead(batch: Sequence[_Softmax], written: set[int]) -> int:
+    """How many softmaxes at the front give adjacent rows their own values as they are: one product
+    makes the outputs of all of them. 0 for fewer than two."""
+    count = 0
+    for softmax in batch:
+        use = softmax.uses[0] if softmax.uses else None
+        if use is None or not use.plain or use.place in written:
+            break
+        first, v, own = batch[0].uses[0], use.term.own.v, batch[0].uses[0].term.own.v
+        if v.base is not own.base or (use.place, v.row) != (first.place + count, own.row + count):
+            break
+        count += 1
+    return count if count > 1 else 0
+
+
+def _put_ahead(batch: Sequence[_Softmax], p: Tensor, block: slice | None, out: Tensor) -> None:
+    """p: the probabilities of a block of queries, [softmaxes * batch, queries, M]."""
+    v = gather([softmax.uses[0].term.own.v for softmax in batch])
+    place = batch[0].uses[0].place
+    total = _some(out[place : place + len(batch)], block, 3)
+    total.copy_(torch.bmm(p, v.flatten(0, 2)).unflatten(0, v.shape[:3]))
+
+
+def _add(one: _Summand, p: Tensor, block: slice | None, out: Tensor) -> None:
+    """p: the probabilities of a block of queries, [batch, queries, M]."""
+    weight = one.weight
+    if one.keys is not None:
+        p = p[..., one.keys]
     if isinstance(weight, Tensor):
         p, weight = p * _some(weight, block, 0)[:, None], 1.0
-    _some(total, block, 1).baddbmm_(p, use.values, beta=beta, alpha=weight)
+    # A view of now: autograd knows none from before another one was written to.
+    row = out[one.place]
+    total = _some(row[0] if len(row) == 1 else row.flatten(0, 1), block, 1)
+    total.baddbmm_(p, one.values, beta=one.beta, alpha=weight)
 
 
 def _read(read: _Read, p: Tensor, block: slice | None) -> None:
