@@ -15,9 +15,9 @@ from hookctl.demos.shapes.world import COLOUR_NAMES, RELATIONS, SHAPES
 class EditCase:
     """One edit: the source and target prompts and the object that changes.
 
-    before, after: (shape, colour, pattern) of the edited object, None after if it is to go; other:
-    of the one that must stay;
-    words: of the edited object's noun in source and target; options: for the recipe.
+    before, after: (shape, colour, pattern) of the edited object, after None if it is to go; other:
+    of the object that must stay; words: the edited object's noun in source and target; options: for
+    the recipe.
     """
 
     kind: str

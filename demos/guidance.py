@@ -72,7 +72,7 @@ def prompts_of(seed: int, count: int) -> list[str]:
 
 def draw(pipe: Any, prompts: Sequence[str], seed: int, editor: Editor | None) -> Drawn:
     """One image for each prompt, prompt i from seed + i."""
-    images, begun = [], time.perf_counter()
+    images, started = [], time.perf_counter()
     with counted(pipe.unet) as cost, hookctl.control(pipe, *([editor] if editor else [])):
         for i in range(0, len(prompts), BATCH):
             part = list(prompts[i : i + BATCH])
@@ -80,7 +80,7 @@ def draw(pipe: Any, prompts: Sequence[str], seed: int, editor: Editor | None) ->
             images += pipe(
                 part, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=seeds
             ).images
-    return Drawn(images, cost.rows / len(prompts), time.perf_counter() - begun)
+    return Drawn(images, cost.rows / len(prompts), time.perf_counter() - started)
 
 
 def _peak(pipe: Any, prompt: str, editor: Editor | None) -> float:
@@ -94,7 +94,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     pipe = hookctl.load_shapes()
     pipe.set_progress_bar_config(disable=True)
-    begun, prompts = time.perf_counter(), prompts_of(seed, seeds)
+    started, prompts = time.perf_counter(), prompts_of(seed, seeds)
     drawn = {}
     for i, (name, make) in enumerate(METHODS.items(), 1):
         drawn[name] = draw(pipe, prompts, seed, make())
@@ -116,7 +116,7 @@ def run(
             }
             for name, one in drawn.items()
         },
-        "wall_seconds": round(time.perf_counter() - begun, 1),
+        "wall_seconds": round(time.perf_counter() - started, 1),
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     image(prompts, {name: one.images for name, one in drawn.items()}).save(out / "grid.png")

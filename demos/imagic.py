@@ -4,10 +4,10 @@ One alpha trades the image for the text: grid_alpha.png shows how often the edit
 often the other object stayed, against alpha. The same fit is drawn from the image's inverted
 noise and, as published, from random noise.
 
-The image gets lost as alpha grows, and the edit comes between 0.4 and 1, mostly with the other
-object still in place; beyond 1, at texts more wanted than the wanted one, that may go too. From
-random noise alpha 0 gives the layout and the colours back, with ragged outlines. Half-way between
-two texts may stand one that names nothing, and the object is missing there.
+As alpha grows the image is kept less, and the edit comes between 0.4 and 1, mostly with the other
+object still in place; beyond 1, past the wanted text, that object may go too. From random noise
+alpha 0 gives the layout and the colours back, with ragged outlines. The text half-way between two
+may name nothing, and then the object is missing.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def run(
 ) -> dict[str, Any]:
     """Run the demo; writes grid.png, grid_alpha.png and report.json and returns the report."""
     out.mkdir(parents=True, exist_ok=True)
-    pipe, begun = hookctl.load_shapes(), time.perf_counter()
+    pipe, started = hookctl.load_shapes(), time.perf_counter()
     rng = np.random.default_rng([seed, 11])
     cases = [draw("colour", rng) for _ in range(seeds)]
     images = images_of(cases, rng)
@@ -85,7 +85,7 @@ def run(
             "peak_mib_of_a_fit": _peak(pipe, images[0], cases[0].target),
             "peak_mib_of_a_image": drawing_mib(pipe, cases[0].target, guidance=GUIDANCE),
         },
-        "wall_seconds": round(time.perf_counter() - begun, 1),
+        "wall_seconds": round(time.perf_counter() - started, 1),
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     image(cases, images, drawn).save(out / "grid.png")

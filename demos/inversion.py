@@ -160,7 +160,7 @@ def run(
 ) -> dict[str, Any]:
     """Run the demo; writes grid.png and report.json to `out` and returns the report."""
     out.mkdir(parents=True, exist_ok=True)
-    pipe, begun = hookctl.load_shapes(), time.perf_counter()
+    pipe, run_started = hookctl.load_shapes(), time.perf_counter()
     rng = np.random.default_rng([seed, 7])
     cases = [draw("colour", rng) for _ in range(seeds)]
     images = images_of(cases, rng)
@@ -191,7 +191,7 @@ def run(
         "autoencoder_psnr": round(float(np.mean(lost)), 2),
         "methods": {name: _report(found, lost) for name, found in outcomes.items()},
         "cost": cost,
-        "wall_seconds": round(time.perf_counter() - begun, 1),
+        "wall_seconds": round(time.perf_counter() - run_started, 1),
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     image(cases, images, outcomes).save(out / "grid.png")

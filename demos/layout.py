@@ -2,8 +2,8 @@
 
 Boxes are those of held-out scenes whose prompts do not say where things are exactly. share in box:
 of the noun's attention, in the second half of the run and while the methods guide; hits: objects
-found in their box. No method need reach a share of 1: maps are no masks. What the model's maps are
-when every object stands in its box shows `the scene itself`, noised to the level of each step.
+found in their box. No method need reach a share of 1: maps are no masks. `the scene itself`, noised
+to the level of each step, shows what the model's maps are when every object stands in its box.
 """
 
 from __future__ import annotations

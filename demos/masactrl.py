@@ -1,9 +1,9 @@
 """MasaCtrl, StyleAligned and reference-only: one appearance, another layout.
 
 MasaCtrl: the source is an object on a background, the edit asks for it in another size.
-StyleAligned: the others of a set have other shapes. Reference-only: so have they, and the first
-image is given, rendered from the world. The background is said of the first image alone: what is
-not said must come from it. The plain images have the same noise and prompts.
+StyleAligned: the others of a set have other shapes. Reference-only: the same, with the first image
+given, rendered from the world. Only the first prompt names the background: the other images must
+take it from the first. The plain images have the same noise and prompts.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def run(
     seeds: pairs of source and edit for MasaCtrl; half as many sets of three for the others.
     """
     out.mkdir(parents=True, exist_ok=True)
-    pipe, begun = hookctl.load_shapes(), time.perf_counter()
+    pipe, started = hookctl.load_shapes(), time.perf_counter()
     outcomes: dict[str, list[Outcome]] = {}
     costs: dict[str, Any] = {}
     for number, name in enumerate(METHODS):
@@ -130,7 +130,7 @@ def run(
         "guidance_scale": GUIDANCE,
         "methods": {name: appearances(found) for name, found in outcomes.items()},
         "cost": costs,
-        "wall_seconds": round(time.perf_counter() - begun, 1),
+        "wall_seconds": round(time.perf_counter() - started, 1),
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     image(outcomes).save(out / "grid.png")

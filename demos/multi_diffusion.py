@@ -1,7 +1,7 @@
 """MultiDiffusion on the embedded pipeline: canvases three times as wide as its images.
 
 Each canvas has one object in each third, on one background. It is drawn by MultiDiffusion with a
-region for each third, by windows of one prompt alone, by asking for the wide canvas plainly, and as
+region for each third, by tiles of one prompt alone, by asking for the wide canvas plainly, and as
 three images side by side. A seam is where the gradient across the borders of the thirds is
 greater than elsewhere.
 """
@@ -33,8 +33,8 @@ WIDTH = 3 * IMAGE_SIZE
 THIRDS = [(i / 3, 0.0, (i + 1) / 3, 1.0) for i in range(3)]
 SHOWN = 3
 
-# Denoiser rows in a step for a canvas, in images: 5 windows, of which two hold two regions.
-ROWS = {"regions": 2 * 7, "windows": 2 * 5, "plain, wide": 2 * 3, "side by side": 2 * 3}
+# Denoiser rows in a step for a canvas, in images: 5 tiles, of which two hold two regions.
+ROWS = {"regions": 2 * 7, "tiles": 2 * 5, "plain, wide": 2 * 3, "side by side": 2 * 3}
 
 Progress = Callable[[int, int], None]
 
@@ -70,7 +70,7 @@ def run(
     pipe = hookctl.load_shapes()
     pipe.set_progress_bar_config(disable=True)
     cases = canvases(seed, seeds)
-    begun = time.perf_counter()
+    run_started = time.perf_counter()
     drawn: dict[str, list[Image.Image]] = {}
     costs: dict[str, Any] = {}
     for i, (name, method) in enumerate(METHODS.items(), 1):
@@ -95,7 +95,7 @@ def run(
         "guidance_scale": GUIDANCE,
         "methods": {name: figures(cases, images) for name, images in drawn.items()},
         "cost": costs,
-        "wall_seconds": round(time.perf_counter() - begun, 1),
+        "wall_seconds": round(time.perf_counter() - run_started, 1),
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     image(cases, drawn).save(out / "grid.png")
@@ -133,7 +133,7 @@ def regions(pipe: Any, cases: list[Canvas], seed: int) -> list[Image.Image]:
     return list(_wide(_regions(cases, seed), pipe, [case.prompt for case in cases], seed))
 
 
-def windows(pipe: Any, cases: list[Canvas], seed: int) -> list[Image.Image]:
+def tiles(pipe: Any, cases: list[Canvas], seed: int) -> list[Image.Image]:
     """A panorama of one prompt."""
     edit = MultiDiffusion(stride=STRIDE)
     return list(_wide(edit, pipe, [case.prompt for case in cases], seed))
@@ -167,7 +167,7 @@ def side_by_side(pipe: Any, cases: list[Canvas], seed: int) -> list[Image.Image]
 
 METHODS: dict[str, Callable[[Any, list[Canvas], int], list[Image.Image]]] = {
     "regions": regions,
-    "windows": windows,
+    "tiles": tiles,
     "plain, wide": plain,
     "side by side": side_by_side,
 }
@@ -177,7 +177,7 @@ def _peak(pipe: Any, name: str, case: Canvas) -> float:
     """Of all that a canvas is drawn from at once."""
     if name == "side by side":
         return drawing_mib(pipe, case.texts, guidance=GUIDANCE)
-    editors = {"regions": [_regions([case], 0)], "windows": [MultiDiffusion(stride=STRIDE)]}
+    editors = {"regions": [_regions([case], 0)], "tiles": [MultiDiffusion(stride=STRIDE)]}
     size = {"height": IMAGE_SIZE, "width": WIDTH}
     return drawing_mib(pipe, case.prompt, *editors.get(name, []), guidance=GUIDANCE, **size)
 

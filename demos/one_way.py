@@ -5,9 +5,9 @@ The image must survive (its PSNR, beside that of the autoencoder alone), and the
 obeyed round it (beside plain sampling of the prompt, which knows nothing of the image).
 
 Where the image has the gray background of the canvas that it is pasted on, and the prompt says so,
-the cycles do all of that. Where it has another background, of which nothing is said, what surrounds
-the image must take the background from it: that is the flow of self-attention that SOW steers. The
-same flow turned about, into the image and not out of it, shows that it is the direction that
+the cycles do all of that. Where it has another background, which the prompt does not name, what
+surrounds the image must take the background from it: that is the flow of self-attention that SOW
+steers. The same flow turned about, into the image instead of out of it, shows that the direction
 counts.
 """
 
@@ -80,7 +80,7 @@ def run(
 ) -> dict[str, Any]:
     """Run the demo; writes grid.png and report.json to `out` and returns the report."""
     out.mkdir(parents=True, exist_ok=True)
-    pipe, begun = hookctl.load_shapes(), time.perf_counter()
+    pipe, started = hookctl.load_shapes(), time.perf_counter()
     pipe.set_progress_bar_config(disable=True)
     wanted = [(kind, name) for kind, methods in METHODS.items() for name in methods]
     drawn: dict[tuple[str, str], list[Image.Image]] = {}
@@ -110,7 +110,7 @@ def run(
         "guidance_scale": GUIDANCE,
         **found,
         "cost": costs,
-        "wall_seconds": round(time.perf_counter() - begun, 1),
+        "wall_seconds": round(time.perf_counter() - started, 1),
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     image(every, drawn).save(out / "grid.png")

@@ -173,10 +173,10 @@ def compare(
 ) -> dict[str, Any]:
     """Draw all cases by every method with the same noise; writes grid.png and report.json.
 
-    boxed: whether the methods know the boxes; without, nothing of them is measured or shown, but
-    how far the least attended noun is attended to."""
+    boxed: whether the methods know the boxes; without, boxes are neither measured nor shown, but
+    the attention that the least attended noun gets is."""
     out.mkdir(parents=True, exist_ok=True)
-    pipe, begun = hookctl.load_shapes(), time.perf_counter()
+    pipe, started = hookctl.load_shapes(), time.perf_counter()
     drawn: dict[str, Drawn] = {}
     for done, (name, stack) in enumerate(methods.items(), 1):
         drawn[name] = draw(pipe, cases, stack, seed)
@@ -203,7 +203,7 @@ def compare(
             }
             for name, one in drawn.items()
         },
-        "wall_seconds": round(time.perf_counter() - begun, 1),
+        "wall_seconds": round(time.perf_counter() - started, 1),
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     rows = [

@@ -61,7 +61,7 @@ def edit_one(pipe: Any, case: EditCase, seed: int, **settings: Any) -> Outcome:
     options = {"blend": case.words, **SETTINGS[case.kind], **case.options, **settings}
     edit = PromptToPrompt(prompts, **options)
     common = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
-    begun = time.perf_counter()
+    started = time.perf_counter()
     source, plain = pipe(prompts, generator=edit.generators(seed), **common).images
     drawn = time.perf_counter()
     with hookctl.control(pipe, edit) as session:
@@ -77,7 +77,7 @@ def edit_one(pipe: Any, case: EditCase, seed: int, **settings: Any) -> Outcome:
         source_is_right(case, detect(source)),
         measure(case, source, plain),
         measure(case, source, edited),
-        (drawn - begun, done - drawn),
+        (drawn - started, done - drawn),
     )
 
 
@@ -87,7 +87,7 @@ def run(
     """Run the demo; writes grid.png and report.json to `out` and returns the report."""
     out.mkdir(parents=True, exist_ok=True)
     pipe = hookctl.load_shapes()
-    begun = time.perf_counter()
+    started = time.perf_counter()
     outcomes: list[Outcome] = []
     for kind in KINDS:
         rng = np.random.default_rng([seed, KINDS.index(kind)])
@@ -103,7 +103,7 @@ def run(
         "guidance_scale": GUIDANCE,
         "kinds": {kind: _report([o for o in outcomes if o.case.kind == kind]) for kind in KINDS},
         "cost": _cost(pipe, outcomes[0].case),
-        "wall_seconds": round(time.perf_counter() - begun, 1),
+        "wall_seconds": round(time.perf_counter() - started, 1),
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     image(outcomes).save(out / "grid.png")

@@ -71,7 +71,7 @@ def regional(cases: Sequence[LayoutCase], **settings: Any) -> list[Editor]:
 
 
 def masked(cases: Sequence[LayoutCase], **settings: Any) -> list[Editor]:
-    """Boxes are cut off from one another alone: in a part that sees no background objects fade."""
+    """Boxes are cut off from one another but see the background: objects that see none fade."""
     boxes = [case.boxes for case in cases]
     return [MaskedSelfAttention(boxes, background="all", open=True, **settings)]
 
@@ -95,7 +95,7 @@ def sampled(cases: Sequence[LayoutCase], **settings: Any) -> list[Editor]:
     ]
 
 
-def together(cases: Sequence[LayoutCase]) -> list[Editor]:
+def sampled_and_masked(cases: Sequence[LayoutCase]) -> list[Editor]:
     """The sampler places the objects; from the merge on the others keep them apart."""
     return [
         *sampled(cases),
@@ -105,7 +105,8 @@ def together(cases: Sequence[LayoutCase]) -> list[Editor]:
 
 
 def placed(cases: Sequence[LayoutCase]) -> list[Editor]:
-    """Instances leave an image that guidance has laid out: their phrases need no place."""
+    """Instances get images of their own once guidance has laid out the whole one: their phrases
+    need no place."""
     start, share = LATER
     return [*guided(cases), *sampled(cases, start=start, share=share, outside=None)]
 
@@ -114,7 +115,7 @@ METHODS: Mapping[str, Stack] = {
     "plain": lambda cases: [],
     "regional prompts": regional,
     "sampler": sampled,
-    "sampler + regional + masked": together,
+    "sampler + regional + masked": sampled_and_masked,
     "layout guidance": guided,
     "layout guidance + sampler": placed,
 }
@@ -128,7 +129,7 @@ def run(
     pipe = hookctl.load_shapes()
     rng = np.random.default_rng([seed, 4])
     cases = [draw_layout(rng, 2 + i % 2) for i in range(seeds)]
-    begun = time.perf_counter()
+    started = time.perf_counter()
     drawn: dict[str, list[Image.Image]] = {}
     costs: dict[str, Any] = {}
     for done, (name, stack) in enumerate(METHODS.items(), 1):
@@ -152,7 +153,7 @@ def run(
         "guidance_scale": GUIDANCE,
         "methods": {name: figures(cases, images) for name, images in drawn.items()},
         "cost": costs,
-        "wall_seconds": round(time.perf_counter() - begun, 1),
+        "wall_seconds": round(time.perf_counter() - started, 1),
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     image(cases, drawn).save(out / "grid.png")

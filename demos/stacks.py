@@ -25,8 +25,8 @@ from hookctl.demos.layouts import LayoutCase, draw_layout
 from hookctl.demos.real_compo import METHODS as COMPOSED
 from hookctl.demos.regional import figures as in_parts
 from hookctl.demos.regional import layout as parts_of
+from hookctl.demos.regional import sampled_and_masked
 from hookctl.demos.regional import theory as regional_theory
-from hookctl.demos.regional import together
 from hookctl.demos.stacked_edits import (
     GUIDANCE,
     STEPS,
@@ -99,7 +99,7 @@ class Placing:
 
 REGIONS = Placing(
     2,
-    together,
+    sampled_and_masked,
     {
         "regional prompts": ("right",),
         "masked self-attention": ("leaked",),
@@ -140,7 +140,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     pipe = hookctl.load_shapes()
     pipe.set_progress_bar_config(disable=True)
-    begun = time.perf_counter()
+    started = time.perf_counter()
     found: dict[str, Stacked] = {}
     for done, (name, stack) in enumerate(STACKS.items(), 1):
         found[name] = stack(pipe, seed, seeds)
@@ -154,7 +154,7 @@ def run(
         "guidance_scale": GUIDANCE,
         **{name: one.figures for name, one in found.items()},
         "cost": {name: one.cost for name, one in found.items()},
-        "wall_seconds": round(time.perf_counter() - begun, 1),
+        "wall_seconds": round(time.perf_counter() - started, 1),
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     shown = [(name, row) for name, one in found.items() for row in one.rows[:SHOWN]]

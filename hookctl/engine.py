@@ -1,4 +1,4 @@
-"""One owner per denoiser: its sites, its editors, and the call in progress.
+"""One owner per denoiser: of its hooks, and of the editors that are attached.
 
 Contexts nest and end in any order; each adds its editors here and removes exactly those. When the
 last one goes, everything is as it was found.
@@ -8,56 +8,22 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hookctl.address import families
 from hookctl.address.sites import Site
-from hookctl.attention.sdpa_call import SDPACall
-from hookctl.editor import Editor, check_conflicts, overrides, tell
-from hookctl.errors import HoleError, UnsupportedError
-from hookctl.evaluate.one_call import EditedSite
-from hookctl.evaluate.plan import Plan
-from hookctl.hooks.attention import SitePort, depth, unwind
-from hookctl.hooks.pipeline import DenoiserPort, Inner, PipelinePort, SchedulerPort, is_compiled
+from hookctl.editor import Editor, check_conflicts, overrides
+from hookctl.errors import UnsupportedError
+from hookctl.hooks.attention import SitePort
+from hookctl.hooks.pipeline import DenoiserPort, PipelinePort, SchedulerPort, is_compiled
 from hookctl.hooks.processors import Exchange
-from hookctl.hooks.skips import Concat, ConcatPort, concats
-from hookctl.loop import around
-from hookctl.loop.arguments import widen
-from hookctl.loop.branches import add_branches, asked_branches, cut_branches
-from hookctl.loop.calls import Call, Calls
-from hookctl.loop.reach import sites_for
-from hookctl.loop.run import Run
-from hookctl.loop.state import FeatureCall, State, check_finite
-from hookctl.loop.step import Step
-
-Acting = tuple[tuple["Attached", ...], dict[str, EditedSite]]
-
-
-@dataclass(eq=False)
-class Attached:
-    """One editor in one session, with the sites it was resolved to."""
-
-    editor: Editor
-    session: Any
-    sites: frozenset[str]
-
-    @property
-    def backend(self) -> str:
-        return str(self.session.backend)
-
-    def note(self, site: Site, step: int, verbs: set[str], plan: Plan) -> None:
-        self.session.log.note(self.editor, site, step, verbs, plan)
-
-    def note_hook(self, hook: str, step: int, what: str, where: str) -> None:
-        """Keep what a hook round the attention did, "" for nothing, for the session's report."""
-        self.session.log.note_hook(self.editor, hook, step, what, where)
-
+from hookctl.hooks.skips import ConcatPort, concats
+from hookctl.loop.attached import Attached, Session, sites_for
+from hookctl.loop.denoising import Denoising
 
 _engines: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
@@ -72,21 +38,15 @@ class Engine:
         self.modules = dict(
             (site.path, (site, module)) for site, module in families.describe_sites(denoiser)
         )
-        self.order = families.joint_order(denoiser)
         self.attached: list[Attached] = []
-        self._sessions: list[Any] = []
+        self._sessions: list[Session] = []
         self._ports: dict[str, SitePort] = {}
         self._concat_ports: list[ConcatPort] = []
-        self._calls = Calls()
-        self._local = threading.local()
-        self._step = Step()
         self._exchange = Exchange()
-        self._acting: dict[tuple[bool, ...], Acting] = {}
+        self._denoising = Denoising(denoiser, pipe, self._ports, self._refresh)
         self._denoiser_port: DenoiserPort | None = None
         self._pipeline_port: PipelinePort | None = None
         self._scheduler_port: SchedulerPort | None = None
-        self._expected: set[str] = set()
-        self._ran: set[str] = set()
 
     @classmethod
     def of(cls, denoiser: nn.Module, pipe: Any) -> Engine:
@@ -113,7 +73,7 @@ class Engine:
 
     # -- in and out ----------------------------------------------------------------------------
 
-    def add(self, session: Any, editors: Sequence[Editor]) -> None:
+    def add(self, session: Session, editors: Sequence[Editor]) -> None:
         """Attach a session's editors; on any error nothing has changed."""
         with _lock:
             new = [
@@ -122,8 +82,6 @@ class Engine:
             ]
             check_conflicts([(a.editor, self.sites) for a in self.attached + new])
             first = not self._sessions
-            if first:
-                self.run = Run(self.pipe, self.denoiser)
             self._sessions.append(session)
             self.attached += new
             try:
@@ -135,7 +93,7 @@ class Engine:
                 self.remove(session)
                 raise
 
-    def remove(self, session: Any, *, failed: bool = False) -> None:
+    def remove(self, session: Session, *, failed: bool = False) -> None:
         """Detach a session's editors, and everything when none is left.
 
         failed: the session ends by an error.
@@ -150,17 +108,16 @@ class Engine:
                 self._uninstall()
 
     def _changed(self) -> None:
-        self._acting = {}
-        given = [s.rows for s in self._sessions if s.rows is not None]
-        self.run.branches = given[-1] if given else None
+        self._denoising.changed(self._sessions, self.attached)
         self._sync_ports()
 
     def _install(self) -> None:
-        self._denoiser_port = DenoiserPort(self.denoiser, self._around_denoiser)
+        denoising, run = self._denoising, self._denoising.run
+        denoising.port = self._denoiser_port = DenoiserPort(
+            self.denoiser, denoising.around_denoiser
+        )
         if self.pipe is not None:
-            self._pipeline_port = PipelinePort(
-                self.pipe, self.run.restart, self.run.prepared, self.run.texts
-            )
+            self._pipeline_port = PipelinePort(self.pipe, run.restart, run.prepared, run.texts)
             self._hook_scheduler()
 
     def _hook_scheduler(self) -> None:
@@ -171,7 +128,7 @@ class Engine:
         if port is not None:
             port.remove()
         self._scheduler_port = (
-            SchedulerPort(scheduler, self._around_step, self.run.scaled)
+            SchedulerPort(scheduler, self._denoising.around_step, self._denoising.run.scaled)
             if hasattr(scheduler, "step")
             else None
         )
@@ -181,7 +138,8 @@ class Engine:
             if port is not None:
                 port.remove()
         self._denoiser_port = self._pipeline_port = self._scheduler_port = None
-        self._step.clear()
+        self._denoising.port = None
+        self._denoising.over()
 
     def _sync_ports(self) -> None:
         """Hook exactly the sites and concats that an editor wants."""
@@ -197,7 +155,7 @@ class Engine:
             if path not in self._ports:
                 site, module = self.modules[path]
                 own = families.text_call(module)
-                self._ports[path] = SitePort(site, module, self, own_call=own)
+                self._ports[path] = SitePort(site, module, self._denoising, own_call=own)
                 self._exchange.watch(path, self._ports[path])
         features = any(overrides(a.editor, "features") for a in self.attached)
         if features != bool(self._concat_ports):
@@ -206,199 +164,18 @@ class Engine:
             for concat_port in self._concat_ports:
                 concat_port.remove()
             found = concats(self.model) if features else ()
-            self._concat_ports = [ConcatPort(c, self._edit_features) for c in found]
+            self._concat_ports = [ConcatPort(c, self._denoising.edit_features) for c in found]
         now = families.denoiser_of(self.pipe) if self.pipe is not None else self.denoiser
         if traced or (changed and is_compiled(self._denoiser_port, self.denoiser, now)):
             # Code compiled before would never notice hooks that came or went.
             torch._dynamo.reset()
 
-    def silent_sites(self, session: Any) -> tuple[str, ...]:
-        """Sites that an editor of the session was to be shown, but that never ran."""
-        return tuple(
-            sorted(
-                path
-                for path in self._expected - self._ran
-                if any(path in a.sites for a in self.attached if a.session is session)
-            )
-        )
-
-    # -- the denoiser call ---------------------------------------------------------------------
-
-    def _around_denoiser(self, inner: Inner, args: Any, kwargs: Any) -> Any:
-        if again := self._calls.repeated():
-            # Checkpointing round the whole call: the same rows, clock and editors once more.
-            state = self.run.repeat(again.state, args, kwargs)
-            call = Call(state, again.acting, again.by_site, repeated=True)
-            return cut_branches(state, self._within(call, inner, args, kwargs))
-        outer, port = self._calls.open, self._denoiser_port
-        nesting = outer.state if outer is not None else self._stepping()
-        state = self.run.state(args, kwargs, port.branch if port else None, nesting)
+    def _refresh(self) -> None:
+        """The pipeline's scheduler or processors may be others than before."""
         if self.pipe is not None:
             self._hook_scheduler()
         self._exchange.refresh()
-        if self.run.fresh and nesting is None:
-            self._begin(state)
-        if not state.nested:
-            for session in self._sessions:
-                session.clock = state.clock
-                session.log.note_call(state.clock)
-        call = Call(state, *self._acting_at(state))
-        if state.reading is not None:
-            self._calls.follow(call, state.reading)
-        out = self._within(call, inner, args, kwargs)
-        if call.by_site and not call.ran:
-            raise HoleError(
-                "none of the edited attention sites ran in a denoiser call: a compiled graph or a "
-                "cache is bypassing the model. Call torch._dynamo.reset(), or compile inside "
-                "control()"
-            )
-        self._expected |= set(call.by_site)
-        self._ran |= call.ran
-        if torch.is_grad_enabled():
-            acting = set(call.acting)
-            self._calls.keep(call, out, self.model, lambda: acting <= set(self.attached))
-        if not state.nested:
-            wanted = any(overrides(a.editor, "combine") for a in call.acting)
-            self._step.note(state, out, predictions=wanted)
-        return cut_branches(state, out)
 
-    def _begin(self, state: State) -> None:
-        """The first denoiser call of a run."""
-        check_finite(state.kwargs[state.sample])
-        for session in self._sessions:
-            session.maps.clear()
-        for attached in self.attached:
-            state.maps = attached.session.maps
-            tell(attached.editor, "begin", state)
-        self.run.fresh = False
-
-    def _within(self, call: Call, inner: Inner, args: Any, kwargs: Any) -> Any:
-        entered = depth()
-        with self._calls.during(call):
-            try:
-                return self._call(inner, call, args, kwargs)
-            finally:
-                unwind(entered)
-
-    def _call(self, inner: Inner, call: Call, args: Any, kwargs: Any) -> Any:
-        state = call.state
-        standing: list[Attached] = []
-        if not state.nested:
-            for a in call.acting:
-                if overrides(a.editor, "before"):
-                    around.before(a, state)
-            standing = [a for a in call.acting if overrides(a.editor, "denoise")]
-            adding = [a for a in call.acting if overrides(a.editor, "branches")]
-            wishes = [(a.editor.name, around.added(a, "branches", state)) for a in adding]
-            if asked := asked_branches(wishes, state):
-                add_branches(state, asked)
-        extra: dict[str, Tensor] = {}
-        for a in call.acting:
-            if overrides(a.editor, "context"):
-                extra |= around.added(a, "context", state)
-        if extra:
-            widen(state, extra)
-        untouched = state.assigned is None and state.own_rows is None
-        if not standing and not extra and untouched:
-            return self._inner(inner, call, args, kwargs)
-
-        def proceed(rest: Sequence[Attached] = tuple(standing)) -> Any:
-            if rest:
-                return around.denoise(rest[0], state, lambda: proceed(rest[1:]))
-            return self._inner(inner, call, *self.run.arguments(state))
-
-        return proceed()
-
-    def _inner(self, inner: Inner, call: Call, args: Any, kwargs: Any) -> Any:
-        """The model itself; spelled-out attention, and a call that may end early, can be followed
-        in uncompiled code only."""
-        port = self._denoiser_port
-        reading = call.state.reading
-        eager = (reading is not None and reading.reader is not None) or any(
-            self._ports[path].spelled_out for path in call.by_site
-        )
-        if port is not None and eager:
-            with port.eagerly():
-                return inner(*args, **kwargs)
-        return inner(*args, **kwargs)
-
-    def _acting_at(self, state: State) -> Acting:
-        """The editors that act now, and per site those that are shown its calls."""
-        key = tuple(a.editor.active(state.clock) for a in self.attached)
-        if key not in self._acting:
-            acting = tuple(a for a, on in zip(self.attached, key, strict=True) if on)
-            shown: dict[str, EditedSite] = {}
-            for path, port in self._ports.items():
-                if here := [a for a in acting if path in a.sites]:
-                    shown[path] = EditedSite(
-                        port.site,
-                        here,
-                        port.own_call,
-                        self.order,
-                        partial(families.keeps_perturbed, port.module),
-                    )
-            self._acting[key] = (acting, shown)
-        return self._acting[key]
-
-    # -- attention -----------------------------------------------------------------------------
-
-    def watching(self, site: Site) -> bool:
-        call = self._calls.current
-        if call is None:
-            return False
-        call.ran.add(site.path)
-        return site.path in call.by_site
-
-    def batch(self) -> int:
-        call = self._calls.current
-        return len(call.state.rows) if call is not None else 1
-
-    def attend(
-        self,
-        port: SitePort,
-        index: int,
-        given: SDPACall,
-        original: Callable[[], Tensor] | None = None,
-    ) -> Tensor:
-        """Show one caught call to its editors and evaluate what they made of it."""
-        call = self._calls.current
-        assert call is not None  # `watching` said so
-        edited = call.by_site[port.site.path]
-        return edited.output(
-            given, original, call.state, index=index, repeated=self._calls.repeats(call)
-        )
-
-    # -- features ------------------------------------------------------------------------------
-
-    def _edit_features(
-        self, concat: Concat, backbone: Tensor, skip: Tensor
-    ) -> tuple[Tensor, Tensor] | None:
-        """Both parts of a concat after its editors, or None if nobody changed any."""
-        current = self._calls.current
-        edits = [] if current is None else current.acting
-        edits = [a for a in edits if overrides(a.editor, "features")]
-        if current is None or not edits:
-            return None
-        state = current.state
-        place = concat.block, concat.place, concat.order, concat.resolution
-        call = FeatureCall(backbone, skip, state.rows, state.clock, *place)
-        for a in edits:
-            around.features(a, call)
-        unchanged = call.backbone is backbone and call.skip is skip
-        return None if unchanged else (call.backbone, call.skip)
-
-    # -- the scheduler's step ------------------------------------------------------------------
-
-    def _stepping(self) -> State | None:
-        """The state of the step whose end this thread's editors are working on."""
-        return getattr(self._local, "stepping", None)
-
-    def _around_step(self, step: Inner, arguments: dict[str, Any]) -> Any:
-        state = self._step.state
-        acting = self._acting_at(state)[0] if state is not None else ()
-        self._local.stepping = state
-        try:
-            return self._step.take(step, arguments, acting)
-        finally:
-            self._local.stepping = None
-            self.run.stepped()
+    def silent_sites(self, session: Session) -> tuple[str, ...]:
+        """Sites that an editor of the session was to be shown, but that never ran."""
+        return self._denoising.silent_sites(session)

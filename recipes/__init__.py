@@ -1,4 +1,41 @@
-"""Published methods as editors: one file each, named as its paper."""
+"""Published methods as editors and programs, one file each, named as its paper.
+
+Editing a prompt, the image stays alike
+    PromptToPrompt            Hertz et al. 2022, arXiv 2208.01626
+    MasaCtrl                  Cao et al. 2023, arXiv 2304.08465
+    Imagic                    Kawar et al. 2022, arXiv 2210.09276
+Guidance
+    PAG                       perturbed attention, Ahn et al. 2024, arXiv 2403.17377
+    SEG                       smoothed energy, Hong 2024, arXiv 2408.00760
+    SAG                       self-attention, Hong et al. 2022, arXiv 2210.00939
+    ProximalGuidance          Han et al. 2023, arXiv 2306.05414
+    FreeU                     Si et al. 2023, arXiv 2309.11497
+    ScaleU                    of InstanceDiffusion, Wang et al. 2024, arXiv 2402.03290
+Layout: what stands where
+    AttendAndExcite           Chefer et al. 2023, arXiv 2301.13826
+    BoxDiff                   Xie et al. 2023, arXiv 2307.10816
+    LayoutGuidance            Chen et al. 2023, arXiv 2304.03373
+    RealCompo                 Zhang et al. 2024, arXiv 2402.12908
+    RegionalPrompts           attention couple, after arXiv 2302.08113
+    MaskedSelfAttention       of InstanceDiffusion, arXiv 2402.03290
+    MultiInstanceSampler      of InstanceDiffusion, arXiv 2402.03290
+Appearance of a reference
+    StyleAligned              Hertz et al. 2023, arXiv 2312.02133
+    ReferenceOnly             Zhang 2023, discussion 1236 of sd-webui-controlnet
+Inversion of a real image, to be edited
+    DDIMInversion             Song et al. 2020, arXiv 2010.02502
+    DirectInversion           Ju et al. 2023, arXiv 2310.01506
+    EditFriendlyDDPM          Huberman-Spiegelglas et al. 2023, arXiv 2304.06140
+    NegativePromptInversion   Miyake et al. 2023, arXiv 2305.16807
+    NullTextInversion         Mokady et al. 2022, arXiv 2211.09794
+Canvas: larger images, scenes round an image
+    MultiDiffusion            Bar-Tal et al. 2023, arXiv 2302.08113
+    CyclicOneWay              Wang et al. 2023, arXiv 2306.08247
+    SelectiveOneWay           Pei et al. 2024, arXiv 2411.19182
+    OneWayFlow                its flow between regions, arXiv 2411.19182
+"""
+
+import sys
 
 from hookctl.recipes.attend_and_excite import AttendAndExcite
 from hookctl.recipes.box_diff import BoxDiff
@@ -57,3 +94,9 @@ __all__ = [
     "SelectiveOneWay",
     "StyleAligned",
 ]
+
+
+def __dir__() -> list[str]:
+    if sys._getframe(1).f_globals.get("__name__") == "inspect":
+        return ["__all__"]  # help() would print every class in full; the docstring lists them
+    return sorted({*globals(), *__all__})

@@ -15,63 +15,50 @@ are where its projection begins and ends.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hookctl.address.sites import Selector
 from hookctl.loop.energy import ImageMaps
-from hookctl.recipes.attend_and_excite import ExcitedMaps
-from hookctl.recipes.common.energy_guidance import Stage, Subject, Words, whole
-from hookctl.recipes.common.places import Places, check_share
+from hookctl.recipes.common.arguments import share, whole
+from hookctl.recipes.common.energy.energy_guidance import Stage
+from hookctl.recipes.common.energy.excited_maps import ExcitedMaps
+from hookctl.recipes.common.energy.map_functions import top_mean
+from hookctl.recipes.common.energy.word_energy import Subject, Words
+from hookctl.recipes.common.per_prompt import Regions
 
 
 class BoxDiff(ExcitedMaps):
     """Keep the attention of words in regions.
 
-    words, regions: as many of each, for every prompt or a list for each; top: P; reach: how many
-    cells beside an edge count as near it. thresholds, refinements, scale, decay, sigma, sites,
-    start, stop: as for `AttendAndExcite`. A cell belongs to a region that covers half of it, and a
-    region that is too small for that keeps the cells that it covers most, so that P of it is
-    always at least one cell. paper: the official code, which also refines by the largest l_fg
-    alone, and in the step after a refinement has no gradient of the other terms. scale=0, or no
-    words, leaves a run bit for bit as it was.
+        BoxDiff(["circle", "square"], [(0, 0, 0.5, 1), (0.5, 0, 1, 1)])
+
+    words, regions: as many of each, for every prompt or a list for each. top: P, a share of the
+    cells. reach: how many cells beside an edge count as near it. The others: see `ExcitedMaps`.
+    paper: as there, and a refinement descends the largest l_fg alone, and the step after it has no
+    gradient of the other terms. scale=0, or no words, leaves a run bit for bit as it was.
+
+    A cell belongs to a region that covers half of it, and a region that is too small for that keeps
+    the cells that it covers most, so that P of it is always at least one cell.
     """
 
     def __init__(
         self,
         words: Words,
-        regions: Places,
+        regions: Regions,
         *,
         top: float = 0.2,
         reach: int = 1,
-        scale: float = 20.0,
-        decay: float = 0.5,
-        thresholds: Mapping[float, float] | None = None,
-        refinements: int = 20,
-        sigma: float = 0.5,
-        sites: Selector = None,
-        start: float = 0.0,
-        stop: float = 0.5,
         paper: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            words,
-            regions,
-            scale=scale,
-            decay=decay,
-            thresholds=thresholds,
-            refinements=refinements,
-            sigma=sigma,
-            sites=sites,
-            start=start,
-            stop=stop,
-            paper=paper,
-        )
-        self.top = check_share(top, "BoxDiff: top")
+        super().__init__(words, paper=paper, **options)
+        self.set_regions(regions)
+        self.top = share(top, "BoxDiff: top")
         self.reach = whole(reach, "BoxDiff: reach")
-        self.staged = paper
+        self.depends_on_stage = paper
 
     def energy(self, image: ImageMaps, subjects: Sequence[Subject], stage: Stage) -> Tensor:
         maps = self.excited(image, subjects).mean(1)
@@ -87,18 +74,13 @@ class BoxDiff(ExcitedMaps):
         """l_fg, l_bg, l_x, l_y of one object: its map and its mask, [height, width]."""
         inner = (1 - top_mean(m * mask, mask, self.top)).clamp_min(0)
         outer = top_mean(m * (1 - mask), 1 - mask, self.top).clamp_min(0)
-        sides = [self._corner(m.amax(dim), mask.amax(dim)) for dim in (0, 1)]
-        return torch.stack([inner, outer, *sides])
+        corners = [self._corner(m.amax(dim), mask.amax(dim)) for dim in (0, 1)]
+        return torch.stack([inner, outer, *corners])
 
     def _corner(self, projected: Tensor, wanted: Tensor) -> Tensor:
+        """l_x or l_y: projections of a map and of its mask on one axis, [cells]."""
         inside = wanted.nonzero().flatten()
         near = torch.zeros_like(wanted)
         for edge in (int(inside[0]), int(inside[-1]) + 1):
             near[max(edge - self.reach, 0) : edge + self.reach + 1] = 1
         return ((projected - wanted).abs() * near).mean()
-
-
-def top_mean(values: Tensor, mask: Tensor, share: float) -> Tensor:
-    """Mean of the largest values, as many as `share` of the mask's cells and at least one."""
-    count = max(int(share * float(mask.sum())), 1)
-    return values.flatten().topk(count).values.mean()

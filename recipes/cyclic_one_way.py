@@ -16,24 +16,22 @@ Disturbing and constructing is repeated; what is written flows outwards, and not
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from hookctl.address.regions import Region, RegionLike, region_of
 from hookctl.editor import WHOLE_IMAGE, Editor
 from hookctl.errors import InputError
-from hookctl.loop import prompts as further
-from hookctl.loop.branches import Branch
 from hookctl.loop.images import encode
-from hookctl.loop.state import Predictions, State
 from hookctl.loop.trajectory import Trajectory
+from hookctl.recipes.common.arguments import images_and_prompts, whole
+from hookctl.recipes.common.canvas.pasted_images import PastedImages, resized
+from hookctl.recipes.common.canvas.suppression import Suppression
 from hookctl.session import Session, control
 
-GRAY = (128, 128, 128)
 # What the official code says of every image.
 NEGATIVE = "a bad quality and low resolution image,extra fingers,deformed hands"
 SUPPRESS, DIVERSE = "human face", "a high quality and colorful image"
@@ -57,14 +55,15 @@ class CyclicOneWay:
         last writing, as fractions of the steps from the clean image. cycles: how often it is
         disturbed and constructed again. eta, final_eta: fresh noise in the cycles and after them.
     suppress, diverse: what must not appear outside the region, and what may instead; two more rows
-        in the cycles (`Suppression`).
+        in the cycles (`recipes.common.suppression`).
     inversion_guidance: scale in the inversions. writes: whether the image is written at all.
     seed: of all noise.
     paper: the official code: 10 steps, guidance in the inversions, its prompts against a second
         face, only cells of the mask whose centre counts, and fresh noise by the levels next to
         those that the latents are at.
 
-    Without cycles and writing it is DDIM sampling of the inverted canvas.
+    Without cycles and writing it is DDIM sampling of the inverted canvas. Raises InputError for
+    levels in another order, and for images that do not fit on the canvas.
     """
 
     def __init__(
@@ -95,31 +94,37 @@ class CyclicOneWay:
     ) -> None:
         self.pipe, self.paper, self.seed = pipe, paper, int(seed)
         self.session: Session | None = None
-        self.prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        self.images = [image] if isinstance(prompt, str) else list(image)
-        self.steps = int(steps or (10 if paper else 50))
-        if len(self.images) != len(self.prompts) or not self.prompts:
-            raise InputError(
-                f"CyclicOneWay: {len(self.images)} images and {len(self.prompts)} prompts"
-            )
+        images, self.prompts = images_and_prompts(image, prompt, "CyclicOneWay")
+        default_steps = 10 if paper else 50
+        self.steps = whole(steps or default_steps, "CyclicOneWay: steps", 1)
         self._set_levels(start, top, finish, cycles)
-        self.guidance, self.negative = float(guidance), negative or (NEGATIVE if paper else None)
-        self.inversion_guidance = (
-            float(inversion_guidance) if inversion_guidance is not None
-            else self.guidance if paper else 1.0
-        )  # fmt: skip
-        self.eta, self.final_eta, self.writes = float(eta), float(final_eta), writes
+        self.guidance = float(guidance)
+        if inversion_guidance is None:
+            inversion_guidance = self.guidance if paper else 1.0
+        self.inversion_guidance = float(inversion_guidance)
+        self.negative = negative or (NEGATIVE if paper else None)
         self.suppress = suppress or (SUPPRESS if paper else None)
         self.diverse = diverse or (DIVERSE if paper else None)
         if (self.suppress is None) != (self.diverse is None):
             raise InputError("CyclicOneWay: give suppress and diverse, both or neither")
+        self.eta, self.final_eta, self.writes = float(eta), float(final_eta), writes
         if image_size is not None:
-            self.images = [self._resized(p, image_size) for p in self.images]
-        self._set_canvas(size, at)
-        self.region = Region.full() if region is None else region_of(region)
+            name = "CyclicOneWay: image_size"
+            images = [resized(image, image_size, name) for image in images]
+        factor = int(getattr(pipe, "vae_scale_factor", 8))
+        side = pipe.unet.config.sample_size * factor if hasattr(pipe, "unet") else 1024
+        self.pasted = PastedImages(
+            "CyclicOneWay",
+            images,
+            at=at,
+            size=(side, side) if size is None else (int(size[0]), int(size[1])),
+            factor=factor,
+            region=Region.full() if region is None else region_of(region),
+            by_centre=paper,
+        )
 
     def _set_levels(self, start: float, top: float, finish: float, cycles: int) -> None:
-        """Levels as a program counts them: from the noisiest on."""
+        """r, b and the level of the last writing as a program counts them: from the noisiest on."""
         if not 0 <= finish <= start < top <= 1 or cycles < 0:
             raise InputError(
                 f"CyclicOneWay: start={start}, top={top}, finish={finish}, cycles={cycles}; give "
@@ -131,81 +136,46 @@ class CyclicOneWay:
         if self.paper and self.high < 1:
             raise InputError(f"CyclicOneWay: top={top} leaves no noisier level; give less than 1")
 
-    @staticmethod
-    def _resized(image: Any, size: tuple[int, int]) -> Any:
-        if not isinstance(image, Image.Image) or min(size) < 1:
-            raise InputError(
-                f"CyclicOneWay: a {type(image).__name__} and image_size={size}; give PIL "
-                "images and a width and height from 1 px on"
-            )
-        return image.resize((int(size[0]), int(size[1])), Image.Resampling.LANCZOS)
-
-    def _set_canvas(self, size: tuple[int, int] | None, at: tuple[int, int]) -> None:
-        factor = int(getattr(self.pipe, "vae_scale_factor", 8))
-        side = self.pipe.unet.config.sample_size * factor if hasattr(self.pipe, "unet") else 1024
-        self.size = (side, side) if size is None else (int(size[0]), int(size[1]))
-        sizes = {p.size if isinstance(p, Image.Image) else None for p in self.images}
-        found = sizes.pop() if len(sizes) == 1 else None
-        if found is None:
-            raise InputError("CyclicOneWay: give PIL images of one size")
-        (width, height), (x, y) = found, at
-        fits = 0 <= x and 0 <= y and x + width <= self.size[0] and y + height <= self.size[1]
-        if not fits or any(side % factor for side in (x, y, width, height)):
-            raise InputError(
-                f"CyclicOneWay: an image of {width} x {height} px at {at} on a canvas of "
-                f"{self.size[0]} x {self.size[1]}; sides and place must be multiples of {factor} "
-                "and lie inside"
-            )
-        self.at = (x, y)
-        self.cells = tuple(c // factor for c in (x, y, width, height))
-
-    # -- the program ---------------------------------------------------------------------------
-
     def run(self, *editors: Editor, output_type: str = "pil") -> Any:
         """Draw; a list of images, or as output_type= has it.
 
-        editors: active in all of it; those to whom places of the canvas mean something not where
-        the image is inverted on its own. What they did is in `session` afterwards.
+        editors: active in all of it, except that those to whom places of the canvas mean something
+        are not where the image is inverted on its own. What they did is in `session` afterwards.
         """
-        with control(self.pipe, *(editor for editor in editors if not _of_places(editor))):
-            written = self._condition()
+        without_places = [editor for editor in editors if not _knows_places(editor)]
+        with control(self.pipe, *without_places):
+            levels = self._levels_of_the_images()
         with control(self.pipe, *editors) as self.session:
-            program = self._canvas()
+            program = self._inverted_canvas()
             generator = program.generator
-            outside = 1 - self._mask(program.latents)
-            suppression = Suppression(self, outside) if self.suppress else None
-            with control(self.pipe, *([suppression] if suppression else ())):
+            with control(self.pipe, *self._suppression(program.latents)):
                 for _ in range(self.cycles):
                     self._disturb(program, generator)
-                    self._write(program, written)
+                    self._write(program, levels)
                     for level in range(self.high, self.low):
                         program.denoise(level, eta=self.eta)
-                        self._write(program, written)
+                        self._write(program, levels)
             for level in range(self.low, program.steps):
                 program.denoise(level, eta=self.final_eta)
                 if program.level == self.last:
-                    self._write(program, written)
+                    self._write(program, levels)
             return program.decode(output_type)
 
-    def _condition(self) -> list[Tensor]:
-        """The images' own latents at every level from `high` on, inverted on their own."""
-        width, height = self.images[0].size
-        clean = torch.cat([encode(self.pipe, p) for p in self.images])
+    def _levels_of_the_images(self) -> list[Tensor]:
+        """The images' own latents at every level, inverted on their own as far as `high`."""
+        width, height = self.pasted.images[0].size
+        clean = torch.cat([encode(self.pipe, image) for image in self.pasted.images])
         program = self._program(clean, width, height)
         path = {program.steps: program.latents}
         for level in reversed(range(self.high, program.steps)):
             path[level] = program.invert(level, guidance=self.inversion_guidance)
+        # Nothing is written at levels before `high`.
         return [path.get(level, program.latents) for level in range(program.steps + 1)]
 
-    def _canvas(self) -> Trajectory:
+    def _inverted_canvas(self) -> Trajectory:
         """A program whose latents are the pasted images at level `low`."""
-        pasted = []
-        for image in self.images:
-            canvas = Image.new("RGB", self.size, GRAY)
-            seen = self._pixels(image)
-            canvas.paste(image, self.at, seen)
-            pasted.append(encode(self.pipe, canvas))
-        program = self._program(torch.cat(pasted), *self.size)
+        pasted = [encode(self.pipe, canvas) for canvas in self.pasted.canvases()]
+        program = self._program(torch.cat(pasted), *self.pasted.size)
         for level in reversed(range(self.low, program.steps)):
             program.invert(level, guidance=self.inversion_guidance)
         return program
@@ -230,69 +200,27 @@ class CyclicOneWay:
         program.write(clean, level=program.steps)
         return program
 
+    def _suppression(self, latents: Tensor) -> list[Editor]:
+        if self.suppress is None or self.diverse is None:
+            return []
+        outside, prompts = 1 - self.pasted.mask(latents), (self.suppress, self.diverse)
+        return [Suppression(self.pipe, *prompts, guidance=self.guidance, outside=outside)]
+
     def _disturb(self, program: Trajectory, generator: Any) -> None:
         if not self.paper:
             program.renoise(self.low, self.high, generator)
             return
         # The official code reads both levels one step too noisy.
-        here, there = (program.levels[i - 1] for i in (self.low, self.high))
-        noised = program.noise.renoise(program.latents, here, there, generator)
+        low, high = (program.levels[level - 1] for level in (self.low, self.high))
+        noised = program.noise.renoise(program.latents, low, high, generator)
         program.write(noised, level=self.high)
 
-    def _write(self, program: Trajectory, written: list[Tensor]) -> None:
+    def _write(self, program: Trajectory, levels: list[Tensor]) -> None:
         """The images over their region, as they are at the program's level."""
-        if not self.writes:
-            return
-        x, y, width, height = self.cells
-        latents = torch.zeros_like(program.latents)
-        latents[..., y : y + height, x : x + width] = written[program.level].to(latents)
-        program.write(latents, self._mask(latents))
-
-    # -- places --------------------------------------------------------------------------------
-
-    def _mask(self, latents: Tensor) -> Tensor:
-        """Where images are written, 0 or 1, [1, 1, height, width] of the canvas's latents."""
-        x, y, width, height = self.cells
-        if self.paper:
-            inside = torch.from_numpy(self.region.outline.inside(height, width))
-        else:
-            inside = self.region.tokens(height, width).reshape(height, width)
-        mask = latents.new_zeros(1, 1, *latents.shape[-2:])
-        mask[..., y : y + height, x : x + width] = inside.to(latents)
-        return mask
-
-    def _pixels(self, image: Any) -> Image.Image:
-        """Which pixels of an image are pasted."""
-        inside = self.region.outline.inside(image.height, image.width)
-        return Image.fromarray(inside.astype("uint8") * 255)
+        if self.writes:
+            latents = self.pasted.in_place(levels[program.level], program.latents)
+            program.write(latents, self.pasted.mask(latents))
 
 
-def _of_places(editor: Editor) -> bool:
+def _knows_places(editor: Editor) -> bool:
     return any(claim.what == WHOLE_IMAGE for claim in editor.claims())
-
-
-class Suppression(Editor):
-    """Keep a thing out of what is drawn round the images, during the cycles.
-
-        n = eps_uncond + (1 - M) (eps_suppress - eps_diverse),   eps = n + g (eps_cond - n)
-
-    which is the guided prediction + (1 - g) (1 - M) (eps_suppress - eps_diverse).
-    """
-
-    def __init__(self, program: CyclicOneWay, outside: Tensor) -> None:
-        self.program, self.outside = program, outside
-        self._texts: Tensor | None = None
-
-    def branches(self, state: State) -> Mapping[str, Branch]:
-        if self._texts is None:
-            texts = [str(self.program.suppress), str(self.program.diverse)]
-            self._texts = further.encode(self.program.pipe, texts, state.encoding).sequence
-        return {name: Branch(text=text[None]) for name, text in zip(ROWS, self._texts, strict=True)}
-
-    def combine(self, predictions: Predictions) -> Tensor:
-        suppress, diverse = (predictions[name] for name in ROWS)
-        factor = 1 - self.program.guidance
-        return predictions.guided + factor * self.outside * (suppress - diverse)
-
-
-ROWS = ("suppressed", "diverse")

@@ -6,8 +6,8 @@ sought of which only the next level's are known:
 
     x_i = a_i x0 + s_i eps,   (x0, eps) from the prediction at (x_{i+1}, t_i)
 
-which is exact in the limit of many steps. Refined, the prediction is made anew at the x_i found, so
-often as asked; its fixed point is the exact inverse (Pan et al., "Effective Real Image Editing with
+which is exact in the limit of many steps. Refined, the prediction is made again at the x_i just
+found; the fixed point of this is the exact inverse (Pan et al., "Effective Real Image Editing with
 Accelerated Iterative Diffusion Inversion", arXiv 2309.04907).
 """
 
@@ -18,7 +18,8 @@ from typing import Any
 
 from hookctl.loop.inversion import Progress, ddim_path, require_first_order
 from hookctl.loop.trajectory import Trajectory
-from hookctl.recipes.common.inversion import Inversion, Inverted
+from hookctl.recipes.common.real_images.inversion import Inversion
+from hookctl.recipes.common.real_images.inverted import Inverted
 
 
 class DDIMInversion(Inversion):
@@ -27,12 +28,16 @@ class DDIMInversion(Inversion):
         inverted = DDIMInversion(pipe, image, prompt, refine=5).run()
         again, edited = inverted.edit(pipe, prompts=[prompt, target])
 
-    guidance: of the inversion, and of the source when it is drawn again; what scale its edits have
-        is no matter of the source here, whereas the official code draws it with theirs
-        (`edit(source_guidance=7.5)`), which leaves the path.
-    refine: how often the prediction is made anew at every step, 0 as published.
+    image, prompt, steps: see `Inversion`.
+    guidance: scale of the inversion, and of the source when it is drawn again. The official code
+        draws the source with the scale of its edits, which leaves the path; for that give
+        `edit(source_guidance=7.5)`.
+    refine: how often the prediction is made again at every step, 0 as published.
     timestep: "target" predicts at the timestep of the level sought, as all published code does;
         "source" at that of the latents known.
+
+    Cost: a denoiser call of one row for each step and each refinement of it (of two rows with
+    guidance). Raises UnsupportedError for schedulers that are not of first order.
     """
 
     def __init__(
@@ -41,12 +46,12 @@ class DDIMInversion(Inversion):
         image: Any,
         prompt: str | Sequence[str],
         *,
-        steps: int = 50,
         guidance: float = 1.0,
         refine: int = 0,
         timestep: str = "target",
+        **options: Any,
     ) -> None:
-        super().__init__(pipe, image, prompt, steps=steps, guidance=guidance)
+        super().__init__(pipe, image, prompt, guidance=guidance, **options)
         self.refine, self.timestep = refine, timestep
 
     def _invert(self, program: Trajectory, progress: Progress | None) -> Inverted:
@@ -59,4 +64,4 @@ class DDIMInversion(Inversion):
             timestep=self.timestep,
             progress=progress,
         )
-        return self._found(program, path)
+        return self._inverted(program, path)

@@ -29,7 +29,8 @@ from hookctl.loop.inversion import (
     unit_noise,
 )
 from hookctl.loop.trajectory import Trajectory
-from hookctl.recipes.common.inversion import Inversion, Inverted
+from hookctl.recipes.common.real_images.inversion import Inversion
+from hookctl.recipes.common.real_images.inverted import Inverted
 
 
 class DirectInversion(Inversion):
@@ -38,10 +39,12 @@ class DirectInversion(Inversion):
         inverted = DirectInversion(pipe, image, prompt).run()
         again, edited = inverted.edit(pipe, PromptToPrompt([prompt, target]))
 
-    guidance: scale for the source's rows, which edits share unless told otherwise. refine: of the
-    DDIM inversion (`DDIMInversion`), 0 as published. unit_noise: bring the path's noise to mean 0
-    and variance 1 (see above). Takes every scheduler whose steps draw no
-    noise. Cost: a denoiser call of one row for each step.
+    image, prompt, steps: see `Inversion`. guidance: scale for the source's rows, and for its edits
+    unless `edit` is given another. refine: of the DDIM inversion (`DDIMInversion`), 0 as published.
+    unit_noise: bring the path's noise to mean 0 and variance 1 (see above).
+
+    Cost: a denoiser call of one row for each step. Raises UnsupportedError for schedulers whose
+    steps draw noise.
     """
 
     def __init__(
@@ -50,12 +53,11 @@ class DirectInversion(Inversion):
         image: Any,
         prompt: str | Sequence[str],
         *,
-        steps: int = 50,
-        guidance: float = 7.5,
         refine: int = 0,
         unit_noise: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(pipe, image, prompt, steps=steps, guidance=guidance)
+        super().__init__(pipe, image, prompt, **options)
         self.refine, self.unit_noise = refine, unit_noise
 
     def _invert(self, program: Trajectory, progress: Progress | None) -> Inverted:
@@ -64,4 +66,4 @@ class DirectInversion(Inversion):
         if self.unit_noise:
             path = unit_noise(program, path)
         corrections = [Correction(target=x) for x in path[1:]]
-        return self._found(program, path, corrections, edit_guidance=self.guidance)
+        return self._inverted(program, path, corrections, edit_guidance=self.guidance)

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from hookctl.address.clock import Window
-from hookctl.errors import InputError
 from hookctl.loop.inversion import Progress, edit_friendly_noise
 from hookctl.loop.trajectory import Trajectory
-from hookctl.recipes.common.inversion import Inversion, Inverted
+from hookctl.recipes.common.arguments import number, refusal
+from hookctl.recipes.common.real_images.inversion import Inversion
+from hookctl.recipes.common.real_images.inverted import Inverted
 
 
 class EditFriendlyDDPM(Inversion):
@@ -31,14 +32,16 @@ class EditFriendlyDDPM(Inversion):
         again, edited = inverted.edit(pipe, prompts=[prompt, target])   # guidance 15
         again, edited = inverted.edit(pipe, PromptToPrompt([prompt, target]), guidance=9)
 
+    image, prompt, steps: see `Inversion`. guidance: scale for the source's rows.
     skip: fraction of the schedule left out at the noisy end; the smaller, the freer the edits
-        (published: 36 of 100 steps, 12 with Prompt-to-Prompt). eta: share of fresh noise.
-    guidance: scale for the source's rows. seed: of the noise.
-    paper: let go of what the last step misses, as the official code does; by default it is given
-        back to the source.
-    Takes schedulers whose steps accept noise (DDIMScheduler; DPMSolverMultistepScheduler with
-    algorithm_type="sde-dpmsolver++", as in LEDITS++). Cost: a denoiser call of two rows for each
-    step that isn't skipped.
+        (published: 36 of 100 steps, 12 with Prompt-to-Prompt).
+    eta: share of fresh noise, above 0. seed: of the noise.
+    paper: leave out what the last step misses, as the official code does; by default it is added to
+        the source again.
+
+    Cost: a denoiser call of two rows for each step that isn't skipped. Takes schedulers whose steps
+    accept noise (DDIMScheduler; DPMSolverMultistepScheduler with algorithm_type="sde-dpmsolver++",
+    as in LEDITS++); raises UnsupportedError for others.
     """
 
     edit_guidance = 15.0
@@ -57,12 +60,13 @@ class EditFriendlyDDPM(Inversion):
         paper: bool = False,
     ) -> None:
         super().__init__(pipe, image, prompt, steps=steps, guidance=guidance)
-        self.skip = Window.of((skip, 1.0), "skip").start
+        self.skip = Window.of((skip, 1.0), "EditFriendlyDDPM: skip").start
         if int(self.skip * self.steps) >= self.steps:
-            raise InputError(f"skip={skip!r} leaves none of {steps} steps; give a smaller one")
-        if not 0 < eta <= 1:
-            raise InputError(f"eta={eta!r}; give a share of fresh noise above 0, at most 1")
-        self.eta, self.seed, self.paper = float(eta), seed, paper
+            raise refusal(
+                "EditFriendlyDDPM: skip", skip, f"a smaller one, which leaves some of {steps} steps"
+            )
+        self.eta = number(eta, "EditFriendlyDDPM: eta", above=0, high=1)
+        self.seed, self.paper = seed, paper
 
     def _invert(self, program: Trajectory, progress: Progress | None) -> Inverted:
         start = int(self.skip * program.steps + 1e-9)
@@ -76,4 +80,4 @@ class EditFriendlyDDPM(Inversion):
             exact=not self.paper,
             progress=progress,
         )
-        return self._found(program, path, corrections, start=start, eta=self.eta)
+        return self._inverted(program, path, corrections, start=start, eta=self.eta)

@@ -14,17 +14,16 @@ waves (1,0), (0,1), (1,1): no Fourier transform, any size and dtype
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from hookctl.address.families import denoiser_of
 from hookctl.editor import Editor
-from hookctl.errors import InputError
 from hookctl.hooks.skips import concats
 from hookctl.kernels.fourier_gain import fourier_gain
 from hookctl.loop.state import FeatureCall
+from hookctl.recipes.common.arguments import number, one_of
+from hookctl.recipes.common.features.statistics import structure
 
 RULES = ("official", "diffusers")
 
@@ -51,32 +50,31 @@ class FreeU(Editor):
         start: float = 0.0,
         stop: float = 1.0,
     ) -> None:
-        for name, value in (("b1", b1), ("b2", b2), ("s1", s1), ("s2", s2)):
-            if not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise InputError(f"FreeU: {name}={value!r}; give a gain of 0 or more, such as 1.2")
-        if rule not in RULES:
-            raise InputError(f"FreeU: rule={rule!r}; give one of {', '.join(RULES)}")
-        if version not in (None, 1, 2):
-            raise InputError(f"FreeU: version={version!r}; give 1 or 2")
-        self.gains = ((float(b1), float(s1)), (float(b2), float(s2)))
-        self.rule = rule
+        given = {"b1": b1, "s1": s1, "b2": b2, "s2": s2}
+        widest_b, widest_s, second_b, second_s = (
+            number(value, f"FreeU: {name}", low=0) for name, value in given.items()
+        )
+        self.gains = ((widest_b, widest_s), (second_b, second_s))
+        self.rule = one_of(rule, "FreeU: rule", RULES)
+        if version is not None:
+            one_of(version, "FreeU: version", (1, 2))
         self.version = version or (2 if rule == "official" else 1)
         self.start, self.stop = start, stop
-        self._stages: dict[int, int] = {}
+        self._gains_of: dict[int, tuple[float, float]] = {}  # by order of the concat
 
     def attach(self, target: object) -> None:
-        places = list(concats(denoiser_of(target)))
-        widths = sorted({c.backbone_channels for c in places}, reverse=True)
-        self._stages = {
-            c.order: c.block if self.rule == "diffusers" else widths.index(c.backbone_channels)
-            for c in places
+        found = list(concats(denoiser_of(target)))
+        widths = sorted({c.backbone_channels for c in found}, reverse=True)
+        by_block = self.rule == "diffusers"
+        stages = {
+            c.order: c.block if by_block else widths.index(c.backbone_channels) for c in found
+        }
+        self._gains_of = {
+            order: self.gains[stage] for order, stage in stages.items() if stage < len(self.gains)
         }
 
     def features(self, call: FeatureCall) -> None:
-        stage = self._stages.get(call.order, len(self.gains))
-        if stage >= len(self.gains):
-            return
-        b, s = self.gains[stage]
+        b, s = self._gains_of.get(call.order, (1.0, 1.0))
         if b != 1.0:
             call.backbone = self._strengthen(call.backbone, b)
         if s != 1.0:
@@ -88,11 +86,3 @@ class FreeU(Editor):
         if self.version == 2:
             gain = (b - 1) * structure(h) + 1
         return torch.cat([h[:, :half] * gain, h[:, half:]], 1)
-
-
-def structure(h: Tensor) -> Tensor:
-    """The channel mean of features, scaled to 0..1 per image: [rows, 1, height, width]."""
-    mean = h.mean(1, keepdim=True)
-    low, high = mean.amin((2, 3), keepdim=True), mean.amax((2, 3), keepdim=True)
-    # A constant feature map has no structure to follow: 0 everywhere, not 0 / 0.
-    return (mean - low) / (high - low).clamp_min(1e-12)

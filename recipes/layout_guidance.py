@@ -11,51 +11,47 @@ in sigma space; in alpha-bar space that is a step of 30 (1 - alpha_bar), and in 
 
     L = mean of (1 - top_P(A m)) + top_P(A (1 - m)),   x <- x - 20 sqrt(1 - alpha_bar) grad_x L
 
-with 3, 2 and 1 steps a step in the first three tenths.
+up to 3, 2 and 1 times a step in the first, second and third tenth of the schedule.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from hookctl.address.clock import Clock
-from hookctl.address.sites import Selector, Site
-from hookctl.errors import InputError
+from hookctl.address.sites import Site
 from hookctl.loop.energy import ImageMaps
 from hookctl.loop.noise import Level
 from hookctl.loop.state import State
-from hookctl.recipes.box_diff import top_mean
-from hookctl.recipes.common.energy_guidance import (
-    EnergyGuidance,
-    Stage,
-    Subject,
-    Words,
-    variance,
-    whole,
-)
-from hookctl.recipes.common.perturbed_guidance import number
-from hookctl.recipes.common.places import Places
+from hookctl.recipes.common.arguments import number, one_of, whole
+from hookctl.recipes.common.energy.energy_guidance import EnergyGuidance, Stage, variance
+from hookctl.recipes.common.energy.map_functions import inside_share, top_mean
+from hookctl.recipes.common.energy.word_energy import Subject, Words
+from hookctl.recipes.common.per_prompt import Regions
 
 TOP = 0.2  # share of the cells that form="top-k" looks at
-FEWER = ((0.1, 3), (0.2, 2), (1.0, 1))  # until this fraction of the schedule, steps a step
+TOP_K_ITERATIONS = ((0.1, 3), (0.2, 2), (1.0, 1))  # until this fraction of the schedule
 
 Form = Literal["share", "top-k"]
+FORMS = ("share", "top-k")
 
 
 class LayoutGuidance(EnergyGuidance):
     """Draw the attention of words into regions.
 
+        LayoutGuidance(["circle", "square"], [(0, 0, 0.5, 1), (0.5, 0, 1, 1)])
+
     words, regions: as many of each, for every prompt or a list for each (several boxes for a word:
-    `a | b`). scale: of the step, 30 (20 for top-k); threshold: of L; iterations: at most so many
-    steps a step, by default 5 (3, 2, 1 for top-k); sites: by default all that hold the layout;
-    start, stop: 0 to 1/5 of the schedule (3/10 for top-k). paper: the official code, which reads
-    the middle block and the up-sites that hold the layout, takes a step before it looks at L, and
-    never guides an image again once its L was low enough. scale=0, or no words, leaves a run bit
-    for bit as it was.
+    `a | b`). form: of the energy. scale: of the gradient, by default 30 (20 for top-k). threshold:
+    of L. iterations: at most so many times in a step, by default 5 (3, 2, 1 for top-k). sites: by
+    default all that hold the layout. start, stop: fractions of the schedule, by default 0 to 1/5
+    (3/10 for top-k). paper: the official code, which reads the middle block and the up-sites that
+    hold the layout, takes a step before it looks at L, and never guides an image again once its L
+    was low enough. scale=0, or no words, leaves a run bit for bit as it was.
     """
 
     heads = True
@@ -63,85 +59,83 @@ class LayoutGuidance(EnergyGuidance):
     def __init__(
         self,
         words: Words,
-        regions: Places,
+        regions: Regions,
         *,
         form: Form = "share",
         scale: float | None = None,
         threshold: float = 0.2,
         iterations: int | None = None,
-        sites: Selector = None,
-        start: float = 0.0,
         stop: float | None = None,
         paper: bool = False,
+        **options: Any,
     ) -> None:
-        if form not in ("share", "top-k"):
-            raise InputError(f"LayoutGuidance: form={form!r}; give 'share' or 'top-k'")
-        share = form == "share"
-        scale = (30.0 if share else 20.0) if scale is None else scale
-        stop = (0.2 if share else 0.3) if stop is None else stop
-        super().__init__(words, regions, scale, sites, start, stop)
+        one_of(form, "LayoutGuidance: form", FORMS)
+        by_share = form == "share"
+        scale = (30.0 if by_share else 20.0) if scale is None else scale
+        stop = (0.2 if by_share else 0.3) if stop is None else stop
+        super().__init__(words, scale=scale, stop=stop, **options)
+        self.set_regions(regions)
         if iterations is not None:
-            whole(iterations, "LayoutGuidance: iterations", 1)
-        self.threshold = number(threshold, "LayoutGuidance: threshold")
+            iterations = whole(iterations, "LayoutGuidance: iterations", 1)
+        self.threshold = number(threshold, "LayoutGuidance: threshold", low=0)
         self.form, self.iterations, self.paper = form, iterations, paper
-        self._reached: Tensor | None = None
+        self._last_loss: Tensor | None = None  # L of each image when it was last guided
 
     def begin(self, state: State) -> None:
         super().begin(state)
-        self._reached = None
+        self._last_loss = None
 
     def layout_sites(self, state: State) -> Sequence[Site]:
         fine = super().layout_sites(state)
-        if not self.paper or self.chosen is not None:
+        if not self.paper or self.given_sites is not None:
             return fine
-        middle = [s for s in self._sites if s.place == "mid" and s.kind in ("cross", "joint")]
-        return middle + [s for s in fine if s.place == "up"] or fine
+        middle = [site for site in self._text_sites if site.place == "mid"]
+        return middle + [site for site in fine if site.place == "up"] or fine
 
     def energy(self, image: ImageMaps, subjects: Sequence[Subject], stage: Stage) -> Tensor:
         parts = [
-            self._one(maps[..., list(subject.columns)], subject.mask(maps))
+            self._loss(maps[..., list(subject.columns)], subject.mask(maps))
             for maps in image.maps.values()
             for subject in subjects
         ]
         loss = torch.stack(parts).mean()
         return torch.stack([self.scale * loss, loss])
 
-    def _one(self, maps: Tensor, mask: Tensor) -> Tensor:
+    def _loss(self, maps: Tensor, mask: Tensor) -> Tensor:
         """One object at one site: maps [frames, heads, height, width, tokens], mask [h, w]."""
         flat, inside = maps.movedim(-1, 0).flatten(-2), mask.flatten()
         if self.form == "share":
-            # A head that gives a token nothing anywhere gives the box nothing: a share of 0.
-            whole = flat.sum(-1).clamp_min(torch.finfo(flat.dtype).tiny)
-            return ((1 - (flat * inside).sum(-1) / whole) ** 2).mean()
-        each = [
-            1 - top_mean(one * inside, inside, TOP) + top_mean(one * (1 - inside), 1 - inside, TOP)
-            for one in flat.flatten(0, -2)
-        ]
-        return torch.stack(each).mean()
+            return ((1 - inside_share(flat, inside)) ** 2).mean()
+        losses = [
+            1 - top_mean(map_ * inside, inside, TOP)
+            + top_mean(map_ * (1 - inside), 1 - inside, TOP)
+            for map_ in flat.flatten(0, -2)
+        ]  # fmt: skip
+        return torch.stack(losses).mean()
 
-    def step(self, clock: Clock, level: Level) -> float:
+    def step_size(self, clock: Clock, level: Level) -> float:
         # The scale is in the energy, as published.
         return level.noise * (level.noise if self.form == "share" else variance(level) ** 0.5)
 
     def refinement(self, clock: Clock) -> tuple[float, int]:
-        fewer = next((n for until, n in FEWER if clock.fraction < until), 1)
-        most = self.iterations or (5 if self.form == "share" else fewer)
-        return self.threshold, most
+        top_k = next((n for until, n in TOP_K_ITERATIONS if clock.fraction < until), 1)
+        iterations = self.iterations or (5 if self.form == "share" else top_k)
+        return self.threshold, iterations
 
     def updates(self, clock: Clock) -> bool:
         return False
 
-    def guided(self, state: State) -> Tensor:
+    def descend(self, state: State) -> Tensor:
         if not self.paper:
-            return super().guided(state)
+            return super().descend(state)
         x = state.latents
-        if self._reached is None:
-            self._reached = torch.full((len(x),), torch.inf, device=x.device)
+        if self._last_loss is None:
+            self._last_loss = torch.full((len(x),), torch.inf, device=x.device)
         for _ in range(self.refinement(state.clock)[1]):
-            going = self._reached > self.threshold
-            if not going.any():
+            active = self._last_loss > self.threshold
+            if not active.any():
                 break
-            found = self._energies(state, x, ["refine"] * len(x))
-            x = self._stepped(state, x, found, going)
-            self._reached = torch.where(going, found.terms[:, -1], self._reached)
+            found = self.energies_at(state, x, ["refine"] * len(x))
+            x = self.stepped(state, x, found, active)
+            self._last_loss = torch.where(active, found.terms[:, -1], self._last_loss)
         return x

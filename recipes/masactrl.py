@@ -2,7 +2,7 @@
 
 Cao et al., "MasaCtrl: Tuning-Free Mutual Self-Attention Control for Consistent Image Synthesis and
 Editing", arXiv 2304.08465 (ICCV 2023). The source and its edits are drawn in one batch from one
-noise. Once the layout stands (from step 4 of 50 on), in the decoder's fine self-attention, the
+noise. Once the layout is there (from step 4 of 50 on), in the decoder's fine self-attention, the
 queries of an edit look into the keys and values of the source:
 
     mutual  Attn(q_e, k_s, v_s)                in the conditional and the unconditional rows
@@ -19,22 +19,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from hookctl.address.clock import Window
-from hookctl.address.families import denoiser_of, describe_sites
 from hookctl.address.regions import RegionLike
 from hookctl.address.rows import Row
 from hookctl.address.sites import Selector, Site, matcher
-from hookctl.address.text import PromptText, TextLayout
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import WHOLE_IMAGE, Claim
 from hookctl.errors import InputError
 from hookctl.loop.state import State
-from hookctl.recipes.common.image_tokens import image_keys, image_sites, with_image
-from hookctl.recipes.common.local_blend import Words, words_of
-from hookctl.recipes.common.map_masks import GivenMasks, WordMasks, parted
-from hookctl.recipes.common.pinned import Path, Pinned
+from hookctl.recipes.common.arguments import words_for_each
+from hookctl.recipes.common.image_tokens import image_keys, with_image
+from hookctl.recipes.common.map_masks import GivenMasks, WordMasks, foreground_regions
+from hookctl.recipes.common.prompt_texts import PromptTexts
+from hookctl.recipes.common.real_images.pinned import Path, Pinned
+from hookctl.recipes.common.sites import TEXT_KINDS, image_sites, sites_of
 from hookctl.recipes.common.source_and_edits import SourceAndEdits
 
 FINE = "self up @>=1/2, self blocks, joint"
+Words = str | Sequence[str] | None
 
 
 class MasaCtrl(SourceAndEdits):
@@ -48,11 +49,11 @@ class MasaCtrl(SourceAndEdits):
     sites: self-attention to act in, by default the fine half of a UNet's decoder. On a joint site
         the image's keys are taken from the source, the text's stay the row's own.
     union: attend to the source's keys beside the own ones, instead of in their place.
-    source_mask, target_mask: where the thing is in the source and in the edit (regions, boxes or
-        masks; for the edit one for all or a list); foreground then looks into foreground only, and
-        background into background.
+    source_mask, target_mask: where the thing is in the source and in the edits: regions, boxes or
+        masks, target_mask one for all edits or a list. Foreground then looks into foreground only,
+        and background into background.
     words: take both masks from the maps of words instead: one for all prompts, or a list with one
-        entry for each prompt. threshold: of the maps, scaled to 0..1.
+        entry for each prompt. threshold: of the maps, scaled to 0..1, above 0.
     path: latents of the source at every level, noisiest first: those of an inverted image
         (`loop.inversion`), which the source then is. The edits start from its noise too.
     paper: masks by nearest sampling and from the maps of the same step alone, as the official code
@@ -61,6 +62,9 @@ class MasaCtrl(SourceAndEdits):
 
     A mask that would leave a query without keys (empty, or everything) is not used, and the site is
     edited as without one; the official code then attends to everything evenly.
+
+    Raises InputError for arguments that do not fit the prompts or each other; on entering
+    `control`, WordError for words that their prompts do not have.
     """
 
     def __init__(
@@ -82,7 +86,7 @@ class MasaCtrl(SourceAndEdits):
         self.acts = Window.of((start, stop), "MasaCtrl: start, stop")
         self.edit_sites, self.union, self.paper = sites, union, paper
         given = source_mask is not None or target_mask is not None
-        chosen = words_of(words, len(self.prompts), "words")
+        chosen = words_for_each(words, "MasaCtrl: words", len(self.prompts))
         if given + any(chosen) + union > 1:
             raise InputError(
                 "MasaCtrl: give one of source_mask with target_mask, words, or union=True"
@@ -91,12 +95,12 @@ class MasaCtrl(SourceAndEdits):
             GivenMasks(source_mask, target_mask, len(self.edits), nearest=paper) if given else None
         )
         self.word_masks = WordMasks(chosen, threshold, same_step=paper) if any(chosen) else None
-        self.pin = None if path is None else Pinned(path, self.name, together=True)
-        self.sites = self._shown
+        self.pin = None if path is None else Pinned(self.name, path, shared_start=True)
+        self.sites = self._acts_at
 
-    def _shown(self, site: Site) -> bool:
-        """Sites to edit, and those whose maps the masks are made of."""
-        maps = self.word_masks is not None and site.kind in ("cross", "joint")
+    def _acts_at(self, site: Site) -> bool:
+        """Whether a site is edited, or one whose maps the masks are made of."""
+        maps = self.word_masks is not None and site.kind in TEXT_KINDS
         return maps or matcher(self.edit_sites)(site)
 
     # -- before anything runs ------------------------------------------------------------------
@@ -110,13 +114,12 @@ class MasaCtrl(SourceAndEdits):
         return claims
 
     def attach(self, target: Any) -> None:
-        self._edited = {s.path for s in image_sites(self.name, target, self.edit_sites)}
-        every = [site for site, _ in describe_sites(denoiser_of(target))]
-        self._text_sites = [site for site in every if site.kind in ("cross", "joint")]
-        self._texts: dict[int | None, list[PromptText]] = {}
+        edited = image_sites(self.name, target, self.edit_sites)
+        self._edited_paths = {site.path for site in edited}
+        self._text_sites = [site for site in sites_of(target) if site.kind in TEXT_KINDS]
         if self.word_masks is not None:
-            self._layout = TextLayout(target)
-            for text, words in zip(self._read(None), self.word_masks.words, strict=True):
+            self._texts = PromptTexts(target, self.prompts)
+            for text, words in zip(self._texts.read(), self.word_masks.words, strict=True):
                 for word in words:
                     text.find(word)
 
@@ -136,15 +139,16 @@ class MasaCtrl(SourceAndEdits):
     def attention(self, call: AttentionCall) -> None:
         if not self.acts.holds(call.clock):
             return
-        if call.site.path in self._edited:
+        if call.site.path in self._edited_paths:
             for row, source in self.paired(call.rows):
-                self._take(call, row, source)
-            self._part(call)
+                self._look_into(call, row, source)
+            self._restrict_to_masks(call)
         if self.word_masks is not None and call.spans.text_keys is not None:
             start, stop = call.spans.text_keys
-            self.word_masks.read(call, self._read(stop - start))
+            self.word_masks.read(call, self._texts.read(stop - start))
 
-    def _take(self, call: AttentionCall, row: Row, source: Row) -> None:
+    def _look_into(self, call: AttentionCall, row: Row, source: Row) -> None:
+        """The row's queries see the source's keys, alone or beside their own."""
         if call.site.kind == "self":
             if self.union:
                 call.extend(row, source, source)
@@ -158,18 +162,13 @@ class MasaCtrl(SourceAndEdits):
             span, own = call.spans.image_keys, (call.k[row.index], call.v[row.index])
             call.replace(row, k=with_image(own[0], k, span), v=with_image(own[1], v, span))
 
-    def _part(self, call: AttentionCall) -> None:
+    def _restrict_to_masks(self, call: AttentionCall) -> None:
         """Foreground looks into foreground, background into background."""
         masks = self.given_masks or self.word_masks
         if masks is None or call.grid is None:
             return
         for prompt, image in dict.fromkeys((r.prompt, r.image) for r in call.rows if r.prompt):
             pair = masks.pair(prompt, image, call.grid, call.clock.step)
-            bits = None if pair is None else parted(*pair, call)
-            if bits is not None:
-                call.restrict(call.rows.where(prompt=prompt, image=image), *bits)
-
-    def _read(self, tokens: int | None) -> list[PromptText]:
-        if tokens not in self._texts:
-            self._texts[tokens] = [self._layout.read(prompt, tokens) for prompt in self.prompts]
-        return self._texts[tokens]
+            regions = None if pair is None else foreground_regions(*pair, call)
+            if regions is not None:
+                call.restrict(call.rows.where(prompt=prompt, image=image), *regions)

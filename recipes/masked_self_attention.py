@@ -24,18 +24,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hookctl.address.families import denoiser_of, describe_sites
 from hookctl.address.regions import BACKGROUND, bit_sets
 from hookctl.address.sites import Grid, Selector, select
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import WHOLE_IMAGE, Claim, Editor
-from hookctl.errors import InputError, UnsupportedError
+from hookctl.errors import UnsupportedError
 from hookctl.loop.state import State
-from hookctl.recipes.common import places
-from hookctl.recipes.common.places import Places, grid_in
+from hookctl.recipes.common import per_prompt
+from hookctl.recipes.common.arguments import one_of
+from hookctl.recipes.common.per_prompt import Regions
+from hookctl.recipes.common.sites import IMAGE_KINDS, grid_of, sites_of
 
-SEEN = ("background", "all", "itself")
-IMAGE = "self, joint"
+BACKGROUNDS = ("background", "all", "itself")
+IMAGE_SITES = ", ".join(IMAGE_KINDS)
 
 
 class MaskedSelfAttention(Editor):
@@ -44,13 +45,17 @@ class MaskedSelfAttention(Editor):
     regions: for every prompt, or a list of lists, one for each prompt (as `RegionalPrompts`).
     background: what a token in no region sees: "background", "all" of the image, or "itself".
     open: instances see the background as well, so that only instances are cut off from each other.
+    paper: the official code's form (see above). sites: self- and joint attention to act in; start,
+    stop: fractions of the schedule.
+
     Rows of every branch are masked alike. No regions, or one that covers everything, leaves a run
-    bit for bit as it was.
+    bit for bit as it was. Raises UnsupportedError at sites where the image does not attend to
+    itself, and for background="itself" on joint sites.
     """
 
     def __init__(
         self,
-        regions: Places,
+        regions: Regions,
         *,
         background: Literal["background", "all", "itself"] | None = None,
         open: bool | None = None,
@@ -59,15 +64,13 @@ class MaskedSelfAttention(Editor):
         start: float = 0.0,
         stop: float = 1.0,
     ) -> None:
-        self.regions = places.regions(regions, f"{self.name}: regions")
-        if background is not None and background not in SEEN:
-            raise InputError(
-                f"{self.name}: background={background!r}; give one of {', '.join(SEEN)}"
-            )
+        self.regions = per_prompt.regions(regions, f"{self.name}: regions")
+        if background is not None:
+            one_of(background, f"{self.name}: background", BACKGROUNDS)
         self.background = background or ("itself" if paper else "background")
         self.open = bool(open)
-        self.paper, self._given = paper, sites
-        self.sites = IMAGE if sites is None else sites
+        self.paper, self.given_sites = paper, sites
+        self.sites = IMAGE_SITES if sites is None else sites
         self.start, self.stop = start, stop
         self._bits: dict[Any, tuple[Tensor, Tensor, Tensor | None]] = {}
 
@@ -75,18 +78,16 @@ class MaskedSelfAttention(Editor):
         return [Claim(WHOLE_IMAGE, window=self.window(), shared=True)]
 
     def attach(self, target: Any) -> None:
-        if self._given is None and self.paper:
-            found = select(
-                [site for site, _ in describe_sites(denoiser_of(target))], IMAGE, who=self.name
-            )
+        if self.given_sites is None and self.paper:
+            found = select(sites_of(target), IMAGE_SITES, who=self.name)
             finest = max((s.resolution for s in found if s.resolution is not None), default=None)
-            self.sites = IMAGE if finest is None else f"self @{finest}, joint @{finest}"
+            self.sites = IMAGE_SITES if finest is None else f"self @{finest}, joint @{finest}"
 
     def begin(self, state: State) -> None:
-        self.regions.check_rows(state.rows)
+        self.regions.check_prompts(state.rows)
 
     def attention(self, call: AttentionCall) -> None:
-        if call.site.kind not in ("self", "joint"):
+        if call.site.kind not in IMAGE_KINDS:
             raise UnsupportedError(
                 f"{self.name}: {call.site.path} is no attention among image tokens; leave it out "
                 "with sites="
@@ -96,7 +97,7 @@ class MaskedSelfAttention(Editor):
                 f"{self.name}: background='itself' would cut the background of a joint sequence "
                 "off from the text; give 'background' or 'all'"
             )
-        grid = grid_in(call, self.name)
+        grid = grid_of(call, self.name)
         start, stop = call.spans.image_queries
         around = (start, call.q.shape[-2] - stop)
         for row in call.rows:
@@ -115,10 +116,10 @@ class MaskedSelfAttention(Editor):
         """
         key = (prompt, grid, around)
         if key not in self._bits:
-            self._bits[key] = self._made(prompt, grid, around)
+            self._bits[key] = self._computed_bits(prompt, grid, around)
         return self._bits[key]
 
-    def _made(
+    def _computed_bits(
         self, prompt: int, grid: Grid, around: tuple[int, int]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         keys = bit_sets(self.regions[prompt], grid.height, grid.width).repeat(grid.frames)

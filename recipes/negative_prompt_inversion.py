@@ -19,7 +19,8 @@ from typing import Any
 
 from hookctl.loop.inversion import Progress, ddim_path, require_first_order
 from hookctl.loop.trajectory import Trajectory
-from hookctl.recipes.common.inversion import Inversion, Inverted
+from hookctl.recipes.common.real_images.inversion import Inversion
+from hookctl.recipes.common.real_images.inverted import Inverted
 from hookctl.recipes.proximal_guidance import ProximalGuidance
 
 
@@ -28,9 +29,12 @@ class NegativePromptInversion(Inversion):
 
         inverted = NegativePromptInversion(pipe, image, prompt, proximal=0.7).run()
 
-    guidance: scale for its edits. proximal: quantile of `ProximalGuidance`, None for none; for its
-    further options give the editor to `edit` yourself. refine: of the DDIM inversion.
-    Cost: a denoiser call of one row for each step.
+    image, prompt, steps: see `Inversion`. guidance: scale for the edits. proximal: quantile of
+    `ProximalGuidance`, None for none; for its further options give the editor to `edit` yourself.
+    refine: of the DDIM inversion (`DDIMInversion`).
+
+    Cost: a denoiser call of one row for each step. Raises UnsupportedError for schedulers that are
+    not of first order.
     """
 
     def __init__(
@@ -39,22 +43,21 @@ class NegativePromptInversion(Inversion):
         image: Any,
         prompt: str | Sequence[str],
         *,
-        steps: int = 50,
-        guidance: float = 7.5,
         proximal: float | None = None,
         refine: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__(pipe, image, prompt, steps=steps, guidance=guidance)
+        super().__init__(pipe, image, prompt, **options)
         self.limits = () if proximal is None else (ProximalGuidance(proximal),)
         self.refine = refine
 
     def run(self, progress: Progress | None = None) -> Any:
-        found = super().run(progress)
-        every = [found] if self.single else found
-        every = [replace(one, negative=one.prompt) for one in every]
-        return every[0] if self.single else every
+        inverted = super().run(progress)
+        images = [inverted] if self.single else inverted
+        images = [replace(image, negative=image.prompt) for image in images]
+        return images[0] if self.single else images
 
     def _invert(self, program: Trajectory, progress: Progress | None) -> Inverted:
         require_first_order(program, type(self).__name__)
         path = ddim_path(program, self.clean, refine=self.refine, progress=progress)
-        return self._found(program, path, edit_guidance=self.guidance, editors=self.limits)
+        return self._inverted(program, path, edit_guidance=self.guidance, editors=self.limits)

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from hookctl.address.rows import UNCOND
-from hookctl.errors import InputError
 from hookctl.loop.inversion import (
     Correction,
     Progress,
@@ -25,7 +24,9 @@ from hookctl.loop.inversion import (
     require_first_order,
 )
 from hookctl.loop.trajectory import Trajectory
-from hookctl.recipes.common.inversion import Inversion, Inverted
+from hookctl.recipes.common.arguments import number, whole
+from hookctl.recipes.common.real_images.inversion import Inversion
+from hookctl.recipes.common.real_images.inverted import Inverted
 
 
 class NullTextInversion(Inversion):
@@ -33,11 +34,14 @@ class NullTextInversion(Inversion):
 
         inverted = NullTextInversion(pipe, image, prompt).run(progress=print)
 
-    guidance: scale that the embeddings are fitted for, and that edits should have. iterations:
-    at most, for each step; rate: Adam's, falling to half of it; tolerance: loss that is good enough
-    at the first step (it grows by 1e-3 over the run, as published for 50 steps). refine: of the
-    DDIM inversion. Cost: a denoiser call for each step of the inversion, and for each of sampling
-    two and up to `iterations` with their backward passes.
+    image, prompt, steps: see `Inversion`. guidance: scale that the embeddings are fitted for, and
+    that edits should have. iterations: of Adam, at most, for each step; rate: its learning rate,
+    falling to half of it; tolerance: loss that is good enough at the first step (it grows by 1e-3
+    over the run, as published for 50 steps). refine: of the DDIM inversion (`DDIMInversion`).
+
+    Cost: a denoiser call for each step of the inversion, and for each step of sampling two and up
+    to `iterations` with their backward passes. Raises UnsupportedError for schedulers that are not
+    of first order.
     """
 
     def __init__(
@@ -46,20 +50,19 @@ class NullTextInversion(Inversion):
         image: Any,
         prompt: str | Sequence[str],
         *,
-        steps: int = 50,
         guidance: float = 7.5,
         iterations: int = 10,
         rate: float = 1e-2,
         tolerance: float = 1e-5,
         refine: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__(pipe, image, prompt, steps=steps, guidance=guidance)
-        if guidance <= 1:
-            raise InputError(f"guidance={guidance!r} has no unconditional text; give one above 1")
-        if iterations < 1 or rate <= 0:
-            raise InputError(f"iterations={iterations!r}, rate={rate!r}; give numbers above 0")
-        self.iterations, self.rate, self.tolerance = iterations, rate, tolerance
-        self.refine = refine
+        super().__init__(pipe, image, prompt, guidance=guidance, **options)
+        scale = "a scale above 1, since there is no unconditional text without guidance"
+        number(guidance, "NullTextInversion: guidance", above=1, wanted=scale)
+        self.iterations = whole(iterations, "NullTextInversion: iterations", 1)
+        self.rate = number(rate, "NullTextInversion: rate", above=0)
+        self.tolerance, self.refine = tolerance, refine
 
     def _invert(self, program: Trajectory, progress: Progress | None) -> Inverted:
         require_first_order(program, type(self).__name__)
@@ -74,4 +77,4 @@ class NullTextInversion(Inversion):
             progress=progress,
         )
         corrections = [Correction({UNCOND: text}) for text in texts]
-        return self._found(program, path, corrections, edit_guidance=self.guidance)
+        return self._inverted(program, path, corrections, edit_guidance=self.guidance)

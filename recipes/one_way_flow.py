@@ -26,9 +26,10 @@ from hookctl.address.regions import Region, RegionLike, region_of
 from hookctl.address.sites import Grid, Selector
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import WHOLE_IMAGE, Claim, Editor
-from hookctl.errors import InputError, UnsupportedError
+from hookctl.errors import InputError
 from hookctl.loop.state import State
-from hookctl.recipes.common.image_tokens import image_sites
+from hookctl.recipes.common.arguments import number
+from hookctl.recipes.common.sites import grid_of, image_sites
 
 Flow = tuple[str, str, float]
 REST = "rest"  # what lies in no named region
@@ -44,7 +45,10 @@ class OneWayFlow(Editor):
     flows: (from, to, strength): the queries of `to` look at the keys of `from` more (above 0) or
         less (below 0) by this much, in units of scores; -inf: not at all.
     anneal: let the strength fall linearly to 0 over the window, else it is constant.
-    sites: self-attention to act in.
+    sites: self-attention to act in; start, stop: the window, in fractions of the schedule.
+
+    Raises InputError for names of no region, for strengths that are not finite or -inf, and for a
+    cut that leaves queries without any key.
     """
 
     def __init__(
@@ -69,7 +73,7 @@ class OneWayFlow(Editor):
         self.anneal, self.sites = anneal, sites
         self.start, self.stop = start, stop
         self._window = Window.of((start, stop), "OneWayFlow: start, stop")
-        self._laid: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._masks: dict[Any, tuple[Tensor, Tensor]] = {}  # of queries and keys, by call
 
     def _flow(self, flow: Flow) -> Flow:
         known = [*self.regions, REST]
@@ -78,10 +82,8 @@ class OneWayFlow(Editor):
                 f"OneWayFlow: flow {flow!r}; give (from, to, strength) with names of "
                 f"{', '.join(known)}"
             )
-        strength = float(flow[2])
-        if math.isnan(strength) or strength == math.inf:
-            raise InputError(f"OneWayFlow: flow {flow!r}; give a finite strength, or -inf to cut")
-        return (flow[0], flow[1], strength)
+        wanted, name = "a finite strength, or -inf to cut", f"OneWayFlow: strength of {flow!r}"
+        return (flow[0], flow[1], number(flow[2], name, also=(-math.inf,), wanted=wanted))
 
     def claims(self) -> Sequence[Claim]:
         return [Claim(WHOLE_IMAGE, window=self.window(), shared=True)]
@@ -90,23 +92,21 @@ class OneWayFlow(Editor):
         image_sites(self.name, target, self.sites)
 
     def begin(self, state: State) -> None:
-        self._laid.clear()
+        self._masks.clear()
 
     def attention(self, call: AttentionCall) -> None:
-        if call.grid is None:
-            raise UnsupportedError(f"{self.name}: {call.site.path} has no grid; leave it out")
-        share = self._share(call)
-        finite = [flow for flow in self.flows if math.isfinite(flow[2]) and flow[2] * share]
+        grid, left = grid_of(call, self.name), self._strength_left(call)
+        finite = [flow for flow in self.flows if math.isfinite(flow[2]) and flow[2] * left]
         if finite:
-            queries, keys = self._factors(finite, call)
-            strengths = queries.new_tensor([flow[2] * share for flow in finite])
+            queries, keys = self._factors(finite, call, grid)
+            strengths = queries.new_tensor([flow[2] * left for flow in finite])
             call.bias(list(call.rows), query_factors=queries * strengths, key_factors=keys)
         for flow in self.flows:
             if flow[2] == -math.inf:
-                call.restrict(list(call.rows), *self._cut(flow, call))
+                call.restrict(list(call.rows), *self._cut(flow, call, grid))
 
-    def _share(self, call: AttentionCall) -> float:
-        """How much of the strength is left at this step."""
+    def _strength_left(self, call: AttentionCall) -> float:
+        """Which share of the strength is left at this step."""
         if not self.anneal:
             return 1.0
         passed = (call.clock.fraction - self._window.start) / (
@@ -114,46 +114,48 @@ class OneWayFlow(Editor):
         )
         return min(max(1.0 - passed, 0.0), 1.0)
 
-    def _factors(self, flows: list[Flow], call: AttentionCall) -> tuple[Tensor, Tensor]:
+    def _factors(self, flows: list[Flow], call: AttentionCall, grid: Grid) -> tuple[Tensor, Tensor]:
         """R [queries, flows] and S [keys, flows], 0 or 1; the text of a joint site is in none."""
-        key = (tuple(flows), call.grid, call.q.shape[-2], call.k.shape[-2])
-        if key not in self._laid:
+        key = (tuple(flows), grid, call.q.shape[-2], call.k.shape[-2])
+        if key not in self._masks:
             sources, targets = [flow[0] for flow in flows], [flow[1] for flow in flows]
             sides = (
                 (targets, call.q.shape[-2], call.spans.image_queries),
                 (sources, call.k.shape[-2], call.spans.image_keys),
             )
             queries, keys = (
-                torch.stack([self._on(name, call, tokens, span) for name in names], -1)
+                torch.stack([self._tokens(name, grid, tokens, span) for name in names], -1)
                 for names, tokens, span in sides
             )
-            self._laid[key] = queries, keys
-        return self._laid[key]
+            self._masks[key] = queries, keys
+        return self._masks[key]
 
-    def _cut(self, flow: Flow, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        """Bit sets: who is cut off sees only keys outside, everybody else sees all."""
-        key = (flow, call.grid, call.q.shape[-2], call.k.shape[-2])
-        if key not in self._laid:
-            queries, keys = self._factors([(flow[0], flow[1], 1.0)], call)
+    def _cut(self, flow: Flow, call: AttentionCall, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Regions as bit sets, [queries] and [keys]: the queries of the flow's target see only keys
+        outside of its source, all others see all."""
+        key = (flow, grid, call.q.shape[-2], call.k.shape[-2])
+        if key not in self._masks:
+            queries, keys = self._factors([(flow[0], flow[1], 1.0)], call, grid)
             if bool(queries.any()) and bool(keys.all()):
-                raise InputError(f"OneWayFlow: flow {flow!r} leaves queries without any key")
-            self._laid[key] = (
+                raise InputError(
+                    f"OneWayFlow: flow {flow!r} leaves queries without any key; give a strength "
+                    "that is finite"
+                )
+            self._masks[key] = (
                 torch.where(queries[:, 0] > 0, 1, 3),
                 torch.where(keys[:, 0] > 0, 2, 1),
             )
-        return self._laid[key]
+        return self._masks[key]
 
-    def _on(
-        self, name: str, call: AttentionCall, tokens: int, span: tuple[int, int] | None
-    ) -> Tensor:
-        """Which of the tokens of a call lie in a region, [tokens]."""
-        grid, (start, stop) = call.grid, span or (0, tokens)
-        assert grid is not None  # `attention` saw that there is one
+    def _tokens(self, name: str, grid: Grid, tokens: int, span: tuple[int, int] | None) -> Tensor:
+        """Which of so many tokens lie in a region, 0 or 1, [tokens]; span: of the image's."""
+        start, stop = span or (0, tokens)
         inside = self._cells(name, grid).float().repeat(grid.frames)
         return F.pad(inside, (start, tokens - stop))
 
     def _cells(self, name: str, grid: Grid) -> Tensor:
+        """Which cells of a frame lie in a region, bool [height * width]."""
         if name != REST:
             return self.regions[name].tokens(grid.height, grid.width)
-        every = [region.tokens(grid.height, grid.width) for region in self.regions.values()]
-        return ~torch.stack(every).any(0)
+        named = [region.tokens(grid.height, grid.width) for region in self.regions.values()]
+        return ~torch.stack(named).any(0)

@@ -11,11 +11,13 @@ On a joint site the image's tokens see themselves and the text.
 
 from __future__ import annotations
 
+from typing import Any
+
 from hookctl.address.clock import Clock
-from hookctl.address.sites import Selector
 from hookctl.attention.call import AttentionCall
 from hookctl.loop.state import State
-from hookctl.recipes.common.perturbed_guidance import PerturbedGuidance, number
+from hookctl.recipes.common.arguments import number
+from hookctl.recipes.common.perturbed_guidance import PerturbedGuidance
 
 TRAINED = 1000  # timesteps that the published rule counts from
 
@@ -26,8 +28,8 @@ class PAG(PerturbedGuidance):
     scale: s; the paper takes 3 beside a guidance of 4, and 5 without any. 0 costs nothing.
     adaptive: a of s_t = max(0, s - a (1000 - t)): the guidance fades as the image gets clean
         (diffusers' `pag_adaptive_scale`); no rows are added once it is 0.
-    sites: the paper's is the middle block; start, stop: a window, outside of which it is free.
     branch: name of the perturbed branch.
+    sites: the paper's is the middle block; start, stop: a window, outside of which it is free.
 
     Costs one further row beside each conditional one.
     """
@@ -37,13 +39,11 @@ class PAG(PerturbedGuidance):
         scale: float = 3.0,
         *,
         adaptive: float = 0.0,
-        sites: Selector = None,
-        start: float = 0.0,
-        stop: float = 1.0,
         branch: str = "perturbed",
+        **options: Any,
     ) -> None:
-        super().__init__(scale, branch, sites, start, stop)
-        self.adaptive = number(adaptive, "PAG: adaptive")
+        super().__init__(scale, branch=branch, **options)
+        self.adaptive = number(adaptive, "PAG: adaptive", low=0)
         self._unit = 1
 
     def begin(self, state: State) -> None:

@@ -16,26 +16,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from hookctl.address.clock import Clock, Window
-from hookctl.address.families import denoiser_of, describe_sites
+from hookctl.address.clock import Window
 from hookctl.address.latent import finest_within
 from hookctl.address.rows import COND
 from hookctl.address.sites import Selector, matcher, select
-from hookctl.address.text import PromptText, TextLayout, align
-from hookctl.attention.call import AttentionCall, Routing
+from hookctl.attention.call import AttentionCall
 from hookctl.editor import WHOLE_IMAGE, Claim
-from hookctl.errors import InputError, WordError
+from hookctl.errors import InputError
 from hookctl.loop.state import State
-from hookctl.recipes.common.local_blend import LocalBlend, Words, words_of
+from hookctl.recipes.common.arguments import (
+    for_each,
+    gains_for_each,
+    number,
+    one_of,
+    pair,
+    words_for_each,
+)
+from hookctl.recipes.common.local_blend import LocalBlend
+from hookctl.recipes.common.prompt_texts import PromptTexts, require_word
+from hookctl.recipes.common.sites import IMAGE_KINDS, TEXT_KINDS, sites_of
 from hookctl.recipes.common.source_and_edits import SourceAndEdits
-from hookctl.recipes.common.word_windows import WindowLike, WordWindows, found
+from hookctl.recipes.common.token_routing import TokenRouting
+from hookctl.recipes.common.word_windows import WindowLike, WordWindows
 
 MODES = ("auto", "replace", "refine")
+Words = str | Sequence[str] | None
 Gains = Mapping[str, float]
 
 
@@ -62,12 +70,16 @@ class PromptToPrompt(SourceAndEdits):
         `reweight_window`.
     blend: words whose places may change: one for all prompts, or a list with one entry for each
         prompt (a word, several, or None). subtract: words whose places may not. blend_start: from
-        which fraction on; blend_threshold: of the maps' maximum, for `blend` and for `subtract`.
+        which fraction of the schedule on; blend_threshold: of the maps' maximum, from 0 to below 1,
+        one number or a pair for `blend` and `subtract`.
     sites: where to act at all.
     paper: align tokens exactly as the official code does, its misalignment of unequal token
         counts included.
 
     After a run, `edit.local.mask(prompt, image)` is the last mask of the local blend.
+
+    Raises InputError for arguments that do not fit the prompts; on entering `control`, WordError
+    for words that their prompts do not have, AlignmentError for prompts that can't be replaced.
     """
 
     def __init__(
@@ -88,26 +100,32 @@ class PromptToPrompt(SourceAndEdits):
         paper: bool = False,
     ) -> None:
         super().__init__(prompts)
-        edits = len(self.edits)
-        self.modes = [mode] * edits if isinstance(mode, str) else list(mode)
-        if len(self.modes) != edits or any(m not in MODES for m in self.modes):
-            raise InputError(
-                f"mode={mode!r}; give one of {', '.join(MODES)}, or one for each of {edits} edits"
-            )
-        self.cross = WordWindows.of(cross_replace, "cross_replace")
-        self.self_window = Window.of(self_replace, "self_replace")
-        self.self_resolution = _resolution(self_resolution)
+        edits, name = len(self.edits), self.name
+        modes = for_each(mode, f"{name}: mode", edits, "edits", is_one=isinstance(mode, str))
+        self.modes = [one_of(one, f"{name}: mode", MODES) for one in modes]
+        self.cross = WordWindows.of(cross_replace, f"{name}: cross_replace")
+        self.self_window = Window.of(self_replace, f"{name}: self_replace")
+        self.self_resolution = None
+        if self_resolution is not None:
+            self.self_resolution = _resolution(self_resolution, f"{name}: self_resolution")
         self.shared_gains = isinstance(reweight, Mapping)
-        self.gains = _gains(reweight, edits)
-        self.reweight_window = (
-            None if reweight_window is None else Window.of(reweight_window, "reweight_window")
-        )
-        self.blend = words_of(blend, len(self.prompts), "blend")
-        self.subtract = words_of(subtract, len(self.prompts), "subtract")
+        self.gains = gains_for_each(reweight, f"{name}: reweight", edits)
+        self.reweight_window = None
+        if reweight_window is not None:
+            self.reweight_window = Window.of(reweight_window, f"{name}: reweight_window")
+        self.blend = words_for_each(blend, f"{name}: blend", len(self.prompts))
+        self.subtract = words_for_each(subtract, f"{name}: subtract", len(self.prompts))
         if any(self.subtract) and not any(self.blend):
-            raise InputError(f"subtract={subtract!r} takes places from blend=; give that too")
-        start = Window.of((blend_start, 1.0), "blend_start").start
-        thresholds = _pair(blend_threshold, "blend_threshold")
+            raise InputError(
+                f"{name}: subtract={subtract!r} takes places from blend=; give that too"
+            )
+        start = Window.of((blend_start, 1.0), f"{name}: blend_start").start
+        thresholds = pair(
+            blend_threshold,
+            f"{name}: blend_threshold",
+            partial(number, low=0, below=1),
+            "a share of the maximum, from 0 to below 1, or two",
+        )
         blends = any(self.blend)
         self.local = LocalBlend(self.blend, self.subtract, start, thresholds) if blends else None
         self.sites, self.paper = sites, paper
@@ -115,47 +133,62 @@ class PromptToPrompt(SourceAndEdits):
     # -- before anything runs ------------------------------------------------------------------
 
     def claims(self) -> Sequence[Claim]:
-        targets, mine = tuple(self.edits), matcher(self.sites)
-        late = [self.reweight_window] if self.reweight_window and any(self.gains) else []
-        windows = [w for w in (*self.cross.windows, *late) if w.start < w.stop]
+        edits = tuple(self.edits)
+        gain_windows = [self.reweight_window] if self.reweight_window and any(self.gains) else []
+        windows = [w for w in (*self.cross.windows, *gain_windows) if w.start < w.stop]
         claims = []
         if self.local is not None:
             claims.append(Claim(WHOLE_IMAGE, window=Window(self.local.start, 1.0), shared=True))
         if self.self_window.start < self.self_window.stop:
-            images = _both(mine, "self", "joint")
-            claims.append(Claim("substitution", images, self.self_window, targets))
+            sites = self._sites_of_kinds(IMAGE_KINDS)
+            claims.append(Claim("substitution", sites, self.self_window, edits))
         if windows:
             span = Window(min(w.start for w in windows), max(w.stop for w in windows))
-            claims.append(Claim("token map", _both(mine, "cross", "joint"), span, targets))
+            claims.append(Claim("token map", self._sites_of_kinds(TEXT_KINDS), span, edits))
         return claims
 
+    def _sites_of_kinds(self, kinds: Sequence[str]) -> Selector:
+        chosen = matcher(self.sites)
+        return lambda site: site.kind in kinds and chosen(site)
+
     def attach(self, target: Any) -> None:
-        self._layout = TextLayout(target)
-        every = [site for site, _ in describe_sites(denoiser_of(target))]
-        sites = select(every, self.sites, who=self.name)
-        self._image_sites = [site for site in sites if site.kind in ("self", "joint")]
-        self._text_sites = [site for site in sites if site.kind in ("cross", "joint")]
+        self._texts = PromptTexts(target, self.prompts)
+        sites = select(sites_of(target), self.sites, who=self.name)
+        self._image_sites = [site for site in sites if site.kind in IMAGE_KINDS]
+        self._text_sites = [site for site in sites if site.kind in TEXT_KINDS]
         self._check_resolution()
-        self._texts: dict[int | None, list[PromptText]] = {}
-        self._aligned: dict[Any, tuple[Tensor, Tensor]] = {}
-        self._routings: dict[Any, Routing] = {}
-        texts = self._read(None)
-        for edit in self.edits:
-            self._alignment(edit, texts)
+        self._routing = TokenRouting(
+            self._texts, self.modes, self.cross, self.gains, self.reweight_window, paper=self.paper
+        )
+        self._check_words()
+
+    def _check_resolution(self) -> None:
+        known = [site.resolution for site in self._image_sites if site.resolution is not None]
+        if self.self_resolution is not None and known and min(known) > self.self_resolution:
+            given, shown = float(self.self_resolution), ", ".join(map(str, sorted(set(known))))
+            raise InputError(
+                f"{self.name}: self_resolution={given:g} leaves out every self-attention site; "
+                f"their resolutions are {shown}"
+            )
+
+    def _check_words(self) -> None:
+        """Raise WordError for a word that its prompts do not have."""
+        texts = self._texts.read()
         edited = texts[1:]
         for word in self.cross.words:
-            _require(word, edited, "cross_replace")
+            require_word(word, edited, f"{self.name}, cross_replace")
         for text, gains in zip(edited, self.gains, strict=True):
             for word in gains:
-                _require(word, edited if self.shared_gains else [text], "reweight")
+                among = edited if self.shared_gains else [text]
+                require_word(word, among, f"{self.name}, reweight")
         for name, entries in (("blend", self.blend), ("subtract", self.subtract)):
             for text, words in zip(texts, entries, strict=True):
                 for word in words:
-                    _require(word, [text], name)
+                    require_word(word, [text], f"{self.name}, {name}")
 
     def begin(self, state: State) -> None:
         super().begin(state)
-        self._read(state.own_text)
+        self._texts.read(state.own_text)
         finest = finest_within(self._image_sites, state.grid) if state.grid else None
         limit = self.self_resolution or finest
         self._layout_sites = {
@@ -166,7 +199,7 @@ class PromptToPrompt(SourceAndEdits):
         if self.local is not None:
             self.local.begin(self._text_sites, state)
 
-    # -- attention -----------------------------------------------------------------------------
+    # -- in the run ----------------------------------------------------------------------------
 
     def attention(self, call: AttentionCall) -> None:
         if call.site.kind == "self":
@@ -177,108 +210,20 @@ class PromptToPrompt(SourceAndEdits):
             # A joint site holds the self-attention of the image too.
             joint = call.site.kind == "joint" and self._takes_layout(call)
             for row, source in self.edited(call):
-                routing = self._routing(row.prompt, call.clock, stop - start)
+                routing = self._routing.at(row.prompt, call.clock, stop - start)
                 call.route_by(row, source, routing, image_from_source=joint)
             if self.local is not None and call.rows.where(branch=COND):
-                self.local.read(call, self._read(stop - start))
+                self.local.read(call, self._texts.read(stop - start))
+
+    def _takes_layout(self, call: AttentionCall) -> bool:
+        return call.site.path in self._layout_sites and self.self_window.holds(call.clock)
 
     def after(self, state: State) -> None:
         if self.local is not None:
             self.local.after(state)
 
-    def _takes_layout(self, call: AttentionCall) -> bool:
-        return call.site.path in self._layout_sites and self.self_window.holds(call.clock)
 
-    def _routing(self, edit: int, clock: Clock, tokens: int) -> Routing:
-        """The token map and gains of an edit at this time; the same one until a window ends."""
-        window, pattern = self.reweight_window, self.cross.pattern(clock)
-        late = None if window is None else window.holds(clock)
-        key = (edit, tokens, pattern, late)
-        if key not in self._routings:
-            texts = self._read(tokens)
-            token_map, a = self._alignment(edit, texts)
-            alpha = self.cross.alpha(texts[edit], pattern)
-            gain = torch.ones_like(alpha)
-            for word, value in self.gains[edit - 1].items():
-                gain[list(found(texts[edit], word))] = float(value)
-            none = torch.ones_like(gain)
-            inside, outside = {None: (gain, none), True: (gain, gain), False: (none, none)}[late]
-            moved = token_map * (a * alpha * inside)
-            own = (1 - a) * alpha * inside + (1 - alpha) * outside
-            diagonal = moved.diagonal()
-            plain = torch.equal(moved, torch.diag(diagonal))
-            self._routings[key] = Routing(diagonal.clone() if plain else moved, own)
-        return self._routings[key]
-
-    # -- words ---------------------------------------------------------------------------------
-
-    def _read(self, tokens: int | None) -> list[PromptText]:
-        if tokens not in self._texts:
-            self._texts[tokens] = [self._layout.read(prompt, tokens) for prompt in self.prompts]
-        return self._texts[tokens]
-
-    def _alignment(self, edit: int, texts: list[PromptText]) -> tuple[Tensor, Tensor]:
-        key = (edit, texts[0].tokens)
-        if key not in self._aligned:
-            mode = self.modes[edit - 1]
-            if mode == "auto":
-                same = texts[0].words == texts[edit].words
-                mode = "replace" if same else "refine"
-            self._aligned[key] = align(texts[0], texts[edit], mode, paper=self.paper)
-        return self._aligned[key]
-
-    def _check_resolution(self) -> None:
-        known = [site.resolution for site in self._image_sites if site.resolution is not None]
-        if self.self_resolution is not None and known and min(known) > self.self_resolution:
-            raise InputError(
-                f"self_resolution={float(self.self_resolution):g} leaves out every self-attention "
-                f"site; their resolutions are {', '.join(map(str, sorted(set(known))))}"
-            )
-
-
-def _both(mine: Any, *kinds: str) -> Selector:
-    return lambda site: site.kind in kinds and mine(site)
-
-
-def _require(word: str, texts: Sequence[PromptText], name: str) -> None:
-    """Raise WordError unless one of the prompts has the word."""
-    if any(found(text, word) for text in texts):
-        return
-    try:
-        texts[0].find(word)
-    except WordError as error:
-        raise WordError(f"PromptToPrompt, {name}: {error}") from None
-
-
-def _resolution(value: float | None) -> Fraction | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise InputError(
-            f"self_resolution={value!r}; give the side of a grid over the side of the latent, "
-            "such as 0.25 or 1"
-        )
-    return Fraction(value).limit_denominator(64)
-
-
-def _gains(value: Any, edits: int) -> list[dict[str, float]]:
-    given = [value] * edits if value is None or isinstance(value, Mapping) else list(value)
-    if len(given) != edits:
-        raise InputError(
-            f"reweight has {len(given)} entries for {edits} edits; give one {{word: gain}} for each"
-        )
-    for entry in given:
-        if entry is not None and not isinstance(entry, Mapping):
-            raise InputError(f"reweight={value!r}; give {{word: gain}}, or a list of them")
-        for word, gain in (entry or {}).items():
-            number = isinstance(gain, int | float) and not isinstance(gain, bool)
-            if not number or abs(gain) == float("inf") or gain != gain:
-                raise InputError(f"reweight[{word!r}]={gain!r}; give a finite number")
-    return [dict(entry or {}) for entry in given]
-
-
-def _pair(value: float | tuple[float, float], name: str) -> tuple[float, float]:
-    pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
-    if len(pair) != 2 or any(not isinstance(x, int | float) or not 0 <= x < 1 for x in pair):
-        raise InputError(f"{name}={value!r}; give a share of the maximum in 0..1, or two")
-    return float(pair[0]), float(pair[1])
+def _resolution(value: float, name: str) -> Fraction:
+    wanted = "the side of a grid over the side of the latent, such as 0.25 or 1"
+    found = number(value, name, above=0, high=1, wanted=wanted)
+    return Fraction(found).limit_denominator(64)

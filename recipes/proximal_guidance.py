@@ -22,22 +22,27 @@ from torch import Tensor
 from hookctl.address.clock import Window
 from hookctl.address.rows import COND, UNCOND
 from hookctl.editor import Editor
-from hookctl.errors import InputError, UnsupportedError
+from hookctl.errors import UnsupportedError
 from hookctl.loop.state import Predictions, State
+from hookctl.recipes.common.arguments import one_of, share, whole
 
 MODES = ("soft", "hard")
 
 
 class ProximalGuidance(Editor):
-    """Limits classifier-free guidance to its strongest places, image by image.
+    """Limit classifier-free guidance to its strongest places, image by image.
 
-    quantile: of |cond - uncond| below which guidance is off, 0 for all of it; mode: "soft" or
-        "hard".
-    path: latents of every level of an inverted image (`Inverted.path`), rate: how fast the
-        unguided places are drawn to it, 0 for not at all; path_start: from which fraction of the
-        schedule on; dilate: cells by which the guided places are widened first.
+    quantile: of |cond - uncond|, below which guidance is off; 0 leaves all of it. mode: of prox,
+        "soft" or "hard".
+    path: latents of every level of an inverted image (`Inverted.path`); rate: r, how fast the
+        unguided places are drawn to it, from 0 (not at all) to 1; path_start: from which fraction
+        of the schedule on; dilate: cells by which the guided places are widened first.
+    start, stop: fractions of the schedule.
     paper: the official code's forms: there "hard" ("l0") is the soft threshold, and "soft" ("l1")
-        shifts a second time, above zero before below, which steps signs about.
+        subtracts the threshold a second time, first above zero and then below, so that some signs
+        flip.
+
+    Raises UnsupportedError for a run without guidance.
     """
 
     def __init__(
@@ -53,15 +58,12 @@ class ProximalGuidance(Editor):
         stop: float = 1.0,
         paper: bool = False,
     ) -> None:
-        if not 0 <= quantile <= 1:
-            raise InputError(f"quantile={quantile!r}; give a number from 0 to 1")
-        if mode not in MODES:
-            raise InputError(f"mode={mode!r}; give one of {', '.join(MODES)}")
-        if not 0 <= rate <= 1 or dilate < 0:
-            raise InputError(f"rate={rate!r}, dilate={dilate!r}; give a rate in 0..1, and cells")
-        self.quantile, self.mode, self.paper = float(quantile), mode, paper
-        self.path, self.rate, self.dilate = path, float(rate), int(dilate)
-        self.path_start = Window.of((path_start, 1.0), "path_start")
+        self.quantile = share(quantile, "ProximalGuidance: quantile")
+        self.mode = one_of(mode, "ProximalGuidance: mode", MODES)
+        self.path, self.paper = path, paper
+        self.rate = share(rate, "ProximalGuidance: rate")
+        self.dilate = whole(dilate, "ProximalGuidance: dilate")
+        self.path_window = Window.of((path_start, 1.0), "ProximalGuidance: path_start")
         self.start, self.stop = start, stop
         self.window()
         self._guided: Tensor | None = None
@@ -78,13 +80,14 @@ class ProximalGuidance(Editor):
         delta = predictions[COND] - uncond
         limit = torch.stack([d.abs().float().quantile(self.quantile) for d in delta])
         limit = limit.reshape(-1, *[1] * (delta.dim() - 1)).to(delta)
-        kept = self._prox(delta, limit)
-        self._guided = kept != 0
+        limited = self._prox(delta, limit)
+        self._guided = limited != 0
         # guided = uncond + s delta, whatever s is for each image.
-        share = torch.where(delta != 0, kept / delta, torch.zeros_like(delta))
-        return uncond + (guided - uncond) * share
+        factor = torch.where(delta != 0, limited / delta, torch.zeros_like(delta))
+        return uncond + (guided - uncond) * factor
 
     def _prox(self, delta: Tensor, limit: Tensor) -> Tensor:
+        """prox of delta, [images, ...]; limit: lambda of each image."""
         shrunk = delta - delta.clamp(-limit, limit)
         if self.paper and self.mode == "soft":
             shrunk = torch.where(shrunk > 0, shrunk - limit, shrunk)
@@ -95,7 +98,7 @@ class ProximalGuidance(Editor):
 
     def after(self, state: State) -> None:
         guided, self._guided = self._guided, None
-        if self.path is None or self.rate == 0 or not self.path_start.holds(state.clock):
+        if self.path is None or self.rate == 0 or not self.path_window.holds(state.clock):
             return
         if guided is None:
             return

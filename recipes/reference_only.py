@@ -13,11 +13,9 @@ f Attn(q, k, v) + (1 - f) Attn(q, [k; k_r], [v; v_r]).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from hookctl.address.rows import UNCOND
 from hookctl.address.sites import Selector
@@ -26,6 +24,7 @@ from hookctl.errors import InputError
 from hookctl.loop.images import encode
 from hookctl.loop.noise import Noise, noise_like
 from hookctl.loop.state import State
+from hookctl.recipes.common.arguments import opened, share
 from hookctl.recipes.style_aligned import StyleAligned
 
 
@@ -37,12 +36,13 @@ class ReferenceOnly(StyleAligned):
 
     prompts: the first describes the image, the others are drawn.
     image: the reference, PIL in mode RGB or the path of a file, of the size that is drawn.
-    fidelity: 0..1, how little the unconditional rows see of the reference; the more, the stronger
-        guidance pulls towards it.
+    fidelity: f, from 0 to 1: how little the unconditional rows see of the reference; the more, the
+        stronger guidance pulls towards it.
     seed: of the noise on the reference.
     sites: self-attention to act in (the community form drops sites as its weight falls).
 
-    The first image that comes out is the reference, drawn from its last noised form.
+    The first image that comes out is the reference, drawn from its last noised form. Raises
+    InputError for an image that can't be opened, or is of another size than what is drawn.
     """
 
     def __init__(
@@ -57,18 +57,16 @@ class ReferenceOnly(StyleAligned):
         stop: float = 1.0,
     ) -> None:
         super().__init__(prompts, adain=False, sites=sites, start=start, stop=stop)
-        if not 0 <= fidelity <= 1:
-            raise InputError(f"ReferenceOnly: fidelity={fidelity!r}; give a number from 0 to 1")
         self.image, self.seed = image, int(seed)
-        self.shares = {UNCOND: 1.0 - float(fidelity)}
+        self.shares = {UNCOND: 1.0 - share(fidelity, "ReferenceOnly: fidelity")}
 
     def claims(self) -> Sequence[Claim]:
-        # The reference is as large as what is drawn, and in its place.
+        # The reference's tokens are laid out as those of the images that are drawn.
         return [*super().claims(), Claim(WHOLE_IMAGE, window=self.window(), shared=True)]
 
     def attach(self, target: Any) -> None:
         super().attach(target)
-        self._clean = encode(target, opened(self.image))
+        self._clean = encode(target, opened(self.image, "ReferenceOnly: image"))
 
     def begin(self, state: State) -> None:
         super().begin(state)
@@ -88,14 +86,3 @@ class ReferenceOnly(StyleAligned):
             clean = self._clean[0].to(latents)
             latents[row.index] = level.mix(clean, noise_like(clean, self._generator))
         state.latents = latents
-
-
-def opened(image: Any) -> Any:
-    """An image as it is, or the file at a path, in RGB."""
-    if not isinstance(image, str | Path):
-        return image
-    try:
-        with Image.open(image) as file:
-            return file.convert("RGB")
-    except OSError as error:
-        raise InputError(f"image={str(image)!r}: {error}; give a readable image") from None

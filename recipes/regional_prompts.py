@@ -9,8 +9,8 @@ their texts, and one outside asks the image's own prompt:
 
 c_r(query) is how far the query's token lies in region r, a_r the region's weight, b the base
 ratio: what the prompt of the whole image keeps inside the regions. k_r, v_r pass the model's own
-projections. Outputs are mixed, not scores, so soft and overlapping regions mean what they say (one
-softmax over all texts would make them compete), and self-attention stays global.
+projections. Outputs are mixed, not scores: one softmax over all texts would make soft and
+overlapping regions compete. Self-attention stays global.
 
 On SD3 and Flux the further texts run along with the image's own in the joint sequence: each sees
 itself and the image, as in a run of its own, and Attn(q, k_r, v_r) is over the image and text r.
@@ -32,8 +32,11 @@ from hookctl.attention.division import Division
 from hookctl.editor import WHOLE_IMAGE, Claim, Editor
 from hookctl.loop.prompts import EncodedTexts, check_texts
 from hookctl.loop.state import State
-from hookctl.recipes.common import places
-from hookctl.recipes.common.places import Numbers, Places, Texts, check_share, grid_in, shares
+from hookctl.recipes.common import per_prompt
+from hookctl.recipes.common.arguments import share
+from hookctl.recipes.common.canvas.region_shares import region_shares
+from hookctl.recipes.common.per_prompt import Numbers, Regions, Texts
+from hookctl.recipes.common.sites import grid_of
 
 
 class RegionalPrompts(Editor):
@@ -45,13 +48,16 @@ class RegionalPrompts(Editor):
     of the regions (default 1): below 1 a region leaves a share to the prompt, and where regions
     overlap they divide the place in this ratio. base: share of the prompt inside the regions.
     edge: width of their soft border, a fraction of the image's shorter side; 0: each token is in
-    or out. No regions, or base=1, leaves a run bit for bit as it was.
+    or out. sites: attention to the text to act in; start, stop: fractions of the schedule.
+
+    No regions, or base=1, leaves a run bit for bit as it was. Raises InputError for another number
+    of lists than of prompts, UnsupportedError where queries form no grid over the image.
     """
 
     def __init__(
         self,
         texts: Texts,
-        regions: Places,
+        regions: Regions,
         *,
         weights: Numbers | None = None,
         base: float = 0.2,
@@ -60,15 +66,15 @@ class RegionalPrompts(Editor):
         start: float = 0.0,
         stop: float = 1.0,
     ) -> None:
-        self.texts = places.texts(texts, f"{self.name}: texts")
-        self.regions = places.regions(regions, f"{self.name}: regions")
-        self.texts.check_like(self.regions)
+        self.texts = per_prompt.texts(texts, f"{self.name}: texts")
+        self.regions = per_prompt.regions(regions, f"{self.name}: regions")
+        self.texts.check_lengths(self.regions)
         self.weights = None
         if weights is not None:
-            self.weights = places.numbers(weights, f"{self.name}: weights")
-            self.weights.check_like(self.regions)
-        self.base = check_share(base, f"{self.name}: base")
-        self.edge = check_share(edge, f"{self.name}: edge")
+            self.weights = per_prompt.numbers(weights, f"{self.name}: weights")
+            self.weights.check_lengths(self.regions)
+        self.base = share(base, f"{self.name}: base")
+        self.edge = share(edge, f"{self.name}: edge")
         self.sites, self.start, self.stop = sites, start, stop
         self._restart()
 
@@ -81,15 +87,15 @@ class RegionalPrompts(Editor):
         return [Claim(WHOLE_IMAGE, window=self.window(), shared=True)]
 
     def attach(self, target: Any) -> None:
-        check_texts(target, self.texts.every, self.name)
+        check_texts(target, self.texts.items, self.name)
 
     # -- the texts -----------------------------------------------------------------------------
 
     def begin(self, state: State) -> None:
-        self.regions.check_rows(state.rows)
+        self.regions.check_prompts(state.rows)
         self._restart()
-        if self.base < 1 and self.texts.most:
-            self._encoded = EncodedTexts(state, self.texts.every)
+        if self.base < 1 and self.texts.longest:
+            self._encoded = EncodedTexts(state, self.texts.items)
 
     def context(self, state: State) -> Mapping[str, Tensor] | None:
         """Text r of every row's prompt, for each r; a prompt without it gets another's, unused."""
@@ -99,7 +105,7 @@ class RegionalPrompts(Editor):
         if prompts not in self._context:
             self._context[prompts] = {
                 self._label(r): torch.stack([self._text(p, r) for p in prompts])
-                for r in range(self.texts.most)
+                for r in range(self.texts.longest)
             }
         return self._context[prompts]
 
@@ -108,15 +114,15 @@ class RegionalPrompts(Editor):
 
     def _text(self, prompt: int, r: int) -> Tensor:
         assert self._encoded is not None  # `context` looked
-        mine = self.texts[prompt]
-        return self._encoded.sequence(mine[r] if r < len(mine) else self._encoded.any)
+        texts = self.texts[prompt]
+        return self._encoded.sequence(texts[r] if r < len(texts) else self._encoded.any)
 
     # -- the attention -------------------------------------------------------------------------
 
     def attention(self, call: AttentionCall) -> None:
         if self._encoded is None:
             return
-        grid = grid_in(call, self.name)
+        grid = grid_of(call, self.name)
         for row in call.rows.where(role=COND):
             call.divide(row, self.division(row.prompt, grid))
 
@@ -125,10 +131,10 @@ class RegionalPrompts(Editor):
         if (prompt, grid) not in self._divisions:
             assert self._encoded is not None  # `attention` looked
             weights = None if self.weights is None else self.weights[prompt]
-            mine = shares(
+            shares = region_shares(
                 self.regions[prompt], grid.height, grid.width, edge=self.edge, weights=weights
             )
-            flat = ((1 - self.base) * mine).flatten(1).repeat(1, grid.frames)
+            flat = ((1 - self.base) * shares).flatten(1).repeat(1, grid.frames)
             names = [self._label(r) for r in range(len(flat))]
             shifts = {
                 name: shift

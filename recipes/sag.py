@@ -17,23 +17,25 @@ sharpen the image too).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hookctl.address.families import denoiser_of, describe_sites
 from hookctl.address.rows import COND, UNCOND, Row
-from hookctl.address.sites import Selector
+from hookctl.address.sites import Grid, Selector
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import WHOLE_IMAGE, Claim, Editor
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.calls import predict
 from hookctl.loop.noise import Noise
 from hookctl.loop.state import Predictions, State
-from hookctl.recipes.common.perturbed_guidance import middle, number
-from hookctl.recipes.common.smoothing import blur, cut_blur_matrix
+from hookctl.recipes.common.arguments import number, refusal, whole
+from hookctl.recipes.common.features.smoothing import blur, cut_blur_matrix
+from hookctl.recipes.common.read_maps import MapSums
+from hookctl.recipes.common.sites import grid_of, middle_sites
 
 
 class SAG(Editor):
@@ -60,15 +62,14 @@ class SAG(Editor):
         start: float = 0.0,
         stop: float = 1.0,
     ) -> None:
-        self.scale = number(scale, "SAG: scale")
-        self.threshold, self.sigma = (
-            number(threshold, "SAG: threshold"),
-            number(sigma, "SAG: sigma"),
-        )
-        if not isinstance(kernel, int) or kernel < 1 or kernel % 2 == 0:
-            raise InputError(f"SAG: kernel={kernel!r}; give an odd number of cells, such as 9")
-        self.kernel, self._sites = kernel, sites
-        self.sites, self.start, self.stop = sites, start, stop
+        self.scale = number(scale, "SAG: scale", low=0)
+        self.threshold = number(threshold, "SAG: threshold", low=0)
+        self.sigma = number(sigma, "SAG: sigma", low=0)
+        self.kernel = whole(kernel, "SAG: kernel", 1)
+        if self.kernel % 2 == 0:
+            raise refusal("SAG: kernel", kernel, "an odd number of cells, such as 9")
+        self.given_sites = self.sites = sites
+        self.start, self.stop = start, stop
         self.masks: Tensor | None = None
 
     def claims(self) -> Sequence[Claim]:
@@ -77,10 +78,10 @@ class SAG(Editor):
     def attach(self, target: Any) -> None:
         scheduler = getattr(target, "scheduler", None)
         if scheduler is None:
-            raise InputError("SAG: needs the pipeline's scheduler; control the pipeline itself")
+            raise InputError("SAG needs the pipeline's scheduler; control the pipeline itself")
         self._noise = Noise(scheduler)
-        every = [site for site, _ in describe_sites(denoiser_of(target))]
-        self.sites = middle(every, self.name)[:1] if self._sites is None else self._sites
+        given = self.given_sites
+        self.sites = middle_sites(self.name, target)[:1] if given is None else given
 
     def begin(self, state: State) -> None:
         if self.scale and state.latents.dim() != 4:
@@ -88,34 +89,22 @@ class SAG(Editor):
                 f"SAG blurs images, and the latents of {type(state.pipe).__name__} are "
                 f"{tuple(state.latents.shape)}; it needs [images, channels, height, width]"
             )
-        self._received: dict[str, dict[int, list[Tensor]]] = {}
+        self._size = state.latents.shape[-2:] if self.scale else torch.Size()
+        self._votes: dict[str, MapSums] = {}  # by branch: how many sites have a cell in M
 
     # -- what attention looks at ---------------------------------------------------------------
 
     def attention(self, call: AttentionCall) -> None:
         if not self.scale:
             return
-        branch, grid = _branch({row.branch for row in call.rows}), call.grid
-        rows = call.rows.where(branch=branch)
-        if grid is None:
-            raise UnsupportedError(
-                f"SAG: the tokens of {call.site.path} form no grid over the latent; give sites="
-            )
+        branch = _branch({row.branch for row in call.rows})
+        votes, grid = self._votes.setdefault(branch, MapSums()), grid_of(call, self.name)
+        call.marginals(call.rows.where(branch=branch), partial(self._vote, votes, grid))
 
-        def keep(row: Row, sums: Tensor) -> None:
-            received = self._received.setdefault(branch, {})
-            image = sums.reshape(1, 1, grid.height, grid.width)
-            received.setdefault(row.index - rows[0].index, []).append(image)
-
-        call.marginals(rows, keep)
-
-    def _mask(self, branch: str, size: torch.Size) -> Tensor:
-        """M for each image, [images, 1, height, width]; most of several sites decide."""
-        masks = []
-        for _, received in sorted(self._received[branch].items()):
-            votes = [F.interpolate((sums > self.threshold).float(), size) for sums in received]
-            masks.append((torch.stack(votes).mean(0) > 0.5).float())
-        return torch.cat(masks)
+    def _vote(self, votes: MapSums, grid: Grid, row: Row, received: Tensor) -> None:
+        """received: the column sums of A, 1 on average."""
+        image = received.reshape(1, 1, grid.height, grid.width)
+        votes.add(row, F.interpolate((image > self.threshold).float(), self._size))
 
     # -- guidance ------------------------------------------------------------------------------
 
@@ -127,8 +116,9 @@ class SAG(Editor):
         branch = _branch(set(predictions.branches))
         x = state.latents
         x0, eps = self._noise.split(x, predictions[branch].to(x), level)
-        mask = self._mask(branch, x.shape[-2:]).to(x)
-        self._received, self.masks = {}, mask[:, 0].cpu()
+        # Most of several sites decide.
+        mask = (torch.cat(self._votes[branch].means()) > 0.5).to(x)
+        self._votes, self.masks = {}, mask[:, 0].cpu()
         degraded = level.mix(torch.lerp(x0, self._blurred(x0), mask), eps)
         rows = state.rows.where(branch=branch)
         again = predict(state, rows, latents=degraded)[:, : guided.shape[1]].to(x)

@@ -7,8 +7,9 @@ Wang et al., "InstanceDiffusion: Instance-level Control for Image Generation", a
     r <- F_s(r),  s = 1 + tanh s_i     F: the lowest frequencies scaled, as in FreeU
 
 The official checkpoint holds b_i and s_i for all 12 concats (`scaleu_b_i`, `scaleu_s_i`); zeros
-leave everything as it is. The variant that depends on the image, coded there and off, follows the
-structure of the features: h <- h (1 + tanh(b_i) h~), h~ the channel mean of h scaled to 0..1.
+leave everything as it is. The variant that depends on the image, which the official code holds but
+switches off, follows the structure of the features: h <- h (1 + tanh(b_i) h~), h~ the channel mean
+of h scaled to 0..1.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from hookctl.errors import InputError
 from hookctl.hooks.skips import Concat, concats
 from hookctl.kernels.fourier_gain import fourier_gain
 from hookctl.loop.state import FeatureCall
-from hookctl.recipes.freeu import structure
+from hookctl.recipes.common.arguments import refusal
+from hookctl.recipes.common.features.statistics import structure
 
 Gains = Mapping[int, float | Sequence[float] | Tensor] | Sequence[float | Sequence[float] | Tensor]
 
@@ -48,8 +50,8 @@ class ScaleU(Editor):
         start: float = 0.0,
         stop: float = 1.0,
     ) -> None:
-        self.backbone = _gains(backbone, f"{self.name}: backbone")
-        self.skip = _gains(skip, f"{self.name}: skip")
+        self.backbone = _by_concat(backbone, f"{self.name}: backbone")
+        self.skip = _by_concat(skip, f"{self.name}: skip")
         for order, gain in self.skip.items():
             if gain.numel() != 1:
                 raise InputError(
@@ -60,32 +62,35 @@ class ScaleU(Editor):
 
     @classmethod
     def from_state_dict(cls, weights: Mapping[str, Tensor], **options: Any) -> ScaleU:
-        """From the keys `scaleu_b_i` and `scaleu_s_i` of an official checkpoint."""
-        found: tuple[dict[int, Tensor], dict[int, Tensor]] = ({}, {})
+        """From the keys `scaleu_b_i` and `scaleu_s_i` of an official checkpoint; options: of the
+        editor. Raises InputError without such keys."""
+        backbone: dict[int, Tensor] = {}
+        skip: dict[int, Tensor] = {}
         for key, value in weights.items():
             name, _, order = key.rpartition("_")
             if name in ("scaleu_b", "scaleu_s") and order.isdecimal():
-                found[name == "scaleu_s"][int(order)] = value
-        if not any(found):
+                gains = backbone if name == "scaleu_b" else skip
+                gains[int(order)] = value
+        if not backbone and not skip:
             raise InputError(
                 "ScaleU: the weights hold no scaleu_b_0, scaleu_s_0 ...; give those of an "
                 "InstanceDiffusion checkpoint"
             )
-        return cls(*found, **options)
+        return cls(backbone, skip, **options)
 
     def attach(self, target: Any) -> None:
-        places = {concat.order: concat for concat in concats(denoiser_of(target))}
-        if not places:
+        found = {concat.order: concat for concat in concats(denoiser_of(target))}
+        if not found:
             return  # refused as every editor of features is
         for name, gains in (("backbone", self.backbone), ("skip", self.skip)):
             for order, gain in gains.items():
-                if order not in places:
+                if order not in found:
                     raise InputError(
                         f"{self.name}: {name}[{order}] is for a concat that this model lacks; it "
-                        f"has {len(places)}"
+                        f"has {len(found)}"
                     )
                 if name == "backbone":
-                    self._check_width(gain, places[order])
+                    self._check_width(gain, found[order])
 
     def _check_width(self, gain: Tensor, concat: Concat) -> None:
         if gain.numel() not in (1, concat.backbone_channels):
@@ -109,16 +114,17 @@ def _is_zero(gain: Tensor) -> bool:
     return not gain.requires_grad and not bool(gain.any())
 
 
-def _gains(given: Any, who: str) -> dict[int, Tensor]:
+def _by_concat(given: Any, name: str) -> dict[int, Tensor]:
+    """Gains by the order of their concat, each one number or [channels]."""
     items = given.items() if isinstance(given, Mapping) else enumerate(given)
     found = {}
     for order, value in items:
         try:
             gain = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32)
-            place = int(order)  # tables of a file have texts for keys
+            concat = int(order)  # tables of a file have texts for keys
         except (TypeError, ValueError):
-            raise InputError(f"{who}[{order!r}]={value!r}; give a number or numbers") from None
+            raise refusal(f"{name}[{order!r}]", value, "a number or numbers") from None
         if gain.dim() > 1 or not bool(torch.isfinite(gain.detach()).all()):
-            raise InputError(f"{who}[{order}]={value!r}; give finite numbers, one or [channels]")
-        found[place] = gain
+            raise refusal(f"{name}[{order}]", value, "finite numbers, one or [channels]")
+        found[concat] = gain
     return found

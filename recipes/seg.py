@@ -14,18 +14,20 @@ grid, so that a wide blur there is a box and never the mean, and takes sigma > 9
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hookctl.address.clock import Clock
-from hookctl.address.sites import Grid, Selector
+from hookctl.address.sites import Grid
 from hookctl.attention.call import AttentionCall
-from hookctl.errors import InputError, UnsupportedError
+from hookctl.recipes.common.arguments import number
+from hookctl.recipes.common.features.smoothing import blur, blur_matrix, cut_blur_matrix
 from hookctl.recipes.common.perturbed_guidance import PerturbedGuidance
-from hookctl.recipes.common.smoothing import blur, blur_matrix, cut_blur_matrix
+from hookctl.recipes.common.sites import grid_of
 
-ENDLESS = 9999.0  # the official code's sigma of infinity
+OFFICIAL_INFINITY = 9999.0  # sigma above it is infinite in the official code
 
 
 class SEG(PerturbedGuidance):
@@ -33,8 +35,8 @@ class SEG(PerturbedGuidance):
 
     scale: s, 3 in the paper. sigma: width of the blur in tokens of the site's grid, math.inf for
         the mean query; 0 blurs nothing and costs nothing, as scale 0 does.
-    sites: the paper's is the middle block; start, stop: a window, outside of which it is free.
     branch: name of the perturbed branch. paper: blur exactly as the official code does.
+    sites: the paper's is the middle block; start, stop: a window, outside of which it is free.
 
     Costs one further row beside each conditional one.
     """
@@ -44,16 +46,13 @@ class SEG(PerturbedGuidance):
         scale: float = 3.0,
         sigma: float = math.inf,
         *,
-        sites: Selector = None,
-        start: float = 0.0,
-        stop: float = 1.0,
         branch: str = "blurred",
         paper: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(scale, branch, sites, start, stop)
-        if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not sigma >= 0:
-            raise InputError(f"SEG: sigma={sigma!r}; give a width of 0 or more, or math.inf")
-        self.sigma, self.paper = float(sigma), paper
+        super().__init__(scale, branch=branch, **options)
+        self.sigma = number(sigma, "SEG: sigma", low=0, also=(math.inf,))
+        self.paper = paper
 
     def scale_at(self, clock: Clock) -> float:
         return self.scale if self.sigma else 0.0
@@ -62,12 +61,7 @@ class SEG(PerturbedGuidance):
         rows = call.rows.where(branch=self.branch)
         if not rows:
             return
-        grid = call.grid
-        if grid is None:
-            raise UnsupportedError(
-                f"SEG: the queries of {call.site.path} form no grid over the latent, so they can't "
-                "be blurred; leave it out with sites="
-            )
+        grid = grid_of(call, self.name)
         start, stop = call.spans.image_queries
 
         def smooth(q: Tensor) -> Tensor:
@@ -85,7 +79,7 @@ class SEG(PerturbedGuidance):
     def _matrix(self, size: int) -> Tensor:
         if not self.paper:
             return blur_matrix(size, self.sigma)
-        if self.sigma > ENDLESS:
+        if self.sigma > OFFICIAL_INFINITY:
             return blur_matrix(size, math.inf)
         length = math.ceil(6 * self.sigma)
         # The largest odd length that reflecting at the edges allows there.

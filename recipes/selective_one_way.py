@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hookctl.address.regions import Region, RegionLike, region_of
+from hookctl.address.regions import RegionLike, region_of
 from hookctl.editor import Editor
 from hookctl.recipes.cyclic_one_way import CyclicOneWay
 from hookctl.recipes.one_way_flow import REST, OneWayFlow
@@ -23,8 +23,9 @@ class SelectiveOneWay(CyclicOneWay):
 
     related: the part of the canvas that is to take after the image, by default the rest of it.
     spread: strength of the flow from the image to there; isolate: of that from anywhere to the
-    image, below 0 (no numbers are public; these do what is meant in `demos/one_way.py`).
-    anneal: let both fall to 0 over the schedule. Everything else is as for `CyclicOneWay`.
+    image, below 0, both in units of attention scores (no numbers are public; these do what is meant
+    in `demos/one_way.py`). anneal: let both fall to 0 over the schedule. Everything else is as for
+    `CyclicOneWay`.
     """
 
     def __init__(
@@ -40,19 +41,13 @@ class SelectiveOneWay(CyclicOneWay):
         **options: Any,
     ) -> None:
         super().__init__(pipe, image, prompt, **options)
-        regions: dict[str, RegionLike] = {"seed": self._box()}
-        goal = REST
+        regions: dict[str, RegionLike] = {"seed": self.pasted.box()}
+        target = REST
         if related is not None:
-            regions["related"], goal = region_of(related, "related"), "related"
+            regions["related"], target = region_of(related, "related"), "related"
         others = [name for name in (*regions, REST) if name != "seed"]
-        flows = [("seed", goal, spread), *((name, "seed", isolate) for name in others)]
+        flows = [("seed", target, spread), *((name, "seed", isolate) for name in others)]
         self.flow = OneWayFlow(regions, flows, anneal=anneal)
-
-    def _box(self) -> Region:
-        """Where the image stands on the canvas."""
-        (x, y), (width, height) = self.at, self.images[0].size
-        columns, rows = self.size
-        return Region.box(x / columns, y / rows, (x + width) / columns, (y + height) / rows)
 
     def run(self, *editors: Editor, output_type: str = "pil") -> Any:
         return super().run(self.flow, *editors, output_type=output_type)

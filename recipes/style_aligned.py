@@ -24,14 +24,16 @@ from hookctl.address.rows import Row
 from hookctl.address.sites import Selector
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import Claim
-from hookctl.errors import InputError, UnsupportedError
+from hookctl.errors import UnsupportedError
 from hookctl.evaluate.gather import rows_of
 from hookctl.loop.state import Proceed, State
-from hookctl.recipes.common.group_norms import shared_group_norms
-from hookctl.recipes.common.image_tokens import image_keys, image_sites, with_image
-from hookctl.recipes.common.pinned import Path, Pinned
+from hookctl.recipes.common.arguments import number
+from hookctl.recipes.common.features.group_norms import shared_group_norms
+from hookctl.recipes.common.features.statistics import adain
+from hookctl.recipes.common.image_tokens import image_keys, with_image
+from hookctl.recipes.common.real_images.pinned import Path, Pinned
+from hookctl.recipes.common.sites import image_sites
 from hookctl.recipes.common.source_and_edits import SourceAndEdits
-from hookctl.recipes.common.statistics import adain
 
 
 class StyleAligned(SourceAndEdits):
@@ -40,18 +42,18 @@ class StyleAligned(SourceAndEdits):
         edit = StyleAligned(["a striped red star", "a striped red circle"])
         images = edit.run(pipe, seed=0)
 
-    prompts: the first one's image is the reference; one alone is drawn as ever.
+    prompts: the first one's image is the reference; a single prompt is drawn as without the editor.
     adain: align queries and keys. share: let the others attend to the reference.
-    shift: added to the scores of the reference's keys: ln 2 for an image, -inf for none of them.
-    scale: factor of the reference's keys.
+    shift: b, added to the scores of the reference's keys: ln 2 for a given image, -inf to share
+        nothing. scale: s, factor of the reference's keys.
     group_norm: normalise the features together with the reference's, as the paper's transfer of an
-        image does. (Sharing layer norms, which the official code offers, changes nothing: they
-        are per token.)
+        image does. (Sharing layer norms, an option of the official code, changes nothing: they are
+        per token.)
     sites: self-attention to act in. On a joint site the image's tokens are aligned and shared.
     path: latents of the reference at every level, noisiest first: those of an inverted image
         (`loop.inversion`), which the first prompt then draws.
-    paper: hold the reference's path a little cleaner than the others at the start, as the official
-        code does: at level 5 in the first step, and none before 6 later.
+    paper: take the path's level 5 in the first step and none before 6 later, so that the reference
+        is a little cleaner than the others at the start, as the official code does.
     """
 
     least = 1
@@ -72,16 +74,14 @@ class StyleAligned(SourceAndEdits):
         paper: bool = False,
     ) -> None:
         super().__init__(prompts)
-        if math.isnan(shift) or shift == math.inf:
-            raise InputError(f"{self.name}: shift={shift}; give a number, such as ln 2 = 0.69")
-        if not math.isfinite(scale):
-            raise InputError(f"{self.name}: scale={scale}; give a finite number, such as 1")
+        wanted = "a number, such as ln 2 = 0.69, or -inf"
+        self.shift = number(shift, f"{self.name}: shift", also=(-math.inf,), wanted=wanted)
+        self.scale = number(scale, f"{self.name}: scale")
         self.acts = Window.of((start, stop), f"{self.name}: start, stop")
         self.align, self.share = bool(adain), share and shift != -math.inf
-        self.shift, self.scale = float(shift), float(scale)
         self.group_norm, self.sites = group_norm, sites
-        self.shares: dict[str, float] = {}  # branch -> weight of the extended form, 1 if not said
-        self.pin = None if path is None else Pinned(path, self.name, earliest=5 if paper else 0)
+        self.shares: dict[str, float] = {}  # branch -> weight of the extended form, 1 by default
+        self.pin = None if path is None else Pinned(self.name, path, first_level=5 if paper else 0)
 
     def generators(self, seed: int = 0, images: int = 1, device: str = "cpu") -> list[Any]:
         """One generator for each image: every image starts from a noise of its own."""
@@ -135,7 +135,7 @@ class StyleAligned(SourceAndEdits):
             self.extend(call, others, source)
 
     def extend(self, call: AttentionCall, rows: list[Row], source: Row) -> None:
-        """The reference's keys for those of its branch who look at it."""
+        """Let rows attend to the reference, which is the source row of their branch."""
         k: Any = source
         v: Any = source
         if call.site.kind == "joint" or self.scale != 1.0:
@@ -147,7 +147,7 @@ class StyleAligned(SourceAndEdits):
 
 def _aligned(x: Tensor, rows: list[int], sources: list[int], call: AttentionCall) -> Tensor:
     """Rows of q or k with their sources' statistics over the image's tokens."""
-    own, theirs = rows_of(x, rows), rows_of(x, sources)
+    own, reference = rows_of(x, rows), rows_of(x, sources)
     span = call.spans.image_queries if x is call.q else call.spans.image_keys
     part = slice(*span) if span else slice(None)
-    return with_image(own, adain(own[..., part, :], theirs[..., part, :]), span)
+    return with_image(own, adain(own[..., part, :], reference[..., part, :]), span)

@@ -188,8 +188,8 @@ class Trainer:
         eps = torch.randn_like(z)
         seen = torch.where((t >= HAZY).view(-1, 1, 1, 1), seen, z)
         noisy = a.sqrt() * seen + (1 - a).sqrt() * eps
-        told = (noisy - a.sqrt() * z) / (1 - a).sqrt()  # eps, wherever z is what is seen
-        v = a.sqrt() * told - (1 - a).sqrt() * z
+        noise_from_z = (noisy - a.sqrt() * z) / (1 - a).sqrt()  # eps, wherever z is what is seen
+        v = a.sqrt() * noise_from_z - (1 - a).sqrt() * z
         on_gpu = z.device.type == "cuda"  # on the CPU float32 was the quicker
         with torch.autocast(z.device.type, dtype=torch.bfloat16, enabled=on_gpu):
             made = self.unet(noisy, t, states, return_dict=False)[0]

@@ -174,7 +174,7 @@ def editors_by_name() -> dict[str, type[Editor]]:
 def inversions_by_name() -> dict[str, type[Any]]:
     """Every recipe that a stack may invert its image by."""
     from hookctl import recipes
-    from hookctl.recipes.common.inversion import Inversion
+    from hookctl.recipes.common.real_images.inversion import Inversion
 
     known = [getattr(recipes, name) for name in recipes.__all__]
     return {c.__name__: c for c in known if isinstance(c, type) and issubclass(c, Inversion)}

@@ -13,26 +13,23 @@ they do when the pipeline runs itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hookctl.address import families
-from hookctl.address.clock import Clock
 from hookctl.errors import InputError
-from hookctl.loop.calls import prediction_of
-from hookctl.loop.driven import Driven, Scaling, Settle, driving, settled
+from hookctl.loop.driven import Scaling, Settle, driving, settled
 from hookctl.loop.guidance import Guidance, Scales, combined, guidance_scales, needed_branches
 from hookctl.loop.images import decode
 from hookctl.loop.noise import Level, Noise
+from hookctl.loop.program_calls import ProgramCalls, Texts
 from hookctl.loop.solver import Solver
-from hookctl.loop.state import split_branches
 from hookctl.loop.template import Template, prepare
 
 Generators = torch.Generator | Sequence[torch.Generator]
-Texts = Mapping[str, Tensor]
 
 
 class Trajectory:
@@ -89,6 +86,9 @@ class Trajectory:
         self.levels: list[Level] = self.noise.levels()
         self.steps = len(self.solver.entries)
         self.latents, self.level = self.template.latents, 0
+        self._calls = ProgramCalls(
+            self, self.denoiser, self.template, self.solver, self.prompts, images
+        )
 
     # -- the operations ------------------------------------------------------------------------
 
@@ -117,13 +117,13 @@ class Trajectory:
         x, entries = self.latents, self.solver.entries[i]
         for entry in entries:
             last = entry == entries[-1]
-            call = self._call(needed_branches(scales, self.template.branches), entry)
+            call = self._calls.call(needed_branches(scales, self.template.branches), entry)
             call.stepping, call.settle = True, settle if last else None
             many = torch.cat([x] * (len(call.rows) // len(x)))
             call.scaling = self.solver.scaling(many, entry)
             with driving(call):
                 model_input = call.scaling.again(many) if call.scaling else many
-                parts = self._predict(call, model_input, entry, contexts)
+                parts = self._calls.predict(call, model_input, entry, contexts)
                 x = self.solver.step(
                     combined(parts, scales),
                     entry,
@@ -247,7 +247,7 @@ class Trajectory:
                 f"this run has no {', '.join(sorted(unknown))} rows; make it with guidance= above 1"
             )
         entry = self.solver.entries[i][0] if i < self.steps else None
-        call = self._call(names, entry)
+        call = self._calls.call(names, entry)
         size = 1.0 if self.noise.flow else self.levels[i].size
 
         def scale(latents: Tensor) -> Tensor:
@@ -257,41 +257,7 @@ class Trajectory:
         if size != 1.0:
             call.scaling = Scaling(many, scale)
         with driving(call):
-            return self._predict(call, scale(many), entry, contexts)
-
-    def _predict(
-        self, call: Driven, model_input: Tensor, entry: int | None, contexts: Texts | None
-    ) -> dict[str, Tensor]:
-        names = tuple(dict.fromkeys(row.branch for row in call.rows))
-        if contexts and (unknown := set(contexts) - set(self.template.branches)):
-            raise InputError(
-                f"contexts for {', '.join(sorted(unknown))}; this run has "
-                f"{', '.join(self.template.branches)} rows"
-            )
-        times = self.solver.timesteps
-        timestep = times[entry] if entry is not None else torch.zeros_like(times[0])
-        arguments = self.template.call(
-            model_input, timestep, self.template.rows_of(names)[1], contexts
-        )
-        prediction = prediction_of(self.denoiser(**arguments))
-        assert prediction is not None  # every family's denoiser returns one
-        channels = self.latents.shape[1]
-        if prediction.shape[1] == 2 * channels:  # a learned variance, which no step here takes
-            prediction = prediction[:, :channels]
-        return split_branches(call.rows, prediction)
-
-    def _call(self, names: tuple[str, ...], entry: int | None) -> Driven:
-        steps = len(self.solver.timesteps)
-        time = float(self.solver.timesteps[entry]) if entry is not None else 0.0
-        return Driven(
-            program=self,
-            denoiser=families.uncompiled(self.denoiser),
-            prompts=self.prompts,
-            images_per_prompt=self.images,
-            encoding=self.template.encoding,
-            rows=self.template.rows_of(names)[0],
-            clock=Clock(steps - 1 if entry is None else entry, steps, time),
-        )
+            return self._calls.predict(call, scale(many), entry, contexts)
 
     # -- numbers -------------------------------------------------------------------------------
 

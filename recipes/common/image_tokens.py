@@ -2,30 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from hookctl.address.families import denoiser_of, describe_sites
-from hookctl.address.sites import Selector, Site, select
 from hookctl.attention.call import AttentionCall
-from hookctl.errors import InputError
-
-IMAGE_KINDS = ("self", "joint")
-
-
-def image_sites(who: str, target: Any, selector: Selector) -> tuple[Site, ...]:
-    """The selected sites of a pipeline; InputError if the image does not attend to itself there."""
-    every = [site for site, _ in describe_sites(denoiser_of(target))]
-    chosen = select(every, selector, who=who)
-    for site in chosen:
-        if site.kind not in IMAGE_KINDS:
-            raise InputError(
-                f"{who}: sites={selector!r} holds {site.path}, a {site.kind} site; give sites "
-                "where the image attends to itself, such as 'self up'"
-            )
-    return chosen
 
 
 def image_keys(x: Tensor, call: AttentionCall) -> Tensor:

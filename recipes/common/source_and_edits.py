@@ -13,6 +13,7 @@ from hookctl.attention.call import AttentionCall
 from hookctl.editor import Editor
 from hookctl.errors import InputError
 from hookctl.loop.state import State
+from hookctl.recipes.common.arguments import refusal
 from hookctl.session import control
 
 
@@ -28,7 +29,7 @@ class SourceAndEdits(Editor):
         texts = [] if isinstance(prompts, str) else list(prompts)
         if len(texts) < self.least or any(not isinstance(text, str) for text in texts):
             wanted = "the source prompt" + " and at least one edit" * (self.least > 1)
-            raise InputError(f"{self.name}: prompts={prompts!r}; give {wanted}, as a list of texts")
+            raise refusal(f"{self.name}: prompts", prompts, f"{wanted}, as a list of texts")
         self.prompts = texts
         self._pairs: tuple[Rows, list[tuple[Row, Row]]] | None = None
 
@@ -57,11 +58,11 @@ class SourceAndEdits(Editor):
         Rows of a perturbed guidance are edited as their prompt's are: they must differ by the
         perturbation alone.
         """
-        found = self._pairs
-        if found is None or found[0] is not call.rows:  # the same at every site of a denoiser call
+        # The rows are the same at every site of a denoiser call.
+        if self._pairs is None or self._pairs[0] is not call.rows:
             pairs = [(row, source) for row, source in self.paired(call.rows) if row.role == COND]
-            found = self._pairs = call.rows, pairs
-        return found[1]
+            self._pairs = call.rows, pairs
+        return self._pairs[1]
 
     def generators(self, seed: int = 0, images: int = 1, device: str = "cpu") -> list[Any]:
         """One generator for each image: every prompt starts from the same noises.
@@ -80,7 +81,8 @@ class SourceAndEdits(Editor):
         """Draw the source and its edits: prompt by prompt, `images` images (or videos) of each.
 
         editors: further editors, after this one; arguments: of the pipeline's own call.
-        Returns what the pipeline does: a list of images, or as output_type= has it.
+        Returns what the pipeline does: a list of images, or as output_type= has it. Raises
+        InputError for several images of a pipeline that draws one for each prompt.
         """
         known = inspect.signature(type(pipe).__call__).parameters
         count = next((n for n in known if n.startswith("num_") and n.endswith("_per_prompt")), None)
@@ -88,8 +90,7 @@ class SourceAndEdits(Editor):
             arguments[count] = images
         elif images != 1:
             raise InputError(f"images={images}; {type(pipe).__name__} draws one for each prompt")
+        generators = self.generators(seed, images)
         with control(pipe, self, *editors):
-            generators = self.generators(seed, images)
-            return pipe(self.prompts, generator=generators, **{**arguments, "return_dict": False})[
-                0
-            ]
+            given = {**arguments, "return_dict": False}
+            return pipe(self.prompts, generator=generators, **given)[0]

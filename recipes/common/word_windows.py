@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hookctl.address.clock import Clock, Window
 from hookctl.address.text import PromptText
-from hookctl.errors import InputError, WordError
+from hookctl.recipes.common.arguments import refusal
+from hookctl.recipes.common.prompt_texts import positions_of
 
 WindowLike = float | tuple[float, float]
 
@@ -24,11 +25,14 @@ class WordWindows:
 
     @classmethod
     def of(cls, value: WindowLike | Mapping[str, WindowLike], name: str) -> WordWindows:
-        """Read a window, or {"default": window, word: window, ...}; without default: always."""
+        """Read a window, or {"default": window, word: window, ...}; without default: always.
+
+        name: of the argument. Raises InputError for what is no window.
+        """
         if not isinstance(value, Mapping):
             return cls(Window.of(value, name))
         if any(not isinstance(word, str) for word in value):
-            raise InputError(f"{name}={dict(value)!r}; give words as keys")
+            raise refusal(name, dict(value), "words as keys")
         windows = {word: Window.of(one, f"{name}[{word!r}]") for word, one in value.items()}
         return cls(windows.pop("default", Window()), tuple(windows.items()))
 
@@ -40,24 +44,16 @@ class WordWindows:
     def windows(self) -> tuple[Window, ...]:
         return (self.default, *(window for _, window in self.by_word))
 
-    def pattern(self, clock: Clock) -> tuple[bool, ...]:
+    def holding(self, clock: Clock) -> tuple[bool, ...]:
         """Which of `windows` hold at this time."""
         return tuple(_holds(window, clock) for window in self.windows)
 
-    def alpha(self, text: PromptText, pattern: tuple[bool, ...]) -> Tensor:
-        """1 for the tokens whose window holds, else 0, [text]; later words win over earlier."""
-        alpha = torch.full((text.tokens,), float(pattern[0]), dtype=torch.float64)
-        for word, on in zip(self.words, pattern[1:], strict=True):
-            alpha[list(found(text, word))] = float(on)
+    def alpha(self, text: PromptText, holding: tuple[bool, ...]) -> Tensor:
+        """1 for the tokens whose window holds, else 0, [tokens]; later words win over earlier."""
+        alpha = torch.full((text.tokens,), float(holding[0]), dtype=torch.float64)
+        for word, holds in zip(self.words, holding[1:], strict=True):
+            alpha[list(positions_of(text, word))] = float(holds)
         return alpha
-
-
-def found(text: PromptText, word: str) -> tuple[int, ...]:
-    """Positions of a word, none if the prompt does not have it."""
-    try:
-        return text.find(word)
-    except WordError:
-        return ()
 
 
 def _holds(window: Window, clock: Clock) -> bool:

@@ -14,12 +14,12 @@ from diffusers import (
     PNDMScheduler,
 )
 from PIL import Image
-from tests.recipes.images import PROMPT, TARGET, counted, image, pipeline
 
 import hookctl
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.recipes import DDIMInversion, FreeU, PromptToPrompt
 from tests.families.fingerprint import differences, fingerprint
+from tests.recipes.images import PROMPT, TARGET, counted, image, pipeline
 
 STEPS = 5
 

@@ -11,11 +11,11 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
 )
-from tests.recipes.images import PROMPT, TARGET, counted, image, pipeline
 
 from hookctl.errors import UnsupportedError
 from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes import DirectInversion, FreeU, PromptToPrompt
+from tests.recipes.images import PROMPT, TARGET, counted, image, pipeline
 
 STEPS = 5
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
-from tests.recipes.images import PROMPT, TARGET, counted, image, pipeline
 
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.noise import Noise
 from hookctl.recipes import EditFriendlyDDPM, PromptToPrompt
+from tests.recipes.images import PROMPT, TARGET, counted, image, pipeline
 
 STEPS = 6
 

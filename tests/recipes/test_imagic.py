@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-from tests.recipes.images import TARGET, image, pipeline
 
 from hookctl.address.rows import COND
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes import Imagic
 from tests.families.fingerprint import differences, fingerprint
+from tests.recipes.images import TARGET, image, pipeline
 
 FEW: dict[str, Any] = {
     "text_steps": 3,
@@ -59,7 +59,7 @@ def test_inverted_alpha_0_leads_back_at_any_guidance() -> None:
     edit = Imagic(pipe, image(), TARGET, **{**FEW, "text_rate": 0.1}).fit()
     given: dict[str, Any] = {"steps": 3, "inverted": True, "output_type": "latent"}
     with edit.change.applied():
-        noise = edit._inverted(3, 2)
+        noise = edit.inverted_noise(3, 2)
         program = Trajectory(pipe, TARGET, steps=3, latents=noise, **edit.size)
         wanted = program.run(contexts={COND: edit.fitted})
     for guidance in (1.0, 7.5):
@@ -78,10 +78,10 @@ def test_inverted_needs_a_first_order_scheduler() -> None:
 def test_the_window_and_the_samples_of_a_step() -> None:
     edit = Imagic(pipeline(), image(), TARGET, schedule_steps=10, window=(0.2, 0.6), samples=4)
     asked: list[int] = []
-    predict = edit.program.predict
-    edit.program.predict = lambda x, i, *rest: asked.append(i) or predict(x, i, *rest)  # type: ignore
+    predict = edit.fitting.program.predict
+    edit.fitting.program.predict = lambda x, i, *rest: asked.append(i) or predict(x, i, *rest)  # type: ignore
     with torch.no_grad():
-        losses = list(edit._losses(torch.Generator().manual_seed(0)))
+        losses = list(edit.fitting._losses(torch.Generator().manual_seed(0)))
     assert asked == [2, 3, 4, 5] and len(losses) == 4
 
 
@@ -90,16 +90,16 @@ def test_noises_of_a_level_share_its_text_and_model() -> None:
     pipe = pipeline()
     one, many = (Imagic(pipe, image(), TARGET, noises=n, **FEW) for n in (1, 3))
     drawn: list[torch.Tensor] = []
-    predict = many.program.predict
-    many.program.predict = lambda x, *rest: drawn.append(x) or predict(x, *rest)  # type: ignore
+    predict = many.fitting.program.predict
+    many.fitting.program.predict = lambda x, *rest: drawn.append(x) or predict(x, *rest)  # type: ignore
     with torch.no_grad():
-        (loss,) = many._losses(torch.Generator().manual_seed(0))
-        (x,), level = drawn, many.program.levels[_level(many)]
+        (loss,) = many.fitting._losses(torch.Generator().manual_seed(0))
+        (x,), level = drawn, many.fitting.program.levels[_level(many)]
         alone = []
         for noisy in x.split(1):
             eps = (noisy - level.signal * one.clean) / level.noise
-            got = one.program.predict(noisy, _level(many), 1.0, {COND: one.fitted})
-            wanted = one.program.noise.join(one.clean, eps, level)
+            got = one.fitting.program.predict(noisy, _level(many), 1.0, {COND: one.fitted})
+            wanted = one.fitting.program.noise.join(one.clean, eps, level)
             alone.append(float((got - wanted).square().mean()))
     assert len(x) == 3 and not torch.equal(x[0], x[1])
     assert float(loss) == pytest.approx(sum(alone) / 3, rel=1e-3)
@@ -109,7 +109,7 @@ def test_noises_of_a_level_share_its_text_and_model() -> None:
 def _level(edit: Imagic) -> int:
     """The level that a step with the generator's seed 0 trains."""
     share = float(torch.rand((), generator=torch.Generator().manual_seed(0)))
-    return int(share * edit.program.steps)
+    return int(share * edit.fitting.program.steps)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
@@ -121,7 +121,7 @@ def test_fitting_lowers_the_loss(kind: str) -> None:
 
     def loss() -> float:
         with torch.no_grad(), edit.change.applied():
-            many = [sum(edit._losses(torch.Generator().manual_seed(i))) for i in range(4)]
+            many = [sum(edit.fitting._losses(torch.Generator().manual_seed(i))) for i in range(4)]
         return float(sum(many))
 
     before = loss()
@@ -133,11 +133,11 @@ def test_fitting_lowers_the_loss(kind: str) -> None:
 def test_a_checkpoint_is_taken_up(tmp_path: Path) -> None:
     pipe, path = pipeline(), tmp_path / "fit.safetensors"
     first = Imagic(pipe, image(), TARGET, checkpoint=path, save_every=1, **FEW).fit()
-    told: list[Any] = []
+    progress: list[Any] = []
     again = Imagic(pipe, image(), TARGET, checkpoint=path, **FEW).fit(
-        lambda *said: told.append(said)
+        lambda *done: progress.append(done)
     )
-    assert not told
+    assert not progress
     assert torch.equal(again.fitted, first.fitted)
     for a, b in zip(again.change.tensors, first.change.tensors, strict=True):
         assert torch.equal(a, b)
@@ -154,7 +154,8 @@ def test_bad_input() -> None:
     with pytest.raises(InputError, match="prompt="):
         Imagic(pipe, image(), [TARGET])  # type: ignore[arg-type]
     for wrong in ({"window": (0.5, 0.5)}, {"window": (0.0, 1.5)}, {"samples": 0}, {"noises": 0}):
-        with pytest.raises(InputError, match="window="):
+        (name,) = wrong
+        with pytest.raises(InputError, match=f"Imagic: {name}="):
             Imagic(pipe, image(), TARGET, **wrong)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="alphas"):
         Imagic(pipe, image(), TARGET, **FEW).draw(())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +17,9 @@ from hookctl.editor import Editor
 from hookctl.errors import ConflictError, InputError
 from hookctl.recipes import MasaCtrl, PromptToPrompt
 from tests import zoo
+from tests.recipes import runs
 from tests.recipes.literal_appearance import Call, Literal
+from tests.recipes.runs import made, relative
 
 STEPS = 3
 CAT = "a red cat above a blue square"
@@ -26,27 +28,11 @@ BIRD = "a red bird above a red cat"
 FAMILIES = ["sd15", "sdxl", "sd3", "flux", "pixart", "animatediff", "wan"]
 
 
-@cache
-def made(name: str, dtype: torch.dtype) -> Any:
-    return zoo.PIPELINES[name].make().to(dtype)
-
-
-def draw(
-    name: str, edit: MasaCtrl, *editors: Editor, dtype: Any = torch.float32, **call: Any
-) -> Tensor:
-    pipe = made(name, dtype)
-    call = {"steps": STEPS, "generator": edit.generators(), **call}
-    with control(pipe, edit, *editors):
-        return zoo.PIPELINES[name].run(pipe, edit.prompts, **call)
+draw = partial(runs.draw, steps=STEPS)
 
 
 def plain(name: str, prompts: list[str], dtype: Any = torch.float32, **call: Any) -> Tensor:
-    call = {"steps": STEPS, "generator": MasaCtrl(prompts).generators(), **call}
-    return zoo.PIPELINES[name].run(made(name, dtype), prompts, **call)
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
+    return runs.plain(name, MasaCtrl(prompts), dtype=dtype, **{"steps": STEPS, **call})
 
 
 # -- the official formulas ---------------------------------------------------------------------
@@ -308,7 +294,7 @@ def test_a_path_that_is_the_plain_one_changes_nothing() -> None:
     [
         ({"start": 1.2}, r"start, stop.* is outside the schedule"),
         ({"threshold": 0.0, "words": "cat"}, r"threshold=0.0; give a share"),
-        ({"words": ["cat", None]}, r"words=.*; every prompt needs words"),
+        ({"words": ["cat", None]}, r"words=.*; give a word of its own thing for every prompt"),
         ({"words": ["cat"]}, r"words=.* has 1 entries for 2 prompts"),
         ({"words": "cat", "union": True}, r"give one of source_mask with target_mask, words"),
         ({"source_mask": LEFT}, r"give source_mask and target_mask, both or neither"),

@@ -14,52 +14,17 @@ import hookctl
 from hookctl import Editor
 from hookctl.errors import ConflictError, InputError, UnsupportedError
 from hookctl.recipes import PAG, SAG, FreeU, MultiDiffusion, PromptToPrompt
-from hookctl.recipes.common.bootstrapping import Bootstrapping
-from hookctl.recipes.common.tiles import Window, windows_of
+from hookctl.recipes.common.canvas.plain_colours import Bootstrapping
+from hookctl.recipes.common.canvas.tiles import Tile, tiles_of
 from tests import zoo
 from tests.families.fingerprint import differences, fingerprint
 from tests.families.subjects import error
+from tests.recipes.runs import TWO
+from tests.recipes.runs import draw_two as draw
 
 SD15 = zoo.PIPELINES["sd15"]  # made for a latent of 16 x 16
-TWO = ["a red cat", "a blue dog"]
 WIDE = {"height": 128, "width": 224}  # 16 x 28
 TOLERANCE = 1e-4  # fp32, over a few steps
-
-
-def draw(case: Any, pipe: Any, *editors: Editor, **kwargs: Any) -> Tensor:
-    with hookctl.control(pipe, *editors):
-        return case.run(pipe, TWO, **kwargs)
-
-
-# -- windows ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("wrap", [False, True])
-@pytest.mark.parametrize(("height", "width"), [(16, 28), (17, 16), (9, 40), (16, 16), (5, 3)])
-def test_windows_cover_the_canvas(height: int, width: int, wrap: bool) -> None:
-    windows = windows_of(height, width, (16, 16), (8, 6), wrap=wrap)
-    count, back = torch.zeros(height, width), torch.zeros(2, height, width)
-    x = torch.randn(2, height, width)
-    for window in windows:
-        assert window.cut(x).shape == (2, min(16, height), min(16, width))
-        window.add(torch.ones(window.height, window.width), count)
-        window.add(window.cut(x), back)
-    assert (count > 0).all()
-    assert torch.allclose(back / count, x)
-    assert len(set(windows)) == len(windows)
-    if wrap and width > 16:
-        assert count[0].sum() == 16 * len({w.left for w in windows})
-        if width % 6 == 4:  # 40: seven lefts, all round
-            assert count[0].min() >= 2
-
-
-def test_the_last_window_ends_at_the_rim() -> None:
-    lefts = [w.left for w in windows_of(16, 30, (16, 16), (8, 8))]
-    assert lefts == [0, 8, 14]
-    assert windows_of(16, 16, (16, 16)) == [Window(0, 0, 16, 16, 16, 16)]
-    assert [w.left for w in windows_of(16, 20, (16, 16))] == [0, 2, 4]
-    with pytest.raises(InputError, match="20 rows from window to window"):
-        windows_of(40, 40, (16, 16), (20, 8))
 
 
 # -- the published loops ---------------------------------------------------------------------------
@@ -71,7 +36,7 @@ def literal(
     start: Tensor,
     texts: list[str],
     masks: Tensor,
-    windows: list[Window],
+    tiles: list[Tile],
     steps: int,
     backgrounds: Any = None,
     bootstrap: int = 0,
@@ -83,24 +48,24 @@ def literal(
     cond, uncond = pipe.encode_prompt(texts, "cpu", 1, True, ["blurry"] * len(texts))
     pipe.scheduler.set_timesteps(steps)
     x = start * pipe.scheduler.init_noise_sigma
-    solvers = {(w, r): copy.deepcopy(pipe.scheduler) for w in windows for r in range(len(texts))}
+    solvers = {(w, r): copy.deepcopy(pipe.scheduler) for w in tiles for r in range(len(texts))}
     for i, t in enumerate(pipe.scheduler.timesteps):
         value, count = torch.zeros_like(x), torch.zeros_like(x)
-        for window in windows:
+        for tile in tiles:
             for r in range(len(texts)):
-                mask = window.cut(masks[r])
+                mask = tile.cut(masks[r])
                 if not mask.any():
                     continue
-                view, solver = window.cut(x), solvers[window, r]
+                view, solver = tile.cut(x), solvers[tile, r]
                 if r and i < bootstrap:
-                    view = torch.where(mask > 0, view, backgrounds(i, window))
+                    view = torch.where(mask > 0, view, backgrounds(i, tile))
                 both = torch.cat([view, view])
                 given = solver.scale_model_input(both, t)
                 text = torch.cat([uncond[r : r + 1], cond[r : r + 1]])
                 u, c = pipe.unet(given, t, text).sample.chunk(2)
                 new = solver.step(u + 4.0 * (c - u), t, view).prev_sample
-                window.add(new * mask, value)
-                window.add(mask.expand_as(new), count)
+                tile.add(new * mask, value)
+                tile.add(mask.expand_as(new), count)
         x = value / count
     return x
 
@@ -109,13 +74,13 @@ def literal(
     "scheduler", [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler]
 )
 @pytest.mark.parametrize("wrap", [False, True])
-def test_a_panorama_is_the_average_of_stepped_windows(scheduler: Any, wrap: bool) -> None:
-    """With multistep solvers too, whose memory each literal window keeps for itself."""
+def test_a_panorama_is_the_average_of_stepped_tiles(scheduler: Any, wrap: bool) -> None:
+    """With multistep solvers too, whose memory each literal tile keeps for itself."""
     pipe = SD15.make()
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     start = torch.randn(1, 4, 16, 28, generator=torch.Generator().manual_seed(1))
-    windows = windows_of(16, 28, (16, 16), (4, 4), wrap=wrap)
-    want = literal(pipe, start, TWO[:1], torch.ones(1, 16, 28), windows, 4)
+    tiles = tiles_of(16, 28, (16, 16), (4, 4), wrap=wrap)
+    want = literal(pipe, start, TWO[:1], torch.ones(1, 16, 28), tiles, 4)
     edit = MultiDiffusion(stride=4, wrap=wrap)
     with hookctl.control(pipe, edit):
         got = SD15.run(pipe, TWO[0], steps=4, latents=start, **WIDE)
@@ -127,7 +92,7 @@ def test_a_panorama_is_the_average_of_stepped_windows(scheduler: Any, wrap: bool
 def test_regions_are_what_the_official_loop_makes_of_them(
     bootstrap: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Overlapping regions over several windows, round which plain colours stand at first."""
+    """Overlapping regions over several tiles, round which plain colours stand at first."""
     pipe = SD15.make()
     start = torch.randn(1, 4, 16, 28, generator=torch.Generator().manual_seed(1))
     boxes = [(0.0, 0.0, 0.5, 1.0), (0.25, 0.5, 0.75, 1.0)]
@@ -135,7 +100,7 @@ def test_regions_are_what_the_official_loop_makes_of_them(
     masks[1, :, :14] = 1
     masks[2, 8:, 7:21] = 1
     masks[0] = (1 - masks[1:].sum(0)).clamp(min=0)
-    windows = windows_of(16, 28, (16, 16), (6, 6))
+    tiles = tiles_of(16, 28, (16, 16), (6, 6))
     colour = torch.randn(1, 4, 1, 1)
     monkeypatch.setattr(
         Bootstrapping,
@@ -145,12 +110,12 @@ def test_regions_are_what_the_official_loop_makes_of_them(
     pipe.scheduler.set_timesteps(4)
     levels = [pipe.scheduler.alphas_cumprod[t] for t in pipe.scheduler.timesteps]
 
-    def backgrounds(i: int, window: Window) -> Tensor:
-        return levels[i].sqrt() * colour + (1 - levels[i]).sqrt() * window.cut(start)
+    def backgrounds(i: int, tile: Tile) -> Tensor:
+        return levels[i].sqrt() * colour + (1 - levels[i]).sqrt() * tile.cut(start)
 
     texts = ["a red cat", "a blue dog", "a tree"]
     steps = int(4 * bootstrap)
-    want = literal(pipe, start, texts, masks, windows, 4, backgrounds, steps)
+    want = literal(pipe, start, texts, masks, tiles, 4, backgrounds, steps)
     edit = MultiDiffusion(texts[1:], boxes, stride=6, bootstrap=bootstrap)
     with hookctl.control(pipe, edit):
         got = SD15.run(pipe, texts[0], steps=4, latents=start, **WIDE)
@@ -161,13 +126,13 @@ def test_regions_are_what_the_official_loop_makes_of_them(
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "pixart", "animatediff", "wan"])
-def test_one_window_is_the_plain_run(name: str) -> None:
+def test_one_tile_is_the_plain_run(name: str) -> None:
     case = zoo.PIPELINES[name]
     pipe = case.make()
     plain = case.run(pipe, TWO)
     before = fingerprint(pipe)
-    assert torch.equal(draw(case, pipe, MultiDiffusion(window=16)), plain)
-    wide = draw(case, pipe, MultiDiffusion(window=6, stride=2))
+    assert torch.equal(draw(case, pipe, MultiDiffusion(tile=16)), plain)
+    wide = draw(case, pipe, MultiDiffusion(tile=6, stride=2))
     assert wide.shape == plain.shape and error(wide, plain) > 1e-4
     assert not differences(before, fingerprint(pipe))
     assert torch.equal(case.run(pipe, TWO), plain)
@@ -199,7 +164,7 @@ def test_regions_of_each_prompt() -> None:
         draw(SD15, pipe, MultiDiffusion([["a"]] * 3, [[(0, 0, 1, 1)]] * 3))
 
 
-def test_denoiser_calls_are_those_of_windows_and_regions() -> None:
+def test_denoiser_calls_are_those_of_tiles_and_regions() -> None:
     class Count(Editor):
         sites = "self mid"
 
@@ -213,7 +178,7 @@ def test_denoiser_calls_are_those_of_windows_and_regions() -> None:
     draw(SD15, pipe, MultiDiffusion(stride=4), count, steps=2, **WIDE)
     assert count.grids == [(16, 16)] * 4 * 2
     count = Count()
-    # The left region lies in two of three windows, and is all that the first one holds.
+    # The left region lies in two of three tiles, and is all that the first one holds.
     region = MultiDiffusion(["a tree"], [(0, 0, 0.75, 1)], stride=6)
     draw(SD15, pipe, region, count, steps=1, **WIDE)
     assert len(count.grids) == 1 + 2 + 2
@@ -234,7 +199,7 @@ def test_round_the_sides_there_is_no_seam() -> None:
 # -- together with others --------------------------------------------------------------------------
 
 
-def test_others_act_in_every_window() -> None:
+def test_others_act_in_every_tile() -> None:
     pipe, edit = SD15.make(), MultiDiffusion(stride=4)
     alone = draw(SD15, pipe, edit, **WIDE)
     p2p = PromptToPrompt(TWO, self_replace=1.0, self_resolution=1.0)
@@ -252,9 +217,9 @@ def test_what_needs_the_whole_image_is_refused() -> None:
 
 def test_bad_input() -> None:
     for given, match in (
-        ({"window": 0}, "window=0"),
+        ({"tile": 0}, "tile=0"),
         ({"stride": (4, 4, 4)}, "stride=(4, 4, 4)"),
-        ({"texts": ["a"], "regions": []}, "must be as many"),
+        ({"texts": ["a"], "regions": []}, "as many of both"),
         ({"texts": ["a"], "regions": [(0, 0, 2, 1)]}, "regions"),
         ({"bootstrap": 2.0}, "bootstrap=2.0"),
     ):
@@ -262,7 +227,7 @@ def test_bad_input() -> None:
             MultiDiffusion(**given)
         assert match in str(caught.value)
     for case, editor, kind, match in (
-        ("flux", MultiDiffusion(window=16), UnsupportedError, "no such tensor"),
+        ("flux", MultiDiffusion(tile=16), UnsupportedError, "no such tensor"),
         ("controlnet", MultiDiffusion(), UnsupportedError, "ControlNet"),
         ("sd15", MultiDiffusion(stride=17), InputError, "smaller stride"),
     ):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.recipes.images import PROMPT, TARGET, counted, image, pipeline
 
 import hookctl
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.recipes import DDIMInversion, NegativePromptInversion, ProximalGuidance
+from tests.recipes.images import PROMPT, TARGET, counted, image, pipeline
 
 STEPS = 4
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.recipes.images import PROMPT, TARGET, counted, image, pipeline
 from torch import Tensor
 
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.recipes import DDIMInversion, NullTextInversion
 from tests.families.fingerprint import differences, fingerprint
+from tests.recipes.images import PROMPT, TARGET, counted, image, pipeline
 
 STEPS, SCALE = 3, 4.0
 
@@ -93,7 +93,7 @@ def test_flags_are_put_back_and_the_cost_is_bounded() -> None:
 
 def test_bad_input() -> None:
     pipe = pipeline()
-    with pytest.raises(InputError, match="no unconditional text"):
+    with pytest.raises(InputError, match="there is no unconditional text"):
         NullTextInversion(pipe, image(), PROMPT, guidance=1.0)
     with pytest.raises(InputError, match="iterations=0"):
         NullTextInversion(pipe, image(), PROMPT, iterations=0)

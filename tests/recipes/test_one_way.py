@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,14 +23,10 @@ from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes import CyclicOneWay, OneWayFlow, SelectiveOneWay
 from tests import zoo
 from tests.recipes.literal_appearance import Call, Literal
+from tests.recipes.runs import made, relative
 
 CAT, DOG = "a red cat above a blue square", "a green dog"
 LEFT = (0.0, 0.0, 0.5, 1.0)
-
-
-@cache
-def made(dtype: torch.dtype) -> Any:
-    return zoo.PIPELINES["sd15"].make().to(dtype)
 
 
 def image(size: int = 64) -> Image.Image:
@@ -41,16 +36,12 @@ def image(size: int = 64) -> Image.Image:
 
 def program(prompt: str = CAT, cls: type[CyclicOneWay] = CyclicOneWay, **options: Any) -> Any:
     common = {"at": (64, 0), "size": (128, 128), "steps": 10, "cycles": 1}
-    return cls(made(torch.float32), image(), prompt, **common, **options)
+    return cls(made("sd15"), image(), prompt, **common, **options)
 
 
 def latents(prompt: str = CAT, **options: Any) -> Tensor:
     out: Tensor = program(prompt, **options).run(output_type="latent")
     return out
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 # -- flow between regions ----------------------------------------------------------------------
@@ -74,7 +65,7 @@ def test_flow_equals_the_written_out_bias(anneal: bool, cut: bool) -> None:
         bias = bias.masked_fill((left[:, None] * (1 - left)) > 0, inwards)
         return call.probabilities(call.q, call.k, bias) @ call.v
 
-    pipe, run = made(torch.float64), zoo.PIPELINES["sd15"].run
+    pipe, run = made("sd15", torch.float64), zoo.PIPELINES["sd15"].run
     with Literal(attend).instead(pipe.unet):
         want = run(pipe, CAT)
     with control(pipe, flow(anneal, cut)):
@@ -84,7 +75,7 @@ def test_flow_equals_the_written_out_bias(anneal: bool, cut: bool) -> None:
 
 
 def test_no_strength_is_no_flow_bit_for_bit() -> None:
-    pipe, run = made(torch.float32), zoo.PIPELINES["sd15"].run
+    pipe, run = made("sd15"), zoo.PIPELINES["sd15"].run
     with control(pipe, OneWayFlow({"left": LEFT}, [("rest", "left", 0.0)])):
         assert torch.equal(run(pipe, CAT), got := run(pipe, CAT))
     assert torch.equal(run(pipe, CAT), got)
@@ -94,7 +85,7 @@ def test_no_strength_is_no_flow_bit_for_bit() -> None:
 
 
 def test_without_cycles_and_writes_it_is_sampling_of_the_inverted_canvas() -> None:
-    pipe = made(torch.float32)
+    pipe = made("sd15")
     got = program(writes=False, final_eta=0.0).run(output_type="latent")
     want = program()
     want.cycles, want.writes, want.final_eta = 0, False, 0.0
@@ -111,7 +102,7 @@ def test_without_cycles_and_writes_it_is_sampling_of_the_inverted_canvas() -> No
 def test_the_seed_takes_nothing_from_the_text() -> None:
     """The last thing written is the image's own; all else follows the prompt."""
     a, b = latents(CAT, finish=0.0), latents(DOG, finish=0.0)
-    clean = encode(made(torch.float32), image())
+    clean = encode(made("sd15"), image())
     for x in (a, b):
         assert torch.equal(x[..., :8, 8:], clean)
     assert relative(a[..., 8:, :], b[..., 8:, :]) > 1e-3
@@ -120,7 +111,7 @@ def test_the_seed_takes_nothing_from_the_text() -> None:
 
 def test_cost_and_rows_of_the_suppression() -> None:
     rows: list[int] = []
-    conv = made(torch.float32).unet.conv_in
+    conv = made("sd15").unet.conv_in
     handle = conv.register_forward_hook(lambda m, args, out: rows.append(len(out)))
     try:
         latents()
@@ -136,7 +127,7 @@ def test_official_levels_of_the_fresh_noise() -> None:
     """One level too noisy: the signal kept is that between the levels before."""
     for paper in (False, True):
         it = program(paper=paper)
-        run = it._canvas()
+        run = it._inverted_canvas()
         run.write(torch.ones_like(run.latents))
         it._disturb(run, torch.Generator().manual_seed(3))
         pair = [run.levels[i - paper].signal for i in (it.low, it.high)]
@@ -170,7 +161,7 @@ def test_selective_without_strength_is_cyclic() -> None:
 def test_wrong_programs(options: dict[str, Any], message: str) -> None:
     given = {"at": (64, 0), "size": (128, 128), **options}
     with pytest.raises(InputError, match=message):
-        CyclicOneWay(made(torch.float32), image(), CAT, **given)
+        CyclicOneWay(made("sd15"), image(), CAT, **given)
 
 
 @pytest.mark.parametrize(
@@ -220,24 +211,24 @@ def test_the_image_alone_is_shown_to_no_editor_of_the_canvas() -> None:
 
 
 def test_images_are_resized() -> None:
-    pasted = CyclicOneWay(made(torch.float32), image(128), CAT, image_size=(64, 64), at=(8, 0))
-    assert pasted.images[0].size == (64, 64) and pasted.cells == (1, 0, 8, 8)
+    drawn = CyclicOneWay(made("sd15"), image(128), CAT, image_size=(64, 64), at=(8, 0))
+    assert drawn.pasted.images[0].size == (64, 64) and drawn.pasted.cells == (1, 0, 8, 8)
 
 
 @pytest.mark.slow
-def test_the_flow_carries_the_background_of_a_image() -> None:
+def test_the_flow_carries_the_background_of_an_image() -> None:
     """On the embedded pipeline: into the scene with it, and not when it is turned about."""
     pipe = hookctl.load_shapes()
     pipe.set_progress_bar_config(disable=True)
-    every = cases(seed=1, count=4, said=False)
+    scenes = cases(seed=1, count=4, said=False)
     shares, apart = {}, {}
     for name in ("COW", "SOW", "SOW turned about"):
         watched = Watched()
-        drawn = draw(pipe, name, every, seed=0, watched=watched)
+        drawn = draw(pipe, name, scenes, seed=0, watched=watched)
         shares[name] = watched.figures()["attention_into_image"]
         apart[name] = [
             np.abs(surroundings(p) - BACKGROUNDS[c.background]).mean()
-            for c, p in zip(every, drawn, strict=True)
+            for c, p in zip(scenes, drawn, strict=True)
         ]
     assert shares["SOW turned about"] < 0.7 * shares["COW"] < 0.7 * shares["SOW"]
     assert np.mean(apart["SOW"]) < 40 < np.mean(apart["SOW turned about"])

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.recipes.images import image
 from torch import Tensor
 
 import hookctl
@@ -21,6 +20,7 @@ from hookctl.errors import ConflictError, InputError
 from hookctl.recipes.common.source_and_edits import SourceAndEdits
 from tests import zoo
 from tests.families.subjects import error
+from tests.recipes.images import image
 
 SD15 = zoo.PIPELINES["sd15"]
 PROMPTS = ["a red cat", "a blue cat"]
@@ -47,7 +47,7 @@ RECIPES: dict[str, Callable[[Any], Editor]] = {
     ),
     "MasaCtrl": lambda r: r.MasaCtrl(PROMPTS, start=0.0, sites="self"),
     "MaskedSelfAttention": lambda r: r.MaskedSelfAttention([LEFT, RIGHT]),
-    "MultiDiffusion": lambda r: r.MultiDiffusion(window=12, stride=4),
+    "MultiDiffusion": lambda r: r.MultiDiffusion(tile=12, stride=4),
     "MultiInstanceSampler": lambda r: r.MultiInstanceSampler(["a dog"], [LEFT], share=0.5),
     "OneWayFlow": lambda r: r.OneWayFlow({"seed": TOP}, [("rest", "seed", -4.0)]),
     "PAG": lambda r: r.PAG(sites="self @1/2"),

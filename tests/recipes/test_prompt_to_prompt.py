@@ -21,6 +21,7 @@ from tests.recipes.literal_prompt_to_prompt import (
     as_matrix,
     shifted,
 )
+from tests.recipes.runs import made, relative
 from tests.zoo.transformers import T5_TOKENS
 
 STEPS = 5
@@ -30,14 +31,8 @@ SQUIRREL = "a red squirrel above a blue square"  # two tokens for one
 LONGER = "a photo of a red cat above a green square"
 
 
-@cache
 def double(name: str) -> Any:
-    """A pipeline in float64, made once: every run leaves it as it was."""
-    return zoo.PIPELINES[name].make().to(torch.float64)
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
+    return made(name, torch.float64)
 
 
 def literally(

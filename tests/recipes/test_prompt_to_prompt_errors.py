@@ -21,15 +21,11 @@ from hookctl.errors import (
 )
 from hookctl.recipes import PromptToPrompt
 from tests import zoo
+from tests.recipes.runs import made
 
 CAT = "a red cat above a blue square"
 DOG = "a red dog above a blue square"
 SHORT = "a dog"
-
-
-@cache
-def made(family: str) -> Any:
-    return zoo.PIPELINES[family].make()
 
 
 @cache
@@ -58,7 +54,7 @@ ARGUMENTS: list[tuple[Any, dict[str, Any], str]] = [
     ([CAT], {}, "at least one edit"),
     ([CAT, None], {}, "list of texts"),
     ([CAT, DOG], {"mode": "swap"}, "auto, replace, refine"),
-    ([CAT, DOG], {"mode": ["replace", "refine"]}, "one for each of 1 edits"),
+    ([CAT, DOG], {"mode": ["replace", "refine"]}, "2 entries for 1 edits"),
     ([CAT, DOG], {"cross_replace": 1.2}, "cross_replace=1.2 is outside"),
     ([CAT, DOG], {"cross_replace": -0.1}, "outside"),
     ([CAT, DOG], {"cross_replace": (0.8, 0.2)}, "start <= stop"),

@@ -2,44 +2,20 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 import hookctl
 from hookctl import control
 from hookctl.recipes import PromptToPrompt
 from tests import zoo
+from tests.recipes.runs import draw, made, plain, relative
 
 CAT = "a red cat above a blue square"
 DOG = "a red dog above a blue square"
 BIRD = "a green bird above a blue square"
 LONGER = "a photo of a red cat above a green square"
 FAMILIES = ["sd15", "sdxl", "sd3", "flux", "pixart", "animatediff", "wan"]
-
-
-@cache
-def made(family: str) -> Any:
-    return zoo.PIPELINES[family].make()
-
-
-def draw(family: str, edit: PromptToPrompt, *editors: Any, **call: Any) -> Tensor:
-    pipe = made(family)
-    call = {"generator": edit.generators(), **call}
-    with control(pipe, edit, *editors):
-        return zoo.PIPELINES[family].run(pipe, edit.prompts, **call)
-
-
-def plain(family: str, edit: PromptToPrompt, **call: Any) -> Tensor:
-    call = {"generator": edit.generators(), **call}
-    return zoo.PIPELINES[family].run(made(family), edit.prompts, **call)
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -181,7 +157,7 @@ def test_run_draws_everything() -> None:
 def test_one_routing_serves_many_steps() -> None:
     edit = PromptToPrompt([CAT, DOG], cross_replace={"default": 0.5, "dog": 0.2})
     draw("sd15", edit, steps=10)
-    assert len(edit._routings) == 3
+    assert len(edit._routing.routings) == 3
 
 
 def test_an_editor_serves_run_after_run() -> None:

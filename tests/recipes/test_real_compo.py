@@ -21,10 +21,13 @@ import hookctl
 from hookctl.errors import InputError
 from hookctl.loop.noise import Noise
 from hookctl.loop.state import Predictions, State
-from hookctl.recipes.common.energy_guidance import level_of
+from hookctl.recipes.common.energy.energy_guidance import level_of
+from hookctl.recipes.common.energy.mixture import ModelPrediction
 from hookctl.recipes.layout_guidance import LayoutGuidance
-from hookctl.recipes.real_compo import Guess, RealCompo
+from hookctl.recipes.real_compo import RealCompo
 from tests import zoo
+from tests.recipes import runs
+from tests.recipes.runs import relative
 
 PROMPTS = ["a red cat above a blue square", "a blue dog"]
 WORDS = [["cat", "square"], ["dog"]]
@@ -35,14 +38,8 @@ MULTISTEP = [DPMSolverMultistepScheduler, UniPCMultistepScheduler, PNDMScheduler
 
 
 def with_scheduler(scheduler: Any) -> Any:
-    pipe = CASE.make()
     skip = {"skip_prk_steps": True} if scheduler is PNDMScheduler else {}
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **skip)
-    return pipe
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
+    return runs.with_scheduler(scheduler, **skip)
 
 
 def other(pipe: Any) -> Any:
@@ -178,7 +175,8 @@ class Watched(RealCompo):
         if not hasattr(self, "seen"):
             state = predictions.state
             x = state.latents
-            layout, text = (Guess(e, e, x) for e in (self._found["cond"], predictions["cond"]))
+            both = self._predicted["cond"], predictions["cond"]
+            layout, text = (ModelPrediction(e, e, x) for e in both)
             start, losses = self.d, []
             self._update(state, layout, text)
             self.seen = start - self.d
@@ -191,12 +189,12 @@ class Watched(RealCompo):
             self.predicted = (self.seen * towards).sum()
         return super().combine(predictions)
 
-    def _loss(self, state: State, layout: Guess, text: Guess) -> Tensor:
+    def _loss(self, state: State, layout: ModelPrediction, text: ModelPrediction) -> Tensor:
         noise = Noise(state.pipe.scheduler)
         mixed = text.cond + self.d.sigmoid() * (layout.cond - text.cond)
         x0, eps = noise.split(state.latents, mixed, level_of(state))
         after = noise.after(state.pipe.scheduler.timesteps[state.clock.step])
-        return self.measured(state, self.energy, latents=after.mix(x0, eps)).values.sum()
+        return self.energies_of(state, self.energy, latents=after.mix(x0, eps)).values.sum()
 
 
 def test_the_change_of_the_map_is_its_gradient() -> None:
@@ -229,7 +227,7 @@ class Fixed:
     def predict(self, state: State) -> tuple[Tensor, Tensor]:
         return self.denoiser(**state.kwargs)[0], state.latents
 
-    def measured(self, state: State, measure: Any) -> None:
+    def energies(self, state: State, measure: Any) -> None:
         return None
 
 

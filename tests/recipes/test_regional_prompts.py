@@ -157,19 +157,6 @@ def test_every_prompt_has_its_own_regions() -> None:
     assert (found[2] - plain[2]).abs().max() > 1e-3
 
 
-def test_shares_are_normalised() -> None:
-    from hookctl.recipes.common.places import regions, shares
-
-    places = regions([FULL, LEFT], "regions")[0]
-    divided = shares(places, 4, 4, weights=[1.0, 3.0])
-    assert torch.equal(divided.sum(0), torch.ones(4, 4))
-    assert torch.equal(divided[1], torch.tensor([0.75, 0.75, 0.0, 0.0]).expand(4, 4))
-    alone = shares(places[1:], 4, 4, weights=[0.5])
-    assert alone[0, 0].tolist() == [0.5, 0.5, 0.0, 0.0]
-    soft = shares(places[1:], 16, 16, edge=0.25)[0, 0]
-    assert bool((soft.diff() <= 0).all()) and 0 < float(soft[8]) < 0.5 < float(soft[7]) < 1
-
-
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

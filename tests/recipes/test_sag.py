@@ -18,15 +18,11 @@ from hookctl.recipes import PAG, SAG, SEG, FreeU
 from tests import zoo
 from tests.families.fingerprint import differences, fingerprint
 from tests.families.subjects import error
+from tests.recipes.runs import TWO
+from tests.recipes.runs import draw_two as draw
 
 SD15 = zoo.PIPELINES["sd15"]
-TWO = ["a red cat", "a blue dog"]
 MID = "mid_block.attentions.0.transformer_blocks.0.attn1"
-
-
-def draw(case: Any, pipe: Any, *editors: Editor, **kwargs: Any) -> Tensor:
-    with hookctl.control(pipe, *editors):
-        return case.run(pipe, TWO, **kwargs)
 
 
 class Calls(Editor):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,9 @@ from hookctl.loop.images import encode
 from hookctl.loop.noise import Noise
 from hookctl.recipes import PromptToPrompt, ReferenceOnly, StyleAligned
 from tests import zoo
+from tests.recipes import runs
 from tests.recipes.literal_appearance import Call, Literal
+from tests.recipes.runs import made, relative
 
 STEPS = 2
 CAT = "a red cat above a blue square"
@@ -28,26 +30,11 @@ BIRD = "a red bird above a red cat"
 FAMILIES = ["sd15", "sdxl", "sd3", "flux", "pixart", "animatediff", "wan"]
 
 
-@cache
-def made(name: str, dtype: torch.dtype) -> Any:
-    return zoo.PIPELINES[name].make().to(dtype)
-
-
-def draw(
-    name: str, edit: StyleAligned, *editors: Editor, dtype: Any = torch.float32, **call: Any
-) -> Tensor:
-    call = {"steps": STEPS, "generator": edit.generators(), **call}
-    with control(made(name, dtype), edit, *editors):
-        return zoo.PIPELINES[name].run(made(name, dtype), edit.prompts, **call)
+draw = partial(runs.draw, steps=STEPS)
 
 
 def plain(name: str, prompts: list[str], dtype: Any = torch.float32, **call: Any) -> Tensor:
-    call = {"steps": STEPS, "generator": StyleAligned(prompts).generators(), **call}
-    return zoo.PIPELINES[name].run(made(name, dtype), prompts, **call)
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
+    return runs.plain(name, StyleAligned(prompts), dtype=dtype, **{"steps": STEPS, **call})
 
 
 # -- the official formulas ---------------------------------------------------------------------

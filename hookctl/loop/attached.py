@@ -1,0 +1,103 @@
+"""Editors attached to a denoiser: which sites each is shown, and by whose session."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+
+from hookctl.address import families
+from hookctl.address.clock import Clock
+from hookctl.address.sites import Site, select
+from hookctl.editor import Editor, overrides
+from hookctl.errors import UnsupportedError
+from hookctl.evaluate.plan import Plan
+from hookctl.hooks.skips import concats
+
+Modules = Mapping[str, tuple[Site, nn.Module]]
+
+
+class Session(Protocol):
+    """What editors are attached by: whoever keeps their maps and their report."""
+
+    backend: str
+    rows: tuple[str, ...] | None
+    clock: Clock | None
+    maps: Any  # the store of `hookctl.maps`, which stands above
+    log: Any  # of `hookctl.report`
+
+
+@dataclass(eq=False)
+class Attached:
+    """One editor in one session, with the sites it was resolved to."""
+
+    editor: Editor
+    session: Session
+    sites: frozenset[str]
+
+    @property
+    def backend(self) -> str:
+        return self.session.backend
+
+    def note(self, site: Site, step: int, verbs: set[str], plan: Plan) -> None:
+        self.session.log.note(self.editor, site, step, verbs, plan)
+
+    def note_hook(self, hook: str, step: int, what: str, where: str) -> None:
+        """Keep what a hook round the attention did, "" for nothing, for the session's report."""
+        self.session.log.note_hook(self.editor, hook, step, what, where)
+
+
+def sites_for(editor: Editor, model: nn.Module, modules: Modules) -> frozenset[str]:
+    """The paths of the sites whose calls an editor must be shown.
+
+    Raises InputError or UnsupportedError, before any work, if it can't act on this model.
+    """
+    editor.window()
+    paths: set[str] = set()
+    if overrides(editor, "attention"):
+        paths |= _selected(editor, model, modules)
+    if overrides(editor, "features") and not any(True for _ in concats(model)):
+        raise UnsupportedError(
+            f"{editor.name} edits skip connections, and {type(model).__name__} has none"
+        )
+    if overrides(editor, "context"):
+        paths |= _widened(editor, model, modules)
+    return frozenset(paths)
+
+
+def _selected(editor: Editor, model: nn.Module, modules: Modules) -> set[str]:
+    if not modules:
+        raise UnsupportedError(
+            f"{type(model).__name__} has no attention that can be caught (softmax attention), so "
+            f"{editor.name} can't act on it"
+        )
+    chosen = select([site for site, _ in modules.values()], editor.sites, who=editor.name)
+    for site in chosen:
+        reason = families.uncatchable(modules[site.path][1])
+        if reason:
+            raise UnsupportedError(
+                f"{editor.name} can't act on {site.path}: {reason}. Leave it out with sites="
+            )
+    return {site.path for site in chosen}
+
+
+def _widened(editor: Editor, model: nn.Module, modules: Modules) -> set[str]:
+    """The sites that attend to the text an editor widens."""
+    name = type(model).__name__
+    joint = families.joint_order(model) is not None
+    if joint and not families.widens_joint(model):
+        raise UnsupportedError(
+            f"{editor.name} widens the text, which {name} holds in one sequence with the image; "
+            "of such models, those of SD3 and Flux can be widened"
+        )
+    kind = "joint" if joint else "cross"
+    found = [pair for pair in modules.values() if pair[0].kind == kind]
+    for site, module in found:
+        if not joint and families.counts_text(module):
+            raise UnsupportedError(
+                f"{editor.name} widens the text, but {site.path} of this {name} tells text and "
+                "image keys apart by their number"
+            )
+    return {site.path for site, _ in found}

@@ -1,0 +1,1 @@
+"""Parts of a canvas, and images in the company of others."""

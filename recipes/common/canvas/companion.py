@@ -1,0 +1,93 @@
+"""An image that is denoised beside the pipeline's own, in the same run, by a solver of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from hookctl.address.rows import COND, UNCOND, Row
+from hookctl.errors import UnsupportedError
+from hookctl.loop.calls import predict
+from hookctl.loop.solver import OwnSolver
+from hookctl.loop.state import Predictions, State, replace_channels
+
+
+class Companion:
+    """Latents [images, ...] that start where the pipeline's are and are denoised by themselves.
+
+    In each step call `predict` in `Editor.before`, for every denoiser call of the step, and `step`
+    in `Editor.combine`. name: of the branch that its conditional rows are tagged with, so that
+    what acts on the prompt's rows leaves them alone; seed: of the noise that the solver draws, if
+    it draws any. Raises UnsupportedError for a denoiser that takes its images as a list.
+    """
+
+    def __init__(self, name: str, state: State, seed: int = 0) -> None:
+        if isinstance(state.kwargs[state.sample], list):
+            raise UnsupportedError(
+                f"{type(state.denoiser).__name__} takes its images as a list, beside which no "
+                "other can be drawn"
+            )
+        self.name = name
+        self.latents = state.latents.clone()
+        self._solver = OwnSolver(state.pipe.scheduler, seed)
+        self._predictions: dict[str, Tensor] = {}
+
+    def predict(self, state: State, change: Callable[[dict[str, Any]], None]) -> None:
+        """Ask the denoiser, in all branches of the pipeline's call.
+
+        change: alters the arguments of the call, which are the pipeline's but for the latents.
+        """
+
+        def own_latents(arguments: dict[str, Any]) -> None:
+            repeats = len(state.rows) // self.latents.shape[0]
+            rows = self.latents.repeat(repeats, *([1] * (self.latents.dim() - 1)))
+            rows = self._solver.model_input(rows, state.clock.step)
+            like = arguments[state.sample]
+            arguments[state.sample] = replace_channels(like, rows.to(like))
+            change(arguments)
+
+        prediction = predict(state, [self._tagged(row) for row in state.rows], change=own_latents)
+        for branch in dict.fromkeys(row.branch for row in state.rows):
+            index = [row.index for row in state.rows.where(branch=branch)]
+            self._predictions[branch] = prediction[index[0] : index[-1] + 1]
+
+    def step(self, predictions: Predictions, scale: float | None) -> None:
+        """One step of the solver; scale: of the guidance (`guidance_scale_of`), None without."""
+        like = predictions.guided
+        channels = like.shape[1]
+        own = {
+            # Some models predict a variance in further channels.
+            name: part[:, :channels].to(like) if part.shape[1] == 2 * channels else part.to(like)
+            for name, part in self._predictions.items()
+        }
+        guided = own[COND]
+        if scale is not None:
+            guided = own[UNCOND] + scale * (guided - own[UNCOND])
+        step = predictions.state.clock.step
+        self.latents = self._solver.step(guided, step, self.latents, predictions.options)
+        self._predictions = {}
+
+    def _tagged(self, row: Row) -> Row:
+        branch = self.name if row.branch == COND else f"{self.name} {row.branch}"
+        return replace(row, branch=branch, copied=None)
+
+
+def guidance_scale_of(predictions: Predictions) -> float | None:
+    """The scale of classifier-free guidance that a pipeline's own combination shows.
+
+    guided = u + scale (c - u), solved for the scale; None where there is no u. Pipelines name and
+    change their scale in many ways; this is what they did with it.
+    """
+    branches = predictions.branches
+    if UNCOND not in branches or COND not in branches:
+        return None
+    u, c = branches[UNCOND].double(), branches[COND].double()
+    own = predictions.guided if predictions.own is None else predictions.own
+    difference = c - u
+    size = float((difference * difference).sum())
+    if not size:
+        return 1.0
+    return float(((own.double() - u) * difference).sum()) / size

@@ -1,0 +1,106 @@
+"""Plain surfaces of one colour, as latents at the noise level of a step.
+
+Bar-Tal et al., "MultiDiffusion", arXiv 2302.08113, section 4.2 "Bootstrapping": what is drawn
+beside a plain surface has to find room in its own region.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hookctl.errors import InputError, UnsupportedError
+from hookctl.loop.images import encode
+from hookctl.loop.noise import Noise
+from hookctl.loop.state import State
+from hookctl.recipes.common.arguments import Colour
+from hookctl.recipes.common.canvas.tiles import Tile
+
+OFFICIAL_COLOURS = 20
+
+
+def plain_latents(pipe: Any, colour: Sequence[int], height: int, width: int) -> Tensor:
+    """The latents of a plain image, [1, channels, height, width] for a size in cells."""
+    factor = pipe.vae_scale_factor
+    size = (width * factor, height * factor)
+    red, green, blue = colour
+    return encode(pipe, Image.new("RGB", size, (red, green, blue)))
+
+
+def unit_noise_of(state: State) -> Tensor:
+    """The noise that a run starts from, at standard deviation 1; read before its first step."""
+    return state.latents / float(getattr(state.pipe.scheduler, "init_noise_sigma", 1.0))
+
+
+class Bootstrapping:
+    """What MultiDiffusion's regions see outside of themselves: a random plain colour at every step.
+
+    seed: of the colours and of their order.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    @staticmethod
+    def check(target: Any) -> None:
+        """Raise InputError or UnsupportedError unless colours can be encoded and diffused."""
+        if getattr(target, "vae", None) is None or getattr(target, "scheduler", None) is None:
+            raise InputError(
+                "MultiDiffusion: bootstrap needs the pipeline's autoencoder and scheduler; control "
+                "the pipeline, or give bootstrap=0"
+            )
+        Noise(target.scheduler)
+
+    def begin(self, state: State) -> None:
+        """A run starts from the latents of `state`."""
+        self._generator = torch.Generator().manual_seed(self.seed)
+        shape = (OFFICIAL_COLOURS, 3)
+        self._colours = torch.randint(0, 256, shape, generator=self._generator).tolist()
+        self._encoded: dict[tuple[int, int, int], Tensor] = {}
+        self._noise = Noise(state.pipe.scheduler)
+        self._eps = unit_noise_of(state)  # colours are diffused with the run's own noise
+
+    def outside(self, state: State, tile: Tile) -> Tensor:
+        """Plain colours at the level of the step, [images, channels, height, width] of a tile."""
+        eps = tile.cut(self._eps)
+        chosen = torch.randint(0, OFFICIAL_COLOURS, (len(eps),), generator=self._generator)
+        x0 = torch.cat([self._colour(state.pipe, i, tile) for i in chosen.tolist()]).to(eps)
+        return self._noise.level(state.clock.timestep).mix(x0, eps)
+
+    def _colour(self, pipe: Any, index: int, tile: Tile) -> Tensor:
+        key = (index, tile.height, tile.width)
+        if key not in self._encoded:
+            colour = self._colours[index]
+            self._encoded[key] = plain_latents(pipe, colour, tile.height, tile.width)
+        return self._encoded[key]
+
+
+class Surface:
+    """A plain colour for each prompt, diffused with the run's own noise.
+
+    who: the recipe, for errors; colours: one for all prompts, or one for each. Raises InputError
+    for another number of colours, UnsupportedError for latents that are not [images, channels,
+    height, width].
+    """
+
+    def __init__(self, who: str, state: State, colours: Sequence[Colour]) -> None:
+        latents, prompts = state.latents, len({row.prompt for row in state.rows})
+        if len(colours) not in (1, prompts):
+            raise InputError(
+                f"{who}: background has {len(colours)} colours, but the pipeline draws {prompts} "
+                "prompts; give one for all, or one for each"
+            )
+        if latents.dim() != 4:
+            raise UnsupportedError(f"{who}: background is for latents [images, c, h, w]")
+        x0 = [plain_latents(state.pipe, colour, *latents.shape[-2:]) for colour in colours]
+        of_images = [x0[row.prompt if len(x0) > 1 else 0] for row in state.images]
+        self._x0, self._eps = torch.cat(of_images).to(latents), unit_noise_of(state)
+
+    def at(self, state: State) -> Tensor:
+        """The surface at the noise level of a step, [images, channels, height, width]."""
+        level = Noise(state.pipe.scheduler).level(state.clock.timestep)
+        return level.mix(self._x0, self._eps)

@@ -1,0 +1,1 @@
+"""Guidance by an energy of attention maps, and mixtures of models that it steers."""

@@ -1,0 +1,90 @@
+"""Attend-and-Excite's maps, steps and refinements, for any energy of the maps.
+
+Chefer et al., arXiv 2301.13826 (SIGGRAPH 2023). With A the mean map of the layout's sites, of all
+tokens but the first and the last, and G a Gaussian of 3 x 3 cells,
+
+    p = softmax(100 A) over tokens,   M_j = G * p_j                     the map of subject j
+    rho_i = scale linspace(1, decay)_i                                  the step sizes
+
+BoxDiff (Xie et al., arXiv 2307.10816) has the same maps and steps under an energy of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hookctl.address.clock import Clock
+from hookctl.loop.energy import ImageMaps
+from hookctl.loop.noise import Level
+from hookctl.recipes.common.arguments import number, refusal, whole
+from hookctl.recipes.common.energy.energy_guidance import EnergyGuidance, variance
+from hookctl.recipes.common.energy.map_functions import mean_map, smoothed
+from hookctl.recipes.common.energy.word_energy import Subject, Words
+
+# Fraction of the schedule -> how much attention every subject must have by then.
+THRESHOLDS: Mapping[float, float] = {0.0: 0.05, 0.2: 0.5, 0.4: 0.8}
+
+SHARPNESS = 100.0  # of the softmax over tokens
+
+
+class ExcitedMaps(EnergyGuidance):
+    """Base of recipes whose maps and steps are Attend-and-Excite's.
+
+    words: the subjects, for every prompt or a list for each. scale, decay: rho falls from scale to
+    scale * decay over the schedule. thresholds: fraction of the schedule -> the attention that is
+    refined to at that step; refinements: at most so many rounds each time. sigma: of the Gaussian,
+    in cells, 0 for none. sites: see `WordEnergy`. start, stop: fractions of the schedule. paper:
+    the official code, where rho is scale * sqrt(linspace(1, decay)) and the Gaussian is sqrt(2)
+    wider than named.
+    """
+
+    reads_all_tokens = True
+
+    def __init__(
+        self,
+        words: Words,
+        *,
+        scale: float = 20.0,
+        decay: float = 0.5,
+        thresholds: Mapping[float, float] | None = None,
+        refinements: int = 20,
+        sigma: float = 0.5,
+        stop: float = 0.5,
+        paper: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(words, scale=scale, stop=stop, **options)
+        self.thresholds = dict(THRESHOLDS if thresholds is None else thresholds)
+        for fraction, attention in self.thresholds.items():
+            # Tables of a file have texts for keys.
+            if not 0 <= float(fraction) <= 1 or not 0 <= attention <= 1:
+                raise refusal(
+                    f"{self.name}: thresholds",
+                    self.thresholds,
+                    "fractions of the schedule and of the attention, such as {0.2: 0.5}",
+                )
+        self.decay = number(decay, f"{self.name}: decay", low=0)
+        self.sigma = number(sigma, f"{self.name}: sigma", low=0) * (2**0.5 if paper else 1)
+        self.refinements = whole(refinements, f"{self.name}: refinements")
+        self.paper = paper
+
+    def step_size(self, clock: Clock, level: Level) -> float:
+        passed = clock.step / max(clock.steps - 1, 1)
+        fall = 1 + (self.decay - 1) * passed
+        return self.scale * (fall**0.5 if self.paper else fall) * variance(level)
+
+    def refinement(self, clock: Clock) -> tuple[float, int]:
+        for fraction, attention in self.thresholds.items():
+            if clock.step == int(float(fraction) * clock.steps + 1e-9):
+                return 1 - attention, self.refinements
+        return 0.0, 0
+
+    def excited(self, image: ImageMaps, subjects: Sequence[Subject]) -> Tensor:
+        """M of each subject, [subjects, frames, height, width]."""
+        p = (SHARPNESS * mean_map(image.maps)).softmax(-1)
+        maps = torch.stack([p[..., list(subject.columns)].sum(-1) for subject in subjects])
+        return smoothed(maps, self.sigma) if self.sigma else maps

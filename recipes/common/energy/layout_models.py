@@ -1,0 +1,161 @@
+"""The layout-to-image model of a mixture: what `RealCompo` asks of one, and two that there are.
+
+SecondModel      another pipeline or denoiser of the same latent space, with whatever editors
+                 it is under (`with hookctl.control(other, Grounding(...)):` round the run)
+GuidedModel      the pipeline's own denoiser under layout guidance
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hookctl.address.families import denoiser_of, uncompiled
+from hookctl.address.rows import COND, UNCOND, Rows
+from hookctl.errors import InputError
+from hookctl.loop.calls import EVERYONE, predict
+from hookctl.loop.driven import Driven, driving
+from hookctl.loop.energy import Energies, MapReader
+from hookctl.loop.state import Predictions, State
+from hookctl.recipes.common.energy.energy_guidance import EnergyGuidance
+from hookctl.recipes.common.energy.word_energy import WordEnergy
+from hookctl.session import control
+
+Measure = Callable[[State], Energies]
+
+
+class LayoutModel(Protocol):
+    """A model whose predictions keep a layout, for the rows of the pipeline's calls."""
+
+    def attach(self, target: Any, reader: WordEnergy) -> None:
+        """Check the pipeline; reader: the editor of the stack, which reads maps for the model."""
+
+    def begin(self, state: State) -> None:
+        """A run starts."""
+
+    def predict(self, state: State) -> tuple[Tensor, Tensor]:
+        """The prediction for every row of a call that is the pipeline's own, [rows, ...], and the
+        latents that it is of, [images, ...]: those of the call, as they are or guided."""
+
+    def energies(self, state: State, measure: Measure) -> Energies | None:
+        """`measure` of this model's maps in a call; None if they are those of the pipeline's own
+        model."""
+
+
+class SecondModel:
+    """Another pipeline, or a bare denoiser, that takes the same latents, times and text."""
+
+    def __init__(self, target: Any) -> None:
+        self.target, self.denoiser = target, denoiser_of(target)
+
+    def attach(self, target: Any, reader: WordEnergy) -> None:
+        own = denoiser_of(target)
+        if uncompiled(self.denoiser) is uncompiled(own):
+            raise InputError(
+                "layout is the pipeline's own denoiser; give another one, or a LayoutGuidance"
+            )
+        theirs, ours = (next(model.parameters()).dtype for model in (self.denoiser, own))
+        if theirs != ours:
+            raise InputError(
+                f"layout is a model in {theirs}, and the pipeline's is in {ours}; give both in one "
+                f"dtype, as by .to({ours})"
+            )
+        self._reader = reader
+
+    def begin(self, state: State) -> None:
+        self._run = object()
+
+    def predict(self, state: State) -> tuple[Tensor, Tensor]:
+        rows = Rows(state.rows[: state.own_rows])
+        there = replace(state, denoiser=self.denoiser)
+        with driving(self._driven(state, rows)):
+            return predict(there, rows, reader=EVERYONE).detach(), state.latents
+
+    def energies(self, state: State, measure: Measure) -> Energies:
+        pipe = None if self.target is self.denoiser else self.target
+        conditional = state.rows.where(branch=COND)
+        rows = Rows([replace(row, index=i) for i, row in enumerate(conditional)])
+        there = replace(state, denoiser=self.denoiser, pipe=pipe)
+        self._reader.reader = MapReader()  # the other model's calls are shown to its own editors
+        try:
+            with control(self.target, self._reader.reader), driving(self._driven(state, rows)):
+                return measure(there)
+        finally:
+            self._reader.reader = None
+
+    def _driven(self, state: State, rows: Rows) -> Driven:
+        """What the hooks of the other model are told of a call."""
+        return Driven(
+            self._run,
+            uncompiled(self.denoiser),
+            state.prompts,
+            state.images_per_prompt,
+            dict(state.encoding),
+            rows,
+            state.clock,
+        )
+
+
+class GuidedModel:
+    """The pipeline's own denoiser, shown latents that an energy guidance has changed."""
+
+    def __init__(self, guidance: EnergyGuidance) -> None:
+        self.guidance = guidance
+
+    def attach(self, target: Any, reader: WordEnergy) -> None:
+        self.guidance.reader = reader
+        self.guidance.attach(target)
+
+    def begin(self, state: State) -> None:
+        self.guidance.begin(state)
+
+    def predict(self, state: State) -> tuple[Tensor, Tensor]:
+        x, acts = state.latents, self.guidance.active(state.clock)
+        guided = self.guidance.guided_latents(state) if acts else None
+        rows = state.rows[: state.own_rows]
+        prediction = predict(state, rows, latents=guided).detach()
+        return prediction, x if guided is None else guided
+
+    def energies(self, state: State, measure: Measure) -> None:
+        return None
+
+
+def layout_model(given: Any) -> LayoutModel:
+    """A layout model, from a guidance, a pipeline or a denoiser, or one as it is."""
+    if isinstance(given, EnergyGuidance):
+        return GuidedModel(given)
+    if all(hasattr(given, name) for name in ("predict", "energies", "attach", "begin")):
+        model: LayoutModel = given
+        return model
+    try:
+        return SecondModel(given)
+    except InputError as error:
+        raise InputError(
+            f"layout is a {type(given).__name__}; give a LayoutGuidance or BoxDiff, a pipeline, a "
+            "denoiser, or an object as in hookctl.recipes.common.energy.layout_models"
+        ) from error
+
+
+def guided_as_the_pipeline(predictions: Predictions, own: Mapping[str, Tensor]) -> Tensor:
+    """A model's predictions by branch, guided as the pipeline guides its own, with what editors
+    before this one have added.
+
+    Raises InputError for a pipeline that guides otherwise than by u + scale (c - u).
+    """
+    like = predictions.guided
+    pipeline = like if predictions.own is None else predictions.own
+    if UNCOND not in own or UNCOND not in predictions.branches:
+        return own[COND].to(like) + (like - pipeline)
+    scale = float(getattr(predictions.state.pipe, "guidance_scale", 1.0))
+    u, c = predictions[UNCOND], predictions[COND]
+    if not torch.allclose(u + scale * (c - u), pipeline, rtol=1e-2, atol=1e-2):
+        raise InputError(
+            "RealCompo: the pipeline guides otherwise than by u + scale (c - u), which the layout "
+            "model can't follow; leave guidance_rescale 0"
+        )
+    u, c = own[UNCOND].to(like), own[COND].to(like)
+    return u + scale * (c - u) + (like - pipeline)

@@ -1,0 +1,1 @@
+"""Statistics and smoothing of tokens and features."""

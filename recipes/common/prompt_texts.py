@@ -1,0 +1,47 @@
+"""The prompts of a recipe as tokens, in the number of tokens that a call has of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hookctl.address.text import PromptText, TextLayout
+from hookctl.errors import WordError
+
+
+class PromptTexts:
+    """Prompts as a pipeline's text encoders read them.
+
+    Raises UnsupportedError for a pipeline without a tokenizer.
+    """
+
+    def __init__(self, target: Any, prompts: Sequence[str]) -> None:
+        self._layout, self._prompts = TextLayout(target), list(prompts)
+        self._texts: dict[int | None, list[PromptText]] = {}
+
+    def read(self, tokens: int | None = None) -> list[PromptText]:
+        """The prompts in a text of so many tokens, by default as many as the encoder has.
+
+        Raises InputError for a prompt that does not fit.
+        """
+        if tokens not in self._texts:
+            self._texts[tokens] = [self._layout.read(prompt, tokens) for prompt in self._prompts]
+        return self._texts[tokens]
+
+
+def positions_of(text: PromptText, word: str) -> tuple[int, ...]:
+    """Positions of a word's tokens, none if the prompt does not have it."""
+    try:
+        return text.find(word)
+    except WordError:
+        return ()
+
+
+def require_word(word: str, texts: Sequence[PromptText], name: str) -> None:
+    """Raise WordError unless one of the prompts has the word; name: of the argument."""
+    if any(positions_of(text, word) for text in texts):
+        return
+    try:
+        texts[0].find(word)
+    except WordError as error:
+        raise WordError(f"{name}: {error}") from None

@@ -1,0 +1,1 @@
+"""Real images made editable: inversions, fits, and paths that are held."""

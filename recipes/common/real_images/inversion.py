@@ -1,0 +1,107 @@
+"""Real images made editable: what the inversion recipes share.
+
+An `Inversion` of an image gives an `Inverted`, which draws the image again and its edits beside it:
+
+    inverted = DirectInversion(pipe, image, "a red circle above a blue square").run()
+    edit = PromptToPrompt([inverted.prompt, "a green circle above a blue square"])
+    image_again, edited = inverted.edit(pipe, edit)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hookctl.address import families
+from hookctl.errors import InputError
+from hookctl.loop.images import encode
+from hookctl.loop.inversion import Correction, Progress
+from hookctl.loop.trajectory import Trajectory
+from hookctl.recipes.common.arguments import images_and_prompts, whole
+from hookctl.recipes.common.real_images.inverted import Inverted, image_of
+
+
+class Inversion(ABC):
+    """Base of the inversion recipes: images, their prompts and a pipeline.
+
+    image: PIL, mode RGB, with sides in px that the pipeline can draw; prompt: that describes it.
+    Or a list of each, of images of one size, which are inverted in one batch. steps: of the
+    sampling to come; guidance: scale for the source's rows in it.
+
+    Raises InputError for images of several sizes or in another mode, for another number of prompts
+    than of images, and for steps below 1.
+    """
+
+    edit_guidance = 7.5
+
+    def __init__(
+        self,
+        pipe: Any,
+        image: Any,
+        prompt: str | Sequence[str],
+        *,
+        steps: int = 50,
+        guidance: float = 7.5,
+    ) -> None:
+        name = type(self).__name__
+        images, self.prompts = images_and_prompts(image, prompt, name)
+        self.single = isinstance(prompt, str)
+        self.pipe, self.guidance = pipe, float(guidance)
+        self.steps = whole(steps, f"{name}: steps", 1)
+        sizes = {getattr(image, "size", None) for image in images}
+        if len(sizes) > 1:
+            raise InputError(f"{name}: images of the sizes {list(sizes)}; give them one size")
+        clean = torch.cat([encode(pipe, image) for image in images])
+        self.clean = clean.to(next(families.denoiser_of(pipe).parameters()).dtype)
+        self.size = images[0].size[::-1]
+
+    def run(self, progress: Progress | None = None) -> Any:
+        """Invert: an `Inverted`, or a list of them where several images were given.
+
+        progress: called with (steps done, steps in all) as the work goes on.
+        """
+        batch = self._invert(self._program(), progress)
+        images = [image_of(batch, i, prompt) for i, prompt in enumerate(self.prompts)]
+        return images[0] if self.single else images
+
+    def _program(self) -> Trajectory:
+        height, width = self.size
+        return Trajectory(
+            self.pipe,
+            self.prompts,
+            steps=self.steps,
+            guidance=self.guidance,
+            latents=self.clean,
+            height=height,
+            width=width,
+        )
+
+    @abstractmethod
+    def _invert(self, program: Trajectory, progress: Progress | None) -> Inverted:
+        """All images in one batch: every tensor has an entry for each."""
+
+    def _inverted(
+        self,
+        program: Trajectory,
+        path: Sequence[Tensor],
+        corrections: Sequence[Correction] | None = None,
+        **fields: Any,
+    ) -> Inverted:
+        """The result of `_invert`; fields: of `Inverted`, where they are not the recipe's own."""
+        none = [Correction()] * program.steps
+        return Inverted(
+            prompt="",
+            path=tuple(path),
+            corrections=tuple(none if corrections is None else corrections),
+            **{
+                "guidance": self.guidance,
+                "edit_guidance": self.edit_guidance,
+                "size": self.size,
+                "timesteps": tuple(program.noise.timesteps),
+                **fields,
+            },
+        )

@@ -1,0 +1,153 @@
+"""A real image as latents, with what each step of a pipeline needs to lead back to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hookctl.editor import Editor
+from hookctl.errors import InputError
+from hookctl.loop.driven import Settle
+from hookctl.loop.inversion import Correction
+from hookctl.loop.trajectory import Trajectory
+from hookctl.session import control
+
+
+@dataclass(frozen=True, eq=False)
+class Inverted:
+    """A real image, ready to be drawn again and edited.
+
+    prompt: that describes it; path: its latents at every level, noisiest first, [1, channels,
+    height, width] each; corrections: of each step; guidance: scale for the source's rows;
+    edit_guidance: for those of its edits, unless `edit` is given another; size: (height, width) in
+    px; timesteps: that it was inverted at; start: the level that sampling starts from; negative:
+    prompt of the unconditional rows; eta: share of fresh noise in the scheduler's steps; editors:
+    that belong to the method.
+    """
+
+    prompt: str
+    path: tuple[Tensor, ...]
+    corrections: tuple[Correction, ...]
+    guidance: float
+    edit_guidance: float
+    size: tuple[int, int]
+    timesteps: tuple[float, ...]
+    start: int = 0
+    negative: str | None = None
+    eta: float = 0.0
+    editors: tuple[Editor, ...] = ()
+
+    @property
+    def latents(self) -> Tensor:
+        """What sampling starts from, [1, channels, height, width]."""
+        return self.path[self.start]
+
+    def reconstruct(self, pipe: Any, output_type: str = "pil") -> Any:
+        """The image as the pipeline draws it again: a list of one."""
+        return self.edit(pipe, output_type=output_type)
+
+    def edit(
+        self,
+        pipe: Any,
+        *editors: Editor,
+        prompts: Sequence[str] | None = None,
+        guidance: float | None = None,
+        source_guidance: float | None = None,
+        output_type: str = "pil",
+    ) -> Any:
+        """Draw the image again and its edits beside it, under the control of editors.
+
+        prompts: the image's, then those of the edits; by default those of the first editor that
+        has prompts. guidance: scale for the edits; source_guidance: for the source, by default the
+        one that it was inverted for. output_type: as the pipeline's.
+
+        Raises InputError for prompts that do not begin with the image's, and for a pipeline that
+        samples otherwise than the one that the image was inverted with.
+        """
+        texts = self._prompts(editors, prompts)
+        source = self.guidance if source_guidance is None else float(source_guidance)
+        others = self.edit_guidance if guidance is None else float(guidance)
+        scales = [source] + [others] * (len(texts) - 1)
+        program = self.program(pipe, texts, max(scales))
+        with control(pipe, *self.editors, *editors):
+            for step in range(self.start, program.steps):
+                correction = self.corrections[step]
+                program.denoise(
+                    step,
+                    guidance=scales,
+                    contexts=correction.contexts,
+                    noise=correction.noise,
+                    settle=_first_image_set_to(correction.target),
+                )
+        return program.decode(output_type)
+
+    def program(self, pipe: Any, prompts: Sequence[str], guidance: float) -> Trajectory:
+        """A program that stands at the start, from the image's latents for every prompt.
+
+        guidance: the greatest scale that its steps will have. Raises InputError for a pipeline with
+        other timesteps than those of the inversion.
+        """
+        height, width = self.size
+        program = Trajectory(
+            pipe,
+            list(prompts),
+            steps=len(self.corrections),
+            guidance=guidance,
+            negative=self.negative,
+            latents=self.latents.repeat(len(prompts), 1, 1, 1),
+            eta=self.eta,
+            height=height,
+            width=width,
+        )
+        if tuple(program.noise.timesteps) != self.timesteps:
+            raise InputError(
+                f"the image was inverted at the timesteps {_shown(self.timesteps)}, but this "
+                f"pipeline's scheduler takes {_shown(program.noise.timesteps)}; use the scheduler "
+                "that it was inverted with"
+            )
+        program.write(self.latents, level=self.start)
+        return program
+
+    def _prompts(self, editors: Sequence[Editor], prompts: Sequence[str] | None) -> list[str]:
+        texts = prompts
+        if texts is None:
+            texts = next((e.prompts for e in editors if hasattr(e, "prompts")), [self.prompt])
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts or texts[0] != self.prompt:
+            raise InputError(
+                f"prompts={texts} do not begin with {self.prompt!r}, as which the image was "
+                "inverted; give the image's prompt first, then those of its edits"
+            )
+        return texts
+
+
+def image_of(batch: Inverted, index: int, prompt: str) -> Inverted:
+    """One of several images that were inverted in one batch."""
+
+    def part(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[index : index + 1]
+
+    def contexts(of_batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: text[index : index + 1] for name, text in of_batch.items()}
+
+    corrections = tuple(
+        Correction(contexts(c.contexts), part(c.noise), part(c.target)) for c in batch.corrections
+    )
+    path = tuple(x[index : index + 1] for x in batch.path)
+    return replace(batch, prompt=prompt, path=path, corrections=corrections)
+
+
+def _first_image_set_to(target: Tensor | None) -> Settle | None:
+    """Sets the first image's latents after a step; the others stay."""
+    if target is None:
+        return None
+    return lambda x: torch.cat([target.to(x), x[1:]])
+
+
+def _shown(times: Sequence[float]) -> str:
+    shown = ", ".join(f"{t:g}" for t in times[:3])
+    return f"{shown} ... ({len(times)})" if len(times) > 3 else shown

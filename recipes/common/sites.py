@@ -1,0 +1,73 @@
+"""The attention sites that recipes choose, and the grids of their calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fractions import Fraction
+from typing import Any
+
+from hookctl.address.families import denoiser_of, describe_sites
+from hookctl.address.latent import finest_within
+from hookctl.address.sites import Grid, Selector, Site, select
+from hookctl.attention.call import AttentionCall
+from hookctl.errors import InputError, UnsupportedError
+
+IMAGE_KINDS = ("self", "joint")  # where the image attends to itself
+TEXT_KINDS = ("cross", "joint")  # where it attends to the text
+
+
+def sites_of(target: Any) -> list[Site]:
+    """Every attention site of a pipeline or denoiser."""
+    return [site for site, _ in describe_sites(denoiser_of(target))]
+
+
+def image_sites(who: str, target: Any, selector: Selector) -> tuple[Site, ...]:
+    """The selected sites of a pipeline; InputError if the image does not attend to itself there."""
+    chosen = select(sites_of(target), selector, who=who)
+    for site in chosen:
+        if site.kind not in IMAGE_KINDS:
+            raise InputError(
+                f"{who}: sites={selector!r} holds {site.path}, a {site.kind} site; give sites "
+                "where the image attends to itself, such as 'self up'"
+            )
+    return chosen
+
+
+def middle_sites(who: str, target: Any) -> list[str]:
+    """The paths of the self-attention in a UNet's middle block, or in a transformer's (self or
+    joint); UnsupportedError without any self-attention."""
+    sites = sites_of(target)
+    middle = [site.path for site in sites if site.place == "mid" and site.kind == "self"]
+    if middle:
+        return middle
+    image = [site for site in sites if site.kind in IMAGE_KINDS]
+    if not image:
+        raise UnsupportedError(f"{who}: this model has no self-attention")
+    block = image[len(image) // 2].path.rpartition(".")[0]
+    return [site.path for site in image if site.path.rpartition(".")[0] == block]
+
+
+def layout_resolution(
+    who: str, sites: Iterable[Site], grid: tuple[int, ...], cure: str
+) -> Fraction:
+    """The resolution, relative to the latent, of the sites whose maps hold the layout.
+
+    grid: of the latent. Raises UnsupportedError, with the cure, where the sites' grids are unknown.
+    """
+    found = finest_within(sites, grid) if grid else None
+    if found is None:
+        raise UnsupportedError(
+            f"{who}: this model does not tell the grid of its attention sites, so no site's maps "
+            f"can be laid over its latents; {cure}"
+        )
+    return found
+
+
+def grid_of(call: AttentionCall, who: str) -> Grid:
+    """The grid of a call's image queries; UnsupportedError if they form none."""
+    if call.grid is None:
+        raise UnsupportedError(
+            f"{who}: the queries of {call.site.path} form no grid over the latent, so they have no "
+            "places in the image; leave it out with sites="
+        )
+    return call.grid
