@@ -21,7 +21,7 @@ from hookctl.cli.common import (
 GROUPS = ("calls", "kernels", "steps", "scaling")
 _EXAMPLES = """
 hookctl bench --quick                        # two minutes on one core of a CPU
-hookctl bench                                # every shape; on a GPU, all figures of the README
+hookctl bench                                # every shape; on a GPU, the kernels too
 hookctl bench calls --only regions --flex    # one kind of edit, also against FlexAttention
 hookctl bench --tune                         # on a GPU: the fastest tiles into the launch tables
 hookctl bench --wins                         # then: where the kernels are taken in place of SDPA

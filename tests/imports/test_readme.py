@@ -1,0 +1,108 @@
+"""What the README says can be pasted, and what the documents point to is there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hookctl
+from hookctl.cli import parser
+from hookctl.errors import ConflictError
+from hookctl.recipes import MasaCtrl, PromptToPrompt
+
+ROOT = Path(__file__).parents[2]
+README, CARD = ROOT / "README.md", ROOT / "demos/shapes/weights/README.md"
+PAGES = [README, CARD, ROOT / "CHANGELOG.md", ROOT / "demos/gallery.md", *ROOT.glob("docs/*.md")]
+STEPS = 2  # in place of the README's: what is drawn does not matter here
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a page in a language, "" for none."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    return [text for name, text in found if name == language]
+
+
+def paste(page: Path) -> dict[str, Any]:
+    """Run the Python of a page, block after block; the names that it defines."""
+    names = dict[str, Any]()
+    for number, text in enumerate(blocks(page, "python"), 1):
+        text = re.sub(r"\b((?:num_inference_)?steps)=\d+", rf"\1={STEPS}", text)
+        exec(compile(text, f"{page.name}, block {number}", "exec"), names)
+    return names
+
+
+def commands() -> list[list[str]]:
+    """Every line of the README's shell blocks as words, without its comment."""
+    text = "\n".join(blocks(README, "bash")).replace("\\\n", " ")
+    return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+@pytest.fixture(scope="module")
+def pasted(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """The names that the README's Python defines, and the folder that it wrote to."""
+    folder = tmp_path_factory.mktemp("readme")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return paste(README), folder
+
+
+def test_python_runs_as_it_stands(pasted: tuple[dict[str, Any], Path]) -> None:
+    names, folder = pasted
+    assert {path.name for path in folder.iterdir()} == {"circle.png", "wall.png"}
+    report = names["session"].report()
+    assert "PromptToPrompt" in report and "PAG" in report and "never acted" not in report
+    assert len(names["images"]) == 2 and names["edited"].size == (128, 128)
+
+
+def test_so_does_that_of_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert paste(CARD)["result"].images[0].size == (128, 128)
+    assert [path.name for path in tmp_path.iterdir()] == ["image.png"]
+
+
+def test_the_error_is_the_one_that_comes(pasted: tuple[dict[str, Any], Path]) -> None:
+    names, _ = pasted
+    (said,) = blocks(README, "")
+    editors = PromptToPrompt(names["prompts"]), MasaCtrl(names["prompts"])
+    with pytest.raises(ConflictError) as error:
+        hookctl.control(names["pipe"], *editors).__enter__()
+    assert f"ConflictError: {error.value}".split() == said.split()
+
+
+def test_commands_are_known() -> None:
+    ours = [words for words in commands() if words[0] == "hookctl"]
+    assert len(ours) >= 5
+    for words in ours:
+        options = parser().parse_args(words[1:])
+        if words[1] == "run" and options.stack:
+            assert (ROOT / f"demos/presets/{options.stack}.toml").is_file(), words
+        for lora in getattr(options, "lora", None) or ():
+            assert (ROOT / lora.path).is_file(), words
+
+
+def test_targets_are_there() -> None:
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    made = re.findall(r"\bmake (\w+)", README.read_text("utf-8"))
+    assert {"demo", "test", "gallery"} <= set(made) <= set(targets)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        if re.match(r"\w+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        path = page.parent / name if name else page
+        assert path.exists(), link
+        if anchor:
+            assert anchor in anchors(path), link
+
+
+def anchors(page: Path) -> set[str]:
+    """What a page's headings are called in links."""
+    heads = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head).strip().lower().replace(" ", "-") for head in heads}
