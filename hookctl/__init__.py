@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from hookctl.maps import Maps, MapStore, WordMaps
     from hookctl.session import Session, control
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "control",

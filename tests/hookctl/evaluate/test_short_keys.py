@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from hookctl.evaluate import plan, short_keys
+from hookctl.evaluate import plan, short_softmax
 from tests.hookctl.attention.calls import IMAGE, TEXT, Case, Script, close, random
 from tests.hookctl.evaluate import test_precision
 from tests.hookctl.evaluate.verbs import EXACT, MASKS, check, masked, scripts
@@ -17,7 +17,7 @@ from tests.hookctl.evaluate.verbs import EXACT, MASKS, check, masked, scripts
 @pytest.fixture
 def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The queries of two heads in three blocks, the last a short one."""
-    monkeypatch.setattr(short_keys, "_BLOCK", 5 * 2 * TEXT)
+    monkeypatch.setattr(short_softmax, "_BLOCK", 5 * 2 * TEXT)
 
 
 def projected(case: Case) -> Case:
@@ -91,7 +91,7 @@ def test_uneven_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any limit, one below a single query too, covers every query once."""
     case = projected(masked("cross", "full"))
     for most in (1, 2 * TEXT, 7 * 2 * TEXT, IMAGE * 2 * TEXT - 1, IMAGE * 2 * TEXT):
-        monkeypatch.setattr(short_keys, "_BLOCK", most)
+        monkeypatch.setattr(short_softmax, "_BLOCK", most)
         check(case, scripts(case)["route blend"])
 
 
