@@ -313,14 +313,14 @@ class AttentionCall(CallData):
                 )
         if division.nothing:
             return
-        laid = division.laid(
+        weights = division.over_queries(
             start, self.q.shape[-2] - stop, self.q, sparse=self.site.kind == "joint"
         )
         parts = {
             name: segment_of(*self._beside(name), division.shifts.get(name), name)
-            for name in laid.shares
+            for name in weights.shares
         }
-        self._note(Stage.ADDITION, "divide", targets, divided(laid, parts, self.q, self.scale))
+        self._note(Stage.ADDITION, "divide", targets, divided(weights, parts, self.q, self.scale))
 
     def skip(self, rows: RowLike | Iterable[RowLike], *, where: Tensor | None = None) -> None:
         """Replace the probabilities of `rows` by the identity: the output is v (PAG).

@@ -34,7 +34,7 @@ class Division:
 
     shares: Mapping[str, Tensor]
     shifts: Mapping[str, Tensor] = field(default_factory=dict)
-    _laid: dict[Any, _Laid] = field(default_factory=dict, repr=False)
+    _made: dict[Any, _QueryWeights] = field(default_factory=dict, repr=False)
 
     @cached_property
     def nothing(self) -> bool:
@@ -45,20 +45,20 @@ class Division:
         """What is left for the row's own text, [N]."""
         return (1 - torch.stack(list(self.shares.values())).sum(0)).clamp(0, 1)
 
-    def laid(self, before: int, after: int, like: Tensor, *, sparse: bool) -> _Laid:
+    def over_queries(self, before: int, after: int, like: Tensor, *, sparse: bool) -> _QueryWeights:
         """The weights among all queries of a call: `before` and `after` the image's stand others,
         which keep to their own text.
 
         sparse: leave queries of weight 0 out of an evaluation, where that pays.
         """
         key = (before, after, like.dtype, like.device, sparse)
-        if key not in self._laid:
-            self._laid[key] = _Laid(self, before, after, like, sparse)
-        return self._laid[key]
+        if key not in self._made:
+            self._made[key] = _QueryWeights(self, before, after, like, sparse)
+        return self._made[key]
 
 
-class _Laid:
-    """A division over all queries of a call."""
+class _QueryWeights:
+    """The weights of a division for all queries of a call."""
 
     def __init__(
         self, division: Division, before: int, after: int, like: Tensor, sparse: bool
@@ -86,7 +86,9 @@ class _Laid:
         return self._regions[name, keys]
 
 
-def divided(laid: _Laid, parts: Mapping[str, Segment], q: Tensor, scale: float) -> Rewriting:
+def divided(
+    weights: _QueryWeights, parts: Mapping[str, Segment], q: Tensor, scale: float
+) -> Rewriting:
     """parts: context name -> its keys and values, as stacks of every row."""
 
     def further(name: str, segment: Segment, row: int) -> Term:
@@ -95,19 +97,19 @@ def divided(laid: _Laid, parts: Mapping[str, Segment], q: Tensor, scale: float) 
             Ref(q, row),
             (here,),
             scale,
-            weight=laid.shares[name],
-            regions=laid.regions(name, segment.tokens),
+            weight=weights.shares[name],
+            regions=weights.regions(name, segment.tokens),
             extra=True,
         )
 
     def own(term: Term) -> Term:
         if term.extra:
             return term
-        regions = laid.regions(None, term.own.tokens)
+        regions = weights.regions(None, term.own.tokens)
         if regions is not None:
             regions = regions.extended(sum(s.tokens for s in term.segments[1:]))
             regions = term.regions.both(regions) if term.regions else regions
-        return term.weighted(laid.own)._replace(regions=regions or term.regions)
+        return term.weighted(weights.own)._replace(regions=regions or term.regions)
 
     def apply(state: Fold, row: int) -> None:
         kept = [own(term) for term in state.terms[row]]

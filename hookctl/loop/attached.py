@@ -63,7 +63,7 @@ def sites_for(editor: Editor, model: nn.Module, modules: Modules) -> frozenset[s
             f"{editor.name} edits skip connections, and {type(model).__name__} has none"
         )
     if overrides(editor, "context"):
-        paths |= _widened(editor, model, modules)
+        paths |= _sites_of_text(editor, model, modules)
     return frozenset(paths)
 
 
@@ -83,7 +83,7 @@ def _selected(editor: Editor, model: nn.Module, modules: Modules) -> set[str]:
     return {site.path for site in chosen}
 
 
-def _widened(editor: Editor, model: nn.Module, modules: Modules) -> set[str]:
+def _sites_of_text(editor: Editor, model: nn.Module, modules: Modules) -> set[str]:
     """The sites that attend to the text an editor widens."""
     name = type(model).__name__
     joint = families.joint_order(model) is not None

@@ -19,7 +19,7 @@ from hookctl.address.clock import Clock
 from hookctl.address.families import uncompiled
 from hookctl.address.rows import Rows
 
-Settle = Callable[[Tensor], Tensor]
+Adjust = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class Driven:
     program: whose call it is, one object for all calls of a run; prompts, images_per_prompt,
     encoding, rows, clock, scaling: as in `State`. stepping: a step follows; without one
     (an inversion, a gradient) the editors that change the model act, not those that change
-    latents and predictions. settle: changes what the step returns, once.
+    latents and predictions. adjust: changes what the step returns, once.
     """
 
     program: Any
@@ -55,7 +55,7 @@ class Driven:
     clock: Clock
     scaling: Scaling | None = None
     stepping: bool = False
-    settle: Settle | None = None
+    adjust: Adjust | None = None
 
 
 _driven: ContextVar[Driven | None] = ContextVar("driven", default=None)
@@ -77,16 +77,16 @@ def driven(denoiser: nn.Module) -> Driven | None:
     return call if call is not None and call.denoiser is uncompiled(denoiser) else None
 
 
-def settled(latents: Tensor) -> Tensor:
+def adjusted(latents: Tensor) -> Tensor:
     """What a step returned, as its program wants it.
 
     The program's change comes once and before any editor's `after`, whoever ends the step.
     """
     call = _driven.get()
-    if call is None or call.settle is None:
+    if call is None or call.adjust is None:
         return latents
-    settle, call.settle = call.settle, None
-    return settle(latents)
+    adjust, call.adjust = call.adjust, None
+    return adjust(latents)
 
 
 # -- an editor's calls -----------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from hookctl.editor import overrides
 from hookctl.loop import around
 from hookctl.loop.around import Attached
 from hookctl.loop.calls import prediction_of
-from hookctl.loop.driven import settled
+from hookctl.loop.driven import adjusted
 from hookctl.loop.state import Predictions, State, split_branches
 
 _STEPPED = ("model_output", "timestep", "sample")  # what a step is of; the rest are its options
@@ -58,7 +58,7 @@ class Step:
                 parts = {name: _like(part, guided) for name, part in branches.items()}
                 predictions = Predictions(guided, parts, state, own, options)
                 arguments["model_output"] = around.combine(one, predictions)
-        out = _settled(step(**arguments))
+        out = _adjusted(step(**arguments))
         after = [one for one in acting if overrides(one.editor, "after")]
         return _edited(out, state, after) if after else out
 
@@ -69,10 +69,10 @@ def _like(prediction: Tensor, guided: Tensor) -> Tensor:
     return prediction[:, :channels] if prediction.shape[1] == 2 * channels else prediction
 
 
-def _settled(out: Any) -> Any:
+def _adjusted(out: Any) -> Any:
     """What the step returns, as a program wants it."""
     stepped = out[0] if isinstance(out, tuple) else getattr(out, "prev_sample", None)
-    return out if stepped is None else _with(out, stepped, settled(stepped))
+    return out if stepped is None else _with(out, stepped, adjusted(stepped))
 
 
 def _edited(out: Any, state: State, acting: Sequence[Attached]) -> Any:

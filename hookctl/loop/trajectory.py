@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hookctl.address import families
 from hookctl.errors import InputError
-from hookctl.loop.driven import Scaling, Settle, driving, settled
+from hookctl.loop.driven import Adjust, Scaling, adjusted, driving
 from hookctl.loop.guidance import Guidance, Scales, combined, guidance_scales, needed_branches
 from hookctl.loop.images import decode
 from hookctl.loop.noise import Level, Noise
@@ -101,14 +101,14 @@ class Trajectory:
         contexts: Texts | None = None,
         eta: float | None = None,
         noise: Tensor | None = None,
-        settle: Settle | None = None,
+        adjust: Adjust | None = None,
     ) -> Tensor:
         """One step, from level i to i + 1; returns the new latents.
 
         guidance: scale in place of the run's, one or one for each image; 1 for all leaves the
         unconditional rows out. contexts: branch -> text embeddings [1 | images, tokens,
         channels] in place of the prompts'. eta: in place of the run's; noise: [images, ...] in
-        place of the step's fresh noise. settle: changes the step's result, such as by an offset,
+        place of the step's fresh noise. adjust: changes the step's result, such as by an offset,
         before any editor's `after` sees it.
         """
         self._at(i, "denoise")
@@ -118,7 +118,7 @@ class Trajectory:
         for entry in entries:
             last = entry == entries[-1]
             call = self._calls.call(needed_branches(scales, self.template.branches), entry)
-            call.stepping, call.settle = True, settle if last else None
+            call.stepping, call.adjust = True, adjust if last else None
             many = torch.cat([x] * (len(call.rows) // len(x)))
             call.scaling = self.solver.scaling(many, entry)
             with driving(call):
@@ -132,7 +132,7 @@ class Trajectory:
                     generator=self.generator,
                     noise=noise,
                 )
-                x = settled(x)
+                x = adjusted(x)
         self.latents, self.level = x, i + 1
         self.solver.leave(i + 1)
         return x

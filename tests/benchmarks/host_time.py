@@ -30,6 +30,7 @@ import hookctl
 from hookctl import Editor
 from hookctl.kernels.common import guard, launch, launch_tables
 from tests.benchmarks.driverless import driverless
+from tests.benchmarks.moves import Edits
 
 Context = Callable[[Any], Any]
 WARM_UP = 4  # rounds that are not counted
@@ -38,6 +39,15 @@ WARM_UP = 4  # rounds that are not counted
 class Idle(Editor):
     def attention(self, call: Any) -> None:
         pass
+
+
+class Reading(Editor):
+    """The maps of three words of both images."""
+
+    sites = "cross"
+
+    def attention(self, call: Any) -> None:
+        call.read(call.rows.where(branch="cond"), (1, 2, 3), lambda row, values: None)
 
 
 class Replacing(Editor):
@@ -87,8 +97,10 @@ def launched(unet: Any) -> Iterator[None]:
 CASES: dict[str, Context] = {
     "plain": lambda unet: nullcontext(),
     "every call shown": controlled(Idle()),
-    "every call edited": controlled(Replacing()),
-    "every call edited, launched": launched,
+    "maps read": controlled(Reading()),
+    "borrow": controlled(Replacing()),
+    "P2P": controlled(Edits()),
+    "borrow, launched": launched,
 }
 
 

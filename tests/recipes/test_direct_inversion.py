@@ -50,7 +50,7 @@ def test_the_source_gets_what_its_guided_step_misses_and_its_edits_nothing() -> 
         alone.write(found.path[i], level=i)
         offset = torch.zeros_like(literal.latents)
         offset[:1] = found.path[i + 1] - alone.denoise(i)
-        literal.denoise(i, settle=lambda x, o=offset: x + o)
+        literal.denoise(i, adjust=lambda x, o=offset: x + o)
     edited = found.edit(pipe, prompts=[PROMPT, TARGET], guidance=4.0, output_type="latent")
     torch.testing.assert_close(edited, literal.latents, atol=5e-3, rtol=1e-3)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hookctl.editor import Editor
 from hookctl.errors import InputError
-from hookctl.loop.driven import Settle
+from hookctl.loop.driven import Adjust
 from hookctl.loop.inversion import Correction
 from hookctl.loop.trajectory import Trajectory
 from hookctl.session import control
@@ -81,7 +81,7 @@ class Inverted:
                     guidance=scales,
                     contexts=correction.contexts,
                     noise=correction.noise,
-                    settle=_first_image_set_to(correction.target),
+                    adjust=_first_image_set_to(correction.target),
                 )
         return program.decode(output_type)
 
@@ -141,7 +141,7 @@ def image_of(batch: Inverted, index: int, prompt: str) -> Inverted:
     return replace(batch, prompt=prompt, path=path, corrections=corrections)
 
 
-def _first_image_set_to(target: Tensor | None) -> Settle | None:
+def _first_image_set_to(target: Tensor | None) -> Adjust | None:
     """Sets the first image's latents after a step; the others stay."""
     if target is None:
         return None

@@ -158,10 +158,10 @@ def test_a_program_settles_a_step_before_the_editors_after() -> None:
     offset[0] = 1.0
     plain = program(pipe, TWO).denoise(0)
     with hookctl.control(pipe, watch):
-        moved = program(pipe, TWO).denoise(0, settle=lambda x: x + offset)
+        moved = program(pipe, TWO).denoise(0, adjust=lambda x: x + offset)
         assert torch.equal(watch.latents, moved)
     assert torch.equal(moved, plain + offset)
-    assert torch.equal(program(pipe, TWO).denoise(0, settle=lambda x: x + offset), moved)
+    assert torch.equal(program(pipe, TWO).denoise(0, adjust=lambda x: x + offset), moved)
 
 
 @pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
