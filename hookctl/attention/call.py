@@ -68,7 +68,7 @@ class AttentionCall(CallData):
         targets = self._indices(rows, "rows")
         stacks = ("q", q, self._q), ("k", k, self._k), ("v", v, self._v)
         sources = {
-            name: Ref(stack, self._index(row, name))
+            name: Ref(stack, self._index(row, f"borrow: {name}"))
             for name, row, stack in stacks
             if row is not None
         }

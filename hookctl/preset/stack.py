@@ -88,11 +88,14 @@ class ImageSpec:
 
 @contextmanager
 def _naming(where: str) -> Iterator[None]:
-    """The errors of a recipe, led by where in a file it stands."""
+    """The errors of a recipe, led by where in a file it stands; that names the recipe already."""
     try:
         yield
     except InputError as error:
-        raise type(error)(f"{where}: {error}" if where else str(error)) from None
+        if not where:
+            raise
+        recipe = where.rpartition("(")[2].removesuffix(")")
+        raise type(error)(f"{where}: {str(error).removeprefix(f'{recipe}: ')}") from None
 
 
 @dataclass(frozen=True)
