@@ -25,7 +25,10 @@ from hookctl.kernels.common.launch import Launch
 from hookctl.kernels.common.launch_tables import SINGLE
 from tests.benchmarks.pretended import ARCHS, DEVICE, Seen, pretended
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU needs no pretence")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU needs no pretence"),
+    pytest.mark.slow,  # every launch of every form at real sizes, traced on fake tensors
+]
 
 FUSED = (OURS, "plan triton", "kernel")
 

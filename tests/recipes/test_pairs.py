@@ -107,7 +107,8 @@ def test_each_acts(name: str) -> None:
     assert error(alone(name), SD15.run(pipe(), PROMPTS)) > 1e-4
 
 
-@pytest.mark.parametrize("pair", itertools.combinations(NAMES, 2), ids="-".join)
+@pytest.mark.slow  # a run for each of two hundred pairs
+@pytest.mark.parametrize("pair", list(itertools.combinations(NAMES, 2)), ids="-".join)
 def test_pair(pair: tuple[str, str]) -> None:
     try:
         both = draw(*pair)
@@ -181,6 +182,7 @@ def program_alone(name: str) -> Tensor:
     return PROGRAMS[name][0]()
 
 
+@pytest.mark.slow  # several runs for each of fifty pairs
 @pytest.mark.parametrize("name", PROGRAMS)
 @pytest.mark.parametrize("other", NAMES)
 def test_programs_under_editors(name: str, other: str) -> None:
