@@ -23,6 +23,7 @@ def bench(dtype: torch.dtype = torch.float32) -> Bench:
     return Bench(CPU, dtype, 1e9, flex=False)
 
 
+@pytest.mark.slow  # every form of every edit
 def test_every_form_of_every_edit_agrees_with_float64() -> None:
     shape = (64, 2, 16)
     cases = [*bench().cross_cases(shape), *bench().self_cases(shape, ((2, 1.0), (3, 0.5)))]

@@ -28,6 +28,7 @@ def pipe(dtype: torch.dtype) -> Any:
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow  # every recipe in two precisions
 def test_as_in_float32(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = alone(name)
     monkeypatch.setattr(test_pairs, "second", lambda: deepcopy(second()).to(dtype))

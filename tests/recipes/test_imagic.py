@@ -113,6 +113,7 @@ def _level(edit: Imagic) -> int:
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.slow  # a training
 def test_fitting_lowers_the_loss(kind: str) -> None:
     pipe = pipeline()
     pipe.scheduler.register_to_config(prediction_type=kind)

@@ -143,6 +143,7 @@ CASES: dict[str, tuple[list[str], dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow  # float64 runs against the literal code
 def test_equals_the_official_matrices(case: str) -> None:
     prompts, ours, theirs = CASES[case]
     edit = MasaCtrl(prompts, **{"start": 0.34, **ours})

@@ -74,6 +74,7 @@ def literal(
     "scheduler", [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler]
 )
 @pytest.mark.parametrize("wrap", [False, True])
+@pytest.mark.slow  # a run for each tile
 def test_a_panorama_is_the_average_of_stepped_tiles(scheduler: Any, wrap: bool) -> None:
     """With multistep solvers too, whose memory each literal tile keeps for itself."""
     pipe = SD15.make()

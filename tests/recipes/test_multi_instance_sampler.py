@@ -48,6 +48,7 @@ def solved_by(scheduler: str) -> tuple[zoo.Case, Any]:
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.slow  # whole runs, solver by solver
 def test_an_instance_is_a_run_of_its_phrase(scheduler: str) -> None:
     """Pasted over everything at the end, nothing but the instance's image is left."""
     case, pipe = solved_by(scheduler)
@@ -59,6 +60,7 @@ def test_an_instance_is_a_run_of_its_phrase(scheduler: str) -> None:
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.slow  # whole runs, solver by solver
 def test_an_instance_leaves_with_what_the_image_has_become(scheduler: str) -> None:
     """One that goes on with the image's own text, and from its history, is the image."""
     case, pipe = solved_by(scheduler)

@@ -120,6 +120,7 @@ def test_pair(pair: tuple[str, str]) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in INVERSIONS if name in recipes.__all__])
+@pytest.mark.slow  # several runs for each inversion
 def test_inversions_under_editors(name: str) -> None:
     """Every editor changes what is drawn beside an inverted image."""
     inversion = getattr(recipes, name)

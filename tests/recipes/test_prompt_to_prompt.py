@@ -172,6 +172,7 @@ CASES: dict[str, tuple[list[str], list[str], dict[str, Any], dict[str, Any]]] = 
 @pytest.mark.parametrize(
     ("name", "case"), [(name, key) for key, case in CASES.items() for name in case[0]]
 )
+@pytest.mark.slow  # float64 runs against the literal code on every family
 def test_equals_the_official_matrices(name: str, case: str) -> None:
     _, prompts, ours, theirs = CASES[case]
     edit = PromptToPrompt(prompts, paper=True, **ours)

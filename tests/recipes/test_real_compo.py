@@ -78,6 +78,7 @@ def test_identities() -> None:
         *((s, False) for s in (DDIMScheduler, EulerDiscreteScheduler, *MULTISTEP)),
     ],
 )
+@pytest.mark.slow  # whole runs of two models
 def test_a_guidance_as_the_layout_model(scheduler: Any, paper: bool) -> None:
     """Alone it draws what the guidance draws, from the latents that it moved."""
     pipe = with_scheduler(scheduler)
@@ -134,6 +135,7 @@ def written_out(pipe: Any, second: Any, coefficients: list[Tensor], paper: bool)
 
 @pytest.mark.parametrize("scheduler", MULTISTEP)
 @pytest.mark.parametrize("paper", [False, True])
+@pytest.mark.slow  # whole runs, solver by solver
 def test_histories_of_multistep_solvers(scheduler: Any, paper: bool) -> None:
     """Each model's own, which the mixture's is not once the layout model has been alone."""
     pipe = with_scheduler(scheduler)

@@ -13,6 +13,7 @@ from hookctl.demos.shapes.world import Scene, Thing, sample_scene
 
 
 @pytest.mark.parametrize("lattice, seed", [(8, 0), (1, 1)])
+@pytest.mark.slow  # hundreds of renderings
 def test_reads_every_attribute_of_renderings(lattice: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     scenes = [sample_scene(rng, lattice=lattice) for _ in range(300)]

@@ -66,11 +66,13 @@ def test_every_word_is_one_token_with_offsets(pipe: StableDiffusionPipeline) -> 
     assert quick == tokenizer(plain, padding="max_length")["input_ids"]
 
 
+@pytest.mark.slow  # a hundred images through the autoencoder
 def test_autoencoder_keeps_what_the_detector_reads(pipe: StableDiffusionPipeline) -> None:
     figures = measure_vae(pipe, 48, seed=0)
     assert figures["psnr"] >= 30.0 and figures["colour and shape"] >= 0.97
 
 
+@pytest.mark.slow  # draws by the trained pipeline
 def test_one_object_prompts_come_true(pipe: StableDiffusionPipeline) -> None:
     prompts = [
         f"a{'n' * (colour == 'orange')} {colour} {shape}"

@@ -57,6 +57,7 @@ def test_runs_and_repeats(case: zoo.Case, pipe: Any) -> None:
     assert not torch.equal(first, case.run(pipe, "a green dog"))
 
 
+@pytest.mark.slow  # builds every pipeline twice
 def test_make_is_deterministic(case: zoo.Case, pipe: Any) -> None:
     """Built anew or copied; and copies share nothing."""
     before = torch.get_rng_state()

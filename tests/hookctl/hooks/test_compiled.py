@@ -99,6 +99,7 @@ class Pipeline:
 
 
 @pytest.mark.parametrize("editor", (OnlyTheSecond, Doubled))
+@pytest.mark.slow  # compiles
 def test_an_edit_never_replays_stale(editor: type[Editor]) -> None:
     graphs: list[Captured] = []
 
