@@ -78,6 +78,14 @@ class Term(NamedTuple):
     def own(self) -> Segment:
         return self.segments[0]
 
+    @property
+    def bare(self) -> bool:
+        """Whether the term is softmax(q k^T scale) v of one row's tokens, and nothing else."""
+        own, weight = self.segments[0], self.weight
+        edited = self.maps or self.factors or self.regions is not None or self.value_only
+        whole = not isinstance(weight, Tensor) and weight == 1.0 and len(self.segments) == 1
+        return whole and not edited and own.shift is None and own.counts
+
     def with_own(self, *, q: Ref | None = None, **changes: Any) -> Term:
         """With changes of the first segment, and other queries if they are given."""
         segments = (self.own._replace(**changes), *self.segments[1:])

@@ -14,6 +14,7 @@ from hookctl.attention.term import Sum, Term
 from hookctl.evaluate.gather import (
     Scores,
     plus,
+    rows_of,
     scores_of,
     values_of,
     weigh,
@@ -45,8 +46,10 @@ def evaluate(finished: Sum, rows: Sequence[int], by: Attend | None = None) -> li
 
     by: what evaluates one attention, `attend` by default.
     """
-    by, pieces = by or attend, []
-    for group in finished.groups(rows, copying=_cheap(finished)):
+    by, pieces, cheap = by or attend, [], _cheap(finished)
+    if cheap and finished.mask is None and (taken := _taken(finished, rows)):
+        return [(list(rows), by(*taken, None))]
+    for group in finished.groups(rows, copying=cheap):
         if not finished.terms.keys().isdisjoint(group):
             part = batch([finished.terms[row] for row in group], finished.mask, by)
         else:
@@ -61,6 +64,24 @@ def _cheap(finished: Sum) -> bool:
     q, mask = finished.terms[0][0].q.base, finished.mask
     of_keys = mask is None or mask.shape[-2] == 1
     return of_keys and (q.device.type != "cpu" or q.numel() <= _FEW_QUERIES)
+
+
+def _taken(finished: Sum, rows: Sequence[int]) -> tuple[Scores, Tensor] | None:
+    """Scores and values of rows that at most take tensors from one another (a borrowed map, say),
+    gathered for one call; None where a row was rewritten in another way."""
+    first = finished.terms[rows[0]][0]
+    q, k, v = first.q.base, first.own.k.base, first.own.v.base
+    of_q, of_k, of_v = list[int](), list[int](), list[int]()
+    for row in rows:
+        term, *others = finished.terms[row]
+        own = term.segments[0]
+        alike = term.q.base is q and own.k.base is k and own.v.base is v
+        if others or not alike or not term.bare or term.scale != first.scale:
+            return None
+        of_q.append(term.q.row)
+        of_k.append(own.k.row)
+        of_v.append(own.v.row)
+    return Scores(rows_of(q, of_q), rows_of(k, of_k), None, first.scale), rows_of(v, of_v)
 
 
 def untouched(finished: Sum, rows: Sequence[int]) -> tuple[Scores, Tensor]:

@@ -158,18 +158,7 @@ def _shared(finished: Sum, rows: Sequence[int]) -> tuple[list[Piece], list[int]]
 
 def _bare(term: Term, mask: Tensor | None) -> bool:
     """Whether a term is a softmax of q and k alone over values as they are."""
-    own = term.own
-    edited = (
-        term.maps
-        or term.factors
-        or term.regions is not None
-        or term.value_only
-        or own.shift is not None
-        or not own.counts
-        or (mask is not None and own.mask_row is not None)
-    )
-    whole = not isinstance(term.weight, Tensor) and term.weight == 1.0
-    return not edited and whole and len(term.segments) == 1
+    return term.bare and (mask is None or term.own.mask_row is None)
 
 
 def attend(scores: Scores, v: Tensor, regions: KeyRegions | None = None) -> Tensor:
