@@ -317,7 +317,7 @@ class AttentionCall(CallData):
             start, self.q.shape[-2] - stop, self.q, sparse=self.site.kind == "joint"
         )
         parts = {
-            name: segment_of(*self._beside(name), division.shifts.get(name), name)
+            name: segment_of(*self._with_image_keys(name), division.shifts.get(name), name)
             for name in weights.shares
         }
         self._note(Stage.ADDITION, "divide", targets, divided(weights, parts, self.q, self.scale))

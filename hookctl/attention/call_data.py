@@ -130,7 +130,7 @@ class CallData:
         self._full_k, self._full_v = k, v
         self._with_image: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def _beside(self, name: str) -> tuple[Tensor, Tensor]:
+    def _with_image_keys(self, name: str) -> tuple[Tensor, Tensor]:
         """k and v of an extra text, on a joint site with the image's before them; made once, so
         that rows which use them are evaluated together."""
         if name not in self._with_image:

@@ -173,9 +173,9 @@ def _once(case: Case, device: torch.device) -> tuple[dict[str, int], dict[str, f
         with case.within(name):
             peaks[name] = peak_of(form, device)
         with case.within(name):
-            begun = time.perf_counter()
+            started = time.perf_counter()
             form()
-            hosts[name] = time.perf_counter() - begun
+            hosts[name] = time.perf_counter() - started
     return peaks, hosts
 
 
@@ -183,9 +183,9 @@ def seconds_of(form: Form, device: torch.device, ahead: float = 0.0) -> float:
     """One run: processor time on a CPU, the device's own time on a GPU, kept busy for some seconds
     before."""
     if device.type == "cpu":
-        begun = time.process_time()
+        started = time.process_time()
         form()
-        return time.process_time() - begun
+        return time.process_time() - started
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
     _elsewhere(device).zero_()

@@ -76,7 +76,7 @@ def _all(out: Path, options: Any) -> None:
     """Every demo in a folder of its own, and a page of all; one that fails stops no other."""
     from hookctl.demos.gallery import Shown, write_page
 
-    shown, begun = [], time.perf_counter()
+    shown, started = [], time.perf_counter()
     for name in DEMOS:
         folder = out_folder(out / name, "demo")
         try:
@@ -89,7 +89,7 @@ def _all(out: Path, options: Any) -> None:
                 traceback.print_exception(error)
         # After each: hours may lie between the first and the last.
         page = write_page(out, shown)
-        seconds = round(time.perf_counter() - begun, 1)
+        seconds = round(time.perf_counter() - started, 1)
         write_json(out / "report.json", _report(shown, seconds, options))
     print(f"all of them: {page}")
     failed = [one.name for one in shown if one.error is not None]

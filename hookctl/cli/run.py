@@ -260,12 +260,12 @@ def _telling(words: Sequence[str], preset: Preset) -> list[str]:
 
 def _timed(times: dict[str, float], name: str, make: Callable[..., T], *given: Any) -> T:
     """make(*given), whose seconds go to `times`."""
-    begun = time.perf_counter()
+    started = time.perf_counter()
     made = make(*given)
-    times[name] = round(time.perf_counter() - begun, 3)
+    times[name] = round(time.perf_counter() - started, 3)
     return made
 
 
-def _said(begun: ImageSpec | None) -> dict[str, Any] | None:
+def _said(spec: ImageSpec | None) -> dict[str, Any] | None:
     """What the file says of an inversion or a program."""
-    return None if begun is None else {"recipe": begun.recipe, **begun.arguments}
+    return None if spec is None else {"recipe": spec.recipe, **spec.arguments}

@@ -148,7 +148,7 @@ class EditedSite:
         # The innermost session that asks for a backend by name has its way.
         asked = [one.backend for one in self.attached if one.backend != "auto"]
         self._backend = asked[-1] if asked else "auto"
-        self._noted: set[tuple[object, ...]] = set()
+        self._reported: set[tuple[object, ...]] = set()
 
     def output(
         self,
@@ -173,7 +173,7 @@ class EditedSite:
             return plain()
         call = self._shown(part, denoiser_call, index)
         if repeated:
-            call.read_outs = [r._replace(into=_nowhere) for r in call.read_outs]
+            call.read_outs = [r._replace(into=_discard) for r in call.read_outs]
         if not call.operations:
             if call.read_outs:
                 plan.read_only(call, self._backend)
@@ -229,9 +229,9 @@ class EditedSite:
         """Once for each step: its other denoiser calls are like the first."""
         done = (call.clock.step, chosen, *[(o.verb, id(o.editor)) for o in call.operations])
         done = (*done, *[id(r.editor) for r in call.read_outs])
-        if done in self._noted:
+        if done in self._reported:
             return
-        self._noted.add(done)
+        self._reported.add(done)
         for one in self.attached:
             verbs = {o.verb for o in call.operations if o.editor is one.editor}
             if any(r.editor is one.editor for r in call.read_outs):
@@ -240,7 +240,7 @@ class EditedSite:
                 one.note(self.site, call.clock.step, verbs, chosen)
 
 
-def _nowhere(row: Row, values: Tensor) -> None:
+def _discard(row: Row, values: Tensor) -> None:
     pass
 
 

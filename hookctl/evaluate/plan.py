@@ -26,7 +26,7 @@ from hookctl.evaluate.sdpa import Piece
 
 BACKENDS = ("auto", "triton", "sdpa", "reference")
 
-# Up to this many keys a thin explicit matrix is cheaper than one SDPA call per term, and than SDPA
+# Up to this many keys explicit probabilities are cheaper than one SDPA call per term, and than SDPA
 # for the rows that no editor touched as well. Measured on a CPU: hookctl bench calls.
 SHORT_KEYS = 128
 
@@ -54,7 +54,7 @@ class Evaluator:
     evaluate: Callable[[Sum, Sequence[int]], list[Piece]]
 
 
-def _here() -> None:
+def _never_missing() -> None:
     return None
 
 
@@ -70,9 +70,9 @@ def _has_short_keys(call: AttentionCall, terms: Iterable[Term]) -> bool:
 
 
 TRITON = Evaluator("triton", triton.missing, triton.evaluate)
-SHORT = Evaluator("short keys", _here, lambda *of: short_keys.evaluate(*of)[0])
-REFERENCE = Evaluator("reference", _here, reference.evaluate)
-SDPA = Evaluator("sdpa", _here, sdpa.evaluate)
+SHORT = Evaluator("short keys", _never_missing, lambda *of: short_keys.evaluate(*of)[0])
+REFERENCE = Evaluator("reference", _never_missing, reference.evaluate)
+SDPA = Evaluator("sdpa", _never_missing, sdpa.evaluate)
 EVALUATORS = (TRITON, SHORT, REFERENCE, SDPA)
 
 
@@ -107,7 +107,7 @@ def evaluate(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Plan]:
         pieces = evaluator.evaluate(finished, rows) if rows else []
     if finished.functions:
         pieces += reference.evaluate(finished, sorted(finished.functions), dtype=None)
-    out = _placed(pieces, call)
+    out = _in_row_order(pieces, call)
     _hand_out(call, finished, backend, read)
     return out, plan
 
@@ -149,7 +149,7 @@ def _cheapest(call: AttentionCall, finished: Sum) -> tuple[Evaluator, str]:
     return SDPA, "edited rows by SDPA over rewritten terms"
 
 
-def _placed(pieces: list[Piece], call: AttentionCall) -> Tensor:
+def _in_row_order(pieces: list[Piece], call: AttentionCall) -> Tensor:
     """Pieces put together, laid out so that merging the heads afterwards copies nothing."""
     if len(pieces) == 1:
         return pieces[0][1]

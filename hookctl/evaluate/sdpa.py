@@ -46,10 +46,10 @@ def evaluate(finished: Sum, rows: Sequence[int], by: Attend | None = None) -> li
 
     by: what evaluates one attention, `attend` by default.
     """
-    by, pieces, cheap = by or attend, [], _cheap(finished)
-    if cheap and finished.mask is None and (taken := _taken(finished, rows)):
-        return [(list(rows), by(*taken, None))]
-    for group in finished.groups(rows, copying=cheap):
+    by, pieces, copying = by or attend, [], _copies_pay(finished)
+    if copying and finished.mask is None and (exchanged := _exchanged_rows(finished, rows)):
+        return [(list(rows), by(*exchanged, None))]
+    for group in finished.groups(rows, copying=copying):
         if not finished.terms.keys().isdisjoint(group):
             part = batch([finished.terms[row] for row in group], finished.mask, by)
         else:
@@ -58,7 +58,7 @@ def evaluate(finished: Sum, rows: Sequence[int], by: Attend | None = None) -> li
     return pieces
 
 
-def _cheap(finished: Sum) -> bool:
+def _copies_pay(finished: Sum) -> bool:
     """Whether one call over copies of all rows costs less than two whose outputs are put together.
     On a GPU it asks for fewer launches, and moves as many bytes."""
     q, mask = finished.terms[0][0].q.base, finished.mask
@@ -66,7 +66,7 @@ def _cheap(finished: Sum) -> bool:
     return of_keys and (q.device.type != "cpu" or q.numel() <= _FEW_QUERIES)
 
 
-def _taken(finished: Sum, rows: Sequence[int]) -> tuple[Scores, Tensor] | None:
+def _exchanged_rows(finished: Sum, rows: Sequence[int]) -> tuple[Scores, Tensor] | None:
     """Scores and values of rows that at most take tensors from one another (a borrowed map, say),
     gathered for one call; None where a row was rewritten in another way."""
     first = finished.terms[rows[0]][0]
@@ -96,7 +96,7 @@ def untouched(finished: Sum, rows: Sequence[int]) -> tuple[Scores, Tensor]:
 def batch(rows: list[tuple[Term, ...]], mask: Tensor | None, by: Attend) -> Tensor:
     """The sums of rows of like terms."""
     total: Tensor | None = None
-    ours = False  # whether nobody else has what is in `total`
+    owned = False  # whether nobody else has what is in `total`
     for place in range(len(rows[0])):
         terms = [row[place] for row in rows]
         part = values_of(terms)
@@ -105,9 +105,9 @@ def batch(rows: list[tuple[Term, ...]], mask: Tensor | None, by: Attend) -> Tens
         weight = weight_of(terms, part)
         if total is None:
             total = weigh(part, weight)
-            ours = total is not part or not terms[0].value_only
+            owned = total is not part or not terms[0].value_only
         else:
-            total, ours = plus(total, part, weight, in_place=ours), True
+            total, owned = plus(total, part, weight, in_place=owned), True
     assert total is not None  # a row has at least one term
     return total
 

@@ -158,7 +158,7 @@ def test_a_program_may_draw_several(files: Path) -> None:
         (FOLLOWED, ["--width", "96", "--height", "96"], "and 96 x 96 are drawn"),
     ],
 )
-def test_what_is_wrong_beside_a_image_is_said(
+def test_what_is_wrong_beside_an_image_is_said(
     files: Path, capsys: pytest.CaptureFixture[str], stack: str, options: list[str], says: str
 ) -> None:
     (files / "stack.toml").write_text(stack, "utf-8")
