@@ -70,7 +70,9 @@ def main(options: Any) -> None:
         raise InputError(f"--prompt {options.prompt!r} has no words; give a text to read maps of")
     check_loras(options.lora)
     find_model(options.model)
-    _write(drawing, common.out_folder(options.out, "maps", Path(options.model).name), options)
+    common.check_words(options.words, [options.prompt])
+    with common.out_folder(options.out, "maps", Path(options.model).name) as out:
+        _write(drawing, out, options)
 
 
 @quiet()

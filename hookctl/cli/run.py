@@ -14,6 +14,7 @@ from hookctl.cli import common
 from hookctl.cli.draw import Drawing, images
 from hookctl.cli.inverting import (
     check_fits,
+    check_image,
     from_image,
     images_of,
     program_for,
@@ -25,7 +26,15 @@ from hookctl.cli.quiet import quiet
 from hookctl.cli.results import SHOWN_WORDS, Results, say
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.inspect import table
-from hookctl.preset import ImageSpec, Preset, existing, load_preset
+from hookctl.preset import (
+    ImageSpec,
+    Preset,
+    RawStack,
+    check_early,
+    existing,
+    load_preset,
+    read_stack,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -89,27 +98,22 @@ def main(options: Any) -> None:
         stacks = sorted(PRESETS.glob("*.toml"))
         print(table([(s.stem, _first_comment(s)) for s in stacks], ("stack", "what it does")))
         return
-    path = _stack_file(options.stack)
-    if options.model is not None:
-        find_model(options.model)
-    _run(path, options)
+    raw = _checked(_stack_file(options.stack), options)
+    with common.out_folder(options.out, "run", raw.path.stem) as out:
+        _run(raw, out, options)
 
 
 @quiet()
-def _run(path: Path, options: Any) -> None:
+def _run(raw: RawStack, out: Path, options: Any) -> None:
     from hookctl.cli.loading import load_pipeline
 
-    preset = load_preset(path, editors_by_name(), inversions_by_name(), programs_by_name())
-    prompts = _prompts(options, preset)
+    preset = load_preset(raw.path, editors_by_name(), inversions_by_name(), programs_by_name())
+    prompts = _prompts(options, raw, preset.takes_prompts)
     drawing = Drawing.of(options, preset.run)
     image = read_image(preset, options.image, drawing)
     editors = preset.editors(prompts, image)
     loras = options.lora or preset.loras
-    check_loras(loras)
-    model = options.model or preset.model
-    if model is None:
-        raise InputError(f"which model? Give --model, or model = in {preset.path}")
-    out = common.out_folder(options.out, "run", path.stem)
+    model = _model(options, raw)
     pipe = load_pipeline(model, options.device, options.dtype)
     put_on(pipe, loras)
     progress = common.wants_progress(options)
@@ -162,6 +166,26 @@ def _run(path: Path, options: Any) -> None:
 # -- before ----------------------------------------------------------------------------------------
 
 
+def _checked(path: Path, options: Any) -> RawStack:
+    """The file, after a check of all that needs neither torch nor the model: they take seconds."""
+    raw = read_stack(path)
+    known = check_early(raw.data, path)
+    prompts = _prompts(options, raw, known.takes(raw.data, "prompts"))
+    common.check_words(options.words, prompts)
+    if known.knows_all(raw.data):
+        check_image(known.takes_image(raw.data), options.image, path)
+    find_model(_model(options, raw))
+    check_loras(options.lora or raw.loras)
+    return raw
+
+
+def _model(options: Any, raw: RawStack) -> str:
+    model: str | None = options.model or raw.model
+    if model is None:
+        raise InputError(f"which model? Give --model, or model = in {raw.path}")
+    return model
+
+
 def editors_by_name() -> dict[str, type[Editor]]:
     """Every editor that a stack may name: the recipes, and Maps."""
     from hookctl import recipes
@@ -209,18 +233,21 @@ def _first_comment(path: Path) -> str:
     return path.read_text("utf-8").partition("\n")[0].lstrip("# ")
 
 
-def _prompts(options: Any, preset: Preset) -> list[str]:
-    """The source prompt and its edits; the command line goes before the file."""
-    prompt = options.prompt if options.prompt is not None else preset.run.get("prompt")
+def _prompts(options: Any, raw: RawStack, compared: bool) -> list[str]:
+    """The source prompt and its edits; the command line goes before the file.
+
+    compared: whether an editor takes both.
+    """
+    prompt = options.prompt if options.prompt is not None else raw.run.get("prompt")
     if prompt is None:
-        raise InputError(f"which prompt? Give --prompt, or prompt = in [run] of {preset.path}")
+        raise InputError(f"which prompt? Give --prompt, or prompt = in [run] of {raw.path}")
     # The file's edits belong to the file's prompt.
     edits = options.edit
     if edits is None and options.prompt is None:
-        edits = preset.run.get("edit")
+        edits = raw.run.get("edit")
     edits = [edits] if isinstance(edits, str) else list(edits or [])
-    if preset.takes_prompts and not edits:
-        raise InputError(f"{preset.path} edits a prompt into another; give --edit TEXT")
+    if compared and not edits:
+        raise InputError(f"{raw.path} edits a prompt into another; give --edit TEXT")
     return [prompt, *edits]
 
 

@@ -46,7 +46,7 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A whole pipeline."""
-    return Path(shutil.copytree(WEIGHTS, tmp_path / "model", copy_function=os.link))
+    return Path(shutil.copytree(WEIGHTS, tmp_path / "model", copy_function=os.symlink))
 
 
 def change(path: Path, **values: Any) -> None:
@@ -153,3 +153,113 @@ def test_a_folder(
     assert status == 2 and not said.out, said
     assert said.err.startswith("hookctl: error: ") and said.err.count("\n") == 1
     assert len(said.err) < 900 and not out.exists()
+
+
+def test_the_folder_itself_is_fine(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What every folder may hold: values, parts left out, classes that went into a library."""
+    index(target=[1, 2], names=[None, None], note="x")(folder)
+    config(TEXT, auto_map={"AutoModel": "modeling_gone.Gone"})(folder)
+    (folder / "train.py").write_text(CODE, "utf-8")
+    assert (
+        main(["inspect", str(folder)]) == 0 and "StableDiffusionPipeline" in capsys.readouterr().out
+    )
+
+
+WEIGHT_FILES = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
+
+
+@pytest.mark.parametrize("name", WEIGHT_FILES)
+def test_pickled_weights(
+    name: str, folder: Path, trap: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are read as numbers alone."""
+    (folder / f"{name}.safetensors").unlink()
+    pickled = (folder / name.replace("/model", "/pytorch_model")).with_suffix(".bin")
+    torch.save({"weight": Bomb()}, pickled)
+    status = main(["maps", str(folder), "--prompt", "a", "--out", str(folder.parent / "out")])
+    said = capsys.readouterr().err
+    assert not trap.exists(), "a pickle ran"
+    assert status == 2 and said.count("\n") == 1 and not (folder.parent / "out").exists()
+    pickled.write_bytes(pickle.dumps({"weight": Bomb()}))  # in the old form of torch
+    assert main(["maps", str(folder), "--prompt", "a", "--out", str(folder.parent / "out")]) == 2
+    assert not trap.exists(), "a pickle ran"
+
+
+def lora(path: Path, **notes: str) -> Path:
+    """A true LoRA with other notes in its header."""
+    held = LORA.read_bytes()
+    length = int.from_bytes(held[:8], "little")
+    header = json.loads(held[8 : 8 + length])
+    header["__metadata__"] = notes
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + held[8 + length :])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "can't be read as safetensors"),
+        (b"\xff" * 100, "can't be read as safetensors"),
+        (struct.pack("<Q", 5) + b"[[[[[", "can't be read as safetensors"),
+        (struct.pack("<Q", 100_000) + b"[" * 100_000, "can't be read as safetensors"),
+        (struct.pack("<Q", 2) + b"[]", "can't be read as safetensors"),
+        (pickle.dumps(Bomb()), "can't be read as safetensors"),
+    ],
+)
+def test_a_lora_that_is_none(
+    content: bytes, says: str, tmp_path: Path, trap: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "evil.safetensors"
+    path.write_bytes(content)
+    (tmp_path / "pytorch_lora_weights.bin").write_bytes(pickle.dumps(Bomb()))
+    assert main(["run", "masactrl", "--lora", str(path), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert says in said and said.count("\n") == 1 and not trap.exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_lora_that_names_a_module(
+    tmp_path: Path, trap: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notes = {"unet.r": 4, "unet.megatron_config": {}, "megatron_core": "evil_module"}
+    path = lora(tmp_path / "evil.safetensors", lora_adapter_metadata=json.dumps(notes))
+    assert main(["run", "masactrl", "--lora", str(path), "--out", str(tmp_path / "out")]) == 2
+    assert "megatron_core = 'evil_module' would load code" in capsys.readouterr().err
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("[[editor]]\nrecipe = 'evil_module:Evil'", "no installed package holds 'evil_module'"),
+        ("[[editor]]\nrecipe = 'subprocess:Popen'", "no installed package holds 'subprocess'"),
+        ("[[editor]]\nrecipe = 'evil_module'", "recipe='evil_module' is not known"),
+        ("model = '{folder}'\n[[editor]]\nrecipe = 'FreeU'", "only classes of diffusers"),
+        ("[[lora]]\npath = 'evil.bin'\n[[editor]]\nrecipe = 'FreeU'", "is no safetensors file"),
+        ("a = " + "[" * 100_000, "nested too deeply"),
+        ("[[editor]]\nrecipe = 'FreeU'\nb1 = " + "[" * 400 + "]" * 400, "FreeU"),
+        ("[run]\nseed = " + "9" * 5000, "can't be read: Exceeds the limit"),
+        ("[run]\nseed = 0x" + "f" * 5000, "seed = a number of thousands of digits"),
+        ("[[editor]]\nrecipe = 'FreeU'\nb1 = 0x" + "f" * 5000, "a number of thousands of digits"),
+        ("[[editor]]\nrecipe = 'FreeU'\nb1 = nan", "FreeU"),
+        ("[[editor]]\nrecipe = 'FreeU'\nb_1 = 1.0", "'b_1' is not a key of FreeU"),
+        ("model = 'a\\u0000b'\n[[editor]]\nrecipe = 'FreeU'", "there is no such folder"),
+    ],
+)
+def test_a_preset(
+    content: str,
+    says: str,
+    folder: Path,
+    tmp_path: Path,
+    trap: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    index(unet=["evil_module", "Evil"])(folder)
+    path = tmp_path / "stack.toml"
+    path.write_text(content.replace("{folder}", str(folder)), "utf-8")
+    said = ["--prompt", "a cat", *([] if "model" in content else ["--model", "shapes"])]
+    assert main(["run", str(path), *said, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1 and len(error) < 1500
+    assert not trap.exists() and not (tmp_path / "out").exists()
