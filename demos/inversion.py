@@ -222,7 +222,7 @@ def image(
         for found in outcomes.values():
             row += [found[i].again, found[i].edited]
         rows.append(row)
-    titles = ["image", *(t for name in outcomes for t in (f"{name}: again", "edited"))]
+    titles = ["image", *(t for name in outcomes for t in (f"{name}: again", f"{name}: edited"))]
     return show.grid(
         rows, column_titles=titles, row_titles=[cases[i].title for i in shown], cell=(128, 128)
     )

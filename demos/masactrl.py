@@ -234,7 +234,7 @@ def image(outcomes: dict[str, list[Outcome]]) -> Image.Image:
         for one in found[:: NOISES[name]][:SHOWN]:
             rows.append([one.source, *_two(one.plain), *_two(one.edited)])
             titles.append(f"{name}: {'; '.join(one.case.prompts)}")
-    columns = ["source", "plain, same noise", "", "with the method", ""]
+    columns = ["source", "edit 1, plain", "edit 2, plain", "edit 1, method", "edit 2, method"]
     return show.grid(rows, column_titles=columns, row_titles=titles, cell=(128, 128))
 
 

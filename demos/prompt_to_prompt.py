@@ -73,7 +73,7 @@ def edit_one(pipe: Any, case: EditCase, seed: int, **settings: Any) -> Outcome:
         source,
         plain,
         edited,
-        session.maps[case.words[1]].overlay(edited),
+        session.maps[case.words[1]].overlay(edited, label=case.words[1]),
         source_is_right(case, detect(source)),
         measure(case, source, plain),
         measure(case, source, edited),

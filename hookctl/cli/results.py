@@ -25,7 +25,8 @@ class Results:
     """What was drawn, prompt by prompt and image by image of each.
 
     edited: more than one for each plain one where a program draws several; sessions: the one round
-    it all first; words: whose maps to show; image: that was given.
+    it all first; words: whose maps to show; image: that was given; titles: of the edited ones of a
+    plain one, if a program draws several.
     """
 
     prompts: Sequence[str]
@@ -35,6 +36,7 @@ class Results:
     sessions: Sequence[Session]
     words: Sequence[str] = ()
     image: Image | None = None
+    titles: Sequence[str] = ()
 
     def save(self, out: Path) -> None:
         for name, drawn in (("plain", self.plain), ("edited", self.edited)):
@@ -63,7 +65,7 @@ class Results:
         scales = [show.scale_of(found.values()) if found else None for found in maps]
         titles = ["image"] * len(given)
         titles += ["source", "plain re-prompt"] if several else ["plain"]
-        titles += ["edited"] * each
+        titles += self.titles if len(self.titles) == each else ["edited"] * each
         for (p, j), found, scale in zip(shown, maps, scales, strict=True):
             i = p * self.images + j
             here = self.edited[i * each : (i + 1) * each]

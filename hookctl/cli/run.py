@@ -20,6 +20,7 @@ from hookctl.cli.inverting import (
     program_for,
     read_image,
 )
+from hookctl.cli.known import editors_by_name, inversions_by_name, programs_by_name
 from hookctl.cli.lora import add_lora, check_loras, put_on, said
 from hookctl.cli.models import find_model
 from hookctl.cli.quiet import quiet
@@ -38,8 +39,6 @@ from hookctl.preset import (
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from hookctl.editor import Editor
 
 T = TypeVar("T")
 
@@ -139,7 +138,8 @@ def _run(raw: RawStack, out: Path, options: Any) -> None:
     sessions = [session, *filter(None, [getattr(program, "session", None)])]
     readers = [one for one in (*maps, *editors) if isinstance(one, hookctl.Maps)]
     words = [word for one in readers for word in one.words] or session.maps.words
-    Results(prompts, drawing.images, plain, edited, sessions, words, image).save(out)
+    titles = [f"alpha {alpha:g}" for alpha in getattr(program, "alphas", ())]
+    Results(prompts, drawing.images, plain, edited, sessions, words, image, titles).save(out)
     common.write_json(
         out / "run.json",
         {
@@ -184,34 +184,6 @@ def _model(options: Any, raw: RawStack) -> str:
     if model is None:
         raise InputError(f"which model? Give --model, or model = in {raw.path}")
     return model
-
-
-def editors_by_name() -> dict[str, type[Editor]]:
-    """Every editor that a stack may name: the recipes, and Maps."""
-    from hookctl import recipes
-
-    known = [getattr(recipes, name) for name in recipes.__all__]
-    found = {c.__name__: c for c in known if isinstance(c, type) and issubclass(c, hookctl.Editor)}
-    return found | {"Maps": hookctl.Maps}
-
-
-def inversions_by_name() -> dict[str, type[Any]]:
-    """Every recipe that a stack may invert its image by."""
-    from hookctl import recipes
-    from hookctl.recipes.common.real_images.inversion import Inversion
-
-    known = [getattr(recipes, name) for name in recipes.__all__]
-    return {c.__name__: c for c in known if isinstance(c, type) and issubclass(c, Inversion)}
-
-
-def programs_by_name() -> dict[str, type[Any]]:
-    """Every recipe that draws after an image by a loop of its own."""
-    from hookctl import recipes
-    from hookctl.recipes import CyclicOneWay, Imagic
-
-    known = [getattr(recipes, name) for name in recipes.__all__]
-    programs = (CyclicOneWay, Imagic)
-    return {c.__name__: c for c in known if isinstance(c, type) and issubclass(c, programs)}
 
 
 def _stack_file(given: str | None) -> Path:
@@ -274,12 +246,40 @@ def _maps(
     return [hookctl.Maps(*dict.fromkeys(found))] if found else []
 
 
+# Words that name nothing in an image.
+_LITTLE = frozenset(
+    "a an the of on in at by to and or with without is are its left right above below over under "
+    "beside between behind front near next from".split()
+)
+
+
 def _telling(words: Sequence[str], preset: Preset) -> list[str]:
-    """Of the words of one prompt those that its editors are given, else the longest."""
-    lists = [spec.arguments.get("words") for spec in preset.specs]
-    given = [x for found in lists if isinstance(found, list) for x in found if x in words]
-    longest = sorted(dict.fromkeys(words), key=len, reverse=True)[:SHOWN_WORDS]
-    return list(dict.fromkeys(given))[:SHOWN_WORDS] or [x for x in words if x in longest]
+    """Of the words of one prompt those that its editors are about, else the longest.
+
+    An editor's own words come first, then the last word of each text of a region that no other
+    text of it has: "circle" of "a red circle on white".
+    """
+    found: list[str] = []
+    for spec in preset.specs:
+        given = spec.arguments.get("words")
+        found += given if isinstance(given, list) else []
+        texts = spec.arguments.get("texts")
+        if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
+            found += _nouns([text.split() for text in texts])
+    given = [word for word in dict.fromkeys(found) if word in words]
+    content = [word for word in dict.fromkeys(words) if word.lower() not in _LITTLE]
+    longest = sorted(content, key=len, reverse=True)[:SHOWN_WORDS]
+    return given[:SHOWN_WORDS] or [word for word in content if word in longest]
+
+
+def _nouns(texts: Sequence[Sequence[str]]) -> list[str]:
+    """Of each text the last word that it alone has."""
+    alone = []
+    for i, text in enumerate(texts):
+        others = {word for j, other in enumerate(texts) if j != i for word in other}
+        own = [word for word in text if word not in others and word.lower() not in _LITTLE]
+        alone += own[-1:]
+    return alone
 
 
 # -- after -----------------------------------------------------------------------------------------

@@ -33,8 +33,8 @@ from hookctl.inspect.sheets import SMALL, abreast, contact_sheet, grid, stacked
 from hookctl.inspect.tables import markdown_table, table
 
 __all__ = [
-    "colour_bar", "contact_sheet", "grid", "heatmap", "map_sheet", "markdown_table", "outlined", "overlay",
-    "scale_of", "table", "time_strip",
+    "colour_bar", "contact_sheet", "grid", "heatmap", "map_sheet", "markdown_table", "outlined",
+    "overlay", "scale_of", "table", "time_strip",
 ]  # fmt: skip
 
 GREY = 127.5
