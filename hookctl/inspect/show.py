@@ -38,7 +38,7 @@ __all__ = [
 ]  # fmt: skip
 
 GREY = 127.5
-FADED = 0.35  # of its contrast that a photograph keeps under a map
+FADED = 0.3  # of its contrast that a photograph keeps under a map
 LINE = 256  # px of the shorter side for each px of a line's half width
 OF_REGIONS = (0, 229, 255)  # cyan: not among the colours of maps
 
@@ -77,7 +77,7 @@ def heatmap(
 def overlay(
     image: Picture,
     map: Tensor,
-    alpha: float = 0.7,
+    alpha: float = 0.8,
     label: str | None = None,
     *,
     normalise: bool = True,

@@ -153,6 +153,7 @@ def test_lists(say: Say) -> None:
 @pytest.mark.parametrize(
     ("given", "shown"),
     (
+        ({"texts": ["a red circle on white", "a blue square on white"]}, ["circle", "square"]),
         ({"words": ["square", "circle", "moon"]}, ["square", "circle"]),
         ({"words": "square"}, ["circle", "square", "background"]),
         ({}, ["circle", "square", "background"]),
@@ -163,6 +164,13 @@ def test_words_that_are_shown_of_one_prompt(given: dict[str, Any], shown: list[s
     words = "a red circle and a blue square on a white background".split()
     preset = Preset((EditorSpec("FreeU", recipes.FreeU, given),))
     assert _telling(words, preset) == shown
+
+
+def test_little_words_are_not_shown() -> None:
+    words = "a cat and an owl on the mat".split()
+    assert _telling(words, Preset((EditorSpec("FreeU", recipes.FreeU, {}),))) == [
+        "cat", "owl", "mat",
+    ]  # fmt: skip
 
 
 def test_folders_that_are_no_pipeline(say: Say, tmp_path: Path) -> None:
