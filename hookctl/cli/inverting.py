@@ -15,6 +15,8 @@ from hookctl.preset import FILLED, Preset, parameters
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+# Of those that Pillow reads; for others, such as EPS, it starts programs.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # The settings of a run that have no use where one image is inverted, or a program's.
 _UNUSED = {"inverted": ("negative", "images"), "a program's": ("images",)}
 
@@ -51,8 +53,10 @@ def read_image(preset: Preset, file: Path | None, drawing: Drawing) -> Image | N
     from PIL import Image, UnidentifiedImageError
 
     try:
-        return Image.open(file).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError):
+        return Image.open(file, formats=_FORMATS).convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise InputError(f"--image {file}: is too large ({error})") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
         raise InputError(
             f"--image {file}: can't be read as an image; give a whole PNG or JPEG file"
         ) from None

@@ -7,6 +7,8 @@ import os
 import pickle
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,6 +165,48 @@ def test_the_folder_itself_is_fine(folder: Path, capsys: pytest.CaptureFixture[s
     assert (
         main(["inspect", str(folder)]) == 0 and "StableDiffusionPipeline" in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
+            "can't be read",
+        ),
+        (b"\x89PNG\r\n\x1a\n" + b"\xff" * 40, "can't be read"),
+        (b"P6 90000 90000 255\n" + b"\0" * 99, "is too large"),
+        (b"", "can't be read"),
+    ],
+)
+def test_an_image(
+    content: bytes, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No program is started for it, and none fills the memory."""
+    (tmp_path / "image.png").write_bytes(content)
+    given = ["run", "inverted_edit", "--image", str(tmp_path / "image.png")]
+    assert main([*given, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert says in said and said.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_modules_where_the_command_stands(tmp_path: Path, trap: Path) -> None:
+    """`python -m hookctl inspect .` in a folder that brings a module of a library's name."""
+    here = tmp_path / "downloaded"
+    here.mkdir()
+    for name in ("torch", "diffusers", "PIL", "numpy"):
+        (here / f"{name}.py").write_text(CODE, "utf-8")
+    command = [sys.executable, "-m", "hookctl", "inspect", "."]
+    paths = os.pathsep.join([str(WEIGHTS.parents[2]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        command, cwd=here, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "model_index.json is missing" in done.stderr
+    (here / "config.json").write_text('{"_class_name": "UNet2DModel"}', "utf-8")
+    done = subprocess.run(
+        command, cwd=here, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert not trap.exists(), done.stderr
 
 
 WEIGHT_FILES = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
