@@ -153,13 +153,16 @@ def time_strip(
 
 
 def map_sheet(
-    image: Picture, maps: Mapping[str, Tensor], regions: Sequence[RegionLike] = ()
+    image: Picture,
+    maps: Mapping[str, Tensor],
+    regions: Mapping[str, Sequence[RegionLike]] | None = None,
 ) -> tuple[Picture, dict[str, Scale]]:
     """An image and the maps of words over it, in rows: each row on one scale, with its bar.
 
-    Receives: an image; maps [h, w] by word; regions to be outlined. Returns: the sheet, and the
-    scale on which each word is shown.
+    Receives: an image; maps [h, w] by word; regions to be outlined, by word. Returns: the sheet,
+    and the scale on which each word is shown.
     """
+    marked = regions or {}
     columns, cell = abreast([image])
     places = ["", *maps]
     columns = math.ceil(len(places) / math.ceil(len(places) / columns))
@@ -172,7 +175,7 @@ def map_sheet(
         for word in here:
             assert scale is not None
             scales[word] = scale
-            row.append(overlay(image, maps[word], scale=scale, regions=regions))
+            row.append(overlay(image, maps[word], scale=scale, regions=marked.get(word, ())))
         titles = ["image" if first == 0 and i == 0 else word for i, word in enumerate(words)]
         pieces.append(grid([row], titles, cell=cell, scales=[scale], widest=None))
     return stacked(pieces), scales
