@@ -34,7 +34,7 @@ from hookctl.inspect.tables import markdown_table, table
 
 __all__ = [
     "colour_bar", "contact_sheet", "grid", "heatmap", "map_sheet", "markdown_table", "outlined",
-    "overlay", "scale_of", "table", "time_strip",
+    "overlay", "scale_of", "stacked", "table", "time_strip",
 ]  # fmt: skip
 
 GREY = 127.5
