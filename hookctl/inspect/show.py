@@ -39,6 +39,7 @@ __all__ = [
 
 GREY = 127.5
 FADED = 0.3  # of its contrast that a photograph keeps under a map
+STRONG = 2 / 3  # of the scale: from there on a line is drawn round
 LINE = 256  # px of the shorter side for each px of a line's half width
 OF_REGIONS = (0, 229, 255)  # cyan: not among the colours of maps
 
@@ -84,7 +85,7 @@ def overlay(
     scale: Scale | None = None,
     regions: Sequence[RegionLike] = (),
 ) -> Picture:
-    """A map over its image: the stronger, the more of its colour; a line where it is half strong.
+    """A map over its image: the stronger, the more of its colour; a line round what is strong.
 
     The image fades towards grey, so that on white and on black alike both the colours and the
     line, white in black, stand out.
@@ -103,7 +104,7 @@ def overlay(
     photo = np.asarray(image) * (1 - alpha) + faded * alpha  # its colours must not pass for heat
     mixed = photo * (1 - weight) + np.asarray(coloured(values)) * weight
     if alpha:
-        _draw_edge(mixed, values >= 0.5, (255, 255, 255))
+        _draw_edge(mixed, values >= STRONG, (255, 255, 255))
     result = Image.fromarray(mixed.round().astype(np.uint8))
     result = outlined(result, regions)
     if label:
