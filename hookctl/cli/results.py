@@ -86,6 +86,7 @@ class Results:
             column_titles=titles,
             row_titles=[self.prompts[p] for p, _ in shown],
             scales=scales,
+            scaled_from=len(titles) - len(words),
         )
 
 

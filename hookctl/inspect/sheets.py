@@ -26,6 +26,7 @@ def grid(
     background: str = "white",
     *,
     scales: Sequence[Scale | None] | None = None,
+    scaled_from: int = 0,
     widest: int | None = WIDEST,
 ) -> Picture:
     """Pictures in rows, with titles above the columns and to the left of the rows.
@@ -33,8 +34,9 @@ def grid(
     Receives: rows of equal length, None for an empty place; titles, wrapped to their place; the
     size of a cell (width, height) in px, or None for the largest image's, at least 256 px on
     the shorter side and small enough for three abreast; the gap between cells in px; for each row
-    the scale of its maps, drawn as a colour bar at its end, None for no bar; the width in px from
-    which on columns go on below, None for one piece. Pictures keep their proportions.
+    the scale of its maps, drawn as a colour bar at its end, None for no bar; the column from which
+    on there are maps; the width in px from which on columns go on below, None for one piece.
+    Pictures keep their proportions.
     """
     columns = len(rows[0]) if rows else 0
     if not columns or any(len(row) != columns for row in rows):
@@ -65,7 +67,7 @@ def grid(
             if column_titles is not None:
                 titles = [*column_titles[first : first + each], *[""] * short]
             part = [[*row, *[None] * short] for row in part]
-            more = {"scales": scales, "widest": None}
+            more = {"scales": scales if first + each > scaled_from else None, "widest": None}
             pieces.append(
                 grid(part, titles, row_titles, (width, height), pad, background, **more)  # type: ignore[arg-type]
             )

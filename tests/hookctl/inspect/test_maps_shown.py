@@ -84,6 +84,16 @@ def test_wide_grids_break(columns: int) -> None:
     assert show.grid([[plain("red")] * columns], widest=None).width == 264 * columns + 8
 
 
+def test_only_pieces_with_maps_have_a_bar() -> None:
+    row = [plain("red")] * 8
+    some = show.grid([row], scales=[(0.0, 1.0)], scaled_from=5)
+    every = show.grid([row], scales=[(0.0, 1.0)])
+    beside = pixels(some)[8:264, 4 * 264 + 8 :], pixels(every)[8:264, 4 * 264 + 8 :]
+    assert (beside[0] == 255).all() and (beside[1] != 255).any()
+    below = (slice(280, None), slice(None))
+    assert (pixels(some)[below] == pixels(every)[below]).all()
+
+
 def test_large_images_stay_beside_one_another() -> None:
     sheet = show.grid([[plain("red", (1024, 1024))] * 3])
     assert 1400 < sheet.width <= 1600 and sheet.height < 600
