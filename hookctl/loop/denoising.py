@@ -20,8 +20,9 @@ from hookctl.loop.arguments import widen
 from hookctl.loop.attached import Attached, Entry
 from hookctl.loop.branches import add_branches, asked_branches, cut_branches
 from hookctl.loop.calls import Call, calls
+from hookctl.loop.finite import check_latents
 from hookctl.loop.run import Run
-from hookctl.loop.state import State, check_finite
+from hookctl.loop.state import State
 from hookctl.loop.step import Step
 from hookctl.run_state import Memory, remembering
 
@@ -166,7 +167,7 @@ class Denoising:
 
     def _begin(self, state: State) -> None:
         """The first denoiser call of a run."""
-        check_finite(state.kwargs[state.sample])
+        check_latents(state.kwargs[state.sample])
         for entry in self.entries:
             entry.maps.clear()
         for editor, entry in {(a.editor, a.entry): None for a in self.attached}:
@@ -245,7 +246,8 @@ class Denoising:
         self._stepping = state
         try:
             with remembering(self.memory):
-                return self._step.take(step, arguments, acting)
+                check = all(entry.check_finite for entry in self.entries)
+                return self._step.take(step, arguments, acting, check=check)
         finally:
             self._stepping = None
             self.run.stepped()
