@@ -19,6 +19,7 @@ from hookctl.address.families import sites_of
 from hookctl.address.rows import COND, Row
 from hookctl.address.sites import Grid, Selector, Site, select
 from hookctl.address.text import PromptText, TextLayout
+from hookctl.arguments import checked
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import Editor
 from hookctl.errors import InputError, SelectorError, WordError
@@ -136,6 +137,7 @@ class WordMaps:
         heat = show.heatmap(self.mean().detach().cpu())
         return notebook.html_lines([repr(self)]) + notebook.html_image(heat, self.word)
 
+    @checked()
     def where(
         self,
         *,

@@ -10,6 +10,7 @@ from typing import Any
 from hookctl.address import families
 from hookctl.address.clock import Clock
 from hookctl.address.sites import Site
+from hookctl.arguments import checked, refusal
 from hookctl.editor import Editor, check_editor
 from hookctl.engine import enter, leave
 from hookctl.errors import HoleError, HookctlWarning
@@ -28,6 +29,7 @@ class Session:
     editors: in their order; log: what they did, which `report` puts into words.
     """
 
+    @checked()
     def __init__(
         self,
         target: Any,
@@ -41,6 +43,9 @@ class Session:
         for i, editor in enumerate(editors):
             check_editor(editor, f"editors[{i}]")
         check_backend(backend)
+        if rows is not None and (not rows or "" in rows or len(set(rows)) < len(rows)):
+            wanted = "the branches of the batch in order, each once, such as ('uncond', 'cond')"
+            raise refusal("control: rows", rows, wanted)
         self.target, self.editors, self.backend, self.strict = target, editors, backend, strict
         self.denoiser = families.denoiser_of(target)
         pipe = None if target is self.denoiser else target
@@ -154,6 +159,7 @@ class Session:
         return html_lines([repr(self)]) + shown + html_lines(silent) + maps
 
 
+@checked()
 def control(
     target: Any,
     *editors: Editor,

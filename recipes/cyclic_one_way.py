@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from hookctl.address.regions import Region, RegionLike, region_of
+from hookctl.arguments import checked, images_and_prompts, whole
 from hookctl.editor import WHOLE_IMAGE, Editor
 from hookctl.errors import InputError
 from hookctl.loop.images import encode
 from hookctl.loop.trajectory import Trajectory
-from hookctl.recipes.common.arguments import images_and_prompts, whole
 from hookctl.recipes.common.canvas.pasted_images import PastedImages, resized
 from hookctl.recipes.common.canvas.suppression import Suppression
 from hookctl.session import Session, control
@@ -66,6 +66,7 @@ class CyclicOneWay:
     levels in another order, and for images that do not fit on the canvas.
     """
 
+    @checked()
     def __init__(
         self,
         pipe: Any,
@@ -92,7 +93,7 @@ class CyclicOneWay:
         seed: int = 0,
         paper: bool = False,
     ) -> None:
-        self.pipe, self.paper, self.seed = pipe, paper, int(seed)
+        self.pipe, self.paper, self.seed = pipe, paper, seed
         self.session: Session | None = None
         images, self.prompts = images_and_prompts(image, prompt, "CyclicOneWay")
         default_steps = 10 if paper else 50
@@ -125,17 +126,18 @@ class CyclicOneWay:
 
     def _set_levels(self, start: float, top: float, finish: float, cycles: int) -> None:
         """r, b and the level of the last writing as a program counts them: from the noisiest on."""
-        if not 0 <= finish <= start < top <= 1 or cycles < 0:
+        self.cycles = whole(cycles, "CyclicOneWay: cycles")
+        if not 0 <= finish <= start < top <= 1:
             raise InputError(
                 f"CyclicOneWay: start={start}, top={top}, finish={finish}, cycles={cycles}; give "
                 "0 <= finish <= start < top <= 1 and a number of cycles"
             )
         n = self.steps
         self.low, self.high, self.last = (n - int(x * n + 1e-9) for x in (start, top, finish))
-        self.cycles = int(cycles)
         if self.paper and self.high < 1:
             raise InputError(f"CyclicOneWay: top={top} leaves no noisier level; give less than 1")
 
+    @checked()
     def run(self, *editors: Editor, output_type: str = "pil") -> Any:
         """Draw; a list of images, or as output_type= has it.
 

@@ -22,11 +22,11 @@ from hookctl.address.clock import Window
 from hookctl.address.regions import RegionLike
 from hookctl.address.rows import Row
 from hookctl.address.sites import Selector, Site, matcher
+from hookctl.arguments import checked, number, words_for_each
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import WHOLE_IMAGE, Claim
 from hookctl.errors import InputError
 from hookctl.loop.state import State
-from hookctl.recipes.common.arguments import words_for_each
 from hookctl.recipes.common.image_tokens import image_keys, with_image
 from hookctl.recipes.common.map_masks import GivenMasks, WordMasks, foreground_regions
 from hookctl.recipes.common.prompt_texts import PromptTexts
@@ -72,6 +72,7 @@ class MasaCtrl(SourceAndEdits):
     _text_sites: RunState[list[Site]] = RunState()
     _texts: RunState[PromptTexts] = RunState()
 
+    @checked()
     def __init__(
         self,
         prompts: Sequence[str],
@@ -90,6 +91,7 @@ class MasaCtrl(SourceAndEdits):
         super().__init__(prompts)
         self.acts = Window.of((start, stop), "MasaCtrl: start, stop")
         self.edit_sites, self.union, self.paper = sites, union, paper
+        number(threshold, "MasaCtrl: threshold", above=0, high=1)
         given = source_mask is not None or target_mask is not None
         chosen = words_for_each(words, "MasaCtrl: words", len(self.prompts))
         if given + any(chosen) + union > 1:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from hookctl.arguments import checked
 from hookctl.loop.inversion import Progress, ddim_path, require_first_order
 from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes.common.real_images.inversion import Inversion
@@ -37,6 +38,7 @@ class NegativePromptInversion(Inversion):
     not of first order.
     """
 
+    @checked()
     def __init__(
         self,
         pipe: Any,
@@ -51,6 +53,7 @@ class NegativePromptInversion(Inversion):
         self.limits = () if proximal is None else (ProximalGuidance(proximal),)
         self.refine = refine
 
+    @checked()
     def run(self, progress: Progress | None = None) -> Any:
         inverted = super().run(progress)
         images = [inverted] if self.single else inverted

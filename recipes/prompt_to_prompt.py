@@ -23,11 +23,8 @@ from hookctl.address.clock import Window
 from hookctl.address.latent import finest_within
 from hookctl.address.rows import COND
 from hookctl.address.sites import Selector, Site, matcher, select
-from hookctl.attention.call import AttentionCall
-from hookctl.editor import WHOLE_IMAGE, Claim
-from hookctl.errors import InputError
-from hookctl.loop.state import State
-from hookctl.recipes.common.arguments import (
+from hookctl.arguments import (
+    checked,
     for_each,
     gains_for_each,
     number,
@@ -35,6 +32,10 @@ from hookctl.recipes.common.arguments import (
     pair,
     words_for_each,
 )
+from hookctl.attention.call import AttentionCall
+from hookctl.editor import WHOLE_IMAGE, Claim
+from hookctl.errors import InputError
+from hookctl.loop.state import State
 from hookctl.recipes.common.local_blend import LocalBlend
 from hookctl.recipes.common.prompt_texts import PromptTexts, require_word
 from hookctl.recipes.common.sites import IMAGE_KINDS, TEXT_KINDS, sites_of
@@ -45,6 +46,10 @@ from hookctl.run_state import RunState
 
 MODES = ("auto", "replace", "refine")
 Words = str | Sequence[str] | None
+CHECKED_HERE = (
+    "prompts", "mode", "cross_replace", "self_replace", "self_resolution", "reweight",
+    "reweight_window", "blend", "subtract", "blend_threshold",
+)  # fmt: skip
 Gains = Mapping[str, float]
 
 
@@ -89,6 +94,7 @@ class PromptToPrompt(SourceAndEdits):
     _routing: RunState[TokenRouting] = RunState()
     _layout_sites: RunState[set[str]] = RunState()
 
+    @checked(own=CHECKED_HERE)
     def __init__(
         self,
         prompts: Sequence[str],

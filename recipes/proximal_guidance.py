@@ -21,10 +21,10 @@ from torch import Tensor
 
 from hookctl.address.clock import Window
 from hookctl.address.rows import COND, UNCOND
+from hookctl.arguments import checked, one_of, share, whole
 from hookctl.editor import Editor
 from hookctl.errors import UnsupportedError
 from hookctl.loop.state import Predictions, State
-from hookctl.recipes.common.arguments import one_of, share, whole
 from hookctl.run_state import RunState
 
 MODES = ("soft", "hard")
@@ -48,6 +48,7 @@ class ProximalGuidance(Editor):
 
     _guided: RunState[Tensor | None] = RunState(None)
 
+    @checked()
     def __init__(
         self,
         quantile: float = 0.7,

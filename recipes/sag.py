@@ -26,16 +26,16 @@ from torch import Tensor
 
 from hookctl.address.rows import COND, UNCOND, Row
 from hookctl.address.sites import Grid, Selector
+from hookctl.arguments import checked, number, refusal, whole
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import WHOLE_IMAGE, Claim, Editor
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.calls import predict
 from hookctl.loop.noise import Noise
 from hookctl.loop.state import Predictions, State
-from hookctl.recipes.common.arguments import number, refusal, whole
 from hookctl.recipes.common.features.smoothing import blur, cut_blur_matrix
 from hookctl.recipes.common.read_maps import MapSums
-from hookctl.recipes.common.sites import grid_of, middle_sites
+from hookctl.recipes.common.sites import grid_of, image_sites, middle_sites
 from hookctl.run_state import RunState
 
 
@@ -58,6 +58,7 @@ class SAG(Editor):
     _size: RunState[torch.Size] = RunState()
     _votes: RunState[dict[str, MapSums]] = RunState(factory=dict)
 
+    @checked()
     def __init__(
         self,
         scale: float = 0.75,
@@ -91,6 +92,7 @@ class SAG(Editor):
         self._noise = Noise(scheduler)
         given = self.given_sites
         self.sites = middle_sites(self.name, target)[:1] if given is None else given
+        image_sites(self.name, target, self.sites)
 
     def begin(self, state: State) -> None:
         if self.scale and state.latents.dim() != 4:

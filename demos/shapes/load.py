@@ -9,9 +9,13 @@ from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging
 from transformers.utils import logging as transformers_logging
 
+from hookctl.arguments import checked, refusal
+from hookctl.errors import InputError
+
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 
 
+@checked()
 def load_shapes(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -23,11 +27,14 @@ def load_shapes(
     folder in the diffusers layout than the embedded one. Returns: the pipeline, whose images are
     128 x 128 px and whose latents are [batch, 12, 16, 16].
     """
+    if not dtype.is_floating_point:
+        raise refusal("load_shapes: dtype", dtype, "torch.float32, torch.float16 or torch.bfloat16")
+    _check_device(device)
     folder = Path(weights) if weights is not None else WEIGHTS
     if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no pipeline (model_index.json is missing); reinstall hookctl or train "
-            "one with `python -m hookctl.demos.shapes.train --out out/shapes` and pass "
+        raise InputError(
+            f"load_shapes: weights={folder} holds no pipeline (model_index.json is missing); "
+            "reinstall hookctl or train one with `python -m hookctl.demos.shapes.train --out out/shapes` and pass "
             "weights='out/shapes/weights'"
         )
     if device is None:
@@ -46,3 +53,14 @@ def load_shapes(
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         torch.nn.Module.to(part, device, dtype)  # diffusers' own `to` warns without need
     return pipe
+
+
+def _check_device(device: torch.device | str | None) -> None:
+    """Raise InputError for a device that does not exist, or not here."""
+    try:
+        if device is not None and torch.empty(1, device=device).is_meta:
+            raise refusal("load_shapes: device", str(device), "one that holds values")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        wanted = f"'cpu', or another that torch finds here ({reason})"
+        raise refusal("load_shapes: device", str(device), wanted) from None

@@ -69,9 +69,15 @@ def matcher(selector: Selector) -> Callable[[Site], bool]:
         return lambda site: True
     if callable(selector):
         return selector
+    if isinstance(selector, list | tuple) and selector:
+        tests = [matcher(one) for one in selector if one is not None]
+        if len(tests) == len(selector):
+            return lambda site: any(test(site) for test in tests)
     if not isinstance(selector, str):
-        tests = [matcher(one) for one in selector]
-        return lambda site: any(test(site) for test in tests)
+        raise SelectorError(
+            f"sites={selector!r}; give a text such as 'cross' or 'self up @<=1/2', a list of "
+            "paths, a function of a Site, or None for all"
+        )
     alternatives = [
         [_word(word) for word in part.split()] for part in selector.split(",") if part.strip()
     ]
@@ -100,6 +106,8 @@ def _word(word: str) -> Callable[[Site], bool]:
                 f"{word!r} is not a resolution; give a fraction of the latent's side, "
                 "such as @1/4 or @<=1/2"
             )
+        if parsed[2].endswith("/0") or len(parsed[2]) > 20:
+            raise SelectorError(f"{word!r} is no resolution; give e.g. @1/4")
         compare, value = _COMPARE[parsed[1]], Fraction(parsed[2])
         return lambda site: site.resolution is not None and compare(site.resolution, value)
     return lambda site: fnmatch.fnmatchcase(site.path, word)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hookctl.address import families
+from hookctl.arguments import checked, number, refusal
 from hookctl.errors import InputError
 from hookctl.loop.driven import Adjust, Scaling, adjusted, driving
 from hookctl.loop.guidance import Guidance, Scales, combined, guidance_scales, needed_branches
@@ -49,6 +50,7 @@ class Trajectory:
     guidance and the scheduler's step.
     """
 
+    @checked()
     def __init__(
         self,
         pipe: Any,
@@ -64,8 +66,14 @@ class Trajectory:
         **arguments: Any,
     ) -> None:
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not texts or any(not isinstance(text, str) for text in texts):
-            raise InputError(f"prompts={prompts!r}; give a text or several")
+        if not texts:
+            raise refusal("Trajectory: prompts", prompts, "a text or several")
+        number(eta, "Trajectory: eta", low=0)
+        if isinstance(generator, list | tuple) and len(generator) != len(texts) * images:
+            raise InputError(
+                f"Trajectory: {len(generator)} generators for {len(texts) * images} images; give "
+                "one for all, or one for each"
+            )
         if guidance > 1 and negative is not None:
             arguments["negative_prompt"] = (
                 [negative] * len(texts) if isinstance(negative, str) else list(negative)
@@ -94,6 +102,7 @@ class Trajectory:
     # -- the operations ------------------------------------------------------------------------
 
     @torch.no_grad()
+    @checked()
     def denoise(
         self,
         i: int,
@@ -140,6 +149,7 @@ class Trajectory:
         return x
 
     @torch.no_grad()
+    @checked()
     def invert(
         self,
         i: int,
@@ -175,6 +185,7 @@ class Trajectory:
         self.latents, self.level = found, i
         return found
 
+    @checked()
     def renoise(self, i: int, j: int, generator: Generators) -> Tensor:
         """Diffuse from level i to the noisier level j with fresh noise from the generator(s)."""
         self._at(i, "renoise", last=self.steps)
@@ -191,6 +202,7 @@ class Trajectory:
         self.level = j
         return self.latents
 
+    @checked()
     def write(
         self, latents: Tensor, mask: Tensor | None = None, *, level: int | None = None
     ) -> None:
@@ -217,6 +229,7 @@ class Trajectory:
             self.denoise(i, **options)
         return self.latents
 
+    @checked()
     def decode(self, output_type: str = "pil") -> Any:
         """The latents as images, as the pipeline's own output_type= has them."""
         return decode(self.pipe, self.latents, output_type)

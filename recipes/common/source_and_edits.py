@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from hookctl.address.rows import COND, Row, Rows
+from hookctl.arguments import checked, refusal
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import Editor
 from hookctl.errors import HookctlWarning, InputError, UnsupportedError
 from hookctl.loop.state import State
-from hookctl.recipes.common.arguments import refusal
 from hookctl.run_state import RunState
 from hookctl.session import control
 
@@ -30,6 +30,7 @@ class SourceAndEdits(Editor):
     one_noise = True
     _pairs: RunState[tuple[Rows, list[tuple[Row, Row]]] | None] = RunState(None)
 
+    @checked()
     def __init__(self, prompts: Sequence[str]) -> None:
         texts = [] if isinstance(prompts, str) else list(prompts)
         if len(texts) < self.least or any(not isinstance(text, str) for text in texts):
@@ -89,6 +90,7 @@ class SourceAndEdits(Editor):
             self._pairs = call.rows, pairs
         return self._pairs[1]
 
+    @checked()
     def generators(self, seed: int = 0, images: int = 1, device: str = "cpu") -> list[Any]:
         """One generator for each image: every prompt starts from the same noises.
 
@@ -100,6 +102,7 @@ class SourceAndEdits(Editor):
             for j in range(images)
         ]
 
+    @checked()
     def run(
         self, pipe: Any, *editors: Editor, seed: int = 0, images: int = 1, **arguments: Any
     ) -> Any:

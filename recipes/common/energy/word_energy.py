@@ -12,6 +12,7 @@ from hookctl.address.families import denoiser_of
 from hookctl.address.regions import Region
 from hookctl.address.sites import Selector, Site, select
 from hookctl.address.text import PromptText, TextLayout
+from hookctl.arguments import checked
 from hookctl.editor import WHOLE_IMAGE, Claim
 from hookctl.errors import InputError, SelectorError
 from hookctl.loop.energy import Energies, MapReader, energies
@@ -58,6 +59,7 @@ class WordEnergy(MapReader):
     _layout: RunState[TextLayout] = RunState()
     _text_sites: RunState[list[Site]] = RunState()
 
+    @checked()
     def __init__(self, words: Words, *, sites: Selector = None) -> None:
         self.words = per_prompt.texts(words, f"{self.name}: words")
         self.given_sites, self.sites = sites, TEXT_SITES if sites is None else sites

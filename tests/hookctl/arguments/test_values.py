@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from hookctl import arguments
 from hookctl.errors import InputError
-from hookctl.recipes.common import arguments
 
 NUMBERS: list[tuple[Any, dict[str, Any], str]] = [
     (-1, {"low": 0}, "X: a=-1; give a finite number of 0 or more"),
