@@ -32,9 +32,9 @@ from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.calls import predict
 from hookctl.loop.noise import Noise
 from hookctl.loop.state import Predictions, State
+from hookctl.maps import MapSums
 from hookctl.recipes.common.arguments import number, refusal, whole
 from hookctl.recipes.common.features.smoothing import blur, cut_blur_matrix
-from hookctl.recipes.common.read_maps import MapSums
 from hookctl.recipes.common.sites import grid_of, middle_sites
 
 
@@ -90,7 +90,8 @@ class SAG(Editor):
                 f"{tuple(state.latents.shape)}; it needs [images, channels, height, width]"
             )
         self._size = state.latents.shape[-2:] if self.scale else torch.Size()
-        self._votes: dict[str, MapSums] = {}  # by branch: how many sites have a cell in M
+        # By branch and image: how many sites have a cell in M.
+        self._votes: dict[str, MapSums[tuple[int, int]]] = {}
 
     # -- what attention looks at ---------------------------------------------------------------
 
@@ -101,10 +102,14 @@ class SAG(Editor):
         votes, grid = self._votes.setdefault(branch, MapSums()), grid_of(call, self.name)
         call.marginals(call.rows.where(branch=branch), partial(self._vote, votes, grid))
 
-    def _vote(self, votes: MapSums, grid: Grid, row: Row, received: Tensor) -> None:
+    def _vote(
+        self, votes: MapSums[tuple[int, int]], grid: Grid, row: Row, received: Tensor
+    ) -> None:
         """received: the column sums of A, 1 on average."""
         image = received.reshape(1, 1, grid.height, grid.width)
-        votes.add(row, F.interpolate((image > self.threshold).float(), self._size))
+        votes.add(
+            (row.prompt, row.image), F.interpolate((image > self.threshold).float(), self._size)
+        )
 
     # -- guidance ------------------------------------------------------------------------------
 
@@ -116,8 +121,8 @@ class SAG(Editor):
         branch = _branch(set(predictions.branches))
         x = state.latents
         x0, eps = self._noise.split(x, predictions[branch].to(x), level)
-        # Most of several sites decide.
-        mask = (torch.cat(self._votes[branch].means()) > 0.5).to(x)
+        shares = [share for share, _ in self._votes[branch].means().values()]
+        mask = (torch.cat(shares) > 0.5).to(x)  # most of several sites decide
         self._votes, self.masks = {}, mask[:, 0].cpu()
         degraded = level.mix(torch.lerp(x0, self._blurred(x0), mask), eps)
         rows = state.rows.where(branch=branch)

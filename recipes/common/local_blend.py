@@ -23,7 +23,7 @@ from hookctl.address.text import PromptText
 from hookctl.attention.call import AttentionCall
 from hookctl.kernels.latent_mixing import local_blend
 from hookctl.loop.state import State
-from hookctl.recipes.common.read_maps import MapSums, map_of
+from hookctl.maps import MapKey, MapSums, map_of
 from hookctl.recipes.common.sites import layout_resolution
 
 
@@ -44,17 +44,23 @@ class LocalBlend:
         self.start = start
         # What may change, then what may not.
         self._words, self._thresholds = (words, subtract), thresholds
-        self._sums = (MapSums(), MapSums())
         self._size: tuple[int, ...] = (0, 0)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._sums = (MapSums[tuple[int, int]](), MapSums[tuple[int, int]]())
 
     def begin(self, sites: Iterable[Site], state: State) -> None:
         """A new run over these cross or joint sites.
 
         Raises UnsupportedError for a model whose sites' grids are unknown.
         """
-        self._sums = (MapSums(), MapSums())
+        self._forget()
         self._resolution = layout_resolution("blend", sites, state.grid, "leave blend out")
         self._size, self._store = state.grid[-2:], state.maps
+        self._store.keep_steps(
+            MapKey(word) for kind in self._words for words in kind for word in words
+        )
 
     def read(self, call: AttentionCall, texts: Sequence[PromptText]) -> None:
         """Ask for the maps of this call, if its site holds the layout."""
@@ -71,7 +77,7 @@ class LocalBlend:
 
     def _keep(
         self,
-        sums: MapSums,
+        sums: MapSums[tuple[int, int]],
         words: tuple[str, ...],
         tokens: list[tuple[int, ...]],
         place: tuple[Site, int, Grid],
@@ -82,11 +88,11 @@ class LocalBlend:
         site, step, grid = place
         parts = values.split([len(positions) for positions in tokens], -1)
         for word, part in zip(words, parts, strict=True):
-            self._store.note(word, site, step, row, part, grid)
+            self._store.note(MapKey(word), site, step, row, part, grid)
         # As in the official table of flags, a token that two words share counts once.
         columns = {p: i for i, p in enumerate(p for positions in tokens for p in positions)}
-        image = map_of(values[..., list(columns.values())], grid)
-        sums.add(row, image.to(torch.promote_types(image.dtype, torch.float32)))
+        image = map_of(values[..., list(columns.values())].detach(), grid)
+        sums.add((row.prompt, row.image), image.to(torch.promote_types(image.dtype, torch.float32)))
 
     def after(self, state: State) -> None:
         """Take everything outside the masks from the source, in the latents after a step."""
@@ -117,7 +123,7 @@ class LocalBlend:
         """The source's mask or that of a prompt: of the words to change (0) or to subtract (1)."""
         masks = []
         for p in {0, prompt}:
-            total = self._sums[kind].sum(p, image)
+            total = self._sums[kind].sum((p, image))
             if total is None:
                 continue
             pooled = total[:, None]
