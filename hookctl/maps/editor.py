@@ -49,9 +49,9 @@ class Maps(Editor):
     sites: which sites to read; None: cross and joint ones for words and tokens, self and joint ones
         for patches. start, stop: fractions of the schedule.
 
-    Maps stay on the model's device, 4 bytes a value (2 in half precision). Each step's of all 20
-    words of a prompt are 1.3 GiB for SDXL at 50 steps; as means, a few MiB, whatever the steps. A
-    patch costs one line of scores at each site, N x 1, in time and memory; N x N is never formed.
+    Maps stay on the model's device, in its dtype (means in float32). For SDXL at 50 steps those of
+    every step are 20 MB for each word and image, a running mean is 20 KB. A patch costs a line of
+    scores of each head at each site, M floats, for a moment; no N x N is formed for it.
     Edits that stand in the stack are seen.
     """
 
@@ -96,7 +96,7 @@ class Maps(Editor):
         kinds = {site.kind for site in select(every, self.sites, who=self.name)}
         for needed, what, example in (
             (self._kinds, "the image attends to the text", "cross or joint sites, like 'cross up'"),
-            (self._kinds_of_patches, "it attends to itself", "self or joint sites"),
+            (self._kinds_of_patches, "the image attends to itself", "self or joint sites"),
         ):
             if kinds and needed and kinds.isdisjoint(needed):
                 raise SelectorError(

@@ -165,14 +165,12 @@ class MapStore:
         chosen = [record for record in self.records if record.key == key]
         if not chosen:
             recorded = ", ".join(known.quoted for known in self.keys) or "none"
-            flat = list(self.without_grid)
+            flat = ""
+            if self.without_grid:
+                flat = f" (no grid over the latent: {', '.join(self.without_grid)})"
             raise WordError(
-                f"no map of {key.quoted} was recorded; recorded are: {recorded}. Add "
+                f"no map of {key.quoted} was recorded; recorded are: {recorded}{flat}. Add "
                 f"hookctl.Maps({key.reader}) to the editors"
-                + (
-                    f" ({counted(len(flat), 'site')} form no grid, such as {flat[0]!r})"
-                    * bool(flat)
-                )
             )
         return WordMaps(key, chosen)
 
