@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from hookctl.address.families import denoiser_of, describe_sites
+from hookctl.address.families import sites_of
 from hookctl.address.pipelines import is_guided
 from hookctl.address.rows import COND, UNCOND, Row
 from hookctl.address.sites import Grid, Selector, Site, select
@@ -19,6 +19,7 @@ from hookctl.errors import InputError, SelectorError, UnsupportedError, WordErro
 from hookctl.loop.state import State
 from hookctl.maps.records import MapKey
 from hookctl.maps.store import MapStore
+from hookctl.run_state import RunState
 
 TEXT_KINDS = ("cross", "joint")  # where the image attends to the text
 IMAGE_KINDS = ("self", "joint")  # where it attends to itself
@@ -55,6 +56,11 @@ class Maps(Editor):
     Edits that stand in the stack are seen.
     """
 
+    store: RunState[MapStore] = RunState(factory=MapStore)
+    _layout: RunState[TextLayout | None] = RunState(None)
+    _prompts: RunState[tuple[str, ...]] = RunState(())
+    _found: RunState[dict[tuple[str, int], Found]] = RunState(factory=dict)
+
     def __init__(
         self,
         *words: str,
@@ -83,7 +89,6 @@ class Maps(Editor):
         self.sites = ", ".join(kinds) if sites is None else sites
         self.start, self.stop = start, stop
         self.window()
-        self.store = MapStore()
 
     @property
     def branch(self) -> str:
@@ -92,8 +97,7 @@ class Maps(Editor):
 
     def attach(self, target: Any) -> None:
         self._layout = TextLayout(target) if self._reads_words else None
-        every = [site for site, _ in describe_sites(denoiser_of(target))]
-        kinds = {site.kind for site in select(every, self.sites, who=self.name)}
+        kinds = {site.kind for site in select(sites_of(target), self.sites, who=self.name)}
         for needed, what, example in (
             (self._kinds, "the image attends to the text", "cross or joint sites, like 'cross up'"),
             (self._kinds_of_patches, "the image attends to itself", "self or joint sites"),
@@ -102,11 +106,11 @@ class Maps(Editor):
                 raise SelectorError(
                     f"Maps: sites={self.sites!r} are no sites where {what}; give {example}"
                 )
-        self._found: dict[tuple[str, int], Found] = {}
+        self._found = {}
 
     def begin(self, state: State) -> None:
         self._found = {}
-        self._prompts: tuple[str, ...] = ()
+        self._prompts = ()
         self.store = state.maps
         unguided = not state.rows.where(branch=UNCOND) and is_guided(state.pipe) is False
         if self.negative and unguided:

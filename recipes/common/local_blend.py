@@ -10,6 +10,7 @@ that hold the layout, and joined with the source's:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from functools import partial
 
 import torch
@@ -23,8 +24,11 @@ from hookctl.address.text import PromptText
 from hookctl.attention.call import AttentionCall
 from hookctl.kernels.latent_mixing import local_blend
 from hookctl.loop.state import State
-from hookctl.maps import MapKey, MapSums, map_of
+from hookctl.maps import MapKey, MapStore, MapSums, map_of
 from hookctl.recipes.common.sites import layout_resolution
+from hookctl.run_state import RunState
+
+ImageSums = MapSums[tuple[int, int]]  # by prompt and image
 
 
 class LocalBlend:
@@ -33,6 +37,13 @@ class LocalBlend:
     words, subtract: for each prompt, the words whose places may change and those whose may not;
     start: fraction of the schedule; thresholds: of both masks, relative to their maximum.
     """
+
+    _sums: RunState[tuple[ImageSums, ImageSums]] = RunState(
+        factory=lambda: (ImageSums(), ImageSums())
+    )
+    _size: RunState[tuple[int, ...]] = RunState((0, 0))
+    _resolution: RunState[Fraction | None] = RunState()
+    _store: RunState[MapStore] = RunState()
 
     def __init__(
         self,
@@ -44,18 +55,13 @@ class LocalBlend:
         self.start = start
         # What may change, then what may not.
         self._words, self._thresholds = (words, subtract), thresholds
-        self._size: tuple[int, ...] = (0, 0)
-        self._forget()
-
-    def _forget(self) -> None:
-        self._sums = (MapSums[tuple[int, int]](), MapSums[tuple[int, int]]())
 
     def begin(self, sites: Iterable[Site], state: State) -> None:
         """A new run over these cross or joint sites.
 
         Raises UnsupportedError for a model whose sites' grids are unknown.
         """
-        self._forget()
+        self._sums = (ImageSums(), ImageSums())
         self._resolution = layout_resolution("blend", sites, state.grid, "leave blend out")
         self._size, self._store = state.grid[-2:], state.maps
         self._store.keep_steps(
@@ -77,7 +83,7 @@ class LocalBlend:
 
     def _keep(
         self,
-        sums: MapSums[tuple[int, int]],
+        sums: ImageSums,
         words: tuple[str, ...],
         tokens: list[tuple[int, ...]],
         place: tuple[Site, int, Grid],

@@ -142,7 +142,10 @@ def check(case: Case, *chosen: Script, tolerance: float = EXACT, maps: bool = Tr
     tokens = [0, 2, text(case) - 1]
     image, keys, _ = case.call().spans
     queries = [0, image[1] - image[0] - 1]
+    evaluated = set()
     for backend in BACKENDS:
+        if backend in evaluated:
+            continue  # it is what "auto" chose
         call, seen, looks = case.call(), {}, {}
         for script in chosen:
             script(call)
@@ -150,7 +153,8 @@ def check(case: Case, *chosen: Script, tolerance: float = EXACT, maps: bool = Tr
             call.read((2, 3), tokens, lambda row, p, seen=seen: seen.update({row.index: p}))
             if keys is not None:
                 call.read_queries((2, 3), queries, lambda row, p, to=looks: to.update({row: p}))
-        out, _ = plan.evaluate(call, backend)
+        out, used = plan.evaluate(call, backend)
+        evaluated.add(used.name)
         close(out, want, tolerance, f"{backend} output")
         for row, p in seen.items():
             wanted = explicit.maps(row, tokens)[:, slice(*image)]
