@@ -83,14 +83,13 @@ class Session:
         trace: TracebackType | None,
     ) -> None:
         try:
-            if self._depth > 1:
-                self._depth -= 1
-            else:
+            entered, self._depth = self._depth, max(0, self._depth - 1)
+            if entered == 1:
                 self._end(failed=kind is not None)
         except BaseException:
             self._end(failed=True)  # an interrupt: what is left of it
             raise
-        if self._depth == 0 and kind is None:
+        if entered == 1 and kind is None:
             self._check_run()
 
     def _end(self, *, failed: bool) -> None:

@@ -153,7 +153,7 @@ class Denoising:
                 "cache is bypassing the model. Call torch._dynamo.reset(), or compile inside "
                 "control()"
             )
-        for one in call.acting:
+        for one in set(call.acting).intersection(self.attached):
             one.entry.expected |= one.sites & set(call.by_site)
             one.entry.ran |= call.ran
         if torch.is_grad_enabled():
@@ -220,7 +220,7 @@ class Denoising:
             acting = tuple(a for a, on in zip(here, key[1:], strict=True) if on)
             shown: dict[str, EditedSite] = {}
             order = families.joint_order(hooked.denoiser)
-            for path, port in hooked.ports.items():
+            for path, port in list(hooked.ports.items()):
                 if shown_to := [a for a in acting if path in a.sites]:
                     shown[path] = EditedSite(
                         port.site,

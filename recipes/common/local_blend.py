@@ -39,10 +39,10 @@ class LocalBlend:
     """
 
     _sums: RunState[tuple[ImageSums, ImageSums]] = RunState(
-        factory=lambda: (ImageSums(), ImageSums())
+        factory=lambda: (ImageSums(), ImageSums()), kept=True
     )
-    _size: RunState[tuple[int, ...]] = RunState((0, 0))
-    _resolution: RunState[Fraction | None] = RunState()
+    _size: RunState[tuple[int, ...]] = RunState((0, 0), kept=True)
+    _resolution: RunState[Fraction | None] = RunState(None, kept=True)
     _store: RunState[MapStore] = RunState()
 
     def __init__(
