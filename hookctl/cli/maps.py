@@ -84,7 +84,9 @@ def _write(drawing: Drawing, out: Path, options: Any) -> None:
 
     pipe = load_pipeline(options.model, options.device, options.dtype)
     put_on(pipe, options.lora)
-    with hookctl.control(pipe, hookctl.Maps(*(options.words or ()))) as session:
+    # Each step by itself, for the files of time-WORD and maps.npz.
+    reader = hookctl.Maps(*(options.words or ()), mean=False)
+    with hookctl.control(pipe, reader) as session:
         progress = common.wants_progress(options)
         [image] = images(pipe, drawing, [options.prompt], "maps", progress)
     words = {word: session.maps[word] for word in session.maps.words}
