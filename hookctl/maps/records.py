@@ -201,8 +201,9 @@ class WordMaps:
         return torch.stack(sums).sum(0) / sum(record.count for record in chosen)
 
     def overlay(self, image: Any, **options: Any) -> Any:
-        """The image with the mean map laid over it (`show.overlay`)."""
-        return show.overlay(image, self.mean().detach().cpu(), **options)
+        """The image with the mean map laid over it (`show.overlay`), on a scale from 0."""
+        mean = self.mean().detach().cpu()
+        return show.overlay(image, mean, **({"scale": show.scale_of([mean])} | options))
 
     def strip(self, image: Any = None, count: int = 8) -> Any:
         """One image of the map at up to `count` steps (`show.time_strip`).
@@ -213,7 +214,7 @@ class WordMaps:
         step = max(1, -(-len(steps) // count))
         chosen = list(steps[::step])
         maps = [self.where(steps=[step]).mean().detach().cpu() for step in chosen]
-        return show.time_strip(maps, [f"step {step}" for step in chosen], image)
+        return show.time_strip(maps, [f"step {step}" for step in chosen], image, bar=True)
 
 
 def extent(records: Sequence[MapRecord]) -> str:

@@ -139,8 +139,9 @@ class MapStore:
             return notebook.html_lines([repr(self)])
         titles = [key.title for key in shown]
         maps = [self._of(key).mean().detach().cpu() for key in shown]
-        heat = [show.heatmap(one, (128, 128)) for one in maps]
-        strip = show.grid([heat], column_titles=titles, cell=(128, 128))
+        scale = show.scale_of(maps)
+        heat = [show.heatmap(one, (128, 128), scale=scale) for one in maps]
+        strip = show.grid([heat], column_titles=titles, cell=(128, 128), scales=[scale])
         return notebook.html_lines([repr(self)]) + notebook.html_image(strip, ", ".join(titles))
 
     def __getitem__(self, word: str) -> WordMaps:

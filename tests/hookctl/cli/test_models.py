@@ -195,6 +195,21 @@ def test_maps_of_a_word_that_is_not_there(say: Say, folder: Folder, tmp_path: Pa
     assert status == 2 and "'cot' is not in the prompt" in err and "did you mean 'cat'?" in err
 
 
+def test_what_a_place_looks_at(say: Say, folder: Folder, tmp_path: Path) -> None:
+    arguments = ("maps", folder("sd15"), "--prompt", "a red cat", "--steps", 1, "--device", "cpu")
+    status, out, err = say(*arguments, "--patch", "0.25,0.75", "--out", tmp_path)
+    assert status == 0 and not err and "patch (0.25, 0.75)" in out
+    data = json.loads((tmp_path / "maps.json").read_text("utf-8"))
+    assert list(data["words"]) == ["patch (0.25, 0.75)"]
+    arrays = np.load(tmp_path / "maps.npz")
+    assert all(a.sum((1, 2)).max() <= 1.001 for a in arrays.values())  # shares of what it looks at
+    status, out, err = say(*arguments, "--words", "cat", "--patch", "0,1", "--out", tmp_path)
+    assert status == 0 and "cat" in out and "patch (0, 1)" in out, err
+    for wrong in ("0.5", "1.5,0", "nan,0", "a,b", "1,2,3"):
+        status, _, err = say(*arguments, "--patch", wrong)
+        assert status == 2 and "Y,X expected, each from 0 to 1" in err
+
+
 # -- run -------------------------------------------------------------------------------------------
 
 
