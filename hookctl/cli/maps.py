@@ -124,8 +124,14 @@ def _write(drawing: Drawing, out: Path, options: Any) -> None:
     common.save_image(image, out / "image.png")
     names = _names(words)
     means = {word: maps.mean().detach().cpu() for word, maps in words.items()}
-    sheet, scales = show.map_sheet(image, means, marks)
-    common.save_image(sheet, out / "maps.png")
+    # Shares of words and of places are of different sizes: rows, and scales, of their own.
+    sheets, scales = [], {}
+    for group in ([w for w in words if w not in marks], list(marks)):
+        if group:
+            sheet, of_group = show.map_sheet(image, {w: means[w] for w in group}, marks)
+            sheets.append(sheet)
+            scales |= of_group
+    common.save_image(show.stacked(sheets), out / "maps.png")
     for word, maps in words.items():
         over = show.overlay(image, means[word], scale=scales[word], regions=marks.get(word, ()))
         alone = show.grid([[over]], [word], scales=[scales[word]])
