@@ -38,8 +38,10 @@ class Hooked(Protocol):
 
     denoiser: nn.Module
     model: nn.Module
-    ports: Mapping[str, SitePort]
     port: DenoiserPort
+
+    @property
+    def ports(self) -> Mapping[str, SitePort]: ...
 
     def refresh(self) -> None:
         """Look after hooks that the pipeline may have changed meanwhile."""
