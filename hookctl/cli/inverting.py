@@ -45,8 +45,12 @@ def read_image(preset: Preset, file: Path | None, drawing: Drawing) -> Image | N
         raise FileNotFoundError(f"--image {file}: there is no such file; give an image")
     from PIL import Image, UnidentifiedImageError
 
+    from hookctl.address.pixels import rgb
+
     try:
-        return Image.open(file).convert("RGB")
+        with Image.open(file) as opened:
+            opened.load()
+            return rgb(opened, f"--image {file}")
     except (UnidentifiedImageError, OSError, SyntaxError):
         raise InputError(
             f"--image {file}: can't be read as an image; give a whole PNG or JPEG file"
