@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from hookctl.address.outlines import Array, Box, Combined, Mask, Outline, Points, Polygon, Stroke
+from hookctl.address.outlines import Box, Combined, Mask, Outline, Points, Polygon, Stroke
 from hookctl.address.pixels import MaskLike, mask_values
 from hookctl.errors import InputError
 

@@ -42,7 +42,8 @@ class Trajectory:
     prompt_embeds ...).
 
     latents: [images, channels, height, width] in the scheduler's space; level: the one they are
-    at; levels: signal and noise of each, `steps` + 1 of them.
+    at; levels: signal and noise of each, `steps` + 1 of them; size: (height, width) in px, None
+    for the pipeline's own.
 
     Raises UnsupportedError for pipelines whose loop is more than one denoiser call, classifier-free
     guidance and the scheduler's step.
@@ -78,6 +79,8 @@ class Trajectory:
             "latents": latents,
         }
         self.pipe, self.prompts, self.images = pipe, tuple(texts), images
+        height, width = arguments.get("height"), arguments.get("width")
+        self.size = (int(height), int(width)) if height and width else None
         self.guidance, self.eta, self.generator = guidance, eta, generator
         self.template: Template = prepare(pipe, arguments, len(texts), images)
         self.denoiser = families.denoiser_of(pipe)
@@ -217,7 +220,7 @@ class Trajectory:
 
     def decode(self, output_type: str = "pil") -> Any:
         """The latents as images, as the pipeline's own output_type= has them."""
-        return decode(self.pipe, self.latents, output_type)
+        return decode(self.pipe, self.latents, output_type, size=self.size)
 
     # -- predictions ---------------------------------------------------------------------------
 
@@ -281,7 +284,7 @@ class Trajectory:
 
         So are the deterministic steps of DDIM, Euler and flow matching, whatever is predicted.
         """
-        here, there = self.levels[i], self.levels[i + 1]
+        here, there = self.levels[i], self.noise.after(self.noise.timesteps[i])
         one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         alpha, beta = (
             float(there.mix(*self.noise.split(x, prediction, here)))

@@ -89,7 +89,7 @@ def encoded_by(pipe: Any, twin: str, arguments: dict[str, Any]) -> Tensor:
             setattr(other.scheduler, method, note)
     try:
         with pytest.raises(Noised):
-            other(prompt="a cat", num_inference_steps=4, strength=0.9, **arguments)
+            other(**{"prompt": "a cat", "num_inference_steps": 4, "strength": 0.9} | arguments)
     finally:
         for method in ("add_noise", "scale_noise"):
             other.scheduler.__dict__.pop(method, None)
@@ -115,6 +115,9 @@ def test_encodes_as_video_to_video(name: str) -> None:
     pipe = zoo.PIPELINES[name].make()
     twin, arguments = VIDEO_TWINS[name]
     video = [picture(seed=i) for i in range(5)]
+    if name == "wan":  # whose cleaning of texts needs a further package
+        text = torch.zeros(1, 8, pipe.transformer.config.text_dim)
+        arguments = arguments | {"prompt": None, "prompt_embeds": text, "guidance_scale": 1.0}
     arguments = arguments | {"video": video, "generator": CPU().manual_seed(3)}
     expected = encoded_by(pipe, twin, arguments)
     ours = encode(pipe, video, CPU().manual_seed(3))
@@ -161,9 +164,7 @@ def test_a_mean_and_spread_of_each_channel() -> None:
     # Stable Diffusion 1 ignores them, and so do we.
     old = with_statistics(zoo.PIPELINES["sd15"].make())
     latents = zoo.PIPELINES["sd15"].run(old)
-    assert torch.equal(
-        decode(old, latents, "pt"), zoo.PIPELINES["sd15"].run(old, output_type="pt")
-    )
+    assert torch.equal(decode(old, latents, "pt"), zoo.PIPELINES["sd15"].run(old, output_type="pt"))
 
 
 @pytest.fixture
