@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hookctl.address import families
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.state import State
 
-_MASK = "encoder_attention_mask"
+_MASKS = ("encoder_attention_mask", "encoder_mask")
+# Models that make one vector of all the text that they are given.
+_POOLS = ("LuminaNextDiT2DModel", "HunyuanDiT2DModel", "Kandinsky3UNet")
 _IDS = "txt_ids"  # position of each text token: none of them has one
 
 
@@ -22,6 +25,7 @@ def widen(state: State, extra: Mapping[str, Tensor]) -> None:
     own = state.kwargs.get(state.text) if state.text else None
     if not isinstance(own, Tensor):
         raise UnsupportedError("this denoiser call has no text embeddings to widen")
+    _check_widens(state)
     parts, end = [own], own.shape[1]
     for name, text in extra.items():
         if (
@@ -38,22 +42,47 @@ def widen(state: State, extra: Mapping[str, Tensor]) -> None:
         parts.append(text)
         state.extra_text[name] = (end, end + text.shape[1])
         end += text.shape[1]
-    mask = state.kwargs.get(_MASK)
-    if isinstance(mask, Tensor):
-        if mask.dim() != 2:
-            raise UnsupportedError(f"{_MASK} {tuple(mask.shape)} can't be widened; give [rows, M]")
-        state.kwargs[_MASK] = F.pad(mask, (0, end - own.shape[1]), value=1)
+    for name in _MASKS:
+        mask = state.kwargs.get(name)
+        if isinstance(mask, Tensor):
+            if mask.dim() != 2:
+                raise UnsupportedError(
+                    f"{name} {tuple(mask.shape)} can't be widened; give [rows, M]"
+                )
+            state.kwargs[name] = F.pad(mask, (0, end - own.shape[1]), value=1)
     ids = state.kwargs.get(_IDS)
     if isinstance(ids, Tensor):
         state.kwargs[_IDS] = F.pad(ids, (0, 0, 0, end - own.shape[1]))
     state.kwargs[str(state.text)] = torch.cat(parts, 1)
 
 
+def _check_widens(state: State) -> None:
+    """Raise UnsupportedError where more text would change more than what is attended to."""
+    model = families.uncompiled(state.denoiser)
+    name = type(model).__name__
+    streams = [
+        key
+        for key, value in state.kwargs.items()
+        if re.match(r"encoder_hidden_states_(?!mask|image)", key) and value is not None
+    ]
+    if streams:
+        raise UnsupportedError(
+            f"{name} joins a second text ({streams[0]}) to its first inside the model, so it "
+            "can't be widened"
+        )
+    embeds = getattr(getattr(model, "config", None), "addition_embed_type", None)
+    if name in _POOLS or embeds in ("text", "text_image"):
+        raise UnsupportedError(
+            f"{name} pools its text into one vector that acts on the whole image, so it can't be "
+            "widened"
+        )
+
+
 def narrow(state: State, kwargs: dict[str, Any]) -> None:
     """Take from the arguments of a call what `widen` appended to those of `state`."""
     if not state.extra_text or state.own_text is None:
         return
-    for name, dim in ((str(state.text), 1), (_MASK, 1), (_IDS, 0)):
+    for name, dim in ((str(state.text), 1), *((mask, 1) for mask in _MASKS), (_IDS, 0)):
         if isinstance(kwargs.get(name), Tensor):
             kwargs[name] = kwargs[name].narrow(dim, 0, state.own_text)
 
@@ -101,3 +130,38 @@ def _tensors(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(_tensors(entry) for entry in value)
     return isinstance(value, Tensor)
+
+
+# -- models that know how many rows they are given -------------------------------------------------
+
+
+def rows_are_fixed(state: State) -> str | None:
+    """Why the denoiser must be given exactly the rows that its pipeline gives it, None if not."""
+    name = type(state.pipe).__name__
+    for module in state.denoiser.modules():
+        if not families.keeps_perturbed(module):
+            return (
+                f"the attention processors of {name} divide the batch into the pipeline's own "
+                "branches, so none can be added; use the pipeline without PAG (the recipe PAG does "
+                "the same), or pag_scale=0"
+            )
+        held = module.__dict__.get("clip_embeds")
+        if isinstance(held, Tensor) and held.shape[0] > 1:
+            return (
+                f"the FaceID adapter of this {name} keeps the images of the pipeline's own rows in "
+                "the model (clip_embeds), so none can be added; use an IP-Adapter that is given "
+                "its images by the call, or unload it (pipe.unload_ip_adapter())"
+            )
+    return None
+
+
+def check_rows_can_change(state: State) -> None:
+    """Raise UnsupportedError if the denoiser keeps outputs of one call for the next."""
+    model = families.uncompiled(state.denoiser)
+    if getattr(model, "is_cache_enabled", False):
+        kind = type(getattr(model, "_cache_config", None)).__name__
+        raise UnsupportedError(
+            f"{type(model).__name__} has a cache on ({kind}), which keeps what the rows of the "
+            "pipeline's own calls gave; a call with other rows or latents would spoil it. Call "
+            "disable_cache() on the model first"
+        )

@@ -42,11 +42,9 @@ class Trajectory:
     prompt_embeds ...).
 
     latents: [images, channels, height, width] in the scheduler's space; level: the one they are
-    at; levels: signal and noise of each, `steps` + 1 of them; size: (height, width) in px, None
-    for the pipeline's own.
+    at; levels: signal and noise of each, `steps` + 1 of them; size: (height, width) in px, or None.
 
-    Raises UnsupportedError for pipelines whose loop is more than one denoiser call, classifier-free
-    guidance and the scheduler's step.
+    Raises UnsupportedError for pipelines whose loop is more than a denoiser call, guidance, a step.
     """
 
     def __init__(

@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import hookctl
+from hookctl import Editor
 from hookctl.attention.call import AttentionCall
-from hookctl.errors import UnsupportedError
+from hookctl.errors import InputError, UnsupportedError
 from hookctl.evaluate import plan
+from tests import zoo
 from tests.hookctl.attention.calls import IMAGE, ROWS, TEXT, Case, close, make, random
 from tests.hookctl.evaluate.verbs import BACKENDS, EXACT
 
@@ -192,3 +195,21 @@ def test_marginals_among_the_image(kind: str) -> None:
     close(sums, p[:, image, image].sum(1), EXACT)
     with pytest.raises(UnsupportedError, match="attends to a text"):
         make("cross").call().marginals(3, print)
+
+
+@pytest.mark.parametrize(
+    ("change", "cure"),
+    [
+        (lambda call: call.v.mul_(0), r"changed call.v in place at .*call.replace\(rows"),
+        (lambda call: call.k[0].zero_(), "changed call.k in place"),
+        (lambda call: call.q.copy_(call.q + 1), "changed call.q in place"),
+    ],
+)
+def test_changes_in_place_are_an_error(change: Any, cure: str) -> None:
+    class Careless(Editor):
+        def attention(self, call: AttentionCall) -> None:
+            change(call)
+
+    pipe = zoo.PIPELINES["sd15"].make()
+    with hookctl.control(pipe, Careless()), pytest.raises(InputError, match=f"Careless.*{cure}"):
+        zoo.PIPELINES["sd15"].run(pipe)
