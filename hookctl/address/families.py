@@ -159,6 +159,8 @@ def _place(path: str) -> tuple[str, int]:
 
 
 def _kind(path: str, module: nn.Module, order: str | None) -> str:
+    if path.endswith("fuser.attn"):  # GLIGEN: the image and its grounding tokens
+        return "gated"
     if "motion_modules" in path or "temporal" in path:
         return "temporal"
     if order is not None and (
@@ -263,6 +265,9 @@ def uncatchable(module: nn.Module) -> str | None:
             "torch.nn.MultiheadAttention computes its attention where nothing can be caught; "
             "build the layer on scaled_dot_product_attention"
         )
+    takes = getattr(processor_of(module), "_SUPPORTED_BACKENDS", None)
+    if takes and all("flex" in str(getattr(one, "value", one)) for one in takes):
+        return "its processor takes the flex backend alone, whose block masks nothing else reads"
     return None
 
 

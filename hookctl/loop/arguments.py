@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hookctl.address import families
 from hookctl.errors import InputError, UnsupportedError
+from hookctl.hooks.caches import cache_of
 from hookctl.loop.state import State
 
 _MASKS = ("encoder_attention_mask", "encoder_mask")
@@ -152,16 +153,20 @@ def rows_are_fixed(state: State) -> str | None:
                 "the model (clip_embeds), so none can be added; use an IP-Adapter that is given "
                 "its images by the call, or unload it (pipe.unload_ip_adapter())"
             )
+    if state.kwargs.get("kv_cache") is not None:
+        return (
+            f"{name} keeps the keys and values of its own rows from call to call (kv_cache), so "
+            "none can be added; pass use_kv_cache=False to the pipeline where it takes it"
+        )
     return None
 
 
 def check_rows_can_change(state: State) -> None:
     """Raise UnsupportedError if the denoiser keeps outputs of one call for the next."""
     model = families.uncompiled(state.denoiser)
-    if getattr(model, "is_cache_enabled", False):
-        kind = type(getattr(model, "_cache_config", None)).__name__
+    cache = cache_of(model)
+    if cache is not None:
         raise UnsupportedError(
-            f"{type(model).__name__} has a cache on ({kind}), which keeps what the rows of the "
-            "pipeline's own calls gave; a call with other rows or latents would spoil it. Call "
-            "disable_cache() on the model first"
+            f"{type(model).__name__} has a cache on ({cache.name}), which keeps what the rows of "
+            f"the pipeline's own calls gave; a call with other rows would spoil it: {cache.cure}"
         )

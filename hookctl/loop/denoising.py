@@ -14,7 +14,6 @@ from hookctl.address import families
 from hookctl.address.sites import Site
 from hookctl.attention.sdpa_call import SDPACall
 from hookctl.editor import overrides, tell
-from hookctl.errors import HoleError
 from hookctl.evaluate.one_call import EditedSite
 from hookctl.hooks.attention import SitePort, depth, unwind
 from hookctl.hooks.pipeline import DenoiserPort, Inner
@@ -24,6 +23,7 @@ from hookctl.loop.arguments import widen
 from hookctl.loop.attached import Attached, Session
 from hookctl.loop.branches import add_branches, asked_branches, cut_branches
 from hookctl.loop.calls import Call, Calls
+from hookctl.loop.missed import Missed, is_strict
 from hookctl.loop.run import Run
 from hookctl.loop.state import FeatureCall, State, check_finite
 from hookctl.loop.step import Step
@@ -52,7 +52,7 @@ class Denoising:
         self.port: DenoiserPort | None = None
         self._order = families.joint_order(denoiser)
         self._ports, self._refresh = ports, refresh
-        self._calls, self._step = Calls(), Step()
+        self._calls, self._step, self._missed = Calls(), Step(), Missed()
         self._local = threading.local()
         self._acting: dict[tuple[bool, ...], Acting] = {}
         self._expected: set[str] = set()
@@ -99,13 +99,9 @@ class Denoising:
         call = Call(state, *self._acting_at(state))
         if state.reading is not None:
             self._calls.follow(call, state.reading)
+        self._missed.before(self.model, call)
         out = self._within(call, inner, args, kwargs)
-        if call.by_site and not call.ran:
-            raise HoleError(
-                "none of the edited attention sites ran in a denoiser call: a compiled graph or a "
-                "cache is bypassing the model. Call torch._dynamo.reset(), or compile inside "
-                "control()"
-            )
+        self._missed.after(call)
         self._expected |= set(call.by_site)
         self._ran |= call.ran
         if torch.is_grad_enabled():
@@ -202,6 +198,10 @@ class Denoising:
             return False
         call.ran.add(site.path)
         return site.path in call.by_site
+
+    def is_strict(self) -> bool:
+        call = self._calls.current
+        return call is None or is_strict(call)
 
     def batch(self) -> int:
         call = self._calls.current

@@ -62,6 +62,9 @@ class Seen:
         self.calls: list[tuple[str, int]] = []
         self.within = within
 
+    def is_strict(self) -> bool:
+        return True
+
     def watching(self, site: Site) -> bool:
         return True
 
