@@ -88,8 +88,13 @@ def narrow(state: State, kwargs: dict[str, Any]) -> None:
             kwargs[name] = kwargs[name].narrow(dim, 0, state.own_text)
 
 
-# First axes that are not the batch: positions of tokens, images of an adapter.
-_SHARED = re.compile(r"^(img|txt|text|latent_image)_ids$|rotary|freqs|^ip_adapter_masks$")
+# First axes that are not the batch: positions of tokens, images of an adapter, blocks, what one
+# entry says of every row.
+_SHARED = re.compile(
+    r"^(img|txt|text|latent_image|image_cond)_ids$|rotary|freqs|rope_pos|^indices_"
+    r"|^ip_adapter_masks$|^padding_mask$|hidden_states_scale$"
+)
+_SECOND = re.compile(r"^encoder_hidden_states_llama3$")  # [layers, rows, tokens, channels]
 
 Spans = Sequence[tuple[int, int]]
 
@@ -115,8 +120,17 @@ def _take(name: str, value: Any, sizes: Mapping[int, int], spans: Spans) -> Any:
     if _SHARED.search(name):
         return value
     if isinstance(value, Tensor):
+        if _SECOND.search(name):
+            return torch.cat([value[:, start:stop] for start, stop in spans], 1)
         r = sizes.get(value.shape[0]) if value.dim() else None
         if r is None:
+            batch = min(sizes)
+            if value.dim() > 1 and batch > 1 and value.shape[0] == 2 * batch:
+                raise UnsupportedError(
+                    f"{name} {tuple(value.shape)} has 2 entries for each of {batch} rows, of which "
+                    "it is not known which belong to a row; so rows can neither be added to this "
+                    "call nor asked alone"
+                )
             return value
         return torch.cat([value[start * r : stop * r] for start, stop in spans])
     if isinstance(value, Mapping):
