@@ -84,10 +84,15 @@ class ConcatPort:
         self.name, self.traced = _ports.register(self, concat.path), False
         parameters = list(inspect.signature(type(concat.module).forward).parameters)
         self._argument = parameters[1]  # after `self`
-        self._handle = concat.module.register_forward_pre_hook(self._before, with_kwargs=True)
+        self._handles: list[Any] = []
+
+    def install(self) -> None:
+        module = self.concat.module
+        self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
 
     def remove(self) -> None:
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = args[0] if args else kwargs[self._argument]

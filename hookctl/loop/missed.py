@@ -13,7 +13,7 @@ class Missed:
     """Looks whether what a call was to show its editors is run, for sessions that are strict."""
 
     def __init__(self) -> None:
-        self._ran: dict[tuple[str, ...], set[str]] = {}
+        self._ran: dict[tuple[object, ...], set[str]] = {}
 
     def before(self, model: nn.Module, call: Call) -> None:
         """Raise HoleError if a cache will skip edited sites."""
@@ -27,7 +27,7 @@ class Missed:
                 f"{cache.cure}, or pass strict=False to do without them in those steps"
             )
 
-    def after(self, call: Call) -> None:
+    def after(self, model: nn.Module, call: Call) -> None:
         """Raise HoleError if the call ran none of its edited sites, or fewer than one like it."""
         state = call.state
         if not call.by_site or not is_strict(call):
@@ -40,7 +40,7 @@ class Missed:
             )
         if state.nested or state.reading is not None:
             return
-        ran = self._ran.setdefault(tuple(row.branch for row in state.rows), set())
+        ran = self._ran.setdefault((id(model), *[row.branch for row in state.rows]), set())
         lost = sorted((ran & set(call.by_site)) - call.ran)
         ran |= call.ran
         if lost:
@@ -54,4 +54,4 @@ class Missed:
 
 def is_strict(call: Call) -> bool:
     """Whether a session whose editors act in a call wants to know."""
-    return any(getattr(one.session, "strict", True) for one in call.acting)
+    return any(one.entry.strict for one in call.acting)
