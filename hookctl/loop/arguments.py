@@ -167,6 +167,12 @@ def rows_are_fixed(state: State) -> str | None:
                 "the model (clip_embeds), so none can be added; use an IP-Adapter that is given "
                 "its images by the call, or unload it (pipe.unload_ip_adapter())"
             )
+    packing = [key for key in state.kwargs if re.search(r"_(indexes|indices)$", key)]
+    if any(state.kwargs[key] is not None for key in packing):
+        return (
+            f"{type(state.denoiser).__name__} packs all that it is given into one sequence "
+            f"({packing[0]}), so no row can be added"
+        )
     if state.kwargs.get("kv_cache") is not None:
         return (
             f"{name} keeps the keys and values of its own rows from call to call (kv_cache), so "

@@ -138,7 +138,7 @@ def test_predictions_of_references_are_cut_off() -> None:
     ):
         step, seen = Step(), Combines()
         state = a_state(pipe, given)
-        step.note(state, predicted, predictions=True)
+        step.note(state, None, predicted, predictions=True)
         arguments = {"model_output": predicted[:, :4], "timestep": 1, "sample": own}
         if fits:
             step.take(stepped, arguments, [Attached(seen)])
@@ -178,3 +178,32 @@ def a_state(pipe: Any, model_input: Tensor) -> State:
         kwargs={"hidden_states": model_input},
         sample="hidden_states",
     )
+
+
+class Emptying(nn.Module):
+    """As HunyuanDiT does: takes the entries out of a list that it is given."""
+
+    def forward(self, hidden_states: Tensor, timestep: int, samples: list[Tensor]) -> Tensor:
+        while samples:
+            hidden_states = hidden_states + samples.pop()
+        return hidden_states
+
+
+class AsksAgain(Editor):
+    def __init__(self) -> None:
+        self.again: Tensor | None = None
+
+    def denoise(self, state: State, proceed: Any) -> Any:
+        out = proceed()
+        self.again = predict(state, list(state.rows))
+        return out
+
+
+def test_lists_that_a_model_empties_are_whole_for_the_next_call() -> None:
+    model, asks = Emptying(), AsksAgain()
+    given = [torch.ones(1, 2, 4, 4), torch.ones(1, 2, 4, 4)]
+    with hookctl.control(model, asks, rows=("cond",)):
+        out = model(torch.zeros(1, 2, 4, 4), 1, given)
+    assert torch.equal(out, torch.full((1, 2, 4, 4), 2.0))
+    assert asks.again is not None
+    assert torch.equal(asks.again, out)
