@@ -1,11 +1,13 @@
 """Caches that let a denoiser skip parts of itself and reuse what they gave in an earlier step.
 
 diffusers hangs them on the modules as hooks, by `model.enable_cache(...)` or by the functions
-`apply_...`; what is skipped is neither seen nor edited.
+`apply_...`; what is skipped is neither seen nor edited. Token merging (tomesd), which leaves
+attention without places in the image, is found here too.
 """
 
 from __future__ import annotations
 
+import weakref
 from typing import NamedTuple
 
 from torch import nn
@@ -25,16 +27,34 @@ _RUNS_ALL = ("TextKVCache",)  # keeps the keys of the text only
 
 
 class Cache(NamedTuple):
-    """name: of the cache; skips: whether attention is skipped; cure: what switches it off."""
+    """name: of the cache; skips: whether attention is skipped; cure: what switches it off; rows:
+    whether it keeps what the rows of a call gave."""
 
     name: str
     skips: bool
     cure: str
+    rows: bool = True
+
+
+# When a model was last looked at, and what was found: a model has thousands of modules.
+_looked: weakref.WeakKeyDictionary[nn.Module, tuple[int, Cache | None]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def cache_at(model: nn.Module, step: int) -> Cache | None:
+    """The cache that is on in a model at a step of a run; looked for once in a run."""
+    found = _looked.get(model)
+    if found is None or step <= found[0]:
+        found = _looked[model] = step, cache_of(model)
+    return found[1]
 
 
 def cache_of(model: nn.Module) -> Cache | None:
     """The cache that is on in a model, None without one."""
     for path, module in model.named_modules():
+        if type(module).__name__ == "ToMeBlock":
+            return Cache("token merging", True, "call tomesd.remove_patch(pipe)", rows=False)
         registry = getattr(module, "_diffusers_hook", None)
         for hook in getattr(registry, "hooks", {}):
             if hook in _HOOKS:

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from hookctl.address import families
+from hookctl.address.rows import PERTURBED
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.hooks.caches import cache_of
+from hookctl.hooks.caches import cache_at
 from hookctl.loop.state import State
 
 _MASKS = ("encoder_attention_mask", "encoder_mask")
@@ -153,13 +154,17 @@ def _tensors(value: Any) -> bool:
 def rows_are_fixed(state: State) -> str | None:
     """Why the denoiser must be given exactly the rows that its pipeline gives it, None if not."""
     name = type(state.pipe).__name__
-    for module in state.denoiser.modules():
-        if not families.keeps_perturbed(module):
-            return (
-                f"the attention processors of {name} divide the batch into the pipeline's own "
-                "branches, so none can be added; use the pipeline without PAG (the recipe PAG does "
-                "the same), or pag_scale=0"
-            )
+    divided = bool(state.rows.where(branch=PERTURBED)) and any(
+        not families.keeps_perturbed(module) for module in state.denoiser.modules()
+    )
+    if divided:
+        return (
+            f"the attention processors of {name} divide the batch into the pipeline's own "
+            "branches, so none can be added; use the pipeline without PAG (the recipe PAG does "
+            "the same), or pag_scale=0"
+        )
+    adapters = getattr(families.uncompiled(state.denoiser), "encoder_hid_proj", None)
+    for module in adapters.modules() if isinstance(adapters, nn.Module) else ():
         held = module.__dict__.get("clip_embeds")
         if isinstance(held, Tensor) and held.shape[0] > 1:
             return (
@@ -184,8 +189,8 @@ def rows_are_fixed(state: State) -> str | None:
 def check_rows_can_change(state: State) -> None:
     """Raise UnsupportedError if the denoiser keeps outputs of one call for the next."""
     model = families.uncompiled(state.denoiser)
-    cache = cache_of(model)
-    if cache is not None:
+    cache = cache_at(model, state.clock.step)
+    if cache is not None and cache.rows:
         raise UnsupportedError(
             f"{type(model).__name__} has a cache on ({cache.name}), which keeps what the rows of "
             f"the pipeline's own calls gave; a call with other rows would spoil it: {cache.cure}"

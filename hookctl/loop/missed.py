@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from hookctl.errors import HoleError
-from hookctl.hooks.caches import cache_of
+from hookctl.hooks.caches import cache_at
 from hookctl.loop.calls import Call
 
 
@@ -19,12 +19,12 @@ class Missed:
         """Raise HoleError if a cache will skip edited sites."""
         if not call.by_site or not is_strict(call):
             return
-        cache = cache_of(model)
+        cache = cache_at(model, call.state.clock.step)
         if cache is not None and cache.skips:
             raise HoleError(
                 f"{type(model).__name__} has a cache on ({cache.name}), which skips attention in "
-                f"some steps, so that edits at {len(call.by_site)} sites would be lost there; "
-                f"{cache.cure}, or pass strict=False to do without them in those steps"
+                f"some steps or for some tokens, so that edits at {len(call.by_site)} sites would "
+                f"be lost there; {cache.cure}, or pass strict=False to do without them"
             )
 
     def after(self, model: nn.Module, call: Call) -> None:

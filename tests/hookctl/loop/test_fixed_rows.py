@@ -112,7 +112,7 @@ class Projection(nn.Module):
 
 def test_images_kept_in_the_model_are_refused_by_name() -> None:
     pipe = PLAIN.make()
-    pipe.unet.faceid = Projection(2)
+    pipe.unet.encoder_hid_proj = Projection(2)
     with (
         hookctl.control(pipe, PAG()),
         pytest.raises(UnsupportedError, match="FaceID adapter of this StableDiffusionPipeline"),

@@ -117,3 +117,18 @@ def test_blocks_that_are_reused_are_noticed() -> None:
     del block.forward
     with hookctl.control(pipe, Fades()):
         SD15.run(pipe)
+
+
+def test_merged_tokens_are_named() -> None:
+    pipe = SD15.make()
+    block = pipe.unet.mid_block.attentions[0].transformer_blocks[0]
+    kind = type(block)
+    block.__class__ = type("ToMeBlock", (kind,), {})  # as tomesd patches it
+    with (
+        hookctl.control(pipe, Fades()),
+        pytest.raises(HoleError, match=r"token merging.*call tomesd.remove_patch\(pipe\)"),
+    ):
+        SD15.run(pipe)
+    block.__class__ = kind
+    with hookctl.control(pipe, Fades()):
+        SD15.run(pipe)
