@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import hookctl
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.images import decode, encode
 from hookctl.loop.trajectory import Trajectory
+from hookctl.recipes import DDIMInversion, MultiDiffusion, ReferenceOnly
 from tests import zoo
 
 
@@ -256,3 +258,19 @@ def test_a_pipeline_without_an_image_encoding_says_so() -> None:
     pipe.vae = torch.nn.Linear(1, 1)
     with pytest.raises(UnsupportedError, match="its latents stand to those of Linear is not known"):
         decode(pipe, torch.zeros(1, 4, 8, 8))
+
+
+def test_recipes_work_in_float16_as_the_pipeline_does(overflowing: Any) -> None:
+    """Whatever encodes or decodes: no image of NaN, no misleading refusal."""
+    overflowing.scheduler = diffusers.DDIMScheduler.from_config(
+        overflowing.scheduler.config, clip_sample=False
+    )
+    found = DDIMInversion(overflowing, picture(), "a cat", steps=2).run()
+    assert found.path[-1].isfinite().all()
+    assert np.isfinite(found.reconstruct(overflowing, "np")).all()
+    given = {"height": 64, "width": 64, "num_inference_steps": 2}
+    texts = ["a cat", "a dog"]
+    with hookctl.control(overflowing, ReferenceOnly(texts, picture())):
+        assert np.isfinite(overflowing(texts, output_type="np", **given).images).all()
+    drawn = MultiDiffusion().run(overflowing, "a cat", output_type="np", **given)
+    assert np.isfinite(drawn).all()
