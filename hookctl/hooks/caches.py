@@ -2,7 +2,8 @@
 
 diffusers hangs them on the modules as hooks, by `model.enable_cache(...)` or by the functions
 `apply_...`; what is skipped is neither seen nor edited. Token merging (tomesd), which leaves
-attention without places in the image, is found here too.
+attention without places in the image, and FreeNoise's split inference, which leaves it without
+whole rows, are found here too.
 """
 
 from __future__ import annotations
@@ -27,13 +28,31 @@ _RUNS_ALL = ("TextKVCache",)  # keeps the keys of the text only
 
 
 class Cache(NamedTuple):
-    """name: of the cache; skips: whether attention is skipped; cure: what switches it off; rows:
-    whether it keeps what the rows of a call gave."""
+    """name: of the cache; effect: what it does to edited attention, "" for nothing; cure: what
+    switches it off; rows: whether it keeps what the rows of a call gave; hopeless: whether what
+    attention is left can't be edited either."""
 
     name: str
-    skips: bool
+    effect: str
     cure: str
     rows: bool = True
+    hopeless: bool = False
+
+
+_SKIPS = "skips it in some steps"
+_MERGED = Cache(
+    "token merging",
+    "leaves it without places in the image",
+    "call tomesd.remove_patch(pipe)",
+    rows=False,
+)
+_SPLIT = Cache(
+    "FreeNoise's split inference",
+    "shows it parts of a batch, whose rows can't be told",
+    "call pipe.disable_free_noise(), then pipe.enable_free_noise() without split inference",
+    hopeless=True,
+)
+_BY_CLASS = {"ToMeBlock": _MERGED, "SplitInferenceModule": _SPLIT}
 
 
 # When a model was last looked at, and what was found: a model has thousands of modules.
@@ -53,8 +72,8 @@ def cache_at(model: nn.Module, step: int) -> Cache | None:
 def cache_of(model: nn.Module) -> Cache | None:
     """The cache that is on in a model, None without one."""
     for path, module in model.named_modules():
-        if type(module).__name__ == "ToMeBlock":
-            return Cache("token merging", True, "call tomesd.remove_patch(pipe)", rows=False)
+        if found := _BY_CLASS.get(type(module).__name__):
+            return found
         registry = getattr(module, "_diffusers_hook", None)
         for hook in getattr(registry, "hooks", {}):
             if hook in _HOOKS:
@@ -66,5 +85,5 @@ def cache_of(model: nn.Module) -> Cache | None:
                         "remove its hooks from the model's modules, as by "
                         f"{where}._diffusers_hook.remove_hook({hook!r})"
                     )
-                return Cache(name, name not in _RUNS_ALL, cure)
+                return Cache(name, "" if name in _RUNS_ALL else _SKIPS, cure)
     return None

@@ -192,6 +192,6 @@ def check_rows_can_change(state: State) -> None:
     cache = cache_at(model, state.clock.step)
     if cache is not None and cache.rows:
         raise UnsupportedError(
-            f"{type(model).__name__} has a cache on ({cache.name}), which keeps what the rows of "
-            f"the pipeline's own calls gave; a call with other rows would spoil it: {cache.cure}"
+            f"{cache.name} is on in {type(model).__name__} and made for the rows of the pipeline's "
+            f"own calls; a call with other rows would spoil it: {cache.cure}"
         )

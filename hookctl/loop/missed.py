@@ -17,15 +17,16 @@ class Missed:
 
     def before(self, model: nn.Module, call: Call) -> None:
         """Raise HoleError if a cache will skip edited sites."""
-        if not call.by_site or not is_strict(call):
+        if not call.by_site:
             return
         cache = cache_at(model, call.state.clock.step)
-        if cache is not None and cache.skips:
-            raise HoleError(
-                f"{type(model).__name__} has a cache on ({cache.name}), which skips attention in "
-                f"some steps or for some tokens, so that edits at {len(call.by_site)} sites would "
-                f"be lost there; {cache.cure}, or pass strict=False to do without them"
-            )
+        if cache is None or not cache.effect or not (cache.hopeless or is_strict(call)):
+            return
+        rest = "" if cache.hopeless else ", or pass strict=False to do without the edits there"
+        raise HoleError(
+            f"edited attention: {cache.name} is on in {type(model).__name__} and {cache.effect} "
+            f"({len(call.by_site)} sites); {cache.cure}{rest}"
+        )
 
     def after(self, model: nn.Module, call: Call) -> None:
         """Raise HoleError if the call ran none of its edited sites, or fewer than one like it."""

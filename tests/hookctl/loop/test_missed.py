@@ -44,7 +44,7 @@ def test_a_cache_is_named_and_its_cure_works(name: str) -> None:
     pipe.transformer.enable_cache(configs(pipe)[name])
     with (
         hookctl.control(pipe, Fades()),
-        pytest.raises(HoleError, match=rf"a cache on \({name}\).*disable_cache\(\)"),
+        pytest.raises(HoleError, match=rf"{name} is on .* skips it in some .*disable_cache\(\)"),
     ):
         FLUX.run(pipe)
     with hookctl.control(pipe, Fades(), strict=False):
@@ -126,9 +126,24 @@ def test_merged_tokens_are_named() -> None:
     block.__class__ = type("ToMeBlock", (kind,), {})  # as tomesd patches it
     with (
         hookctl.control(pipe, Fades()),
-        pytest.raises(HoleError, match=r"token merging.*call tomesd.remove_patch\(pipe\)"),
+        pytest.raises(HoleError, match=r"token merging is on.*call tomesd.remove_patch\(pipe\)"),
     ):
         SD15.run(pipe)
     block.__class__ = kind
     with hookctl.control(pipe, Fades()):
         SD15.run(pipe)
+
+
+def test_split_inference_is_refused_even_so() -> None:
+    pipe = zoo.PIPELINES["animatediff"].make()
+    pipe.enable_free_noise(context_length=4, context_stride=2)
+    given = {"height": 64, "width": 64, "num_frames": 6, "num_inference_steps": 1}
+    with hookctl.control(pipe, Fades()):
+        pipe("a red cat", **given)
+    pipe.enable_free_noise_split_inference(spatial_split_size=16, temporal_split_size=2)
+    for strict in (True, False):
+        with (
+            hookctl.control(pipe, Fades(), strict=strict),
+            pytest.raises(HoleError, match=r"FreeNoise's split.*pipe.disable_free_noise\(\)"),
+        ):
+            pipe("a red cat", **given)
