@@ -49,7 +49,7 @@ _MERGED = Cache(
 _SPLIT = Cache(
     "FreeNoise's split inference",
     "shows it parts of a batch, whose rows can't be told",
-    "call pipe.disable_free_noise(), then pipe.enable_free_noise() without split inference",
+    "load the pipeline anew and leave out enable_free_noise_split_inference()",
     hopeless=True,
 )
 _BY_CLASS = {"ToMeBlock": _MERGED, "SplitInferenceModule": _SPLIT}

@@ -96,6 +96,7 @@ _SHARED = re.compile(
     r"|^ip_adapter_masks$|^padding_mask$|hidden_states_scale$"
 )
 _SECOND = re.compile(r"^encoder_hidden_states_llama3$")  # [layers, rows, tokens, channels]
+_PAIRED = re.compile(r"^encoder_hidden_states_image$")  # Wan: the first and the last image
 
 Spans = Sequence[tuple[int, int]]
 
@@ -123,9 +124,10 @@ def _take(name: str, value: Any, sizes: Mapping[int, int], spans: Spans) -> Any:
     if isinstance(value, Tensor):
         if _SECOND.search(name):
             return torch.cat([value[:, start:stop] for start, stop in spans], 1)
-        r = sizes.get(value.shape[0]) if value.dim() else None
+        batch = min(sizes)
+        known = {2 * batch: 2, **sizes} if _PAIRED.search(name) else sizes
+        r = known.get(value.shape[0]) if value.dim() else None
         if r is None:
-            batch = min(sizes)
             if value.dim() > 1 and batch > 1 and value.shape[0] == 2 * batch:
                 raise UnsupportedError(
                     f"{name} {tuple(value.shape)} has 2 entries for each of {batch} rows, of which "

@@ -166,3 +166,14 @@ def test_several_entries_for_each_row_go_with_their_row() -> None:
     state.kwargs["hidden_states"] = torch.zeros(2, 4, 8, 8)
     with pytest.raises(UnsupportedError, match=r"two \(4, 3\) has 2 entries for each of 2 rows"):
         take_rows(state, [(0, 2), (1, 2)])
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_first_and_last_images_go_with_their_row(batch: int) -> None:
+    pairs = torch.arange(2.0 * batch).reshape(-1, 1, 1).expand(-1, 3, 8)
+    state = call_of("WanTransformer3DModel", encoder_hidden_states_image=pairs)
+    state.rows = Rows([Row(i, "cond", i, 0) for i in range(batch)])
+    state.kwargs["hidden_states"] = torch.zeros(batch, 4, 8, 8)
+    taken = take_rows(state, [(0, batch), (batch - 1, batch)])["encoder_hidden_states_image"]
+    last = 2 * batch - 2
+    assert taken[:, 0, 0].tolist() == [*range(2 * batch), last, last + 1]
