@@ -146,6 +146,11 @@ class Grid:
         """How many there are, of all frames."""
         return self.frames * self.height * self.width
 
+    def cells(self, y: float, x: float) -> list[int]:
+        """The token of each frame in which a place lies; y, x: fractions of height and width."""
+        row, column = (min(int(p * n), n - 1) for p, n in zip((y, x), self, strict=True))
+        return [(frame * self.height + row) * self.width + column for frame in range(self.frames)]
+
 
 def grid_of(tokens: int, latent: Sequence[int]) -> Grid | None:
     """The grid that `tokens` image tokens form over a latent of ([frames,] height, width).

@@ -193,8 +193,26 @@ def test_marginals_among_the_image(kind: str) -> None:
     p = (case.q[2] @ case.k[2].mT * case.scale).softmax(-1).mean(1)
     assert row == ROWS[2]
     close(sums, p[:, image, image].sum(1), EXACT)
-    with pytest.raises(UnsupportedError, match="attends to a text"):
-        make("cross").call().marginals(3, print)
+    for verb in ("marginals", "read_queries"):
+        given = () if verb == "marginals" else ([0],)
+        with pytest.raises(UnsupportedError, match=f"{verb}: .* attends to a text"):
+            getattr(make("cross").call(), verb)(3, *given, print)
+
+
+@pytest.mark.parametrize("queries", [(), (-1,), (0, IMAGE)])
+def test_queries_that_are_none(queries: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=f"are not among the {IMAGE} image queries"):
+        make("self").call().read_queries(3, queries, print)
+
+
+def test_lines_of_queries_have_gradients() -> None:
+    case, seen = make("self"), []
+    case.q.requires_grad_()
+    call = case.call()
+    call.read_queries(2, [1], lambda row, p: seen.append(p))
+    plan.read_only(call)
+    (gradient,) = torch.autograd.grad(seen[0][..., 0].sum(), case.q)
+    assert gradient[2, ..., 1, :].any() and not gradient[2, ..., 2:, :].any()
 
 
 @pytest.mark.parametrize(
