@@ -150,12 +150,19 @@ class Predictions:
 
     def __getitem__(self, branch: str) -> Tensor:
         try:
-            return self.branches[branch]
+            found = self.branches[branch]
         except KeyError:
             raise LayoutError(
                 f"this step has no predictions of branch {branch!r}; it has: "
                 f"{', '.join(self.branches)}"
             ) from None
+        if found.shape[1:] != self.guided.shape[1:]:
+            raise UnsupportedError(
+                f"{type(self.state.pipe).__name__} makes {tuple(self.guided.shape)} of its "
+                f"denoiser's prediction {tuple(found.shape)} before the scheduler's step, in a way "
+                "unknown here, so predictions can't be combined anew"
+            )
+        return found
 
 
 def replace_channels(model_input: Tensor, rows: Tensor) -> Tensor:
