@@ -80,8 +80,10 @@ class Log:
     def lost(self, editors: Iterable[Editor]) -> Iterator[tuple[Editor, str]]:
         """The editors that did nothing though they were to: out of time, or not neutral."""
         for editor in editors:
+            if self.acted(editor) or editor.start == editor.stop:  # an empty window is meant
+                continue
             met = any(editor.active(clock) for clock in self.clocks)
-            if not self.acted(editor) and (not met or editor.neutral() is False):
+            if not met or editor.neutral() is False:
                 yield editor, self._why(editor)
 
     def _why(self, editor: Editor) -> str:

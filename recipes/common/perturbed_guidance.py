@@ -51,7 +51,7 @@ class PerturbedGuidance(Editor):
         self.given_sites = self.sites = sites
         self.start, self.stop = start, stop
 
-    def neutral(self) -> bool:
+    def neutral(self) -> bool | None:
         return self.scale == 0
 
     def claims(self) -> Sequence[Claim]:
