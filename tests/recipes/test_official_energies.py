@@ -58,18 +58,18 @@ def test_attend_and_excite(thresholds: dict[int, float]) -> None:
 BOXES = [[(0.1, 0.2, 0.7, 0.9), (0.4, 0.0, 1.0, 0.6)], [(0.05, 0.3, 0.9, 0.95)]]
 
 
-@pytest.mark.parametrize("thresholds", [{}, {0: 0.03, 2: 0.06, 5: 0.01}])
+@pytest.mark.parametrize("thresholds", [{}, {0: 0.03, 2: 0.06, 5: 0.2}])
 def test_box_diff(thresholds: dict[int, float]) -> None:
     pipe = made("sd15", torch.float64)
     shares = {(step + 0.5) / STEPS: value for step, value in thresholds.items()}
-    common = {"refinements": 7, "scale": 60.0, "top": 0.4}
+    common = {"refinements": 7, "scale": 1000.0, "top": 0.4}
     edit = BoxDiff(WORDS, BOXES, thresholds=shares, paper=True, **common)
     got, taken = drawn(pipe, edit), []
     with literal.Model(pipe).written_out() as model:
         for i, prompt in enumerate(PROMPTS):
             want, rounds = literal.excited(
                 model, prompt, tokens(pipe, i), literal.BoxLoss(BOXES[i], 0.4),
-                thresholds=thresholds, seed=i, scale=60.0, most=7,
+                thresholds=thresholds, seed=i, scale=1000.0, most=7,
             )  # fmt: skip
             taken += rounds
             assert relative(got[i], want[0]) < TOLERANCE
