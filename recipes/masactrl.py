@@ -16,7 +16,10 @@ own side alone, so the masked form is one attention with a region for either sid
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from hookctl.address.clock import Window
 from hookctl.address.regions import RegionLike
@@ -56,12 +59,13 @@ class MasaCtrl(SourceAndEdits):
         entry for each prompt. threshold: of the maps, scaled to 0..1, above 0.
     path: latents of the source at every level, noisiest first: those of an inverted image
         (`loop.inversion`), which the source then is. The edits start from its noise too.
-    paper: masks by nearest sampling and from the maps of the same step alone, as the official code
-        has them; otherwise a token belongs where half of it is covered, and sites before the first
-        map of a step use the last step's.
+    paper: masks by a token's first pixel, of 0 and 1, and from the maps of the same step alone, as
+        the official code has them; otherwise a token belongs where half of it is covered, and sites
+        before the first map of a step use the last step's.
 
     A mask that would leave a query without keys (empty, or everything) is not used, and the site is
-    edited as without one; the official code then attends to everything evenly.
+    edited as without one; in the official code, and with `paper`, that query attends to all keys
+    evenly.
 
     Raises InputError for arguments that do not fit the prompts or each other; on entering
     `control`, WordError for words that their prompts do not have.
@@ -169,6 +173,17 @@ class MasaCtrl(SourceAndEdits):
             return
         for prompt, image in dict.fromkeys((r.prompt, r.image) for r in call.rows if r.prompt):
             pair = masks.pair(prompt, image, call.grid, call.clock.step)
-            regions = None if pair is None else foreground_regions(*pair, call)
+            if pair is None:
+                continue
+            rows, regions = call.rows.where(prompt=prompt, image=image), foreground_regions(*pair, call)
             if regions is not None:
-                call.restrict(call.rows.where(prompt=prompt, image=image), *regions)
+                call.restrict(rows, *regions)
+            elif self.paper and call.site.kind == "self":
+                source, target = pair
+                lost = ~target if source.all() else target
+                call.map_queries(rows, partial(_evenly, lost.flatten().repeat(call.grid.frames)))
+
+
+def _evenly(lost: Tensor, q: Tensor) -> Tensor:
+    """Queries [..., tokens, channels] of which the lost ones attend to all keys alike."""
+    return q.masked_fill(lost.to(q.device)[:, None], 0)
