@@ -11,10 +11,11 @@ from hookctl.errors import InputError, UnsupportedError
 
 
 @torch.no_grad()
-def encode(pipe: Any, image: Any) -> Tensor:
+def encode(pipe: Any, image: Any, generator: torch.Generator | None = None) -> Tensor:
     """The latents of an image, [1, channels, height, width]: the mean of the encoder's.
 
-    image: PIL, mode RGB, with sides that the pipeline can draw.
+    image: PIL, mode RGB, with sides that the pipeline can draw. generator: draws from the encoder's
+    distribution instead.
     Raises InputError for other modes and sizes.
     """
     vae, factor = _autoencoder(pipe), int(getattr(pipe, "vae_scale_factor", 8))
@@ -30,7 +31,12 @@ def encode(pipe: Any, image: Any) -> Tensor:
         )
     pixels = pipe.image_processor.preprocess(image).to(vae.device, vae.dtype)
     found = vae.encode(pixels)
-    mean = found.latent_dist.mean if hasattr(found, "latent_dist") else found.latent
+    if not hasattr(found, "latent_dist"):
+        mean = found.latent
+    elif generator is None:
+        mean = found.latent_dist.mean
+    else:
+        mean = found.latent_dist.sample(generator)
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     latents: Tensor = (mean - shift) * vae.config.scaling_factor
     return latents
