@@ -23,13 +23,13 @@ from torch import Tensor
 
 from hookctl.address.clock import Window
 from hookctl.address.regions import RegionLike
-from hookctl.address.rows import Row
+from hookctl.address.rows import COND, UNCOND, Row
 from hookctl.address.sites import Selector, Site, matcher
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import WHOLE_IMAGE, Claim
 from hookctl.errors import InputError
 from hookctl.loop.state import State
-from hookctl.recipes.common.arguments import words_for_each
+from hookctl.recipes.common.arguments import one_of, words_for_each
 from hookctl.recipes.common.image_tokens import image_keys, with_image
 from hookctl.recipes.common.map_masks import GivenMasks, WordMasks, foreground_regions
 from hookctl.recipes.common.prompt_texts import PromptTexts
@@ -38,6 +38,7 @@ from hookctl.recipes.common.sites import TEXT_KINDS, image_sites, sites_of
 from hookctl.recipes.common.source_and_edits import SourceAndEdits
 
 FINE = "self up @>=1/2, self blocks, joint"
+INJECTIONS = ("source", "joint", "none")
 Words = str | Sequence[str] | None
 
 
@@ -52,6 +53,9 @@ class MasaCtrl(SourceAndEdits):
     sites: self-attention to act in, by default the fine half of a UNet's decoder. On a joint site
         the image's keys are taken from the source, the text's stay the row's own.
     union: attend to the source's keys beside the own ones, instead of in their place.
+    inject_cond, inject_uncond: the same for the rows that see the prompt and those that do not:
+        "source" (in their place), "joint" (beside them) or "none"; by default as `union` says
+        (ProxEdit, arXiv 2306.05414, offers "joint" for the unconditional rows).
     source_mask, target_mask: where the thing is in the source and in the edits: regions, boxes or
         masks, target_mask one for all edits or a list. Foreground then looks into foreground only,
         and background into background.
@@ -79,6 +83,8 @@ class MasaCtrl(SourceAndEdits):
         stop: float = 1.0,
         sites: Selector = FINE,
         union: bool = False,
+        inject_cond: str | None = None,
+        inject_uncond: str | None = None,
         source_mask: RegionLike | None = None,
         target_mask: RegionLike | Sequence[RegionLike] | None = None,
         words: Words | Sequence[Words] = None,
@@ -88,12 +94,22 @@ class MasaCtrl(SourceAndEdits):
     ) -> None:
         super().__init__(prompts)
         self.acts = Window.of((start, stop), "MasaCtrl: start, stop")
-        self.edit_sites, self.union, self.paper = sites, union, paper
+        self.edit_sites, self.paper = sites, paper
+        named = {"inject_cond": inject_cond, "inject_uncond": inject_uncond}
+        for name, value in named.items():
+            if value is not None:
+                one_of(value, f"MasaCtrl: {name}", INJECTIONS)
+                if union:
+                    raise InputError(f"MasaCtrl: give union=True or {name}={value!r}, not both")
+        cond, uncond = (value or ("joint" if union else "source") for value in named.values())
+        self.injected = {COND: cond, UNCOND: uncond}
+        union = (cond, uncond) != ("source", "source")
         given = source_mask is not None or target_mask is not None
         chosen = words_for_each(words, "MasaCtrl: words", len(self.prompts))
         if given + any(chosen) + union > 1:
             raise InputError(
-                "MasaCtrl: give one of source_mask with target_mask, words, or union=True"
+                "MasaCtrl: give one of source_mask with target_mask, words, or union=True (or "
+                "another injection than 'source')"
             )
         self.given_masks = (
             GivenMasks(source_mask, target_mask, len(self.edits), nearest=paper) if given else None
@@ -110,7 +126,8 @@ class MasaCtrl(SourceAndEdits):
     # -- before anything runs ------------------------------------------------------------------
 
     def claims(self) -> Sequence[Claim]:
-        if self.union or self.acts.start >= self.acts.stop:
+        replaces = "source" in self.injected.values()
+        if not replaces or self.acts.start >= self.acts.stop:
             return ()
         claims = [Claim("substitution", self.edit_sites, self.acts, tuple(self.edits))]
         if self.given_masks is not None or self.word_masks is not None:
@@ -153,14 +170,18 @@ class MasaCtrl(SourceAndEdits):
 
     def _look_into(self, call: AttentionCall, row: Row, source: Row) -> None:
         """The row's queries see the source's keys, alone or beside their own."""
+        injected = self.injected[UNCOND if row.role == UNCOND else COND]
+        if injected == "none":
+            return
+        joint = injected == "joint"
         if call.site.kind == "self":
-            if self.union:
+            if joint:
                 call.extend(row, source, source)
             else:
                 call.borrow(row, k=source, v=source)
             return
         k, v = (image_keys(x[source.index], call) for x in (call.k, call.v))
-        if self.union:
+        if joint:
             call.extend(row, k, v)
         else:
             span, own = call.spans.image_keys, (call.k[row.index], call.v[row.index])
@@ -175,7 +196,10 @@ class MasaCtrl(SourceAndEdits):
             pair = masks.pair(prompt, image, call.grid, call.clock.step)
             if pair is None:
                 continue
-            rows, regions = call.rows.where(prompt=prompt, image=image), foreground_regions(*pair, call)
+            rows, regions = (
+                call.rows.where(prompt=prompt, image=image),
+                foreground_regions(*pair, call),
+            )
             if regions is not None:
                 call.restrict(rows, *regions)
             elif self.paper and call.site.kind == "self":

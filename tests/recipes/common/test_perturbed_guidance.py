@@ -135,7 +135,9 @@ def test_the_rescaled_sum_of_seg_and_of_an_unknown_pipeline() -> None:
     names = ("cond", "uncond", "blurred")
     parts = {n: torch.randn(2, 4, 8, 8, dtype=torch.float64) for n in names}
     pipe = type("Pipe", (), {"guidance_rescale": 0.6, "guidance_scale": 3.0})()
-    state = type("State", (), {"clock": Clock(0, 10, 700.0), "pipe": pipe, "added_guidance": None})()
+    state = type(
+        "State", (), {"clock": Clock(0, 10, 700.0), "pipe": pipe, "added_guidance": None}
+    )()
     own = rescaled_sum(parts, torch.zeros(()), 3.0, 0.6)
     want = rescaled_sum(parts, 2.0 * (parts["cond"] - parts["blurred"]), 3.0, 0.6)
     assert error(SEG(2.0).combine(Predictions(own, parts, state, own)), want) < 1e-12
