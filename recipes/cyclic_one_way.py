@@ -61,8 +61,8 @@ class CyclicOneWay:
     inversion_guidance: scale in the inversions. writes: whether the image is written at all.
     seed: of all noise.
     paper: the official code: 10 steps, guidance in the inversions, its prompts against a second
-        face, the negative prompt (its own, unless one is given) in the cycles alone, images that are
-        gray outside the region and are drawn from the encoder's distribution, cells of the mask
+        face, the negative prompt (its own, unless one is given) in the cycles alone, images that
+        are gray outside the region and are drawn from the encoder's distribution, cells of the mask
         whose first pixel counts, and fresh noise by the levels next to those that the latents are
         at. One generator draws all noise: of the images' encodings, the canvases' and the steps'.
 
@@ -178,7 +178,8 @@ class CyclicOneWay:
 
     def _levels_of_the_images(self, clean: Tensor, generator: torch.Generator) -> list[Tensor]:
         """The images' own latents at every level, inverted on their own as far as `high`."""
-        program = self._program(clean, *self.pasted.images[0].size, generator)
+        width, height = self.pasted.images[0].size
+        program = self._program(clean, width, height, generator)
         path = {program.steps: program.latents}
         for level in reversed(range(self.high, program.steps)):
             path[level] = program.invert(level, guidance=self.inversion_guidance)

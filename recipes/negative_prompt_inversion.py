@@ -11,8 +11,9 @@ source's prompt. Nothing is optimised. Towards the empty text on the great circl
 
     e = sin((1 - a) w) / sin(w) e_s + sin(a w) / sin(w) e_empty,     w the angle between them
 
-(`npi_interp`, ProxEdit's) edits are freer and the source is drawn less well. With `proximal` the guidance of the edits is limited to where
-it is strong (`ProximalGuidance`; Han et al., arXiv 2306.05414).
+(`npi_interp`, ProxEdit's) edits are freer and the source is drawn less well. With `proximal` the
+guidance of the edits is limited to where it is strong (`ProximalGuidance`; Han et al., arXiv
+2306.05414).
 """
 
 from __future__ import annotations

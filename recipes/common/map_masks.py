@@ -40,8 +40,9 @@ class GivenMasks:
     """One mask of the source and one of each edit.
 
     source, target: regions, boxes or masks; target: one for all edits, or a list. edits: how many
-    there are. nearest: a token belongs where its first pixel lies inside (`first_pixels`), else where
-    half of it is covered. Raises InputError for one without the other, and for another number of targets.
+    there are. nearest: a token belongs where its first pixel lies inside (`first_pixels`), else
+    where half of it is covered. Raises InputError for one without the other, and for another number
+    of targets.
     """
 
     def __init__(self, source: Any, target: Any, edits: int, *, nearest: bool = False) -> None:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 import hookctl
 from hookctl import control
+from hookctl.address.regions import Region
 from hookctl.demos.grown import cases, surroundings
 from hookctl.demos.one_way import Watched, draw
 from hookctl.demos.shapes.world import BACKGROUNDS
-from hookctl.address.regions import Region
 from hookctl.editor import WHOLE_IMAGE, Claim, Editor
 from hookctl.errors import InputError
 from hookctl.loop.images import encode
