@@ -61,9 +61,9 @@ class RealCompo(WordEnergy):
     which runs beside this one through its own call, a bare denoiser, or a
     `recipes.common.energy.layout_models.LayoutModel`. layout_arguments: of that pipeline's call,
     such as {"gligen_boxes": ...} or {"image": ...}; prompts, steps, guidance and size are this
-    one's. rho: size of the largest change of d in a step. alone: until this fraction of the schedule the
-    layout model draws alone. coefficient: a fixed c instead, 0 for the text model (bit for bit)
-    and 1 for the layout model. sites: see `WordEnergy`. generator: draws the first d, the
+    one's. rho: size of the largest change of d in a step. alone: until this fraction of the
+    schedule the layout model draws alone. coefficient: a fixed c instead, 0 for the text model (bit
+    for bit) and 1 for the layout model. sites: see `WordEnergy`. generator: draws the first d, the
     difference of two draws of N(0, 1); without one d starts at 0. paper: the official code, where d
     moves by rho = 1e6 sqrt(linspace(1, 0.5)) times the gradient of the layout model's maps alone,
     starts from a generator of seed 31, the same for every image, and the edges of boxes are floored

@@ -2,19 +2,14 @@
 
 What makes a pipeline a layout model is more than its denoiser: boxes and when they act (GLIGEN), a
 control image that another network reads anew at every step (ControlNet), guidance and the meaning
-of a prediction (v-prediction). So its own call runs beside the first pipeline's, step by step in a
-thread of its own: at the end of each step it hands over what it predicted and waits, and it is
-given the latents that the mixture came to as the result of its step.
+of a prediction (v-prediction). So its own call runs beside the first pipeline's (`call_beside`):
+every step it predicts for the latents that the mixture came to.
 """
 
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable, Mapping
-from contextvars import copy_context
-from dataclasses import dataclass
-from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -23,16 +18,14 @@ from torch import Tensor
 from hookctl.address.families import denoiser_of, uncompiled
 from hookctl.address.outlines import Box
 from hookctl.address.regions import Region
-from hookctl.address.rows import COND
 from hookctl.errors import InputError
-from hookctl.hooks.patch import Patch
-from hookctl.loop.energy import Energies, MapReader
+from hookctl.loop.energy import Energies
 from hookctl.loop.noise import Level, Noise
-from hookctl.loop.state import Predictions, State
+from hookctl.loop.state import State
+from hookctl.recipes.common.energy.call_beside import CallBeside, Predicted
 from hookctl.recipes.common.energy.energy_guidance import level_of
 from hookctl.recipes.common.energy.mixture import ModelPrediction
 from hookctl.recipes.common.energy.word_energy import WordEnergy
-from hookctl.session import control
 
 # The mixture's own affair.
 RESERVED = ("prompt", "latents", "num_inference_steps", "generator", "output_type", "return_dict")
@@ -60,8 +53,8 @@ class LayoutPipeline:
                     f"RealCompo: layout_arguments: {name!r} is {reason}; give arguments of "
                     f"{type(pipe).__name__}'s call other than {', '.join(RESERVED)}"
                 )
-        self._run: _Run | None = None
-        self._now: tuple[int, _Predicted] | None = None
+        self._run: CallBeside | None = None
+        self._now: tuple[int, Predicted] | None = None
 
     def attach(self, target: Any, reader: WordEnergy) -> None:
         """Check the pipeline; reader: the editor of the stack, which reads maps for the model."""
@@ -83,7 +76,7 @@ class LayoutPipeline:
         Raises what its call raises, and InputError for other timesteps or levels.
         """
         self.close()
-        self._run, self._now = _Run(self.pipe, self._call(state)), None
+        self._run, self._now = CallBeside(self.pipe, self._call(state)), None
         try:
             first = self._run.first()
             ours, theirs = level_of(state), level_of(first)
@@ -192,142 +185,6 @@ class LayoutPipeline:
             "gligen_boxes": [_box(region) for region in regions[0]],
             "gligen_scheduled_sampling_beta": 1.0,
         }
-
-
-@dataclass(frozen=True, eq=False)
-class _Predicted:
-    """What a pipeline predicted in a step, in its own parametrisation."""
-
-    state: State
-    latents: Tensor
-    cond: Tensor
-    guided: Tensor
-
-
-class _Stop(BaseException):
-    """The run is given up; no handler of ordinary errors may stop it."""
-
-
-class _Run:
-    """One call of a pipeline, in a thread that works only while another waits for it."""
-
-    def __init__(self, pipe: Any, arguments: Mapping[str, Any]) -> None:
-        self._pipe, self._arguments, self.tap = pipe, arguments, _Tap(self)
-        self.wanted: SimpleQueue[tuple[str, Any]] = SimpleQueue()
-        self.found: SimpleQueue[tuple[str, Any]] = SimpleQueue()
-        device = next(denoiser_of(pipe).parameters()).device.type
-        self._autocast = torch.autocast(
-            device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        )
-        context = copy_context()
-        self.thread = threading.Thread(
-            target=context.run, args=(self._work,), name="layout model", daemon=True
-        )
-        self.thread.start()
-
-    def _work(self) -> None:
-        quiet = Patch(self._pipe, "_progress_bar_config", {"disable": True})
-        try:
-            with self._autocast, control(self._pipe, self.tap, strict=False):
-                self._pipe(**self._arguments)
-        except _Stop:
-            pass
-        except BaseException as error:
-            self.found.put(("error", error))
-        else:
-            self.found.put(("over", None))
-        finally:
-            quiet.remove()
-
-    # -- for the one who waits -----------------------------------------------------------------
-
-    def first(self) -> State:
-        """The state of the first denoiser call, before it is made."""
-        state: State = self._answer("ready")
-        return state
-
-    def predict(self, latents: Tensor) -> _Predicted:
-        """What the pipeline predicts for the latents of its next step."""
-        self.wanted.put(("latents", latents))
-        predicted: _Predicted = self._answer("predicted")
-        return predicted
-
-    def do(self, job: Callable[[], Any]) -> Any:
-        """What a function returns that is called inside the pipeline's step."""
-        self.wanted.put(("job", job))
-        return self._answer("done")
-
-    def finish(self) -> None:
-        self.wanted.put(("finish", None))
-        self._answer("over")
-
-    def stop(self) -> None:
-        self.wanted.put(("stop", None))
-        if self.thread is not threading.current_thread():
-            self.thread.join(timeout=60)
-
-    def _answer(self, expected: str) -> Any:
-        try:
-            kind, value = self.found.get()
-        except BaseException:  # interrupted
-            self.stop()
-            raise
-        if kind == "error":
-            raise value
-        if kind != expected:
-            raise InputError(
-                f"layout: {type(self._pipe).__name__} takes another number of steps than the "
-                "controlled pipeline; give both one scheduler"
-            )
-        return value
-
-
-class _Tap(MapReader):
-    """The last editor of the pipeline: hands over its predictions, and puts latents in."""
-
-    def __init__(self, run: _Run) -> None:
-        self._run = run
-        self._begun = False
-        self._next: Tensor | None = None
-
-    @property
-    def _mine(self) -> bool:
-        """Whether this is the run's own call, and not somebody else's of the same pipeline."""
-        return threading.current_thread() is self._run.thread
-
-    def before(self, state: State) -> None:
-        if self._mine and not self._begun:
-            self._begun = True
-            self._run.found.put(("ready", state))
-            x = self._wait()
-            if x is not None and not torch.equal(x.to(state.latents), state.latents):
-                state.latents = x.to(state.latents)
-
-    def combine(self, predictions: Predictions) -> Tensor:
-        if self._mine:
-            state, guided = predictions.state, predictions.guided
-            found = _Predicted(state, state.latents, predictions[COND], guided)
-            self._run.found.put(("predicted", found))
-            self._next = self._wait()
-        return predictions.guided
-
-    def after(self, state: State) -> None:
-        if self._mine and self._next is not None:
-            state.latents = self._next.to(state.latents)
-
-    def _wait(self) -> Tensor | None:
-        """Do what is asked for until there are latents for the next step; None for the end."""
-        while True:
-            kind, value = self._run.wanted.get()
-            if kind == "stop":
-                raise _Stop
-            if kind != "job":
-                latents: Tensor | None = value
-                return latents
-            try:
-                self._run.found.put(("done", value()))
-            except Exception as error:
-                self._run.found.put(("error", error))
 
 
 def _same(one: Level, other: Level) -> bool:
