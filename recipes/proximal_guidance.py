@@ -28,8 +28,17 @@ from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.noise import Noise
 from hookctl.loop.state import Predictions, State
 from hookctl.recipes.common.arguments import number, one_of, share, whole
+from hookctl.run_state import RunState
 
 MODES = ("soft", "hard")
+
+
+@dataclass(frozen=True, eq=False)
+class _Drawn:
+    """What a step draws to the path: which places, and how far its clean image is from there."""
+
+    places: Tensor
+    away: Tensor | None
 
 
 class ProximalGuidance(Editor):
@@ -53,6 +62,8 @@ class ProximalGuidance(Editor):
     Raises InputError for guidance to a path that is not given, UnsupportedError for a run without
     guidance.
     """
+
+    _drawn: RunState[_Drawn | None] = RunState(None)
 
     def __init__(
         self,
@@ -89,7 +100,6 @@ class ProximalGuidance(Editor):
         )
         self.start, self.stop = start, stop
         self.window()
-        self._drawn: _Drawn | None = None
 
     def combine(self, predictions: Predictions) -> Tensor:
         guided, state = predictions.guided, predictions.state
@@ -169,11 +179,3 @@ class ProximalGuidance(Editor):
         if self.inversion:
             x = x - self.rate * (x - self.path[state.clock.step + 1].to(x)) * places
         state.latents = x
-
-
-@dataclass(frozen=True, eq=False)
-class _Drawn:
-    """What a step draws to the path: which places, and how far its clean image is from there."""
-
-    places: Tensor
-    away: Tensor | None

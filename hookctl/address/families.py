@@ -67,6 +67,19 @@ def denoiser_of(target: Any) -> nn.Module:
     )
 
 
+def denoisers_of(target: Any) -> tuple[tuple[str, nn.Module], ...]:
+    """Every denoiser of a pipeline by its name, the first one first; or the bare one itself.
+
+    Raises InputError if there is none.
+    """
+    first = denoiser_of(target)
+    found = [("", first)]
+    second = getattr(target, "transformer_2", None) if target is not first else None
+    if isinstance(second, nn.Module):
+        found.append(("transformer_2", second))
+    return tuple(found)
+
+
 def uncompiled(module: nn.Module) -> nn.Module:
     """The module inside a `torch.compile` wrapper, or the module itself."""
     return getattr(module, "_orig_mod", module)
@@ -125,8 +138,20 @@ def processor_of(module: nn.Module) -> Any:
     return getattr(module, "processor", None)
 
 
-def describe_sites(denoiser: nn.Module) -> tuple[tuple[Site, nn.Module], ...]:
-    """Every attention site of a denoiser with its module, in the order of its forward."""
+def sites_of(target: Any) -> tuple[Site, ...]:
+    """Every attention site of a pipeline's denoisers, or of a bare one, in forward order."""
+    return tuple(
+        site
+        for name, denoiser in denoisers_of(target)
+        for site, _ in describe_sites(denoiser, name)
+    )
+
+
+def describe_sites(denoiser: nn.Module, name: str = "") -> tuple[tuple[Site, nn.Module], ...]:
+    """Every attention site of a denoiser with its module, in the order of its forward.
+
+    name: the denoiser's, which its paths then begin with.
+    """
     model = uncompiled(denoiser)
     order = joint_order(model)
     throughout = re.search(_JOINT_THROUGHOUT, type(model).__name__)
@@ -139,9 +164,9 @@ def describe_sites(denoiser: nn.Module) -> tuple[tuple[Site, nn.Module], ...]:
         depth = seen.get((place, block, kind), 0)
         seen[place, block, kind] = depth + 1
         heads = getattr(module, "heads", None) or getattr(module, "num_heads", None)
-        site = Site(
-            path, kind, place, block, depth, levels.get((place, block), levels.get("all")), heads
-        )
+        level = levels.get((place, block), levels.get("all"))
+        full = f"{name}.{path}" if name else path
+        site = Site(full, kind, place, block, depth, level, heads)
         found.append((site, module))
     rank = {"down": 0, "mid": 1, "up": 2}
     found.sort(key=lambda pair: rank.get(pair[0].place, 0))

@@ -12,7 +12,7 @@ _stacks: dict[tuple[int, str], list[Patch]] = {}
 
 
 class Patch:
-    """`name` of `target` is `value` until `remove`.
+    """`name` of `target` is `value` from `install` until `remove`.
 
     Works on the instance's own dictionary, so that neither the class nor the setters of pipelines
     and modules take part. Patches of one attribute may be removed in any order. If somebody else
@@ -21,10 +21,13 @@ class Patch:
 
     def __init__(self, target: Any, name: str, value: Any) -> None:
         self.target, self.name, self.value = target, name, value
+        self.before: Any = _ABSENT
+
+    def install(self) -> None:
         with _lock:
-            self.before = target.__dict__.get(name, _ABSENT)
-            _stacks.setdefault((id(target), name), []).append(self)
-            target.__dict__[name] = value
+            self.before = self.target.__dict__.get(self.name, _ABSENT)
+            _stacks.setdefault((id(self.target), self.name), []).append(self)
+            self.target.__dict__[self.name] = self.value
 
     @property
     def installed(self) -> bool:

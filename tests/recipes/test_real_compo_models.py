@@ -13,7 +13,6 @@ from diffusers import (
     PNDMScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionGLIGENPipeline,
-    StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from PIL import Image
@@ -206,11 +205,26 @@ def test_other_schedulers_and_editors_of_the_layout_pipeline(scheduler: Any) -> 
     assert relative(drawn(layout, ["a red cat"]), want) > 1e-4
 
 
+def test_a_layout_pipeline_over_the_same_unet() -> None:
+    pipe, layout = SD15.make(), controlled()
+    layout.unet = pipe.unet
+    arguments = PIPELINES["controlnet"][1]
+    want, plain = drawn(layout, ["a red cat"], **arguments), drawn(pipe, ["a red cat"])
+
+    def mixture(**options: Any) -> Tensor:
+        edit = RealCompo(["cat"], BOXES, layout, layout_arguments=arguments, **options)
+        with hookctl.control(pipe, edit):
+            return drawn(pipe, ["a red cat"])
+
+    assert relative(mixture(coefficient=1.0), want) < 1e-5
+    assert all(relative(mixture(alone=0.25), one) > 1e-3 for one in (want, plain))
+    assert torch.equal(drawn(pipe, ["a red cat"]), plain)
+
+
 def test_bad_pipelines() -> None:
     pipe, layout = SD15.make(), SD15.make()
-    twin = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
-    with pytest.raises(InputError, match="own denoiser"):
-        hookctl.control(pipe, RealCompo(["cat"], BOXES, twin)).__enter__()
+    with pytest.raises(InputError, match="the controlled pipeline itself"):
+        hookctl.control(pipe, RealCompo(["cat"], BOXES, pipe)).__enter__()
     with pytest.raises(InputError, match="'gligen_boxes' is none of its call's"):
         RealCompo(["cat"], BOXES, layout, layout_arguments={"gligen_boxes": []})
     with pytest.raises(InputError, match="'latents' is set by the mixture"):

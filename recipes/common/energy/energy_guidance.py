@@ -27,6 +27,7 @@ from hookctl.loop.noise import Level, Noise
 from hookctl.loop.state import State
 from hookctl.recipes.common.arguments import number
 from hookctl.recipes.common.energy.word_energy import Subject, WordEnergy, Words
+from hookctl.run_state import RunState
 
 # What an energy is asked for: one more round of a refinement; the update of every step; the update
 # of a step in which there was a refinement.
@@ -45,6 +46,8 @@ class EnergyGuidance(WordEnergy, ABC):
     depends_on_stage = False  # the energy of an update is another one after a refinement
     tests_late = False  # a round of a refinement takes its step before it looks at the bound
     default_stop = 1.0
+    record: RunState[list[tuple[int, Tensor]]] = RunState(factory=list)
+    _last: RunState[tuple[Tensor, Tensor] | None] = RunState(None)
 
     def __init__(
         self,
@@ -60,8 +63,6 @@ class EnergyGuidance(WordEnergy, ABC):
         self.stops_by_default = stop is None
         self.start, self.stop = start, self.default_stop if stop is None else stop
         self.window()
-        self.record: list[tuple[int, Tensor]] = []
-        self._last: tuple[Tensor, Tensor] | None = None  # latents, and what they became
 
     @abstractmethod
     def energy(self, image: ImageMaps, subjects: Sequence[Subject], stage: Stage) -> Tensor:

@@ -26,6 +26,7 @@ from hookctl.loop.state import Predictions, State
 from hookctl.recipes.common.energy.energy_guidance import EnergyGuidance
 from hookctl.recipes.common.energy.layout_pipeline import LayoutPipeline
 from hookctl.recipes.common.energy.word_energy import WordEnergy
+from hookctl.run_state import RunState
 from hookctl.session import control
 
 Measure = Callable[[State], Energies]
@@ -52,6 +53,9 @@ class LayoutModel(Protocol):
 class SecondModel:
     """A bare denoiser that takes the same latents, times and text, and means the same by its
     predictions."""
+
+    _reader: RunState[WordEnergy] = RunState()
+    _run: RunState[object] = RunState()
 
     def __init__(self, target: Any) -> None:
         self.target, self.denoiser = target, denoiser_of(target)
@@ -83,7 +87,7 @@ class SecondModel:
         conditional = state.rows.where(branch=COND)
         rows = Rows([replace(row, index=i) for i, row in enumerate(conditional)])
         there = replace(state, denoiser=self.denoiser, pipe=None)
-        self._reader.reader = MapReader()  # the other model's calls are shown to its own editors
+        self._reader.reader = _OtherReader()  # the other model's calls are its own editors'
         try:
             with control(self.target, self._reader.reader), driving(self._driven(state, rows)):
                 return measure(there)
@@ -101,6 +105,12 @@ class SecondModel:
             rows,
             state.clock,
         )
+
+
+class _OtherReader(MapReader):
+    """Reads in one model what is asked for in a run of another, whose state it is not kept by."""
+
+    _collection: Any = None
 
 
 class GuidedModel:

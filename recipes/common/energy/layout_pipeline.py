@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hookctl.address.families import denoiser_of, uncompiled
+from hookctl.address.families import denoiser_of
 from hookctl.address.outlines import Box
 from hookctl.address.regions import Region
 from hookctl.errors import InputError
@@ -26,6 +26,7 @@ from hookctl.recipes.common.energy.call_beside import CallBeside, Predicted
 from hookctl.recipes.common.energy.energy_guidance import level_of
 from hookctl.recipes.common.energy.mixture import ModelPrediction
 from hookctl.recipes.common.energy.word_energy import WordEnergy
+from hookctl.run_state import RunState
 
 # The mixture's own affair.
 RESERVED = ("prompt", "latents", "num_inference_steps", "generator", "output_type", "return_dict")
@@ -42,9 +43,13 @@ class LayoutPipeline:
     steps.
     """
 
+    _reader: RunState[WordEnergy] = RunState()
+    _run: RunState[CallBeside | None] = RunState(None)
+    _now: RunState[tuple[int, Predicted] | None] = RunState(None)
+
     def __init__(self, pipe: Any, arguments: Mapping[str, Any] | None = None) -> None:
         self.pipe, self.arguments = pipe, dict(arguments or {})
-        self.denoiser = uncompiled(denoiser_of(pipe))
+        denoiser_of(pipe)  # or there is none
         self._known = inspect.signature(type(pipe).__call__).parameters
         for name in self.arguments:
             if name in RESERVED or name not in self._known:
@@ -53,15 +58,12 @@ class LayoutPipeline:
                     f"RealCompo: layout_arguments: {name!r} is {reason}; give arguments of "
                     f"{type(pipe).__name__}'s call other than {', '.join(RESERVED)}"
                 )
-        self._run: CallBeside | None = None
-        self._now: tuple[int, Predicted] | None = None
 
     def attach(self, target: Any, reader: WordEnergy) -> None:
         """Check the pipeline; reader: the editor of the stack, which reads maps for the model."""
-        if self.denoiser is uncompiled(denoiser_of(target)):
+        if self.pipe is target:
             raise InputError(
-                "layout is a pipeline over the controlled pipeline's own denoiser; give it a copy "
-                "(copy.deepcopy), or give a LayoutGuidance"
+                "layout is the controlled pipeline itself; give another one, or a LayoutGuidance"
             )
         if Noise(self.pipe.scheduler).flow != Noise(target.scheduler).flow:
             raise InputError(
@@ -141,10 +143,6 @@ class LayoutPipeline:
         run, self._run = self._run, None
         if run is not None:
             run.stop()
-
-    def __del__(self) -> None:
-        if getattr(self, "_run", None) is not None:
-            self.close()
 
     def _call(self, state: State) -> dict[str, Any]:
         """The arguments of the pipeline's call."""
