@@ -83,8 +83,10 @@ class MapStore:
         shown = self.words[:SHOWN]
         if not shown:
             return notebook.html_lines([repr(self)])
-        heat = [show.heatmap(self[word].mean().detach().cpu(), (128, 128)) for word in shown]
-        strip = show.grid([heat], column_titles=shown, cell=(128, 128))
+        means = [self[word].mean().detach().cpu() for word in shown]
+        scale = show.scale_of(means)
+        heat = [show.heatmap(mean, (128, 128), scale=scale) for mean in means]
+        strip = show.grid([heat], column_titles=shown, cell=(128, 128), scales=[scale])
         return notebook.html_lines([repr(self)]) + notebook.html_image(strip, ", ".join(shown))
 
     def __contains__(self, word: object) -> bool:
@@ -184,8 +186,9 @@ class WordMaps:
         return total / count
 
     def overlay(self, image: Any, **options: Any) -> Any:
-        """The image with the mean map laid over it (`show.overlay`)."""
-        return show.overlay(image, self.mean().detach().cpu(), **options)
+        """The image with the mean map laid over it (`show.overlay`), on a scale from 0."""
+        mean = self.mean().detach().cpu()
+        return show.overlay(image, mean, **({"scale": show.scale_of([mean])} | options))
 
     def strip(self, image: Any = None, count: int = 8) -> Any:
         """One image of the map at up to `count` steps (`show.time_strip`)."""
@@ -193,7 +196,7 @@ class WordMaps:
         step = max(1, -(-len(steps) // count))
         chosen = list(steps[::step])
         maps = [self.where(steps=[step]).mean().detach().cpu() for step in chosen]
-        return show.time_strip(maps, [f"step {step}" for step in chosen], image)
+        return show.time_strip(maps, [f"step {step}" for step in chosen], image, bar=True)
 
 
 def _extent(records: Sequence[MapRecord]) -> str:

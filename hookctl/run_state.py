@@ -70,16 +70,24 @@ class RunState(Generic[T]):
             def begin(self, state):
                 self.total = None
 
-    default: its value at first; factory: makes it, for what is changed in place. Outside of a
-    session, a name without underscore has the value that the last run to set it left there.
+    default: its value at first; factory: makes it, for what is changed in place. kept: outside of a
+    session it has the value that the last run to set it left there; so have names without
+    underscore.
     """
 
-    def __init__(self, default: T = _ABSENT, *, factory: Callable[[], T] | None = None) -> None:
-        self.default, self.factory = default, factory
+    def __init__(
+        self,
+        default: T = _ABSENT,
+        *,
+        factory: Callable[[], T] | None = None,
+        kept: bool = False,
+    ) -> None:
+        self.default, self.factory, self.kept = default, factory, kept
         self.name = ""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
+        self.kept |= not name.startswith("_")
 
     @overload
     def __get__(self, editor: None, owner: type) -> RunState[T]: ...
@@ -91,8 +99,11 @@ class RunState(Generic[T]):
         if editor is None:
             return self
         memory = _memory.get()
-        values = editor.__dict__ if memory is None else memory.of(editor)
+        own = editor.__dict__
+        values = own if memory is None else memory.of(editor)
         found = values.get(self.name, _ABSENT)
+        if found is _ABSENT:
+            found = own.get(self.name, _ABSENT)  # as the editor was made
         if found is not _ABSENT:
             return found
         if self.factory is not None:
@@ -108,5 +119,5 @@ class RunState(Generic[T]):
         memory = _memory.get()
         if memory is not None:
             memory.of(editor)[self.name] = value
-        if memory is None or not self.name.startswith("_"):
+        if memory is None or self.kept:
             editor.__dict__[self.name] = value

@@ -208,6 +208,7 @@ def _levels_within(pipe: Any, levels: int) -> Iterator[None]:
     scheduler = type(pipe.scheduler).from_config({**config, "steps_offset": 0})
     patch = Patch(pipe, "scheduler", scheduler)
     try:
+        patch.install()
         yield
     finally:
         patch.remove()

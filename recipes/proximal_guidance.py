@@ -177,5 +177,5 @@ class ProximalGuidance(Editor):
         if drawn.away is not None:
             x = x - self.rate * drawn.away * places
         if self.inversion:
-            x = x - self.rate * (x - self.path[state.clock.step + 1].to(x)) * places
+            x = x - self.rate * (x - self.path[state.clock.entry + 1].to(x)) * places
         state.latents = x

@@ -212,7 +212,7 @@ class RealCompo(WordEnergy):
         if self.paper:
             of = x if layout.latents is x else x + c * (layout.latents - x)
             parts = {MIXTURE: Part(1.0, mixed, of)}
-        step = predictions.state.clock.step
+        step = predictions.state.clock.entry
         return self._solvers.difference(step, mixed, x, parts, predictions.options)
 
     # -- the map -------------------------------------------------------------------------------
@@ -266,8 +266,9 @@ def _outer_step(state: State) -> tuple[int, int, bool]:
     A timestep that comes twice (PNDM, Heun) belongs to one step, of two calls.
     """
     clock = state.clock
-    times = [float(t) for t in state.pipe.scheduler.timesteps]
-    if len(set(times)) == len(times) or clock.steps != len(times):
+    every = [float(t) for t in state.pipe.scheduler.timesteps]
+    times = every[clock.skipped : clock.skipped + clock.steps]
+    if len(set(times)) == len(times):
         return clock.step, clock.steps, True
     for step, entries in enumerate(entries_of(times)):
         if clock.step in entries:

@@ -79,6 +79,9 @@ class SAG(Editor):
         self.given_sites = self.sites = sites
         self.start, self.stop = start, stop
 
+    def neutral(self) -> bool:
+        return self.scale == 0
+
     def claims(self) -> Sequence[Claim]:
         return [Claim(WHOLE_IMAGE, window=self.window(), shared=True)] if self.scale else []
 

@@ -70,7 +70,9 @@ def main(options: Any) -> None:
         raise InputError(f"--prompt {options.prompt!r} has no words; give a text to read maps of")
     check_loras(options.lora)
     find_model(options.model)
-    _write(drawing, common.out_folder(options.out, "maps", Path(options.model).name), options)
+    common.check_words(options.words, [options.prompt])
+    with common.out_folder(options.out, "maps", Path(options.model).name) as out:
+        _write(drawing, out, options)
 
 
 @quiet()
@@ -88,14 +90,15 @@ def _write(drawing: Drawing, out: Path, options: Any) -> None:
     words = {word: session.maps[word] for word in session.maps.words}
     common.save_image(image, out / "image.png")
     names = _names(words)
-    overlays = []
+    means = {word: maps.mean().detach().cpu() for word, maps in words.items()}
+    sheet, scales = show.map_sheet(image, means)
+    common.save_image(sheet, out / "maps.png")
     for word, maps in words.items():
-        overlays.append(maps.overlay(image, label=word))
-        common.save_image(overlays[-1], out / f"overlay-{names[word]}.png")
+        over = show.overlay(image, means[word], scale=scales[word])
+        alone = show.grid([[over]], [word], scales=[scales[word]])
+        common.save_image(alone, out / f"overlay-{names[word]}.png")
         common.save_image(_grids(maps), out / f"grids-{names[word]}.png")
         common.save_image(maps.strip(image), out / f"time-{names[word]}.png")
-    sheet = show.contact_sheet([image, *overlays], ["image", *words])
-    common.save_image(sheet, out / "maps.png")
     arrays = {f"{word}@{h}x{w}": a for word, m in words.items() for (h, w), a in _arrays(m).items()}
     with common.writing(out / "maps.npz") as path:
         np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
@@ -133,7 +136,9 @@ def _grids(maps: WordMaps) -> Image:
 
     means = [maps.where(grid=grid).mean().detach().cpu() for grid in maps.grids]
     titles = [f"{h} x {w}" for h, w in maps.grids]
-    return show.grid([[show.heatmap(m) for m in means]], titles, [maps.word])
+    scale = show.scale_of(means)
+    heat = [show.heatmap(mean, scale=scale) for mean in means]
+    return show.grid([heat], titles, [maps.word], scales=[scale])
 
 
 def _arrays(maps: WordMaps) -> dict[tuple[int, int], np.ndarray[Any, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from typing import Any
 
@@ -30,8 +31,12 @@ class Patch:
             self.target.__dict__[self.name] = self.value
 
     @property
-    def installed(self) -> bool:
-        return any(patch is self for patch in _stacks.get((id(self.target), self.name), ()))
+    def below(self) -> Any:
+        """What the attribute would be without this patch, as others come and go."""
+        if self.before is not _ABSENT:
+            return self.before
+        kind = type(self.target)
+        return inspect.getattr_static(kind, self.name).__get__(self.target, kind)
 
     def remove(self) -> None:
         with _lock:

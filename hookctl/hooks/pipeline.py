@@ -41,6 +41,11 @@ class Port:
         self._patches.append(patch)
         patch.install()
 
+    def _hook(self, target: Any, name: str, hook: Callable[[Inner, Any, Any], Any]) -> None:
+        method = _Method(target, name, hook)
+        self._patches.append(method.patch)
+        method.patch.install()
+
     def remove(self) -> None:
         for patch in reversed(self._patches):
             patch.remove()
@@ -180,10 +185,9 @@ class SchedulerPort(Port):
 
     def install(self) -> None:
         scheduler = self.scheduler
-        self._patch(scheduler, "step", _Method(scheduler, "step", self._step))
+        self._hook(scheduler, "step", self._step)
         if hasattr(scheduler, "scale_model_input"):
-            method = _Method(scheduler, "scale_model_input", self._scale)
-            self._patch(scheduler, "scale_model_input", method)
+            self._hook(scheduler, "scale_model_input", self._scale)
 
     def _step(self, original: Inner, args: Any, kwargs: Any) -> Any:
         bound = inspect.signature(original).bind(*args, **kwargs)
@@ -205,15 +209,15 @@ class _Method:
 
     def __init__(self, owner: Any, name: str, hook: Callable[[Inner, Any, Any], Any]) -> None:
         self._owner, self._name, self._hook = owner, name, hook
-        self._original: Inner = getattr(owner, name)
-        functools.update_wrapper(self, self._original)
+        self.patch = Patch(owner, name, self)
+        functools.update_wrapper(self, self.patch.below)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._hook(self._original, args, kwargs)
+        return self._hook(self.patch.below, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = memo.get(id(self._owner), self._owner)
-        return getattr(type(copied), self._name).__get__(copied)
+        return Patch(copied, self._name, None).below
 
 
 class PipelinePort(Port):
@@ -250,12 +254,10 @@ class PipelinePort(Port):
                 break
 
     def _watch(self, pipe: Any, name: str, note: Callable[[dict[str, Any]], None]) -> None:
-        original = getattr(pipe, name)
-        signature = inspect.signature(original)
+        signature = inspect.signature(getattr(pipe, name))
 
-        @functools.wraps(original)
-        def watched(*args: Any, **kwargs: Any) -> Any:
+        def watched(original: Inner, args: Any, kwargs: Any) -> Any:
             note(dict(signature.bind(*args, **kwargs).arguments))
             return original(*args, **kwargs)
 
-        self._patch(pipe, name, watched)
+        self._hook(pipe, name, watched)

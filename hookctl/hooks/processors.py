@@ -43,7 +43,7 @@ class Exchange:
 
     def refresh(self) -> None:
         """Look again: slicing, adapters and backends may have been set since."""
-        for path, port in self._ports.items():
+        for path, port in list(self._ports.items()):
             processor = families.processor_of(port.module)
             if processor is not self._checked[path] or families.bypasses_sdpa(port.module):
                 self._check(path, port)

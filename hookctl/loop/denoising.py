@@ -20,8 +20,9 @@ from hookctl.loop.arguments import widen
 from hookctl.loop.attached import Attached, Entry
 from hookctl.loop.branches import add_branches, asked_branches, cut_branches
 from hookctl.loop.calls import Call, calls
+from hookctl.loop.finite import check_latents
 from hookctl.loop.run import Run
-from hookctl.loop.state import State, check_finite
+from hookctl.loop.state import State
 from hookctl.loop.step import Step
 from hookctl.run_state import Memory, remembering
 
@@ -153,7 +154,7 @@ class Denoising:
                 "cache is bypassing the model. Call torch._dynamo.reset(), or compile inside "
                 "control()"
             )
-        for one in call.acting:
+        for one in set(call.acting).intersection(self.attached):
             one.entry.expected |= one.sites & set(call.by_site)
             one.entry.ran |= call.ran
         if torch.is_grad_enabled():
@@ -166,7 +167,7 @@ class Denoising:
 
     def _begin(self, state: State) -> None:
         """The first denoiser call of a run."""
-        check_finite(state.kwargs[state.sample])
+        check_latents(state.kwargs[state.sample])
         for entry in self.entries:
             entry.maps.clear()
         for editor, entry in {(a.editor, a.entry): None for a in self.attached}:
@@ -220,7 +221,7 @@ class Denoising:
             acting = tuple(a for a, on in zip(here, key[1:], strict=True) if on)
             shown: dict[str, EditedSite] = {}
             order = families.joint_order(hooked.denoiser)
-            for path, port in hooked.ports.items():
+            for path, port in list(hooked.ports.items()):
                 if shown_to := [a for a in acting if path in a.sites]:
                     shown[path] = EditedSite(
                         port.site,
@@ -245,7 +246,8 @@ class Denoising:
         self._stepping = state
         try:
             with remembering(self.memory):
-                return self._step.take(step, arguments, acting)
+                check = all(entry.check_finite for entry in self.entries)
+                return self._step.take(step, arguments, acting, check=check)
         finally:
             self._stepping = None
             self.run.stepped()

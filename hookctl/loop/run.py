@@ -103,7 +103,7 @@ class Run:
         if call is not None:
             clock = call.clock
         elif outer is None:
-            clock = self.keeper.read(time, schedule)
+            clock = self.keeper.read(time, schedule, getattr(self.pipe, "_num_timesteps", None))
         else:
             clock = self.keeper.peek(time, schedule, outer.clock)
         text = next((name for name in _TEXTS if arguments.get(name) is not None), None)

@@ -169,17 +169,6 @@ def replace_channels(model_input: Tensor, rows: Tensor) -> Tensor:
     return torch.cat([rows, model_input.narrow(dim, rows.shape[dim], rest)], dim)
 
 
-def check_finite(latents: Any) -> None:
-    """Raise InputError if the latents that a run starts from hold NaN or infinity."""
-    if isinstance(latents, Tensor) and latents.is_floating_point():
-        bad = int((~torch.isfinite(latents.detach())).sum())
-        if bad:
-            raise InputError(
-                f"latents hold {bad} values that are NaN or infinite (of {latents.numel()}); "
-                "check the latents= given, or what produced them"
-            )
-
-
 def split_branches(rows: Rows, prediction: Tensor) -> dict[str, Tensor]:
     """Branch -> the predictions of its rows, in batch order."""
     order: dict[str, list[int]] = {}

@@ -12,6 +12,7 @@ from hookctl.loop import around
 from hookctl.loop.around import Attached
 from hookctl.loop.calls import prediction_of
 from hookctl.loop.driven import adjusted
+from hookctl.loop.finite import PREDICTION, check_step
 from hookctl.loop.state import Predictions, State, split_branches
 
 _STEPPED = ("model_output", "timestep", "sample")  # what a step is of; the rest are its options
@@ -39,11 +40,16 @@ class Step:
             self._branches |= split_branches(state.rows, found)
 
     def take(
-        self, step: Callable[..., Any], arguments: dict[str, Any], acting: Sequence[Attached]
+        self,
+        step: Callable[..., Any],
+        arguments: dict[str, Any],
+        acting: Sequence[Attached],
+        *,
+        check: bool,
     ) -> Any:
         """The scheduler's step between `combine` and `after` of the editors of this step.
 
-        arguments: of the step, by name.
+        arguments: of the step, by name; check: that its result is finite.
         """
         state, latents, branches = self.state, self._latents, self._branches
         self.clear()
@@ -53,15 +59,21 @@ class Step:
             arguments["sample"] = latents.to(arguments["sample"])
         own = arguments["model_output"]
         options = {name: value for name, value in arguments.items() if name not in _STEPPED}
+        trail = [("the latents before the step", arguments["sample"]), (PREDICTION, own)]
         for one in acting:
             if overrides(one.editor, "combine"):
                 guided = arguments["model_output"]
                 parts = {name: _like(part, guided) for name, part in branches.items()}
                 predictions = Predictions(guided, parts, state, own, options)
                 arguments["model_output"] = around.combine(one, predictions)
+                trail.append((f"{one.editor.name}.combine", arguments["model_output"]))
         out = _adjusted(step(**arguments))
+        trail.append(("the scheduler's step", _stepped(out)))
         after = [one for one in acting if overrides(one.editor, "after")]
-        return _edited(out, state, after) if after else out
+        out = _edited(out, state, after, trail) if after else out
+        if check:
+            check_step(state, trail)
+        return out
 
 
 def _like(prediction: Tensor, guided: Tensor) -> Tensor:
@@ -72,15 +84,23 @@ def _like(prediction: Tensor, guided: Tensor) -> Tensor:
 
 def _adjusted(out: Any) -> Any:
     """What the step returns, as a program wants it."""
-    stepped = out[0] if isinstance(out, tuple) else getattr(out, "prev_sample", None)
+    stepped = _stepped(out)
     return out if stepped is None else _with(out, stepped, adjusted(stepped))
 
 
-def _edited(out: Any, state: State, acting: Sequence[Attached]) -> Any:
+def _stepped(out: Any) -> Any:
+    """The latents in what a step returns."""
+    return out[0] if isinstance(out, tuple) else getattr(out, "prev_sample", None)
+
+
+def _edited(
+    out: Any, state: State, acting: Sequence[Attached], trail: list[tuple[str, Any]]
+) -> Any:
     """What the step returns, after the editors saw the new latents."""
-    stepped = state.stepped = out[0] if isinstance(out, tuple) else out.prev_sample
+    stepped = state.stepped = _stepped(out)
     for one in acting:
         around.after(one, state)
+        trail.append((f"{one.editor.name}.after", state.stepped))
     return _with(out, stepped, state.stepped)
 
 

@@ -42,7 +42,8 @@ class Trajectory:
     prompt_embeds ...).
 
     latents: [images, channels, height, width] in the scheduler's space; level: the one they are
-    at; levels: signal and noise of each, `steps` + 1 of them.
+    at; levels: signal and noise of each, `steps` + 1 of them; start: the level that the run begins
+    at (assign it before a run that skips some): the windows of editors count from there.
 
     Raises UnsupportedError for pipelines whose loop is more than one denoiser call, classifier-free
     guidance and the scheduler's step.
@@ -85,7 +86,7 @@ class Trajectory:
         self.noise = Noise(pipe.scheduler)
         self.levels: list[Level] = self.noise.levels()
         self.steps = len(self.solver.entries)
-        self.latents, self.level = self.template.latents, 0
+        self.latents, self.level, self.start = self.template.latents, 0, 0
         self._calls = ProgramCalls(
             self, self.denoiser, self.template, self.solver, self.prompts, images
         )
@@ -117,7 +118,8 @@ class Trajectory:
         x, entries = self.latents, self.solver.entries[i]
         for entry in entries:
             last = entry == entries[-1]
-            call = self._calls.call(needed_branches(scales, self.template.branches), entry)
+            branches = needed_branches(scales, self.template.branches)
+            call = self._calls.call(branches, entry, self.start)
             call.stepping, call.adjust = True, adjust if last else None
             many = torch.cat([x] * (len(call.rows) // len(x)))
             call.scaling = self.solver.scaling(many, entry)
@@ -247,7 +249,7 @@ class Trajectory:
                 f"this run has no {', '.join(sorted(unknown))} rows; make it with guidance= above 1"
             )
         entry = self.solver.entries[i][0] if i < self.steps else None
-        call = self._calls.call(names, entry)
+        call = self._calls.call(names, entry, self.start)
         size = 1.0 if self.noise.flow else self.levels[i].size
 
         def scale(latents: Tensor) -> Tensor:

@@ -37,9 +37,11 @@ class LocalBlend:
     start: fraction of the schedule; thresholds: of both masks, relative to their maximum.
     """
 
-    _sums: RunState[tuple[MapSums, MapSums]] = RunState(factory=lambda: (MapSums(), MapSums()))
-    _size: RunState[tuple[int, ...]] = RunState((0, 0))
-    _resolution: RunState[Fraction | None] = RunState()
+    _sums: RunState[tuple[MapSums, MapSums]] = RunState(
+        factory=lambda: (MapSums(), MapSums()), kept=True
+    )
+    _size: RunState[tuple[int, ...]] = RunState((0, 0), kept=True)
+    _resolution: RunState[Fraction | None] = RunState(None, kept=True)
     _store: RunState[MapStore] = RunState()
 
     def __init__(

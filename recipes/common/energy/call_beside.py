@@ -128,6 +128,7 @@ def _call(
     tap.thread = threading.current_thread()
     quiet = Patch(pipe, "_progress_bar_config", {"disable": True})
     try:
+        quiet.install()
         with ExitStack() as stack:
             for context in contexts:
                 stack.enter_context(context)

@@ -87,6 +87,9 @@ class EnergyGuidance(WordEnergy, ABC):
         first = int(self.start * clock.steps + 1e-9)
         return bool(clock.steps) and self.start < self.stop and clock.step == first
 
+    def neutral(self) -> bool:
+        return self.scale == 0 or not self.words.longest
+
     def begin(self, state: State) -> None:
         super().begin(state)
         self.record, self._last = [], None
@@ -166,7 +169,7 @@ class EnergyGuidance(WordEnergy, ABC):
 def level_of(state: State) -> Level:
     """Signal and noise of the latents of a call."""
     scheduler = state.pipe.scheduler
-    return Noise(scheduler).level(scheduler.timesteps[state.clock.step])
+    return Noise(scheduler).level(scheduler.timesteps[state.clock.entry])
 
 
 def variance(level: Level) -> float:

@@ -120,6 +120,7 @@ class Inverted:
                 "that it was inverted with"
             )
         program.write(self.latents, level=self.start)
+        program.start = self.start
         return program
 
     def _prompts(self, editors: Sequence[Editor], prompts: Sequence[str] | None) -> list[str]:
