@@ -80,7 +80,8 @@ class Log:
     def lost(self, editors: Iterable[Editor]) -> Iterator[tuple[Editor, str]]:
         """The editors that did nothing though they were to: out of time, or not neutral."""
         for editor in editors:
-            if self.acted(editor) or editor.start == editor.stop:  # an empty window is meant
+            meant = editor.neutral() or editor.start == editor.stop
+            if self.acted(editor) or meant:
                 continue
             met = any(editor.active(clock) for clock in self.clocks)
             if not met or editor.neutral() is False:

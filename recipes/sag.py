@@ -33,6 +33,7 @@ from hookctl.loop.calls import predict
 from hookctl.loop.noise import Noise
 from hookctl.loop.state import Predictions, State
 from hookctl.maps import MapSums
+from hookctl.recipes.common.added_guidance import with_added
 from hookctl.recipes.common.arguments import number, refusal, whole
 from hookctl.recipes.common.features.smoothing import blur, cut_blur_matrix
 from hookctl.recipes.common.sites import grid_of, middle_sites
@@ -138,10 +139,11 @@ class SAG(Editor):
         again = predict(state, rows, latents=degraded)[:, : guided.shape[1]].to(x)
         away = eps - self._noise.split(degraded, again, level)[1]
         if self._noise.kind == "epsilon":
-            return guided + self.scale * away.to(guided)
+            return with_added(predictions, self.scale * away)
         _, guided_eps = self._noise.split(x, guided.to(x), level)
         new = guided_eps + self.scale * away
-        return self._noise.join((x - level.noise * new) / level.signal, new, level).to(guided)
+        joined = self._noise.join((x - level.noise * new) / level.signal, new, level)
+        return with_added(predictions, joined - guided.to(x))
 
     def _blurred(self, x0: Tensor) -> Tensor:
         rows, columns = (

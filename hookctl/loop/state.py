@@ -47,6 +47,7 @@ class State:
     asking: the rows of a call that an editor makes inside this one, None for this one's.
     reading: whose maps the call is made for, None for an ordinary one (`energy`).
     assigned: latents that an editor gave the step, None for none; stepped: the step's result.
+    added_guidance: what editors have added to the step's guided sum, [images, ...], None for none.
     """
 
     denoiser: nn.Module
@@ -70,6 +71,7 @@ class State:
     maps: Any = None
     assigned: Tensor | None = None
     stepped: Tensor | None = None
+    added_guidance: Tensor | None = None
 
     @property
     def reader(self) -> Reader | None:

@@ -5,8 +5,9 @@ whose self-attention is degraded at a few sites, and the difference is followed:
 
     eps = eps_guided + s (eps_cond - eps_perturbed)
 
-With classifier-free guidance eps_guided = eps_u + g (eps_c - eps_u), without it eps_c. The copy
-has the text, the image and the edits of the row that it copies.
+With classifier-free guidance eps_guided = eps_u + g (eps_c - eps_u), without it eps_c; a pipeline's
+`guidance_rescale` rescales the whole sum, as in diffusers. The copy has the text, the image and the
+edits of the row that it copies.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from hookctl.address.sites import Selector
 from hookctl.editor import Claim, Editor
 from hookctl.loop.branches import Branch
 from hookctl.loop.state import Predictions, State
+from hookctl.recipes.common.added_guidance import with_added
 from hookctl.recipes.common.arguments import number, text
 from hookctl.recipes.common.sites import middle_sites
 from hookctl.run_state import RunState
@@ -71,8 +73,7 @@ class PerturbedGuidance(Editor):
         return {self.branch: Branch(COND)} if self.scale_at(state.clock) else {}
 
     def combine(self, predictions: Predictions) -> Tensor:
-        guided, s = predictions.guided, self.scale_at(predictions.state.clock)
+        s = self.scale_at(predictions.state.clock)
         if not s:
-            return guided
-        difference = predictions[COND] - predictions[self.branch]
-        return guided + s * difference.to(guided)
+            return predictions.guided
+        return with_added(predictions, s * (predictions[COND] - predictions[self.branch]))
