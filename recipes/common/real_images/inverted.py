@@ -26,8 +26,8 @@ class Inverted:
     edit_guidance: for those of its edits, unless `edit` is given another; size: (height, width) in
     px; timesteps: that it was inverted at; start: the level that sampling starts from; negative:
     prompt of the unconditional rows; eta: share of fresh noise in the scheduler's steps; editors:
-    that belong to the method; arguments: further ones of the pipeline's call; source_contexts: texts
-    of the source's rows where they are not the corrections', branch -> [1, tokens, channels].
+    that belong to the method; arguments: further ones of the pipeline's call; source_contexts:
+    texts of the source's rows where they are not the corrections', branch -> [1, tokens, channels].
     """
 
     prompt: str
