@@ -50,7 +50,9 @@ class Session:
         self.denoiser = families.denoiser_of(target)
         pipe = None if target is self.denoiser else target
         given = None if rows is None else tuple(rows)
-        self._entry = Entry(tuple(editors), pipe, backend, given, MapStore(), Log(), check_finite)
+        self._entry = Entry(
+            tuple(editors), pipe, backend, given, MapStore(), Log(), strict, check_finite
+        )
         self._depth = 0
         self._sites = families.sites_of(target)
 

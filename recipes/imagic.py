@@ -20,8 +20,8 @@ so that alpha = 0 gives the image back whatever the scale s, and only e - e_opt 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from hookctl import arguments
 from hookctl.address.rows import COND, UNCOND
 from hookctl.arguments import checked
 from hookctl.errors import InputError
+from hookctl.hooks.patch import Patch
 from hookctl.loop.images import encode
 from hookctl.loop.inversion import ddim_path, require_first_order
 from hookctl.loop.trajectory import Trajectory
@@ -110,9 +111,11 @@ class Imagic:
         height, width = image.size[::-1]
         self.size = {"height": height, "width": width}
         many = clean.repeat(noises, 1, 1, 1)
-        program = Trajectory(
-            pipe, prompt, steps=schedule_steps or steps, images=noises, latents=many, **self.size
-        )
+        levels = schedule_steps or steps
+        with _levels_within(pipe, levels):
+            program = Trajectory(
+                pipe, prompt, steps=levels, images=noises, latents=many, **self.size
+            )
         self.clean = clean.to(program.latents)
         self.change = LowRank(program.denoiser, layers, rank, torch.Generator().manual_seed(seed))
         self.fitting = Fitting(
@@ -199,3 +202,21 @@ class Imagic:
         program = Trajectory(self.pipe, self.prompt, steps=steps, latents=self.clean, **self.size)
         require_first_order(program, "Imagic.draw(inverted=True)")
         return ddim_path(program, self.clean, contexts={COND: self.fitted}, refine=refine)[0]
+
+
+@contextmanager
+def _levels_within(pipe: Any, levels: int) -> Iterator[None]:
+    """Meanwhile the pipeline's timesteps are those that its model was trained at: an offset of the
+    scheduler's would lead beyond the last of them where all are wanted."""
+    config = pipe.scheduler.config
+    trained, offset = config.get("num_train_timesteps", 1000), config.get("steps_offset", 0)
+    if not offset or levels + offset <= trained:
+        yield
+        return
+    scheduler = type(pipe.scheduler).from_config({**config, "steps_offset": 0})
+    patch = Patch(pipe, "scheduler", scheduler)
+    try:
+        patch.install()
+        yield
+    finally:
+        patch.remove()

@@ -17,6 +17,7 @@ up to 3, 2 and 1 times a step in the first, second and third tenth of the schedu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import floor
 from typing import Any, Literal
 
 import torch
@@ -51,8 +52,9 @@ class LayoutGuidance(EnergyGuidance):
     of L. iterations: at most so many times in a step, by default 5 (3, 2, 1 for top-k). sites: by
     default all that hold the layout. start, stop: fractions of the schedule, by default 0 to 1/5
     (3/10 for top-k). paper: the official code, which reads the middle block and the up-sites that
-    hold the layout, takes a step before it looks at L, and never guides an image again once its L
-    was low enough. scale=0, or no words, leaves a run bit for bit as it was.
+    hold the layout, floors the edges of boxes to cells (else a cell counts that is half covered),
+    takes a step before it looks at L, and never guides an image again once its L was low enough.
+    scale=0, or no words, leaves a run bit for bit as it was.
     """
 
     heads = True
@@ -75,13 +77,14 @@ class LayoutGuidance(EnergyGuidance):
         one_of(form, "LayoutGuidance: form", FORMS)
         by_share = form == "share"
         scale = (30.0 if by_share else 20.0) if scale is None else scale
-        stop = (0.2 if by_share else 0.3) if stop is None else stop
+        self.default_stop = 0.2 if by_share else 0.3
         super().__init__(words, scale=scale, stop=stop, **options)
         self.set_regions(regions)
         if iterations is not None:
             iterations = whole(iterations, "LayoutGuidance: iterations", 1)
         self.threshold = number(threshold, "LayoutGuidance: threshold", low=0)
         self.form, self.iterations, self.paper = form, iterations, paper
+        self.edges = floor if paper else None
 
     def begin(self, state: State) -> None:
         super().begin(state)
@@ -96,7 +99,7 @@ class LayoutGuidance(EnergyGuidance):
 
     def energy(self, image: ImageMaps, subjects: Sequence[Subject], stage: Stage) -> Tensor:
         parts = [
-            self._loss(maps[..., list(subject.columns)], subject.mask(maps))
+            self._loss(maps[..., list(subject.columns)], subject.mask(maps, self.edges))
             for maps in image.maps.values()
             for subject in subjects
         ]

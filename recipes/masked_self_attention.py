@@ -82,8 +82,8 @@ class MaskedSelfAttention(Editor):
         self.sites = IMAGE_SITES if sites is None else sites
         self.start, self.stop = start, stop
 
-    def neutral(self) -> bool:
-        return not self.regions.longest
+    def neutral(self) -> bool | None:
+        return None if self.regions.longest else True  # a region may hold everything
 
     def claims(self) -> Sequence[Claim]:
         return [Claim(WHOLE_IMAGE, window=self.window(), shared=True)]

@@ -123,6 +123,9 @@ class MultiInstanceSampler(Editor):
         self._surface = None
         self._divisions = {}
 
+    def neutral(self) -> bool | None:
+        return None if self.regions.longest else True
+
     def claims(self) -> Sequence[Claim]:
         return [Claim(WHOLE_IMAGE, window=self.window(), shared=True)]
 

@@ -51,6 +51,9 @@ class PAG(PerturbedGuidance):
         super().__init__(scale, branch=branch, **options)
         self.adaptive = number(adaptive, "PAG: adaptive", low=0)
 
+    def neutral(self) -> bool | None:
+        return None if self.adaptive else super().neutral()
+
     def begin(self, state: State) -> None:
         # Some families hand the denoiser a time of 0 to 1, noisiest first.
         self._unit = TRAINED if state.clock.timestep <= 1 else 1

@@ -41,7 +41,7 @@ from hookctl.recipes.common.prompt_texts import PromptTexts, require_word
 from hookctl.recipes.common.sites import IMAGE_KINDS, TEXT_KINDS, sites_of
 from hookctl.recipes.common.source_and_edits import SourceAndEdits
 from hookctl.recipes.common.token_routing import TokenRouting
-from hookctl.recipes.common.word_windows import WindowLike, WordWindows
+from hookctl.recipes.common.word_windows import WindowLike, WordWindows, holds_officially
 from hookctl.run_state import RunState
 
 MODES = ("auto", "replace", "refine")
@@ -229,7 +229,8 @@ class PromptToPrompt(SourceAndEdits):
                 self.local.read(call, self._texts.read(stop - start))
 
     def _takes_layout(self, call: AttentionCall) -> bool:
-        return call.site.path in self._layout_sites and self.self_window.holds(call.clock)
+        holds = holds_officially(self.self_window, call.clock, call.clock.steps)
+        return holds and call.site.path in self._layout_sites
 
     def after(self, state: State) -> None:
         if self.local is not None:

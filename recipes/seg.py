@@ -55,8 +55,8 @@ class SEG(PerturbedGuidance):
         self.sigma = number(sigma, "SEG: sigma", low=0, also=(math.inf,))
         self.paper = paper
 
-    def neutral(self) -> bool:
-        return super().neutral() or self.sigma == 0
+    def neutral(self) -> bool | None:
+        return self.sigma == 0 or super().neutral()
 
     def scale_at(self, clock: Clock) -> float:
         return self.scale if self.sigma else 0.0

@@ -34,8 +34,8 @@ def load_shapes(
     if not (folder / "model_index.json").is_file():
         raise InputError(
             f"load_shapes: weights={folder} holds no pipeline (model_index.json is missing); "
-            "reinstall hookctl or train one with `python -m hookctl.demos.shapes.train --out out/shapes` and pass "
-            "weights='out/shapes/weights'"
+            "reinstall hookctl, or train one with `python -m hookctl.demos.shapes.train --out "
+            "out/shapes` and pass weights='out/shapes/weights'"
         )
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,9 +1,9 @@
 """Which layer: the attention sites of a model, their names, and how to select them.
 
-A *site* is one attention layer. It is addressed by what it is (self, cross, joint, temporal), by
-its place (down, mid, up, or blocks for a transformer) and by its resolution **relative to the
-latent**: at resolution 1/4 of a 64 x 64 latent the layer sees 16 x 16 tokens, and it is the same
-layer at any image size.
+A *site* is one attention layer. It is addressed by what it is (self, cross, joint, temporal, or
+gated: the image with its grounding tokens), by its place (down, mid, up, or blocks for a
+transformer) and by its resolution **relative to the latent**: at resolution 1/4 of a 64 x 64 latent
+the layer sees 16 x 16 tokens, and it is the same layer at any image size.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from hookctl.errors import SelectorError
 
-KINDS = ("self", "cross", "joint", "temporal")
+KINDS = ("self", "cross", "joint", "temporal", "gated")
 PLACES = ("down", "mid", "up", "blocks", "other")
 
 
@@ -153,6 +153,11 @@ class Grid:
     def tokens(self) -> int:
         """How many there are, of all frames."""
         return self.frames * self.height * self.width
+
+    def cells(self, y: float, x: float) -> list[int]:
+        """The token of each frame in which a place lies; y, x: fractions of height and width."""
+        row, column = (min(int(p * n), n - 1) for p, n in zip((y, x), self, strict=True))
+        return [(frame * self.height + row) * self.width + column for frame in range(self.frames)]
 
 
 def grid_of(tokens: int, latent: Sequence[int]) -> Grid | None:

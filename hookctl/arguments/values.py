@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from PIL import Image
 from torch import Tensor
 
+from hookctl.address.pixels import readable
 from hookctl.bounds import COUNT, SEED
 from hookctl.errors import InputError
 
@@ -280,11 +281,7 @@ def opened(image: Any, name: str) -> Any:
     """An image as it is, or the one in the file at a path, in mode RGB."""
     if not isinstance(image, str | Path):
         return picture(image, name)
-    try:
-        with Image.open(image) as file:
-            return file.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{name}={shown(str(image))}: {error}; give a readable image") from None
+    return readable(image, name)
 
 
 def colours(value: Any, name: str) -> list[Colour]:

@@ -47,6 +47,7 @@ class State:
     asking: the rows of a call that an editor makes inside this one, None for this one's.
     reading: whose maps the call is made for, None for an ordinary one (`energy`).
     assigned: latents that an editor gave the step, None for none; stepped: the step's result.
+    added_guidance: what editors have added to the step's guided sum, [images, ...], None for none.
     """
 
     denoiser: nn.Module
@@ -70,6 +71,7 @@ class State:
     maps: Any = None
     assigned: Tensor | None = None
     stepped: Tensor | None = None
+    added_guidance: Tensor | None = None
 
     @property
     def reader(self) -> Reader | None:
@@ -150,12 +152,19 @@ class Predictions:
 
     def __getitem__(self, branch: str) -> Tensor:
         try:
-            return self.branches[branch]
+            found = self.branches[branch]
         except KeyError:
             raise LayoutError(
                 f"this step has no predictions of branch {branch!r}; it has: "
                 f"{', '.join(self.branches)}"
             ) from None
+        if found.shape[1:] != self.guided.shape[1:]:
+            raise UnsupportedError(
+                f"{type(self.state.pipe).__name__} makes {tuple(self.guided.shape)} of its "
+                f"denoiser's prediction {tuple(found.shape)} before the scheduler's step, in a way "
+                "unknown here, so predictions can't be combined anew"
+            )
+        return found
 
 
 def replace_channels(model_input: Tensor, rows: Tensor) -> Tensor:

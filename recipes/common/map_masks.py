@@ -24,7 +24,8 @@ from hookctl.arguments import for_each, number, refusal
 from hookctl.attention.call import AttentionCall
 from hookctl.errors import InputError
 from hookctl.loop.state import State
-from hookctl.recipes.common.read_maps import MapSums, map_of
+from hookctl.maps import MapSums, map_of
+from hookctl.recipes.common.first_pixels import first_pixels
 from hookctl.recipes.common.sites import layout_resolution
 from hookctl.run_state import RunState
 
@@ -41,8 +42,9 @@ class GivenMasks:
     """One mask of the source and one of each edit.
 
     source, target: regions, boxes or masks; target: one for all edits, or a list. edits: how many
-    there are. nearest: a token belongs where its centre lies inside, else where half of it is
-    covered. Raises InputError for one without the other, and for another number of targets.
+    there are. nearest: a token belongs where its first pixel lies inside (`first_pixels`), else
+    where half of it is covered. Raises InputError for one without the other, and for another number
+    of targets.
     """
 
     _masks: RunState[dict[tuple[int, Grid], Tensor]] = RunState(factory=dict)
@@ -69,7 +71,7 @@ class GivenMasks:
         if key not in self._masks:
             region, size = self.regions[prompt], (grid.height, grid.width)
             if self.nearest:
-                self._masks[key] = torch.from_numpy(region.outline.inside(*size))
+                self._masks[key] = first_pixels(region, *size)
             else:
                 self._masks[key] = region.tokens(*size).reshape(size)
         return self._masks[key]
@@ -85,7 +87,7 @@ class WordMasks:
     """
 
     _step: RunState[int | None] = RunState(None)
-    _sums: RunState[MapSums] = RunState(factory=MapSums)
+    _sums: RunState[MapSums[tuple[int, int]]] = RunState(factory=MapSums)
     _masks: RunState[dict[tuple[int, int, Grid], Tensor | None]] = RunState(factory=dict)
     _resolution: RunState[Fraction | None] = RunState()
 
@@ -100,8 +102,7 @@ class WordMasks:
         self._restart(-1)
 
     def _restart(self, step: int) -> None:
-        self._step, self._sums = step, MapSums()
-        self._masks = {}
+        self._step, self._sums, self._masks = step, MapSums(), {}
 
     def begin(self, sites: Iterable[Site], state: State) -> None:
         """A new run over these cross or joint sites.
@@ -123,7 +124,7 @@ class WordMasks:
         if step != self._step:
             self._restart(step)
         # A video's frames share a mask: its tokens are told apart by place alone.
-        self._sums.add(row, map_of(values, grid).mean(0))
+        self._sums.add((row.prompt, row.image), map_of(values.detach(), grid).mean(0))
         self._masks.clear()
 
     def pair(self, prompt: int, image: int, grid: Grid, step: int) -> tuple[Tensor, Tensor] | None:
@@ -136,7 +137,7 @@ class WordMasks:
         """None where there are no maps yet, or they are the same everywhere."""
         key = (prompt, image, grid)
         if key not in self._masks:
-            self._masks[key] = self._mask_of(self._sums.sum(prompt, image), grid)
+            self._masks[key] = self._mask_of(self._sums.sum((prompt, image)), grid)
         return self._masks[key]
 
     def _mask_of(self, total: Tensor | None, grid: Grid) -> Tensor | None:

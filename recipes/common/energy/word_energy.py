@@ -18,6 +18,7 @@ from hookctl.errors import InputError, SelectorError
 from hookctl.loop.energy import Energies, MapReader, energies
 from hookctl.loop.state import State
 from hookctl.recipes.common import per_prompt
+from hookctl.recipes.common.energy.box_cells import Rounding, box_cells
 from hookctl.recipes.common.per_prompt import PerPrompt, Regions
 from hookctl.recipes.common.sites import TEXT_KINDS, layout_resolution, sites_of
 from hookctl.run_state import RunState
@@ -35,10 +36,21 @@ class Subject:
     columns: tuple[int, ...]
     region: Region | None = None
 
-    def mask(self, maps: Tensor) -> Tensor:
-        """Which cells of a map's grid [..., height, width, tokens] are inside: [height, width]."""
+    def mask(
+        self, maps: Tensor, edges: Rounding | None = None, *, never_empty: bool = False
+    ) -> Tensor:
+        """Which cells of a map's grid [..., height, width, tokens] are inside: [height, width].
+
+        edges: how the edges of boxes become whole cells (`box_cells`); None: a cell belongs that is
+        half covered. never_empty: a box that edges leave without a cell keeps those that it covers
+        most.
+        """
         assert self.region is not None
         height, width = maps.shape[-3:-1]
+        if edges is not None:
+            inside = box_cells(self.region, height, width, edges)
+            if inside.any() or not never_empty:
+                return inside.to(maps)
         return self.region.tokens(height, width).reshape(height, width).to(maps)
 
 
