@@ -122,7 +122,7 @@ class CyclicOneWay:
             "CyclicOneWay",
             images,
             at=at,
-            size=(side, side) if size is None else (int(size[0]), int(size[1])),
+            size=(side, side) if size is None else (size[0], size[1]),
             factor=factor,
             region=Region.full() if region is None else region_of(region),
             official=paper,

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 from hookctl.errors import SelectorError
@@ -68,7 +69,7 @@ def matcher(selector: Selector) -> Callable[[Site], bool]:
     if selector is None:
         return lambda site: True
     if callable(selector):
-        return selector
+        return partial(_asked, selector)
     if isinstance(selector, list | tuple) and selector:
         tests = [matcher(one) for one in selector if one is not None]
         if len(tests) == len(selector):
@@ -84,6 +85,17 @@ def matcher(selector: Selector) -> Callable[[Site], bool]:
     if not alternatives:
         raise SelectorError(f"sites={selector!r} is empty; give e.g. 'cross', 'self up @<=1/2'")
     return lambda site: any(all(test(site) for test in tests) for tests in alternatives)
+
+
+def _asked(selector: Callable[[Site], bool], site: Site) -> bool:
+    """What a user's own function says of a site."""
+    try:
+        return bool(selector(site))
+    except Exception as error:
+        raise SelectorError(
+            f"sites={selector!r} fails for {site.path}, by {type(error).__name__}: {error}; give a "
+            "function of a Site that returns True or False"
+        ) from error
 
 
 def _word(word: str) -> Callable[[Site], bool]:

@@ -217,11 +217,10 @@ def words_for_each(value: Any, name: str, prompts: int) -> list[tuple[str, ...]]
 
     An entry is a word, a list of words, or None for no word.
     """
-    is_one = not isinstance(value, list | tuple)
     found = []
-    for entry in for_each(value, name, prompts, "prompts", is_one=is_one):
-        words = [entry] if isinstance(entry, str) else entry or ()
-        if not isinstance(words, Sequence) or any(not isinstance(word, str) for word in words):
+    for entry in for_each(value, name, prompts, "prompts", is_one=not is_list(value)):
+        words = [entry] if isinstance(entry, str) else () if entry is None else entry
+        if not is_list(words) or any(not is_text(word) for word in words):
             raise InputError(
                 f"{name}={shown(value)}; {shown(entry)} is neither a word, words nor None"
             )

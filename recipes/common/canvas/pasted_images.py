@@ -52,6 +52,8 @@ class PastedImages:
         if len(sizes) != 1 or None in sizes:
             given = ", ".join("x".join(map(str, size)) if size else "none" for size in sizes)
             raise InputError(f"{who}: images of {given} px; give PIL images of one size")
+        if not all(1 <= side <= SIDE for side in size):
+            raise refusal(f"{who}: size", size, f"a width and a height of 1 to {SIDE} px")
         (width, height), (x, y) = images[0].size, at
         fits = 0 <= x and 0 <= y and x + width <= size[0] and y + height <= size[1]
         if not fits or any(side % factor for side in (x, y, width, height)):
