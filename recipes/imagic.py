@@ -107,6 +107,8 @@ class Imagic:
         arguments.picture(image, "Imagic: image")
         self.alphas, self.guidance, self.steps = tuple(alphas), float(guidance), steps
         self.inverted = inverted
+        if checkpoint is not None:
+            arguments.writable(checkpoint, "Imagic: checkpoint")
         clean = encode(pipe, image)
         height, width = image.size[::-1]
         self.size = {"height": height, "width": width}

@@ -130,6 +130,10 @@ class MasaCtrl(SourceAndEdits):
         maps = self.word_masks is not None and site.kind in TEXT_KINDS
         return maps or matcher(self.edit_sites)(site)
 
+    @property
+    def needs_words(self) -> bool:
+        return self.word_masks is not None
+
     # -- before anything runs ------------------------------------------------------------------
 
     def claims(self) -> Sequence[Claim]:
@@ -147,16 +151,22 @@ class MasaCtrl(SourceAndEdits):
         self._text_sites = [site for site in sites_of(target) if site.kind in TEXT_KINDS]
         if self.word_masks is not None:
             self._texts = PromptTexts(target, self.prompts)
-            for text, words in zip(self._texts.read(), self.word_masks.words, strict=True):
-                for word in words:
-                    text.find(word)
+            self._find_words(None)
 
     def begin(self, state: State) -> None:
         super().begin(state)
         if self.word_masks is not None:
+            self._find_words(state.own_text)
             self.word_masks.begin(self._text_sites, state)
         if self.pin is not None:
             self.pin.begin(state)
+
+    def _find_words(self, tokens: int | None) -> None:
+        """Raise WordError for a word that its prompt does not have, in so many tokens."""
+        assert self.word_masks is not None
+        for text, words in zip(self._texts.read(tokens), self.word_masks.words, strict=True):
+            for word in words:
+                text.find(word)
 
     def before(self, state: State) -> None:
         if self.pin is not None:

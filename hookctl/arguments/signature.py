@@ -44,11 +44,13 @@ def checked(*, infinite: Collection[str] = (), own: Collection[str] = ()) -> Cal
         @functools.wraps(function)
         def checking(*args: Any, **kwargs: Any) -> Any:
             try:
-                given = signature.bind(*args, **kwargs).arguments
-            except TypeError:  # too many, too few: the call below says so
-                given = {}
+                bound = signature.bind(*args, **kwargs)
+            except TypeError:  # too many, too few: the call says so
+                return function(*args, **kwargs)
+            given = bound.arguments
             _check(function, signature, given, infinite, own)
-            return function(*args, **kwargs)
+            given.update({name: _plain(value) for name, value in given.items()})
+            return function(*bound.args, **bound.kwargs)
 
         return cast(F, checking)
 
@@ -86,6 +88,13 @@ def _check_one(value: Any, hint: Any, name: str, label: str, infinite: bool) -> 
             if str(error).startswith(label):
                 raise
             raise type(error)(f"{label.rpartition(': ')[0]}: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy's as one of Python's, which torch demands in places."""
+    if is_whole(value) and type(value) is not int:
+        return int(value)
+    return float(value) if is_number(value) and type(value) not in (int, float) else value
 
 
 def _value(signature: inspect.Signature, given: Mapping[str, Any], name: str) -> Any:

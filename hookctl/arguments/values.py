@@ -11,19 +11,15 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from PIL import Image
 from torch import Tensor
 
-from hookctl.address.pixels import readable
 from hookctl.bounds import COUNT, SEED
 from hookctl.errors import InputError
 
 T = TypeVar("T")
-
-Colour = tuple[int, int, int]
 
 SHOWN = 200  # letters of a value in a message
 
@@ -239,58 +235,7 @@ def gains_for_each(value: Any, name: str, edits: int) -> list[dict[str, float]]:
         if entry is not None and not isinstance(entry, Mapping):
             raise refusal(name, value, "{word: gain}, or a list of them")
         gains = (entry or {}).items()
+        if not all(is_text(word) for word, _ in gains):
+            raise refusal(name, value, "{word: gain}, with texts as words")
         found.append({word: number(gain, f"{name}[{word!r}]") for word, gain in gains})
     return found
-
-
-# -- images ----------------------------------------------------------------------------------------
-
-
-def images_and_prompts(image: Any, prompt: Any, name: str) -> tuple[list[Any], list[str]]:
-    """Images and as many prompts, of one prompt and its image or of a list of each."""
-    single = is_text(prompt)
-    if not single and not is_list(prompt):
-        if isinstance(prompt, Image.Image) and is_text(image):
-            wanted = "the image before its prompt"
-            raise InputError(f"{name}: image={shown(image)}, prompt={shown(prompt)}; give {wanted}")
-        raise refusal(f"{name}: prompt", prompt, "a text, or a list of texts")
-    if not single and not is_list(image):
-        raise refusal(f"{name}: image", image, "a list of images, one for each prompt")
-    prompts, images = ([prompt], [image]) if single else (list(prompt), list(image))
-    for i, one in enumerate(prompts):
-        if not is_text(one):
-            raise refusal(f"{name}: prompt[{i}]", one, "a text")
-    if len(images) != len(prompts) or not prompts:
-        raise InputError(
-            f"{name}: {len(images)} images and {len(prompts)} prompts; give as many of both"
-        )
-    for i, one in enumerate(images):
-        picture(one, f"{name}: image" if single else f"{name}: image[{i}]")
-    return images, prompts
-
-
-def picture(value: Any, name: str) -> Image.Image:
-    """A PIL image."""
-    if not isinstance(value, Image.Image):
-        raise refusal(name, value, "a PIL image in mode RGB")
-    return value
-
-
-def opened(image: Any, name: str) -> Any:
-    """An image as it is, or the one in the file at a path, in mode RGB."""
-    if not isinstance(image, str | Path):
-        return picture(image, name)
-    return readable(image, name)
-
-
-def colours(value: Any, name: str) -> list[Colour]:
-    """One colour or several, each (red, green, blue) from 0 to 255, as a list."""
-    wanted = "(red, green, blue), each from 0 to 255"
-    if not is_list(value) or not value:
-        raise refusal(name, value, wanted)
-    several = list(value) if is_list(value[0]) else [value]
-    for colour in several:
-        parts = list(colour) if is_list(colour) else []
-        if len(parts) != 3 or any(not is_whole(c) or not 0 <= c <= 255 for c in parts):
-            raise refusal(name, value, wanted)
-    return [(int(r), int(g), int(b)) for r, g, b in several]

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from hookctl.address import families
-from hookctl.arguments import checked, number, refusal
+from hookctl.arguments import checked, refusal
 from hookctl.errors import InputError
+from hookctl.loop.checks import broadcasts, check_noise, texts_of
 from hookctl.loop.driven import Adjust, Scaling, adjusted, driving
 from hookctl.loop.guidance import Guidance, Scales, combined, guidance_scales, needed_branches
 from hookctl.loop.images import decode
@@ -63,15 +64,8 @@ class Trajectory:
         eta: float = 0.0,
         **arguments: Any,
     ) -> None:
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not texts:
-            raise refusal("Trajectory: prompts", prompts, "a text or several")
-        number(eta, "Trajectory: eta", low=0)
-        if isinstance(generator, list | tuple) and len(generator) != len(texts) * images:
-            raise InputError(
-                f"Trajectory: {len(generator)} generators for {len(texts) * images} images; give "
-                "one for all, or one for each"
-            )
+        texts = texts_of(prompts)
+        check_noise(pipe, len(texts) * images, eta, generator, latents)
         if guidance > 1 and negative is not None:
             arguments["negative_prompt"] = (
                 [negative] * len(texts) if isinstance(negative, str) else list(negative)
@@ -217,6 +211,9 @@ class Trajectory:
             raise InputError(f"latents {tuple(latents.shape)}; this run draws {tuple(now.shape)}")
         new = latents.to(now).expand_as(now)
         if mask is not None:
+            if not broadcasts(mask, now):
+                wanted = f"one that broadcasts to the latents {tuple(now.shape)}"
+                raise refusal("Trajectory.write: mask", mask, wanted)
             m = mask.to(now)
             new = m * new + (1 - m) * now
         self.latents = new

@@ -132,7 +132,7 @@ class Maps(Editor):
         if not state.prompts:
             raise InputError(
                 "Maps: the pipeline was called without text prompts (with embeddings?), so words "
-                "can't be found; call it with prompt=, or give tokens="
+                "can't be found; call it with prompt=, or give tokens=, or control(..., texts=)"
             )
         self._prompts = self._negatives(state) if self.negative else state.prompts
         texts = [self._layout.read(prompt, state.own_text) for prompt in self._prompts]

@@ -101,7 +101,7 @@ class WordEnergy(MapReader):
         if not state.prompts:
             raise InputError(
                 f"{self.name}: the pipeline was called without text prompts (with embeddings?), so "
-                "words can't be found; call it with prompt="
+                "words can't be found; call it with prompt=, or give control(..., texts=)"
             )
         self.words.check_prompts(state.rows)
         if self.regions is not None:
