@@ -116,9 +116,11 @@ def test_an_inversion_that_skips_counts_its_own_steps() -> None:
     """6 of 10 steps run: a fifth of them is one step, and not none."""
     pipe = pipeline("text")
     edit = recipes.PromptToPrompt(PROMPTS, cross_replace=0.3, self_replace=0.2)
-    inverted = recipes.EditFriendlyDDPM(pipe, image().resize(SIZE), PROMPTS[0], steps=10, skip=0.4)
+    inverted = recipes.EditFriendlyDDPM(
+        pipe, image().resize(SIZE), PROMPTS[0], steps=10, skip=0.4
+    ).run()
     with hookctl.control(pipe, Steps()) as session:
-        inverted.run().edit(pipe, edit, output_type="latent")
+        inverted.edit(pipe, edit, output_type="latent")
     assert session.clock is not None and (session.clock.steps, session.clock.step) == (6, 5)
     assert session.clock.entry == 9
     assert STEPS_SEEN == set(range(6))
