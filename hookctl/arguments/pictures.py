@@ -17,10 +17,8 @@ Colour = tuple[int, int, int]
 def images_and_prompts(image: Any, prompt: Any, name: str) -> tuple[list[Any], list[str]]:
     """Images and as many prompts, of one prompt and its image or of a list of each."""
     single = is_text(prompt)
+    check_order(image, prompt, name)
     if not single and not is_list(prompt):
-        if isinstance(prompt, Image.Image) and is_text(image):
-            wanted = "the image before its prompt"
-            raise InputError(f"{name}: image={shown(image)}, prompt={shown(prompt)}; give {wanted}")
         raise refusal(f"{name}: prompt", prompt, "a text, or a list of texts")
     if not single and not is_list(image):
         raise refusal(f"{name}: image", image, "a list of images, one for each prompt")
@@ -35,6 +33,15 @@ def images_and_prompts(image: Any, prompt: Any, name: str) -> tuple[list[Any], l
     for i, one in enumerate(images):
         picture(one, f"{name}: image" if single else f"{name}: image[{i}]")
     return images, prompts
+
+
+def check_order(image: Any, prompt: Any, name: str) -> None:
+    """Raise InputError for an image and a prompt that were exchanged."""
+    if isinstance(prompt, Image.Image) and is_text(image):
+        raise InputError(
+            f"{name}: image={shown(image)}, prompt={shown(prompt)}; give the image before its "
+            "prompt"
+        )
 
 
 def picture(value: Any, name: str) -> Image.Image:

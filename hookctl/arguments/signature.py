@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 from hookctl.address.sites import matcher
 from hookctl.arguments import values
+from hookctl.arguments.pictures import check_order
 from hookctl.arguments.values import as_float, is_list, is_number, is_text, is_whole, refusal
 from hookctl.bounds import IMAGES, REFINEMENTS, SIDE, STEPS
 from hookctl.errors import InputError
@@ -65,6 +66,7 @@ def _check(
     own: Collection[str],
 ) -> None:
     owner, hints = _label(function, given), _hints(function)
+    check_order(given.get("image"), given.get("prompt"), owner)
     for name, value in given.items():
         kind = signature.parameters[name].kind
         if name == "self" or name in own or kind is inspect.Parameter.VAR_KEYWORD:

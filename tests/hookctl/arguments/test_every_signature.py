@@ -7,6 +7,7 @@ program, `control`, `load_shapes` and table of a preset. The denoiser is a stub 
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import random
 import resource
@@ -27,7 +28,9 @@ from PIL import Image
 
 import hookctl
 from hookctl import Editor, Maps, Trajectory, control, recipes
+from hookctl.cli.known import editors_by_name
 from hookctl.errors import InputError, UnsupportedError
+from hookctl.preset import load_preset
 from hookctl.preset.signature import parameters
 from tests import zoo
 
@@ -220,7 +223,62 @@ def of_methods() -> Iterator[Case]:
     yield "CyclicOneWay.run", "editors", lambda value: cow.run(value)
 
 
-CASES = (of_classes, of_functions, of_methods)
+def of_regions() -> Iterator[Case]:
+    ready = {
+        "box": {"x0": 0, "y0": 0, "x1": 1, "y1": 1},
+        "point": {"x": 0.5, "y": 0.5, "radius": 0.1},
+        "scribble": {"points": [(0, 0), (1, 1)], "width": 0.1},
+        "polygon": {"points": [(0, 0), (1, 0), (1, 1)]},
+        "mask": {"mask": np.ones((2, 2))},
+    }
+    for kind, given in ready.items():
+        for name in given:
+            yield (
+                f"Region.{kind}",
+                name,
+                lambda value, kind=kind, given=given, name=name: getattr(hookctl.Region, kind)(
+                    **{**given, name: value}
+                ).tokens(4, 4),
+            )
+
+
+def of_presets(folder: Path) -> Iterator[Case]:
+    """The tables of a file, with what a file can hold."""
+    path = folder / "stack.toml"
+
+    def loaded(value: Any, name: str, argument: str) -> None:
+        table = {**needed_in_a_file(editors_by_name()[name]), argument: value}
+        lines = [f"{key} = {toml(one)}" for key, one in table.items()]
+        path.write_text("\n".join(["[[editor]]", f'recipe = "{name}"', *lines]), "utf-8")
+        load_preset(path, editors_by_name()).editors(TWO, image())
+
+    for name, cls in editors_by_name().items():
+        for argument in parameters(cls):
+            yield name, argument, partial(loaded, name=name, argument=argument)
+
+
+def needed_in_a_file(cls: type) -> dict[str, Any]:
+    filled = ("pipe", "image", "prompt", "prompts")
+    return {name: value for name, value in needed(cls).items() if name not in filled}
+
+
+def toml(value: Any) -> str:
+    """A value as a file has it; as a text where a file has none like it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        try:
+            return repr(value)
+        except ValueError:  # of thousands of digits
+            return "9" * 5000
+    if isinstance(value, list | tuple) and value is not LOOP:
+        return f"[{', '.join(map(toml, value))}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(str(k))} = {toml(v)}" for k, v in value.items()) + "}"
+    return json.dumps(str(value).replace("\ud800", "?"))
+
+
+CASES: tuple[Callable[[], Iterator[Case]], ...] = (of_classes, of_functions, of_methods, of_regions)
 
 
 def chosen(what: str, argument: str, count: int | None) -> list[Any]:
@@ -229,9 +287,9 @@ def chosen(what: str, argument: str, count: int | None) -> list[Any]:
     return every if count is None else random.Random(f"{what} {argument}").sample(every, count)
 
 
-def complaints(count: int | None) -> list[str]:
+def complaints(count: int | None, folder: Path) -> list[str]:
     found = []
-    for cases in CASES:
+    for cases in (*CASES, partial(of_presets, folder)):
         for what, argument, call in cases():
             for value in chosen(what, argument, count):
                 if why := complaint(partial(call, value)):
@@ -239,12 +297,12 @@ def complaints(count: int | None) -> list[str]:
     return found
 
 
-def test_some_values_for_every_argument() -> None:
-    found = complaints(EACH)
+def test_some_values_for_every_argument(tmp_path: Path) -> None:
+    found = complaints(EACH, tmp_path)
     assert not found, "\n".join(found)
 
 
 @pytest.mark.slow
-def test_every_value_for_every_argument() -> None:
-    found = complaints(None)
+def test_every_value_for_every_argument(tmp_path: Path) -> None:
+    found = complaints(None, tmp_path)
     assert not found, "\n".join(found)
