@@ -31,7 +31,7 @@ class AttentionCall(CallData):
     What follows is there to be read. A verb takes the rows to change, a `Row`, its index or several
     of them, and changes those alone.
 
-    site: the attention layer, a `Site`: its path, kind ("self", "cross", "joint", "temporal"),
+    site: the attention layer, a `Site`: its path, kind ("self", "cross", "joint", "temporal", "text"),
         place in the model and resolution relative to the latent.
     q, k, v: queries [rows, sub-batch, heads, N, channels], keys and values [rows, sub-batch,
         heads, M, channels], after projection, norm and rotary embedding. The sub-batch is 1 but
@@ -43,6 +43,8 @@ class AttentionCall(CallData):
     spans: where the image stands among the queries and text and image among the keys, (start,
         stop) in tokens: `image_queries`, `image_keys` and `text_keys`, the latter two None where
         there are no such keys.
+    references: the reference images of an edit model, each with `.keys`, (start, stop) among the
+        keys, and `.grid`; () where the image that is drawn is the only one.
     prompts: the texts of the run, `prompts[row.prompt]`; () if the pipeline was given embeddings.
     scale: factor of the scores, softmax(scale q k^T + mask) v; mostly channels ** -0.5.
     mask: the model's own, [rows | 1, sub-batch | 1, heads | 1, N | 1, M], added to the scores, or

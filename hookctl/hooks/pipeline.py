@@ -209,6 +209,9 @@ class PipelinePort:
 
         @functools.wraps(original)
         def watched(*args: Any, **kwargs: Any) -> Any:
+            # A pipeline may write its template into the list of prompts that its caller holds.
+            args = tuple(list(a) if isinstance(a, list) else a for a in args)
+            kwargs = {k: list(a) if isinstance(a, list) else a for k, a in kwargs.items()}
             note(dict(signature.bind(*args, **kwargs).arguments))
             return original(*args, **kwargs)
 

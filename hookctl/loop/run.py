@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from hookctl.address import families, pipelines
 from hookctl.address.clock import Timekeeper
-from hookctl.address.latent import latent_grid, text_tokens
-from hookctl.address.rows import COND, Layout, Row, Rows, resolve_rows
+from hookctl.address.latent import image_tokens, latent_grid, text_tokens
+from hookctl.address.rows import Row, Rows, branch_of, resolve_rows
 from hookctl.address.text import prompts_given
 from hookctl.errors import InputError, LayoutError
 from hookctl.loop.driven import Driven, Scaling, driven, reading_of
@@ -29,7 +29,6 @@ class Run:
         self, pipe: Any, denoiser: nn.Module, branches: tuple[str, ...] | None = None
     ) -> None:
         self.pipe, self.denoiser, self.branches = pipe, denoiser, branches
-        self.layout: Layout = pipelines.layout_of(pipe)
         self.keeper = Timekeeper()
         self._signature = inspect.signature(type(families.uncompiled(denoiser)).forward)
         self.restart()
@@ -69,6 +68,8 @@ class Run:
         if isinstance(prompt, str | list | tuple):
             self.prompts = prompts_given(self.pipe, given)
             self.count = 1 if isinstance(prompt, str) else len(prompt)
+            if getattr(self.pipe, "free_noise_enabled", False):  # texts of the frames of one video
+                self.prompts, self.count = self.prompts[:1], 1
         elif isinstance(given.get("prompt_embeds"), Tensor):
             self.count = given["prompt_embeds"].shape[0]
         told = [value for name, value in given.items() if name.startswith("num_")]
@@ -123,6 +124,7 @@ class Run:
             scaling=self._scaling(given) if call is None else call.scaling,
             grid=latent,
             nested=outer is not None or (call is not None and not call.stepping),
+            images_in_sequence=image_tokens(given, arguments, self.denoiser),
             own_text=text_tokens(arguments.get(text) if text else None, arguments, self.denoiser),
             reading=reading_of(self.denoiser),
         )
@@ -169,21 +171,18 @@ class Run:
                     for i in range(size)
                 ]
             )
-        guided = pipelines.is_guided(self.pipe)
-        count = self.count
-        groups = max(self.layout.groups)
-        if count is None and guided and not self.layout.sequential and batch % groups == 0:
-            count = batch // groups
-        if not self._told and count and guided is not None:
-            branches = 2 if guided and not self.layout.sequential else 1
-            self.images_per_prompt, self._told = max(1, batch // (count * branches)), True
+        layout, guided = pipelines.layout_of(self.pipe, self.denoiser), pipelines.is_guided(self.pipe)
+        if not self._told and self.count:
+            images = layout.images(batch, guided)
+            if images is not None and images % self.count == 0:
+                self.images_per_prompt, self._told = images // self.count, True
         return resolve_rows(
             batch,
-            self.layout,
-            prompts=count,
+            layout,
+            prompts=self.count,
             images_per_prompt=self.images_per_prompt,
             guided=guided,
-            branch=_branch(branch),
+            branch=branch_of(branch),
             call=self.keeper.calls,
         )
 
@@ -197,13 +196,6 @@ class Run:
         # Images and masks may have been appended along the channels.
         fits = len(ours) == len(given) and len(differing) <= 1 and 0 not in differing
         return scaling if fits and all(ours[d] < given[d] for d in differing) else None
-
-
-def _branch(name: str | None) -> str | None:
-    """The branch that a pipeline's name for a call means; None if it names several."""
-    if name is None or name == "cond_uncond":
-        return None
-    return {"cond": COND, "pred_cond": COND, "pred_uncond": "uncond"}.get(name, name)
 
 
 def check_batch(state: State, prompts: int, who: str) -> None:
