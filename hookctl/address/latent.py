@@ -54,6 +54,9 @@ def image_tokens(
         return None
     if isinstance(sample, list) and len({one.shape for one in sample}) == 1:
         sample = torch.stack(sample)
+    mask = arguments.get("encoder_attention_mask")
+    if record.text_masked and isinstance(mask, Tensor) and len(set(mask.sum(1).tolist())) > 1:
+        return None  # each row's image begins somewhere else
     if not isinstance(sample, Tensor):
         return None
     if record.parts == "img_ids" and isinstance(arguments.get("img_ids"), Tensor):

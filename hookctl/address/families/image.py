@@ -191,6 +191,7 @@ _OMNIGEN = Layout({1: (COND,), 2: (COND, UNCOND), 3: (COND, IMAGE, UNCOND)})
 declare_pipelines(
     Pipeline({TRANSFORMER: _OMNIGEN}, text.EDIT_TEMPLATE), "OmniGenPipeline"
 )
+declare_pipelines(Pipeline({"prior": BATCHED}, text.NO_TEXT), "ShapEPipeline ShapEImg2ImgPipeline")
 _DREAMLITE = Layout({2: (UNCOND, COND), 3: (UNCOND, IMAGE, COND)}, whole=True)
 declare_pipelines(Pipeline({UNET: _DREAMLITE}, text.TEMPLATE), "DreamLitePipeline")
 declare_pipelines(Pipeline({UNET: ALONE}, text.TEMPLATE), "DreamLiteMobilePipeline")

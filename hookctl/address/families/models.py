@@ -21,7 +21,7 @@ declare_models(
     LTXVideoTransformer3DModel CosmosTransformer3DModel WanTransformer3DModel
     WanVACETransformer3DModel WanAnimateTransformer3DModel SkyReelsV2Transformer3DModel
     ChronoEditTransformer3DModel AnyFlowTransformer3DModel
-    StableCascadeUNet StableAudioDiTModel AudioLDM2UNet2DConditionModel
+    StableAudioDiTModel AudioLDM2UNet2DConditionModel
     """,
 )
 declare_models(
@@ -116,7 +116,10 @@ declare_models(
 declare_models(
     Model("image_text", _JOINT, parts="img_shapes"), "NucleusMoEImageTransformer2DModel"
 )
-declare_models(Model("image_text", _JOINT, several_texts=True), "HiDreamImageTransformer2DModel")
+declare_models(
+    Model("image_text", _JOINT, several_texts=True),
+    "HiDreamImageTransformer2DModel StableCascadeUNet",
+)
 _REFINED = (("context_embedder*", "text"), *_JOINT)
 declare_models(Model("image_text", _REFINED), "HunyuanVideoTransformer3DModel")
 declare_models(

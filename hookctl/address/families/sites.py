@@ -107,13 +107,13 @@ def _fits(path: str, patterns: tuple[str, ...]) -> bool:
 
 def _declared(path: str, record: Model) -> str | None:
     """The kind that a family's record gives a path."""
+    if path.startswith(("encoder_hid_proj", "image_proj")):  # of an adapter's image prompts
+        return "text"
     return next((kind for glob, kind in record.kinds if fnmatch.fnmatchcase(path, glob)), None)
 
 
 def _shown(path: str, module: nn.Module) -> str:
     """The kind that a module itself shows."""
-    if path.startswith(("encoder_hid_proj", "image_proj")):  # of an adapter's image prompts
-        return "text"
     if "motion_modules" in path or "temporal" in path:
         return "temporal"
     if _adds_keys(module):
