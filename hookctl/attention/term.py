@@ -223,7 +223,8 @@ def spans_of(
             target, references = _parts(images, 0)
             return Spans(target, target, None, references)
         return Spans((0, n), (0, m), None)
-    if n < m and n in (None if text is None else m - text, None if images is None else images.count):
+    asking = {None if text is None else m - text, None if images is None else images.count}
+    if n < m and (n in asking or asking == {None}):
         count = n  # of text and image, the image alone asks
     elif images is not None and images.count <= m:
         count = images.count

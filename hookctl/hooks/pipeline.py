@@ -180,16 +180,16 @@ class PipelinePort:
     def __init__(
         self,
         pipe: Any,
-        started: Callable[[], None],
+        started: Callable[[dict[str, Any]], None],
         prepared: Callable[[], None],
         texts: Callable[[dict[str, Any]], None],
     ) -> None:
-        """started: at the start of a run; prepared: while one is prepared, where no method of the
+        """started: at the start of a run, with what the pipeline checks of its call; prepared: while one is prepared, where no method of the
         pipeline's stands for its start alone (Z-Image); texts: of what is encoded."""
         self._patches: list[Patch] = []
         checks = hasattr(pipe, "check_inputs")
         if checks:
-            self._watch(pipe, "check_inputs", lambda given: started())
+            self._watch(pipe, "check_inputs", started)
         elif hasattr(pipe, "prepare_latents"):
             self._watch(pipe, "prepare_latents", lambda given: prepared())
 

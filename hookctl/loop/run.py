@@ -33,8 +33,12 @@ class Run:
         self._signature = inspect.signature(type(families.uncompiled(denoiser)).forward)
         self.restart()
 
-    def restart(self) -> None:
-        """The pipeline was called: nothing is known of this run yet."""
+    def restart(self, checked: dict[str, Any] | None = None) -> None:
+        """The pipeline was called: nothing is known of this run yet.
+
+        checked: what it checks of its call, which tells the prompts where none are encoded apart.
+        """
+        self._checked = checked or {}
         self.prompts: tuple[str, ...] = ()
         self.count: int | None = None
         self.images_per_prompt = 1
@@ -172,6 +176,8 @@ class Run:
                 ]
             )
         layout, guided = pipelines.layout_of(self.pipe, self.denoiser), pipelines.is_guided(self.pipe)
+        if self.count is None and (prompt := self._checked.get("prompt")):
+            self.count, self._told = 1 if isinstance(prompt, str) else len(prompt), False
         if not self._told and self.count:
             images = layout.images(batch, guided)
             if images is not None and images % self.count == 0:

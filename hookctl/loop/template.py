@@ -149,7 +149,7 @@ def prepare(pipe: Any, arguments: Mapping[str, Any], prompts: int, images: int) 
         ),
         PipelinePort(
             pipe,
-            lambda: None,
+            lambda given: None,
             lambda: None,
             lambda given: seen.setdefault("encoding", given),
         ),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import pickle
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,12 +51,15 @@ class Wild:
         return _table("pipelines")[self.name]
 
     @cached_property
-    def _mould(self) -> Mould:
-        return Mould(self._built())
+    def _mould(self) -> Mould | None:
+        try:
+            return Mould(self._built())
+        except (AttributeError, TypeError, pickle.PicklingError):  # it holds a function
+            return None
 
     def make(self) -> Any:
         """A new pipeline, the same at each call."""
-        return self._mould.copy()
+        return self._built() if self._mould is None else self._mould.copy()
 
     def _built(self) -> Any:
         kind = getattr(diffusers, self.kind)
@@ -101,7 +105,12 @@ class Wild:
 
 
 def _fit(pipe: Any) -> None:
-    """Text encoders know every token of their tokenizers."""
+    """Text encoders know every token of their tokenizers, image encoders their images' size."""
+    side = getattr(getattr(getattr(pipe, "image_encoder", None), "config", None), "image_size", 32)
+    for name in ("feature_extractor", "image_processor"):
+        if hasattr(getattr(pipe, name, None), "crop_size"):
+            getattr(pipe, name).size = {"shortest_edge": side}
+            getattr(pipe, name).crop_size = {"height": side, "width": side}
     for suffix in ("", "_2", "_3", "_4"):
         encoder = getattr(pipe, f"text_encoder{suffix}", None)
         tokenizer = getattr(pipe, f"tokenizer{suffix}", None)
@@ -110,6 +119,8 @@ def _fit(pipe: Any) -> None:
             embeddings = encoder.get_input_embeddings()
         except (AttributeError, NotImplementedError):
             continue
+        if hasattr(encoder.config, "image_token_id") and tokenizer is not None:
+            encoder.config.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
         if tokenizer is not None and embeddings.num_embeddings < len(tokenizer):
             encoder.resize_token_embeddings(len(tokenizer))
 

@@ -38,6 +38,8 @@ def made(entry: Any) -> Any:
     if hasattr(transformers, kind):
         return _of_transformers(getattr(transformers, kind), arguments)
     found: Any = getattr(diffusers, kind, None) or _elsewhere(kind)
+    if issubclass(found, transformers.PreTrainedModel):
+        return _of_transformers(found, arguments)
     try:
         return found(**{name: _dtype(given) for name, given in arguments.items()})
     except TypeError:  # some want lists
@@ -65,7 +67,7 @@ _HOMES = {
     "LTX2Vocoder": "diffusers.pipelines.ltx2.vocoder",
     "LTX2VocoderWithBWE": "diffusers.pipelines.ltx2.vocoder",
     "MultilingualCLIP": "diffusers.pipelines.kandinsky",
-    "PaellaVQModel": "diffusers.pipelines.wuerstchen",
+    "PaellaVQModel": "diffusers.pipelines.deprecated.wuerstchen",
     "ReduxImageEncoder": "diffusers.pipelines.flux.modeling_flux",
     "ShapERenderer": "diffusers.pipelines.shap_e",
     "StableUnCLIPImageNormalizer": (

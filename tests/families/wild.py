@@ -1,0 +1,120 @@
+"""The cheap promises, for every pipeline that can be built offline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hookctl import AttentionCall, Editor, control
+from hookctl.address import families
+from hookctl.address.sites import NAMED_ONLY
+from hookctl.errors import UnsupportedError
+from hookctl.inspect.proved import proved
+from tests.families.fingerprint import differences, fingerprint
+from tests.zoo.wild import WILD, Wild
+
+
+class Refused(Exception):
+    """The pipeline is refused, with the reason."""
+
+
+class Shown(Editor):
+    """Changes nothing; keeps which sites it was shown and the branches of the rows."""
+
+    def __init__(self) -> None:
+        self.paths: set[str] = set()
+        self.branches: set[str] = set()
+
+    def attention(self, call: AttentionCall) -> None:
+        self.paths.add(call.site.path)
+        self.branches |= {row.branch for row in call.rows}
+
+
+class Halved(Editor):
+    """Halves the values of conditional rows."""
+
+    def attention(self, call: AttentionCall) -> None:
+        for row in call.rows.where(role="cond"):
+            call.replace(row, v=0.5 * call.v[row.index])
+
+
+def drawn(case: Wild, pipe: Any) -> list[Tensor]:
+    """The tensors of what a run returns."""
+    return list(_tensors(case.draw(pipe, ["a red cat"], ["blurry"], [0])))
+
+
+def _tensors(out: Any) -> Iterator[Tensor]:
+    if isinstance(out, Tensor):
+        yield out
+    elif isinstance(out, np.ndarray):
+        yield torch.from_numpy(out)
+    elif isinstance(out, dict):
+        for value in out.values():
+            yield from _tensors(value)
+    elif isinstance(out, list | tuple):
+        for value in out:
+            yield from _tensors(value)
+    elif hasattr(out, "convert"):
+        yield torch.from_numpy(np.asarray(out.convert("RGB")).copy())
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) > 0 and all(
+        x.shape == y.shape and torch.equal(x.nan_to_num(), y.nan_to_num())
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def found(case: Wild) -> None:
+    """Every denoiser is found, is declared, and has attention."""
+    pipe = case.make()
+    assert families.pipeline_of(pipe) is not None, "not declared"
+    for _, denoiser in families.denoisers_of(pipe):
+        assert families.model_of(denoiser) is not None, f"{type(denoiser).__name__} not declared"
+
+
+def idle(case: Wild) -> None:
+    """An editor that changes nothing changes nothing, is shown every site, and leaves no trace."""
+    pipe = case.make()
+    plain, before, editor = drawn(case, pipe), fingerprint(pipe), Shown()
+    sites = [s for s, _ in families.describe_sites(families.denoiser_of(pipe))]
+    wanted = {s.path for s in sites if s.kind not in NAMED_ONLY}
+    if not wanted:
+        raise Refused("no attention that can be caught")
+    with control(pipe, editor):
+        assert same(drawn(case, pipe), plain), "an idle editor changes the result"
+    assert editor.paths == wanted, sorted(wanted ^ editor.paths)[:3]
+    assert not differences(before, fingerprint(pipe))
+    assert same(drawn(case, pipe), plain), "something stays behind"
+
+
+def edited(case: Wild) -> None:
+    """An edit of the conditional rows changes the result."""
+    pipe = case.make()
+    plain, editor = drawn(case, pipe), Shown()
+    try:
+        with control(pipe, Halved(), editor):
+            assert not same(drawn(case, pipe), plain), "the edit does nothing"
+    except UnsupportedError as reason:
+        raise Refused(str(reason)) from reason
+    assert "cond" in editor.branches
+
+
+def facts(case: Wild) -> None:
+    """What is declared is what the pipeline shows: rows, kinds, spans and words."""
+    pipe = case.make()
+    proof = proved(pipe, lambda d: case.draw(pipe, d.prompts, d.negatives, d.seeds))
+    assert not proof.wrong, proof.wrong[:2]
+
+
+PROMISES: dict[str, Callable[[Wild], None]] = {
+    "declared": found,
+    "idle exact, shown, restored": idle,
+    "edited": edited,
+    "facts proved": facts,
+}
+CASES = list(WILD.values())
