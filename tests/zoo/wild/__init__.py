@@ -57,6 +57,11 @@ class Wild:
         except (AttributeError, TypeError, pickle.PicklingError):  # it holds a function
             return None
 
+    @property
+    def seconds(self) -> float:
+        """About what building it and drawing five times takes a slow core."""
+        return float(self._entry["cpu"])
+
     def make(self) -> Any:
         """A new pipeline, the same at each call."""
         return self._built() if self._mould is None else self._mould.copy()
