@@ -1,181 +1,298 @@
-"""One owner per denoiser: of its hooks, and of the editors that are attached.
+"""What is installed: the hooks on one denoiser, and on one pipeline, for all who control it.
 
-Contexts nest and end in any order; each adds its editors here and removes exactly those. When the
-last one goes, everything is as it was found.
+Hooks are shared by every session, thread and task, and hold nothing of any: each asks `loop.here`
+whose call it caught. They come with the first session that wants them and go with the last, and
+`sync` puts in or takes out whatever is missing or left, also what an interrupt left half done.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hookctl.address import families
-from hookctl.address.sites import Site
-from hookctl.editor import Editor, check_conflicts, overrides
-from hookctl.errors import UnsupportedError
+from hookctl.editor import check_conflicts, overrides
+from hookctl.errors import SelectorError, UnsupportedError
 from hookctl.hooks.attention import SitePort
-from hookctl.hooks.pipeline import DenoiserPort, PipelinePort, SchedulerPort, is_compiled
+from hookctl.hooks.pipeline import DenoiserPort, Inner, PipelinePort, SchedulerPort, is_compiled
 from hookctl.hooks.processors import Exchange
 from hookctl.hooks.skips import ConcatPort, concats
-from hookctl.loop.attached import Attached, Session, sites_for
+from hookctl.loop import here
+from hookctl.loop.attached import Attached, Entry, Modules, sites_for
+from hookctl.loop.attending import Attending, edit_features
+from hookctl.loop.calls import calls
 from hookctl.loop.denoising import Denoising
+from hookctl.run_state import remembering
 
-_engines: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
+_engines: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
+_pipelines: weakref.WeakValueDictionary[int, PipelineHooks] = weakref.WeakValueDictionary()
+_attending = Attending()
+
+
+def enter(entry: Entry, target: Any) -> None:
+    """Put a pipeline, or a bare denoiser, under a session's control in this thread or task.
+
+    On any error `leave` undoes what was done so far.
+    """
+    entry.called = entry.elsewhere = False
+    entry.expected.clear()
+    entry.ran.clear()
+    place = here.denoising_of_target(target, entry.pipe)
+    with remembering(place.memory):
+        for editor in entry.editors:
+            editor.attach(target)
+        engines = [Engine.of(model, name) for name, model in families.denoisers_of(target)]
+        _check_alone(place, engines)
+        attached = _attached(entry, engines)
+        every = [site for engine in engines for site, _ in engine.modules.values()]
+        editors = dict.fromkeys(a.editor for a in (*place.attached, *attached))
+        check_conflicts([(editor, every) for editor in editors])
+    place.add(entry, attached, [engine.model for engine in engines])
+    here.enter(place)
+    for engine in engines:
+        entry.hooks.append(engine)
+        engine.add(entry, tuple(one for one in attached if one.model is engine.model))
+    if entry.pipe is not None:
+        hooks = PipelineHooks.of(entry.pipe)
+        entry.hooks.append(hooks)
+        entry.refresh = hooks.sync
+        hooks.add(entry)
+
+
+def leave(entry: Entry, *, failed: bool = False) -> None:
+    """Take out all that a session put in, from wherever; failed: it ends by an error.
+
+    Done again, it does what an interrupt kept it from, and nothing else.
+    """
+    for place in list(entry.places):
+        place.drop(entry)
+    for hooks in entry.hooks:
+        hooks.remove(entry, failed=failed)
+    entry.refresh = _nothing
+    entry.hooks.clear()
+    entry.places.clear()
+    here.forget_ended()
+    if failed:
+        here.abandon()
+
+
+def _nothing() -> None:
+    pass
+
+
+def _attached(entry: Entry, engines: Sequence[Engine]) -> list[Attached]:
+    """A session's editors at each of a pipeline's denoisers, in order."""
+    found = []
+    for editor in entry.editors:
+        missed: SelectorError | None = None
+        for engine in engines:
+            try:
+                sites = sites_for(editor, engine.model, engine.modules)
+            except SelectorError as error:
+                missed = error
+            else:
+                found.append(Attached(editor, entry, engine.model, sites))
+        if missed is not None and not any(one.editor is editor for one in found):
+            raise missed
+    return found
+
+
+def _check_alone(place: Denoising, engines: Sequence[Engine]) -> None:
+    """Raise UnsupportedError for a pipeline inside a context of its bare denoiser."""
+    models = {engine.model for engine in engines}
+    for other in here.denoisings():
+        if other is not place and other.pipe is None and models & set(other.models):
+            raise UnsupportedError(
+                "control(pipe) inside control(pipe.unet): wrap the pipeline in both contexts"
+            )
 
 
 class Engine:
-    """Owner of a denoiser's hooks."""
+    """Owner of a denoiser's hooks.
 
-    def __init__(self, denoiser: nn.Module, pipe: Any) -> None:
-        self.denoiser, self.pipe = denoiser, pipe
-        self.model = families.uncompiled(denoiser)
-        self.modules = dict(
-            (site.path, (site, module)) for site, module in families.describe_sites(denoiser)
-        )
-        self.attached: list[Attached] = []
-        self._sessions: list[Session] = []
-        self._ports: dict[str, SitePort] = {}
+    denoiser: as it was given, perhaps compiled; model: as it is; modules: its sites by path;
+    ports: of those that are hooked.
+    """
+
+    def __init__(self, denoiser: nn.Module, name: str = "") -> None:
+        self.denoiser, self.model = denoiser, families.uncompiled(denoiser)
+        self.modules: Modules = {
+            site.path: (site, module) for site, module in families.describe_sites(denoiser, name)
+        }
+        self.ports: dict[str, SitePort] = {}
+        self.port = DenoiserPort(denoiser, self._around)
+        self._attached: dict[Entry, tuple[Attached, ...]] = {}
         self._concat_ports: list[ConcatPort] = []
         self._exchange = Exchange()
-        self._denoising = Denoising(denoiser, pipe, self._ports, self._refresh)
-        self._denoiser_port: DenoiserPort | None = None
-        self._pipeline_port: PipelinePort | None = None
-        self._scheduler_port: SchedulerPort | None = None
+        self._installed = False
 
     @classmethod
-    def of(cls, denoiser: nn.Module, pipe: Any) -> Engine:
-        """The engine that owns the denoiser now, or a new one."""
+    def of(cls, denoiser: nn.Module, name: str = "") -> Engine:
+        """The owner of a denoiser's hooks; name: with which its sites' paths begin."""
         with _lock:
-            key = families.uncompiled(denoiser)
+            key = id(families.uncompiled(denoiser))
             engine = _engines.get(key)
-            if engine is None or not engine._sessions:
-                engine = _engines[key] = cls(denoiser, pipe)
-            if pipe is not None and engine.pipe is None:
-                raise UnsupportedError(
-                    "control(pipe) inside control(pipe.unet): wrap the pipeline in both contexts"
-                )
-            if pipe is not None and pipe is not engine.pipe:
-                raise UnsupportedError(
-                    f"the denoiser of this {type(pipe).__name__} is already under control through "
-                    f"another pipeline ({type(engine.pipe).__name__}); end that context first"
-                )
+            if engine is None:
+                engine = _engines[key] = cls(denoiser, name)
             return engine
 
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        return tuple(site for site, _ in self.modules.values())
-
-    # -- in and out ----------------------------------------------------------------------------
-
-    def add(self, session: Session, editors: Sequence[Editor]) -> None:
-        """Attach a session's editors; on any error nothing has changed."""
+    def add(self, entry: Entry, attached: tuple[Attached, ...]) -> None:
+        """A session wants its editors to be shown this denoiser's calls."""
         with _lock:
-            new = [
-                Attached(editor, session, sites_for(editor, self.model, self.modules))
-                for editor in editors
-            ]
-            check_conflicts([(a.editor, self.sites) for a in self.attached + new])
-            first = not self._sessions
-            self._sessions.append(session)
-            self.attached += new
-            try:
-                if first:
-                    self._exchange.remember(module for _, module in self.modules.values())
-                    self._install()
-                self._changed()
-            except BaseException:
-                self.remove(session)
-                raise
+            self._attached[entry] = attached
+            self._sync()
 
-    def remove(self, session: Session, *, failed: bool = False) -> None:
-        """Detach a session's editors, and everything when none is left.
-
-        failed: the session ends by an error.
-        """
+    def remove(self, entry: Entry, *, failed: bool = False) -> None:
+        """A session has ended; failed: by an error."""
         with _lock:
-            self._sessions = [s for s in self._sessions if s is not session]
-            self.attached = [a for a in self.attached if a.session is not session]
-            self._changed()
+            self._attached.pop(entry, None)
+            self._sync()
             if failed:
                 self._exchange.tidy()
-            if not self._sessions:
-                self._uninstall()
 
-    def _changed(self) -> None:
-        self._denoising.changed(self._sessions, self.attached)
-        self._sync_ports()
-
-    def _install(self) -> None:
-        denoising, run = self._denoising, self._denoising.run
-        denoising.port = self._denoiser_port = DenoiserPort(
-            self.denoiser, denoising.around_denoiser
-        )
-        if self.pipe is not None:
-            self._pipeline_port = PipelinePort(self.pipe, run.restart, run.prepared, run.texts)
-            self._hook_scheduler()
-
-    def _hook_scheduler(self) -> None:
-        scheduler = getattr(self.pipe, "scheduler", None)
-        port = self._scheduler_port
-        if port is not None and port.scheduler is scheduler:
-            return
-        if port is not None:
-            port.remove()
-        self._scheduler_port = (
-            SchedulerPort(scheduler, self._denoising.around_step, self._denoising.run.scaled)
-            if hasattr(scheduler, "step")
-            else None
-        )
-
-    def _uninstall(self) -> None:
-        for port in (self._denoiser_port, self._pipeline_port, self._scheduler_port):
-            if port is not None:
-                port.remove()
-        self._denoiser_port = self._pipeline_port = self._scheduler_port = None
-        self._denoising.port = None
-        self._denoising.over()
-
-    def _sync_ports(self) -> None:
-        """Hook exactly the sites and concats that an editor wants."""
-        wanted = set().union(*(a.sites for a in self.attached)) if self.attached else set()
-        changed = wanted != set(self._ports)
-        traced = False
-        for path in set(self._ports) - wanted:
-            self._exchange.restore(path)
-            port = self._ports.pop(path)
-            port.remove()
-            traced |= port.traced
-        for path in [site.path for site in self.sites if site.path in wanted]:
-            if path not in self._ports:
-                site, module = self.modules[path]
-                own = families.text_call(module)
-                self._ports[path] = SitePort(site, module, self._denoising, own_call=own)
-                self._exchange.watch(path, self._ports[path])
-        features = any(overrides(a.editor, "features") for a in self.attached)
+    def _sync(self) -> None:
+        """Hook the denoiser if a session is there, and the sites and concats an editor wants."""
+        if self._attached and not self._installed:
+            self._exchange.remember(module for _, module in self.modules.values())
+            self._installed = True
+            self.port.install()
+        attached = [one for several in self._attached.values() for one in several]
+        changed, traced = self._sync_sites(set().union(*(a.sites for a in attached)))
+        features = any(overrides(a.editor, "features") for a in attached)
         if features != bool(self._concat_ports):
             changed = True
             traced |= any(port.traced for port in self._concat_ports)
-            for concat_port in self._concat_ports:
-                concat_port.remove()
-            found = concats(self.model) if features else ()
-            self._concat_ports = [ConcatPort(c, self._denoising.edit_features) for c in found]
-        now = families.denoiser_of(self.pipe) if self.pipe is not None else self.denoiser
-        if traced or (changed and is_compiled(self._denoiser_port, self.denoiser, now)):
+            self._sync_concats(features)
+        if traced or (changed and is_compiled(self.port, self.denoiser)):
             # Code compiled before would never notice hooks that came or went.
             torch._dynamo.reset()
+        if not self._attached and self._installed:
+            self.port.remove()
+            self.port = DenoiserPort(self.denoiser, self._around)
+            self._installed = False
 
-    def _refresh(self) -> None:
-        """The pipeline's scheduler or processors may be others than before."""
-        if self.pipe is not None:
-            self._hook_scheduler()
+    def _sync_sites(self, wanted: set[str]) -> tuple[bool, bool]:
+        """Whether any hook came or went, and whether compiled code calls one that went."""
+        changed = traced = False
+        for path in set(self.ports) - wanted:
+            port = self.ports[path]
+            traced |= port.traced
+            changed = True
+            with contextlib.suppress(KeyError):
+                self._exchange.restore(path)
+            port.remove()
+            del self.ports[path]
+        for path, (site, module) in self.modules.items():
+            if path in wanted and path not in self.ports:
+                port = SitePort(site, module, _attending, own_call=families.text_call(module))
+                self.ports[path], changed = port, True
+                port.install()
+                self._exchange.watch(path, port)
+        return changed, traced
+
+    def _sync_concats(self, wanted: bool) -> None:
+        while self._concat_ports and not wanted:
+            self._concat_ports[-1].remove()
+            self._concat_ports.pop()
+        for concat in concats(self.model) if wanted else ():
+            port = ConcatPort(concat, edit_features)
+            self._concat_ports.append(port)
+            port.install()
+
+    def refresh(self) -> None:
+        """The model's processors may be others than before."""
         self._exchange.refresh()
 
-    def silent_sites(self, session: Session) -> tuple[str, ...]:
-        """Sites that an editor of the session was to be shown, but that never ran."""
-        return self._denoising.silent_sites(session)
+    def _around(self, inner: Inner, args: Any, kwargs: Any) -> Any:
+        again = calls.repeated(self.model)
+        mine = here.denoising_of_call(self.model) if again is None else again.owner
+        if mine is not None:
+            return mine.around_denoiser(self, inner, args, kwargs)
+        self._note_elsewhere()
+        if calls.open is None:
+            return inner(*args, **kwargs)
+        with calls.hidden():
+            return inner(*args, **kwargs)
+
+    def _note_elsewhere(self) -> None:
+        """Tell the sessions of the pipeline that is calling that it does so outside of them."""
+        waiting = [entry for entry in list(self._attached) if not entry.called]
+        if waiting:
+            caller = here.calling_pipeline(self.model, [entry.pipe for entry in waiting])
+            for entry in waiting:
+                entry.elsewhere |= entry.pipe is None or caller is entry.pipe
+
+
+class PipelineHooks:
+    """Owner of the hooks on one pipeline and on the scheduler that it has."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self._entries: dict[Entry, None] = {}
+        self._port: PipelinePort | None = None
+        self._scheduler_port: SchedulerPort | None = None
+
+    @classmethod
+    def of(cls, pipe: Any) -> PipelineHooks:
+        """The owner of a pipeline's hooks."""
+        with _lock:
+            hooks = _pipelines.get(id(pipe))
+            if hooks is None:
+                hooks = _pipelines[id(pipe)] = cls(pipe)
+            return hooks
+
+    def add(self, entry: Entry) -> None:
+        with _lock:
+            self._entries[entry] = None
+            self.sync()
+
+    def remove(self, entry: Entry, *, failed: bool = False) -> None:
+        with _lock:
+            self._entries.pop(entry, None)
+            self.sync()
+
+    def sync(self) -> None:
+        """Hook the pipeline, and the scheduler that it has now, if a session is there."""
+        with _lock:
+            wanted = bool(self._entries)
+            if wanted and self._port is None:
+                self._port = PipelinePort(self.pipe, self._started, self._prepared, self._texts)
+                self._port.install()
+            if not wanted and self._port is not None:
+                self._port.remove()
+                self._port = None
+            scheduler = getattr(self.pipe, "scheduler", None) if wanted else None
+            port = self._scheduler_port
+            if port is not None and port.scheduler is not scheduler:
+                port.remove()
+                self._scheduler_port = port = None
+            if port is None and hasattr(scheduler, "step"):
+                self._scheduler_port = SchedulerPort(scheduler, self._around_step, self._scaled)
+                self._scheduler_port.install()
+
+    def _started(self, checked: dict[str, Any]) -> None:
+        if mine := here.denoising_of_pipeline(self.pipe):
+            mine.restarted(checked)
+
+    def _prepared(self) -> None:
+        if mine := here.denoising_of_pipeline(self.pipe):
+            mine.prepared()
+
+    def _texts(self, given: dict[str, Any]) -> None:
+        if mine := here.denoising_of_pipeline(self.pipe):
+            mine.run.texts(given)
+
+    def _around_step(self, step: Inner, arguments: dict[str, Any]) -> Any:
+        mine = here.denoising_of_step(self.pipe)
+        return step(**arguments) if mine is None else mine.around_step(step, arguments)
+
+    def _scaled(self, latents: Tensor, again: Callable[[Tensor], Tensor]) -> None:
+        if mine := here.denoising_of_step(self.pipe):
+            mine.run.scaled(latents, again)

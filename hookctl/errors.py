@@ -12,6 +12,10 @@ class HookctlError(Exception):
     """Base of every error raised by this library."""
 
 
+class HookctlWarning(UserWarning):
+    """Something that was asked for had no effect, or not the one that it seems to have."""
+
+
 class InputError(HookctlError, ValueError):
     """An argument is wrong: the message names it, what was given and what would do."""
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hookctl.address.families import denoiser_of, describe_sites
+from hookctl.address.families import sites_of
 from hookctl.address.rows import COND, Row
 from hookctl.address.sites import Grid, Selector, Site, select
 from hookctl.address.text import PromptText, TextLayout
@@ -24,6 +24,7 @@ from hookctl.editor import Editor
 from hookctl.errors import InputError, SelectorError, WordError
 from hookctl.inspect import notebook, show
 from hookctl.loop.state import State
+from hookctl.run_state import RunState
 
 SHOWN = 12  # words, of a store in a notebook
 
@@ -220,6 +221,10 @@ class Maps(Editor):
     averaged over heads and summed over its tokens; edits that stand in the stack are included.
     """
 
+    store: RunState[MapStore] = RunState(factory=MapStore)
+    _layout: RunState[TextLayout] = RunState()
+    _found: RunState[dict[tuple[str, int], Found]] = RunState()
+
     def __init__(
         self,
         *words: str,
@@ -232,18 +237,16 @@ class Maps(Editor):
         self.words = tuple(dict.fromkeys(words))
         self.sites, self.start, self.stop = sites, start, stop
         self.window()
-        self.store = MapStore()
 
     def attach(self, target: Any) -> None:
         self._layout = TextLayout(target)
-        every = [site for site, _ in describe_sites(denoiser_of(target))]
-        chosen = select(every, self.sites, who=self.name)
+        chosen = select(sites_of(target), self.sites, who=self.name)
         if chosen and not any(site.kind in ("cross", "joint") for site in chosen):
             raise SelectorError(
                 f"Maps: sites={self.sites!r} are no sites where the image attends to the text; "
                 "give cross or joint sites, such as 'cross up'"
             )
-        self._found: dict[tuple[str, int], Found] = {}
+        self._found = {}
 
     def begin(self, state: State) -> None:
         self._found = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -10,10 +11,11 @@ from hookctl.address import families
 from hookctl.address.clock import Clock
 from hookctl.address.sites import Site
 from hookctl.editor import Editor, check_editor
-from hookctl.engine import Engine
-from hookctl.errors import HoleError
+from hookctl.engine import enter, leave
+from hookctl.errors import HoleError, HookctlWarning
 from hookctl.evaluate.plan import check_backend
 from hookctl.inspect.notebook import html_lines, html_table
+from hookctl.loop.attached import Entry
 from hookctl.maps import MapStore
 from hookctl.report import HEADERS, Log, report
 
@@ -40,28 +42,39 @@ class Session:
         check_backend(backend)
         self.target, self.editors, self.backend, self.strict = target, editors, backend, strict
         self.denoiser = families.denoiser_of(target)
-        self.rows = None if rows is None else tuple(rows)
-        self.maps = MapStore()
-        self.log = Log()
-        self.clock: Clock | None = None
-        self._engine: Engine | None = None
+        pipe = None if target is self.denoiser else target
+        given = None if rows is None else tuple(rows)
+        self._entry = Entry(tuple(editors), pipe, backend, given, MapStore(), Log())
         self._depth = 0
-        self._sites = tuple(site for site, _ in families.describe_sites(self.denoiser))
+        self._sites = families.sites_of(target)
 
     @property
     def sites(self) -> tuple[Site, ...]:
         return self._sites
 
+    @property
+    def maps(self) -> MapStore:
+        store: MapStore = self._entry.maps
+        return store
+
+    @property
+    def log(self) -> Log:
+        log: Log = self._entry.log
+        return log
+
+    @property
+    def clock(self) -> Clock | None:
+        return self._entry.clock
+
     def __enter__(self) -> Session:
-        if self._depth == 0:
-            for editor in self.editors:
-                editor.attach(self.target)
-            pipe = None if self.target is self.denoiser else self.target
-            engine = Engine.of(self.denoiser, pipe)
-            engine.add(self, self.editors)
-            self._engine = engine
-        self._depth += 1
-        return self
+        try:
+            self._depth += 1
+            if self._depth == 1:
+                enter(self._entry, self.target)
+            return self
+        except BaseException:
+            self._end(failed=True)
+            raise
 
     def __exit__(
         self,
@@ -69,18 +82,52 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._depth -= 1
-        if self._depth or self._engine is None:
-            return
-        engine, self._engine = self._engine, None
-        silent = engine.silent_sites(self) if self.strict and kind is None else ()
-        engine.remove(self, failed=kind is not None)
+        try:
+            entered, self._depth = self._depth, max(0, self._depth - 1)
+            if entered == 1:
+                self._end(failed=kind is not None)
+        except BaseException:
+            self._end(failed=True)  # an interrupt: what is left of it
+            raise
+        if entered == 1 and kind is None:
+            self._check_run()
+
+    def _end(self, *, failed: bool) -> None:
+        self._depth = 0
+        leave(self._entry, failed=failed)
+
+    def _check_run(self) -> None:
+        """Tell of edits that were lost."""
+        entry = self._entry
+        if entry.editors and entry.elsewhere and not entry.called:
+            self._tell(
+                f"{type(self.target).__name__} was called in another thread or task than the one "
+                "that entered control(...), so it was not edited there. Enter control(...) where "
+                "the pipeline is called, or call it within a copy of this context: "
+                "contextvars.copy_context().run(pipe, ...) or asyncio.to_thread(pipe, ...)"
+            )
+        silent = entry.silent_sites()
         if silent:
-            raise HoleError(
+            self._tell(
                 f"{len(silent)} edited sites never ran though the denoiser did, such as "
                 f"{silent[0]!r}: their edits were lost. A cache or a compiled graph may be "
                 "bypassing them; leave them out with sites=, or pass strict=False"
             )
+
+    def _tell(self, lost: str) -> None:
+        if self.strict:
+            raise HoleError(lost)
+        warnings.warn(lost, HookctlWarning, stacklevel=4)
+
+    def __del__(self) -> None:
+        if getattr(self, "_depth", 0):
+            warnings.warn(
+                f"{self!r} was dropped without leaving its context, and has ended; use "
+                "`with hookctl.control(...):`",
+                ResourceWarning,
+                stacklevel=2,
+            )
+            self._end(failed=True)
 
     def report(self) -> str:
         """What every editor did, where and at which steps, in attention (by which plan, and why)

@@ -24,6 +24,7 @@ from hookctl.kernels.fourier_gain import fourier_gain
 from hookctl.loop.state import FeatureCall
 from hookctl.recipes.common.arguments import number, one_of
 from hookctl.recipes.common.features.statistics import structure
+from hookctl.run_state import RunState
 
 RULES = ("official", "diffusers")
 
@@ -37,6 +38,8 @@ class FreeU(Editor):
     version: 2 (gain by structure) or 1 (constant gain, which is also diffusers' form). Gains of 1
     leave a concat untouched.
     """
+
+    _gains_of: RunState[dict[int, tuple[float, float]]] = RunState(factory=dict)
 
     def __init__(
         self,
@@ -60,7 +63,6 @@ class FreeU(Editor):
             one_of(version, "FreeU: version", (1, 2))
         self.version = version or (2 if rule == "official" else 1)
         self.start, self.stop = start, stop
-        self._gains_of: dict[int, tuple[float, float]] = {}  # by order of the concat
 
     def attach(self, target: object) -> None:
         found = list(concats(denoiser_of(target)))

@@ -32,6 +32,7 @@ from hookctl.recipes.common.energy.energy_guidance import EnergyGuidance, Stage,
 from hookctl.recipes.common.energy.map_functions import inside_share, top_mean
 from hookctl.recipes.common.energy.word_energy import Subject, Words
 from hookctl.recipes.common.per_prompt import Regions
+from hookctl.run_state import RunState
 
 TOP = 0.2  # share of the cells that form="top-k" looks at
 TOP_K_ITERATIONS = ((0.1, 3), (0.2, 2), (1.0, 1))  # until this fraction of the schedule
@@ -55,6 +56,7 @@ class LayoutGuidance(EnergyGuidance):
     """
 
     heads = True
+    _last_loss: RunState[Tensor | None] = RunState(None)
 
     def __init__(
         self,
@@ -79,7 +81,6 @@ class LayoutGuidance(EnergyGuidance):
             iterations = whole(iterations, "LayoutGuidance: iterations", 1)
         self.threshold = number(threshold, "LayoutGuidance: threshold", low=0)
         self.form, self.iterations, self.paper = form, iterations, paper
-        self._last_loss: Tensor | None = None  # L of each image when it was last guided
 
     def begin(self, state: State) -> None:
         super().begin(state)

@@ -33,6 +33,7 @@ from hookctl.recipes.common.prompt_texts import PromptTexts
 from hookctl.recipes.common.real_images.pinned import Path, Pinned
 from hookctl.recipes.common.sites import TEXT_KINDS, image_sites, sites_of
 from hookctl.recipes.common.source_and_edits import SourceAndEdits
+from hookctl.run_state import RunState
 
 FINE = "self up @>=1/2, self blocks, joint"
 Words = str | Sequence[str] | None
@@ -66,6 +67,10 @@ class MasaCtrl(SourceAndEdits):
     Raises InputError for arguments that do not fit the prompts or each other; on entering
     `control`, WordError for words that their prompts do not have.
     """
+
+    _edited_paths: RunState[set[str]] = RunState()
+    _text_sites: RunState[list[Site]] = RunState()
+    _texts: RunState[PromptTexts] = RunState()
 
     def __init__(
         self,

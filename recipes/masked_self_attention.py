@@ -34,6 +34,7 @@ from hookctl.recipes.common import per_prompt
 from hookctl.recipes.common.arguments import one_of
 from hookctl.recipes.common.per_prompt import Regions
 from hookctl.recipes.common.sites import IMAGE_KINDS, grid_of, sites_of
+from hookctl.run_state import RunState
 
 BACKGROUNDS = ("background", "all", "itself")
 IMAGE_SITES = ", ".join(IMAGE_KINDS)
@@ -52,6 +53,9 @@ class MaskedSelfAttention(Editor):
     bit for bit as it was. Raises UnsupportedError at sites where the image does not attend to
     itself, and for background="itself" on joint sites.
     """
+
+    sites: RunState[Selector] = RunState(None)
+    _bits: RunState[dict[Any, tuple[Tensor, Tensor, Tensor | None]]] = RunState(factory=dict)
 
     def __init__(
         self,
@@ -72,7 +76,6 @@ class MaskedSelfAttention(Editor):
         self.paper, self.given_sites = paper, sites
         self.sites = IMAGE_SITES if sites is None else sites
         self.start, self.stop = start, stop
-        self._bits: dict[Any, tuple[Tensor, Tensor, Tensor | None]] = {}
 
     def claims(self) -> Sequence[Claim]:
         return [Claim(WHOLE_IMAGE, window=self.window(), shared=True)]

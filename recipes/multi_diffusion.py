@@ -39,9 +39,10 @@ from hookctl.loop.state import Proceed, State
 from hookctl.recipes.common import per_prompt
 from hookctl.recipes.common.arguments import pair, share, whole
 from hookctl.recipes.common.canvas.plain_colours import Bootstrapping
-from hookctl.recipes.common.canvas.tiles import tiles_of
+from hookctl.recipes.common.canvas.tiles import Tile, tiles_of
 from hookctl.recipes.common.per_prompt import Regions, Texts
 from hookctl.recipes.common.real_images.diffusion_paths import DiffusionPath, paths_of
+from hookctl.run_state import RunState
 from hookctl.session import control
 
 MARGIN = 8  # cells beyond the sides of a cylinder that its decoder sees
@@ -67,6 +68,11 @@ class MultiDiffusion(Editor):
 
     Raises UnsupportedError for latents that are not [..., height, width], and with a ControlNet.
     """
+
+    tiles: RunState[list[Tile]] = RunState()
+    _tile: RunState[tuple[int, int] | None] = RunState()
+    _paths: RunState[dict[tuple[int, ...], list[DiffusionPath]]] = RunState()
+    _texts: RunState[EncodedTexts | None] = RunState()
 
     def __init__(
         self,
@@ -115,7 +121,7 @@ class MultiDiffusion(Editor):
         assert self._tile is not None  # `attach` saw to it
         height, width = state.grid[-2:]
         self.tiles = tiles_of(height, width, self._tile, self.stride, wrap=self.wrap)
-        self._paths: dict[tuple[int, ...], list[DiffusionPath]] = {}
+        self._paths = {}
         self._texts = EncodedTexts(state, self.texts.items) if self.texts.items else None
         if self._texts is not None and self.bootstrap:
             self.bootstrapping.begin(state)

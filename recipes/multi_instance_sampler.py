@@ -52,6 +52,7 @@ from hookctl.recipes.common.canvas.plain_colours import Surface
 from hookctl.recipes.common.canvas.region_shares import region_shares
 from hookctl.recipes.common.per_prompt import Regions, Texts
 from hookctl.recipes.common.sites import grid_of
+from hookctl.run_state import RunState
 
 MERGES = ("mean", "paste")
 
@@ -73,6 +74,12 @@ class MultiInstanceSampler(Editor):
     guide. After a run `spread` holds, for each image, its standard deviation before and after the
     merge.
     """
+
+    spread: RunState[list[tuple[float, float]]] = RunState(factory=list)
+    _instances: RunState[dict[str, Companion] | None] = RunState(None)
+    _encoded: RunState[EncodedTexts | None] = RunState(None)
+    _surface: RunState[Surface | None] = RunState(None)
+    _divisions: RunState[dict[tuple[int, int, Grid], Division]] = RunState(factory=dict)
 
     def __init__(
         self,
@@ -109,11 +116,11 @@ class MultiInstanceSampler(Editor):
         self._restart()
 
     def _restart(self) -> None:
-        self.spread: list[tuple[float, float]] = []
-        self._instances: dict[str, Companion] | None = None  # none before `start`
-        self._encoded: EncodedTexts | None = None
-        self._surface: Surface | None = None
-        self._divisions: dict[tuple[int, int, Grid], Division] = {}
+        self.spread = []
+        self._instances = None  # none before `start`
+        self._encoded = None
+        self._surface = None
+        self._divisions = {}
 
     def claims(self) -> Sequence[Claim]:
         return [Claim(WHOLE_IMAGE, window=self.window(), shared=True)]

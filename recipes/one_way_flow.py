@@ -30,6 +30,7 @@ from hookctl.errors import InputError
 from hookctl.loop.state import State
 from hookctl.recipes.common.arguments import number
 from hookctl.recipes.common.sites import grid_of, image_sites
+from hookctl.run_state import RunState
 
 Flow = tuple[str, str, float]
 REST = "rest"  # what lies in no named region
@@ -50,6 +51,8 @@ class OneWayFlow(Editor):
     Raises InputError for names of no region, for strengths that are not finite or -inf, and for a
     cut that leaves queries without any key.
     """
+
+    _masks: RunState[dict[Any, tuple[Tensor, Tensor]]] = RunState(factory=dict)
 
     def __init__(
         self,
@@ -73,7 +76,6 @@ class OneWayFlow(Editor):
         self.anneal, self.sites = anneal, sites
         self.start, self.stop = start, stop
         self._window = Window.of((start, stop), "OneWayFlow: start, stop")
-        self._masks: dict[Any, tuple[Tensor, Tensor]] = {}  # of queries and keys, by call
 
     def _flow(self, flow: Flow) -> Flow:
         known = [*self.regions, REST]

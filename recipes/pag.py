@@ -18,6 +18,7 @@ from hookctl.attention.call import AttentionCall
 from hookctl.loop.state import State
 from hookctl.recipes.common.arguments import number
 from hookctl.recipes.common.perturbed_guidance import PerturbedGuidance
+from hookctl.run_state import RunState
 
 TRAINED = 1000  # timesteps that the published rule counts from
 
@@ -34,6 +35,8 @@ class PAG(PerturbedGuidance):
     Costs one further row beside each conditional one.
     """
 
+    _unit: RunState[int] = RunState(1)
+
     def __init__(
         self,
         scale: float = 3.0,
@@ -44,7 +47,6 @@ class PAG(PerturbedGuidance):
     ) -> None:
         super().__init__(scale, branch=branch, **options)
         self.adaptive = number(adaptive, "PAG: adaptive", low=0)
-        self._unit = 1
 
     def begin(self, state: State) -> None:
         # Some families hand the denoiser a time of 0 to 1, noisiest first.

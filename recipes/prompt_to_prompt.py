@@ -22,7 +22,7 @@ from typing import Any
 from hookctl.address.clock import Window
 from hookctl.address.latent import finest_within
 from hookctl.address.rows import COND
-from hookctl.address.sites import Selector, matcher, select
+from hookctl.address.sites import Selector, Site, matcher, select
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import WHOLE_IMAGE, Claim
 from hookctl.errors import InputError
@@ -41,6 +41,7 @@ from hookctl.recipes.common.sites import IMAGE_KINDS, TEXT_KINDS, sites_of
 from hookctl.recipes.common.source_and_edits import SourceAndEdits
 from hookctl.recipes.common.token_routing import TokenRouting
 from hookctl.recipes.common.word_windows import WindowLike, WordWindows
+from hookctl.run_state import RunState
 
 MODES = ("auto", "replace", "refine")
 Words = str | Sequence[str] | None
@@ -81,6 +82,12 @@ class PromptToPrompt(SourceAndEdits):
     Raises InputError for arguments that do not fit the prompts; on entering `control`, WordError
     for words that their prompts do not have, AlignmentError for prompts that can't be replaced.
     """
+
+    _texts: RunState[PromptTexts] = RunState()
+    _image_sites: RunState[list[Site]] = RunState()
+    _text_sites: RunState[list[Site]] = RunState()
+    _routing: RunState[TokenRouting] = RunState()
+    _layout_sites: RunState[set[str]] = RunState()
 
     def __init__(
         self,

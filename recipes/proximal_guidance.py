@@ -25,6 +25,7 @@ from hookctl.editor import Editor
 from hookctl.errors import UnsupportedError
 from hookctl.loop.state import Predictions, State
 from hookctl.recipes.common.arguments import one_of, share, whole
+from hookctl.run_state import RunState
 
 MODES = ("soft", "hard")
 
@@ -44,6 +45,8 @@ class ProximalGuidance(Editor):
 
     Raises UnsupportedError for a run without guidance.
     """
+
+    _guided: RunState[Tensor | None] = RunState(None)
 
     def __init__(
         self,
@@ -66,7 +69,6 @@ class ProximalGuidance(Editor):
         self.path_window = Window.of((path_start, 1.0), "ProximalGuidance: path_start")
         self.start, self.stop = start, stop
         self.window()
-        self._guided: Tensor | None = None
 
     def combine(self, predictions: Predictions) -> Tensor:
         guided = predictions.guided

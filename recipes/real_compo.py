@@ -40,6 +40,7 @@ from hookctl.recipes.common.energy.mixture import MixedSteps, ModelPrediction, P
 from hookctl.recipes.common.energy.word_energy import TEXT_SITES, Subject, WordEnergy, Words
 from hookctl.recipes.common.per_prompt import Regions
 from hookctl.recipes.layout_guidance import LayoutGuidance
+from hookctl.run_state import RunState
 
 PAPER_RHO = 1e6
 PAPER_SEED = 31
@@ -66,6 +67,13 @@ class RealCompo(WordEnergy):
     and `record` holds (step, L [images]) of every update.
     """
 
+    d: RunState[Tensor | None] = RunState(None)
+    record: RunState[list[tuple[int, Tensor]]] = RunState(factory=list)
+    _predicted: RunState[dict[str, Tensor]] = RunState(factory=dict)
+    _predicted_of: RunState[Tensor | None] = RunState(None)
+    _solvers: RunState[MixedSteps | None] = RunState(None)
+    _correction: RunState[Tensor | None] = RunState(None)
+
     def __init__(
         self,
         words: Words,
@@ -90,12 +98,6 @@ class RealCompo(WordEnergy):
         if generator is None and paper:
             generator = torch.Generator().manual_seed(PAPER_SEED)
         self.coefficient, self.generator, self.paper = coefficient, generator, paper
-        self.d: Tensor | None = None
-        self.record: list[tuple[int, Tensor]] = []
-        self._predicted: dict[str, Tensor] = {}  # by the layout model, branch by branch
-        self._predicted_of: Tensor | None = None  # the latents
-        self._solvers: MixedSteps | None = None
-        self._correction: Tensor | None = None  # of the pipeline's next latents
 
     def attach(self, target: Any) -> None:
         super().attach(target)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hookctl.address.rows import UNCOND
 from hookctl.address.sites import Selector
@@ -26,6 +27,7 @@ from hookctl.loop.noise import Noise, noise_like
 from hookctl.loop.state import State
 from hookctl.recipes.common.arguments import opened, share
 from hookctl.recipes.style_aligned import StyleAligned
+from hookctl.run_state import RunState
 
 
 class ReferenceOnly(StyleAligned):
@@ -44,6 +46,10 @@ class ReferenceOnly(StyleAligned):
     The first image that comes out is the reference, drawn from its last noised form. Raises
     InputError for an image that can't be opened, or is of another size than what is drawn.
     """
+
+    _clean: RunState[Tensor] = RunState()
+    _noise: RunState[Noise] = RunState()
+    _generator: RunState[torch.Generator] = RunState()
 
     def __init__(
         self,

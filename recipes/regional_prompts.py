@@ -37,6 +37,7 @@ from hookctl.recipes.common.arguments import share
 from hookctl.recipes.common.canvas.region_shares import region_shares
 from hookctl.recipes.common.per_prompt import Numbers, Regions, Texts
 from hookctl.recipes.common.sites import grid_of
+from hookctl.run_state import RunState
 
 
 class RegionalPrompts(Editor):
@@ -53,6 +54,10 @@ class RegionalPrompts(Editor):
     No regions, or base=1, leaves a run bit for bit as it was. Raises InputError for another number
     of lists than of prompts, UnsupportedError where queries form no grid over the image.
     """
+
+    _encoded: RunState[EncodedTexts | None] = RunState(None)
+    _divisions: RunState[dict[tuple[int, Grid], Division]] = RunState(factory=dict)
+    _context: RunState[dict[tuple[int, ...], dict[str, Tensor]]] = RunState(factory=dict)
 
     def __init__(
         self,
@@ -79,9 +84,9 @@ class RegionalPrompts(Editor):
         self._restart()
 
     def _restart(self) -> None:
-        self._encoded: EncodedTexts | None = None
-        self._divisions: dict[tuple[int, Grid], Division] = {}
-        self._context: dict[tuple[int, ...], dict[str, Tensor]] = {}
+        self._encoded = None
+        self._divisions = {}
+        self._context = {}
 
     def claims(self) -> Sequence[Claim]:
         return [Claim(WHOLE_IMAGE, window=self.window(), shared=True)]

@@ -36,6 +36,7 @@ from hookctl.recipes.common.arguments import number, refusal, whole
 from hookctl.recipes.common.features.smoothing import blur, cut_blur_matrix
 from hookctl.recipes.common.read_maps import MapSums
 from hookctl.recipes.common.sites import grid_of, middle_sites
+from hookctl.run_state import RunState
 
 
 class SAG(Editor):
@@ -50,6 +51,12 @@ class SAG(Editor):
     Costs one further call of the denoiser in a step, for the unconditional rows. After a run,
     `masks` holds the last step's M, [images, height, width].
     """
+
+    sites: RunState[Selector] = RunState(None)
+    masks: RunState[Tensor | None] = RunState(None)
+    _noise: RunState[Noise] = RunState()
+    _size: RunState[torch.Size] = RunState()
+    _votes: RunState[dict[str, MapSums]] = RunState(factory=dict)
 
     def __init__(
         self,
@@ -70,7 +77,6 @@ class SAG(Editor):
             raise refusal("SAG: kernel", kernel, "an odd number of cells, such as 9")
         self.given_sites = self.sites = sites
         self.start, self.stop = start, stop
-        self.masks: Tensor | None = None
 
     def claims(self) -> Sequence[Claim]:
         return [Claim(WHOLE_IMAGE, window=self.window(), shared=True)] if self.scale else []
@@ -90,7 +96,7 @@ class SAG(Editor):
                 f"{tuple(state.latents.shape)}; it needs [images, channels, height, width]"
             )
         self._size = state.latents.shape[-2:] if self.scale else torch.Size()
-        self._votes: dict[str, MapSums] = {}  # by branch: how many sites have a cell in M
+        self._votes = {}  # by branch: how many sites have a cell in M
 
     # -- what attention looks at ---------------------------------------------------------------
 

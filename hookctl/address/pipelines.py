@@ -58,7 +58,7 @@ def layout_of(pipe: Any, denoiser: Any = None) -> Layout:
         )
     if denoiser is not None:
         wanted = families.uncompiled(denoiser)
-        for name, module in families.denoisers_of(pipe):
+        for name, module in families.named_denoisers(pipe):
             if families.uncompiled(module) is wanted:
                 return record.calls[name]
     return next(iter(record.calls.values()))

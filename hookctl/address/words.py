@@ -6,9 +6,11 @@ punctuation, upper case, double spaces and unicode all land on the right positio
 
 from __future__ import annotations
 
+import copy
 import operator
 import re
 import unicodedata
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher, get_close_matches
@@ -92,7 +94,7 @@ class PromptTokens:
         if not isinstance(text, str):
             raise InputError(f"a prompt must be one string, got {type(text).__name__}: {text!r}")
         fast = bool(getattr(tokenizer, "is_fast", False))
-        coded = tokenizer(
+        coded = _own(tokenizer)(
             text, padding=False, truncation=False, verbose=False,
             return_special_tokens_mask=True, return_offsets_mapping=fast,
         )  # fmt: skip
@@ -232,6 +234,20 @@ def changed_words(source: PromptTokens, target: PromptTokens) -> list[WordEdit]:
         for kind, i1, i2, j1, j2 in matcher.get_opcodes()
         if kind != "equal"
     ]
+
+
+_copies: weakref.WeakKeyDictionary[Any, tuple[int, Any]] = weakref.WeakKeyDictionary()
+
+
+def _own(tokenizer: Any) -> Any:
+    """A tokenizer for ourselves: a fast one keeps how it pads, and pipelines share it in threads."""
+    if not getattr(tokenizer, "is_fast", False):
+        return tokenizer
+    size, copied = _copies.get(tokenizer, (0, None))
+    if copied is None or size != len(tokenizer):  # textual inversion adds tokens
+        copied = copy.deepcopy(tokenizer)
+        _copies[tokenizer] = len(tokenizer), copied
+    return copied
 
 
 def _content(ids: list[int], special: Sequence[int], tokenizer: Any) -> Span:

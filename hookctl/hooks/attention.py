@@ -43,7 +43,7 @@ class Untouched(Exception):
 class Handler(Protocol):
     """What a port asks of its owner."""
 
-    def watching(self, site: Site) -> bool:
+    def watching(self, port: SitePort) -> bool:
         """Whether anything wants this site's calls now; notes that the site ran."""
 
     def attend(
@@ -121,7 +121,7 @@ class Named:
 
 
 class SitePort:
-    """The hooks on one attention module, with one owner.
+    """The hooks on one attention module, from `install` until `remove`.
 
     own_call: which attention call of the module's forward is the model's own (adapters make
     further ones). spelled_out: the module forms its matrix itself, so its torch calls are
@@ -143,20 +143,27 @@ class SitePort:
         # Made beforehand: traced code can't make a mode and leave it entered at a graph break.
         self._compiled = CompiledMode(attention_ports.register(self, site.path))
         self._running = 0  # forwards between our two hooks, in every thread
-        self._handles = [
-            module.register_forward_pre_hook(self._enter),
-            module.register_forward_hook(self._leave, always_call=True),
-        ]
+        self._handles: list[Any] = []  # the one that ends a forward first
+
+    def install(self) -> None:
+        module, handles = self.module, self._handles
+        handles.append(module.register_forward_hook(self._leave, always_call=True))
+        handles.append(module.register_forward_pre_hook(self._enter))
 
     def remove(self) -> None:
         """Take the hooks out. A forward in progress, perhaps in another thread, still needs the
         one that ends it: this goes when the denoiser call is over (`unwind`)."""
-        first, last = self._handles
-        first.remove()
+        for handle in self._handles[1:]:
+            handle.remove()
         if self._running:
-            _retired.append(self)
+            if self not in _retired:
+                _retired.append(self)
         else:
-            last.remove()
+            self.finish()
+
+    def finish(self) -> None:
+        for handle in self._handles:
+            handle.remove()
 
     @property
     def watched(self) -> bool:
@@ -168,7 +175,7 @@ class SitePort:
         if torch.compiler.is_compiling():
             self._compiled.calls = 0
             self._compiled.__enter__()
-        elif self.handler.watching(self.site):
+        elif self.handler.watching(self):
             if self._goes_by_name() and by_name.is_free():
                 self._watch(Named(self))
                 return
@@ -228,7 +235,7 @@ def _raise_untouched() -> Tensor:
     raise Untouched
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _retired: list[SitePort] = []  # removed while a forward was running
 
 
@@ -245,7 +252,7 @@ def unwind(entered: tuple[int, int]) -> None:
     while by_name.depth() > entered[1]:
         _leave()
     for port in [port for port in _retired if not port._running]:
-        port._handles[1].remove()
+        port.finish()
         _retired.remove(port)
     while torch._C._len_torch_function_stack() > entered[0]:
         mode = _get_current_function_mode()

@@ -39,7 +39,7 @@ class _Running(threading.local):
 
 
 _running = _Running()
-_lock = threading.Lock()
+_lock = threading.RLock()
 _uses = 0  # entries of all threads that want the function in its place
 _HIDDEN = _Entry(None, False)
 

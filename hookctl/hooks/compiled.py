@@ -141,7 +141,7 @@ attention_ports = Ports()
 def _evaluate(*given: Any) -> Tensor:
     *call, port, index = given
     owner = attention_ports.get(port)
-    if owner is None or not owner.handler.watching(owner.site):
+    if owner is None or not owner.handler.watching(owner):
         return SDPACall(*call).attend()
     out: Tensor = owner.caught(index, SDPACall(*call))
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from typing import Any
 
@@ -12,7 +13,7 @@ _stacks: dict[tuple[int, str], list[Patch]] = {}
 
 
 class Patch:
-    """`name` of `target` is `value` until `remove`.
+    """`name` of `target` is `value` from `install` until `remove`.
 
     Works on the instance's own dictionary, so that neither the class nor the setters of pipelines
     and modules take part. Patches of one attribute may be removed in any order. If somebody else
@@ -21,14 +22,21 @@ class Patch:
 
     def __init__(self, target: Any, name: str, value: Any) -> None:
         self.target, self.name, self.value = target, name, value
+        self.before: Any = _ABSENT
+
+    def install(self) -> None:
         with _lock:
-            self.before = target.__dict__.get(name, _ABSENT)
-            _stacks.setdefault((id(target), name), []).append(self)
-            target.__dict__[name] = value
+            self.before = self.target.__dict__.get(self.name, _ABSENT)
+            _stacks.setdefault((id(self.target), self.name), []).append(self)
+            self.target.__dict__[self.name] = self.value
 
     @property
-    def installed(self) -> bool:
-        return any(patch is self for patch in _stacks.get((id(self.target), self.name), ()))
+    def below(self) -> Any:
+        """What the attribute would be without this patch, as others come and go."""
+        if self.before is not _ABSENT:
+            return self.before
+        kind = type(self.target)
+        return inspect.getattr_static(kind, self.name).__get__(self.target, kind)
 
     def remove(self) -> None:
         with _lock:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,32 +20,78 @@ import torch
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import set_eval_frame
 
+from hookctl.errors import UnsupportedError
 from hookctl.hooks.patch import Patch
 
 Inner = Callable[..., Any]
 _SLOT = "_compiled_call_impl"
 
 
-class DenoiserPort:
-    """Hands every call of the denoiser to `around(inner, args, kwargs)`."""
+class Port:
+    """Patches that are in from `install` until `remove`, each noted before it is."""
 
-    def __init__(self, module: nn.Module, around: Callable[[Inner, Any, Any], Any]) -> None:
-        self.module, self.around = module, around
-        self.compiled: Inner | None = module.__dict__.get(_SLOT)
-        self._eager = False
-        self._patches = [
-            Patch(module, _SLOT, self._caught()),
-            Patch(module, "compile", self._compile),
-        ]
-        if hasattr(module, "cache_context"):
-            self._patches.append(Patch(module, "cache_context", self._cache_context()))
-        self.branch: str | None = None
+    def __init__(self) -> None:
+        self._patches: list[Patch] = []
+
+    def install(self) -> None:
+        raise NotImplementedError
+
+    def _patch(self, target: Any, name: str, value: Any) -> None:
+        patch = Patch(target, name, value)
+        self._patches.append(patch)
+        patch.install()
+
+    def _hook(self, target: Any, name: str, hook: Callable[[Inner, Any, Any], Any]) -> None:
+        method = _Method(target, name, hook)
+        self._patches.append(method.patch)
+        method.patch.install()
 
     def remove(self) -> None:
         for patch in reversed(self._patches):
             patch.remove()
+
+
+class _PerThread(threading.local):
+    """branch: what the pipeline calls the call in progress; eager: whether it runs uncompiled."""
+
+    branch: str | None = None
+    eager: bool = False
+
+
+class DenoiserPort(Port):
+    """Hands every call of the denoiser to `around(inner, args, kwargs)`."""
+
+    def __init__(self, module: nn.Module, around: Callable[[Inner, Any, Any], Any]) -> None:
+        super().__init__()
+        self.module, self.around = module, around
+        self.compiled: Inner | None = module.__dict__.get(_SLOT)
+        self._here = _PerThread()
+
+    def install(self) -> None:
+        module = self.module
+        self._patch(module, _SLOT, self._caught())
+        self._patch(module, "compile", self._compile)
+        if hasattr(module, "cache_context"):
+            self._patch(module, "cache_context", self._cache_context())
+        for name in ("__deepcopy__", "__reduce_ex__"):
+            self._patch(module, name, self._uncopied)
+
+    def remove(self) -> None:
+        self.around = _through  # another port may have been put in over this one
+        super().remove()
         if self.compiled is not None and _SLOT not in self.module.__dict__:
             self.module.__dict__[_SLOT] = self.compiled
+
+    @property
+    def branch(self) -> str | None:
+        """What the pipeline calls the call that this thread makes."""
+        return self._here.branch
+
+    def _uncopied(self, *args: Any) -> Any:
+        raise UnsupportedError(
+            f"this {type(self.module).__name__} is under hookctl.control(...), whose hooks can't "
+            "be copied or pickled with it; do that outside of the context"
+        )
 
     def _caught(self) -> Inner:
         """The call in the slot: torch.compile sees the model, but none of what is done round it."""
@@ -53,7 +100,7 @@ class DenoiserPort:
             tracer = set_eval_frame(None)
 
             def inner(*args: Any, **kwargs: Any) -> Any:
-                set_eval_frame(None if self._eager else tracer)
+                set_eval_frame(None if self._here.eager else tracer)
                 try:
                     return (self.compiled or self.module._call_impl)(*args, **kwargs)
                 finally:
@@ -74,12 +121,12 @@ class DenoiserPort:
         if "torch._dynamo" not in sys.modules:  # nothing can be compiled, and the import is dear
             yield
             return
-        before, self._eager = self._eager, True
+        before, self._here.eager = self._here.eager, True
         try:
             with torch.compiler.set_stance("force_eager"):
                 yield
         finally:
-            self._eager = before
+            self._here.eager = before
 
     def _compile(self, *args: Any, **kwargs: Any) -> None:
         """`module.compile()` inside the context: compiled within the hook, not over it."""
@@ -92,14 +139,18 @@ class DenoiserPort:
         @functools.wraps(original)
         @contextmanager
         def cache_context(name: str, *args: Any, **kwargs: Any) -> Any:
-            before, self.branch = self.branch, name
+            before, self._here.branch = self._here.branch, name
             try:
                 with original(name, *args, **kwargs):
                     yield
             finally:
-                self.branch = before
+                self._here.branch = before
 
         return cache_context
+
+
+def _through(inner: Inner, args: Any, kwargs: Any) -> Any:
+    return inner(*args, **kwargs)
 
 
 def is_compiled(port: DenoiserPort | None, *denoisers: nn.Module) -> bool:
@@ -119,7 +170,7 @@ def is_compiled(port: DenoiserPort | None, *denoisers: nn.Module) -> bool:
     )
 
 
-class SchedulerPort:
+class SchedulerPort(Port):
     """Hands every step to `around(step, arguments)`, and the latents of every model input that it
     makes to `scaled`, with what does the same to others."""
 
@@ -129,19 +180,14 @@ class SchedulerPort:
         around: Callable[[Inner, dict[str, Any]], Any],
         scaled: Callable[[Tensor, Callable[[Tensor], Tensor]], None],
     ) -> None:
+        super().__init__()
         self.scheduler, self._around, self._scaled = scheduler, around, scaled
-        self._patches = [Patch(scheduler, "step", _Method(scheduler, "step", self._step))]
+
+    def install(self) -> None:
+        scheduler = self.scheduler
+        self._hook(scheduler, "step", self._step)
         if hasattr(scheduler, "scale_model_input"):
-            method = _Method(scheduler, "scale_model_input", self._scale)
-            self._patches.append(Patch(scheduler, "scale_model_input", method))
-
-    def remove(self) -> None:
-        for patch in self._patches:
-            patch.remove()
-
-    @property
-    def installed(self) -> bool:
-        return self._patches[0].installed
+            self._hook(scheduler, "scale_model_input", self._scale)
 
     def _step(self, original: Inner, args: Any, kwargs: Any) -> Any:
         bound = inspect.signature(original).bind(*args, **kwargs)
@@ -163,18 +209,18 @@ class _Method:
 
     def __init__(self, owner: Any, name: str, hook: Callable[[Inner, Any, Any], Any]) -> None:
         self._owner, self._name, self._hook = owner, name, hook
-        self._original: Inner = getattr(owner, name)
-        functools.update_wrapper(self, self._original)
+        self.patch = Patch(owner, name, self)
+        functools.update_wrapper(self, self.patch.below)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._hook(self._original, args, kwargs)
+        return self._hook(self.patch.below, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = memo.get(id(self._owner), self._owner)
-        return getattr(type(copied), self._name).__get__(copied)
+        return Patch(copied, self._name, None).below
 
 
-class PipelinePort:
+class PipelinePort(Port):
     """Learns from a pipeline's own methods when a run starts and what it draws."""
 
     def __init__(
@@ -184,19 +230,24 @@ class PipelinePort:
         prepared: Callable[[], None],
         texts: Callable[[dict[str, Any]], None],
     ) -> None:
-        """started: at the start of a run, with what the pipeline checks of its call; prepared: while one is prepared, where no method of the
-        pipeline's stands for its start alone (Z-Image); texts: of what is encoded."""
-        self._patches: list[Patch] = []
+        """started: at the start of a run, with what the pipeline checks of its call; prepared:
+        while one is prepared, where no method of the pipeline's stands for its start alone
+        (Z-Image); texts: of what is encoded."""
+        super().__init__()
+        self.pipe, self._started, self._prepared, self._texts = pipe, started, prepared, texts
+
+    def install(self) -> None:
+        pipe = self.pipe
         checks = hasattr(pipe, "check_inputs")
         if checks:
-            self._watch(pipe, "check_inputs", started)
+            self._watch(pipe, "check_inputs", self._started)
         elif hasattr(pipe, "prepare_latents"):
-            self._watch(pipe, "prepare_latents", lambda given: prepared())
+            self._watch(pipe, "prepare_latents", lambda given: self._prepared())
 
         def encoding(given: dict[str, Any]) -> None:
             if not checks:
-                prepared()
-            texts(given)
+                self._prepared()
+            self._texts(given)
 
         for name in ("encode_prompt", "_encode_prompt"):
             if hasattr(pipe, name):
@@ -204,19 +255,13 @@ class PipelinePort:
                 break
 
     def _watch(self, pipe: Any, name: str, note: Callable[[dict[str, Any]], None]) -> None:
-        original = getattr(pipe, name)
-        signature = inspect.signature(original)
+        signature = inspect.signature(getattr(pipe, name))
 
-        @functools.wraps(original)
-        def watched(*args: Any, **kwargs: Any) -> Any:
+        def watched(original: Inner, args: Any, kwargs: Any) -> Any:
             # A pipeline may write its template into the list of prompts that its caller holds.
             args = tuple(list(a) if isinstance(a, list) else a for a in args)
             kwargs = {k: list(a) if isinstance(a, list) else a for k, a in kwargs.items()}
             note(dict(signature.bind(*args, **kwargs).arguments))
             return original(*args, **kwargs)
 
-        self._patches.append(Patch(pipe, name, watched))
-
-    def remove(self) -> None:
-        for patch in self._patches:
-            patch.remove()
+        self._hook(pipe, name, watched)

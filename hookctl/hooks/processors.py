@@ -43,7 +43,7 @@ class Exchange:
 
     def refresh(self) -> None:
         """Look again: slicing, adapters and backends may have been set since."""
-        for path, port in self._ports.items():
+        for path, port in list(self._ports.items()):
             processor = families.processor_of(port.module)
             if processor is not self._checked[path] or families.bypasses_sdpa(port.module):
                 self._check(path, port)
@@ -67,15 +67,17 @@ class Exchange:
         port.spelled_out = form is None and families.spells_out(module)
 
     def restore(self, path: str) -> None:
-        port = self._ports.pop(path)
-        del self._checked[path]
+        port = self._ports[path]
         self._put_back(path, port)
         port.exchanged = port.spelled_out = False
+        self._checked.pop(path, None)
+        del self._ports[path]
 
     def _put_back(self, path: str, port: SitePort) -> None:
-        found, stand_in = self._found.pop(path, (None, None))
+        found, stand_in = self._found.get(path, (None, None))
         if stand_in is not None and families.processor_of(port.module) is stand_in:
             _put(port.module, found)
+        self._found.pop(path, None)
 
 
 def _stand_in(port: SitePort, found: Any, form: type, state: dict[str, Any]) -> Any:
@@ -104,5 +106,5 @@ def _put(module: Any, processor: Any) -> None:
     home, other = module.__dict__, module._modules
     if isinstance(processor, nn.Module):
         home, other = other, home
+    home["processor"] = processor  # first: between the two lines it has one
     other.pop("processor", None)
-    home["processor"] = processor

@@ -77,10 +77,14 @@ class ConcatPort:
     def __init__(self, concat: Concat, edit: Edit) -> None:
         self.concat, self.edit = concat, edit
         self.name, self.traced = _ports.register(self, concat.path), False
-        self._handle = concat.module.register_forward_pre_hook(self._before)
+        self._handles: list[Any] = []
+
+    def install(self) -> None:
+        self._handles.append(self.concat.module.register_forward_pre_hook(self._before))
 
     def remove(self) -> None:
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         if torch.compiler.is_compiling():

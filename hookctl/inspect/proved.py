@@ -127,9 +127,9 @@ def _fits(row: Row, call: CallShown, rows: Rows) -> bool:
 def _kinds(pipe: Any, shown: Shown, found: dict[str, Any]) -> Iterator[Fact]:
     """One line for all sites alike."""
     lines: dict[tuple[str, str, bool | None], list[str]] = {}
-    for (_, path), site in shown.sites.items():
+    for (name, path), site in shown.sites.items():
         spans = f"{site.kind}, queries {_text(site.image_queries)}, keys {_text(site.image_keys)}"
-        said = found.get(path)
+        said = found.get(path, found.get(f"{name}.{path}"))
         if said is None:
             lines.setdefault(("not shown to editors", spans, None), []).append(path)
             continue

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -19,34 +19,54 @@ from hookctl.hooks.skips import concats
 Modules = Mapping[str, tuple[Site, nn.Module]]
 
 
-class Session(Protocol):
-    """What editors are attached by: whoever keeps their maps and their report."""
+@dataclass(eq=False)
+class Entry:
+    """What one session brought along, for as long as it is entered, and what is kept for it.
 
+    pipe: its pipeline, None for a bare denoiser; maps, log: its store of maps and its report.
+    clock: of the last denoiser call, None before the first. called, elsewhere: whether the pipeline
+    called its denoiser where the session was entered, and in another thread or task.
+    """
+
+    editors: Sequence[Editor]
+    pipe: Any
     backend: str
     rows: tuple[str, ...] | None
-    clock: Clock | None
     maps: Any  # the store of `hookctl.maps`, which stands above
     log: Any  # of `hookctl.report`
+    clock: Clock | None = None
+    called: bool = False
+    elsewhere: bool = False
+    expected: set[str] = field(default_factory=set)
+    ran: set[str] = field(default_factory=set)
+    places: set[Any] = field(default_factory=set)
+    hooks: list[Any] = field(default_factory=list)
+    refresh: Callable[[], None] = lambda: None
+
+    def silent_sites(self) -> tuple[str, ...]:
+        """Sites that an editor was to be shown, but that never ran."""
+        return tuple(sorted(self.expected - self.ran))
 
 
 @dataclass(eq=False)
 class Attached:
-    """One editor in one session, with the sites it was resolved to."""
+    """One editor of a session at one denoiser, with the sites it was resolved to."""
 
     editor: Editor
-    session: Session
+    entry: Entry
+    model: nn.Module
     sites: frozenset[str]
 
     @property
     def backend(self) -> str:
-        return self.session.backend
+        return self.entry.backend
 
     def note(self, site: Site, step: int, verbs: set[str], plan: Plan) -> None:
-        self.session.log.note(self.editor, site, step, verbs, plan)
+        self.entry.log.note(self.editor, site, step, verbs, plan)
 
     def note_hook(self, hook: str, step: int, what: str, where: str) -> None:
         """Keep what a hook round the attention did, "" for nothing, for the session's report."""
-        self.session.log.note_hook(self.editor, hook, step, what, where)
+        self.entry.log.note_hook(self.editor, hook, step, what, where)
 
 
 def sites_for(editor: Editor, model: nn.Module, modules: Modules) -> frozenset[str]:

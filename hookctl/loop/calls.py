@@ -32,12 +32,14 @@ class Call:
     """One denoiser call: its state, the editors that act in it, and the sites that ran.
 
     acting: attached editors; by_site: for each edited site those that are shown its calls;
-    repeated: the whole call is made again for a backward pass.
+    owner: the `Denoising` it belongs to; repeated: the whole call is made again for a backward
+    pass.
     """
 
     state: State
     acting: tuple[Any, ...]
     by_site: dict[str, EditedSite]
+    owner: Any
     ran: set[str] = field(default_factory=set)
     thread: int = field(default_factory=threading.get_ident)
     nodes: tuple[int, int] = (0, 0)
@@ -45,7 +47,7 @@ class Call:
 
 
 class Calls:
-    """The denoiser calls in progress, and those whose graph is still alive."""
+    """The denoiser calls in progress, thread by thread, and those whose graph is still alive."""
 
     def __init__(self) -> None:
         self._local = threading.local()
@@ -65,9 +67,11 @@ class Calls:
                 return found
         return getattr(self._local, "call", None)
 
-    def repeated(self) -> Call | None:
-        """The call of which this one, made in a backward, is the recomputation."""
-        return self._recomputed(within=False) if self._graphs and in_backward() else None
+    def repeated(self, model: nn.Module) -> Call | None:
+        """The call of which this one of a denoiser, made in a backward, is the recomputation."""
+        if not self._graphs or not in_backward():
+            return None
+        return self._recomputed(lambda call: uncompiled(call.state.denoiser) is model)
 
     def repeats(self, call: Call) -> bool:
         """Whether attention in `call` is computed not for the first time."""
@@ -76,13 +80,27 @@ class Calls:
     @contextmanager
     def during(self, call: Call) -> Iterator[None]:
         before = self.open
-        self._local.call = call
         start = _next_node()
         try:
+            self._local.call = call
             yield
         finally:
             self._local.call = before
             call.nodes = (start, _next_node())
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """A call that nobody controls is made meanwhile."""
+        before = self.open
+        try:
+            self._local.call = None
+            yield
+        finally:
+            self._local.call = before
+
+    def abandon(self) -> None:
+        """No call is in progress in this thread, whatever an interrupt left."""
+        self._local.call = None
 
     def keep(self, call: Call, output: Any, denoiser: nn.Module, alive: Any) -> None:
         """Let the graph of an edited call find it again.
@@ -115,18 +133,28 @@ class Calls:
         reading.call = call
         self._graphs.add(call)
 
-    def _recomputed(self, within: bool = True) -> Call | None:
-        """The call that the backward's node was made in, or else the last before it."""
+    def _recomputed(self, whole: Callable[[Call], bool] | None = None) -> Call | None:
+        """The call that the backward's node was made in; of whole calls, or else the last before.
+
+        whole: which may be recomputed as a whole.
+        """
         node = torch._C._current_autograd_node()
         if node is None:
             return None
         number, thread = node._sequence_nr(), threading.get_ident()
+        # Numbers are per thread. A backward runs in the thread that asks for it, or in one of
+        # torch's own, where it can't be told whose it is.
+        foreign = isinstance(threading.current_thread(), threading._DummyThread)
         calls = [c for c in self._graphs if c.nodes[0] <= number]
+        calls = [c for c in calls if foreign or c.thread == thread]
         inside = [c for c in calls if number < c.nodes[1]]
-        if not inside and not within:
-            inside = calls
-        # Numbers are per thread; a nested call's interval lies inside its outer call's.
-        return max(inside, key=lambda c: (c.thread == thread, c.nodes[0]), default=None)
+        if whole is not None:
+            inside = [c for c in inside or calls if whole(c)]
+        # A nested call's interval lies inside its outer call's.
+        return max(inside, key=lambda c: c.nodes[0], default=None)
+
+
+calls = Calls()
 
 
 def in_backward() -> bool:

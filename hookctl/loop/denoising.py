@@ -1,140 +1,188 @@
-"""What happens in the denoiser calls and steps of a run while editors are attached."""
+"""What happens in the denoiser calls and steps of a pipeline while editors are attached to it."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from hookctl.address import families
-from hookctl.address.sites import Site
-from hookctl.attention.sdpa_call import SDPACall
 from hookctl.editor import overrides, tell
-from hookctl.errors import HoleError
+from hookctl.errors import HoleError, UnsupportedError
 from hookctl.evaluate.one_call import EditedSite
 from hookctl.hooks.attention import SitePort, depth, unwind
 from hookctl.hooks.pipeline import DenoiserPort, Inner
-from hookctl.hooks.skips import Concat
 from hookctl.loop import around
 from hookctl.loop.arguments import widen
-from hookctl.loop.attached import Attached, Session
+from hookctl.loop.attached import Attached, Entry
 from hookctl.loop.branches import add_branches, asked_branches, cut_branches
-from hookctl.loop.calls import Call, Calls
+from hookctl.loop.calls import Call, calls
 from hookctl.loop.run import Run
-from hookctl.loop.state import FeatureCall, State, check_finite
+from hookctl.loop.state import State, check_finite
 from hookctl.loop.step import Step
+from hookctl.run_state import Memory, remembering
 
 Acting = tuple[tuple[Attached, ...], dict[str, EditedSite]]
 
 
-class Denoising:
-    """Hands what the hooks catch to the editors, and what they make of it back to the model.
+class Hooked(Protocol):
+    """A denoiser with hooks in it, as the engine keeps it.
 
-    ports: the hooked sites by path, as the engine keeps them; refresh: looks after hooks that the
-    pipeline may have changed meanwhile. sessions, attached: those of now; port: the hook of the
-    denoiser, where it is in.
+    denoiser: as it was given, perhaps compiled; model: as it is; ports: of its hooked sites, by
+    path; port: of its calls.
     """
 
-    def __init__(
-        self,
-        denoiser: nn.Module,
-        pipe: Any,
-        ports: Mapping[str, SitePort],
-        refresh: Callable[[], None],
-    ) -> None:
-        self.model, self.run = families.uncompiled(denoiser), Run(pipe, denoiser)
-        self.sessions: Sequence[Session] = ()
-        self.attached: Sequence[Attached] = ()
-        self.port: DenoiserPort | None = None
-        self._order = families.joint_order(denoiser)
-        self._ports, self._refresh = ports, refresh
-        self._calls, self._step = Calls(), Step()
-        self._local = threading.local()
-        self._acting: dict[tuple[bool, ...], Acting] = {}
-        self._expected: set[str] = set()
-        self._ran: set[str] = set()
+    denoiser: nn.Module
+    model: nn.Module
+    ports: Mapping[str, SitePort]
+    port: DenoiserPort
 
-    def changed(self, sessions: Sequence[Session], attached: Sequence[Attached]) -> None:
-        """Other sessions and editors from now on."""
-        self.sessions, self.attached, self._acting = sessions, attached, {}
-        given = [s.rows for s in sessions if s.rows is not None]
+    def refresh(self) -> None:
+        """Look after hooks that the pipeline may have changed meanwhile."""
+
+
+class Denoising:
+    """A pipeline under control in one thread or task: its sessions, its run and their editors.
+
+    target, pipe: what is under control, and as a pipeline (None for a bare denoiser); home: where
+    (`here.whereabouts`); models: its denoisers. memory: what the editors know of it.
+    """
+
+    def __init__(self, target: Any, pipe: Any, home: tuple[int, int | None]) -> None:
+        self.target, self.pipe, self.home = target, pipe, home
+        self.entries: tuple[Entry, ...] = ()
+        self.attached: tuple[Attached, ...] = ()
+        self.models: tuple[nn.Module, ...] = ()
+        self.memory = Memory()
+        self.run = Run(pipe)
+        self._step = Step()
+        self._stepping: State | None = None  # of the step whose end the editors are working on
+        self._acting: dict[tuple[Any, ...], Acting] = {}
+
+    # -- sessions ------------------------------------------------------------------------------
+
+    def add(self, entry: Entry, attached: Sequence[Attached], models: Sequence[nn.Module]) -> None:
+        """A session is entered here."""
+        entry.places.add(self)
+        self.models = tuple(dict.fromkeys((*self.models, *models)))
+        self.attached += tuple(attached)
+        self.entries += (entry,)
+        self._changed()
+
+    def drop(self, entry: Entry) -> None:
+        """A session has ended; with the last one everything is let go of."""
+        self.entries = tuple(one for one in self.entries if one is not entry)
+        self.attached = tuple(one for one in self.attached if one.entry is not entry)
+        self._changed()
+        if not self.entries:
+            self.target = self.pipe = None
+            self.models = ()
+            self.memory.clear()
+            self.run = Run(None)
+            self._step.clear()
+
+    def fork(self, home: tuple[int, int | None]) -> Denoising:
+        """The same sessions in a copy of this context, with a run of their own."""
+        made = Denoising(self.target, self.pipe, home)
+        made.memory = self.memory.copy()
+        for entry in self.entries:
+            own = [one for one in self.attached if one.entry is entry]
+            made.add(entry, own, self.models)
+        return made
+
+    def _changed(self) -> None:
+        self._acting = {}
+        given = [entry.rows for entry in self.entries if entry.rows is not None]
         self.run.branches = given[-1] if given else None
 
-    def over(self) -> None:
-        """The last session has ended."""
-        self._step.clear()
+    def restarted(self, checked: dict[str, Any] | None = None) -> None:
+        """The pipeline was called; checked: what it checks of its call, by name."""
+        self._check_models()
+        self.run.restart(checked)
 
-    def silent_sites(self, session: Any) -> tuple[str, ...]:
-        """Sites that an editor of the session was to be shown, but that never ran."""
-        return tuple(
-            sorted(
-                path
-                for path in self._expected - self._ran
-                if any(path in a.sites for a in self.attached if a.session is session)
-            )
-        )
+    def prepared(self) -> None:
+        """The pipeline prepares a run: a new one, if the last has got as far as the denoiser."""
+        if self.run.keeper.running:
+            self.restarted()
+
+    def _check_models(self) -> None:
+        """Raise UnsupportedError if the pipeline has another denoiser than was brought here."""
+        for _, one in families.denoisers_of(self.pipe):
+            if families.uncompiled(one) not in self.models:
+                raise UnsupportedError(
+                    f"the denoiser of this {type(self.pipe).__name__} was replaced by another "
+                    f"{type(one).__name__} inside control(...), whose edits it would not see; "
+                    "replace it before, or enter another control(...)"
+                )
 
     # -- the denoiser call ---------------------------------------------------------------------
 
-    def around_denoiser(self, inner: Inner, args: Any, kwargs: Any) -> Any:
-        if again := self._calls.repeated():
+    def around_denoiser(self, hooked: Hooked, inner: Inner, args: Any, kwargs: Any) -> Any:
+        with remembering(self.memory):
+            return self._around_denoiser(hooked, inner, args, kwargs)
+
+    def _around_denoiser(self, hooked: Hooked, inner: Inner, args: Any, kwargs: Any) -> Any:
+        if again := calls.repeated(hooked.model):
             # Checkpointing round the whole call: the same rows, clock and editors once more.
             state = self.run.repeat(again.state, args, kwargs)
-            call = Call(state, again.acting, again.by_site, repeated=True)
-            return cut_branches(state, self._within(call, inner, args, kwargs))
-        outer, port = self._calls.open, self.port
-        nesting = outer.state if outer is not None else self._stepping()
-        state = self.run.state(args, kwargs, port.branch if port else None, nesting)
-        self._refresh()
+            call = Call(state, again.acting, again.by_site, self, repeated=True)
+            return cut_branches(state, self._within(call, hooked, inner, args, kwargs))
+        outer = calls.open
+        nesting = outer.state if outer is not None and outer.owner is self else self._stepping
+        branch = hooked.port.branch
+        state = self.run.state(hooked.denoiser, args, kwargs, branch, nesting)
+        hooked.refresh()
+        for entry in self.entries:
+            entry.refresh()
         if self.run.fresh and nesting is None:
             self._begin(state)
         if not state.nested:
-            for session in self.sessions:
-                session.clock = state.clock
-                session.log.note_call(state.clock)
-        call = Call(state, *self._acting_at(state))
+            for entry in self.entries:
+                entry.clock, entry.called = state.clock, True
+                entry.log.note_call(state.clock)
+        call = Call(state, *self._acting_at(state, hooked), self)
         if state.reading is not None:
-            self._calls.follow(call, state.reading)
-        out = self._within(call, inner, args, kwargs)
+            calls.follow(call, state.reading)
+        out = self._within(call, hooked, inner, args, kwargs)
         if call.by_site and not call.ran:
             raise HoleError(
                 "none of the edited attention sites ran in a denoiser call: a compiled graph or a "
                 "cache is bypassing the model. Call torch._dynamo.reset(), or compile inside "
                 "control()"
             )
-        self._expected |= set(call.by_site)
-        self._ran |= call.ran
+        for one in set(call.acting).intersection(self.attached):
+            one.entry.expected |= one.sites & set(call.by_site)
+            one.entry.ran |= call.ran
         if torch.is_grad_enabled():
             acting = set(call.acting)
-            self._calls.keep(call, out, self.model, lambda: acting <= set(self.attached))
+            calls.keep(call, out, hooked.model, lambda: acting <= set(self.attached))
         if not state.nested:
             wanted = any(overrides(a.editor, "combine") for a in call.acting)
-            self._step.note(state, out, predictions=wanted)
+            self._step.note(state, hooked, out, predictions=wanted)
         return cut_branches(state, out)
 
     def _begin(self, state: State) -> None:
         """The first denoiser call of a run."""
         check_finite(state.kwargs[state.sample])
-        for session in self.sessions:
-            session.maps.clear()
-        for attached in self.attached:
-            state.maps = attached.session.maps
-            tell(attached.editor, "begin", state)
+        for entry in self.entries:
+            entry.maps.clear()
+        for editor, entry in {(a.editor, a.entry): None for a in self.attached}:
+            state.maps = entry.maps
+            tell(editor, "begin", state)
         self.run.fresh = False
 
-    def _within(self, call: Call, inner: Inner, args: Any, kwargs: Any) -> Any:
+    def _within(self, call: Call, hooked: Hooked, inner: Inner, args: Any, kwargs: Any) -> Any:
         entered = depth()
-        with self._calls.during(call):
+        with calls.during(call):
             try:
-                return self._call(inner, call, args, kwargs)
+                return self._call(hooked, inner, call, args, kwargs)
             finally:
                 unwind(entered)
 
-    def _call(self, inner: Inner, call: Call, args: Any, kwargs: Any) -> Any:
+    def _call(self, hooked: Hooked, inner: Inner, call: Call, args: Any, kwargs: Any) -> Any:
         state = call.state
         standing: list[Attached] = []
         if not state.nested:
@@ -154,105 +202,63 @@ class Denoising:
             widen(state, extra)
         untouched = state.assigned is None and state.own_rows is None
         if not standing and not extra and untouched:
-            return self._inner(inner, call, args, kwargs)
+            return _inner(hooked, inner, call, args, kwargs)
 
         def proceed(rest: Sequence[Attached] = tuple(standing)) -> Any:
             if rest:
                 return around.denoise(rest[0], state, lambda: proceed(rest[1:]))
-            return self._inner(inner, call, *self.run.arguments(state))
+            changed = self.run.arguments(state)
+            return _inner(hooked, inner, call, *changed)
 
         return proceed()
 
-    def _inner(self, inner: Inner, call: Call, args: Any, kwargs: Any) -> Any:
-        """The model itself; spelled-out attention, and a call that may end early, can be followed
-        in uncompiled code only."""
-        port = self.port
-        reading = call.state.reading
-        eager = (reading is not None and reading.reader is not None) or any(
-            self._ports[path].spelled_out for path in call.by_site
-        )
-        if port is not None and eager:
-            with port.eagerly():
-                return inner(*args, **kwargs)
-        return inner(*args, **kwargs)
-
-    def _acting_at(self, state: State) -> Acting:
+    def _acting_at(self, state: State, hooked: Hooked) -> Acting:
         """The editors that act now, and per site those that are shown its calls."""
-        key = tuple(a.editor.active(state.clock) for a in self.attached)
+        here = [a for a in self.attached if a.model is hooked.model]
+        key = (hooked.model, *(a.editor.active(state.clock) for a in here))
         if key not in self._acting:
-            acting = tuple(a for a, on in zip(self.attached, key, strict=True) if on)
+            acting = tuple(a for a, on in zip(here, key[1:], strict=True) if on)
             shown: dict[str, EditedSite] = {}
-            for path, port in self._ports.items():
-                if here := [a for a in acting if path in a.sites]:
+            order = families.joint_order(hooked.denoiser)
+            for path, port in list(hooked.ports.items()):
+                if shown_to := [a for a in acting if path in a.sites]:
                     shown[path] = EditedSite(
                         port.site,
-                        here,
+                        shown_to,
                         port.own_call,
-                        self._order,
+                        order,
                         partial(families.keeps_perturbed, port.module),
                     )
             self._acting[key] = (acting, shown)
         return self._acting[key]
 
-    # -- attention -----------------------------------------------------------------------------
-
-    def watching(self, site: Site) -> bool:
-        call = self._calls.current
-        if call is None:
-            return False
-        call.ran.add(site.path)
-        return site.path in call.by_site
-
-    def batch(self) -> int:
-        call = self._calls.current
-        return len(call.state.rows) if call is not None else 1
-
-    def attend(
-        self,
-        port: SitePort,
-        index: int,
-        given: SDPACall,
-        original: Callable[[], Tensor] | None = None,
-    ) -> Tensor:
-        """Show one caught call to its editors and evaluate what they made of it."""
-        call = self._calls.current
-        assert call is not None  # `watching` said so
-        edited = call.by_site[port.site.path]
-        return edited.output(
-            given, original, call.state, index=index, repeated=self._calls.repeats(call)
-        )
-
-    # -- features ------------------------------------------------------------------------------
-
-    def edit_features(
-        self, concat: Concat, backbone: Tensor, skip: Tensor
-    ) -> tuple[Tensor, Tensor] | None:
-        """Both parts of a concat after its editors, or None if nobody changed any."""
-        current = self._calls.current
-        edits = [] if current is None else current.acting
-        edits = [a for a in edits if overrides(a.editor, "features")]
-        if current is None or not edits:
-            return None
-        state = current.state
-        place = concat.block, concat.place, concat.order, concat.resolution
-        call = FeatureCall(backbone, skip, state.rows, state.clock, *place)
-        for a in edits:
-            around.features(a, call)
-        unchanged = call.backbone is backbone and call.skip is skip
-        return None if unchanged else (call.backbone, call.skip)
-
     # -- the scheduler's step ------------------------------------------------------------------
 
-    def _stepping(self) -> State | None:
-        """The state of the step whose end this thread's editors are working on."""
-        return getattr(self._local, "stepping", None)
+    @property
+    def stepping_next(self) -> bool:
+        """Whether a denoiser call waits for its step."""
+        return self._step.state is not None
 
     def around_step(self, step: Inner, arguments: dict[str, Any]) -> Any:
-        state = self._step.state
-        acting = self._acting_at(state)[0] if state is not None else ()
-        self._local.stepping = state
+        state, hooked = self._step.state, self._step.hooked
+        acting = self._acting_at(state, hooked)[0] if state is not None else ()
+        self._stepping = state
         try:
-            return self._step.take(step, arguments, acting)
+            with remembering(self.memory):
+                return self._step.take(step, arguments, acting)
         finally:
-            self._local.stepping = None
+            self._stepping = None
             self.run.stepped()
+
+
+def _inner(hooked: Hooked, inner: Inner, call: Call, args: Any, kwargs: Any) -> Any:
+    """The model itself; spelled-out attention, and a call that may end early, can be followed in
+    uncompiled code only."""
+    reading = call.state.reading
+    eager = (reading is not None and reading.reader is not None) or any(
+        hooked.ports[path].spelled_out for path in call.by_site
+    )
+    if eager:
+        with hooked.port.eagerly():
+            return inner(*args, **kwargs)
+    return inner(*args, **kwargs)

@@ -89,6 +89,12 @@ def adjusted(latents: Tensor) -> Tensor:
     return adjust(latents)
 
 
+def abandon() -> None:
+    """No call is anybody's in this context, whatever an interrupt left."""
+    _driven.set(None)
+    _reading.set(None)
+
+
 # -- an editor's calls -----------------------------------------------------------------------------
 
 

@@ -31,6 +31,7 @@ from hookctl.loop.arguments import narrow, take_rows
 from hookctl.loop.calls import predict
 from hookctl.loop.driven import Reading, reading_in
 from hookctl.loop.state import State
+from hookctl.run_state import RunState
 
 # Gradients of float16 calls are multiplied by the first of these and divided again, or small ones
 # would vanish; where large ones overflow, by the next.
@@ -117,11 +118,12 @@ class MapReader(Editor):
 
     sites: Selector = "cross, joint"
     heads = False
-    _collection: _Collection | None = None
+    _collection: RunState[_Collection | None] = RunState(None)
 
     def attention(self, call: AttentionCall) -> None:
-        if self._collection is not None:
-            self._collection.ask(call)
+        collection = self._collection
+        if collection is not None:
+            collection.ask(call)
 
 
 def energies(
@@ -256,14 +258,21 @@ def frozen(model: nn.Module) -> Iterator[None]:
     """No gradient to parameters and no dropout meanwhile."""
     learning = [p for p in model.parameters() if p.requires_grad]
     training = [m for m in model.modules() if m.training]
-    for parameter in learning:
-        parameter.requires_grad_(False)
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
+
+    def back() -> None:
         for parameter in learning:
             parameter.requires_grad_(True)
         for module in training:
             module.training = True
+
+    try:
+        try:
+            for parameter in learning:
+                parameter.requires_grad_(False)
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            back()
+    finally:
+        back()  # what an interrupt of the first time left out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,12 +26,9 @@ _TEXTS = ("encoder_hidden_states", "cap_feats", "context")
 class Run:
     """Follows a pipeline (or a bare denoiser) from call to call."""
 
-    def __init__(
-        self, pipe: Any, denoiser: nn.Module, branches: tuple[str, ...] | None = None
-    ) -> None:
-        self.pipe, self.denoiser, self.branches = pipe, denoiser, branches
+    def __init__(self, pipe: Any, branches: tuple[str, ...] | None = None) -> None:
+        self.pipe, self.branches = pipe, branches
         self.keeper = Timekeeper()
-        self._signature = inspect.signature(type(families.uncompiled(denoiser)).forward)
         self.restart()
 
     def restart(self, checked: dict[str, Any] | None = None) -> None:
@@ -48,11 +46,6 @@ class Run:
         self.scaling: Scaling | None = None
         self._program: Any = None
         self.keeper.restart()
-
-    def prepared(self) -> None:
-        """The pipeline prepares a run: a new one, if the last has got as far as the denoiser."""
-        if self.keeper.running:
-            self.restart()
 
     def stepped(self) -> None:
         """The scheduler took a step: the next denoiser call belongs to a new step."""
@@ -92,11 +85,16 @@ class Run:
             self.images_per_prompt, self.encoding = call.images_per_prompt, call.encoding
 
     def state(
-        self, args: Any, kwargs: Any, branch: str | None = None, outer: State | None = None
+        self,
+        denoiser: nn.Module,
+        args: Any,
+        kwargs: Any,
+        branch: str | None = None,
+        outer: State | None = None,
     ) -> State:
-        """The state of one denoiser call; `outer`: of the call inside which an editor made it."""
-        arguments = self._named(args, kwargs)
-        call = driven(self.denoiser) if outer is None else None
+        """The state of a call of a denoiser; `outer`: of the one inside which an editor made it."""
+        arguments = _named(denoiser, args, kwargs)
+        call = driven(denoiser) if outer is None else None
         if outer is None:
             self._follow(call)
         sample = next(iter(arguments))
@@ -104,7 +102,7 @@ class Run:
         if isinstance(given, list):
             batch, latent = len(given), tuple(given[0].shape[1:])
         else:
-            batch, latent = given.shape[0], latent_grid(given, arguments, self.denoiser)
+            batch, latent = given.shape[0], latent_grid(given, arguments, denoiser)
         time = next((arguments[name] for name in _TIMES if name in arguments), None)
         schedule = getattr(getattr(self.pipe, "scheduler", None), "timesteps", None)
         if call is not None:
@@ -115,9 +113,9 @@ class Run:
             clock = self.keeper.peek(time, schedule, outer.clock)
         text = next((name for name in _TEXTS if arguments.get(name) is not None), None)
         return State(
-            denoiser=self.denoiser,
+            denoiser=denoiser,
             pipe=self.pipe,
-            rows=self._rows(batch, branch, outer) if call is None else call.rows,
+            rows=self._rows(denoiser, batch, branch, outer) if call is None else call.rows,
             clock=clock,
             kwargs=arguments,
             sample=sample,
@@ -128,14 +126,14 @@ class Run:
             scaling=self._scaling(given) if call is None else call.scaling,
             grid=latent,
             nested=outer is not None or (call is not None and not call.stepping),
-            images_in_sequence=image_tokens(given, arguments, self.denoiser),
-            own_text=text_tokens(arguments.get(text) if text else None, arguments, self.denoiser),
-            reading=reading_of(self.denoiser),
+            images_in_sequence=image_tokens(given, arguments, denoiser),
+            own_text=text_tokens(arguments.get(text) if text else None, arguments, denoiser),
+            reading=reading_of(denoiser),
         )
 
     def repeat(self, before: State, args: Any, kwargs: Any) -> State:
         """The state of a call that is made again with other tensors."""
-        arguments = self._named(args, kwargs)
+        arguments = _named(before.denoiser, args, kwargs)
         own = Rows(before.rows[: before.own_rows])
         return replace(
             before,
@@ -147,17 +145,15 @@ class Run:
             stepped=None,
         )
 
-    def _named(self, args: Any, kwargs: Any) -> dict[str, Any]:
-        bound = self._signature.bind(None, *args, **kwargs)
-        return dict(list(bound.arguments.items())[1:])
-
     def arguments(self, state: State) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's arguments after editors changed them."""
-        bound = self._signature.bind_partial(None)
+        bound = _signature(state.denoiser).bind_partial(None)
         bound.arguments.update(state.kwargs)
         return bound.args[1:], bound.kwargs
 
-    def _rows(self, batch: int, branch: str | None, outer: State | None) -> Rows:
+    def _rows(
+        self, denoiser: nn.Module, batch: int, branch: str | None, outer: State | None
+    ) -> Rows:
         if outer is not None and outer.asking is not None:
             return outer.asking
         if outer is not None and batch == len(outer.rows):
@@ -175,7 +171,7 @@ class Run:
                     for i in range(size)
                 ]
             )
-        layout, guided = pipelines.layout_of(self.pipe, self.denoiser), pipelines.is_guided(self.pipe)
+        layout, guided = pipelines.layout_of(self.pipe, denoiser), pipelines.is_guided(self.pipe)
         if self.count is None and (prompt := self._checked.get("prompt")):
             self.count, self._told = 1 if isinstance(prompt, str) else len(prompt), False
         if not self._told and self.count:
@@ -202,6 +198,21 @@ class Run:
         # Images and masks may have been appended along the channels.
         fits = len(ours) == len(given) and len(differing) <= 1 and 0 not in differing
         return scaling if fits and all(ours[d] < given[d] for d in differing) else None
+
+
+def _named(denoiser: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments of a denoiser call by name."""
+    bound = _signature(denoiser).bind(None, *args, **kwargs)
+    return dict(list(bound.arguments.items())[1:])
+
+
+def _signature(denoiser: nn.Module) -> inspect.Signature:
+    return _signature_of(type(families.uncompiled(denoiser)).forward)
+
+
+@functools.cache
+def _signature_of(forward: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(forward)
 
 
 def check_batch(state: State, prompts: int, who: str) -> None:

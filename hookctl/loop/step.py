@@ -25,12 +25,13 @@ class Step:
 
     def clear(self) -> None:
         self.state: State | None = None
+        self.hooked: Any = None
         self._branches: dict[str, Tensor] = {}
         self._latents: Tensor | None = None
 
-    def note(self, state: State, output: Any, *, predictions: bool) -> None:
-        """A denoiser call of this step is done."""
-        self.state = state
+    def note(self, state: State, hooked: Any, output: Any, *, predictions: bool) -> None:
+        """A call of this denoiser in this step is done."""
+        self.state, self.hooked = state, hooked
         if state.assigned is not None:
             self._latents = state.assigned
         found = prediction_of(output) if predictions else None

@@ -8,6 +8,7 @@ would begin: what the denoiser was about to receive is the pattern for all calls
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -133,35 +134,46 @@ def prepare(pipe: Any, arguments: Mapping[str, Any], prompts: int, images: int) 
             "guidance, so use the plain text-to-image pipeline"
         )
     seen: dict[str, Any] = {}
+    thread = threading.get_ident()  # others may call the model meanwhile
 
     def caught(inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return inner(*args, **kwargs)
         signature = inspect.signature(type(families.uncompiled(denoiser)).forward)
         seen["arguments"] = dict(list(signature.bind(None, *args, **kwargs).arguments.items())[1:])
         seen["guided"] = pipelines.is_guided(pipe)
         raise _Ready
 
+    def scaled(x: Tensor, again: Callable[[Tensor], Tensor]) -> None:
+        if threading.get_ident() == thread:
+            seen["scaling"] = Scaling(x, again)
+
+    def encoded(given: dict[str, Any]) -> None:
+        if threading.get_ident() == thread:
+            seen.setdefault("encoding", given)
+
     ports: list[Any] = [
         DenoiserPort(denoiser, caught),
-        SchedulerPort(
-            pipe.scheduler,
-            lambda step, given: step(**given),
-            lambda x, again: seen.update(scaling=Scaling(x, again)),
-        ),
-        PipelinePort(
-            pipe,
-            lambda given: None,
-            lambda: None,
-            lambda given: seen.setdefault("encoding", given),
-        ),
+        SchedulerPort(pipe.scheduler, lambda step, given: step(**given), scaled),
+        PipelinePort(pipe, lambda given: None, lambda: None, encoded),
         Patch(pipe, "_progress_bar_config", {"disable": True}),
     ]
-    try:
-        pipe(**arguments)
-    except _Ready:
-        pass
-    finally:
+
+    def back() -> None:
         for port in ports:
             port.remove()
+
+    try:
+        try:
+            for port in ports:
+                port.install()
+            pipe(**arguments)
+        except _Ready:
+            pass
+        finally:
+            back()
+    finally:
+        back()  # what an interrupt of the first time left out
     if "arguments" not in seen:
         raise UnsupportedError(f"{name} never called its denoiser, so it can't be driven")
     return _template(pipe, denoiser, seen, prompts, images)

@@ -10,6 +10,7 @@ that hold the layout, and joined with the source's:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from functools import partial
 
 import torch
@@ -23,8 +24,10 @@ from hookctl.address.text import PromptText
 from hookctl.attention.call import AttentionCall
 from hookctl.kernels.latent_mixing import local_blend
 from hookctl.loop.state import State
+from hookctl.maps import MapStore
 from hookctl.recipes.common.read_maps import MapSums, map_of
 from hookctl.recipes.common.sites import layout_resolution
+from hookctl.run_state import RunState
 
 
 class LocalBlend:
@@ -33,6 +36,13 @@ class LocalBlend:
     words, subtract: for each prompt, the words whose places may change and those whose may not;
     start: fraction of the schedule; thresholds: of both masks, relative to their maximum.
     """
+
+    _sums: RunState[tuple[MapSums, MapSums]] = RunState(
+        factory=lambda: (MapSums(), MapSums()), kept=True
+    )
+    _size: RunState[tuple[int, ...]] = RunState((0, 0), kept=True)
+    _resolution: RunState[Fraction | None] = RunState(None, kept=True)
+    _store: RunState[MapStore] = RunState()
 
     def __init__(
         self,
@@ -44,8 +54,6 @@ class LocalBlend:
         self.start = start
         # What may change, then what may not.
         self._words, self._thresholds = (words, subtract), thresholds
-        self._sums = (MapSums(), MapSums())
-        self._size: tuple[int, ...] = (0, 0)
 
     def begin(self, sites: Iterable[Site], state: State) -> None:
         """A new run over these cross or joint sites.

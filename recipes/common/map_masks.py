@@ -8,6 +8,7 @@ background.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from functools import partial
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from hookctl.loop.state import State
 from hookctl.recipes.common.arguments import for_each, number, refusal
 from hookctl.recipes.common.read_maps import MapSums, map_of
 from hookctl.recipes.common.sites import layout_resolution
+from hookctl.run_state import RunState
 
 
 class Masks(Protocol):
@@ -43,6 +45,8 @@ class GivenMasks:
     covered. Raises InputError for one without the other, and for another number of targets.
     """
 
+    _masks: RunState[dict[tuple[int, Grid], Tensor]] = RunState(factory=dict)
+
     def __init__(self, source: Any, target: Any, edits: int, *, nearest: bool = False) -> None:
         if source is None or target is None:
             raise InputError("MasaCtrl: give source_mask and target_mask, both or neither")
@@ -56,7 +60,6 @@ class GivenMasks:
             *(region_of(one, "MasaCtrl: target_mask") for one in targets),
         ]
         self.nearest = nearest
-        self._masks: dict[tuple[int, Grid], Tensor] = {}
 
     def pair(self, prompt: int, image: int, grid: Grid, step: int) -> tuple[Tensor, Tensor]:
         return self._mask(0, grid), self._mask(prompt, grid)
@@ -81,6 +84,11 @@ class WordMasks:
     words: of each prompt; threshold: above 0, at most 1; same_step: use no map of an earlier step.
     """
 
+    _step: RunState[int | None] = RunState(None)
+    _sums: RunState[MapSums] = RunState(factory=MapSums)
+    _masks: RunState[dict[tuple[int, int, Grid], Tensor | None]] = RunState(factory=dict)
+    _resolution: RunState[Fraction | None] = RunState()
+
     def __init__(
         self, words: Sequence[tuple[str, ...]], threshold: float, *, same_step: bool = False
     ) -> None:
@@ -93,7 +101,7 @@ class WordMasks:
 
     def _restart(self, step: int) -> None:
         self._step, self._sums = step, MapSums()
-        self._masks: dict[tuple[int, int, Grid], Tensor | None] = {}
+        self._masks = {}
 
     def begin(self, sites: Iterable[Site], state: State) -> None:
         """A new run over these cross or joint sites.

@@ -24,6 +24,7 @@ from hookctl.loop.branches import Branch
 from hookctl.loop.state import Predictions, State
 from hookctl.recipes.common.arguments import number, text
 from hookctl.recipes.common.sites import middle_sites
+from hookctl.run_state import RunState
 
 
 class PerturbedGuidance(Editor):
@@ -33,6 +34,8 @@ class PerturbedGuidance(Editor):
     the attention is perturbed; None: the self-attention of a UNet's middle block, or of the middle
     block of a transformer. start, stop: fractions of the schedule.
     """
+
+    sites: RunState[Selector] = RunState(None)
 
     def __init__(
         self,

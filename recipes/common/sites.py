@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any
 
-from hookctl.address.families import denoiser_of, describe_sites
+from hookctl.address import families
 from hookctl.address.latent import finest_within
 from hookctl.address.sites import Grid, Selector, Site, select
 from hookctl.attention.call import AttentionCall
@@ -18,7 +18,7 @@ TEXT_KINDS = ("cross", "joint")  # where it attends to the text
 
 def sites_of(target: Any) -> list[Site]:
     """Every attention site of a pipeline or denoiser."""
-    return [site for site, _ in describe_sites(denoiser_of(target))]
+    return list(families.sites_of(target))
 
 
 def image_sites(who: str, target: Any, selector: Selector) -> tuple[Site, ...]:

@@ -14,6 +14,7 @@ from hookctl.editor import Editor
 from hookctl.errors import InputError
 from hookctl.loop.state import State
 from hookctl.recipes.common.arguments import refusal
+from hookctl.run_state import RunState
 from hookctl.session import control
 
 
@@ -24,6 +25,7 @@ class SourceAndEdits(Editor):
     """
 
     least = 2
+    _pairs: RunState[tuple[Rows, list[tuple[Row, Row]]] | None] = RunState(None)
 
     def __init__(self, prompts: Sequence[str]) -> None:
         texts = [] if isinstance(prompts, str) else list(prompts)
@@ -31,7 +33,6 @@ class SourceAndEdits(Editor):
             wanted = "the source prompt" + " and at least one edit" * (self.least > 1)
             raise refusal(f"{self.name}: prompts", prompts, f"{wanted}, as a list of texts")
         self.prompts = texts
-        self._pairs: tuple[Rows, list[tuple[Row, Row]]] | None = None
 
     @property
     def edits(self) -> range:

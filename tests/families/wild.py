@@ -27,11 +27,11 @@ class Shown(Editor):
 
     def __init__(self) -> None:
         self.paths: set[str] = set()
-        self.branches: set[str] = set()
+        self.tags: set[str] = set()
 
     def attention(self, call: AttentionCall) -> None:
         self.paths.add(call.site.path)
-        self.branches |= {row.branch for row in call.rows}
+        self.tags |= {row.branch for row in call.rows}
 
 
 class Halved(Editor):
@@ -101,7 +101,7 @@ def edited(case: Wild) -> None:
             assert not same(drawn(case, pipe), plain), "the edit does nothing"
     except UnsupportedError as reason:
         raise Refused(str(reason)) from reason
-    assert "cond" in editor.branches
+    assert "cond" in editor.tags
 
 
 def facts(case: Wild) -> None:

@@ -155,9 +155,15 @@ def test_run_draws_everything() -> None:
 
 
 def test_one_routing_serves_many_steps() -> None:
-    edit = PromptToPrompt([CAT, DOG], cross_replace={"default": 0.5, "dog": 0.2})
-    draw("sd15", edit, steps=10)
-    assert len(edit._routing.routings) == 3
+    made_in: list[int] = []
+
+    class Counted(PromptToPrompt):
+        def after(self, state: hookctl.State) -> None:
+            super().after(state)
+            made_in.append(len(self._routing.routings))
+
+    draw("sd15", Counted([CAT, DOG], cross_replace={"default": 0.5, "dog": 0.2}), steps=10)
+    assert made_in[-1] == 3
 
 
 def test_an_editor_serves_run_after_run() -> None:

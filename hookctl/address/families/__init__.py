@@ -10,7 +10,12 @@ prove           measures on a live pipeline what is declared
 from __future__ import annotations
 
 from hookctl.address.families import image, models, moving  # the tables  # noqa: F401
-from hookctl.address.families.access import DENOISERS, denoiser_of, denoisers_of
+from hookctl.address.families.access import (
+    DENOISERS,
+    denoiser_of,
+    denoisers_of,
+    named_denoisers,
+)
 from hookctl.address.families.processors import (
     bypasses_sdpa,
     counts_text,
@@ -35,6 +40,7 @@ from hookctl.address.families.sites import (
     attention_modules,
     describe_sites,
     joint_order,
+    sites_of,
     softmax_free,
     widens_joint,
 )
@@ -54,6 +60,8 @@ __all__ = [
     "describe_sites",
     "joint_order",
     "keeps_perturbed",
+    "named_denoisers",
+    "sites_of",
     "model_of",
     "pipeline_of",
     "processor_of",

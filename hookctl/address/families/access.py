@@ -13,6 +13,16 @@ DENOISERS = ("unet", "transformer", "dit", "prior", "decoder")  # of pipelines t
 
 
 def denoisers_of(target: Any) -> tuple[tuple[str, nn.Module], ...]:
+    """Every denoiser of a pipeline, the first one first; or the bare one itself.
+
+    Each with the name that the paths of its sites begin with, "" for the first one. Raises
+    InputError if there is none.
+    """
+    first, *others = named_denoisers(target)
+    return (("", first[1]), *others)
+
+
+def named_denoisers(target: Any) -> tuple[tuple[str, nn.Module], ...]:
     """Name and module of every denoiser that a pipeline steers through its steps.
 
     A bare denoiser is the one there is, named "". Raises InputError if there is none.

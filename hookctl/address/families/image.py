@@ -83,7 +83,7 @@ declare_pipelines(
     Pipeline({UNET: BATCHED}, text.clip), "StableUnCLIPImg2ImgPipeline LDMTextToImagePipeline"
 )
 declare_pipelines(
-    Pipeline({"prior": BATCHED, UNET: BATCHED}, text.clip), "StableUnCLIPPipeline"
+    Pipeline({UNET: BATCHED, "prior": BATCHED}, text.clip), "StableUnCLIPPipeline"
 )
 declare_pipelines(
     Pipeline({UNET: ALONE}, text.NO_TEXT),

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hookctl.address.families.access import denoisers_of
+from hookctl.address.families.access import named_denoisers
 from hookctl.address.families.record import uncompiled
 from hookctl.address.families.sites import attention_modules
 from hookctl.errors import UnsupportedError
@@ -187,7 +187,7 @@ def traced(pipe: Any, run: Run, asked: Drawn, *, silenced: bool = False) -> list
     """The denoiser calls of a run."""
     calls: list[_Call] = []
     with ExitStack() as hooks, torch.no_grad():
-        for name, denoiser in denoisers_of(pipe):
+        for name, denoiser in named_denoisers(pipe):
             hooks.enter_context(_watched(name, uncompiled(denoiser), calls, silenced))
         run(asked)
     return calls
@@ -304,7 +304,7 @@ def _sites(
             if (base.denoiser, path) not in found:
                 moves = [_moved(a, b) for a, b in ((q, q_text), (k, k_text), (q, q_seed), (k, k_seed))]
                 found[base.denoiser, path] = _site(q.shape[-1], k.shape[-1], *moves)
-    every = [(n, p) for n, m in denoisers_of(pipe) for p, _ in attention_modules(uncompiled(m))]
+    every = [(n, p) for n, m in named_denoisers(pipe) for p, _ in attention_modules(uncompiled(m))]
     return found, tuple(one for one in every if one not in found)
 
 

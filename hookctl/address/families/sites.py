@@ -13,6 +13,7 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention, MochiAttention
 from torch import nn
 
+from hookctl.address.families.access import denoisers_of
 from hookctl.address.families.processors import processor_of
 from hookctl.address.families.record import Model, Order, model_of, uncompiled
 from hookctl.address.sites import Site
@@ -81,8 +82,20 @@ def _looks_like_attention(module: nn.Module) -> bool:
     return bool(_ATTENDS.search(source))
 
 
-def describe_sites(denoiser: nn.Module) -> tuple[tuple[Site, nn.Module], ...]:
-    """Every attention site of a denoiser with its module, in the order of its forward."""
+def sites_of(target: Any) -> tuple[Site, ...]:
+    """Every attention site of a pipeline's denoisers, or of a bare one, in forward order."""
+    return tuple(
+        site
+        for name, denoiser in denoisers_of(target)
+        for site, _ in describe_sites(denoiser, name)
+    )
+
+
+def describe_sites(denoiser: nn.Module, name: str = "") -> tuple[tuple[Site, nn.Module], ...]:
+    """Every attention site of a denoiser with its module, in the order of its forward.
+
+    name: the denoiser's, which its paths then begin with.
+    """
     model = uncompiled(denoiser)
     record = model_of(model) or _UNDECLARED
     levels = _levels(model)
@@ -95,7 +108,8 @@ def describe_sites(denoiser: nn.Module) -> tuple[tuple[Site, nn.Module], ...]:
         seen[place, block, kind] = depth + 1
         heads = getattr(module, "heads", None) or getattr(module, "num_heads", None)
         level = levels.get((place, block), levels.get("all")) if kind != "text" else None
-        found.append((Site(path, kind, place, block, depth, level, heads), module))
+        full = f"{name}.{path}" if name else path
+        found.append((Site(full, kind, place, block, depth, level, heads), module))
     rank = {"down": 0, "mid": 1, "up": 2}
     found.sort(key=lambda pair: rank.get(pair[0].place, 0))
     return tuple(found)

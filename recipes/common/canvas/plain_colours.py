@@ -19,6 +19,7 @@ from hookctl.loop.noise import Noise
 from hookctl.loop.state import State
 from hookctl.recipes.common.arguments import Colour
 from hookctl.recipes.common.canvas.tiles import Tile
+from hookctl.run_state import RunState
 
 OFFICIAL_COLOURS = 20
 
@@ -42,6 +43,12 @@ class Bootstrapping:
     seed: of the colours and of their order.
     """
 
+    _generator: RunState[torch.Generator] = RunState()
+    _colours: RunState[list[list[int]]] = RunState()
+    _encoded: RunState[dict[tuple[int, int, int], Tensor]] = RunState()
+    _noise: RunState[Noise] = RunState()
+    _eps: RunState[Tensor] = RunState()
+
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
@@ -60,7 +67,7 @@ class Bootstrapping:
         self._generator = torch.Generator().manual_seed(self.seed)
         shape = (OFFICIAL_COLOURS, 3)
         self._colours = torch.randint(0, 256, shape, generator=self._generator).tolist()
-        self._encoded: dict[tuple[int, int, int], Tensor] = {}
+        self._encoded = {}
         self._noise = Noise(state.pipe.scheduler)
         self._eps = unit_noise_of(state)  # colours are diffused with the run's own noise
 

@@ -19,6 +19,7 @@ from hookctl.editor import Editor
 from hookctl.loop import prompts
 from hookctl.loop.branches import Branch
 from hookctl.loop.state import Predictions, State
+from hookctl.run_state import RunState
 
 BRANCHES = ("suppressed", "diverse")
 
@@ -32,12 +33,13 @@ class Suppression(Editor):
     Costs two further rows.
     """
 
+    _texts: RunState[Tensor | None] = RunState(None)
+
     def __init__(
         self, pipe: Any, suppress: str, diverse: str, *, guidance: float, outside: Tensor
     ) -> None:
         self.pipe, self.prompts = pipe, [suppress, diverse]
         self.guidance, self.outside = guidance, outside
-        self._texts: Tensor | None = None
 
     def branches(self, state: State) -> Mapping[str, Branch]:
         if self._texts is None:

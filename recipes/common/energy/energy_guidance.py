@@ -27,6 +27,7 @@ from hookctl.loop.noise import Level, Noise
 from hookctl.loop.state import State
 from hookctl.recipes.common.arguments import number
 from hookctl.recipes.common.energy.word_energy import Subject, WordEnergy, Words
+from hookctl.run_state import RunState
 
 # What an energy is asked for: one more round of a refinement; the update of every step; the update
 # of a step in which there was a refinement.
@@ -42,6 +43,8 @@ class EnergyGuidance(WordEnergy, ABC):
     """
 
     depends_on_stage = False  # the energy of an update is another one after a refinement
+    record: RunState[list[tuple[int, Tensor]]] = RunState(factory=list)
+    _last: RunState[tuple[Tensor, Tensor] | None] = RunState(None)
 
     def __init__(
         self, words: Words, *, scale: float, start: float = 0.0, stop: float = 1.0, **options: Any
@@ -50,8 +53,6 @@ class EnergyGuidance(WordEnergy, ABC):
         self.scale = number(scale, f"{self.name}: scale", low=0)
         self.start, self.stop = start, stop
         self.window()
-        self.record: list[tuple[int, Tensor]] = []
-        self._last: tuple[Tensor, Tensor] | None = None  # latents, and what they became
 
     @abstractmethod
     def energy(self, image: ImageMaps, subjects: Sequence[Subject], stage: Stage) -> Tensor:

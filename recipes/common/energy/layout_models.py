@@ -23,6 +23,7 @@ from hookctl.loop.energy import Energies, MapReader
 from hookctl.loop.state import Predictions, State
 from hookctl.recipes.common.energy.energy_guidance import EnergyGuidance
 from hookctl.recipes.common.energy.word_energy import WordEnergy
+from hookctl.run_state import RunState
 from hookctl.session import control
 
 Measure = Callable[[State], Energies]
@@ -48,6 +49,9 @@ class LayoutModel(Protocol):
 
 class SecondModel:
     """Another pipeline, or a bare denoiser, that takes the same latents, times and text."""
+
+    _reader: RunState[WordEnergy] = RunState()
+    _run: RunState[object] = RunState()
 
     def __init__(self, target: Any) -> None:
         self.target, self.denoiser = target, denoiser_of(target)
@@ -80,7 +84,7 @@ class SecondModel:
         conditional = state.rows.where(branch=COND)
         rows = Rows([replace(row, index=i) for i, row in enumerate(conditional)])
         there = replace(state, denoiser=self.denoiser, pipe=pipe)
-        self._reader.reader = MapReader()  # the other model's calls are shown to its own editors
+        self._reader.reader = _OtherReader()  # the other model's calls are its own editors'
         try:
             with control(self.target, self._reader.reader), driving(self._driven(state, rows)):
                 return measure(there)
@@ -98,6 +102,12 @@ class SecondModel:
             rows,
             state.clock,
         )
+
+
+class _OtherReader(MapReader):
+    """Reads in one model what is asked for in a run of another, whose state it is not kept by."""
+
+    _collection: Any = None
 
 
 class GuidedModel:

@@ -19,6 +19,7 @@ from hookctl.loop.state import State
 from hookctl.recipes.common import per_prompt
 from hookctl.recipes.common.per_prompt import PerPrompt, Regions
 from hookctl.recipes.common.sites import TEXT_KINDS, layout_resolution, sites_of
+from hookctl.run_state import RunState
 
 Words = Sequence[str] | Sequence[Sequence[str]]
 
@@ -49,15 +50,17 @@ class WordEnergy(MapReader):
     """
 
     reads_all_tokens = False  # the energy compares the words with all other tokens
-    reader: MapReader | None = None  # who reads in the stack, if not this editor itself
     regions: PerPrompt[Region] | None = None
+    reader: RunState[MapReader | None] = RunState(None)  # in the stack, if not this editor itself
+    subjects: RunState[dict[int, list[Subject]]] = RunState(factory=dict)
+    _tokens: RunState[dict[int, tuple[int, ...]]] = RunState(factory=dict)
+    _paths: RunState[tuple[str, ...]] = RunState(())
+    _layout: RunState[TextLayout] = RunState()
+    _text_sites: RunState[list[Site]] = RunState()
 
     def __init__(self, words: Words, *, sites: Selector = None) -> None:
         self.words = per_prompt.texts(words, f"{self.name}: words")
         self.given_sites, self.sites = sites, TEXT_SITES if sites is None else sites
-        self.subjects: dict[int, list[Subject]] = {}
-        self._tokens: dict[int, tuple[int, ...]] = {}
-        self._paths: tuple[str, ...] = ()
 
     def set_regions(self, regions: Regions) -> None:
         """Give every word a region; InputError unless there are as many of both."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from hookctl.errors import InputError
 from hookctl.loop.noise import Noise
 from hookctl.loop.state import State
+from hookctl.run_state import RunState
 
 Path = Tensor | Sequence[Tensor]
 
@@ -26,6 +27,9 @@ class Pinned:
     Raises InputError for a path that holds no latents.
     """
 
+    _levels: RunState[Tensor] = RunState()  # [levels, 1 | images, channels, ...]
+    _times: RunState[list[float]] = RunState()
+
     def __init__(
         self, who: str, path: Path, *, shared_start: bool = False, first_level: int = 0
     ) -> None:
@@ -38,20 +42,20 @@ class Pinned:
     def begin(self, state: State) -> None:
         """Check the path against the run; InputError for other levels or another shape."""
         shape = tuple(state.latents.shape[1:])
-        if tuple(self.path.shape[1:]) == shape:
-            self.path = self.path[:, None]
+        alone = tuple(self.path.shape[1:]) == shape
+        path = self._levels = self.path[:, None] if alone else self.path
         self._times = Noise(state.pipe.scheduler).timesteps
         steps = len(self._times)
         least = max(steps, self.first_level + 2 if self.first_level else 0)
-        if len(self.path) < least:
+        if len(path) < least:
             raise InputError(
-                f"{self.who}: path has {len(self.path)} levels and this run {steps} timesteps; "
+                f"{self.who}: path has {len(path)} levels and this run {steps} timesteps; "
                 f"invert with as many steps, so that there are {least} levels or more"
             )
         images = 1 + max(row.image for row in state.images)
-        if tuple(self.path.shape[2:]) != shape or self.path.shape[1] not in (1, images):
+        if tuple(path.shape[2:]) != shape or path.shape[1] not in (1, images):
             raise InputError(
-                f"{self.who}: path is of latents {tuple(self.path.shape[1:])}; this run draws "
+                f"{self.who}: path is of latents {tuple(path.shape[1:])}; this run draws "
                 f"{shape}, {images} of each prompt"
             )
 
@@ -62,7 +66,7 @@ class Pinned:
         rows = state.images if every_image else state.images.where(prompt=0)
         if self.first_level:
             level = max(level, self.first_level + (level > 0))
-        latents, path = state.latents.clone(), self.path[level]
+        latents, path = state.latents.clone(), self._levels[level]
         for row in rows:
             latents[row.index] = path[row.image if len(path) > 1 else 0].to(latents)
         state.latents = latents

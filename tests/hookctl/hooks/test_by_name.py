@@ -62,7 +62,7 @@ class Seen:
         self.calls: list[tuple[str, int]] = []
         self.within = within
 
-    def watching(self, site: Site) -> bool:
+    def watching(self, port: SitePort) -> bool:
         return True
 
     def batch(self) -> int:
@@ -75,7 +75,9 @@ class Seen:
 
 
 def port(module: nn.Module, seen: Seen, path: str = "a") -> SitePort:
-    return SitePort(Site(path, "self", "up", 1, 0), module, seen)
+    port = SitePort(Site(path, "self", "up", 1, 0), module, seen)
+    port.install()
+    return port
 
 
 @pytest.fixture(autouse=True)

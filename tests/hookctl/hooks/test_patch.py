@@ -17,6 +17,8 @@ class Thing:
 def test_patches_end_in_any_order(order: tuple[int, ...]) -> None:
     thing = Thing()
     patches = [Patch(thing, "value", i) for i in range(3)]
+    for patch in patches:
+        patch.install()
     left = [0, 1, 2]
     for which in order:
         patches[which].remove()
@@ -29,10 +31,12 @@ def test_what_others_set_meanwhile_stays() -> None:
     thing = Thing()
     thing.value = "before"
     patch = Patch(thing, "value", "ours")
+    patch.install()
     thing.value = "theirs"
     patch.remove()
     patch.remove()
     assert thing.value == "theirs"
     with_before = Patch(thing, "value", "ours")
+    with_before.install()
     with_before.remove()
     assert thing.value == "theirs"
