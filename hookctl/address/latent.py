@@ -29,8 +29,8 @@ def latent_grid(
     if record.placeless is not None:
         return ()
     if sample.dim() == 5:
-        sides = dict(zip(record.axes, sample.shape, strict=True))
-        return sides["f"], sides["h"], sides["w"]
+        side = dict(zip(record.axes, sample.shape, strict=True))
+        return side["f"], side["h"], side["w"]
     if sample.dim() == 4:
         return tuple(sample.shape[-2:])
     images = image_tokens(sample, arguments, denoiser)

@@ -66,9 +66,9 @@ def matcher(selector: Selector) -> Callable[[Site], bool]:
 
     A selector is a predicate, a list of paths or globs, None (every site of the image), or text:
     words joined by spaces must all hold, alternatives are split by commas. Sites of the kinds
-    `text` and `gated` are picked by their kind's name or their path alone. A word is a kind (`cross`), a place
-    (`up`, `up1`), a resolution (`@1/4`, `@<=1/2`), or a glob on the path (`up_blocks.*`). `!`
-    before a word negates it. Example: ``"self up @<=1/2, mid"``.
+    `text` and `gated` are picked by their kind's name or their path alone. A word
+    is a kind (`cross`), a place (`up`, `up1`), a resolution (`@1/4`, `@<=1/2`), or a glob on the
+    path (`up_blocks.*`). `!` before a word negates it. Example: ``"self up @<=1/2, mid"``.
     """
     if selector is None:
         return _of_image

@@ -31,8 +31,8 @@ class AttentionCall(CallData):
     What follows is there to be read. A verb takes the rows to change, a `Row`, its index or several
     of them, and changes those alone.
 
-    site: the attention layer, a `Site`: its path, kind ("self", "cross", "joint", "temporal", "text"),
-        place in the model and resolution relative to the latent.
+    site: the attention layer, a `Site`: its path, kind ("self", "cross", "joint", "temporal",
+        "text"), place in the model and resolution relative to the latent.
     q, k, v: queries [rows, sub-batch, heads, N, channels], keys and values [rows, sub-batch,
         heads, M, channels], after projection, norm and rotary embedding. The sub-batch is 1 but
         for video models, where a row has several frames or positions.

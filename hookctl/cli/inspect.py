@@ -20,8 +20,8 @@ _TEXT = """
 List the attention sites of a model, what its family does with text and guidance, and which sites
 can be caught. Weights are not read unless --run is given: that draws one short image and says
 which sites were really caught. --prove changes one prompt, one negative, one seed and one word in
-a few short runs and prints what is declared of the family beside what follows. Takes a pipeline or a
-bare denoiser folder.
+a few short runs and prints what is declared of the family beside what follows. Takes a pipeline
+or a bare denoiser folder.
 
 A site is selected by kind, place, resolution relative to the latent, or path:
   sites="self up @<=1/2, mid"    self-attention of the up blocks at half the latent or coarser,

@@ -1,4 +1,4 @@
-"""Declared beside measured: what a family's record says of a pipeline, and what the pipeline shows."""
+"""Declared beside measured: what a record says of a pipeline, and what the pipeline shows."""
 
 from __future__ import annotations
 
@@ -174,7 +174,9 @@ def _words(pipe: Any, shown: Shown, tokens: int | None) -> Fact:
         return Fact(what, str(error), measured, None)
     before = registers(families.denoiser_of(pipe))  # not in the text that the call is given
     found = tuple(position - before for position in found)
-    return Fact(what, f"positions {found}", measured, shown.word == found if shown.word else None)
+    # The other word may be longer, and then moves what follows it.
+    agrees = shown.word[: len(found)] == found if shown.word else None
+    return Fact(what, f"positions {found}", measured, agrees)
 
 
 def _text(span: Span) -> str:

@@ -65,9 +65,7 @@ declare_pipelines(
     StableDiffusionXLControlNetPAGImg2ImgPipeline
     """,
 )
-declare_pipelines(
-    Pipeline({UNET: PIX2PIX}, text.clip), "StableDiffusionInstructPix2PixPipeline"
-)
+declare_pipelines(Pipeline({UNET: PIX2PIX}, text.clip), "StableDiffusionInstructPix2PixPipeline")
 declare_pipelines(
     Pipeline({UNET: PIX2PIX}, text.clip, _POOLED), "StableDiffusionXLInstructPix2PixPipeline"
 )
@@ -82,9 +80,7 @@ declare_pipelines(
 declare_pipelines(
     Pipeline({UNET: BATCHED}, text.clip), "StableUnCLIPImg2ImgPipeline LDMTextToImagePipeline"
 )
-declare_pipelines(
-    Pipeline({UNET: BATCHED, "prior": BATCHED}, text.clip), "StableUnCLIPPipeline"
-)
+declare_pipelines(Pipeline({UNET: BATCHED, "prior": BATCHED}, text.clip), "StableUnCLIPPipeline")
 declare_pipelines(
     Pipeline({UNET: ALONE}, text.NO_TEXT),
     """
@@ -155,7 +151,9 @@ declare_pipelines(
     Pipeline({TRANSFORMER: BATCHED}, text.SEVERAL, cut=_VARIANCE),
     "HunyuanDiTPipeline HunyuanDiTControlNetPipeline",
 )
-declare_pipelines(Pipeline({TRANSFORMER: PAG}, text.SEVERAL, cut=_VARIANCE), "HunyuanDiTPAGPipeline")
+declare_pipelines(
+    Pipeline({TRANSFORMER: PAG}, text.SEVERAL, cut=_VARIANCE), "HunyuanDiTPAGPipeline"
+)
 declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.aura_flow), "AuraFlowPipeline")
 declare_pipelines(
     Pipeline({TRANSFORMER: BATCHED}, text.TEMPLATE, {"mask": 1}),
@@ -184,13 +182,9 @@ declare_pipelines(
     ZImageControlNetInpaintPipeline
     """,
 )
-declare_pipelines(
-    Pipeline({TRANSFORMER: POSITIVE_FIRST}, text.EDIT_TEMPLATE), "ZImageOmniPipeline"
-)
+declare_pipelines(Pipeline({TRANSFORMER: POSITIVE_FIRST}, text.EDIT_TEMPLATE), "ZImageOmniPipeline")
 _OMNIGEN = Layout({1: (COND,), 2: (COND, UNCOND), 3: (COND, IMAGE, UNCOND)})
-declare_pipelines(
-    Pipeline({TRANSFORMER: _OMNIGEN}, text.EDIT_TEMPLATE), "OmniGenPipeline"
-)
+declare_pipelines(Pipeline({TRANSFORMER: _OMNIGEN}, text.EDIT_TEMPLATE), "OmniGenPipeline")
 declare_pipelines(Pipeline({"prior": BATCHED}, text.NO_TEXT), "ShapEPipeline ShapEImg2ImgPipeline")
 _DREAMLITE = Layout({2: (UNCOND, COND), 3: (UNCOND, IMAGE, COND)}, whole=True)
 declare_pipelines(Pipeline({UNET: _DREAMLITE}, text.TEMPLATE), "DreamLitePipeline")

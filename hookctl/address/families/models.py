@@ -24,12 +24,13 @@ declare_models(
     StableAudioDiTModel AudioLDM2UNet2DConditionModel
     """,
 )
-declare_models(
-    Model(axes="bfchw"), "UNetSpatioTemporalConditionModel LatteTransformer3DModel"
-)
+declare_models(Model(axes="bfchw"), "UNetSpatioTemporalConditionModel LatteTransformer3DModel")
 declare_models(Model(), "UNetMotionModel")
 _DRAWN_BEFORE = "frames that were drawn before stand in one sequence with the latents"
-declare_models(Model(placeless=_DRAWN_BEFORE), "HeliosTransformer3DModel")
+declare_models(
+    Model(placeless=_DRAWN_BEFORE), "HeliosTransformer3DModel AnyFlowFARTransformer3DModel"
+)
+declare_models(Model(placeless="learned tokens stand before the sound"), "StableAudio3DiTModel")
 declare_models(
     Model(placeless="the image to edit stands beside the target, in one canvas"),
     "DreamLiteUNetModel",
@@ -45,9 +46,7 @@ declare_models(
     "Kandinsky3UNet",
 )
 _LINEAR = ("*.attn1",)
-declare_models(
-    Model(softmax_free=_LINEAR), "SanaTransformer2DModel SanaVideoTransformer3DModel"
-)
+declare_models(Model(softmax_free=_LINEAR), "SanaTransformer2DModel SanaVideoTransformer3DModel")
 declare_models(
     Model(
         kinds=(
@@ -66,9 +65,7 @@ declare_models(
 
 # -- one sequence, the text before the image -------------------------------------------------------
 
-declare_models(
-    Model("text_image", _JOINT, parts="img_ids", widens=True), "FluxTransformer2DModel"
-)
+declare_models(Model("text_image", _JOINT, parts="img_ids", widens=True), "FluxTransformer2DModel")
 declare_models(
     Model("text_image", _JOINT, parts="img_ids"),
     """
@@ -90,9 +87,7 @@ declare_models(
     Model("text_image", _JOINT, axes="bfchw"),
     "CogVideoXTransformer3DModel ConsisIDTransformer3DModel",
 )
-declare_models(
-    Model("text_image", (("text_fusion.*", "text"), *_JOINT)), "Krea2Transformer2DModel"
-)
+declare_models(Model("text_image", (("text_fusion.*", "text"), *_JOINT)), "Krea2Transformer2DModel")
 declare_models(
     Model(
         "text_image",
@@ -113,9 +108,7 @@ declare_models(
     ErnieImageTransformer2DModel MotifVideoTransformer3DModel
     """,
 )
-declare_models(
-    Model("image_text", _JOINT, parts="img_shapes"), "NucleusMoEImageTransformer2DModel"
-)
+declare_models(Model("image_text", _JOINT, parts="img_shapes"), "NucleusMoEImageTransformer2DModel")
 declare_models(
     Model("image_text", _JOINT, several_texts=True),
     "HiDreamImageTransformer2DModel StableCascadeUNet",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hookctl.address.families import text
 from hookctl.address.families.record import Pipeline, declare_pipelines
-from hookctl.address.rows import BATCHED, PAG, SEQUENTIAL
+from hookctl.address.rows import BATCHED, PAG, POSITIVE_FIRST, SEQUENTIAL
 
 UNET, TRANSFORMER = "unet", "transformer"
 
@@ -21,9 +21,7 @@ declare_pipelines(
 declare_pipelines(Pipeline({UNET: BATCHED}, text.clip, {"pooled": 2}), "AnimateDiffSDXLPipeline")
 declare_pipelines(Pipeline({UNET: PAG}, text.clip), "AnimateDiffPAGPipeline")
 declare_pipelines(Pipeline({UNET: BATCHED}, text.NO_TEXT), "StableVideoDiffusionPipeline")
-declare_pipelines(
-    Pipeline({TRANSFORMER: BATCHED}, text.padded(120)), "LattePipeline"
-)
+declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.padded(120)), "LattePipeline")
 declare_pipelines(
     Pipeline({TRANSFORMER: BATCHED}, text.padded(512), {"mask": 1}), "AllegroPipeline"
 )
@@ -87,13 +85,18 @@ declare_pipelines(
     """,
 )
 
+declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.padded(512)), "AnyFlowFARPipeline")
+
 # -- sounds ----------------------------------------------------------------------------------------
 
 declare_pipelines(Pipeline({UNET: BATCHED}, text.GENERATED), "AudioLDM2Pipeline")
 declare_pipelines(Pipeline({UNET: BATCHED}, text.NO_TEXT), "AudioLDMPipeline MusicLDMPipeline")
-declare_pipelines(
-    Pipeline({TRANSFORMER: BATCHED}, text.SEVERAL), "StableAudioPipeline"
-)
+declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.SEVERAL), "StableAudioPipeline")
 declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.padded(longest=True)), "LongCatAudioDiTPipeline"
 )
+declare_pipelines(
+    Pipeline({TRANSFORMER: BATCHED}, text.SEVERAL),
+    "StableAudio3Pipeline StableAudio3AudioToAudioPipeline StableAudio3InpaintPipeline",
+)
+declare_pipelines(Pipeline({TRANSFORMER: POSITIVE_FIRST}, text.SEVERAL), "AceStepPipeline")

@@ -157,8 +157,7 @@ class _Call:
         rows = range(len(self.sample))
         own = [self.sample[r] != other.sample[r] for r in rows]
         texts = [
-            any(mine[r] != other.texts[name][r] for name, mine in self.texts.items())
-            for r in rows
+            any(mine[r] != other.texts[name][r] for name, mine in self.texts.items()) for r in rows
         ]
         return own, texts
 
@@ -213,7 +212,9 @@ def _watched(name: str, model: nn.Module, calls: list[_Call], silenced: bool) ->
     ]
     for path, module in attention_modules(model):
         handles.append(module.register_forward_pre_hook(lambda *_, path=path: at.append(path)))
-        handles.append(module.register_forward_hook(lambda *_: (at.pop(), None)[1], always_call=True))
+        handles.append(
+            module.register_forward_hook(lambda *_: (at.pop(), None)[1], always_call=True)
+        )
     try:
         yield
     finally:
@@ -302,7 +303,9 @@ def _sites(
             base.sites, texts.sites, seeds.sites, strict=False
         ):
             if (base.denoiser, path) not in found:
-                moves = [_moved(a, b) for a, b in ((q, q_text), (k, k_text), (q, q_seed), (k, k_seed))]
+                moves = [
+                    _moved(a, b) for a, b in ((q, q_text), (k, k_text), (q, q_seed), (k, k_seed))
+                ]
                 found[base.denoiser, path] = _site(q.shape[-1], k.shape[-1], *moves)
     every = [(n, p) for n, m in named_denoisers(pipe) for p, _ in attention_modules(uncompiled(m))]
     return found, tuple(one for one in every if one not in found)
@@ -313,7 +316,9 @@ def _moved(a: Tensor, b: Tensor) -> Tensor:
     return (a != b).any(0) if a.shape == b.shape else torch.ones(a.shape[-1], dtype=torch.bool)
 
 
-def _site(n: int, m: int, q_text: Tensor, k_text: Tensor, q_seed: Tensor, k_seed: Tensor) -> SiteShown:
+def _site(
+    n: int, m: int, q_text: Tensor, k_text: Tensor, q_seed: Tensor, k_seed: Tensor
+) -> SiteShown:
     text = k_text & ~k_seed
     if not q_seed.any():
         kind = "text" if q_text.any() or k_text.any() else "other"
@@ -330,7 +335,7 @@ def _span(moved: Tensor) -> tuple[int, int] | None:
 
 
 def _word(pipe: Any, run: Run, asked: Drawn) -> tuple[int, ...] | None:
-    """The positions that follow a word of the first prompt, the text encoders' attention silenced."""
+    """Positions that follow a word of the first prompt, the text encoders' attention silenced."""
     changed = asked.prompts[0].replace(*WORD)
     with ExitStack() as hooks:
         for name, module in getattr(pipe, "components", {}).items():

@@ -1,4 +1,4 @@
-"""The attention sites of a denoiser: found by what its modules are, of the kind that is declared."""
+"""Attention sites of a denoiser: found by what its modules are, of the kind that is declared."""
 
 from __future__ import annotations
 
