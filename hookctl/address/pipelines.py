@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hookctl.address import families
 from hookctl.address.families import TextStream
@@ -80,7 +80,9 @@ def text_streams(pipe: Any) -> tuple[TextStream, ...]:
     Raises UnsupportedError if the pipeline has no text, or puts it together in a way unknown here.
     """
     name, record = type(pipe).__name__, families.pipeline_of(pipe)
-    if record is None:
+    if isinstance(pipe, nn.Module):
+        why = "a bare denoiser has no tokenizer"
+    elif record is None:
         why = "it is no pipeline that hookctl knows"
     elif isinstance(record.text, str):
         why = record.text

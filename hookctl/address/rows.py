@@ -8,9 +8,12 @@ known layout is an error, never a guess.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+
+import torch
+from torch import Tensor
 
 from hookctl.errors import LayoutError
 
@@ -203,6 +206,22 @@ def resolve_rows(
 
 
 _CURE = "Give the order yourself: control(..., rows=('uncond', 'cond'))."
+
+
+def copied(sample: Tensor, sizes: Iterable[int]) -> int | None:
+    """How many images a model input holds, where guidance repeats the latents of all of them.
+
+    sizes: how many groups of rows a call may have. Latents begin as noise, so groups are equal
+    because they are copies. None if the input is no tensor.
+    """
+    if not isinstance(sample, Tensor):
+        return None
+    for size in sorted(sizes, reverse=True):
+        if len(sample) % size == 0:
+            first, *others = sample.chunk(size)
+            if all(torch.equal(first, other) for other in others):
+                return len(first)
+    return None
 
 
 # What pipelines call the calls of a step (`cache_context`).

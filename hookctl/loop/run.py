@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hookctl.address import families, pipelines
 from hookctl.address.clock import Timekeeper
 from hookctl.address.latent import image_tokens, latent_grid, text_tokens
-from hookctl.address.rows import Row, Rows, branch_of, resolve_rows
+from hookctl.address.rows import Row, Rows, branch_of, copied, resolve_rows
 from hookctl.address.text import prompts_given
 from hookctl.errors import InputError, LayoutError
 from hookctl.loop.driven import Driven, Scaling, driven, reading_of
@@ -100,9 +100,9 @@ class Run:
         sample = next(iter(arguments))
         given = arguments[sample]
         if isinstance(given, list):
-            batch, latent = len(given), tuple(given[0].shape[1:])
+            latent = tuple(given[0].shape[1:])
         else:
-            batch, latent = given.shape[0], latent_grid(given, arguments, denoiser)
+            latent = latent_grid(given, arguments, denoiser)
         time = next((arguments[name] for name in _TIMES if name in arguments), None)
         schedule = getattr(getattr(self.pipe, "scheduler", None), "timesteps", None)
         if call is not None:
@@ -115,7 +115,7 @@ class Run:
         return State(
             denoiser=denoiser,
             pipe=self.pipe,
-            rows=self._rows(denoiser, batch, branch, outer) if call is None else call.rows,
+            rows=self._rows(denoiser, given, branch, outer) if call is None else call.rows,
             clock=clock,
             kwargs=arguments,
             sample=sample,
@@ -152,8 +152,9 @@ class Run:
         return bound.args[1:], bound.kwargs
 
     def _rows(
-        self, denoiser: nn.Module, batch: int, branch: str | None, outer: State | None
+        self, denoiser: nn.Module, given: Any, branch: str | None, outer: State | None
     ) -> Rows:
+        batch = len(given)
         if outer is not None and outer.asking is not None:
             return outer.asking
         if outer is not None and batch == len(outer.rows):
@@ -174,6 +175,8 @@ class Run:
         layout, guided = pipelines.layout_of(self.pipe, denoiser), pipelines.is_guided(self.pipe)
         if self.count is None and (prompt := self._checked.get("prompt")):
             self.count, self._told = 1 if isinstance(prompt, str) else len(prompt), False
+        if self.count is None and layout.images(batch, guided) is None:
+            self.count = copied(given, layout.known(guided))
         if not self._told and self.count:
             images = layout.images(batch, guided)
             if images is not None and images % self.count == 0:

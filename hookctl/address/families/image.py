@@ -173,7 +173,9 @@ declare_pipelines(
     Pipeline({TRANSFORMER: BATCHED}, text.padded(longest=True)),
     "BriaFiboPipeline BriaFiboEditPipeline ErnieImagePipeline",
 )
-declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.NO_TEXT, cut=_VARIANCE), "DiTPipeline")
+declare_pipelines(
+    Pipeline({TRANSFORMER: POSITIVE_FIRST}, text.NO_TEXT, cut=_VARIANCE), "DiTPipeline"
+)
 declare_pipelines(Pipeline({TRANSFORMER: POSITIVE_FIRST}, text.TEMPLATE), "LuminaPipeline")
 declare_pipelines(
     Pipeline({TRANSFORMER: POSITIVE_FIRST}, text.chat(True)),

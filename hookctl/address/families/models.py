@@ -58,6 +58,10 @@ declare_models(
     ),
     "Kandinsky5Transformer3DModel",
 )
+declare_models(  # sites of the sound, and between sound and image, must be named
+    Model(kinds=(("*audio*", "gated"), ("*.attn1", "self"), ("*.attn2", "cross"))),
+    "LTX2VideoTransformer3DModel",
+)
 declare_models(
     Model(kinds=(("*.self_attn", "self"), ("*.cross_attn", "cross"))),
     "AceStepTransformer1DModel LongCatAudioDiTTransformer",

@@ -87,6 +87,9 @@ class Wild:
             for name, part in pipe.components.items():
                 if isinstance(part, nn.Module) and ("former" in name or "unet" in name):
                     sharpen(part)
+                    for parameter in part.parameters():
+                        if parameter.dim() > 1 and not parameter.any():  # a gate that begins shut
+                            nn.init.normal_(parameter, std=0.1)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
