@@ -4,10 +4,13 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 # The embedded model is small: a second thread gains nothing, and on busy cores it waits for the first.
 CALM := OMP_NUM_THREADS=1
-TESTS := $(CALM) $(BIN)/python -m pytest -n auto --dist worksteal
+# Bytecode of tests, assertions written out, is kept: to make it anew takes a worker seconds.
+TESTS := $(CALM) PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist worksteal
+# The oldest versions that are supported, in an environment of their own.
+MINIMUM ?= .venv-minimum
 SOURCES := pyproject.toml setup.py constraints.txt
 
-.PHONY: demo gallery bench unit test conformance aot check format clean
+.PHONY: demo gallery bench unit test minimum conformance aot check format clean
 
 demo: $(VENV)/.installed
 	$(CALM) $(BIN)/hookctl demo --out out
@@ -25,6 +28,14 @@ unit: $(VENV)/.installed-dev
 
 test: $(VENV)/.installed-dev
 	$(TESTS) --skip conformance
+
+# What is first to break with old versions: reading models, a demo, the command, hostile files.
+minimum: $(MINIMUM)/.installed
+	$(CALM) $(MINIMUM)/bin/hookctl inspect shapes >/dev/null
+	$(CALM) $(MINIMUM)/bin/hookctl demo --seeds 1 --out out/minimum
+	$(CALM) $(MINIMUM)/bin/python -m pytest -q tests/hookctl/cli/test_hostile.py \
+		tests/hookctl/cli/test_cli.py tests/hookctl/cli/test_lora.py tests/hookctl/preset \
+		tests/shapes/test_pipeline.py -k "not with_offsets"
 
 # Every promise for every family; `python -m tests.families.table` writes it as a table.
 conformance: $(VENV)/.installed-dev
@@ -44,10 +55,16 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) out build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(MINIMUM) out build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
+
+$(MINIMUM)/.installed: $(SOURCES) constraints-minimum.txt
+	$(PYTHON) -m venv $(MINIMUM)
+	$(MINIMUM)/bin/python -m pip install --disable-pip-version-check -q \
+		-c constraints-minimum.txt -e ".[gpu]" peft pytest
+	touch $@
 
 $(VENV)/.installed: $(SOURCES) | $(BIN)/python
 	$(INSTALL) -e .

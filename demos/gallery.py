@@ -24,6 +24,7 @@ from hookctl.demos import DEMOS
 from hookctl.demos.reports import groups, singles, title_of
 from hookctl.errors import InputError
 from hookctl.inspect import markdown_table
+from hookctl.inspect.files import write_text, writing
 
 LARGEST, ALTOGETHER = 300_000, 6_000_000  # bytes: of one image, of all
 WIDEST = 1400  # px
@@ -79,7 +80,7 @@ def _section(one: Shown, link: Link) -> Iterator[str]:
 def write_page(out: Path, shown: Sequence[Shown]) -> Path:
     """`out/gallery.md`, for the folder that the demos wrote to."""
     path = out / "gallery.md"
-    path.write_text(page(shown, lambda p: p.relative_to(out).as_posix()), "utf-8")
+    write_text(path, page(shown, lambda p: p.relative_to(out).as_posix()))
     return path
 
 
@@ -93,9 +94,10 @@ def write_small(out: Path, shown: Sequence[Shown]) -> Path:
         for image in one.images:
             stem = image.stem.replace("grid", one.name, 1)
             places[image] = f"{out.name}/{stem}.jpg"
-            (out / f"{stem}.jpg").write_bytes(small(Image.open(image), limit))
+            with writing(out / f"{stem}.jpg") as part:
+                part.write_bytes(small(Image.open(image), limit))
     path = out.with_suffix(".md")
-    path.write_text(page(shown, places.__getitem__), "utf-8")
+    write_text(path, page(shown, places.__getitem__))
     return path
 
 

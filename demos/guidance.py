@@ -6,7 +6,6 @@ there. All settings are the published ones; ScaleU, whose gains are learned, is 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from hookctl.demos.cost import counted, drawing_mib
 from hookctl.demos.shapes.captions import sample
 from hookctl.demos.shapes.detect import detect, matches, wanted_pairs
 from hookctl.inspect import show
+from hookctl.inspect.files import save_image, write_json
 from hookctl.recipes import PAG, SAG, SEG, FreeU, ScaleU
 
 STEPS, GUIDANCE, BATCH = 25, 3.0, 16
@@ -118,8 +118,8 @@ def run(
         },
         "wall_seconds": round(time.perf_counter() - started, 1),
     }
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    image(prompts, {name: one.images for name, one in drawn.items()}).save(out / "grid.png")
+    write_json(out / "report.json", report)
+    save_image(image(prompts, {name: one.images for name, one in drawn.items()}), out / "grid.png")
     return report
 
 

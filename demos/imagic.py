@@ -12,7 +12,6 @@ may name nothing, and then the object is missing.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from hookctl.demos.cost import counted, drawing_mib, peak_mib
 from hookctl.demos.figures import measure, summary
 from hookctl.demos.inversion import images_of, psnr
 from hookctl.inspect import show
+from hookctl.inspect.files import save_image, write_json
 from hookctl.loop.images import decode, encode
 from hookctl.recipes import Imagic
 
@@ -87,10 +87,10 @@ def run(
         },
         "wall_seconds": round(time.perf_counter() - started, 1),
     }
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    image(cases, images, drawn).save(out / "grid.png")
+    write_json(out / "report.json", report)
+    save_image(image(cases, images, drawn), out / "grid.png")
     plots = [plot(ALPHAS, figures[start], f"from {start}") for start in STARTS]
-    side_by_side(plots).save(out / "grid_alpha.png")
+    save_image(side_by_side(plots), out / "grid_alpha.png")
     return report
 
 

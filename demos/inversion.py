@@ -7,7 +7,6 @@ so reconstructions are judged beside its round trip.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from hookctl.demos.shapes.captions import parse
 from hookctl.demos.shapes.render import drawn
 from hookctl.demos.shapes.world import Scene, Thing
 from hookctl.inspect import show
+from hookctl.inspect.files import save_image, write_json
 from hookctl.loop.images import decode, encode
 from hookctl.recipes import (
     DDIMInversion,
@@ -193,8 +193,8 @@ def run(
         "cost": cost,
         "wall_seconds": round(time.perf_counter() - run_started, 1),
     }
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    image(cases, images, outcomes).save(out / "grid.png")
+    write_json(out / "report.json", report)
+    save_image(image(cases, images, outcomes), out / "grid.png")
     return report
 
 
@@ -222,7 +222,7 @@ def image(
         for found in outcomes.values():
             row += [found[i].again, found[i].edited]
         rows.append(row)
-    titles = ["image", *(t for name in outcomes for t in (f"{name}: again", "edited"))]
+    titles = ["image", *(t for name in outcomes for t in (f"{name}: again", f"{name}: edited"))]
     return show.grid(
         rows, column_titles=titles, row_titles=[cases[i].title for i in shown], cell=(128, 128)
     )

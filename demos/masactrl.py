@@ -8,7 +8,6 @@ take it from the first. The plain images have the same noise and prompts.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +32,7 @@ from hookctl.demos.shapes.world import (
     Thing,
 )
 from hookctl.inspect import show
+from hookctl.inspect.files import save_image, write_json
 from hookctl.recipes import MasaCtrl, ReferenceOnly, StyleAligned
 from hookctl.recipes.common.source_and_edits import SourceAndEdits
 
@@ -132,8 +132,8 @@ def run(
         "cost": costs,
         "wall_seconds": round(time.perf_counter() - started, 1),
     }
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    image(outcomes).save(out / "grid.png")
+    write_json(out / "report.json", report)
+    save_image(image(outcomes), out / "grid.png")
     return report
 
 
@@ -234,7 +234,7 @@ def image(outcomes: dict[str, list[Outcome]]) -> Image.Image:
         for one in found[:: NOISES[name]][:SHOWN]:
             rows.append([one.source, *_two(one.plain), *_two(one.edited)])
             titles.append(f"{name}: {'; '.join(one.case.prompts)}")
-    columns = ["source", "plain, same noise", "", "with the method", ""]
+    columns = ["source", "edit 1, plain", "edit 2, plain", "edit 1, method", "edit 2, method"]
     return show.grid(rows, column_titles=columns, row_titles=titles, cell=(128, 128))
 
 

@@ -8,7 +8,6 @@ greater than elsewhere.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from hookctl.demos.shapes.captions import describe
 from hookctl.demos.shapes.detect import detect
 from hookctl.demos.shapes.world import IMAGE_SIZE, Thing
 from hookctl.inspect import show
+from hookctl.inspect.files import save_image, write_json
 from hookctl.recipes import MultiDiffusion
 
 STEPS, GUIDANCE, STRIDE, BATCH = 25, 3.0, 8, 8
@@ -97,8 +97,8 @@ def run(
         "cost": costs,
         "wall_seconds": round(time.perf_counter() - run_started, 1),
     }
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    image(cases, drawn).save(out / "grid.png")
+    write_json(out / "report.json", report)
+    save_image(image(cases, drawn), out / "grid.png")
     return report
 
 

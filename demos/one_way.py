@@ -13,7 +13,6 @@ counts.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from hookctl.demos.grown import AT, BOX, SIDE, Case, cases, figures, mean_psnr, 
 from hookctl.demos.shapes.world import IMAGE_SIZE
 from hookctl.editor import WHOLE_IMAGE
 from hookctl.inspect import show
+from hookctl.inspect.files import save_image, write_json
 from hookctl.recipes import CyclicOneWay, SelectiveOneWay
 
 STEPS, GUIDANCE, BATCH, SHOWN = 20, 3.0, 8, 3
@@ -112,8 +112,8 @@ def run(
         "cost": costs,
         "wall_seconds": round(time.perf_counter() - started, 1),
     }
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    image(every, drawn).save(out / "grid.png")
+    write_json(out / "report.json", report)
+    save_image(image(every, drawn), out / "grid.png")
     return report
 
 

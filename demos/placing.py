@@ -3,7 +3,6 @@ at where things are."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from hookctl.demos.layouts import LayoutCase, found_in_place, overlap
 from hookctl.demos.shapes.detect import Found, detect
 from hookctl.demos.shapes.world import COLOURS, IMAGE_SIZE, Thing
 from hookctl.inspect import show
+from hookctl.inspect.files import save_image, write_json
 from hookctl.maps import MapStore
 
 STEPS, GUIDANCE, BATCH = 25, 3.0, 16
@@ -205,17 +205,18 @@ def compare(
         },
         "wall_seconds": round(time.perf_counter() - started, 1),
     }
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(out / "report.json", report)
     rows = [
         [*([layout(case)] if boxed else []), *(one.images[i] for one in drawn.values())]
         for i, case in enumerate(cases[:SHOWN])
     ]
-    show.grid(
+    sheet = show.grid(
         rows,
         column_titles=[*(["layout"] if boxed else []), *drawn],
         row_titles=[case.prompt for case in cases[:SHOWN]],
         cell=(140, 140),
-    ).save(out / "grid.png")
+    )
+    save_image(sheet, out / "grid.png")
     return report
 
 

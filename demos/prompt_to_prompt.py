@@ -6,7 +6,6 @@ under Prompt-to-Prompt. The detector then says whether the change is there and w
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from hookctl.demos.cost import FEW, counted, drawing_mib
 from hookctl.demos.figures import EditFigures, measure, source_is_right, summary
 from hookctl.demos.shapes.detect import detect
 from hookctl.inspect import show
+from hookctl.inspect.files import save_image, write_json
 from hookctl.recipes import PromptToPrompt
 
 KINDS = ("colour", "shape", "added word", "reweight")
@@ -73,7 +73,7 @@ def edit_one(pipe: Any, case: EditCase, seed: int, **settings: Any) -> Outcome:
         source,
         plain,
         edited,
-        session.maps[case.words[1]].overlay(edited),
+        session.maps[case.words[1]].overlay(edited, label=case.words[1]),
         source_is_right(case, detect(source)),
         measure(case, source, plain),
         measure(case, source, edited),
@@ -105,8 +105,8 @@ def run(
         "cost": _cost(pipe, outcomes[0].case),
         "wall_seconds": round(time.perf_counter() - started, 1),
     }
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    image(outcomes).save(out / "grid.png")
+    write_json(out / "report.json", report)
+    save_image(image(outcomes), out / "grid.png")
     return report
 
 

@@ -9,7 +9,6 @@ the colour or the shape of another one of the scene.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,6 +35,7 @@ from hookctl.demos.placing import (
 from hookctl.demos.shapes.detect import detect
 from hookctl.demos.shapes.world import BACKGROUNDS, COLOURS, IMAGE_SIZE
 from hookctl.inspect import show
+from hookctl.inspect.files import save_image, write_json
 from hookctl.recipes import (
     LayoutGuidance,
     MaskedSelfAttention,
@@ -155,8 +155,8 @@ def run(
         "cost": costs,
         "wall_seconds": round(time.perf_counter() - started, 1),
     }
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    image(cases, drawn).save(out / "grid.png")
+    write_json(out / "report.json", report)
+    save_image(image(cases, drawn), out / "grid.png")
     return report
 
 

@@ -8,7 +8,6 @@ under the member of the stack that answers for it.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from hookctl.demos.stacked_edits import (
     with_lora,
 )
 from hookctl.inspect import show
+from hookctl.inspect.files import save_image, write_json
 from hookctl.recipes import PAG, AttendAndExcite, FreeU
 
 SHOWN = 2
@@ -156,12 +156,13 @@ def run(
         "cost": {name: one.cost for name, one in found.items()},
         "wall_seconds": round(time.perf_counter() - started, 1),
     }
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(out / "report.json", report)
     shown = [(name, row) for name, one in found.items() for row in one.rows[:SHOWN]]
-    show.grid(
+    sheet = show.grid(
         [row for _, row in shown],
         column_titles=["source or places", "plain", "stack"],
         row_titles=[name for name, _ in shown],
         cell=(128, 128),
-    ).save(out / "grid.png")
+    )
+    save_image(sheet, out / "grid.png")
     return report

@@ -81,6 +81,13 @@ class Editor:
         """Whether the editor acts at this time."""
         return self.window().holds(clock)
 
+    def neutral(self) -> bool | None:
+        """Whether its settings make it change nothing, such as a scale of 0.
+
+        If not, a run in which it did nothing at all is told of (`control`). None: it may only look.
+        """
+        return None
+
     def claims(self) -> Sequence[Claim]:
         """What the editor must have for itself."""
         return ()
@@ -140,7 +147,7 @@ HOOKS = (
     "combine",
     "after",
 )
-_METHODS = ("attach", "claims", "window", "active", *HOOKS)
+_METHODS = ("attach", "claims", "window", "active", "neutral", *HOOKS)
 _INSTEAD = {
     "features": "assign call.backbone or call.skip",
     "before": "assign state.latents",

@@ -44,6 +44,10 @@ class HoleError(HookctlError, RuntimeError):
     """A site ran without being caught, or was expected and never ran."""
 
 
+class NotFiniteError(HookctlError, ArithmeticError):
+    """A run came upon NaN or infinity; the message says where they began."""
+
+
 class UnsupportedError(HookctlError, RuntimeError):
     """The method makes no sense on, or cannot be evaluated for, this model."""
 

@@ -77,6 +77,13 @@ class Log:
             if not self.acted(editor):
                 yield editor.name, self._why(editor)
 
+    def lost(self, editors: Iterable[Editor]) -> Iterator[tuple[Editor, str]]:
+        """The editors that did nothing though they were to: out of time, or not neutral."""
+        for editor in editors:
+            met = any(editor.active(clock) for clock in self.clocks)
+            if not self.acted(editor) and (not met or editor.neutral() is False):
+                yield editor, self._why(editor)
+
     def _why(self, editor: Editor) -> str:
         if not self.clocks:
             return "the denoiser was not called"

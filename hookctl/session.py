@@ -36,6 +36,7 @@ class Session:
         backend: str = "auto",
         strict: bool = True,
         rows: Sequence[str] | None = None,
+        check_finite: bool = True,
     ) -> None:
         for i, editor in enumerate(editors):
             check_editor(editor, f"editors[{i}]")
@@ -44,7 +45,9 @@ class Session:
         self.denoiser = families.denoiser_of(target)
         pipe = None if target is self.denoiser else target
         given = None if rows is None else tuple(rows)
-        self._entry = Entry(tuple(editors), pipe, backend, given, MapStore(), Log())
+        self._entry = Entry(
+            tuple(editors), pipe, backend, given, MapStore(), Log(), strict, check_finite
+        )
         self._depth = 0
         self._sites = families.sites_of(target)
 
@@ -106,6 +109,9 @@ class Session:
                 "the pipeline is called, or call it within a copy of this context: "
                 "contextvars.copy_context().run(pipe, ...) or asyncio.to_thread(pipe, ...)"
             )
+        if entry.called:
+            for editor, why in self.log.lost(entry.editors):
+                self._tell(f"{editor.name} changed nothing: {why}")
         silent = entry.silent_sites()
         if silent:
             self._tell(
@@ -156,12 +162,21 @@ def control(
     backend: str = "auto",
     strict: bool = True,
     rows: Sequence[str] | None = None,
+    check_finite: bool = True,
 ) -> Session:
     """Put a pipeline, or a bare denoiser, under the control of editors.
 
     Use it as a context manager; contexts nest, may end in any order, and each takes out exactly
-    what it put in. `backend`: "auto", "triton", "sdpa" or "reference" (explicit matrices in
-    float64). `strict`: an edited site that never runs is an error. `rows`: the branches of the
-    batch in order, such as ("uncond", "cond"), for a denoiser called without its pipeline.
+    what it put in. A session belongs to the pipeline and to the thread or task that enters it:
+    calls made elsewhere, or by other pipelines over the same weights, are plain.
+
+    `backend`: "auto", "triton", "sdpa" or "reference" (explicit matrices in float64). `strict`:
+    edits that were lost (a site that never ran, an editor that changed nothing, a pipeline called
+    in another thread) are an error at the end, else a warning. `rows`: the branches of the batch in
+    order, such as ("uncond", "cond"), for a denoiser called without its pipeline. `check_finite`:
+    NaN and infinity end the run with an error that says where they began, at the cost of one
+    reduction a step.
     """
-    return Session(target, editors, backend=backend, strict=strict, rows=rows)
+    return Session(
+        target, editors, backend=backend, strict=strict, rows=rows, check_finite=check_finite
+    )

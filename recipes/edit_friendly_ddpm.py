@@ -12,7 +12,7 @@ steps are correlated, so they hold the image's structure better than the sampler
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,8 +58,9 @@ class EditFriendlyDDPM(Inversion):
         eta: float = 1.0,
         seed: int = 0,
         paper: bool = False,
+        arguments: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(pipe, image, prompt, steps=steps, guidance=guidance)
+        super().__init__(pipe, image, prompt, steps=steps, guidance=guidance, arguments=arguments)
         self.skip = Window.of((skip, 1.0), "EditFriendlyDDPM: skip").start
         if int(self.skip * self.steps) >= self.steps:
             raise refusal(

@@ -64,6 +64,9 @@ class FreeU(Editor):
         self.version = version or (2 if rule == "official" else 1)
         self.start, self.stop = start, stop
 
+    def neutral(self) -> bool:
+        return all(gain == 1 for gains in self.gains for gain in gains)
+
     def attach(self, target: object) -> None:
         found = list(concats(denoiser_of(target)))
         widths = sorted({c.backbone_channels for c in found}, reverse=True)

@@ -170,10 +170,11 @@ class MasaCtrl(SourceAndEdits):
     def _restrict_to_masks(self, call: AttentionCall) -> None:
         """Foreground looks into foreground, background into background."""
         masks = self.given_masks or self.word_masks
-        if masks is None or call.grid is None:
+        if masks is None:
             return
+        grid = call.require_grid("MasaCtrl: masks")
         for prompt, image in dict.fromkeys((r.prompt, r.image) for r in call.rows if r.prompt):
-            pair = masks.pair(prompt, image, call.grid, call.clock.step)
+            pair = masks.pair(prompt, image, grid, call.clock.step)
             regions = None if pair is None else foreground_regions(*pair, call)
             if regions is not None:
                 call.restrict(call.rows.where(prompt=prompt, image=image), *regions)

@@ -77,6 +77,9 @@ class MaskedSelfAttention(Editor):
         self.sites = IMAGE_SITES if sites is None else sites
         self.start, self.stop = start, stop
 
+    def neutral(self) -> bool:
+        return not self.regions.longest
+
     def claims(self) -> Sequence[Claim]:
         return [Claim(WHOLE_IMAGE, window=self.window(), shared=True)]
 

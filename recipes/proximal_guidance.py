@@ -105,7 +105,7 @@ class ProximalGuidance(Editor):
         if guided is None:
             return
         x = state.latents
-        target = self.path[state.clock.step + 1].to(x)
+        target = self.path[state.clock.entry + 1].to(x)
         if self.dilate:
             side = 2 * self.dilate + 1
             guided = F.max_pool2d(guided.float(), side, 1, self.dilate) > 0

@@ -176,7 +176,7 @@ class RealCompo(WordEnergy):
         if self.paper:
             of = x if layout.latents is x else x + c * (layout.latents - x)
             parts = {MIXTURE: Part(1.0, mixed, of)}
-        step = predictions.state.clock.step
+        step = predictions.state.clock.entry
         return self._solvers.difference(step, mixed, x, parts, predictions.options)
 
     # -- the map -------------------------------------------------------------------------------

@@ -88,6 +88,9 @@ class RegionalPrompts(Editor):
         self._divisions = {}
         self._context = {}
 
+    def neutral(self) -> bool:
+        return self.base >= 1 or not self.texts.longest
+
     def claims(self) -> Sequence[Claim]:
         return [Claim(WHOLE_IMAGE, window=self.window(), shared=True)]
 

@@ -32,9 +32,9 @@ from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.calls import predict
 from hookctl.loop.noise import Noise
 from hookctl.loop.state import Predictions, State
+from hookctl.maps import MapSums
 from hookctl.recipes.common.arguments import number, refusal, whole
 from hookctl.recipes.common.features.smoothing import blur, cut_blur_matrix
-from hookctl.recipes.common.read_maps import MapSums
 from hookctl.recipes.common.sites import grid_of, middle_sites
 from hookctl.run_state import RunState
 
@@ -56,7 +56,8 @@ class SAG(Editor):
     masks: RunState[Tensor | None] = RunState(None)
     _noise: RunState[Noise] = RunState()
     _size: RunState[torch.Size] = RunState()
-    _votes: RunState[dict[str, MapSums]] = RunState(factory=dict)
+    # By branch and image: how many sites have a cell in M.
+    _votes: RunState[dict[str, MapSums[tuple[int, int]]]] = RunState(factory=dict)
 
     def __init__(
         self,
@@ -78,6 +79,9 @@ class SAG(Editor):
         self.given_sites = self.sites = sites
         self.start, self.stop = start, stop
 
+    def neutral(self) -> bool:
+        return self.scale == 0
+
     def claims(self) -> Sequence[Claim]:
         return [Claim(WHOLE_IMAGE, window=self.window(), shared=True)] if self.scale else []
 
@@ -96,7 +100,7 @@ class SAG(Editor):
                 f"{tuple(state.latents.shape)}; it needs [images, channels, height, width]"
             )
         self._size = state.latents.shape[-2:] if self.scale else torch.Size()
-        self._votes = {}  # by branch: how many sites have a cell in M
+        self._votes = {}
 
     # -- what attention looks at ---------------------------------------------------------------
 
@@ -107,10 +111,14 @@ class SAG(Editor):
         votes, grid = self._votes.setdefault(branch, MapSums()), grid_of(call, self.name)
         call.marginals(call.rows.where(branch=branch), partial(self._vote, votes, grid))
 
-    def _vote(self, votes: MapSums, grid: Grid, row: Row, received: Tensor) -> None:
+    def _vote(
+        self, votes: MapSums[tuple[int, int]], grid: Grid, row: Row, received: Tensor
+    ) -> None:
         """received: the column sums of A, 1 on average."""
         image = received.reshape(1, 1, grid.height, grid.width)
-        votes.add(row, F.interpolate((image > self.threshold).float(), self._size))
+        votes.add(
+            (row.prompt, row.image), F.interpolate((image > self.threshold).float(), self._size)
+        )
 
     # -- guidance ------------------------------------------------------------------------------
 
@@ -122,8 +130,8 @@ class SAG(Editor):
         branch = _branch(set(predictions.branches))
         x = state.latents
         x0, eps = self._noise.split(x, predictions[branch].to(x), level)
-        # Most of several sites decide.
-        mask = (torch.cat(self._votes[branch].means()) > 0.5).to(x)
+        shares = [share for share, _ in self._votes[branch].means().values()]
+        mask = (torch.cat(shares) > 0.5).to(x)  # most of several sites decide
         self._votes, self.masks = {}, mask[:, 0].cpu()
         degraded = level.mix(torch.lerp(x0, self._blurred(x0), mask), eps)
         rows = state.rows.where(branch=branch)

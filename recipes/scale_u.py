@@ -78,6 +78,9 @@ class ScaleU(Editor):
             )
         return cls(backbone, skip, **options)
 
+    def neutral(self) -> bool:
+        return all(_is_zero(gain) for gain in (*self.backbone.values(), *self.skip.values()))
+
     def attach(self, target: Any) -> None:
         found = {concat.order: concat for concat in concats(denoiser_of(target))}
         if not found:

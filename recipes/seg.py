@@ -54,6 +54,9 @@ class SEG(PerturbedGuidance):
         self.sigma = number(sigma, "SEG: sigma", low=0, also=(math.inf,))
         self.paper = paper
 
+    def neutral(self) -> bool:
+        return super().neutral() or self.sigma == 0
+
     def scale_at(self, clock: Clock) -> float:
         return self.scale if self.sigma else 0.0
 

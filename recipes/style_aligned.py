@@ -57,6 +57,7 @@ class StyleAligned(SourceAndEdits):
     """
 
     least = 1
+    one_noise = False
 
     def __init__(
         self,

@@ -22,6 +22,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .denoiser import CPU_FURTHER, CPU_STAGES, GPU_STAGES, Plan, Stage, Trainer, build_scheduler
@@ -84,6 +85,9 @@ def fit_or_refuse(options: argparse.Namespace) -> Basis:
     return basis
 
 
+TEXT_PREFIX = "text_model."
+
+
 def export(out: Path, unet: UNet2DConditionModel) -> Path:
     """Write the pipeline as fp16 safetensors to `out`/weights; replaced file by file."""
     tokenizer = CLIPTokenizer.from_pretrained(str(out / "tokenizer"))
@@ -101,10 +105,22 @@ def export(out: Path, unet: UNet2DConditionModel) -> Path:
         said = json.loads(config.read_text("utf-8"))
         said.pop("_name_or_path", None)
         config.write_text(json.dumps(said, indent=2) + "\n", "utf-8")
+    as_every_version_reads(made / "text_encoder" / "model.safetensors")
     shutil.rmtree(made / "tokenizer")
     write_tokenizer(made / "tokenizer")
     publish(made, final)
     return final
+
+
+def as_every_version_reads(path: Path) -> None:
+    """The text encoder's weights under their full names.
+
+    transformers 5 leaves the first part out. It reads both; transformers 4 finds none of the short
+    ones, says so in a log, and goes on with random weights.
+    """
+    held = load_file(path)
+    full = {f"{TEXT_PREFIX}{name.removeprefix(TEXT_PREFIX)}": value for name, value in held.items()}
+    save_file(full, path, metadata={"format": "pt"})
 
 
 def publish(made: Path, final: Path) -> None:

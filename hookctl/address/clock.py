@@ -1,7 +1,8 @@
 """When: the step, timestep and place in the schedule of a denoiser call.
 
-A *step* is one entry of the scheduler's list of timesteps. A second-order scheduler has more of
-them than `num_inference_steps` says: 7 for 4. Steps are read from the denoiser's own timestep
+A *step* is one entry of the scheduler's list of timesteps that the run really takes: img2img at
+strength 0.6 takes 12 of 20, numbered from 0 to 11. A second-order scheduler has more of them than
+`num_inference_steps` says: 7 for 4. Steps are read from the denoiser's own timestep
 argument and from the scheduler's calls, never by counting attention calls.
 """
 
@@ -20,19 +21,26 @@ from hookctl.errors import InputError
 class Clock:
     """The time of one denoiser call.
 
-    step: which step it belongs to, from 0 (the noisiest) to steps - 1.
-    steps: how many the scheduler's list of timesteps has, 0 if unknown.
+    step: which step it belongs to, from 0 (the noisiest of this run) to steps - 1.
+    steps: how many this run takes, 0 if unknown.
     timestep: as the denoiser is given it, in units of its family: training steps (999 .. 0), or
         1000 sigma or sigma for flow matching.
+    skipped: how many entries of the scheduler's timesteps lie before the run.
     """
 
     step: int
     steps: int
     timestep: float
+    skipped: int = 0
+
+    @property
+    def entry(self) -> int:
+        """The step's place in the scheduler's own list of timesteps."""
+        return self.skipped + self.step
 
     @property
     def fraction(self) -> float:
-        """How much of the schedule is behind this call, 0 <= fraction < 1."""
+        """How much of the run is behind this call, 0 <= fraction < 1."""
         return self.step / self.steps if self.steps else 0.0
 
 
@@ -91,7 +99,7 @@ class Timekeeper:
 
     def restart(self) -> None:
         """Forget the run; the next denoiser call starts a new one."""
-        self._step = -1
+        self._step = self._first = -1
         self._timestep: float | None = None
         self._stepped = True
         self.calls = 0
@@ -105,10 +113,11 @@ class Timekeeper:
         """The scheduler took its step: the next denoiser call belongs to a new one."""
         self._stepped = True
 
-    def read(self, timestep: Any, schedule: Any = None) -> Clock:
+    def read(self, timestep: Any, schedule: Any = None, planned: Any = None) -> Clock:
         """The clock of a denoiser call that received `timestep`.
 
-        schedule: the scheduler's timesteps, [steps], or None for a bare denoiser.
+        schedule: the scheduler's timesteps, [steps], or None for a bare denoiser; planned: how many
+        of them the pipeline says it will take, None if it doesn't.
         """
         now, times = _scalar(timestep), self._times(schedule)
         if self._timestep is not None and now > self._timestep + 1e-6 and self._stepped:
@@ -120,18 +129,23 @@ class Timekeeper:
             self.calls += 1
         else:
             self._step = _find(now, times, self._step + 1, _tolerance(timestep))
+            if self._first < 0:
+                self._first = self._step
             self._timestep = now
             self._stepped = schedule is None
             self.calls = 0
-        return Clock(self._step, len(times), now)
+        left = max(0, len(times) - self._first)
+        steps = planned if isinstance(planned, int) and 0 < planned <= left else left
+        return Clock(self._step - self._first, steps, now, self._first)
 
     def peek(self, timestep: Any, schedule: Any, outer: Clock) -> Clock:
         """The clock of a call that an editor makes inside the call at `outer`; moves nothing."""
         now, times = _scalar(timestep), self._times(schedule)
         if now == outer.timestep:
             return outer
-        step = _nearest(now, times, 0, _tolerance(timestep))
-        return Clock(outer.step if step is None else step, len(times), now)
+        entry = _nearest(now, times, 0, _tolerance(timestep))
+        step = outer.step if entry is None else max(0, entry - outer.skipped)
+        return Clock(step, outer.steps, now, outer.skipped)
 
     def _times(self, schedule: Any) -> list[float]:
         """The schedule as numbers; read off the device once for each list."""

@@ -1,10 +1,10 @@
 """Which layer: the attention sites of a model, their names, and how to select them.
 
 A *site* is one attention layer. It is addressed by what it is (self, cross, joint, temporal; text
-where only text attends to itself, gated where a layer was built in beside the model's own), by its
-place (down, mid, up, or blocks for a transformer) and by its resolution **relative to the
-latent**: at resolution 1/4 of a 64 x 64 latent the layer sees 16 x 16 tokens, and it is the same
-layer at any image size.
+where only text attends to itself, gated: the image with its grounding tokens), by its place (down,
+mid, up, or blocks for a transformer) and by its resolution **relative to the latent**: at
+resolution 1/4 of a 64 x 64 latent the layer sees 16 x 16 tokens, and it is the same layer at any
+image size.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from typing import Any
 from hookctl.errors import SelectorError
 
 KINDS = ("self", "cross", "joint", "temporal", "text", "gated")
-# What only prepares the text, and what was built into a model beside its own attention: no selector
-# picks them that does not name them.
-NAMED_ONLY = ("text", "gated")
+# What only prepares the text: no selector picks it that does not name it.
+NAMED_ONLY = ("text",)
 PLACES = ("down", "mid", "up", "blocks", "other")
 
 
@@ -65,8 +64,8 @@ def matcher(selector: Selector) -> Callable[[Site], bool]:
     """Turn a selector into a predicate.
 
     A selector is a predicate, a list of paths or globs, None (every site of the image), or text:
-    words joined by spaces must all hold, alternatives are split by commas. Sites of the kinds
-    `text` and `gated` are picked by their kind's name or their path alone. A word
+    words joined by spaces must all hold, alternatives are split by commas. Sites of the kind
+    `text` are picked by their kind's name or their path alone. A word
     is a kind (`cross`), a place (`up`, `up1`), a resolution (`@1/4`, `@<=1/2`), or a glob on the
     path (`up_blocks.*`). `!` before a word negates it. Example: ``"self up @<=1/2, mid"``.
     """
@@ -168,6 +167,11 @@ class Grid:
     def tokens(self) -> int:
         """How many there are, of all frames."""
         return self.frames * self.height * self.width
+
+    def cells(self, y: float, x: float) -> list[int]:
+        """The token of each frame in which a place lies; y, x: fractions of height and width."""
+        row, column = (min(int(p * n), n - 1) for p, n in zip((y, x), self, strict=True))
+        return [(frame * self.height + row) * self.width + column for frame in range(self.frames)]
 
 
 @dataclass(frozen=True)

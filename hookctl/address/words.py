@@ -240,7 +240,7 @@ _copies: weakref.WeakKeyDictionary[Any, tuple[int, Any]] = weakref.WeakKeyDictio
 
 
 def _own(tokenizer: Any) -> Any:
-    """A tokenizer for ourselves: a fast one keeps how it pads, and pipelines share it in threads."""
+    """A tokenizer for ourselves: a fast one keeps how it pads, and threads share it."""
     if not getattr(tokenizer, "is_fast", False):
         return tokenizer
     size, copied = _copies.get(tokenizer, (0, None))

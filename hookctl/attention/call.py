@@ -32,7 +32,7 @@ class AttentionCall(CallData):
     of them, and changes those alone.
 
     site: the attention layer, a `Site`: its path, kind ("self", "cross", "joint", "temporal",
-        "text"), place in the model and resolution relative to the latent.
+        "text", "gated"), place in the model and resolution relative to the latent.
     q, k, v: queries [rows, sub-batch, heads, N, channels], keys and values [rows, sub-batch,
         heads, M, channels], after projection, norm and rotary embedding. The sub-batch is 1 but
         for video models, where a row has several frames or positions.
@@ -397,18 +397,43 @@ class AttentionCall(CallData):
                 ReadOut(self.rows[index], positions, into, heads=heads, editor=self.editor)
             )
 
+    def read_queries(
+        self, rows: RowLike | Iterable[RowLike], queries: Sequence[int], into: Sink
+    ) -> None:
+        """Hand what some queries attend to, averaged over heads, to `into(row, lines)`.
+
+        queries: positions among the image's queries; lines: their edited probabilities of the
+        image's keys, [sub-batch, len(queries), image keys], float32 or finer, differentiable. Costs
+        len(queries) x M scores of each head, and no matrix.
+        """
+        keys = self._keys_of_image("read_queries")
+        start, stop = self.spans.image_queries
+        places = tuple(start + int(n) for n in queries)
+        if not places or min(places) < start or max(places) >= stop:
+            raise InputError(
+                f"read_queries: queries={tuple(queries)} are not among the {stop - start} image "
+                f"queries of {self.site.path}"
+            )
+        for index in self._indices(rows, "rows"):
+            self.read_outs.append(
+                ReadOut(self.rows[index], keys, into, queries=places, editor=self.editor)
+            )
+
     def marginals(self, rows: RowLike | Iterable[RowLike], into: Sink) -> None:
         """Hand the attention that each image key receives to `into(row, sums)` (SAG).
 
         sums: the edited probabilities, averaged over heads and summed over the image's queries,
         [sub-batch, image keys]; no matrix is formed.
         """
-        if self.spans.image_keys is None:
-            raise UnsupportedError(
-                f"marginals: {self.site.path} attends to a text; give a self-attention site"
-            )
-        keys = tuple(range(*self.spans.image_keys))
+        keys = self._keys_of_image("marginals")
         for index in self._indices(rows, "rows"):
             self.read_outs.append(
                 ReadOut(self.rows[index], keys, into, summed=True, editor=self.editor)
             )
+
+    def _keys_of_image(self, verb: str) -> tuple[int, ...]:
+        if self.spans.image_keys is None:
+            raise UnsupportedError(
+                f"{verb}: {self.site.path} attends to a text; give a self-attention site"
+            )
+        return tuple(range(*self.spans.image_keys))

@@ -155,7 +155,12 @@ class CallData:
         that rows which use them are evaluated together."""
         if name not in self._with_image:
             k, v = self.context(name)
-            if self.spans.image_keys is not None:
+            if self.site.kind == "joint":
+                if self.spans.image_keys is None:
+                    raise UnsupportedError(
+                        f"text {name!r}: it is not known which keys of {self.site.path} are the "
+                        "image's, which must stand beside it; leave the site out with sites="
+                    )
                 start, stop = self.spans.image_keys
                 k = torch.cat([self.k[..., start:stop, :], k], -2)
                 v = torch.cat([self.v[..., start:stop, :], v], -2)
@@ -165,7 +170,17 @@ class CallData:
     def show_to(self, editor: Any) -> None:
         """Let an editor rewrite this call."""
         self.editor = editor
+        given = {"q": self.q, "k": self.k, "v": self.v, "mask": self.mask}
+        versions = {name: _version(x) for name, x in given.items()}
         returned = editor.attention(self)
+        for name, x in given.items():
+            if _version(x) != versions[name]:
+                cure = "call.bias or call.restrict" if name == "mask" else "call.replace"
+                raise InputError(
+                    f"{editor.name}.attention changed call.{name} in place at {self.site.path}, "
+                    "which belongs to the model and to the other editors; leave it as it is and "
+                    f"use {cure}(rows, ...)"
+                )
         if returned is not None:
             check_returned(
                 editor.name,
@@ -235,3 +250,8 @@ class CallData:
         weight = self.q.new_zeros(self.q.shape[-2])
         weight[start:stop] = 1
         return weight
+
+
+def _version(x: Tensor | None) -> int:
+    """How often a tensor was changed in place; those of inference mode do not count it."""
+    return 0 if x is None or x.is_inference() else x._version

@@ -66,14 +66,15 @@ class Operation(NamedTuple):
 class ReadOut(NamedTuple):
     """A request for the probabilities of some key tokens, averaged over heads.
 
-    summed: over the image's queries, in place of one value for each; heads: one value for each
-    head, in place of their mean; editor: who asks.
+    summed: over the image's queries, in place of one value for each; queries: of these alone, in
+    place of the image's; heads: one value for each head, in place of their mean; editor: who asks.
     """
 
     row: Row
     tokens: tuple[int, ...]
     into: Sink
     summed: bool = False
+    queries: tuple[int, ...] = ()
     heads: bool = False
     editor: Any = None
 

@@ -33,6 +33,10 @@ examples:
 
 # A full disk: these come while a file is written, and do not say which.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What was typed is no path that could be used.
+_UNUSABLE = (
+    errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.EROFS,
+)  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -92,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name is None and error.errno in _FULL:
             name = f"--out {getattr(options, 'out', None) or 'out'}"
         reason = f"{name}: {error.strerror}" if name else str(error)
-        return _fail(error, reason, 1, trace)
+        return _fail(error, reason, 2 if error.errno in _FULL + _UNUSABLE else 1, trace)
     except Exception as error:
         hint = "" if trace else " (HOOKCTL_TRACE=1 shows where)"
         return _fail(error, f"{type(error).__name__}: {error}{hint}", 1, trace)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from hookctl.cli.bench_tables import place, tune
 from hookctl.cli.common import (
@@ -17,6 +18,10 @@ from hookctl.cli.common import (
     whole,
     write_json,
 )
+from hookctl.errors import HookctlError, InputError
+
+if TYPE_CHECKING:
+    import torch
 
 GROUPS = ("calls", "kernels", "steps", "scaling")
 _EXAMPLES = """
@@ -74,23 +79,29 @@ def add(commands: Any) -> None:
 
 
 def main(options: Any) -> None:
+    unknown = set(options.groups) - set(GROUPS)
+    if unknown:
+        raise InputError(f"group {min(unknown)!r} given; give some of {', '.join(GROUPS)}")
+    import torch
+
+    device = usable_device(options.device)
+    usual = "float32" if device.type == "cpu" else "bfloat16"
+    dtype = getattr(torch, options.dtype or usual)
+    if options.tune or options.wins:
+        return (tune if options.tune else place)(device, options)
+    # The folder first: to measure takes long.
+    with out_folder(options.out, "bench") as out:
+        _measure(out, device, dtype, options)
+
+
+def _measure(out: Path, device: torch.device, dtype: torch.dtype, options: Any) -> None:
     import torch
 
     from hookctl.bench import report
     from hookctl.bench.calls import Bench, most_bytes
     from hookctl.bench.limits import Limits
     from hookctl.bench.measure import Measured, measure
-    from hookctl.errors import HookctlError, InputError
 
-    unknown = set(options.groups) - set(GROUPS)
-    if unknown:
-        raise InputError(f"group {min(unknown)!r} given; give some of {', '.join(GROUPS)}")
-    device = usable_device(options.device)
-    usual = "float32" if device.type == "cpu" else "bfloat16"
-    dtype = getattr(torch, options.dtype or usual)
-    if options.tune or options.wins:
-        return (tune if options.tune else place)(device, options)
-    out = out_folder(options.out, "bench")  # before anything is measured, which takes long
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     seconds = options.seconds or (0.6 if options.quick else 4.0)

@@ -83,4 +83,5 @@ def _shown(measured: list[Any], options: Any, name: str) -> None:
 
     print(file=sys.stderr)
     print(report.text(measured))
-    write_json(out_folder(options.out, "bench") / name, [one.data() for one in measured])
+    with out_folder(options.out, "bench") as out:
+        write_json(out / name, [one.data() for one in measured])

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import json
+import errno
 import math
+import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterator
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hookctl
-from hookctl.errors import HookctlError, InputError
+from hookctl.errors import InputError, WordError
+from hookctl.inspect.files import save_image, write_json, write_text, writing
 from hookctl.preset import SETTINGS
+from hookctl.preset.check import near, shown
 
 if TYPE_CHECKING:
     import torch
-    from PIL.Image import Image
+
+__all__ = ["save_image", "write_json", "write_text", "writing"]  # of others, for every command
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -58,7 +63,9 @@ def whole(least: int) -> Callable[[str], int]:
         except ValueError:
             value = least - 1
         if not least <= value < 2**63:
-            raise argparse.ArgumentTypeError(f"{text!r} given; a whole number >= {least} expected")
+            raise argparse.ArgumentTypeError(
+                f"{shown(text)} given; a whole number >= {least} expected"
+            )
         return value
 
     return read
@@ -71,7 +78,7 @@ def number(text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} given; a number expected")
+        raise argparse.ArgumentTypeError(f"{shown(text)} given; a number expected")
     return value
 
 
@@ -89,6 +96,34 @@ def words(text: str) -> list[str]:
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} given; words expected, split by commas")
     return found
+
+
+def text(given: str) -> str:
+    """The type of an option that is a text; bytes of the shell that are none are refused."""
+    try:
+        given.encode("utf-8")
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{given!r} given; a text in UTF-8 expected") from None
+    if "\0" in given:
+        raise argparse.ArgumentTypeError(f"{given!r} given; a text without null bytes expected")
+    return given
+
+
+def check_words(words: Sequence[str] | None, prompts: Sequence[str]) -> None:
+    """WordError for a word that can be in no prompt, whatever the model's own words are."""
+    letters = [_letters(prompt) for prompt in prompts]
+    for word in words or ():
+        if not any(_letters(word) in one for one in letters):
+            known = list(dict.fromkeys(part for prompt in prompts for part in prompt.split()))
+            where = f"the prompt {prompts[0]!r}" if len(prompts) == 1 else "any of the prompts"
+            hint = near(word, known)
+            raise WordError(f"{word!r} is not in {where}, whose words are {known}{hint}")
+
+
+def _letters(text: str) -> str:
+    """What of a text has to agree, without case, spaces and punctuation."""
+    folded = unicodedata.normalize("NFKD", text).casefold()
+    return "".join(c for c in folded if c.isalnum())
 
 
 # -- groups of options -----------------------------------------------------------------------------
@@ -138,7 +173,7 @@ def add_progress(command: argparse.ArgumentParser) -> None:
 def add_setting(command: Any, name: str, **options: Any) -> None:
     """The option of one setting of a run."""
     setting = SETTINGS[name]
-    read = number if setting.hint is float else None
+    read = number if setting.hint is float else text
     command.add_argument(
         f"--{name}",
         metavar=setting.metavar,
@@ -188,43 +223,27 @@ def bar(title: str, shown: bool, unit: str = "step") -> Iterator[Callable[..., N
         yield progress
 
 
-def out_folder(given: Path | None, command: str, name: str = "") -> Path:
-    """The folder for results, made if need be; InputError if it can't be.
+@contextmanager
+def out_folder(given: Path | None, command: str, name: str = "") -> Iterator[Path]:
+    """The folder for results; made if need be, and taken away again if nothing comes into it.
 
-    given: as --out says it, else it is out/COMMAND-NAME.
+    given: as --out says it, else it is out/COMMAND-NAME. InputError if it can't be made.
     """
     out = given or Path("out", f"{command}-{file_name(name)}" if name else command)
     try:
+        new = [folder for folder in (out, *out.parents) if not folder.exists()]
         out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except (OSError, ValueError) as error:  # ValueError: of a null byte
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"--out {str(out)!r}: can't be made a folder ({reason})") from None
-    return out
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[Path]:
-    """Write a file; where that fails, no part of it is left and the error names it."""
     try:
-        yield path
-    except OSError as error:
-        with suppress(OSError):
-            path.unlink()
-        raise HookctlError(f"{path}: can't be written ({error.strerror or error})") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    with writing(path):
-        path.write_text(text, "utf-8")
-
-
-def write_json(path: Path, data: Any) -> None:
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
-
-
-def save_image(image: Image, path: Path) -> None:
-    with writing(path):
-        image.save(path)
+        yield out
+    finally:
+        with suppress(OSError):  # the first that is not empty
+            for folder in new:
+                folder.rmdir()
 
 
 def file_name(text: str) -> str:

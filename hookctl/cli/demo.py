@@ -66,10 +66,12 @@ def main(options: Any) -> None:
     if options.list:
         print(table(list(DEMOS.items()), ("demo", "what it shows")))
     elif options.name == "all":
-        _all(out_folder(options.out, "demo", "all"), options)
+        with out_folder(options.out, "demo", "all") as out:
+            _all(out, options)
     else:
         name = _known(options.name)
-        _run(name, out_folder(options.out, "demo", name), options)
+        with out_folder(options.out, "demo", name) as out:
+            _run(name, out, options)
 
 
 def _all(out: Path, options: Any) -> None:
@@ -78,9 +80,9 @@ def _all(out: Path, options: Any) -> None:
 
     shown, started = [], time.perf_counter()
     for name in DEMOS:
-        folder = out_folder(out / name, "demo")
         try:
-            shown.append(Shown.of(name, _run(name, folder, options), folder))
+            with out_folder(out / name, "demo") as folder:
+                shown.append(Shown.of(name, _run(name, folder, options), folder))
         except Exception as error:
             message = f"{type(error).__name__}: {' '.join(str(error).split())}"
             shown.append(Shown(name, error=message))

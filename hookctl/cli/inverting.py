@@ -15,8 +15,23 @@ from hookctl.preset import FILLED, Preset, parameters
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+# Of those that Pillow reads; for others, such as EPS, it starts programs.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # The settings of a run that have no use where one image is inverted, or a program's.
 _UNUSED = {"inverted": ("negative", "images"), "a program's": ("images",)}
+
+
+def check_image(taken: bool, file: Path | None, stack: Path | None) -> None:
+    """InputError unless --image is given where a stack takes one; FileNotFoundError without it."""
+    if not taken and file is not None:
+        raise InputError(
+            f"--image {file}: {stack} draws from noise; give a stack with an [inversion] or a "
+            "[program] table or an editor that takes an image, or leave --image out"
+        )
+    if taken and file is None:
+        raise InputError(f"{stack} takes an image; give --image FILE, and its --prompt")
+    if file is not None and not file.is_file():
+        raise FileNotFoundError(f"--image {file}: there is no such file; give an image")
 
 
 def read_image(preset: Preset, file: Path | None, drawing: Drawing) -> Image | None:
@@ -25,15 +40,9 @@ def read_image(preset: Preset, file: Path | None, drawing: Drawing) -> Image | N
     Raises InputError where the stack and the options disagree, and for a file that is no image;
     FileNotFoundError if there is none.
     """
-    if not preset.takes_image:
-        if file is not None:
-            raise InputError(
-                f"--image {file}: {preset.path} draws from noise; give a stack with an [inversion] "
-                "or a [program] table or an editor that takes an image, or leave --image out"
-            )
-        return None
+    check_image(preset.takes_image, file, preset.path)
     if file is None:
-        raise InputError(f"{preset.path} takes an image; give --image FILE, and its --prompt")
+        return None
     use = "inverted" if preset.inversion else "a program's" if preset.program else ""
     for name in _UNUSED.get(use, ()):
         value = getattr(drawing, name)
@@ -41,13 +50,19 @@ def read_image(preset: Preset, file: Path | None, drawing: Drawing) -> Image | N
             raise InputError(
                 f"{name} = {value}; an image that is {use} takes none, so leave it out"
             )
-    if not file.is_file():
-        raise FileNotFoundError(f"--image {file}: there is no such file; give an image")
     from PIL import Image, UnidentifiedImageError
 
+    from hookctl.address.pixels import rgb
+
     try:
-        return Image.open(file).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError):
+        with Image.open(file, formats=_FORMATS) as opened:
+            opened.load()
+            return rgb(opened, f"--image {file}")
+    except InputError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise InputError(f"--image {file}: is too large ({error})") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
         raise InputError(
             f"--image {file}: can't be read as an image; give a whole PNG or JPEG file"
         ) from None

@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+import transformers
 from torch import nn
 
 import hookctl
 from hookctl.address import families
 from hookctl.cli.common import usable_device
-from hookctl.cli.models import INDEX, SHAPES, class_name, find_model
-from hookctl.errors import InputError
+from hookctl.cli.models import SHAPES, class_name, find_model
+from hookctl.cli.trust import INDEX, LIBRARIES, check_folder, components, read_json
+from hookctl.errors import HookctlError, InputError
 
 _HEAVY = re.compile(r"text_encoder|vae|vqgan|image_encoder|safety_checker|prior|decoder")
+
+
+# What a pipeline folder may name: classes that only read their files.
+_LOADABLE = (
+    diffusers.ModelMixin,
+    diffusers.SchedulerMixin,
+    diffusers.DiffusionPipeline,
+    transformers.PreTrainedModel,
+    transformers.PreTrainedTokenizerBase,
+    transformers.FeatureExtractionMixin,
+    transformers.ImageProcessingMixin,
+    transformers.ProcessorMixin,
+)
 
 
 def load_pipeline(model: str, device: str | None = None, dtype: str | None = None) -> Any:
@@ -28,8 +45,9 @@ def load_pipeline(model: str, device: str | None = None, dtype: str | None = Non
     folder, where = find_model(model), usable_device(device)
     if model == SHAPES:
         return hookctl.load_shapes(device=where, dtype=getattr(torch, dtype or "float32"))
-    pipe = _from_pretrained(model, folder, torch_dtype=_dtype(dtype, where, folder))
-    return pipe.to(where)
+    folder = folder or _downloaded(model)
+    check_classes(folder)
+    return _from_pretrained(model, folder, torch_dtype=_dtype(dtype, where, folder)).to(where)
 
 
 def load_for_survey(model: str) -> Any:
@@ -37,11 +55,11 @@ def load_for_survey(model: str) -> Any:
     folder = find_model(model, whole=False)
     if model == SHAPES:
         return hookctl.load_shapes(device="cpu")
-    if folder is None:
-        return _from_pretrained(model, None)
+    folder = folder or _downloaded(model)
     if not (folder / INDEX).is_file():
         return _empty(folder)
-    index = json.loads((folder / INDEX).read_text("utf-8"))
+    check_classes(folder)
+    index = read_json(folder / INDEX)
     parts: dict[str, Any] = {name: None for name in index if _HEAVY.search(name)}
     for name in families.DENOISERS:
         if (folder / name / "config.json").is_file():
@@ -49,39 +67,89 @@ def load_for_survey(model: str) -> Any:
     return _from_pretrained(model, folder, **parts)
 
 
+def check_classes(folder: Path) -> None:
+    """InputError unless everything that a pipeline folder names is a class made to be loaded."""
+    index = folder / INDEX
+    said = read_json(index)
+    cls = getattr(diffusers, said["_class_name"], None)
+    if not _is_a(cls, (diffusers.DiffusionPipeline,)):
+        raise InputError(
+            f"{index}: {said['_class_name']!r} is no pipeline of diffusers {diffusers.__version__}"
+        )
+    for name, library, named in components(said, index):
+        home = library if library in LIBRARIES else f"diffusers.pipelines.{library}"
+        found = getattr(import_module(home), named, None)
+        # What is not there can't be run; diffusers knows successors of some.
+        if found is not None and not _is_a(found, _LOADABLE):
+            raise InputError(
+                f"{index}: {name!r} is {named} of {home}, which is no model, scheduler, tokenizer "
+                "or processor that could be loaded"
+            )
+    if getattr(cls, "_load_connected_pipes", False):
+        for further in _named_in(folder / "README.md"):
+            check_folder(further)
+            check_classes(further)
+
+
+def _is_a(cls: Any, bases: tuple[type, ...]) -> bool:
+    """Whether it is a class of these, or stands for one that needs a package that is missing."""
+    return isinstance(cls, type) and (issubclass(cls, bases) or type(cls).__name__ == "DummyObject")
+
+
+def _named_in(card: Path) -> Iterator[Path]:
+    """The other pipeline folders that a model's card names: diffusers loads them along."""
+    if card.is_file():
+        words = re.findall(r"[^\s\"'\[\],]+", card.read_text("utf-8", "replace")[:20_000])
+        found = (Path(word) for word in dict.fromkeys(words) if len(word) < 200)
+        yield from (one for one in found if one.parent != card.parent and (one / INDEX).is_file())
+
+
 def _empty(folder: Path) -> nn.Module:
     """A denoiser from its configuration, without memory for its weights."""
     name = class_name(folder)
     cls: Any = getattr(diffusers, name or "", None)
-    if not _is_model(cls):
+    if not _is_a(cls, (nn.Module,)):
         raise InputError(
             f"{folder}: config.json names the class {name!r}, which is no model of diffusers "
             f"{diffusers.__version__}; give a pipeline folder or a denoiser that diffusers knows"
         )
-    with torch.device("meta"):
+    with _saying(f"{folder}: can't be made a {name}"), torch.device("meta"):
         model: nn.Module = cls.from_config(cls.load_config(str(folder)))
     return model
 
 
-def _is_model(cls: Any) -> bool:
-    return isinstance(cls, type) and issubclass(cls, nn.Module)
+def _downloaded(model: str) -> Path:
+    """The folder of a model id, whose files are fetched, and checked like those of any folder."""
+    with _saying(f"{model}: can't be had"):
+        folder = Path(diffusers.DiffusionPipeline.download(model))
+    check_folder(folder)
+    return folder
 
 
-def _from_pretrained(model: str, folder: Path | None, **options: Any) -> Any:
-    try:
+def _from_pretrained(model: str, folder: Path, **options: Any) -> Any:
+    with _saying(f"{model}: can't be loaded as a pipeline"):
         return diffusers.DiffusionPipeline.from_pretrained(
-            str(folder or model), local_files_only=folder is not None, **options
+            str(folder), local_files_only=True, **options
         )
-    except (OSError, ValueError, AttributeError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{model}: can't be loaded as a pipeline: {reason[:400]}") from error
 
 
-def _dtype(dtype: str | None, device: torch.device, folder: Path | None) -> torch.dtype:
+@contextmanager
+def _saying(lead: str) -> Iterator[None]:
+    """Whatever goes wrong with somebody's files, as an InputError: there are as many kinds of it
+    as there are readers."""
+    try:
+        yield
+    except (HookctlError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{lead}: {reason[:400]}") from error
+
+
+def _dtype(dtype: str | None, device: torch.device, folder: Path) -> torch.dtype:
     if dtype is not None:
         return getattr(torch, dtype)
     if device.type == "cpu":
         return torch.float32
     # Transformers are trained in bfloat16 and leave the range of float16.
-    transformer = folder is not None and (folder / "transformer").is_dir()
-    return torch.bfloat16 if transformer else torch.float16
+    return torch.bfloat16 if (folder / "transformer").is_dir() else torch.float16

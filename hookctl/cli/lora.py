@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hookctl.cli.common import number
+from hookctl.cli.trust import check_weights
 from hookctl.errors import InputError
 from hookctl.preset import LoraSpec
 
@@ -39,6 +40,7 @@ def check_loras(loras: Sequence[LoraSpec]) -> None:
             raise InputError(f"LoRA {lora.path}: is no safetensors file; other files may hold code")
         if not lora.path.is_file():
             raise FileNotFoundError(f"LoRA {lora.path}: there is no such file")
+        check_weights(lora.path)
     if loras and find_spec("peft") is None:
         raise InputError("a LoRA needs the package peft; pip install peft")
 
@@ -56,7 +58,11 @@ def put_on(pipe: Any, loras: Sequence[LoraSpec]) -> None:
         names.append(f"lora{i}")
         try:
             pipe.load_lora_weights(
-                str(lora.path.parent), weight_name=lora.path.name, adapter_name=names[-1]
+                str(lora.path.parent),
+                weight_name=lora.path.name,
+                adapter_name=names[-1],
+                use_safetensors=True,  # else a file that fails is tried as a pickle
+                local_files_only=True,
             )
             pipe.set_adapters(names, [one.weight for one in loras[: len(names)]])
         except Exception as error:  # as many kinds as there are formats

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from hookctl.address.regions import Region
     from hookctl.maps import WordMaps
 
 _TEXT = """
 Draw an image and write the attention maps of its words: how much each place attends to a word,
-averaged over heads, sites and steps of the schedule.
+averaged over heads, sites and steps of the schedule. With --patch, how much a place attends to the
+others.
 
 writes to --out (default: out/maps-MODEL):
   image.png         what was drawn
@@ -39,6 +42,7 @@ _EXAMPLES = """
 hookctl maps shapes --prompt "a red circle above a blue square"
 hookctl maps shapes --prompt "a red circle above a blue square" --words circle,square
 hookctl maps ./sd15 --prompt "a cat on a mat" --words "cat,on a mat" --steps 20 --seed 3
+hookctl maps shapes --prompt "a red circle" --patch 0.5,0.5         # what the middle looks at
 hookctl maps owner/name --prompt "a cat" --dtype float16 --device cuda
 """
 
@@ -57,11 +61,32 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--words", type=common.words, metavar="A,B", help="words or phrases (default: every word)"
     )
+    command.add_argument(
+        "--patch",
+        action="append",
+        type=_place,
+        default=[],
+        metavar="Y,X",
+        help="what a place looks at, from 0 to 1 down and to the right; may be repeated (without "
+        "--words, the maps of words are left out)",
+    )
     add_lora(command)
     common.add_out(command, "out/maps-MODEL")
     common.add_drawing(command, images=False)
     common.add_machine(command)
     common.add_progress(command)
+
+
+def _place(text: str) -> tuple[float, float]:
+    """The type of an option that is a place in the image."""
+    parts = text.split(",")
+    try:
+        y, x = (common.number(part) for part in parts)
+    except (ValueError, argparse.ArgumentTypeError):
+        y = x = -1.0
+    if not (0 <= y <= 1 and 0 <= x <= 1):
+        raise argparse.ArgumentTypeError(f"{text!r} given; Y,X expected, each from 0 to 1")
+    return y, x
 
 
 def main(options: Any) -> None:
@@ -70,32 +95,50 @@ def main(options: Any) -> None:
         raise InputError(f"--prompt {options.prompt!r} has no words; give a text to read maps of")
     check_loras(options.lora)
     find_model(options.model)
-    _write(drawing, common.out_folder(options.out, "maps", Path(options.model).name), options)
+    common.check_words(options.words, [options.prompt])
+    with common.out_folder(options.out, "maps", Path(options.model).name) as out:
+        _write(drawing, out, options)
 
 
 @quiet()
 def _write(drawing: Drawing, out: Path, options: Any) -> None:
     import numpy as np
 
+    from hookctl.address.regions import Region
     from hookctl.cli.loading import load_pipeline
     from hookctl.inspect import show
 
     pipe = load_pipeline(options.model, options.device, options.dtype)
     put_on(pipe, options.lora)
-    with hookctl.control(pipe, hookctl.Maps(*(options.words or ()))) as session:
+    # Each step by itself, for the files of time-WORD and maps.npz.
+    reader = hookctl.Maps(*(options.words or ()), patches=options.patch, mean=False)
+    with hookctl.control(pipe, reader) as session:
         progress = common.wants_progress(options)
         [image] = images(pipe, drawing, [options.prompt], "maps", progress)
     words = {word: session.maps[word] for word in session.maps.words}
+    marks: dict[str, list[Region]] = {}
+    for y, x in options.patch:
+        found = session.maps.patch(y, x)
+        words[found.word] = found
+        marks[found.word] = [Region.point(x, y)]
     common.save_image(image, out / "image.png")
     names = _names(words)
-    overlays = []
+    means = {word: maps.mean().detach().cpu() for word, maps in words.items()}
+    # Shares of words and of places are of different sizes: rows, and scales, of their own.
+    sheets: list[Any] = []
+    scales: dict[str, float] = {}
+    for group in ([w for w in words if w not in marks], list(marks)):
+        if group:
+            sheet, of_group = show.map_sheet(image, {w: means[w] for w in group}, marks)
+            sheets.append(sheet)
+            scales |= of_group
+    common.save_image(show.stacked(sheets), out / "maps.png")
     for word, maps in words.items():
-        overlays.append(maps.overlay(image, label=word))
-        common.save_image(overlays[-1], out / f"overlay-{names[word]}.png")
+        over = show.overlay(image, means[word], scale=scales[word], regions=marks.get(word, ()))
+        alone = show.grid([[over]], [word], scales=[scales[word]])
+        common.save_image(alone, out / f"overlay-{names[word]}.png")
         common.save_image(_grids(maps), out / f"grids-{names[word]}.png")
         common.save_image(maps.strip(image), out / f"time-{names[word]}.png")
-    sheet = show.contact_sheet([image, *overlays], ["image", *words])
-    common.save_image(sheet, out / "maps.png")
     arrays = {f"{word}@{h}x{w}": a for word, m in words.items() for (h, w), a in _arrays(m).items()}
     with common.writing(out / "maps.npz") as path:
         np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
@@ -133,7 +176,9 @@ def _grids(maps: WordMaps) -> Image:
 
     means = [maps.where(grid=grid).mean().detach().cpu() for grid in maps.grids]
     titles = [f"{h} x {w}" for h, w in maps.grids]
-    return show.grid([[show.heatmap(m) for m in means]], titles, [maps.word])
+    scale = show.scale_of(means)
+    heat = [show.heatmap(mean, scale=scale) for mean in means]
+    return show.grid([heat], titles, [maps.word], scales=[scale])
 
 
 def _arrays(maps: WordMaps) -> dict[tuple[int, int], np.ndarray[Any, Any]]:

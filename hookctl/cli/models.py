@@ -5,15 +5,14 @@ Only looks at files, so that a mistyped folder is known before torch is imported
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from hookctl.cli.trust import INDEX, check_folder, read_json
 from hookctl.errors import InputError
 
 SHAPES = "shapes"
-INDEX = "model_index.json"
 _MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WHAT_WOULD_DO = "a folder in the diffusers layout, a model id (owner/name), or 'shapes'"
 
@@ -21,7 +20,8 @@ _WHAT_WOULD_DO = "a folder in the diffusers layout, a model id (owner/name), or 
 def find_model(model: str, *, whole: bool = True) -> Path | None:
     """The folder that was meant, None for a model id or the embedded pipeline.
 
-    whole: a single denoiser will not do. Raises InputError with what would.
+    whole: a single denoiser will not do. Raises InputError with what would, and for a folder
+    that names or holds code.
     """
     if model == SHAPES:
         return None
@@ -29,13 +29,15 @@ def find_model(model: str, *, whole: bool = True) -> Path | None:
     alone = not whole and folder is not None and (folder / "config.json").is_file()
     if folder is not None and not (folder / INDEX).is_file() and not alone:
         raise InputError(_not_a_pipeline(folder))
+    if folder is not None:
+        check_folder(folder)
     return folder
 
 
 def class_name(folder: Path) -> str | None:
     try:
-        found = json.loads((folder / "config.json").read_text("utf-8")).get("_class_name")
-    except (OSError, ValueError, AttributeError):
+        found = read_json(folder / "config.json").get("_class_name")
+    except InputError:
         return None
     return found if isinstance(found, str) else None
 

@@ -14,23 +14,31 @@ from hookctl.cli import common
 from hookctl.cli.draw import Drawing, images
 from hookctl.cli.inverting import (
     check_fits,
+    check_image,
     from_image,
     images_of,
     program_for,
     read_image,
 )
+from hookctl.cli.known import editors_by_name, inversions_by_name, programs_by_name
 from hookctl.cli.lora import add_lora, check_loras, put_on, said
 from hookctl.cli.models import find_model
 from hookctl.cli.quiet import quiet
 from hookctl.cli.results import SHOWN_WORDS, Results, say
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.inspect import table
-from hookctl.preset import ImageSpec, Preset, existing, load_preset
+from hookctl.preset import (
+    ImageSpec,
+    Preset,
+    RawStack,
+    check_early,
+    existing,
+    load_preset,
+    read_stack,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from hookctl.editor import Editor
 
 T = TypeVar("T")
 
@@ -89,27 +97,22 @@ def main(options: Any) -> None:
         stacks = sorted(PRESETS.glob("*.toml"))
         print(table([(s.stem, _first_comment(s)) for s in stacks], ("stack", "what it does")))
         return
-    path = _stack_file(options.stack)
-    if options.model is not None:
-        find_model(options.model)
-    _run(path, options)
+    raw = _checked(_stack_file(options.stack), options)
+    with common.out_folder(options.out, "run", raw.path.stem) as out:
+        _run(raw, out, options)
 
 
 @quiet()
-def _run(path: Path, options: Any) -> None:
+def _run(raw: RawStack, out: Path, options: Any) -> None:
     from hookctl.cli.loading import load_pipeline
 
-    preset = load_preset(path, editors_by_name(), inversions_by_name(), programs_by_name())
-    prompts = _prompts(options, preset)
+    preset = load_preset(raw.path, editors_by_name(), inversions_by_name(), programs_by_name())
+    prompts = _prompts(options, raw, preset.takes_prompts)
     drawing = Drawing.of(options, preset.run)
     image = read_image(preset, options.image, drawing)
     editors = preset.editors(prompts, image)
     loras = options.lora or preset.loras
-    check_loras(loras)
-    model = options.model or preset.model
-    if model is None:
-        raise InputError(f"which model? Give --model, or model = in {preset.path}")
-    out = common.out_folder(options.out, "run", path.stem)
+    model = _model(options, raw)
     pipe = load_pipeline(model, options.device, options.dtype)
     put_on(pipe, loras)
     progress = common.wants_progress(options)
@@ -135,7 +138,8 @@ def _run(path: Path, options: Any) -> None:
     sessions = [session, *filter(None, [getattr(program, "session", None)])]
     readers = [one for one in (*maps, *editors) if isinstance(one, hookctl.Maps)]
     words = [word for one in readers for word in one.words] or session.maps.words
-    Results(prompts, drawing.images, plain, edited, sessions, words, image).save(out)
+    titles = [f"alpha {alpha:g}" for alpha in getattr(program, "alphas", ())]
+    Results(prompts, drawing.images, plain, edited, sessions, words, image, titles).save(out)
     common.write_json(
         out / "run.json",
         {
@@ -162,32 +166,24 @@ def _run(path: Path, options: Any) -> None:
 # -- before ----------------------------------------------------------------------------------------
 
 
-def editors_by_name() -> dict[str, type[Editor]]:
-    """Every editor that a stack may name: the recipes, and Maps."""
-    from hookctl import recipes
-
-    known = [getattr(recipes, name) for name in recipes.__all__]
-    found = {c.__name__: c for c in known if isinstance(c, type) and issubclass(c, hookctl.Editor)}
-    return found | {"Maps": hookctl.Maps}
-
-
-def inversions_by_name() -> dict[str, type[Any]]:
-    """Every recipe that a stack may invert its image by."""
-    from hookctl import recipes
-    from hookctl.recipes.common.real_images.inversion import Inversion
-
-    known = [getattr(recipes, name) for name in recipes.__all__]
-    return {c.__name__: c for c in known if isinstance(c, type) and issubclass(c, Inversion)}
+def _checked(path: Path, options: Any) -> RawStack:
+    """The file, after a check of all that needs neither torch nor the model: they take seconds."""
+    raw = read_stack(path)
+    known = check_early(raw.data, path)
+    prompts = _prompts(options, raw, known.takes(raw.data, "prompts"))
+    common.check_words(options.words, prompts)
+    if known.knows_all(raw.data):
+        check_image(known.takes_image(raw.data), options.image, path)
+    find_model(_model(options, raw))
+    check_loras(options.lora or raw.loras)
+    return raw
 
 
-def programs_by_name() -> dict[str, type[Any]]:
-    """Every recipe that draws after an image by a loop of its own."""
-    from hookctl import recipes
-    from hookctl.recipes import CyclicOneWay, Imagic
-
-    known = [getattr(recipes, name) for name in recipes.__all__]
-    programs = (CyclicOneWay, Imagic)
-    return {c.__name__: c for c in known if isinstance(c, type) and issubclass(c, programs)}
+def _model(options: Any, raw: RawStack) -> str:
+    model: str | None = options.model or raw.model
+    if model is None:
+        raise InputError(f"which model? Give --model, or model = in {raw.path}")
+    return model
 
 
 def _stack_file(given: str | None) -> Path:
@@ -209,18 +205,21 @@ def _first_comment(path: Path) -> str:
     return path.read_text("utf-8").partition("\n")[0].lstrip("# ")
 
 
-def _prompts(options: Any, preset: Preset) -> list[str]:
-    """The source prompt and its edits; the command line goes before the file."""
-    prompt = options.prompt if options.prompt is not None else preset.run.get("prompt")
+def _prompts(options: Any, raw: RawStack, compared: bool) -> list[str]:
+    """The source prompt and its edits; the command line goes before the file.
+
+    compared: whether an editor takes both.
+    """
+    prompt = options.prompt if options.prompt is not None else raw.run.get("prompt")
     if prompt is None:
-        raise InputError(f"which prompt? Give --prompt, or prompt = in [run] of {preset.path}")
+        raise InputError(f"which prompt? Give --prompt, or prompt = in [run] of {raw.path}")
     # The file's edits belong to the file's prompt.
     edits = options.edit
     if edits is None and options.prompt is None:
-        edits = preset.run.get("edit")
+        edits = raw.run.get("edit")
     edits = [edits] if isinstance(edits, str) else list(edits or [])
-    if preset.takes_prompts and not edits:
-        raise InputError(f"{preset.path} edits a prompt into another; give --edit TEXT")
+    if compared and not edits:
+        raise InputError(f"{raw.path} edits a prompt into another; give --edit TEXT")
     return [prompt, *edits]
 
 
@@ -247,12 +246,40 @@ def _maps(
     return [hookctl.Maps(*dict.fromkeys(found))] if found else []
 
 
+# Words that name nothing in an image.
+_LITTLE = frozenset(
+    "a an the of on in at by to and or with without is are its left right above below over under "
+    "beside between behind front near next from".split()
+)
+
+
 def _telling(words: Sequence[str], preset: Preset) -> list[str]:
-    """Of the words of one prompt those that its editors are given, else the longest."""
-    lists = [spec.arguments.get("words") for spec in preset.specs]
-    given = [x for found in lists if isinstance(found, list) for x in found if x in words]
-    longest = sorted(dict.fromkeys(words), key=len, reverse=True)[:SHOWN_WORDS]
-    return list(dict.fromkeys(given))[:SHOWN_WORDS] or [x for x in words if x in longest]
+    """Of the words of one prompt those that its editors are about, else the longest.
+
+    An editor's own words come first, then the last word of each text of a region that no other
+    text of it has: "circle" of "a red circle on white".
+    """
+    found: list[str] = []
+    for spec in preset.specs:
+        given = spec.arguments.get("words")
+        found += given if isinstance(given, list) else []
+        texts = spec.arguments.get("texts")
+        if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
+            found += _nouns([text.split() for text in texts])
+    given = [word for word in dict.fromkeys(found) if word in words]
+    content = [word for word in dict.fromkeys(words) if word.lower() not in _LITTLE]
+    longest = sorted(content, key=len, reverse=True)[:SHOWN_WORDS]
+    return given[:SHOWN_WORDS] or [word for word in content if word in longest]
+
+
+def _nouns(texts: Sequence[Sequence[str]]) -> list[str]:
+    """Of each text the last word that it alone has."""
+    alone = []
+    for i, text in enumerate(texts):
+        others = {word for j, other in enumerate(texts) if j != i for word in other}
+        own = [word for word in text if word not in others and word.lower() not in _LITTLE]
+        alone += own[-1:]
+    return alone
 
 
 # -- after -----------------------------------------------------------------------------------------

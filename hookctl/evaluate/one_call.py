@@ -172,6 +172,11 @@ class EditedSite:
         plain = original if original is not None and part.call is given else own.attend
         if index != self.own_call and not per_sample(own.query, denoiser_call.rows):
             return plain()
+        if denoiser_call.extra_text and not part.context and self.site.kind in ("cross", "joint"):
+            raise UnsupportedError(
+                f"{self.site.path} attends to {given.key.shape[-2]} keys, in which the further "
+                "texts that editors gave can't be told from the rest; leave it out with sites="
+            )
         call = self._shown(part, denoiser_call, index)
         if repeated:
             call.read_outs = [r._replace(into=_discard) for r in call.read_outs]

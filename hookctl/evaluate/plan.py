@@ -21,7 +21,6 @@ from hookctl.attention.call import AttentionCall, ReadOut
 from hookctl.attention.term import Sum, Term
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.evaluate import reference, sdpa, short_keys, triton
-from hookctl.evaluate.reference import marginals
 from hookctl.evaluate.sdpa import Piece
 
 BACKENDS = ("auto", "triton", "sdpa", "reference")
@@ -182,6 +181,7 @@ def _columns_of(call: AttentionCall, finished: Sum) -> list[ReadOut]:
         request
         for request in call.read_outs
         if not request.summed
+        and not request.queries
         and request.row.index not in finished.functions
         and _has_short_keys(call, finished.terms[request.row.index])
     ]
@@ -195,6 +195,9 @@ def _hand_out(call: AttentionCall, finished: Sum, backend: str, read: Reading) -
     for request in call.read_outs:
         if request.summed:
             values.append(_sums(finished, request, call, backend))
+        elif request.queries:
+            lines = reference.of_queries(finished, request.row.index, request.queries)
+            values.append(lines[..., request.tokens[0] : request.tokens[-1] + 1].mean(1))
         elif (mean := triton.mean_map(finished, request, call, backend)) is not None:
             values.append(mean[:, start:stop])
         else:
@@ -211,7 +214,7 @@ def _sums(finished: Sum, request: ReadOut, call: AttentionCall, backend: str) ->
     """[sub-batch, tokens]: what each key gets from the image's queries, averaged over heads."""
     sums = triton.mean_marginals(finished, request, call, backend)
     if sums is None:
-        sums = marginals(finished, request.row.index, call.spans.image_queries).mean(1)
+        sums = reference.marginals(finished, request.row.index, call.spans.image_queries).mean(1)
     return sums[:, request.tokens[0] : request.tokens[-1] + 1]
 
 

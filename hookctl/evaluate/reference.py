@@ -2,7 +2,8 @@
 
 It forms every N x M matrix and is slow on purpose. It also serves the escape hatch, where an
 editor asks for the probabilities themselves. `marginals` sums the columns of a matrix over a few
-queries at a time, s_m = sum_n A[n, m]: every query's softmax is complete in itself.
+queries at a time, s_m = sum_n A[n, m]: every query's softmax is complete in itself. So `of_queries`
+forms the lines of a few queries alone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hookctl.attention.arguments import positions
@@ -117,28 +119,40 @@ def marginals(finished: Sum, row: int, queries: tuple[int, int]) -> Tensor:
     """
     start, stop = queries
     if row in finished.functions:
-        keys = finished.terms[row][0].own.tokens
-        whole = columns(finished, row, tuple(range(keys)))
-        return whole[..., start:stop, :].sum(-2)
+        return _edited(finished, row)[..., start:stop, :].sum(-2)
     sums = [
-        _of_term(term, finished.mask, start, stop) for term in finished.terms[row] if not term.extra
+        _sum_of_term(term, finished.mask, start, stop)
+        for term in finished.terms[row]
+        if not term.extra
     ]
     return torch.stack(sums).sum(0)
 
 
-def _of_term(term: Term, mask: Tensor | None, start: int, stop: int) -> Tensor:
-    own, total = term.own.tokens, None
+def of_queries(finished: Sum, row: int, queries: tuple[int, ...]) -> Tensor:
+    """The edited probabilities of a row's own keys for some of its queries, in float32 at least:
+    [sub-batch, heads, n, M]."""
+    at = positions(queries, finished.terms[row][0].q.base.device)
+    if row in finished.functions:
+        return _edited(finished, row)[..., at, :]
+    parts = []
+    for term in finished.terms[row]:
+        if not term.extra:
+            p = _of_term(term, finished.mask, at)
+            for value_map in reversed(term.maps):
+                p = value_map.apply_to_probabilities(p)
+            parts.append(p)
+    return torch.stack(parts).sum(0)
+
+
+def _edited(finished: Sum, row: int) -> Tensor:
+    """The matrix of a row whose probabilities an editor asked for, [sub-batch, heads, N, M]."""
+    return columns(finished, row, tuple(range(finished.terms[row][0].own.tokens)))
+
+
+def _sum_of_term(term: Term, mask: Tensor | None, start: int, stop: int) -> Tensor:
+    total: Tensor | None = None
     for first in range(start, stop, _CHUNK):
-        at = slice(first, min(first + _CHUNK, stop))
-        weight = term.weight[at] if isinstance(term.weight, Tensor) else term.weight
-        if term.value_only:
-            p = torch.zeros_like(term.own.k.tensor[..., 0], dtype=torch.float32)
-            p[..., at] = weight
-        else:
-            part = mask if mask is None or mask.shape[-2] == 1 else mask[..., at, :]
-            p = probabilities(_narrowed(term, at), part)[..., :own]
-            p = p.to(torch.promote_types(p.dtype, torch.float32))
-            p = (p * weight[:, None] if isinstance(weight, Tensor) else p * weight).sum(-2)
+        p = _of_term(term, mask, slice(first, min(first + _CHUNK, stop))).sum(-2)
         total = p if total is None else total + p
     assert total is not None  # a site has queries
     for value_map in reversed(term.maps):
@@ -146,7 +160,21 @@ def _of_term(term: Term, mask: Tensor | None, start: int, stop: int) -> Tensor:
     return total
 
 
-def _narrowed(term: Term, at: slice) -> Term:
+def _of_term(term: Term, mask: Tensor | None, at: slice | Tensor) -> Tensor:
+    """The weighted probabilities of some queries over a term's own keys, before its value maps."""
+    k, own = term.own.k.tensor, term.own.tokens
+    if term.value_only:
+        queries = torch.arange(term.q.base.shape[-2], device=k.device)[at]
+        one_hot = F.one_hot(queries, own).to(torch.float32)
+        p = one_hot.expand(*k.shape[:2], *one_hot.shape)
+    else:
+        part = mask if mask is None or mask.shape[-2] == 1 else mask[..., at, :]
+        p = probabilities(_narrowed(term, at), part)[..., :own]
+        p = p.to(torch.promote_types(p.dtype, torch.float32))
+    return p * (term.weight[at][:, None] if isinstance(term.weight, Tensor) else term.weight)
+
+
+def _narrowed(term: Term, at: slice | Tensor) -> Term:
     """The softmax of a term for some of its queries."""
     regions = term.regions
     return term._replace(

@@ -62,6 +62,9 @@ class Handler(Protocol):
     def batch(self) -> int:
         """Rows of the denoiser call in progress."""
 
+    def is_strict(self) -> bool:
+        """Whether attention that could not be caught is an error."""
+
 
 class SiteMode(TorchFunctionMode):
     """Sees the torch calls of one forward of one attention module.
@@ -207,12 +210,13 @@ class SitePort:
         # An output of None means that the forward raised: its own error is the one to show.
         if output is not None and running.calls == 0:
             self._names = None
+            if not self.handler.is_strict():
+                return
             raise HoleError(
                 f"{self.site.path} ran, but its attention could not be caught: it used "
-                f"{running.seen}. "
-                "Put the model on its default SDPA processors (unet.set_attn_processor("
-                "AttnProcessor2_0()) or reset_attention_backend()), or leave this site out with "
-                "the editor's sites="
+                f"{running.seen}. Put the model on its default SDPA processors "
+                "(unet.set_attn_processor(AttnProcessor2_0()) or reset_attention_backend()), leave "
+                "this site out with the editor's sites=, or pass strict=False"
             )
 
     def _goes_by_name(self) -> bool:

@@ -200,7 +200,7 @@ def survey(target: Any) -> Survey:
 
 def _site_facts(site: Site, module: nn.Module, latent: tuple[int, int] | None) -> SiteFacts:
     grid = None
-    if latent and site.resolution is not None and site.kind != "temporal":
+    if latent and site.resolution is not None and site.kind not in ("temporal", "gated"):
         # Strided convolutions round up.
         height, width = (-(-side * site.resolution // 1) for side in latent)
         grid = (int(height), int(width))

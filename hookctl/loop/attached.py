@@ -23,9 +23,14 @@ Modules = Mapping[str, tuple[Site, nn.Module]]
 class Entry:
     """What one session brought along, for as long as it is entered, and what is kept for it.
 
-    pipe: its pipeline, None for a bare denoiser; maps, log: its store of maps and its report.
+    pipe: its pipeline, None for a bare denoiser; maps, log: its store of maps and its report;
+    strict: an edited site that does not run is an error; check_finite: whether NaN and infinity are
+    looked for at every step.
     clock: of the last denoiser call, None before the first. called, elsewhere: whether the pipeline
     called its denoiser where the session was entered, and in another thread or task.
+    expected, ran: the sites whose calls an editor was to be shown, and those that ran.
+    places: where it is entered (`Denoising`); hooks: what is installed for it; refresh: looks after
+    the hooks of its pipeline.
     """
 
     editors: Sequence[Editor]
@@ -34,6 +39,8 @@ class Entry:
     rows: tuple[str, ...] | None
     maps: Any  # the store of `hookctl.maps`, which stands above
     log: Any  # of `hookctl.report`
+    strict: bool = True
+    check_finite: bool = True
     clock: Clock | None = None
     called: bool = False
     elsewhere: bool = False

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hookctl.address import families, pipelines
+from hookctl.address import pipelines
 from hookctl.address.rows import COND, PERTURBED, Row, Rows
 from hookctl.errors import ConflictError, InputError, LayoutError, UnsupportedError
-from hookctl.loop.arguments import take_rows
+from hookctl.loop.arguments import check_rows_can_change, rows_are_fixed, take_rows
 from hookctl.loop.calls import prediction_of, with_prediction
 from hookctl.loop.state import State
 
@@ -128,14 +128,9 @@ def _check_batch(state: State) -> None:
             f"{type(state.denoiser).__name__} takes its images as a list, to which no branch can "
             "be added"
         )
-    if state.rows.where(branch=PERTURBED) and any(
-        not families.keeps_perturbed(module) for module in state.denoiser.modules()
-    ):
-        raise UnsupportedError(
-            f"the attention processors of {type(state.pipe).__name__} divide the batch into the "
-            "pipeline's own branches, so none can be added; use the pipeline without PAG (the "
-            "recipe PAG does the same), or pag_scale=0"
-        )
+    if reason := rows_are_fixed(state):
+        raise UnsupportedError(reason)
+    check_rows_can_change(state)
 
 
 def _check_present(state: State, name: str, branch: Branch) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hookctl.address import families
 from hookctl.editor import overrides, tell
-from hookctl.errors import HoleError, UnsupportedError
+from hookctl.errors import UnsupportedError
 from hookctl.evaluate.one_call import EditedSite
 from hookctl.hooks.attention import SitePort, depth, unwind
 from hookctl.hooks.pipeline import DenoiserPort, Inner
@@ -20,8 +20,10 @@ from hookctl.loop.arguments import widen
 from hookctl.loop.attached import Attached, Entry
 from hookctl.loop.branches import add_branches, asked_branches, cut_branches
 from hookctl.loop.calls import Call, calls
+from hookctl.loop.finite import check_latents
+from hookctl.loop.missed import Missed
 from hookctl.loop.run import Run
-from hookctl.loop.state import State, check_finite
+from hookctl.loop.state import State
 from hookctl.loop.step import Step
 from hookctl.run_state import Memory, remembering
 
@@ -37,8 +39,10 @@ class Hooked(Protocol):
 
     denoiser: nn.Module
     model: nn.Module
-    ports: Mapping[str, SitePort]
     port: DenoiserPort
+
+    @property
+    def ports(self) -> Mapping[str, SitePort]: ...
 
     def refresh(self) -> None:
         """Look after hooks that the pipeline may have changed meanwhile."""
@@ -58,7 +62,7 @@ class Denoising:
         self.models: tuple[nn.Module, ...] = ()
         self.memory = Memory()
         self.run = Run(pipe)
-        self._step = Step()
+        self._step, self._missed = Step(), Missed()
         self._stepping: State | None = None  # of the step whose end the editors are working on
         self._acting: dict[tuple[Any, ...], Acting] = {}
 
@@ -146,13 +150,9 @@ class Denoising:
         call = Call(state, *self._acting_at(state, hooked), self)
         if state.reading is not None:
             calls.follow(call, state.reading)
+        self._missed.before(hooked.model, call)
         out = self._within(call, hooked, inner, args, kwargs)
-        if call.by_site and not call.ran:
-            raise HoleError(
-                "none of the edited attention sites ran in a denoiser call: a compiled graph or a "
-                "cache is bypassing the model. Call torch._dynamo.reset(), or compile inside "
-                "control()"
-            )
+        self._missed.after(hooked.model, call)
         for one in set(call.acting).intersection(self.attached):
             one.entry.expected |= one.sites & set(call.by_site)
             one.entry.ran |= call.ran
@@ -166,7 +166,7 @@ class Denoising:
 
     def _begin(self, state: State) -> None:
         """The first denoiser call of a run."""
-        check_finite(state.kwargs[state.sample])
+        check_latents(state.kwargs[state.sample])
         for entry in self.entries:
             entry.maps.clear()
         for editor, entry in {(a.editor, a.entry): None for a in self.attached}:
@@ -245,7 +245,8 @@ class Denoising:
         self._stepping = state
         try:
             with remembering(self.memory):
-                return self._step.take(step, arguments, acting)
+                check = all(entry.check_finite for entry in self.entries)
+                return self._step.take(step, arguments, acting, check=check)
         finally:
             self._stepping = None
             self.run.stepped()

@@ -35,10 +35,16 @@ class ProgramCalls:
         self._program, self._denoiser, self._template = program, denoiser, template
         self._solver, self._prompts, self._images = solver, prompts, images
 
-    def call(self, branches: tuple[str, ...], entry: int | None) -> Driven:
-        """A call of these branches at an entry of the schedule, None for its clean end."""
+    def call(self, branches: tuple[str, ...], entry: int | None, first: int = 0) -> Driven:
+        """A call of these branches at an entry of the schedule, None for its clean end.
+
+        first: the level that the run starts from.
+        """
         times = self._solver.timesteps
         time = float(times[entry]) if entry is not None else 0.0
+        skipped = self._solver.entries[first][0]
+        steps = len(times) - skipped
+        step = steps - 1 if entry is None else max(0, entry - skipped)
         return Driven(
             program=self._program,
             denoiser=families.uncompiled(self._denoiser),
@@ -46,7 +52,7 @@ class ProgramCalls:
             images_per_prompt=self._images,
             encoding=self._template.encoding,
             rows=self._template.rows_of(branches)[0],
-            clock=Clock(len(times) - 1 if entry is None else entry, len(times), time),
+            clock=Clock(step, steps, time, skipped),
         )
 
     def predict(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -108,7 +108,7 @@ class Run:
         if call is not None:
             clock = call.clock
         elif outer is None:
-            clock = self.keeper.read(time, schedule)
+            clock = self.keeper.read(time, schedule, getattr(self.pipe, "_num_timesteps", None))
         else:
             clock = self.keeper.peek(time, schedule, outer.clock)
         text = next((name for name in _TEXTS if arguments.get(name) is not None), None)
@@ -148,7 +148,7 @@ class Run:
     def arguments(self, state: State) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's arguments after editors changed them."""
         bound = _signature(state.denoiser).bind_partial(None)
-        bound.arguments.update(state.kwargs)
+        bound.arguments.update(_own_lists(state.kwargs))
         return bound.args[1:], bound.kwargs
 
     def _rows(
@@ -206,7 +206,7 @@ class Run:
 def _named(denoiser: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     """The arguments of a denoiser call by name."""
     bound = _signature(denoiser).bind(None, *args, **kwargs)
-    return dict(list(bound.arguments.items())[1:])
+    return _own_lists(dict(list(bound.arguments.items())[1:]))
 
 
 def _signature(denoiser: nn.Module) -> inspect.Signature:
@@ -216,6 +216,11 @@ def _signature(denoiser: nn.Module) -> inspect.Signature:
 @functools.cache
 def _signature_of(forward: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(forward)
+
+
+def _own_lists(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments whose lists are copies: some models take the entries out of theirs one by one."""
+    return {k: list(v) if type(v) is list else v for k, v in arguments.items()}
 
 
 def check_batch(state: State, prompts: int, who: str) -> None:

@@ -153,12 +153,19 @@ class Predictions:
 
     def __getitem__(self, branch: str) -> Tensor:
         try:
-            return self.branches[branch]
+            found = self.branches[branch]
         except KeyError:
             raise LayoutError(
                 f"this step has no predictions of branch {branch!r}; it has: "
                 f"{', '.join(self.branches)}"
             ) from None
+        if found.shape[1:] != self.guided.shape[1:]:
+            raise UnsupportedError(
+                f"{type(self.state.pipe).__name__} makes {tuple(self.guided.shape)} of its "
+                f"denoiser's prediction {tuple(found.shape)} before the scheduler's step, in a way "
+                "unknown here, so predictions can't be combined anew"
+            )
+        return found
 
 
 def replace_channels(model_input: Tensor, rows: Tensor) -> Tensor:
@@ -168,17 +175,6 @@ def replace_channels(model_input: Tensor, rows: Tensor) -> Tensor:
     dim = next(d for d, n in enumerate(rows.shape) if n != model_input.shape[d])
     rest = model_input.shape[dim] - rows.shape[dim]
     return torch.cat([rows, model_input.narrow(dim, rows.shape[dim], rest)], dim)
-
-
-def check_finite(latents: Any) -> None:
-    """Raise InputError if the latents that a run starts from hold NaN or infinity."""
-    if isinstance(latents, Tensor) and latents.is_floating_point():
-        bad = int((~torch.isfinite(latents.detach())).sum())
-        if bad:
-            raise InputError(
-                f"latents hold {bad} values that are NaN or infinite (of {latents.numel()}); "
-                "check the latents= given, or what produced them"
-            )
 
 
 def split_branches(rows: Rows, prediction: Tensor) -> dict[str, Tensor]:

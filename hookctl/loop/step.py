@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hookctl.editor import overrides
@@ -12,6 +13,7 @@ from hookctl.loop import around
 from hookctl.loop.around import Attached
 from hookctl.loop.calls import prediction_of
 from hookctl.loop.driven import adjusted
+from hookctl.loop.finite import PREDICTION, check_step
 from hookctl.loop.state import Predictions, State, split_branches
 
 _STEPPED = ("model_output", "timestep", "sample")  # what a step is of; the rest are its options
@@ -39,11 +41,16 @@ class Step:
             self._branches |= split_branches(state.rows, found)
 
     def take(
-        self, step: Callable[..., Any], arguments: dict[str, Any], acting: Sequence[Attached]
+        self,
+        step: Callable[..., Any],
+        arguments: dict[str, Any],
+        acting: Sequence[Attached],
+        *,
+        check: bool,
     ) -> Any:
         """The scheduler's step between `combine` and `after` of the editors of this step.
 
-        arguments: of the step, by name.
+        arguments: of the step, by name; check: that its result is finite.
         """
         state, latents, branches = self.state, self._latents, self._branches
         self.clear()
@@ -53,34 +60,66 @@ class Step:
             arguments["sample"] = latents.to(arguments["sample"])
         own = arguments["model_output"]
         options = {name: value for name, value in arguments.items() if name not in _STEPPED}
+        trail = [("the latents before the step", arguments["sample"]), (PREDICTION, own)]
         for one in acting:
             if overrides(one.editor, "combine"):
                 guided = arguments["model_output"]
-                parts = {name: _like(part, guided) for name, part in branches.items()}
+                parts = {
+                    name: _like(part, guided, state, arguments["sample"])
+                    for name, part in branches.items()
+                }
                 predictions = Predictions(guided, parts, state, own, options)
                 arguments["model_output"] = around.combine(one, predictions)
+                trail.append((f"{one.editor.name}.combine", arguments["model_output"]))
         out = _adjusted(step(**arguments))
+        trail.append(("the scheduler's step", _stepped(out)))
         after = [one for one in acting if overrides(one.editor, "after")]
-        return _edited(out, state, after) if after else out
+        out = _edited(out, state, after, trail) if after else out
+        if check:
+            check_step(state, trail)
+        return out
 
 
-def _like(prediction: Tensor, guided: Tensor) -> Tensor:
-    """A branch without the variance that some models predict in further channels."""
+def _like(prediction: Tensor, guided: Tensor, state: State, stepped: Tensor) -> Tensor:
+    """A branch as its pipeline cuts it for the scheduler, where that is known.
+
+    Some models predict a variance in further channels; edit models predict the tokens of their
+    references too, behind those of the latents that are stepped, which begin the model input.
+    """
+    if prediction.shape[1:] == guided.shape[1:]:
+        return prediction
+    if prediction.dim() == 3 == guided.dim() and prediction.shape[2] == guided.shape[2]:
+        own, given = guided.shape[1], state.kwargs[state.sample]
+        if (
+            own < prediction.shape[1] == given.shape[1]
+            and stepped.shape[1:] == given[:, :own].shape[1:]
+            and torch.equal(given[: len(stepped), :own].to(stepped), stepped)
+        ):
+            return prediction[:, :own]
+        return prediction
     channels = guided.shape[1] if guided.dim() > 1 else 0
     return prediction[:, :channels] if prediction.shape[1] == 2 * channels else prediction
 
 
 def _adjusted(out: Any) -> Any:
     """What the step returns, as a program wants it."""
-    stepped = out[0] if isinstance(out, tuple) else getattr(out, "prev_sample", None)
+    stepped = _stepped(out)
     return out if stepped is None else _with(out, stepped, adjusted(stepped))
 
 
-def _edited(out: Any, state: State, acting: Sequence[Attached]) -> Any:
+def _stepped(out: Any) -> Any:
+    """The latents in what a step returns."""
+    return out[0] if isinstance(out, tuple) else getattr(out, "prev_sample", None)
+
+
+def _edited(
+    out: Any, state: State, acting: Sequence[Attached], trail: list[tuple[str, Any]]
+) -> Any:
     """What the step returns, after the editors saw the new latents."""
-    stepped = state.stepped = out[0] if isinstance(out, tuple) else out.prev_sample
+    stepped = state.stepped = _stepped(out)
     for one in acting:
         around.after(one, state)
+        trail.append((f"{one.editor.name}.after", state.stepped))
     return _with(out, stepped, state.stepped)
 
 

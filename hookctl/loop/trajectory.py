@@ -40,12 +40,11 @@ class Trajectory:
     generator, latents: as the pipeline takes them. eta: share of fresh noise in every step, for
     schedulers that have it. arguments: further ones of the pipeline's call (height, width,
     prompt_embeds ...).
-
     latents: [images, channels, height, width] in the scheduler's space; level: the one they are
-    at; levels: signal and noise of each, `steps` + 1 of them.
+    at; levels: signal and noise of each, `steps` + 1 of them; size: (height, width) in px, or None;
+    start: the level that the run begins at, from which windows count; assign it before.
 
-    Raises UnsupportedError for pipelines whose loop is more than one denoiser call, classifier-free
-    guidance and the scheduler's step.
+    Raises UnsupportedError for pipelines whose loop is more than a denoiser call, guidance, a step.
     """
 
     def __init__(
@@ -78,6 +77,8 @@ class Trajectory:
             "latents": latents,
         }
         self.pipe, self.prompts, self.images = pipe, tuple(texts), images
+        height, width = (int(arguments.get(side) or 0) for side in ("height", "width"))
+        self.size = (height, width) if height and width else None
         self.guidance, self.eta, self.generator = guidance, eta, generator
         self.template: Template = prepare(pipe, arguments, len(texts), images)
         self.denoiser = families.denoiser_of(pipe)
@@ -85,10 +86,9 @@ class Trajectory:
         self.noise = Noise(pipe.scheduler)
         self.levels: list[Level] = self.noise.levels()
         self.steps = len(self.solver.entries)
-        self.latents, self.level = self.template.latents, 0
-        self._calls = ProgramCalls(
-            self, self.denoiser, self.template, self.solver, self.prompts, images
-        )
+        self.latents, self.level, self.start = self.template.latents, 0, 0
+        given = self.denoiser, self.template, self.solver, self.prompts, images
+        self._calls = ProgramCalls(self, *given)
 
     # -- the operations ------------------------------------------------------------------------
 
@@ -117,7 +117,8 @@ class Trajectory:
         x, entries = self.latents, self.solver.entries[i]
         for entry in entries:
             last = entry == entries[-1]
-            call = self._calls.call(needed_branches(scales, self.template.branches), entry)
+            branches = needed_branches(scales, self.template.branches)
+            call = self._calls.call(branches, entry, self.start)
             call.stepping, call.adjust = True, adjust if last else None
             many = torch.cat([x] * (len(call.rows) // len(x)))
             call.scaling = self.solver.scaling(many, entry)
@@ -217,7 +218,7 @@ class Trajectory:
 
     def decode(self, output_type: str = "pil") -> Any:
         """The latents as images, as the pipeline's own output_type= has them."""
-        return decode(self.pipe, self.latents, output_type)
+        return decode(self.pipe, self.latents, output_type, size=self.size)
 
     # -- predictions ---------------------------------------------------------------------------
 
@@ -247,7 +248,7 @@ class Trajectory:
                 f"this run has no {', '.join(sorted(unknown))} rows; make it with guidance= above 1"
             )
         entry = self.solver.entries[i][0] if i < self.steps else None
-        call = self._calls.call(names, entry)
+        call = self._calls.call(names, entry, self.start)
         size = 1.0 if self.noise.flow else self.levels[i].size
 
         def scale(latents: Tensor) -> Tensor:
@@ -281,7 +282,7 @@ class Trajectory:
 
         So are the deterministic steps of DDIM, Euler and flow matching, whatever is predicted.
         """
-        here, there = self.levels[i], self.levels[i + 1]
+        here, there = self.levels[i], self.noise.after(self.noise.timesteps[i])
         one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         alpha, beta = (
             float(there.mix(*self.noise.split(x, prediction, here)))

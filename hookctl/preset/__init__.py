@@ -36,7 +36,8 @@ No file can bring code of its own: a recipe is known by name, or a class of a pa
 installed before, and never one that lies beside the file.
 """
 
-from hookctl.preset.read import existing, load_preset
+from hookctl.preset.outline import Outline, check_early, outline
+from hookctl.preset.read import RawStack, existing, load_preset, read_stack
 from hookctl.preset.settings import SETTINGS, Setting
 from hookctl.preset.signature import parameters
 from hookctl.preset.stack import FILLED, EditorSpec, ImageSpec, LoraSpec, Preset
@@ -48,10 +49,15 @@ __all__ = [
     "EditorSpec",
     "ImageSpec",
     "LoraSpec",
+    "Outline",
     "Preset",
+    "RawStack",
     "Setting",
+    "check_early",
     "dump_preset",
     "existing",
     "load_preset",
+    "outline",
     "parameters",
+    "read_stack",
 ]

@@ -27,14 +27,9 @@ def check_arguments(table: Mapping[str, Any], cls: type, where: str, kind: str) 
 
     kind: of the table, a key of FILLED.
     """
-    filled = FILLED[kind]
     arguments = {key: value for key, value in table.items() if key != "recipe"}
     taken = parameters(cls)
-    for name in filled:
-        if name in arguments and name in taken:
-            verb = "belong" if name.endswith("s") else "belongs"
-            raise InputError(f"{where}: {name} {verb} to the run; {_INSTEAD[name]}")
-    allowed = [name for name in taken if name not in filled]
+    allowed = check_names(arguments, list(taken), where, kind)
     check_keys(arguments, allowed, where, cls.__name__)
     variadic = inspect.Parameter.VAR_POSITIONAL
     missing = [
@@ -55,6 +50,32 @@ def check_arguments(table: Mapping[str, Any], cls: type, where: str, kind: str) 
             hint = list[hint]  # type: ignore[valid-type]
         checked[name] = typed(value, hint, f"{where} {name}")
     return checked
+
+
+def check_names(given: Mapping[str, Any], taken: list[str], where: str, kind: str) -> list[str]:
+    """Of the arguments that a recipe takes those that a file may give; the others are the run's.
+
+    InputError if it gives one of the others.
+    """
+    filled = FILLED[kind]
+    for name in filled:
+        if name in given and name in taken:
+            verb = "belong" if name.endswith("s") else "belongs"
+            raise InputError(f"{where}: {name} {verb} to the run; {_INSTEAD[name]}")
+    return [name for name in taken if name not in filled]
+
+
+def named(table: Mapping[str, Any], known: Iterable[str], where: str) -> str:
+    """The recipe that a table names."""
+    name = table.get("recipe")
+    if not isinstance(name, str):
+        raise InputError(f"{where}: recipe is missing; give one of: {', '.join(known)}")
+    if name not in known:
+        raise InputError(
+            f"{where}: recipe={shown(name)} is not known{near(name, known)}; there are: "
+            f"{', '.join(known)}"
+        )
+    return name
 
 
 def check_keys(given: Mapping[str, Any], allowed: Iterable[str], where: str, owner: str) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hookctl.errors import InputError
-from hookctl.preset.check import check_arguments, check_keys, near, shown, typed
+from hookctl.preset.check import check_arguments, check_keys, named, shown, typed
 from hookctl.preset.installed import class_of
 from hookctl.preset.settings import SETTINGS
 from hookctl.preset.stack import EditorSpec, ImageSpec, LoraSpec, Preset
@@ -35,33 +37,64 @@ def load_preset(
     Raises FileNotFoundError if there is no such file, and InputError, with the file, the key and
     what would do, for anything in it that is wrong.
     """
+    raw = read_stack(path)
+    data, path = raw.data, raw.path
+    with raw.naming():
+        inversion = _of_image(data, "inversion", inversions or {}, path)
+        program = _of_image(data, "program", programs or {}, path)
+        alone = program is not None and "editor" not in data
+        specs = () if alone else _editors(data.get("editor"), recipes, path)
+    return Preset(specs, raw.run, raw.model, raw.loras, inversion, program, path, raw.sha256)
+
+
+@dataclass(frozen=True)
+class RawStack:
+    """A file of which everything but its recipes is checked, for which torch is not needed."""
+
+    path: Path
+    data: Mapping[str, Any]
+    sha256: str
+    model: str | None = None
+    loras: tuple[LoraSpec, ...] = ()
+    run: Mapping[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Whatever values no reader foresaw, as an InputError that names the file."""
+        try:
+            yield
+        except InputError:
+            raise
+        except RecursionError:
+            raise InputError(
+                f"{self.path}: lists or tables are nested too deeply to be read"
+            ) from None
+        except ValueError as error:  # a number of thousands of digits
+            raise InputError(f"{self.path}: can't be read: {error}") from None
+
+
+def read_stack(path: Path | str) -> RawStack:
+    """Read a file as far as that needs no recipe; raises as `load_preset` does."""
     path = existing(Path(path))
     content = path.read_bytes()
-    try:
-        data = tomllib.loads(content.decode("utf-8"))
+    raw = RawStack(path, {}, hashlib.sha256(content).hexdigest())
+    with raw.naming():
+        try:
+            data = tomllib.loads(content.decode("utf-8"))
+        except UnicodeDecodeError:
+            raise InputError(
+                f"{path}: is not text in UTF-8; give a stack of editors in TOML"
+            ) from None
+        except tomllib.TOMLDecodeError as error:
+            raise InputError(f"{path}: is not TOML: {error}") from None
         check_keys(data, _TOP_KEYS, str(path), "a stack")
         model = data.get("model")
         if model is not None:
             model = typed(model, str, f"{path}: model")
-        loras, run = _loras(data.get("lora", []), path), _run(data.get("run", {}), path)
-        inversion = _of_image(data, "inversion", inversions or {}, path)
-        program = _of_image(data, "program", programs or {}, path)
-        if inversion and program:
+        if "inversion" in data and "program" in data:
             raise InputError(f"{path}: both [inversion] and [program] take the image; give one")
-        alone = program is not None and "editor" not in data
-        specs = () if alone else _editors(data.get("editor"), recipes, path)
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: is not text in UTF-8; give a stack of editors in TOML") from None
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: is not TOML: {error}") from None
-    except RecursionError:
-        raise InputError(f"{path}: lists or tables are nested too deeply to be read") from None
-    except InputError:
-        raise
-    except ValueError as error:  # a number of thousands of digits
-        raise InputError(f"{path}: can't be read: {error}") from None
-    sha256 = hashlib.sha256(content).hexdigest()
-    return Preset(specs, run, model, loras, inversion, program, path, sha256)
+        loras, run = _loras(data.get("lora", []), path), _run(data.get("run", {}), path)
+    return replace(raw, data=data, model=model, loras=loras, run=run)
 
 
 def existing(path: Path) -> Path:
@@ -119,7 +152,7 @@ def _editors(
         if isinstance(name, str) and ":" in name:
             cls = class_of(name, where)
         else:
-            cls = recipes[_named(table, recipes, where)]
+            cls = recipes[named(table, recipes, where)]
         where = f"{where} ({name})"
         arguments = check_arguments(table, cls, where, "editor")
         found.append(EditorSpec(str(name), cls, arguments, where))
@@ -138,19 +171,6 @@ def _of_image(
             f"{where}: {shown(table)} given; a table expected, such as [{key}] "
             f'recipe = "{next(iter(classes), "...")}"'
         )
-    name = _named(table, classes, where)
+    name = named(table, classes, where)
     where = f"{where} ({name})"
     return ImageSpec(name, classes[name], check_arguments(table, classes[name], where, key), where)
-
-
-def _named(table: Mapping[str, Any], known: Mapping[str, Any], where: str) -> str:
-    """The recipe that a table names."""
-    name = table.get("recipe")
-    if not isinstance(name, str):
-        raise InputError(f"{where}: recipe is missing; give one of: {', '.join(known)}")
-    if name not in known:
-        raise InputError(
-            f"{where}: recipe={shown(name)} is not known{near(name, known)}; there are: "
-            f"{', '.join(known)}"
-        )
-    return name

@@ -96,6 +96,11 @@ def _naming(where: str) -> Iterator[None]:
             raise
         recipe = where.rpartition("(")[2].removesuffix(")")
         raise type(error)(f"{where}: {str(error).removeprefix(f'{recipe}: ')}") from None
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        if not where:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{where}: can't be made of these arguments: {reason}") from error
 
 
 @dataclass(frozen=True)

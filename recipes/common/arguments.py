@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from PIL import Image
 from torch import Tensor
 
+from hookctl.address.pixels import readable
 from hookctl.errors import InputError
 
 T = TypeVar("T")
@@ -190,11 +190,7 @@ def opened(image: Any, name: str) -> Any:
     """An image as it is, or the one in the file at a path, in mode RGB."""
     if not isinstance(image, str | Path):
         return image
-    try:
-        with Image.open(image) as file:
-            return file.convert("RGB")
-    except OSError as error:
-        raise InputError(f"{name}={str(image)!r}: {error}; give a readable image") from None
+    return readable(image, name)
 
 
 def colours(value: Any, name: str) -> list[Colour]:

@@ -24,10 +24,11 @@ from hookctl.address.text import PromptText
 from hookctl.attention.call import AttentionCall
 from hookctl.kernels.latent_mixing import local_blend
 from hookctl.loop.state import State
-from hookctl.maps import MapStore
-from hookctl.recipes.common.read_maps import MapSums, map_of
+from hookctl.maps import MapKey, MapStore, MapSums, map_of
 from hookctl.recipes.common.sites import layout_resolution
 from hookctl.run_state import RunState
+
+ImageSums = MapSums[tuple[int, int]]  # by prompt and image
 
 
 class LocalBlend:
@@ -37,8 +38,8 @@ class LocalBlend:
     start: fraction of the schedule; thresholds: of both masks, relative to their maximum.
     """
 
-    _sums: RunState[tuple[MapSums, MapSums]] = RunState(
-        factory=lambda: (MapSums(), MapSums()), kept=True
+    _sums: RunState[tuple[ImageSums, ImageSums]] = RunState(
+        factory=lambda: (ImageSums(), ImageSums()), kept=True
     )
     _size: RunState[tuple[int, ...]] = RunState((0, 0), kept=True)
     _resolution: RunState[Fraction | None] = RunState(None, kept=True)
@@ -60,9 +61,12 @@ class LocalBlend:
 
         Raises UnsupportedError for a model whose sites' grids are unknown.
         """
-        self._sums = (MapSums(), MapSums())
+        self._sums = (ImageSums(), ImageSums())
         self._resolution = layout_resolution("blend", sites, state.grid, "leave blend out")
         self._size, self._store = state.grid[-2:], state.maps
+        self._store.keep_steps(
+            MapKey(word) for kind in self._words for words in kind for word in words
+        )
 
     def read(self, call: AttentionCall, texts: Sequence[PromptText]) -> None:
         """Ask for the maps of this call, if its site holds the layout."""
@@ -79,7 +83,7 @@ class LocalBlend:
 
     def _keep(
         self,
-        sums: MapSums,
+        sums: ImageSums,
         words: tuple[str, ...],
         tokens: list[tuple[int, ...]],
         place: tuple[Site, int, Grid],
@@ -90,11 +94,11 @@ class LocalBlend:
         site, step, grid = place
         parts = values.split([len(positions) for positions in tokens], -1)
         for word, part in zip(words, parts, strict=True):
-            self._store.note(word, site, step, row, part, grid)
+            self._store.note(MapKey(word), site, step, row, part, grid)
         # As in the official table of flags, a token that two words share counts once.
         columns = {p: i for i, p in enumerate(p for positions in tokens for p in positions)}
-        image = map_of(values[..., list(columns.values())], grid)
-        sums.add(row, image.to(torch.promote_types(image.dtype, torch.float32)))
+        image = map_of(values[..., list(columns.values())].detach(), grid)
+        sums.add((row.prompt, row.image), image.to(torch.promote_types(image.dtype, torch.float32)))
 
     def after(self, state: State) -> None:
         """Take everything outside the masks from the source, in the latents after a step."""
@@ -125,7 +129,7 @@ class LocalBlend:
         """The source's mask or that of a prompt: of the words to change (0) or to subtract (1)."""
         masks = []
         for p in {0, prompt}:
-            total = self._sums[kind].sum(p, image)
+            total = self._sums[kind].sum((p, image))
             if total is None:
                 continue
             pooled = total[:, None]

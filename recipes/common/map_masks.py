@@ -23,8 +23,8 @@ from hookctl.address.text import PromptText
 from hookctl.attention.call import AttentionCall
 from hookctl.errors import InputError
 from hookctl.loop.state import State
+from hookctl.maps import MapSums, map_of
 from hookctl.recipes.common.arguments import for_each, number, refusal
-from hookctl.recipes.common.read_maps import MapSums, map_of
 from hookctl.recipes.common.sites import layout_resolution
 from hookctl.run_state import RunState
 
@@ -85,7 +85,7 @@ class WordMasks:
     """
 
     _step: RunState[int | None] = RunState(None)
-    _sums: RunState[MapSums] = RunState(factory=MapSums)
+    _sums: RunState[MapSums[tuple[int, int]]] = RunState(factory=MapSums)
     _masks: RunState[dict[tuple[int, int, Grid], Tensor | None]] = RunState(factory=dict)
     _resolution: RunState[Fraction | None] = RunState()
 
@@ -100,8 +100,7 @@ class WordMasks:
         self._restart(-1)
 
     def _restart(self, step: int) -> None:
-        self._step, self._sums = step, MapSums()
-        self._masks = {}
+        self._step, self._sums, self._masks = step, MapSums(), {}
 
     def begin(self, sites: Iterable[Site], state: State) -> None:
         """A new run over these cross or joint sites.
@@ -123,7 +122,7 @@ class WordMasks:
         if step != self._step:
             self._restart(step)
         # A video's frames share a mask: its tokens are told apart by place alone.
-        self._sums.add(row, map_of(values, grid).mean(0))
+        self._sums.add((row.prompt, row.image), map_of(values.detach(), grid).mean(0))
         self._masks.clear()
 
     def pair(self, prompt: int, image: int, grid: Grid, step: int) -> tuple[Tensor, Tensor] | None:
@@ -136,7 +135,7 @@ class WordMasks:
         """None where there are no maps yet, or they are the same everywhere."""
         key = (prompt, image, grid)
         if key not in self._masks:
-            self._masks[key] = self._mask_of(self._sums.sum(prompt, image), grid)
+            self._masks[key] = self._mask_of(self._sums.sum((prompt, image)), grid)
         return self._masks[key]
 
     def _mask_of(self, total: Tensor | None, grid: Grid) -> Tensor | None:

@@ -51,6 +51,9 @@ class PerturbedGuidance(Editor):
         self.given_sites = self.sites = sites
         self.start, self.stop = start, stop
 
+    def neutral(self) -> bool:
+        return self.scale == 0
+
     def claims(self) -> Sequence[Claim]:
         cure = "Give one of them another branch=, or windows that do not overlap"
         what = f"branch {self.branch!r}"

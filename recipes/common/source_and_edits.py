@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from hookctl.address.rows import COND, Row, Rows
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import Editor
-from hookctl.errors import InputError
+from hookctl.errors import HookctlWarning, InputError, UnsupportedError
 from hookctl.loop.state import State
 from hookctl.recipes.common.arguments import refusal
 from hookctl.run_state import RunState
@@ -21,10 +22,12 @@ from hookctl.session import control
 class SourceAndEdits(Editor):
     """Base of recipes whose prompts are the source's, then those of its edits.
 
-    least: how many prompts there must be.
+    least: how many prompts there must be; one_noise: whether an edit is meant to start from its
+    source's noise.
     """
 
     least = 2
+    one_noise = True
     _pairs: RunState[tuple[Rows, list[tuple[Row, Row]]] | None] = RunState(None)
 
     def __init__(self, prompts: Sequence[str]) -> None:
@@ -41,12 +44,33 @@ class SourceAndEdits(Editor):
 
     def begin(self, state: State) -> None:
         if list(state.prompts) == self.prompts:
-            return
+            return self._check_noise(state)
         given = list(state.prompts) or "embeddings instead of prompts"
         raise InputError(
             f"{self.name} edits {self.prompts}, but the pipeline was called with {given}; call "
             "pipe(edit.prompts, ...)"
         )
+
+    def _check_noise(self, state: State) -> None:
+        """Warn if an edit starts from another noise than its source: it shows another image."""
+        if not self.one_noise:
+            return
+        try:
+            latents = state.latents
+        except UnsupportedError:  # a list, which can't be compared before the first step
+            return
+        images = state.images
+        for row in images:
+            source = images.twin(row, prompt=0)
+            if not torch.equal(latents[row.index], latents[source.index]):
+                warnings.warn(
+                    f"{self.name}: prompt {row.prompt} starts from another noise than prompt 0, so "
+                    "its image differs from the source's everywhere; call the pipeline with "
+                    "generator=edit.generators(seed=0), which is one generator for each image",
+                    HookctlWarning,
+                    stacklevel=2,
+                )
+                return
 
     @staticmethod
     def paired(rows: Rows) -> list[tuple[Row, Row]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pydoc
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,16 +20,33 @@ COMMANDS = (
     ["run", "none.toml"],
     ["inspect", "no/such/folder"],
     ["maps", "shapes"],
+    ["maps", "shapes", "--prompt", "a red cat", "--words", "dog"],
+    ["run", "recolour", "--model", "no/such/folder"],
+    ["run", "recolour", "--lora", "none.safetensors"],
+    ["run", "inverted_edit", "--image", "none.png"],
+    ["run", "recolour", "--words", "dog"],
+    ["bench", "flight"],
 )
 
 
-def test_help_and_mistyped_options_need_no_torch() -> None:
+def test_help_and_mistyped_options_need_no_torch(tmp_path: Path) -> None:
+    misspelt = ("FreeU", "b_1 = 1.0"), ("FreeV", ""), ("FreeU", "prompts = 1")
+    commands = [*COMMANDS]
+    for number, (recipe, line) in enumerate(misspelt):
+        path = tmp_path / f"{number}.toml"
+        path.write_text(f'[[editor]]\nrecipe = "{recipe}"\n{line}\n', "utf-8")
+        commands.append(["run", str(path), "--model", "shapes", "--prompt", "a"])
+    hostile = tmp_path / "model"
+    hostile.mkdir()
+    index = '{"_class_name": "StableDiffusionPipeline", "unet": ["evil", "Evil"]}'
+    (hostile / "model_index.json").write_text(index, "utf-8")
+    commands.append(["inspect", str(hostile)])
     code = f"""
 import sys
 import hookctl
 from hookctl.cli import main
-statuses = [main(arguments) for arguments in {COMMANDS!r}]
-assert statuses == [0, 0, 2, 0, 2, 2, 2], statuses
+statuses = [main(arguments) for arguments in {commands!r}]
+assert statuses == [0, 0, 2, 0] + [2] * {len(commands) - 4}, statuses
 loaded = {{*{HEAVY!r}}} & set(sys.modules)
 assert not loaded, loaded
 """

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 import hookctl
@@ -15,6 +16,7 @@ from hookctl.demos.shapes.detect import detect, matches
 from hookctl.demos.shapes.evaluate import generate, measure_vae
 from hookctl.demos.shapes.load import WEIGHTS, load_shapes
 from hookctl.demos.shapes.text import Words
+from hookctl.demos.shapes.train import as_every_version_reads
 from hookctl.demos.shapes.world import COLOURS, SHAPES, WORDS
 
 
@@ -40,6 +42,17 @@ def test_layout(pipe: StableDiffusionPipeline) -> None:
 def test_plain_from_pretrained() -> None:
     loaded = StableDiffusionPipeline.from_pretrained(WEIGHTS).to(torch.float16)
     assert loaded.unet.dtype == loaded.vae.dtype == torch.float16
+
+
+def test_every_transformers_finds_the_text_weights(tmp_path: Path) -> None:
+    """Version 4 looks for full names and takes random weights for what it does not find."""
+    path = WEIGHTS / "text_encoder/model.safetensors"
+    held = load_file(path)
+    assert all(name.startswith("text_model.") for name in held)
+    save_file({name.removeprefix("text_model."): v for name, v in held.items()}, tmp_path / "short")
+    as_every_version_reads(tmp_path / "short")
+    again = load_file(tmp_path / "short")
+    assert again.keys() == held.keys() and all(again[n].equal(held[n]) for n in held)
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ declare_models(
     ),
     "Kandinsky5Transformer3DModel",
 )
-declare_models(  # sites of the sound, and between sound and image, must be named
+declare_models(  # the sound's own sites, and those between sound and image
     Model(kinds=(("*audio*", "gated"), ("*.attn1", "self"), ("*.attn2", "cross"))),
     "LTX2VideoTransformer3DModel",
 )

@@ -62,6 +62,16 @@ def sdpa_form(module: nn.Module) -> tuple[type, dict[str, Any]] | None:
     return None
 
 
+# Attention backends that end in torch's own function; `_native_npu` and `_native_xla` do not.
+_THROUGH_SDPA = (
+    "native",
+    "_native_math",
+    "_native_cudnn",
+    "_native_efficient",
+    "_native_flash",
+)
+
+
 def bypasses_sdpa(module: nn.Module) -> bool:
     """Whether the module's attention backend is one that never calls SDPA."""
     processor = processor_of(module)
@@ -69,7 +79,7 @@ def bypasses_sdpa(module: nn.Module) -> bool:
         return False
     backend = processor._attention_backend or _AttentionBackendRegistry._active_backend
     name = str(getattr(backend, "value", backend))
-    return name != "native" and not name.startswith("_native_")
+    return name not in _THROUGH_SDPA
 
 
 def spells_out(module: nn.Module) -> bool:
@@ -99,6 +109,9 @@ def uncatchable(module: nn.Module) -> str | None:
             "torch.nn.MultiheadAttention computes its attention where nothing can be caught; "
             "build the layer on scaled_dot_product_attention"
         )
+    takes = getattr(processor_of(module), "_SUPPORTED_BACKENDS", None)
+    if takes and all("flex" in str(getattr(one, "value", one)) for one in takes):
+        return "its processor takes the flex backend alone, whose block masks nothing else reads"
     return None
 
 

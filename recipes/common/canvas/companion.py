@@ -44,7 +44,7 @@ class Companion:
         def own_latents(arguments: dict[str, Any]) -> None:
             repeats = len(state.rows) // self.latents.shape[0]
             rows = self.latents.repeat(repeats, *([1] * (self.latents.dim() - 1)))
-            rows = self._solver.model_input(rows, state.clock.step)
+            rows = self._solver.model_input(rows, state.clock.entry)
             like = arguments[state.sample]
             arguments[state.sample] = replace_channels(like, rows.to(like))
             change(arguments)
@@ -66,7 +66,7 @@ class Companion:
         guided = own[COND]
         if scale is not None:
             guided = own[UNCOND] + scale * (guided - own[UNCOND])
-        step = predictions.state.clock.step
+        step = predictions.state.clock.entry
         self.latents = self._solver.step(guided, step, self.latents, predictions.options)
         self._predictions = {}
 

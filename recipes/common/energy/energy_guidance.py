@@ -70,6 +70,9 @@ class EnergyGuidance(WordEnergy, ABC):
         """Whether a step is taken after the refinement, whatever the energy."""
         return True
 
+    def neutral(self) -> bool:
+        return self.scale == 0 or not self.words.longest
+
     def begin(self, state: State) -> None:
         super().begin(state)
         self.record, self._last = [], None
@@ -146,7 +149,7 @@ class EnergyGuidance(WordEnergy, ABC):
 def level_of(state: State) -> Level:
     """Signal and noise of the latents of a call."""
     scheduler = state.pipe.scheduler
-    return Noise(scheduler).level(scheduler.timesteps[state.clock.step])
+    return Noise(scheduler).level(scheduler.timesteps[state.clock.entry])
 
 
 def variance(level: Level) -> float:

@@ -38,7 +38,7 @@ class ModelPrediction:
         """Where the conditional prediction leads by a deterministic step of first order, in the
         scheduler's space; no solver is touched."""
         noise = Noise(state.pipe.scheduler)
-        there = noise.after(state.pipe.scheduler.timesteps[state.clock.step])
+        there = noise.after(state.pipe.scheduler.timesteps[state.clock.entry])
         return there.mix(*noise.split(self.latents, self.cond, level_of(state)))
 
 

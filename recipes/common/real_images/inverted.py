@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class Inverted:
     edit_guidance: for those of its edits, unless `edit` is given another; size: (height, width) in
     px; timesteps: that it was inverted at; start: the level that sampling starts from; negative:
     prompt of the unconditional rows; eta: share of fresh noise in the scheduler's steps; editors:
-    that belong to the method.
+    that belong to the method; arguments: further ones of the pipeline's call.
     """
 
     prompt: str
@@ -40,6 +40,7 @@ class Inverted:
     negative: str | None = None
     eta: float = 0.0
     editors: tuple[Editor, ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def latents(self) -> Tensor:
@@ -102,6 +103,7 @@ class Inverted:
             eta=self.eta,
             height=height,
             width=width,
+            **self.arguments,
         )
         if tuple(program.noise.timesteps) != self.timesteps:
             raise InputError(
@@ -110,6 +112,7 @@ class Inverted:
                 "that it was inverted with"
             )
         program.write(self.latents, level=self.start)
+        program.start = self.start
         return program
 
     def _prompts(self, editors: Sequence[Editor], prompts: Sequence[str] | None) -> list[str]:
@@ -123,6 +126,35 @@ class Inverted:
                 "inverted; give the image's prompt first, then those of its edits"
             )
         return texts
+
+
+# What an inversion gives the pipeline itself.
+_OWN = (
+    "prompt",
+    "negative_prompt",
+    "num_inference_steps",
+    "num_images_per_prompt",
+    "guidance_scale",
+    "latents",
+    "generator",
+    "eta",
+    "height",
+    "width",
+    "output_type",
+)
+
+
+def call_arguments(given: Mapping[str, Any] | None, who: str) -> dict[str, Any]:
+    """Further arguments of a pipeline's call; InputError for those that an inversion gives it."""
+    if given is not None and not isinstance(given, Mapping):
+        raise InputError(
+            f"{who}: arguments={given!r}; give a mapping, name -> value, of the pipeline's call"
+        )
+    if own := [name for name in given or () if name in _OWN]:
+        raise InputError(
+            f"{who}: arguments={own} are given to the pipeline by the inversion; leave them out"
+        )
+    return dict(given or {})
 
 
 def image_of(batch: Inverted, index: int, prompt: str) -> Inverted:

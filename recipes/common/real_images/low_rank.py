@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,8 @@ class LowRank:
         modules = dict(self.model.named_modules())
         hooks = []
         for path, (a, b) in self.factors.items() if scale else ():
-            hooks.append(modules[path].register_forward_hook(_adds(scale, a, b)))
+            hook = _adds(scale, a, b)
+            hooks.append(modules[path].register_forward_hook(hook, with_kwargs=True))
         try:
             yield
         finally:
@@ -90,8 +92,8 @@ def _is_supported(module: nn.Module) -> bool:
 
 
 def _adds(scale: float, a: Tensor, b: Tensor) -> Callable[..., Tensor]:
-    def add(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        x = given[0]
+    def add(module: nn.Module, args: Any, kwargs: dict[str, Any], out: Tensor) -> Tensor:
+        x = args[0] if args else kwargs["input"]
         if isinstance(module, nn.Conv2d):
             inner = F.conv2d(x, a.to(x), None, module.stride, module.padding, module.dilation)
             return out + scale * F.conv2d(inner, b.to(x))

@@ -204,5 +204,10 @@ class Explicit:
         return torch.stack(rows)
 
     def maps(self, row: int, tokens: list[int]) -> Tensor:
+        return self.lines(row)[..., [self.text[0] + t for t in tokens]]
+
+    def lines(self, row: int) -> Tensor:
+        """The edited matrix over the own keys, averaged over heads, [sub-batch, N, M]."""
         own, *_ = self.finished(row)
-        return sum(p for p, _ in own)[..., [self.text[0] + t for t in tokens]].mean(1)
+        total: Tensor = sum(p for p, _ in own)
+        return total.mean(1)

@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import hookctl
+from hookctl import Editor
 from hookctl.attention.call import AttentionCall
-from hookctl.errors import UnsupportedError
+from hookctl.errors import InputError, UnsupportedError
 from hookctl.evaluate import plan
+from tests import zoo
 from tests.hookctl.attention.calls import IMAGE, ROWS, TEXT, Case, close, make, random
 from tests.hookctl.evaluate.verbs import BACKENDS, EXACT
 
@@ -190,5 +193,41 @@ def test_marginals_among_the_image(kind: str) -> None:
     p = (case.q[2] @ case.k[2].mT * case.scale).softmax(-1).mean(1)
     assert row == ROWS[2]
     close(sums, p[:, image, image].sum(1), EXACT)
-    with pytest.raises(UnsupportedError, match="attends to a text"):
-        make("cross").call().marginals(3, print)
+    for verb in ("marginals", "read_queries"):
+        given = () if verb == "marginals" else ([0],)
+        with pytest.raises(UnsupportedError, match=f"{verb}: .* attends to a text"):
+            getattr(make("cross").call(), verb)(3, *given, print)
+
+
+@pytest.mark.parametrize("queries", [(), (-1,), (0, IMAGE)])
+def test_queries_that_are_none(queries: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=f"are not among the {IMAGE} image queries"):
+        make("self").call().read_queries(3, queries, print)
+
+
+def test_lines_of_queries_have_gradients() -> None:
+    case, seen = make("self"), []
+    case.q.requires_grad_()
+    call = case.call()
+    call.read_queries(2, [1], lambda row, p: seen.append(p))
+    plan.read_only(call)
+    (gradient,) = torch.autograd.grad(seen[0][..., 0].sum(), case.q)
+    assert gradient[2, ..., 1, :].any() and not gradient[2, ..., 2:, :].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "cure"),
+    [
+        (lambda call: call.v.mul_(0), r"changed call.v in place at .*call.replace\(rows"),
+        (lambda call: call.k[0].zero_(), "changed call.k in place"),
+        (lambda call: call.q.copy_(call.q + 1), "changed call.q in place"),
+    ],
+)
+def test_changes_in_place_are_an_error(change: Any, cure: str) -> None:
+    class Careless(Editor):
+        def attention(self, call: AttentionCall) -> None:
+            change(call)
+
+    pipe = zoo.PIPELINES["sd15"].make()
+    with hookctl.control(pipe, Careless()), pytest.raises(InputError, match=f"Careless.*{cure}"):
+        zoo.PIPELINES["sd15"].run(pipe)

@@ -104,6 +104,15 @@ def test_help_lists_the_commands(say: Say) -> None:
         (["bench", "--device", "meta"], "--device meta: can't be used here"),
         (["bench", "--out", __file__], "can't be made a folder"),
         (["--vers"], "required: COMMAND"),
+        (["maps", "shapes", "--prompt", "a\udcff"], "a text in UTF-8 expected"),
+        (["maps", "shapes", "--prompt", "x", "--seed", "9" * 5000], "a whole number >= 0"),
+        (["maps", "x" * 5000, "--prompt", "x"], "File name too long"),
+        (["maps", "a\0b", "--prompt", "x"], "there is no such folder"),
+        (["maps", "shapes", "--prompt", "a red cat", "--words", "cot"], "did you mean 'cat'?"),
+        (["run", "recolour", "--image", "none.png"], "draws from noise"),
+        (["run", "inverted_edit", "--image", "none.png"], "none.png: there is no such file"),
+        (["run", "recolour", "--lora", "none.safetensors"], "none.safetensors: there is no such"),
+        (["run", "recolour", "--model", "no/such/one"], "no/such/one: there is no such folder"),
     ],
 )
 def test_bad_input(say: Say, arguments: list[str], says: str) -> None:
@@ -144,6 +153,7 @@ def test_lists(say: Say) -> None:
 @pytest.mark.parametrize(
     ("given", "shown"),
     (
+        ({"texts": ["a red circle on white", "a blue square on white"]}, ["circle", "square"]),
         ({"words": ["square", "circle", "moon"]}, ["square", "circle"]),
         ({"words": "square"}, ["circle", "square", "background"]),
         ({}, ["circle", "square", "background"]),
@@ -154,6 +164,13 @@ def test_words_that_are_shown_of_one_prompt(given: dict[str, Any], shown: list[s
     words = "a red circle and a blue square on a white background".split()
     preset = Preset((EditorSpec("FreeU", recipes.FreeU, given),))
     assert _telling(words, preset) == shown
+
+
+def test_little_words_are_not_shown() -> None:
+    words = "a cat and an owl on the mat".split()
+    assert _telling(words, Preset((EditorSpec("FreeU", recipes.FreeU, {}),))) == [
+        "cat", "owl", "mat",
+    ]  # fmt: skip
 
 
 def test_folders_that_are_no_pipeline(say: Say, tmp_path: Path) -> None:
@@ -186,10 +203,19 @@ def test_out_with_a_null_byte(say: Say) -> None:
 
 def test_every_run_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert common.out_folder(None, "run", "recolour") == Path("out/run-recolour")
-    assert common.out_folder(None, "bench") == Path("out/bench")
-    assert common.out_folder(Path("mine"), "run", "recolour") == Path("mine")
-    assert {path.name for path in tmp_path.rglob("*")} == {"out", "run-recolour", "bench", "mine"}
+    for given, wanted in (
+        ((None, "run", "recolour"), "out/run-recolour"),
+        ((None, "bench"), "out/bench"),
+        ((Path("mine"), "run", "recolour"), "mine"),
+    ):
+        with common.out_folder(*given) as out:
+            assert out == Path(wanted) and out.is_dir()
+            if out.name == "bench":
+                (out / "bench.json").write_text("{}", "utf-8")
+    # Folders that nothing came into are gone.
+    assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")} == {
+        "out", "out/bench", "out/bench/bench.json",
+    }  # fmt: skip
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
@@ -206,6 +232,61 @@ def test_a_full_disk(tmp_path: Path) -> None:
         assert not path.is_symlink()
 
 
+@pytest.mark.parametrize("before", [b"", b"as it was"])
+def test_a_disk_that_fills_while_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bytes
+) -> None:
+    """A file is whole or not there, and what stood there before is not lost."""
+    path = tmp_path / "made.png"
+    if before:
+        path.write_bytes(before)
+
+    def half(self: Any, part: Path, **_: Any) -> None:
+        part.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", half)
+        with pytest.raises(hookctl.errors.InputError, match="made.png: can't be written"):
+            common.save_image(Image.new("RGB", (8, 8)), path)
+        assert [p.read_bytes() for p in tmp_path.iterdir()] == [before] * bool(before)
+
+        def interrupted(self: Any, part: Path, **_: Any) -> None:
+            part.write_bytes(b"half")
+            raise KeyboardInterrupt
+
+        patch.setattr(Image.Image, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            common.save_image(Image.new("RGB", (8, 8)), path)
+        assert [p.read_bytes() for p in tmp_path.iterdir()] == [before] * bool(before)
+    common.save_image(Image.new("RGB", (8, 8)), path)
+    assert Image.open(path).size == (8, 8) and [*tmp_path.iterdir()] == [path]
+
+
+def test_a_link_still_leads_to_its_file(tmp_path: Path) -> None:
+    (tmp_path / "true.json").write_text("old", "utf-8")
+    (tmp_path / "link.json").symlink_to("true.json")
+    common.write_json(tmp_path / "link.json", {})
+    assert (tmp_path / "link.json").is_symlink()
+    assert (tmp_path / "true.json").read_text("utf-8") == "{}\n"
+
+
+def test_a_refused_command_leaves_no_folder(
+    say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hookctl.demos.prompt_to_prompt.run", lambda **_: 1 / 0)
+    for arguments in (
+        ("maps", "shapes", "--prompt", "a cat", "--device", "warp9"),
+        ("maps", "shapes", "--prompt", "a cat", "--words", "dog"),
+        ("run", "freeu", "--model", "shapes", "--prompt", "x", "--steps", "1001"),
+        ("run", "masactrl", "--lora", "none.safetensors"),
+        ("demo",),
+    ):
+        assert say(*arguments).status, arguments
+        assert not [*tmp_path.iterdir()], arguments
+
+
 def test_a_full_disk_under_a_demo(
     say: Say, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -214,7 +295,7 @@ def test_a_full_disk_under_a_demo(
 
     monkeypatch.setattr("hookctl.demos.prompt_to_prompt.run", fail)
     said = say("demo", "--out", tmp_path)
-    assert said.status == 1 and said.err.startswith(f"hookctl: error: --out {tmp_path}: No space")
+    assert said.status == 2 and said.err.startswith(f"hookctl: error: --out {tmp_path}: No space")
 
 
 def test_the_settings_of_a_run_are_listed_once(say: Say) -> None:

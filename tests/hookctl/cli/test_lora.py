@@ -20,7 +20,7 @@ STACK = """
 model = "shapes"
 [run]
 prompt = "a red cat"
-steps = 2
+steps = 1
 [[editor]]
 recipe = "FreeU"
 """

@@ -195,6 +195,21 @@ def test_maps_of_a_word_that_is_not_there(say: Say, folder: Folder, tmp_path: Pa
     assert status == 2 and "'cot' is not in the prompt" in err and "did you mean 'cat'?" in err
 
 
+def test_what_a_place_looks_at(say: Say, folder: Folder, tmp_path: Path) -> None:
+    arguments = ("maps", folder("sd15"), "--prompt", "a red cat", "--steps", 1, "--device", "cpu")
+    status, out, err = say(*arguments, "--patch", "0.25,0.75", "--out", tmp_path)
+    assert status == 0 and not err and "patch (0.25, 0.75)" in out
+    data = json.loads((tmp_path / "maps.json").read_text("utf-8"))
+    assert list(data["words"]) == ["patch (0.25, 0.75)"]
+    arrays = np.load(tmp_path / "maps.npz")
+    assert all(a.sum((1, 2)).max() <= 1.001 for a in arrays.values())  # shares of what it looks at
+    status, out, err = say(*arguments, "--words", "cat", "--patch", "0,1", "--out", tmp_path)
+    assert status == 0 and "cat" in out and "patch (0, 1)" in out, err
+    for wrong in ("0.5", "1.5,0", "nan,0", "a,b", "1,2,3"):
+        status, _, err = say(*arguments, "--patch", wrong)
+        assert status == 2 and "Y,X expected, each from 0 to 1" in err
+
+
 # -- run -------------------------------------------------------------------------------------------
 
 
@@ -234,7 +249,8 @@ def test_run(say: Say, folder: Folder, stack: Path, tmp_path: Path, name: str) -
 def test_run_twice_is_the_same(say: Say, folder: Folder, stack: Path, tmp_path: Path) -> None:
     made = []
     for name in ("a", "b"):
-        say("run", stack, "--model", folder("sd15"), "--out", tmp_path / name, "--device", "cpu")
+        given = ("--model", folder("sd15"), "--out", tmp_path / name, "--steps", 1)
+        say("run", stack, *given, "--device", "cpu")
         made.append((tmp_path / name / "grid.png").read_bytes())
     assert made[0] == made[1]
 
@@ -286,10 +302,10 @@ def test_run_without_an_edit(say: Say, folder: Folder, stack: Path, tmp_path: Pa
 def test_shapes(say: Say, tmp_path: Path) -> None:
     status, out, err = say("inspect", "shapes")
     assert status == 0 and "StableDiffusionPipeline" in out and not err
-    status, _, err = say("run", "recolour", "--out", tmp_path, "--steps", 2, "--device", "cpu")
+    status, _, err = say("run", "recolour", "--out", tmp_path, "--steps", 1, "--device", "cpu")
     assert status == 0, err
     assert (tmp_path / "grid.png").exists()
     status, out, err = say(
-        "maps", "shapes", "--prompt", "a red circle", "--out", tmp_path, "--steps", 2
+        "maps", "shapes", "--prompt", "a red circle", "--out", tmp_path, "--steps", 1
     )
     assert status == 0 and "circle" in out, err

@@ -1,0 +1,38 @@
+"""The recipes that a stack may name, by what they are for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import hookctl
+
+if TYPE_CHECKING:
+    from hookctl.editor import Editor
+
+
+def editors_by_name() -> dict[str, type[Editor]]:
+    """Every editor that a stack may name: the recipes, and Maps."""
+    from hookctl import recipes
+
+    known = [getattr(recipes, name) for name in recipes.__all__]
+    found = {c.__name__: c for c in known if isinstance(c, type) and issubclass(c, hookctl.Editor)}
+    return found | {"Maps": hookctl.Maps}
+
+
+def inversions_by_name() -> dict[str, type[Any]]:
+    """Every recipe that a stack may invert its image by."""
+    from hookctl import recipes
+    from hookctl.recipes.common.real_images.inversion import Inversion
+
+    known = [getattr(recipes, name) for name in recipes.__all__]
+    return {c.__name__: c for c in known if isinstance(c, type) and issubclass(c, Inversion)}
+
+
+def programs_by_name() -> dict[str, type[Any]]:
+    """Every recipe that draws after an image by a loop of its own."""
+    from hookctl import recipes
+    from hookctl.recipes import CyclicOneWay, Imagic
+
+    known = [getattr(recipes, name) for name in recipes.__all__]
+    programs = (CyclicOneWay, Imagic)
+    return {c.__name__: c for c in known if isinstance(c, type) and issubclass(c, programs)}

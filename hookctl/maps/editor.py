@@ -1,0 +1,252 @@
+"""`Maps`: the editor that reads attention maps and changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from hookctl.address.families import sites_of
+from hookctl.address.pipelines import is_guided
+from hookctl.address.rows import COND, UNCOND, Row
+from hookctl.address.sites import Grid, Selector, Site, select
+from hookctl.address.text import PromptText, TextLayout, prompts_given
+from hookctl.attention.call import AttentionCall
+from hookctl.editor import Editor
+from hookctl.errors import InputError, SelectorError, UnsupportedError, WordError
+from hookctl.loop.state import State
+from hookctl.maps.records import MapKey
+from hookctl.maps.store import MapStore
+from hookctl.run_state import RunState
+
+TEXT_KINDS = ("cross", "joint")  # where the image attends to the text
+IMAGE_KINDS = ("self", "joint")  # where it attends to itself
+
+Found = tuple[tuple[str, tuple[int, ...]], ...]  # words and their tokens
+
+
+class Maps(Editor):
+    """Read attention maps while a pipeline draws; find them in `session.maps`.
+
+        with hookctl.control(pipe, hookctl.Maps("cat", patches=[(0.5, 0.5)])) as session:
+            image = pipe("a red cat").images[0]
+        session.maps["cat"].overlay(image)
+        session.maps.patch(0.5, 0.5).overlay(image)
+
+    words: words or phrases, each of one of the prompts: the attention that image places pay to
+        them, averaged over heads and summed over their tokens. Without words, tokens and patches:
+        every word of every prompt.
+    tokens: positions of the text sequence, specials and padding among them (`maps.token`). They
+        need no prompt, so they serve runs of embeddings too.
+    patches: places (y, x) of the image, in fractions of its height and width: what they attend to
+        (`maps.patch`), of keys that are the image's own. Of a video each frame's patch is read, or
+        their mean, where a site attends across frames.
+    negative: read the negative prompt's words, in the rows that see it (`maps.word("blurry",
+        negative=True)`; likewise tokens and patches).
+    mean: keep the running mean over steps and over sites of a grid, in place of each site's map at
+        each step. None: for every word (`Maps()`), not where words are named.
+    sites: which sites to read; None: cross and joint ones for words and tokens, self and joint ones
+        for patches. start, stop: fractions of the schedule.
+
+    Maps stay on the model's device, in its dtype (means in float32). For SDXL at 50 steps those of
+    every step are 20 MB for each word and image, a running mean is 20 KB. A patch costs a line of
+    scores of each head at each site, M floats, for a moment; no N x N is formed for it.
+    Edits that stand in the stack are seen.
+    """
+
+    store: RunState[MapStore] = RunState(factory=MapStore)
+    _layout: RunState[TextLayout | None] = RunState(None)
+    _prompts: RunState[tuple[str, ...]] = RunState(())
+    _found: RunState[dict[tuple[str, int], Found]] = RunState(factory=dict)
+
+    def __init__(
+        self,
+        *words: str,
+        tokens: Sequence[int] = (),
+        patches: Sequence[tuple[float, float]] = (),
+        negative: bool = False,
+        mean: bool | None = None,
+        sites: Selector = None,
+        start: float = 0.0,
+        stop: float = 1.0,
+    ) -> None:
+        if any(not isinstance(word, str) or not word.strip() for word in words):
+            raise InputError(f"Maps: words={words!r}; give words or phrases of the prompt")
+        for name, flag in (("negative", negative), ("mean", mean)):
+            if not isinstance(flag, bool) and not (name == "mean" and flag is None):
+                raise InputError(f"Maps: {name}={flag!r}; give True or False")
+        self.words = tuple(dict.fromkeys(words))
+        self.tokens = _positions(tokens)
+        self.patches = _patches(patches)
+        self.negative = negative
+        self.mean = not words if mean is None else mean
+        self._reads_words = bool(words) or not (self.tokens or self.patches)
+        self._kinds = TEXT_KINDS if self._reads_words or self.tokens else ()
+        self._kinds_of_patches = IMAGE_KINDS if self.patches else ()
+        kinds = dict.fromkeys([*self._kinds, *self._kinds_of_patches])
+        self.sites = ", ".join(kinds) if sites is None else sites
+        self.start, self.stop = start, stop
+        self.window()
+
+    @property
+    def branch(self) -> str:
+        """Whose rows are read."""
+        return UNCOND if self.negative else COND
+
+    def attach(self, target: Any) -> None:
+        self._layout = TextLayout(target) if self._reads_words else None
+        kinds = {site.kind for site in select(sites_of(target), self.sites, who=self.name)}
+        for needed, what, example in (
+            (self._kinds, "the image attends to the text", "cross or joint sites, like 'cross up'"),
+            (self._kinds_of_patches, "the image attends to itself", "self or joint sites"),
+        ):
+            if kinds and needed and kinds.isdisjoint(needed):
+                raise SelectorError(
+                    f"Maps: sites={self.sites!r} are no sites where {what}; give {example}"
+                )
+        self._found = {}
+
+    def begin(self, state: State) -> None:
+        self._found = {}
+        self._prompts = ()
+        self.store = state.maps
+        unguided = not state.rows.where(branch=UNCOND) and is_guided(state.pipe) is False
+        if self.negative and unguided:
+            raise InputError(
+                "Maps: negative=True, but this run has no guidance, so no row sees the negative "
+                "prompt; raise guidance_scale, or leave negative out"
+            )
+        keys: list[Any] = [*self.words, *self.tokens, *self.patches]
+        if self._reads_words:
+            keys += self._read_prompts(state)
+        if not self.mean:
+            self.store.keep_steps(MapKey(of, self.branch) for of in keys)
+
+    def _read_prompts(self, state: State) -> list[str]:
+        """Check that each word is in one of the run's texts; the words that will be read."""
+        assert self._layout is not None
+        if not state.prompts:
+            raise InputError(
+                "Maps: the pipeline was called without text prompts (with embeddings?), so words "
+                "can't be found; call it with prompt=, or give tokens="
+            )
+        self._prompts = self._negatives(state) if self.negative else state.prompts
+        texts = [self._layout.read(prompt, state.own_text) for prompt in self._prompts]
+        for word in self.words:
+            if not any(_has(text, word) for text in texts):
+                texts[0].find(word)  # raises the error that lists the words
+        found = [word for text in texts for word in self._words_of(text)]
+        if not found:
+            raise InputError(f"Maps: there are no words in {self._prompts!r}; give tokens=")
+        return found
+
+    def _negatives(self, state: State) -> tuple[str, ...]:
+        """The negative prompt of each prompt."""
+        given = {
+            name.removeprefix("negative_"): text or ""
+            for name, text in state.encoding.items()
+            if name.startswith("negative_prompt") and not name.endswith("embeds")
+        }
+        if not given:
+            raise UnsupportedError(
+                f"Maps: {type(state.pipe).__name__} does not say what its negative prompt is, so "
+                "its words can't be found; give tokens="
+            )
+        found = prompts_given(state.pipe, given)
+        return found if len(found) == len(state.prompts) else found[:1] * len(state.prompts)
+
+    def attention(self, call: AttentionCall) -> None:
+        wanted = (*self._kinds, *self._kinds_of_patches)
+        if call.site.kind not in wanted:
+            return
+        if call.grid is None:
+            self.store.without_grid[call.site.path] = None
+            return
+        # Not the call itself: it holds its read-outs, and a circle would keep its tensors alive.
+        place = _Place(call.site, call.clock.step, call.grid)
+        for row in call.rows.where(branch=self.branch):
+            if call.site.kind in self._kinds:
+                found: list[tuple[Any, tuple[int, ...]]] = [(t, (t,)) for t in self.tokens]
+                found += self._tokens(call, row) if self._reads_words else ()
+                if found:  # all words and tokens of a row at once: one read-out
+                    positions = [p for _, tokens in found for p in tokens]
+                    call.read(row, positions, partial(self._keep_text, found, place))
+            if call.site.kind in self._kinds_of_patches:
+                cells = [n for patch in self.patches for n in place.grid.cells(*patch)]
+                call.read_queries(row, cells, partial(self._keep_patches, place))
+
+    def _keep_text(
+        self, found: Sequence[tuple[Any, tuple[int, ...]]], place: _Place, row: Row, values: Tensor
+    ) -> None:
+        """values: [sub-batch, N, tokens of everything found]."""
+        parts = values.split([len(tokens) for _, tokens in found], -1)
+        for (of, _), part in zip(found, parts, strict=True):
+            self._note(of, place, row, part)
+
+    def _keep_patches(self, place: _Place, row: Row, lines: Tensor) -> None:
+        """lines: [sub-batch, patches x frames, image keys]."""
+        for patch, frames in zip(self.patches, lines.split(place.grid.frames, 1), strict=True):
+            self._note(patch, place, row, frames.mean(1)[..., None])
+
+    def _note(self, of: Any, place: _Place, row: Row, values: Tensor) -> None:
+        key = MapKey(of, self.branch)
+        self.store.note(key, place.site, place.step, row, values, place.grid, mean=self.mean)
+
+    def _tokens(self, call: AttentionCall, row: Row) -> Found:
+        if call.spans.text_keys is None or row.prompt >= len(self._prompts):
+            return ()
+        start, stop = call.spans.text_keys
+        key = (self._prompts[row.prompt], stop - start)
+        if key not in self._found:
+            assert self._layout is not None
+            text = self._layout.read(*key)
+            self._found[key] = tuple(
+                (word, text.find(word)) for word in self._words_of(text) if _has(text, word)
+            )
+        return self._found[key]
+
+    def _words_of(self, text: PromptText) -> Iterable[str]:
+        """Those that were asked for, or every word of a text."""
+        every = (word.text for _, prompt in text.streams for word in prompt.words)
+        return self.words or dict.fromkeys(every)
+
+
+class _Place(NamedTuple):
+    """Where and when maps are read."""
+
+    site: Site
+    step: int
+    grid: Grid
+
+
+def _has(text: PromptText, word: str) -> bool:
+    try:
+        return bool(text.find(word))
+    except WordError:
+        return False
+
+
+def _positions(given: Sequence[int]) -> tuple[int, ...]:
+    whole = isinstance(given, Sequence | range) and not isinstance(given, str)
+    if not whole or any(isinstance(t, bool) or not isinstance(t, int) or t < 0 for t in given):
+        raise InputError(f"Maps: tokens={given!r}; give positions of the text, such as [0, 5]")
+    return tuple(dict.fromkeys(given))
+
+
+def _patches(given: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    wanted = "places (y, x) in fractions of the image, such as [(0.5, 0.25)]"
+    if not isinstance(given, list | tuple) or not all(_is_place(place) for place in given):
+        raise InputError(f"Maps: patches={given!r}; give {wanted}")
+    return tuple(dict.fromkeys((float(y), float(x)) for y, x in given))
+
+
+def _is_place(place: Any) -> bool:
+    return (
+        isinstance(place, list | tuple)
+        and len(place) == 2
+        and all(
+            isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x <= 1 for x in place
+        )
+    )
