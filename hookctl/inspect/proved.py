@@ -84,9 +84,7 @@ class _Rows(Editor):
 def proved(pipe: Any, run: Run) -> Proved:
     """Compare a pipeline's record with what a few runs show; run: draws a step or more with it."""
     shown = prove(pipe, run)
-    one = max(len(images) for call in shown.calls for images in call.images) == 0
-    two = any("2" in tag for call in shown.calls for tag in call.rows) or one
-    asked = Drawn() if two else Drawn().one()
+    asked = Drawn() if shown.prompts == 2 else Drawn().one()
     rows, sites = _Rows(), _Sites()
     try:
         with control(pipe, rows, sites, strict=False):

@@ -49,7 +49,7 @@ def drawn(case: Wild, pipe: Any) -> list[Tensor]:
 
 def _tensors(out: Any) -> Iterator[Tensor]:
     if isinstance(out, Tensor):
-        yield out
+        yield out.cpu()
     elif isinstance(out, np.ndarray):
         yield torch.from_numpy(out)
     elif isinstance(out, dict):
@@ -82,7 +82,7 @@ def idle(case: Wild) -> None:
     """An editor that changes nothing changes nothing, is shown every site, and leaves no trace."""
     pipe = case.make()
     plain, before, editor = drawn(case, pipe), fingerprint(pipe), Shown()
-    sites = [s for s, _ in families.describe_sites(families.denoiser_of(pipe))]
+    sites = families.sites_of(pipe)
     wanted = {s.path for s in sites if s.kind not in NAMED_ONLY}
     if not wanted:
         raise Refused("no attention that can be caught")

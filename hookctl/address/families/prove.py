@@ -84,12 +84,14 @@ class SiteShown:
 @dataclass(frozen=True)
 class Shown:
     """What a pipeline showed; word: positions of WORD[0] of the first prompt in the text that the
-    denoiser gets, None if it gets none; silent: sites that no SDPA call was seen of."""
+    denoiser gets, None if it gets none; silent: sites that no SDPA call was seen of;
+    prompts: how many were drawn."""
 
     calls: tuple[CallShown, ...]
     sites: Mapping[tuple[str, str], SiteShown]
     word: tuple[int, ...] | None
     silent: tuple[tuple[str, str], ...] = ()
+    prompts: int = 2
 
 
 def prove(pipe: Any, run: Run) -> Shown:
@@ -101,7 +103,7 @@ def prove(pipe: Any, run: Run) -> Shown:
     asked = Drawn()
     try:
         base = traced(pipe, run, asked)
-    except (TypeError, ValueError, RuntimeError, NotImplementedError):
+    except Exception:  # whatever the pipeline says of two prompts, or of two seeds
         asked = asked.one()
         base = traced(pipe, run, asked)
     if not base:
@@ -128,7 +130,7 @@ def prove(pipe: Any, run: Run) -> Shown:
         calls.append(CallShown(call.denoiser, tuple(tags), tuple(images)))
     word = _word(pipe, run, asked)
     sites, silent = _sites(pipe, run, asked)
-    return Shown(tuple(calls), sites, word, silent)
+    return Shown(tuple(calls), sites, word, silent, len(asked.prompts))
 
 
 def _with(asked: Drawn, name: str, at: int, value: Any) -> Drawn:

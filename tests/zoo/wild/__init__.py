@@ -31,7 +31,7 @@ from ..mould import Mould
 from .parts import made, value
 
 _HERE = Path(__file__).parent
-_TEXT = ("prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds", "generator")
+_DENOISERS = ("transformer", "unet", "prior")
 
 
 @cache
@@ -85,7 +85,7 @@ class Wild:
                     part.eval()
             _fit(pipe)
             for name, part in pipe.components.items():
-                if isinstance(part, nn.Module) and ("former" in name or "unet" in name):
+                if isinstance(part, nn.Module) and any(n in name for n in _DENOISERS):
                     sharpen(part)
                     for parameter in part.parameters():
                         if parameter.dim() > 1 and not parameter.any():  # a gate that begins shut
