@@ -67,6 +67,8 @@ class Layout:
         known = dict(self.groups)
         if guided is False:
             known |= dict(self.unguided)
+        if guided is None:  # what depends on it is not known
+            known = {n: g for n, g in known.items() if self.unguided.get(n, g) == g}
         if guided and not self.whole and max(known) > 1 and known.get(1) == (COND,):
             del known[1]  # a guided call has more
         return known

@@ -170,7 +170,9 @@ class EditedSite:
         part = own_part(denoiser_call, self.site.kind, self.joint_order, given)
         own = part.call
         plain = original if original is not None and part.call is given else own.attend
-        if index != self.own_call and not per_sample(own.query, denoiser_call.rows):
+        further = index != self.own_call
+        apart = not self.keeps_perturbed()  # its further calls are those of the perturbed rows
+        if further and (apart or not per_sample(own.query, denoiser_call.rows)):
             return plain()
         if denoiser_call.extra_text and not part.context and self.site.kind in ("cross", "joint"):
             raise UnsupportedError(

@@ -136,7 +136,8 @@ def _check_batch(state: State) -> None:
 def _check_present(state: State, name: str, branch: Branch) -> None:
     """Raise LayoutError for a branch of something that no call of this pipeline predicts."""
     own = {row.branch for row in state.rows}
-    sequential = set(pipelines.layout_of(state.pipe).sequential)
+    declared = families.pipeline_of(state.pipe) is not None
+    sequential = set(pipelines.layout_of(state.pipe).sequential if declared else ())
     # Skip-layer guidance has its own rows in a call of their own.
     if (own | sequential) != {PERTURBED} and branch.of not in own | sequential:
         raise LayoutError(

@@ -144,6 +144,7 @@ LEFT_OUT = {
     "LTX2ConditionPipeline, LTX2HDRPipeline, LTX2InContextPipeline": (
         "their conditions are objects of their own"
     ),
+    "LTXLatentUpsamplePipeline": "it has no denoiser",
     "OmniGenPipeline": _CARD + "torchvision",
     "PRXPipeline": "its text encoder has no configuration that can be made by hand",
     "QwenImageEditPipeline, QwenImageEditPlusPipeline": "they draw a megapixel at the least",
