@@ -22,8 +22,8 @@ from hookctl.errors import InputError, WordError
 
 __all__ = ["PromptTokens", "Word", "WordEdit", "WordError", "changed_words"]
 
-# Tokenizers without a limit report one of about 1e30.
-_NO_LIMIT = 1_000_000
+# Longer texts are padded by no encoder: what tokenizers of language models report as a limit.
+_NO_LIMIT = 2_048
 
 # A word character of a script that puts spaces between words: only those need a boundary, so that
 # a Chinese or Japanese word is found inside its sentence.
@@ -80,13 +80,15 @@ class PromptTokens:
         length: int | None = None,
         within: Span | None = None,
         dropped: int = 0,
+        side: str | None = None,
     ) -> PromptTokens:
         """Tokenize `text` and pad it to `length`, without ever truncating it.
 
         Receives: the prompt, a transformers tokenizer (fast or slow), and the padded length T
         (default: the tokenizer's `model_max_length`; no padding where that is unlimited).
         within: where in `text` the prompt is, if it stands in a template, whose tokens count as
-        specials then; dropped: how many positions in front fall away.
+        specials then; dropped: how many positions in front fall away; side: "left" or "right",
+        where the padding is put, None for where the tokenizer puts it.
         Raises `InputError` where the prompt does not fit.
         """
         if not isinstance(text, str):
@@ -108,8 +110,10 @@ class PromptTokens:
             start, prompt = start + before, text[slice(*within)]
             end = start + len(spans)
 
-        limit = tokenizer.model_max_length if length is None else length
-        limit = len(ids) if limit > _NO_LIMIT else int(limit)
+        if length is None:
+            length = tokenizer.model_max_length
+            length = len(ids) if length > _NO_LIMIT else length
+        limit = int(length)
         missing = limit - len(ids)
         if missing < 0:
             raise InputError(
@@ -118,7 +122,8 @@ class PromptTokens:
             )
         pad = tokenizer.pad_token_id
         padding = [(tokenizer.eos_token_id or 0) if pad is None else pad] * missing
-        left = len(padding) if getattr(tokenizer, "padding_side", "right") == "left" else 0
+        side = side or getattr(tokenizer, "padding_side", "right")
+        left = len(padding) if side == "left" else 0
         offsets = [(0, 0)] * limit
         offsets[left + start : left + end] = [snap(span, prompt) for span in spans]
         sequence = padding + ids if left else ids + padding
