@@ -278,9 +278,9 @@ class PipelineHooks:
                 self._scheduler_port = SchedulerPort(scheduler, self._around_step, self._scaled)
                 self._scheduler_port.install()
 
-    def _started(self) -> None:
+    def _started(self, checked: dict[str, Any]) -> None:
         if mine := here.denoising_of_pipeline(self.pipe):
-            mine.restarted()
+            mine.restarted(checked)
 
     def _prepared(self) -> None:
         if mine := here.denoising_of_pipeline(self.pipe):

@@ -207,10 +207,11 @@ class MasaCtrl(SourceAndEdits):
     def _restrict_to_masks(self, call: AttentionCall) -> None:
         """Foreground looks into foreground, background into background."""
         masks = self.given_masks or self.word_masks
-        if masks is None or call.grid is None:
+        if masks is None:
             return
+        grid = call.require_grid("MasaCtrl: masks")
         for prompt, image in dict.fromkeys((r.prompt, r.image) for r in call.rows if r.prompt):
-            pair = masks.pair(prompt, image, call.grid, call.clock.step)
+            pair = masks.pair(prompt, image, grid, call.clock.step)
             if pair is None:
                 continue
             rows, regions = (
@@ -222,7 +223,7 @@ class MasaCtrl(SourceAndEdits):
             elif self.paper and call.site.kind == "self":
                 source, target = pair
                 lost = ~target if source.all() else target
-                call.map_queries(rows, partial(_evenly, lost.flatten().repeat(call.grid.frames)))
+                call.map_queries(rows, partial(_evenly, lost.flatten().repeat(grid.frames)))
 
 
 def _evenly(lost: Tensor, q: Tensor) -> Tensor:

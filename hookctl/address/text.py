@@ -107,7 +107,9 @@ class TextLayout:
         """
         streams = []
         for i, stream in enumerate(self._streams):
-            length = known = stream.length or default_length(stream.tokenizer)
+            length = known = stream.length
+            if length is None and not stream.longest:
+                length = known = default_length(stream.tokenizer)
             if tokens is not None and i == len(self._streams) - 1:
                 length = tokens - stream.start
             text = self._as_encoded(_in_stream(prompt, stream), stream.tokenizer)
@@ -144,8 +146,13 @@ def _tokens(
     text: str, stream: TextStream, length: int | None, *, cuts: bool = False
 ) -> PromptTokens:
     """The tokens of a text in a stretch of this length."""
+    if length is None and stream.longest and isinstance(text, str):
+        length = len(stream.tokenizer(text if stream.wrap is None else stream.wrap(text)).input_ids)
+        length -= stream.dropped
     if stream.wrap is None or not isinstance(text, str):
-        return PromptTokens.encode(text, stream.tokenizer, length=length, cuts=cuts)
+        return PromptTokens.encode(
+            text, stream.tokenizer, length=length, side=stream.side, cuts=cuts
+        )
     whole = stream.wrap(text)
     at = whole.find(text)
     if at < 0:
@@ -158,6 +165,7 @@ def _tokens(
         within=(at, at + len(text)),
         dropped=stream.dropped,
         cuts=cuts,
+        side=stream.side,
     )
 
 
@@ -207,18 +215,20 @@ def align(
 ) -> tuple[Tensor, Tensor]:
     """Token map and aligned flags between two prompts, stretch by stretch.
 
-    mode: "replace" (word for word) or "refine" (words added or left out). Returns T [text, text]
-    and the flags a [text], so that the injected map is (A_source T) * a.
+    Where texts are padded to the longest of a call and no call is known yet, the two may differ in
+    length, and so may the sides of the map.
+
+    mode: "replace" (word for word) or "refine" (words added or left out). Returns
+    T [source, target] and the flags a [target], so that the injected map is (A_source T) * a.
     """
-    size = target.tokens
-    token_map = torch.zeros(size, size, dtype=torch.float64)
-    aligned = torch.zeros(size, dtype=torch.float64)
-    for (start, a), (_, b) in zip(source.streams, target.streams, strict=True):
-        span = slice(start, start + b.length)
+    token_map = torch.zeros(source.tokens, target.tokens, dtype=torch.float64)
+    aligned = torch.zeros(target.tokens, dtype=torch.float64)
+    for (first, a), (start, b) in zip(source.streams, target.streams, strict=True):
+        rows, span = slice(first, first + a.length), slice(start, start + b.length)
         if mode == "replace":
-            token_map[span, span] = replacement_map(a, b, paper=paper, dtype=torch.float64)
+            token_map[rows, span] = replacement_map(a, b, paper=paper, dtype=torch.float64)
             aligned[span] = 1
         else:
             gather, flags = refinement_map(a, b, paper=paper, dtype=torch.float64)
-            token_map[span, span], aligned[span] = gather, flags
+            token_map[rows, span], aligned[span] = gather, flags
     return token_map, aligned

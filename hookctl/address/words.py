@@ -78,6 +78,7 @@ class PromptTokens:
         length: int | None = None,
         within: Span | None = None,
         dropped: int = 0,
+        side: str | None = None,
         cuts: bool = False,
     ) -> PromptTokens:
         """Tokenize `text` and pad it to `length`.
@@ -85,7 +86,8 @@ class PromptTokens:
         Receives: the prompt, a transformers tokenizer (fast or slow), and the padded length T
         (default: the tokenizer's `model_max_length`; no padding where that is unlimited).
         within: where in `text` the prompt is, if it stands in a template, whose tokens count as
-        specials then; dropped: how many positions in front fall away. cuts: whether what does not
+        specials then; dropped: how many positions in front fall away; side: "left" or "right",
+        where the padding is put, None for where the tokenizer puts it; cuts: whether what does not
         fit is cut off, as the pipelines do, from the end of the text.
         Raises `InputError` where the prompt does not fit.
         """
@@ -123,7 +125,8 @@ class PromptTokens:
             )
         pad = tokenizer.pad_token_id
         padding = [(tokenizer.eos_token_id or 0) if pad is None else pad] * missing
-        left = len(padding) if getattr(tokenizer, "padding_side", "right") == "left" else 0
+        side = side or getattr(tokenizer, "padding_side", "right")
+        left = len(padding) if side == "left" else 0
         offsets = [(0, 0)] * limit
         offsets[left + start : left + end] = [snap(span, prompt) for span in spans]
         sequence = padding + ids if left else ids + padding

@@ -33,7 +33,7 @@ class AttentionCall(ReadableCall):
     of them, and changes those alone.
 
     site: the attention layer, a `Site`: its path, kind ("self", "cross", "joint", "temporal",
-        "gated"), place in the model and resolution relative to the latent.
+        "text", "gated"), place in the model and resolution relative to the latent.
     q, k, v: queries [rows, sub-batch, heads, N, channels], keys and values [rows, sub-batch,
         heads, M, channels], after projection, norm and rotary embedding. The sub-batch is 1 but
         for video models, where a row has several frames or positions.
@@ -44,6 +44,8 @@ class AttentionCall(ReadableCall):
     spans: where the image stands among the queries and text and image among the keys, (start,
         stop) in tokens: `image_queries`, `image_keys` and `text_keys`, the latter two None where
         there are no such keys.
+    references: the reference images of an edit model, each with `.keys`, (start, stop) among the
+        keys, and `.grid`; () where the image that is drawn is the only one.
     prompts: the texts of the run, `prompts[row.prompt]`; () if the pipeline was given embeddings.
     scale: factor of the scores, softmax(scale q k^T + mask) v; mostly channels ** -0.5.
     mask: the model's own, [rows | 1, sub-batch | 1, heads | 1, N | 1, M], added to the scores, or

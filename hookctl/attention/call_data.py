@@ -7,20 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Never
+from typing import Any, NamedTuple, Never
 
 import torch
 from torch import Tensor
 
 from hookctl.address.clock import Clock
 from hookctl.address.rows import Row, Rows
-from hookctl.address.sites import Grid, Site, grid_of
+from hookctl.address.sites import Grid, ImageTokens, Site, grid_of
 from hookctl.attention.arguments import cast, stacked
 from hookctl.attention.rewriting import Operation, ReadOut, Rewriting, Stage, folded
 from hookctl.attention.term import Ref, Spans, Sum, Terms, spans_of
 from hookctl.errors import InputError, UnsupportedError, check_returned, naming
 
 RowLike = Row | int
+
+
+class Reference(NamedTuple):
+    """One reference image among the keys: `k[..., start:stop, :]`, (start, stop) = keys."""
+
+    keys: tuple[int, int]
+    grid: Grid
 
 
 class CallData:
@@ -40,6 +47,7 @@ class CallData:
         latent: Sequence[int] = (),
         text_tokens: int | None = None,
         joint_order: str | None = None,
+        images: ImageTokens | None = None,
         index: int = 0,
         context: Mapping[str, tuple[int, int]] | None = None,
         prompts: Sequence[str] = (),
@@ -48,7 +56,7 @@ class CallData:
         self._q, self._k, self._v = q, k, v
         self.prompts = tuple(prompts)
         self.mask, self.scale, self.latent = mask, scale, tuple(latent)
-        self.sequence = text_tokens, joint_order
+        self.sequence = text_tokens, joint_order, images
         self._context = dict(context or {})
         self.operations: list[Operation] = []
         self.read_outs: list[ReadOut] = []
@@ -102,7 +110,19 @@ class CallData:
     def grid(self) -> Grid | None:
         """The grid of the image queries, or None if they form none over the latent."""
         start, stop = self.spans.image_queries
-        return grid_of(stop - start, self.latent) if self.latent else None
+        images = self.sequence[2]
+        if images is not None and images.grids[images.target].tokens == stop - start:
+            return images.grids[images.target]
+        if not self.latent or self.site.kind == "text":
+            return None
+        return grid_of(stop - start, self.latent)
+
+    @cached_property
+    def references(self) -> tuple[Reference, ...]:
+        """The reference images of an edit model, in the order of the sequence; () for others."""
+        images, spans = self.sequence[2], self.spans.references
+        grids = () if images is None else images.references
+        return tuple(map(Reference, spans, grids))
 
     def require_grid(self, who: str) -> Grid:
         """The grid, for an editor (named `who`) to which places mean something.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hookctl.address.clock import Clock
 from hookctl.address.rows import PERTURBED, Row, Rows
-from hookctl.address.sites import Site
+from hookctl.address.sites import ImageTokens, Site
 from hookctl.attention.call import AttentionCall
 from hookctl.attention.sdpa_call import SDPACall
 from hookctl.errors import UnsupportedError, naming
@@ -116,6 +116,7 @@ class DenoiserCall(Protocol):
     rows: Rows
     clock: Clock
     grid: tuple[int, ...]
+    images_in_sequence: ImageTokens | None
     prompts: tuple[str, ...]
     own_text: int | None
     extra_text: dict[str, tuple[int, int]]
@@ -169,7 +170,9 @@ class EditedSite:
         part = own_part(denoiser_call, self.site.kind, self.joint_order, given)
         own = part.call
         plain = original if original is not None and part.call is given else own.attend
-        if index != self.own_call and not per_sample(own.query, denoiser_call.rows):
+        further = index != self.own_call
+        apart = not self.keeps_perturbed()  # its further calls are those of the perturbed rows
+        if further and (apart or not per_sample(own.query, denoiser_call.rows)):
             return plain()
         if denoiser_call.extra_text and not part.context and self.site.kind in ("cross", "joint"):
             raise UnsupportedError(
@@ -209,6 +212,7 @@ class EditedSite:
             latent=denoiser_call.grid,
             text_tokens=denoiser_call.own_text,
             joint_order=self.joint_order,
+            images=denoiser_call.images_in_sequence,
             index=index,
             context=part.context,
             prompts=denoiser_call.prompts,

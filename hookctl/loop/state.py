@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hookctl.address.clock import Clock
 from hookctl.address.rows import COND, Rows
+from hookctl.address.sites import ImageTokens
 from hookctl.errors import InputError, LayoutError, UnsupportedError
 from hookctl.evaluate.one_call import Reader
 from hookctl.loop.driven import Reading, Scaling
@@ -41,6 +42,7 @@ class State:
 
     For those who make calls of their own (`loop.calls.predict`):
     scaling: how the scheduler made the model input from the latents, None where it is the latents.
+    images_in_sequence: the images that stand in one sequence, where the arguments tell them.
     own_text: tokens of the pipeline's own text; extra_text: where texts that editors added stand
         behind it, name -> (start, stop).
     own_rows: how many rows are the pipeline's own, None for all.
@@ -65,6 +67,7 @@ class State:
     nested: bool = False
     extra_text: dict[str, tuple[int, int]] = field(default_factory=dict)
     own_text: int | None = None
+    images_in_sequence: ImageTokens | None = None
     own_rows: int | None = None
     asking: Rows | None = None
     reading: Reading | None = None
