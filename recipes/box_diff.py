@@ -45,7 +45,7 @@ class BoxDiff(ExcitedMaps):
     the cells that it covers most, so that P of it is always at least one cell.
     """
 
-    @checked()
+    @checked(own=("regions",))
     def __init__(
         self,
         words: Words,

@@ -60,7 +60,7 @@ class LayoutGuidance(EnergyGuidance):
     heads = True
     _last_loss: RunState[Tensor | None] = RunState(None)
 
-    @checked()
+    @checked(own=("regions",))
     def __init__(
         self,
         words: Words,

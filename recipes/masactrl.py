@@ -80,7 +80,7 @@ class MasaCtrl(SourceAndEdits):
     _text_sites: RunState[list[Site]] = RunState()
     _texts: RunState[PromptTexts] = RunState()
 
-    @checked()
+    @checked(own=("prompts",))
     def __init__(
         self,
         prompts: Sequence[str],
@@ -110,7 +110,8 @@ class MasaCtrl(SourceAndEdits):
         cond, uncond = (value or ("joint" if union else "source") for value in named.values())
         self.injected = {COND: cond, UNCOND: uncond}
         union = (cond, uncond) != ("source", "source")
-        number(threshold, "MasaCtrl: threshold", above=0, high=1)
+        wanted = "a share of a map's range, above 0 and at most 1"
+        number(threshold, "MasaCtrl: threshold", above=0, high=1, wanted=wanted)
         given = source_mask is not None or target_mask is not None
         chosen = words_for_each(words, "MasaCtrl: words", len(self.prompts))
         if given + any(chosen) + union > 1:

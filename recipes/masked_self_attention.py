@@ -58,7 +58,7 @@ class MaskedSelfAttention(Editor):
     sites: RunState[Selector] = RunState(None)
     _bits: RunState[dict[Any, tuple[Tensor, Tensor, Tensor | None]]] = RunState(factory=dict)
 
-    @checked()
+    @checked(own=("regions",))
     def __init__(
         self,
         regions: Regions,

@@ -74,7 +74,7 @@ class MultiDiffusion(Editor):
     _paths: RunState[dict[tuple[int, ...], list[DiffusionPath]]] = RunState()
     _texts: RunState[EncodedTexts | None] = RunState()
 
-    @checked()
+    @checked(own=("texts", "regions"))
     def __init__(
         self,
         texts: Texts = (),

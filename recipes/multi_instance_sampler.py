@@ -81,7 +81,7 @@ class MultiInstanceSampler(Editor):
     _surface: RunState[Surface | None] = RunState(None)
     _divisions: RunState[dict[tuple[int, int, Grid], Division]] = RunState(factory=dict)
 
-    @checked()
+    @checked(own=("texts", "regions"))
     def __init__(
         self,
         texts: Texts,

@@ -83,7 +83,7 @@ class RealCompo(WordEnergy):
     _solvers: RunState[MixedSteps | None] = RunState(None)
     _correction: RunState[Tensor | None] = RunState(None)
 
-    @checked()
+    @checked(own=("regions",))
     def __init__(
         self,
         words: Words,

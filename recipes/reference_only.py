@@ -51,7 +51,7 @@ class ReferenceOnly(StyleAligned):
     _noise: RunState[Noise] = RunState()
     _generator: RunState[torch.Generator] = RunState()
 
-    @checked()
+    @checked(own=("prompts",))
     def __init__(
         self,
         prompts: Sequence[str],

@@ -59,7 +59,7 @@ class RegionalPrompts(Editor):
     _divisions: RunState[dict[tuple[int, Grid], Division]] = RunState(factory=dict)
     _context: RunState[dict[tuple[int, ...], dict[str, Tensor]]] = RunState(factory=dict)
 
-    @checked()
+    @checked(own=("texts", "regions", "weights"))
     def __init__(
         self,
         texts: Texts,

@@ -59,7 +59,7 @@ class StyleAligned(SourceAndEdits):
     least = 1
     one_noise = False
 
-    @checked(infinite=("shift",))
+    @checked(infinite=("shift",), own=("prompts",))
     def __init__(
         self,
         prompts: Sequence[str],

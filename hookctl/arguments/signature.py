@@ -230,7 +230,8 @@ def _is_numeral(key: Any) -> bool:
         return False
 
 
-_NAMES = {
+_NAMES: dict[Any, str] = {
+    Any: "anything",
     bool: "True or False",
     int: "a whole number",
     float: "a finite number",

@@ -39,7 +39,7 @@ class Inversion(ABC):
 
     edit_guidance = 7.5
 
-    @checked()
+    @checked(own=("arguments",))
     def __init__(
         self,
         pipe: Any,
