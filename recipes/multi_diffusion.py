@@ -30,7 +30,7 @@ from torch import Tensor
 from hookctl.address.clock import Window
 from hookctl.address.families import denoiser_of
 from hookctl.address.rows import COND
-from hookctl.arguments import checked, pair, share, whole
+from hookctl.arguments import checked, pair, refusal, share, whole
 from hookctl.editor import WHOLE_IMAGE, Claim, Editor
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.calls import prediction_of, with_prediction
@@ -202,6 +202,12 @@ class MultiDiffusion(Editor):
         editors: further editors, after this one; arguments: of the pipeline's own call.
         Returns a list of images, or latents with output_type="latent".
         """
+        factor = int(getattr(pipe, "vae_scale_factor", 1))
+        for name, side in (("height", height), ("width", width)):
+            if side % factor:
+                raise refusal(f"{self.name}.run: {name}", side, f"a multiple of {factor} px")
+        if not prompt:
+            raise refusal(f"{self.name}.run: prompt", prompt, "a text, or a list of texts")
         arguments |= {"height": height, "width": width, "output_type": "latent"}
         with control(pipe, self, *editors):
             latents = pipe(prompt, **{**arguments, "return_dict": False})[0]

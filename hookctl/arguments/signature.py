@@ -137,6 +137,7 @@ def _sites(value: Any, label: str) -> None:
 
 _BY_NAME: dict[str, Callable[[Any, str], object]] = {
     "seed": values.seed,
+    "device": values.device,
     "sites": _sites,
     "start": _fraction,
     "stop": _fraction,

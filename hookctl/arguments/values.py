@@ -13,6 +13,7 @@ import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -105,6 +106,17 @@ def flag(value: Any, name: str) -> bool:
     if not isinstance(value, bool):
         raise refusal(name, value, "True or False")
     return value
+
+
+def device(value: Any, name: str) -> None:
+    """A device that torch finds here."""
+    try:
+        held = not torch.empty(1, device=value).is_meta
+        reason = "it holds no values"
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        held, reason = False, shown(str(error).splitlines()[0])
+    if not held:
+        raise refusal(name, str(value), f"'cpu', or another that torch finds here ({reason})")
 
 
 def is_number(value: Any) -> bool:
