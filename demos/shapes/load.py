@@ -10,7 +10,6 @@ from diffusers.utils import logging
 from transformers.utils import logging as transformers_logging
 
 from hookctl.arguments import checked, refusal
-from hookctl.errors import InputError
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 
@@ -31,7 +30,7 @@ def load_shapes(
         raise refusal("load_shapes: dtype", dtype, "torch.float32, torch.float16 or torch.bfloat16")
     folder = Path(weights) if weights is not None else WEIGHTS
     if not (folder / "model_index.json").is_file():
-        raise InputError(
+        raise FileNotFoundError(
             f"load_shapes: weights={folder} holds no pipeline (model_index.json is missing); "
             "reinstall hookctl, or train one with `python -m hookctl.demos.shapes.train --out "
             "out/shapes` and pass weights='out/shapes/weights'"

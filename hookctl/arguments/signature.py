@@ -83,7 +83,8 @@ def _check_one(value: Any, hint: Any, name: str, label: str, infinite: bool) -> 
     if not fits(value, hint, infinite=infinite):
         raise refusal(label, value, described(hint))
     by_name = _BY_NAME.get(name)
-    if by_name is not None and value is not None:
+    several = isinstance(value, collections.abc.Iterable) and not isinstance(value, str)
+    if by_name is not None and value is not None and (name == "sites" or not several):
         try:
             by_name(value, label)
         except InputError as error:
@@ -178,6 +179,8 @@ def fits(value: Any, hint: Any, *, infinite: bool = False) -> bool:
         return is_list(value) and _fits_tuple(value, of, infinite)
     if issubclass(kind, Mapping):
         return isinstance(value, Mapping) and _fits_mapping(value, of, infinite)
+    if kind in (collections.abc.Iterable, collections.abc.Collection):
+        return isinstance(value, kind) and not isinstance(value, str | bytes)
     if kind in _LISTS:
         return is_list(value) and all(fits(item, of[0], infinite=infinite) for item in value if of)
     if kind is collections.abc.Callable:
@@ -201,12 +204,7 @@ _SCALARS: dict[Any, Callable[[Any, bool], bool]] = {
     float: _is_float,
     str: lambda value, infinite: is_text(value),
 }
-_LISTS = (
-    list,
-    collections.abc.Sequence,
-    collections.abc.Iterable,
-    collections.abc.Collection,
-)
+_LISTS = (list, collections.abc.Sequence)
 
 
 def _fits_tuple(value: Any, of: tuple[Any, ...], infinite: bool) -> bool:
@@ -270,7 +268,7 @@ def _phrases(hint: Any) -> Iterator[str]:
         yield "a function"
     elif isinstance(origin or hint, type) and issubclass(origin or hint, Mapping):
         yield f"a table {{{described(of[0])}: {described(of[1])}}}" if of else "a table"
-    elif (origin or hint) in (*_LISTS, tuple):
+    elif (origin or hint) in (*_LISTS, tuple, collections.abc.Iterable, collections.abc.Collection):
         of_one = described(of[0]) if of else ""
         yield f"a list of {_PLURALS.get(of_one, f'({of_one})')}" if of else "a list"
     else:

@@ -153,7 +153,7 @@ class WordMaps:
         heat = show.heatmap(self.mean().detach().cpu())
         return notebook.html_lines([repr(self)]) + notebook.html_image(heat, self.word)
 
-    @checked()
+    @checked(own=("grid",))
     def where(
         self,
         *,
