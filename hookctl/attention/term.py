@@ -12,8 +12,8 @@ evaluation when the sum is finished.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -21,6 +21,9 @@ from hookctl.address.sites import Site
 from hookctl.attention.key_regions import KeyRegions
 from hookctl.attention.token_map import ValueMap
 from hookctl.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from hookctl.attention.division import Divided
 
 
 class Ref(NamedTuple):
@@ -148,13 +151,27 @@ class Sum:
 
     terms: row -> its terms; rows: how many there are; mask: the model's own bias as a stack
     [rows | 1, sub-batch | 1, heads | 1, N | 1, M], additive or bool; functions: row -> what edits
-    its probabilities themselves.
+    its probabilities themselves; divided: row -> what divisions add to it, as terms that an
+    evaluator may have one by one (`spelled_out`).
     """
 
     terms: Terms
     rows: int
     mask: Tensor | None = None
     functions: dict[int, list[Callable[[Tensor], Tensor]]] = field(default_factory=dict)
+    divided: dict[int, list[Divided]] = field(default_factory=dict)
+
+    def spelled_out(self, rows: Iterable[int] | None = None) -> Sum:
+        """With the divisions of some rows, or of all, as terms of their own."""
+        chosen = self.divided.keys() & (self.divided if rows is None else set(rows))
+        if not chosen:
+            return self
+        terms = self.terms.snapshot()
+        for row in chosen:
+            added = [term for one in self.divided[row] for term in one.terms(row)]
+            terms[row] = (*terms[row], *added)
+        rest = {row: added for row, added in self.divided.items() if row not in chosen}
+        return replace(self, terms=terms, divided=rest)
 
     @property
     def touched(self) -> set[int]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from hookctl.attention.call import AttentionCall, ReadOut
 from hookctl.attention.term import Sum, Term
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.evaluate import reference, sdpa, short_keys, triton
+from hookctl.evaluate import lists, reference, sdpa, short_keys, triton
 from hookctl.evaluate.sdpa import Piece
 
 BACKENDS = ("auto", "triton", "sdpa", "reference")
@@ -96,6 +96,12 @@ def evaluate(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Plan]:
     finished = call.fold()
     evaluator, plan = _choose(call, finished, backend)
     rows = [row for row in range(finished.rows) if row not in finished.functions]
+    apart: list[lists.Batch] = []
+    if evaluator in (SHORT, SDPA):
+        finished = finished.spelled_out(finished.functions)
+        apart = lists.batches(finished)
+    else:
+        finished = finished.spelled_out()
     read: Reading = {}
     if evaluator is SHORT:
         # The output and the maps of one softmax.
@@ -107,6 +113,8 @@ def evaluate(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Plan]:
     if finished.functions:
         pieces += reference.evaluate(finished, sorted(finished.functions), dtype=None)
     out = _in_row_order(pieces, call)
+    for batch in apart:
+        out = lists.add(out, batch)
     _hand_out(call, finished, backend, read)
     return out, plan
 

@@ -46,6 +46,8 @@ def suits(call: AttentionCall, finished: Sum) -> str | None:
         return None
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, call.k, call.v)):
         return None
+    if finished.divided:
+        return None  # a kernel would ask every text for every query
     most, keys = max((len(terms) for terms in finished.terms.values()), default=0), call.k.shape[-2]
     if (
         wins(TERMS, q.device, most, q.shape[-2])
