@@ -18,7 +18,7 @@ from torch import Tensor
 from hookctl.attention import verbs
 from hookctl.attention.arguments import cast, is_all, is_finite, is_same, regions_of, remembered
 from hookctl.attention.call_data import CallData, RowLike
-from hookctl.attention.division import Divided, Division, check_shift, divided
+from hookctl.attention.division import Division, check_shift, divided, divided_alone
 from hookctl.attention.rewriting import Probabilities, ReadOut, Sink, Stage
 from hookctl.attention.term import Ref, Segment
 from hookctl.attention.token_map import Routing
@@ -318,8 +318,8 @@ class AttentionCall(CallData):
         for (name, shift), text in zip(weights.shifts.items(), texts, strict=True):
             check_shift(shift, text.stop - text.start, name)
         if self.site.kind == "cross":
-            stacks = self.q, self._full_k, self._full_v
-            rewriting = Divided(*stacks, weights, texts, self.scale).added()
+            stacks = self.q, self._full_k, self._full_v, self.scale
+            rewriting = divided_alone(weights, texts, stacks)
         else:
             parts = {}
             for name, shift in weights.shifts.items():

@@ -8,7 +8,7 @@ the own one stood, beside the image: k_r = [k_image; k_r].
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,8 +21,10 @@ from hookctl.attention.arguments import cast
 from hookctl.attention.key_regions import KeyRegions
 from hookctl.attention.query_lists import QueryLists, TextPlace
 from hookctl.attention.rewriting import Fold, Rewriting
-from hookctl.attention.term import Ref, Segment, Term
+from hookctl.attention.term import Divided, Ref, Segment, Term
 from hookctl.errors import InputError
+
+Stacks = tuple[Tensor, Tensor, Tensor, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,37 +95,21 @@ class QueryWeights:
         return self._regions[name, keys]
 
 
-@dataclass(frozen=True, eq=False)
-class Divided:
-    """What a division adds to a row at a cross site, where the keys of a text are few.
+def divided_alone(weights: QueryWeights, texts: Sequence[TextPlace], stacks: Stacks) -> Rewriting:
+    """At a cross site, where the keys of a text are few: each query asks those it has a share in.
 
-    q: the queries, k, v: what further texts stand in, stacks [rows, sub-batch, heads, tokens,
-    channels]; texts: where that of each share stands.
+    texts: where that of each share stands; stacks: q, what k and v are parts of, and the scale.
     """
+    shares, shifts = tuple(weights.shares.values()), tuple(weights.shifts.values())
+    added = Divided(*stacks, weights.lists, shares, shifts, tuple(texts))
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    weights: QueryWeights
-    texts: tuple[TextPlace, ...]
-    scale: float
+    def apply(state: Fold, row: int) -> None:
+        terms = state.terms[row]
+        own = weights.own
+        state.terms[row] = tuple([t if t.extra else t.weighted(own) for t in terms])
+        state.divided.setdefault(row, []).append(added)
 
-    def terms(self, row: int) -> Iterator[Term]:
-        """One for each share."""
-        for (name, weight), text in zip(self.weights.shares.items(), self.texts, strict=True):
-            at, tokens = row if text.row is None else text.row, slice(text.start, text.stop)
-            k, v = (Ref(x[at : at + 1, ..., tokens, :], 0) for x in (self.k, self.v))
-            segment = Segment(k, v, self.weights.shifts[name])
-            yield Term(Ref(self.q, row), (segment,), self.scale, weight=weight, extra=True)
-
-    def added(self) -> Rewriting:
-        def apply(state: Fold, row: int) -> None:
-            terms = state.terms[row]
-            own = self.weights.own
-            state.terms[row] = tuple([t if t.extra else t.weighted(own) for t in terms])
-            state.divided.setdefault(row, []).append(self)
-
-        return apply
+    return apply
 
 
 def divided(

@@ -10,15 +10,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from hookctl.address.rows import Row
-from hookctl.attention.term import Sum, Terms
-
-if TYPE_CHECKING:
-    from hookctl.attention.division import Divided
+from hookctl.attention.term import Divided, Sum, Terms
 
 
 class Stage(IntEnum):

@@ -11,19 +11,17 @@ evaluation when the sum is finished.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from hookctl.address.sites import Site
 from hookctl.attention.key_regions import KeyRegions
+from hookctl.attention.query_lists import QueryLists, TextPlace
 from hookctl.attention.token_map import ValueMap
 from hookctl.errors import UnsupportedError
-
-if TYPE_CHECKING:
-    from hookctl.attention.division import Divided
 
 
 class Ref(NamedTuple):
@@ -143,6 +141,32 @@ class Terms(dict[int, tuple[Term, ...]]):
         copy.update(self)
         copy._made = self._made
         return copy
+
+
+@dataclass(frozen=True, eq=False)
+class Divided:
+    """What further texts add to a row, each for the queries that have a share in it.
+
+    q: the queries, k, v: what the texts stand in, stacks [rows, sub-batch, heads, tokens,
+    channels]; of each share: weights, [N], shifts of the scores, and where its text stands.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    lists: QueryLists
+    weights: tuple[Tensor, ...]
+    shifts: tuple[Tensor | None, ...]
+    texts: tuple[TextPlace, ...]
+
+    def terms(self, row: int) -> Iterator[Term]:
+        """One for each share."""
+        for weight, shift, text in zip(self.weights, self.shifts, self.texts, strict=True):
+            at, tokens = row if text.row is None else text.row, slice(text.start, text.stop)
+            k, v = (Ref(x[at : at + 1, ..., tokens, :], 0) for x in (self.k, self.v))
+            own = Segment(k, v, shift)
+            yield Term(Ref(self.q, row), (own,), self.scale, weight=weight, extra=True)
 
 
 @dataclass(eq=False)

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hookctl.attention.division import Divided
-from hookctl.attention.term import Sum
+from hookctl.attention.term import Divided, Sum
 from hookctl.evaluate.gather import Scores, followed, rows_of
 from hookctl.evaluate.sdpa import attend
 
@@ -26,7 +25,7 @@ class Batch:
 
     def answers(self) -> Tensor:
         """[rows, sub-batch, lists * length, heads, channels]"""
-        one, lists = self.divided, self.divided.weights.lists
+        one, lists = self.divided, self.divided.lists
         places, shift = lists.keys(one.texts, self.rows[0], one.k.shape[-2])
         # Tokens stand before heads in memory, so a list's are copied as they lie.
         q = rows_of(one.q, self.rows).transpose(2, 3).index_select(2, lists.places.flatten())
@@ -55,14 +54,14 @@ def batches(finished: Sum) -> list[Batch]:
     for row, several in finished.divided.items():
         for one in several:
             own = any(text.row is None for text in one.texts)
-            key = (one.weights, id(one.q), id(one.k), one.texts, row if own else None)
+            key = (one.lists, id(one.q), id(one.k), one.texts, row if own else None)
             found.setdefault(key, Batch([], one)).rows.append(row)
     return list(found.values())
 
 
 def add(out: Tensor, batch: Batch) -> Tensor:
     """The output of a call, [rows, sub-batch, heads, N, channels], with what a batch adds to it."""
-    answers, lists = batch.answers(), batch.divided.weights.lists
+    answers, lists = batch.answers(), batch.divided.lists
     for back, weights in zip(lists.back, lists.weights, strict=True):
         part = (answers.index_select(2, back) * weights[:, None, None]).transpose(2, 3)
         if followed(out) or followed(part):

@@ -108,6 +108,10 @@ def evaluate(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Plan]:
         requests = _columns_of(call, finished)
         pieces, maps = short_keys.evaluate(finished, rows, requests)
         read = dict(zip(map(id, requests), maps, strict=True))
+    elif evaluator is TRITON and rows:
+        pieces = triton.served(finished, rows, demanded=backend == "triton")
+        if backend == "auto" and (why := triton.refused(finished, rows)):
+            plan = plan._replace(name="sdpa", reason=f"a kernel failed here: {why}")
     else:
         pieces = evaluator.evaluate(finished, rows) if rows else []
     if finished.functions:
