@@ -19,7 +19,7 @@ from hookctl.attention.arguments import cast, stacked
 from hookctl.attention.query_lists import TextPlace
 from hookctl.attention.rewriting import Operation, ReadOut, Rewriting, Stage, folded
 from hookctl.attention.term import Ref, Spans, Sum, Terms, spans_of
-from hookctl.errors import InputError, UnsupportedError, check_returned
+from hookctl.errors import InputError, UnsupportedError, check_returned, naming
 
 RowLike = Row | int
 
@@ -180,7 +180,8 @@ class CallData:
         self.editor = editor
         given = {"q": self.q, "k": self.k, "v": self.v, "mask": self.mask}
         versions = {name: _version(x) for name, x in given.items()}
-        returned = editor.attention(self)
+        with naming(editor.name, "attention", self.site.path):
+            returned = editor.attention(self)
         for name, x in given.items():
             if _version(x) != versions[name]:
                 cure = "call.bias or call.restrict" if name == "mask" else "call.replace"

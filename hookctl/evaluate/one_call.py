@@ -21,7 +21,7 @@ from hookctl.address.sites import ImageTokens, Site
 from hookctl.attention.call import AttentionCall
 from hookctl.attention.query_lists import TextPlace
 from hookctl.attention.sdpa_call import SDPACall
-from hookctl.errors import UnsupportedError
+from hookctl.errors import UnsupportedError, naming
 from hookctl.evaluate import plan
 from hookctl.evaluate.plan import Plan
 
@@ -189,7 +189,8 @@ class EditedSite:
                 self._note(call, plan.PASS_THROUGH)
             out = plain()
         else:
-            made, chosen = plan.evaluate(call, self._backend)
+            with naming(_editors_of(call), "attention", self.site.path):
+                made, chosen = plan.evaluate(call, self._backend)
             self._note(call, chosen)
             out = made.flatten(0, 1)
         return part.whole(out)
@@ -248,6 +249,12 @@ class EditedSite:
                 verbs.add("read")
             if verbs:
                 one.note(self.site, call.clock.step, verbs, chosen)
+
+
+def _editors_of(call: AttentionCall) -> str:
+    """Who rewrote a call."""
+    names = [getattr(o.editor, "name", type(o.editor).__name__) for o in call.operations]
+    return " + ".join(dict.fromkeys(names))
 
 
 def _discard(row: Row, values: Tensor) -> None:
