@@ -16,12 +16,10 @@ from hookctl.demos.figures import NEAR
 from hookctl.demos.layouts import overlap
 from hookctl.demos.placing import IN_PLACE
 from hookctl.demos.shapes.captions import parse
-from hookctl.demos.shapes.detect import Detection, detect
+from hookctl.demos.shapes.detect import Detection, Found, detect
 from hookctl.demos.shapes.evaluate import relation_holds
 from hookctl.demos.shapes.world import BACKGROUNDS, IMAGE_SIZE
 
-# Contrast of the bars, 0 to 1, by which a striped object must differ for a person to see it.
-SEEN = 0.1
 SAME_PLACE = 22.0  # dB, from which on a given image is still there; the autoencoder alone: 33
 Box = tuple[float, float, float, float]
 
@@ -88,20 +86,28 @@ def _in_place(source: Detection, edited: Detection, prompts: Sequence[str]) -> b
         b = edited.find(after.shape, after.colour)
         if a is None or b is None:
             return False
-        if np.hypot(*np.subtract(a.centre, b.centre)) > NEAR * IMAGE_SIZE:
+        if not _near(a, b):
             return False
     return True
 
 
-def reweighted(drawn: Drawn) -> bool:
-    """The stripes are gone in the first edit and stronger in the second, and nothing else is."""
-    found = [detect(image) for image in drawn.edited]
-    things = [one.find("circle", "red") for one in found]
-    if any(thing is None for thing in things) or any(one.extras for one in found):
-        return False
-    source, less, more = (thing.contrast for thing in things if thing is not None)
-    kept = all(one.pairs == found[0].pairs for one in found)
-    return kept and less < min(SEEN, source) and more > source + SEEN
+def _near(a: Found, b: Found) -> bool:
+    return bool(np.hypot(*np.subtract(a.centre, b.centre)) <= NEAR * IMAGE_SIZE)
+
+
+def without_one(drawn: Drawn) -> bool:
+    """Edit k shows the source but for its object k, of which nothing is left."""
+    source = detect(drawn.edited[0])
+    things = [source.find(m.shape, m.colour) for m in parse(drawn.prompts[0]).mentions]
+    for k, image in enumerate(drawn.edited[1:]):
+        found = detect(image)
+        rest = [thing for i, thing in enumerate(things) if i != k and thing is not None]
+        if found.extras or found.pairs != Counter((t.shape, t.colour) for t in rest):
+            return False
+        twins = [found.find(t.shape, t.colour) for t in rest]
+        if not all(b and _near(a, b) for a, b in zip(rest, twins, strict=True)):
+            return False
+    return True
 
 
 def resized(drawn: Drawn) -> bool:
@@ -215,7 +221,7 @@ JUDGES: Mapping[str, Judge] = {
     "reference_only": in_the_style,
     "refine": edited_in_place,
     "regional_prompts": in_regions(*HALVES),
-    "reweight": reweighted,
+    "reweight": without_one,
     "sag": said,
     "scale_u": said,
     "seg": said,
