@@ -191,7 +191,6 @@ def by_degrees(drawn: Drawn) -> bool:
 
 
 HALVES: tuple[Box, Box] = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
-THIRDS: tuple[Box, ...] = tuple((i / 3, 0.0, (i + 1) / 3, 1.0) for i in range(3))
 BOXES: tuple[Box, Box] = ((0.1, 0.1, 0.4, 0.4), (0.55, 0.55, 0.9, 0.9))
 TOP = (32, 0, 96, 64)  # px: where the one-way presets put their image
 
@@ -208,7 +207,7 @@ JUDGES: Mapping[str, Judge] = {
     "layout_guidance": in_boxes(*BOXES),
     "masactrl": resized,
     "masked_self_attention": in_regions(*HALVES),
-    "multi_diffusion": in_regions(*THIRDS),
+    "multi_diffusion": in_regions(*HALVES),
     "multi_instance_sampler": in_regions(*HALVES),
     "negative_prompt_inversion": edited_in_place,
     "null_text": edited_in_place,

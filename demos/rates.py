@@ -100,14 +100,12 @@ class Presets:
         """The images of one call, prompt by prompt."""
         run = preset.run
         noises = [torch.Generator().manual_seed(seed) for _ in prompts for seed in seeds]
-        size = {side: run[side] for side in ("height", "width") if side in run}
         images: list[Image.Image] = self.pipe(
             prompts,
             num_inference_steps=run["steps"],
             guidance_scale=run["guidance"],
             num_images_per_prompt=len(seeds),
             generator=noises,
-            **size,
         ).images
         return images
 
