@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 from hookctl.errors import SelectorError
@@ -72,10 +73,16 @@ def matcher(selector: Selector) -> Callable[[Site], bool]:
     if selector is None:
         return _of_image
     if callable(selector):
-        return selector
+        return partial(_asked, selector)
+    if isinstance(selector, list | tuple) and selector:
+        tests = [matcher(one) for one in selector if one is not None]
+        if len(tests) == len(selector):
+            return lambda site: any(test(site) for test in tests)
     if not isinstance(selector, str):
-        tests = [matcher(one) for one in selector]
-        return lambda site: any(test(site) for test in tests)
+        raise SelectorError(
+            f"sites={selector!r}; give a text such as 'cross' or 'self up @<=1/2', a list of "
+            "paths, a function of a Site, or None for all"
+        )
     alternatives = [_alternative(part.split()) for part in selector.split(",") if part.strip()]
     if not alternatives:
         raise SelectorError(f"sites={selector!r} is empty; give e.g. 'cross', 'self up @<=1/2'")
@@ -102,6 +109,17 @@ def _names(word: str) -> bool:
     return word in NAMED_ONLY or path
 
 
+def _asked(selector: Callable[[Site], bool], site: Site) -> bool:
+    """What a user's own function says of a site."""
+    try:
+        return bool(selector(site))
+    except Exception as error:
+        raise SelectorError(
+            f"sites={selector!r} fails for {site.path}, by {type(error).__name__}: {error}; give a "
+            "function of a Site that returns True or False"
+        ) from error
+
+
 def _word(word: str) -> Callable[[Site], bool]:
     if word.startswith("!"):
         positive = _word(word[1:])
@@ -122,6 +140,8 @@ def _word(word: str) -> Callable[[Site], bool]:
                 f"{word!r} is not a resolution; give a fraction of the latent's side, "
                 "such as @1/4 or @<=1/2"
             )
+        if parsed[2].endswith("/0") or len(parsed[2]) > 20:
+            raise SelectorError(f"{word!r} is no resolution; give e.g. @1/4")
         compare, value = _COMPARE[parsed[1]], Fraction(parsed[2])
         return lambda site: site.resolution is not None and compare(site.resolution, value)
     return lambda site: fnmatch.fnmatchcase(site.path, word)

@@ -8,6 +8,8 @@ in its own text.
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +19,9 @@ from torch import Tensor
 
 from hookctl.address.alignment import refinement_map, replacement_map
 from hookctl.address.pipelines import TextStream, text_streams
+from hookctl.address.tokenizers import default_length
 from hookctl.address.words import PromptTokens
-from hookctl.errors import InputError, UnsupportedError, WordError
+from hookctl.errors import HookctlWarning, InputError, UnsupportedError, WordError
 
 
 class Prompt(str):
@@ -92,20 +95,41 @@ class TextLayout:
     def __init__(self, pipe: Any) -> None:
         self._streams: tuple[TextStream, ...] = text_streams(pipe)
         self._pipe = pipe
+        encode = inspect.signature(getattr(type(pipe), "encode_prompt", len)).parameters
+        self._takes_lengths = "max_sequence_length" in encode
+        self._warned: set[str] = set()
 
     def read(self, prompt: str, tokens: int | None = None) -> PromptText:
         """One prompt; tokens: the length of the sequence where it is known.
 
-        Raises InputError if the prompt is longer than its encoder takes.
+        What is longer than the encoder takes is cut as the pipeline cuts it, with a warning. Raises
+        InputError for a prompt that does not fit where it is not known how the pipeline cuts.
         """
         streams = []
         for i, stream in enumerate(self._streams):
-            length = stream.length
+            length = known = stream.length
+            if length is None and not stream.longest:
+                length = known = default_length(stream.tokenizer)
             if tokens is not None and i == len(self._streams) - 1:
                 length = tokens - stream.start
             text = self._as_encoded(_in_stream(prompt, stream), stream.tokenizer)
-            streams.append((stream.start, _tokens(text, stream, length)))
+            cuts = length == known or self._takes_lengths
+            read = _tokens(text, stream, length, cuts=cuts)
+            if read.cut is not None:
+                self._warn(read)
+            streams.append((stream.start, read))
         return PromptText(prompt, tuple(streams))
+
+    def _warn(self, read: PromptTokens) -> None:
+        """Say once of each prompt what of it the model does not see."""
+        if read.text not in self._warned:
+            self._warned.add(read.text)
+            warnings.warn(
+                f"the text encoder takes {read.length} tokens, so the model does not see "
+                f"{read.text[read.cut :]!r}; shorten the prompt",
+                HookctlWarning,
+                stacklevel=3,
+            )
 
     def _as_encoded(self, prompt: str, tokenizer: Any) -> str:
         """The prompt as the pipeline hands it to a tokenizer."""
@@ -118,13 +142,17 @@ class TextLayout:
         return prompt
 
 
-def _tokens(text: str, stream: TextStream, length: int | None) -> PromptTokens:
+def _tokens(
+    text: str, stream: TextStream, length: int | None, *, cuts: bool = False
+) -> PromptTokens:
     """The tokens of a text in a stretch of this length."""
     if length is None and stream.longest and isinstance(text, str):
         length = len(stream.tokenizer(text if stream.wrap is None else stream.wrap(text)).input_ids)
         length -= stream.dropped
     if stream.wrap is None or not isinstance(text, str):
-        return PromptTokens.encode(text, stream.tokenizer, length=length, side=stream.side)
+        return PromptTokens.encode(
+            text, stream.tokenizer, length=length, side=stream.side, cuts=cuts
+        )
     whole = stream.wrap(text)
     at = whole.find(text)
     if at < 0:
@@ -136,6 +164,7 @@ def _tokens(text: str, stream: TextStream, length: int | None) -> PromptTokens:
         room,
         within=(at, at + len(text)),
         dropped=stream.dropped,
+        cuts=cuts,
         side=stream.side,
     )
 

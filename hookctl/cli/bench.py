@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     import torch
 
 GROUPS = ("calls", "kernels", "steps", "scaling")
+PEERS = "peers"
 _EXAMPLES = """
 hookctl bench --quick                        # two minutes on one core of a CPU
 hookctl bench                                # every shape; on a GPU, the kernels too
 hookctl bench calls --only regions --flex    # one kind of edit, also against FlexAttention
+hookctl bench peers                          # beside what else a user might take
 hookctl bench --tune                         # on a GPU: the fastest tiles into the launch tables
 hookctl bench --wins                         # then: where the kernels are taken in place of SDPA
 """
@@ -49,7 +51,7 @@ def add(commands: Any) -> None:
         nargs="*",
         default=[],
         metavar="GROUP",
-        help=f"of {', '.join(GROUPS)} (default: all)",
+        help=f"of {', '.join((*GROUPS, PEERS))} (default: all but {PEERS})",
     )
     command.add_argument("--quick", action="store_true", help="small shapes and few rounds")
     tables = command.add_mutually_exclusive_group()
@@ -79,9 +81,10 @@ def add(commands: Any) -> None:
 
 
 def main(options: Any) -> None:
-    unknown = set(options.groups) - set(GROUPS)
+    unknown = set(options.groups) - {*GROUPS, PEERS}
     if unknown:
-        raise InputError(f"group {min(unknown)!r} given; give some of {', '.join(GROUPS)}")
+        every = ", ".join((*GROUPS, PEERS))
+        raise InputError(f"group {min(unknown)!r} given; give some of {every}")
     import torch
 
     device = usable_device(options.device)
@@ -110,7 +113,8 @@ def _measure(out: Path, device: torch.device, dtype: torch.dtype, options: Any) 
     try:
         with torch.inference_mode(False), torch.no_grad():
             limits = Limits.of(device, dtype)
-            bench = Bench(device, dtype, most_bytes(device), options.flex)
+            flex = options.flex or PEERS in options.groups
+            bench = Bench(device, dtype, most_bytes(device), flex)
             for case in _cases(bench, options):
                 if options.only not in case.name:
                     continue
@@ -160,3 +164,9 @@ def _cases(bench: Any, options: Any) -> Iterator[Any]:
         yield from bench.scaling(*((1024, 8, 4) if options.quick else (16384, 32, 8)))
     if "steps" in groups:
         yield from steps(bench, options.quick)
+    if PEERS in groups:
+        from hookctl.cli import bench_peers
+
+        yield from bench_peers.cases(bench, options.quick)
+        for package in bench_peers.absent():
+            print(f"\nnot installed, so not compared: {package}", file=sys.stderr)

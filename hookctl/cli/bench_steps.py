@@ -120,7 +120,7 @@ class Model:
 
         self.name, self.bench = name, bench
         self.side = 128 if name == "SDXL" else side
-        options = _OPTIONS[name]
+        options = OPTIONS[name]
         torch.manual_seed(0)
         usual = torch.get_default_dtype()
         torch.set_default_dtype(bench.dtype)
@@ -258,7 +258,7 @@ class Model:
         )  # fmt: skip
 
 
-_OPTIONS: dict[str, dict[str, Any]] = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "reduced SD1.5": {
         "block_out_channels": (64, 128, 256, 256),
         "cross_attention_dim": 256,

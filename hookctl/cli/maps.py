@@ -126,7 +126,7 @@ def _write(drawing: Drawing, out: Path, options: Any) -> None:
     means = {word: maps.mean().detach().cpu() for word, maps in words.items()}
     # Shares of words and of places are of different sizes: rows, and scales, of their own.
     sheets: list[Any] = []
-    scales: dict[str, float] = {}
+    scales: dict[str, tuple[float, float]] = {}
     for group in ([w for w in words if w not in marks], list(marks)):
         if group:
             sheet, of_group = show.map_sheet(image, {w: means[w] for w in group}, marks)

@@ -101,6 +101,8 @@ class Denoising:
         self._acting = {}
         given = [entry.rows for entry in self.entries if entry.rows is not None]
         self.run.branches = given[-1] if given else None
+        stated = [entry.texts for entry in self.entries if entry.texts is not None]
+        self.run.stated = stated[-1] if stated else ()
 
     def restarted(self, checked: dict[str, Any] | None = None) -> None:
         """The pipeline was called; checked: what it checks of its call, by name."""

@@ -28,6 +28,7 @@ class Run:
 
     def __init__(self, pipe: Any, branches: tuple[str, ...] | None = None) -> None:
         self.pipe, self.branches = pipe, branches
+        self.stated: tuple[str, ...] = ()  # what embeddings in place of prompts say
         self.keeper = Timekeeper()
         self.restart()
 
@@ -67,8 +68,19 @@ class Run:
             self.count = 1 if isinstance(prompt, str) else len(prompt)
             if getattr(self.pipe, "free_noise_enabled", False):  # texts of the frames of one video
                 self.prompts, self.count = self.prompts[:1], 1
-        elif isinstance(given.get("prompt_embeds"), Tensor):
-            self.count = given["prompt_embeds"].shape[0]
+            if self.stated and self.stated != self.prompts:
+                raise InputError(
+                    f"control: texts={self.stated} say what embeddings mean, but the pipeline was "
+                    f"called with the prompts {self.prompts}; leave texts out, or call it with "
+                    "prompt_embeds="
+                )
+        elif isinstance(given.get("prompt_embeds"), Tensor | list):
+            self.count = len(given["prompt_embeds"])
+            if self.stated and len(self.stated) != self.count:
+                raise InputError(
+                    f"control: texts={self.stated} for {self.count} embeddings; give one for each"
+                )
+            self.prompts = self.stated
         told = [value for name, value in given.items() if name.startswith("num_")]
         self._told = bool(told)
         self.images_per_prompt = next((v for v in told if isinstance(v, int)), 1)
