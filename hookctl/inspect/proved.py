@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hookctl.address.families.prove import PROMPTS, WORD, CallShown, Drawn, Run, Shown, prove
+from hookctl.address.families.prove import WORD, CallShown, Shown, prove
+from hookctl.address.families.traces import PROMPTS, Drawn, Run
 from hookctl.address.pipelines import text_streams
 from hookctl.address.rows import COND, Row, Rows
 from hookctl.address.text import TextLayout
