@@ -222,6 +222,16 @@ class Model:
         forms = {OURS: form, "eager": form, PLAIN: self.step}
         return self.case(name, forms, inside, self.work(lambda *_: None, energy=energy))
 
+    def named(self, name: str) -> Case:
+        """A case by the name of its edit."""
+        return {
+            "P2P": lambda: self.edited("P2P", self.prompt_to_prompt),
+            "regions": lambda: self.edited("masked self-attention", partial(self.regions, 4), 4),
+            "adapter": lambda: self.edited("adapter", self.adapter),
+            "maps": lambda: self.captured("map capture", energy=False),
+            "energy": lambda: self.captured("energy gradient", energy=True),
+        }[name]()
+
     def inside(self, editor: hookctl.Editor, processor: Eager) -> dict[str, Around]:
         """A step with an editor attached, and one under a processor."""
 
@@ -264,6 +274,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "cross_attention_dim": 256,
         "attention_head_dim": 4,
         "norm_num_groups": 16,
+    },
+    "tiny": {
+        "block_out_channels": (16, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "cross_attention_dim": 32,
+        "attention_head_dim": 2,
+        "norm_num_groups": 8,
     },
     "SD1.5": {"cross_attention_dim": 768},
     "SDXL": {
