@@ -116,7 +116,9 @@ def text_tokens(text: Any, arguments: Mapping[str, Any], denoiser: nn.Module) ->
     text: the call's text argument. None if there is none, or if each row has a number of its own.
     """
     model, record = uncompiled(denoiser), model_of(denoiser) or _UNDECLARED
-    if record.several_texts:
+    if record.several_texts or getattr(model, "config", {}).get("encoder_hid_dim_type") == (
+        "text_image_proj"  # Kandinsky 2.1 puts an image's embedding before the text
+    ):
         return None
     if isinstance(text, list) and text and all(isinstance(one, Tensor) for one in text):
         longest = max(len(one) for one in text)

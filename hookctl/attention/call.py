@@ -18,7 +18,7 @@ from torch import Tensor
 from hookctl.attention import verbs
 from hookctl.attention.arguments import cast, is_all, is_finite, is_same, regions_of, remembered
 from hookctl.attention.call_data import RowLike
-from hookctl.attention.division import Division, divided, segment_of
+from hookctl.attention.division import Division, check_shift, divided, divided_alone
 from hookctl.attention.reading import ReadableCall
 from hookctl.attention.rewriting import Probabilities, Stage
 from hookctl.attention.term import Ref, Segment
@@ -316,14 +316,20 @@ class AttentionCall(ReadableCall):
                 )
         if division.nothing:
             return
-        weights = division.over_queries(
-            start, self.q.shape[-2] - stop, self.q, sparse=self.site.kind == "joint"
-        )
-        parts = {
-            name: segment_of(*self._with_image_keys(name), division.shifts.get(name), name)
-            for name in weights.shares
-        }
-        self._note(Stage.ADDITION, "divide", targets, divided(weights, parts, self.q, self.scale))
+        weights = division.over_queries(start, self.q.shape[-2] - stop, self.q)
+        texts = tuple([self._text_place(name) for name in weights.shares])
+        for (name, shift), text in zip(weights.shifts.items(), texts, strict=True):
+            check_shift(shift, text.stop - text.start, name)
+        if self.site.kind == "cross":
+            stacks = self.q, self._full_k, self._full_v, self.scale
+            rewriting = divided_alone(weights, texts, stacks)
+        else:
+            parts = {}
+            for name, shift in weights.shifts.items():
+                k, v = self._with_image_keys(name)
+                parts[name] = Segment(Ref(k, 0), Ref(v, 0), shift)
+            rewriting = divided(weights, parts, self.q, self.scale)
+        self._note(Stage.ADDITION, "divide", targets, rewriting)
 
     def skip(self, rows: RowLike | Iterable[RowLike], *, where: Tensor | None = None) -> None:
         """Replace the probabilities of `rows` by the identity: the output is v (PAG).

@@ -16,6 +16,7 @@ from hookctl.address.clock import Clock
 from hookctl.address.rows import Row, Rows
 from hookctl.address.sites import Grid, ImageTokens, Site, grid_of
 from hookctl.attention.arguments import cast, stacked
+from hookctl.attention.query_lists import TextPlace
 from hookctl.attention.rewriting import Operation, ReadOut, Rewriting, Stage, folded
 from hookctl.attention.term import Ref, Spans, Sum, Terms, spans_of
 from hookctl.errors import InputError, UnsupportedError, check_returned, naming
@@ -49,7 +50,7 @@ class CallData:
         joint_order: str | None = None,
         images: ImageTokens | None = None,
         index: int = 0,
-        context: Mapping[str, tuple[int, int]] | None = None,
+        context: Mapping[str, TextPlace | tuple[int, int]] | None = None,
         prompts: Sequence[str] = (),
     ) -> None:
         self.site, self.rows, self.clock, self.index = site, rows, clock, index
@@ -57,7 +58,7 @@ class CallData:
         self.prompts = tuple(prompts)
         self.mask, self.scale, self.latent = mask, scale, tuple(latent)
         self.sequence = text_tokens, joint_order, images
-        self._context = dict(context or {})
+        self._context = {name: TextPlace(*place) for name, place in (context or {}).items()}
         self.operations: list[Operation] = []
         self.read_outs: list[ReadOut] = []
         self.editor: Any = None
@@ -138,12 +139,19 @@ class CallData:
 
     def context(self, name: str) -> tuple[Tensor, Tensor]:
         """k and v of an extra text that an editor's `context` gave, stacks like `k` and `v`."""
+        start, stop, row = self._text_place(name)
+        k, v = (x[..., start:stop, :] for x in (self._full_k, self._full_v))
+        if row is not None:
+            k, v = (x[row : row + 1].expand(x.shape) for x in (k, v))
+        return k, v
+
+    def _text_place(self, name: str) -> TextPlace:
+        """Where an extra text stands in the widened k and v."""
         if name not in self._context:
             raise InputError(
                 f"context {name!r} is not in this call; there is: {sorted(self._context) or 'none'}"
             )
-        start, stop = self._context[name]
-        return self._full_k[..., start:stop, :], self._full_v[..., start:stop, :]
+        return self._context[name]
 
     def set_context_source(self, k: Tensor, v: Tensor) -> None:
         """Keep the widened k and v that `context` slices."""

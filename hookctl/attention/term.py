@@ -11,14 +11,15 @@ evaluation when the sum is finished.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from hookctl.address.sites import ImageTokens, Site
 from hookctl.attention.key_regions import KeyRegions
+from hookctl.attention.query_lists import QueryLists, TextPlace
 from hookctl.attention.token_map import ValueMap
 from hookctl.errors import UnsupportedError
 
@@ -142,19 +143,59 @@ class Terms(dict[int, tuple[Term, ...]]):
         return copy
 
 
+@dataclass(frozen=True, eq=False)
+class Divided:
+    """What further texts add to a row, each for the queries that have a share in it.
+
+    q: the queries, k, v: what the texts stand in, stacks [rows, sub-batch, heads, tokens,
+    channels]; of each share: weights, [N], shifts of the scores, and where its text stands.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    lists: QueryLists
+    weights: tuple[Tensor, ...]
+    shifts: tuple[Tensor | None, ...]
+    texts: tuple[TextPlace, ...]
+
+    def terms(self, row: int) -> Iterator[Term]:
+        """One for each share."""
+        for weight, shift, text in zip(self.weights, self.shifts, self.texts, strict=True):
+            at, tokens = row if text.row is None else text.row, slice(text.start, text.stop)
+            k, v = (Ref(x[at : at + 1, ..., tokens, :], 0) for x in (self.k, self.v))
+            own = Segment(k, v, shift)
+            yield Term(Ref(self.q, row), (own,), self.scale, weight=weight, extra=True)
+
+
 @dataclass(eq=False)
 class Sum:
     """The terms of every row of one attention call, ready to be evaluated.
 
     terms: row -> its terms; rows: how many there are; mask: the model's own bias as a stack
     [rows | 1, sub-batch | 1, heads | 1, N | 1, M], additive or bool; functions: row -> what edits
-    its probabilities themselves.
+    its probabilities themselves; divided: row -> what divisions add to it, as terms that an
+    evaluator may have one by one (`spelled_out`).
     """
 
     terms: Terms
     rows: int
     mask: Tensor | None = None
     functions: dict[int, list[Callable[[Tensor], Tensor]]] = field(default_factory=dict)
+    divided: dict[int, list[Divided]] = field(default_factory=dict)
+
+    def spelled_out(self, rows: Iterable[int] | None = None) -> Sum:
+        """With the divisions of some rows, or of all, as terms of their own."""
+        chosen = self.divided.keys() & (self.divided if rows is None else set(rows))
+        if not chosen:
+            return self
+        terms = self.terms.snapshot()
+        for row in chosen:
+            added = [term for one in self.divided[row] for term in one.terms(row)]
+            terms[row] = (*terms[row], *added)
+        rest = {row: added for row, added in self.divided.items() if row not in chosen}
+        return replace(self, terms=terms, divided=rest)
 
     @property
     def touched(self) -> set[int]:

@@ -93,8 +93,9 @@ def _probe(pipe: Any, options: Any) -> Probed:
 def _prove(pipe: Any, options: Any) -> Proved:
     import torch
 
+    from hookctl.address.families.traces import Drawn
     from hookctl.inspect import pipeline_arguments
-    from hookctl.inspect.proved import Drawn, proved
+    from hookctl.inspect.proved import proved
 
     def run(drawn: Drawn) -> None:
         arguments = _arguments(pipe, options, list(drawn.prompts))

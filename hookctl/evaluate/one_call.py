@@ -19,6 +19,7 @@ from hookctl.address.clock import Clock
 from hookctl.address.rows import PERTURBED, Row, Rows
 from hookctl.address.sites import ImageTokens, Site
 from hookctl.attention.call import AttentionCall
+from hookctl.attention.query_lists import TextPlace
 from hookctl.attention.sdpa_call import SDPACall
 from hookctl.errors import UnsupportedError, naming
 from hookctl.evaluate import plan
@@ -35,7 +36,7 @@ class OwnPart(NamedTuple):
 
     call: SDPACall
     full: tuple[Tensor, Tensor]
-    context: Mapping[str, tuple[int, int]] = MappingProxyType({})
+    context: Mapping[str, TextPlace] = MappingProxyType({})
     joint: tuple[Tensor, int, bool] | None = None
 
     def whole(self, out: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ class OwnPart(NamedTuple):
         q, text, image_first = self.joint
         image = slice(0, -text) if image_first else slice(text, None)
         parts = []
-        for start, stop in self.context.values():
+        for start, stop, _ in self.context.values():
             k, v = (
                 torch.cat([own[..., image, :], full[..., start:stop, :]], -2)
                 for own, full in zip((self.call.key, self.call.value), self.full, strict=True)
@@ -70,7 +71,7 @@ def own_part(state: DenoiserCall, kind: str, order: str | None, given: SDPACall)
     whole = OwnPart(given, (k, v))
     if own is None or not extra:
         return whole
-    widest = max(stop for _, stop in extra.values())
+    widest = max(place.stop for place in extra.values())
     if kind == "cross" and k.shape[-2] == widest:
         short = mask[..., :own] if mask is not None and mask.shape[-1] == widest else mask
         call = given._replace(key=k[..., :own, :], value=v[..., :own, :], attn_mask=short)
@@ -87,7 +88,7 @@ def own_part(state: DenoiserCall, kind: str, order: str | None, given: SDPACall)
             return x[..., : offset + own, :]
         return torch.cat([x[..., :own, :], x[..., widest:, :]], -2)
 
-    places = {name: (offset + start, offset + stop) for name, (start, stop) in extra.items()}
+    places = {name: TextPlace(offset + x.start, offset + x.stop) for name, x in extra.items()}
     call = given._replace(query=cut(q), key=cut(k), value=cut(v))
     return OwnPart(call, (k, v), places, (q, own, image_first))
 
@@ -119,7 +120,7 @@ class DenoiserCall(Protocol):
     images_in_sequence: ImageTokens | None
     prompts: tuple[str, ...]
     own_text: int | None
-    extra_text: dict[str, tuple[int, int]]
+    extra_text: dict[str, TextPlace]
 
     @property
     def reader(self) -> Reader | None:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hookctl.address import families
-from hookctl.address.families.prove import PROMPTS, WORD, CallShown, Drawn, Run, Shown, prove
-from hookctl.address.latent import registers
+from hookctl.address.families.prove import WORD, CallShown, Shown, prove
+from hookctl.address.families.traces import PROMPTS, Drawn, Run
+from hookctl.address.pipelines import text_streams
 from hookctl.address.rows import COND, Row, Rows
 from hookctl.address.text import TextLayout
 from hookctl.attention.call import AttentionCall
@@ -102,7 +102,8 @@ def proved(pipe: Any, run: Run) -> Proved:
 
 def _calls(shown: Shown, rows: list[Rows]) -> Iterator[Fact]:
     for n, (call, declared) in enumerate(zip(shown.calls, rows, strict=False)):
-        fitting = [_fits(row, call, declared) for row in declared]
+        # Priors draw their negative prompt as a further one.
+        fitting = [row.prompt >= shown.prompts or _fits(row, call, declared) for row in declared]
         agrees = len(declared) == len(call.rows) and all(fitting)
         measured = " ".join(call.rows)
         yield Fact(f"call {n + 1} of a step, {call.denoiser}", repr(declared), measured, agrees)
@@ -144,7 +145,7 @@ def _kinds(pipe: Any, shown: Shown, found: dict[str, Any]) -> Iterator[Fact]:
 
 def _agree(said: tuple[str, Span, Span, Span], site: Any) -> bool | None:
     kind, queries, keys, text = said
-    alike = {"temporal": ("self", "cross"), "gated": ("joint",)}.get(kind, (kind,))
+    alike = {"temporal": ("self", "cross"), "gated": ("joint", "self", "cross")}.get(kind, (kind,))
     if site.kind == "other":
         return None if kind in ("text", "cross") else False
     if kind == "joint" and site.kind == "self":
@@ -170,7 +171,7 @@ def _words(pipe: Any, shown: Shown, tokens: int | None) -> Fact:
         found = TextLayout(pipe).read(PROMPTS[0], tokens).find(WORD[0])
     except HookctlError as error:
         return Fact(what, str(error), measured, None)
-    before = registers(families.denoiser_of(pipe))  # not in the text that the call is given
+    before = text_streams(pipe)[0].start  # tokens that are not in the text of the call
     found = tuple(position - before for position in found)
     # The other word may be longer, and then moves what follows it.
     agrees = shown.word[: len(found)] == found if shown.word else None

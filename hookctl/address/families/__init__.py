@@ -4,7 +4,7 @@ record          the two records, `Model` and `Pipeline`, and where they are look
 models, image, moving   the tables
 text            how a pipeline's text sequence is made up
 access, sites, processors   denoisers, attention sites, and how their attention is computed
-prove           measures on a live pipeline what is declared
+traces, prove   measure on a live pipeline what is declared
 """
 
 from __future__ import annotations

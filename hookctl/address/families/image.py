@@ -93,7 +93,7 @@ declare_pipelines(
 # -- Kandinsky, DeepFloyd IF -----------------------------------------------------------------------
 
 declare_pipelines(
-    Pipeline({UNET: BATCHED}, text.padded(77), {"mask": 2}),
+    Pipeline({UNET: BATCHED}, text.kandinsky, {"mask": 2}),
     "KandinskyPipeline KandinskyImg2ImgPipeline KandinskyInpaintPipeline",
 )
 declare_pipelines(

@@ -89,6 +89,12 @@ def _chat(tokenizer: Any, text: str, thinking: bool) -> str:
     return said
 
 
+def kandinsky(pipe: Any) -> tuple[TextStream, ...]:
+    """Kandinsky 2.1: an image's embedding, in several tokens, stands before the text."""
+    before = getattr(pipe.unet.encoder_hid_proj, "num_image_text_embeds", 0)
+    return (TextStream(pipe.tokenizer, before, 77),)
+
+
 NO_TEXT = "it has no text"
 TEMPLATE = "it puts its prompts into a template that is not declared"
 SEVERAL = "several texts stand in one sequence, whose order is not declared"

@@ -236,3 +236,14 @@ def test_an_encoder_of_many_tokens_costs_no_square_of_them() -> None:
     texts = [TextLayout(pipe).read(prompt) for prompt in ("a red cat", "a blue dog")]
     token_map, _ = align(*texts, "replace")
     assert token_map.numel() < 1_000_000
+
+
+def test_an_embedding_before_the_text() -> None:
+    """Kandinsky 2.1: ten tokens of an image stand before the text, in the same keys."""
+    call = seen("KandinskyPipeline", "joint").calls[0]
+    keys, queries = call.k.shape[-2], call.q.shape[-2]
+    assert call.spans.image_queries == (0, queries)
+    assert call.spans.image_keys == (keys - queries, keys)
+    assert call.spans.text_keys == (0, keys - queries) and keys - queries == 87
+    text = TextLayout(WILD["KandinskyPipeline"].make()).read("a red cat")
+    assert min(text.find("a")) >= 10
