@@ -72,7 +72,7 @@ def _draw(kind: str, rng: np.random.Generator) -> EditCase:
         after = (shape, colour, "striped")
     elif kind == "reweight":
         # The noun carries the object: attention pushed away from it leaves the object out.
-        after, options = None, {"reweight": {shape: -2.0}}
+        after, options = None, {"reweight": {shape: -1.0}}
     else:
         raise ValueError(f"no edit of kind {kind!r}")
     relation, background = str(rng.choice(RELATIONS)), str(rng.choice(("white", "gray", "black")))

@@ -33,7 +33,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "colour": {"cross_replace": 0.8, "self_replace": 0.4, "self_resolution": 1.0},
     "shape": {"cross_replace": 0.8, "self_replace": 0.4, "self_resolution": 1.0},
     "added word": {"cross_replace": 0.8, "self_replace": 0.4, "self_resolution": 1.0},
-    "reweight": {"cross_replace": 1.0, "self_replace": 0.0},
+    # Weighed to the end, traces are left of what goes.
+    "reweight": {"cross_replace": 0.8, "self_replace": 0.0},
 }
 
 Progress = Callable[[int, int], None]
@@ -67,13 +68,17 @@ def edit_one(pipe: Any, case: EditCase, seed: int, **settings: Any) -> Outcome:
     with hookctl.control(pipe, edit) as session:
         _, edited = pipe(prompts, generator=edit.generators(seed), **common).images
     done = time.perf_counter()
+    # Of a word that is weighed away the edit has no map to be seen, but its source has.
+    shown = int(case.after is not None)
+    word = case.words[shown]
+    word_map = session.maps[word].where(prompt=shown).overlay((source, edited)[shown], label=word)
     return Outcome(
         case,
         seed,
         source,
         plain,
         edited,
-        session.maps[case.words[1]].overlay(edited, label=case.words[1]),
+        word_map,
         source_is_right(case, detect(source)),
         measure(case, source, plain),
         measure(case, source, edited),
@@ -147,5 +152,5 @@ def image(outcomes: list[Outcome]) -> Image.Image:
         cases = ([o for o in cases if o.valid] + [o for o in cases if not o.valid])[:SHOWN]
         rows += [[o.source, o.plain, o.edited, o.word_map] for o in cases]
         titles += [o.case.title for o in cases]
-    columns = ["source", "plain re-prompt, same seed", "Prompt-to-Prompt", "map of the edited word"]
+    columns = ["source", "plain re-prompt, same seed", "Prompt-to-Prompt", "map of the word"]
     return show.grid(rows, column_titles=columns, row_titles=titles, cell=(160, 160))

@@ -80,8 +80,11 @@ class Log:
     def lost(self, editors: Iterable[Editor]) -> Iterator[tuple[Editor, str]]:
         """The editors that did nothing though they were to: out of time, or not neutral."""
         for editor in editors:
+            meant = editor.neutral() or editor.start == editor.stop
+            if self.acted(editor) or meant:
+                continue
             met = any(editor.active(clock) for clock in self.clocks)
-            if not self.acted(editor) and (not met or editor.neutral() is False):
+            if not met or editor.neutral() is False:
                 yield editor, self._why(editor)
 
     def _why(self, editor: Editor) -> str:

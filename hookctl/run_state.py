@@ -51,6 +51,11 @@ def remembering(memory: Memory) -> Iterator[None]:
         _memory.reset(token)
 
 
+def memory_here() -> Memory | None:
+    """The place that this context is in, None outside of a session."""
+    return _memory.get()
+
+
 def abandon() -> None:
     """Leave the place that this context is in, whatever an interrupt left."""
     _memory.set(None)

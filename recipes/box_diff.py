@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hookctl.arguments import checked, share, whole
 from hookctl.loop.energy import ImageMaps
-from hookctl.recipes.common.arguments import share, whole
 from hookctl.recipes.common.energy.energy_guidance import Stage
 from hookctl.recipes.common.energy.excited_maps import ExcitedMaps
 from hookctl.recipes.common.energy.map_functions import top_mean
@@ -38,12 +38,14 @@ class BoxDiff(ExcitedMaps):
     words, regions: as many of each, for every prompt or a list for each. top: P, a share of the
     cells. reach: how many cells beside an edge count as near it. The others: see `ExcitedMaps`.
     paper: as there, and a refinement descends the largest l_fg alone, and the step after it has no
-    gradient of the other terms. scale=0, or no words, leaves a run bit for bit as it was.
+    gradient of the other terms, and the edges of boxes are rounded to cells. scale=0, or no words,
+    leaves a run bit for bit as it was.
 
     A cell belongs to a region that covers half of it, and a region that is too small for that keeps
     the cells that it covers most, so that P of it is always at least one cell.
     """
 
+    @checked(own=("regions",))
     def __init__(
         self,
         words: Words,
@@ -62,7 +64,10 @@ class BoxDiff(ExcitedMaps):
 
     def energy(self, image: ImageMaps, subjects: Sequence[Subject], stage: Stage) -> Tensor:
         maps = self.excited(image, subjects).mean(1)
-        parts = [self.terms(m, s.mask(m[..., None])) for m, s in zip(maps, subjects, strict=True)]
+        parts = [
+            self.terms(m, s.mask(m[..., None], round if self.paper else None, never_empty=True))
+            for m, s in zip(maps, subjects, strict=True)
+        ]
         inner = torch.stack([part[0] for part in parts])
         if not self.paper or stage == "update":
             total = torch.stack(parts).sum()

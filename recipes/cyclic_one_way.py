@@ -23,11 +23,13 @@ import torch
 from torch import Tensor
 
 from hookctl.address.regions import Region, RegionLike, region_of
+from hookctl.address.rows import UNCOND
+from hookctl.arguments import checked, images_and_prompts, whole
 from hookctl.editor import WHOLE_IMAGE, Editor
 from hookctl.errors import InputError
+from hookctl.loop import prompts
 from hookctl.loop.images import encode
 from hookctl.loop.trajectory import Trajectory
-from hookctl.recipes.common.arguments import images_and_prompts, whole
 from hookctl.recipes.common.canvas.pasted_images import PastedImages, resized
 from hookctl.recipes.common.canvas.suppression import Suppression
 from hookctl.session import Session, control
@@ -54,18 +56,21 @@ class CyclicOneWay:
     steps, guidance, negative: of the sampling. start, top, finish: the levels r, b and that of the
         last writing, as fractions of the steps from the clean image. cycles: how often it is
         disturbed and constructed again. eta, final_eta: fresh noise in the cycles and after them.
-    suppress, diverse: what must not appear outside the region, and what may instead; two more rows
-        in the cycles (`recipes.common.suppression`).
+    suppress, diverse: what must not appear outside the region, and what may instead, "" for
+        nothing; two more rows in the cycles (`recipes.common.suppression`).
     inversion_guidance: scale in the inversions. writes: whether the image is written at all.
     seed: of all noise.
     paper: the official code: 10 steps, guidance in the inversions, its prompts against a second
-        face, only cells of the mask whose centre counts, and fresh noise by the levels next to
-        those that the latents are at.
+        face, the negative prompt (its own, unless one is given) in the cycles alone, images that
+        are gray outside the region and are drawn from the encoder's distribution, cells of the mask
+        whose first pixel counts, and fresh noise by the levels next to those that the latents are
+        at. One generator draws all noise: of the images' encodings, the canvases' and the steps'.
 
     Without cycles and writing it is DDIM sampling of the inverted canvas. Raises InputError for
     levels in another order, and for images that do not fit on the canvas.
     """
 
+    @checked()
     def __init__(
         self,
         pipe: Any,
@@ -92,7 +97,7 @@ class CyclicOneWay:
         seed: int = 0,
         paper: bool = False,
     ) -> None:
-        self.pipe, self.paper, self.seed = pipe, paper, int(seed)
+        self.pipe, self.paper, self.seed = pipe, paper, seed
         self.session: Session | None = None
         images, self.prompts = images_and_prompts(image, prompt, "CyclicOneWay")
         default_steps = 10 if paper else 50
@@ -102,9 +107,9 @@ class CyclicOneWay:
         if inversion_guidance is None:
             inversion_guidance = self.guidance if paper else 1.0
         self.inversion_guidance = float(inversion_guidance)
-        self.negative = negative or (NEGATIVE if paper else None)
-        self.suppress = suppress or (SUPPRESS if paper else None)
-        self.diverse = diverse or (DIVERSE if paper else None)
+        self.negative = NEGATIVE if negative is None and paper else negative
+        self.suppress = SUPPRESS if suppress is None and paper else suppress
+        self.diverse = DIVERSE if diverse is None and paper else diverse
         if (self.suppress is None) != (self.diverse is None):
             raise InputError("CyclicOneWay: give suppress and diverse, both or neither")
         self.eta, self.final_eta, self.writes = float(eta), float(final_eta), writes
@@ -117,25 +122,26 @@ class CyclicOneWay:
             "CyclicOneWay",
             images,
             at=at,
-            size=(side, side) if size is None else (int(size[0]), int(size[1])),
+            size=(side, side) if size is None else (size[0], size[1]),
             factor=factor,
             region=Region.full() if region is None else region_of(region),
-            by_centre=paper,
+            official=paper,
         )
 
     def _set_levels(self, start: float, top: float, finish: float, cycles: int) -> None:
         """r, b and the level of the last writing as a program counts them: from the noisiest on."""
-        if not 0 <= finish <= start < top <= 1 or cycles < 0:
+        self.cycles = whole(cycles, "CyclicOneWay: cycles")
+        if not 0 <= finish <= start < top <= 1:
             raise InputError(
                 f"CyclicOneWay: start={start}, top={top}, finish={finish}, cycles={cycles}; give "
                 "0 <= finish <= start < top <= 1 and a number of cycles"
             )
-        n = self.steps
-        self.low, self.high, self.last = (n - int(x * n + 1e-9) for x in (start, top, finish))
-        self.cycles = int(cycles)
+        n, slack = self.steps, 0.0 if self.paper else 1e-9
+        self.low, self.high, self.last = (n - int(x * n + slack) for x in (start, top, finish))
         if self.paper and self.high < 1:
             raise InputError(f"CyclicOneWay: top={top} leaves no noisier level; give less than 1")
 
+    @checked()
     def run(self, *editors: Editor, output_type: str = "pil") -> Any:
         """Draw; a list of images, or as output_type= has it.
 
@@ -143,17 +149,19 @@ class CyclicOneWay:
         are not where the image is inverted on its own. What they did is in `session` afterwards.
         """
         without_places = [editor for editor in editors if not _knows_places(editor)]
+        generator = torch.Generator().manual_seed(self.seed)
+        images, canvases = self._encoded(generator)
         with control(self.pipe, *without_places):
-            levels = self._levels_of_the_images()
+            levels = self._levels_of_the_images(images, generator)
         with control(self.pipe, *editors) as self.session:
-            program = self._inverted_canvas()
-            generator = program.generator
+            program = self._inverted_canvas(canvases, generator)
+            contexts = self._quality(program)
             with control(self.pipe, *self._suppression(program.latents)):
                 for _ in range(self.cycles):
                     self._disturb(program, generator)
                     self._write(program, levels)
                     for level in range(self.high, self.low):
-                        program.denoise(level, eta=self.eta)
+                        program.denoise(level, eta=self.eta, contexts=contexts)
                         self._write(program, levels)
             for level in range(self.low, program.steps):
                 program.denoise(level, eta=self.final_eta)
@@ -161,34 +169,50 @@ class CyclicOneWay:
                     self._write(program, levels)
             return program.decode(output_type)
 
-    def _levels_of_the_images(self) -> list[Tensor]:
+    def _encoded(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The latents of the images and of their canvases, [images, channels, height, width]."""
+        drawn = generator if self.paper else None
+        images, canvases = (
+            torch.cat([encode(self.pipe, image, drawn) for image in of])
+            for of in (self.pasted.images, self.pasted.canvases())
+        )
+        return images, canvases
+
+    def _levels_of_the_images(self, clean: Tensor, generator: torch.Generator) -> list[Tensor]:
         """The images' own latents at every level, inverted on their own as far as `high`."""
         width, height = self.pasted.images[0].size
-        clean = torch.cat([encode(self.pipe, image) for image in self.pasted.images])
-        program = self._program(clean, width, height)
+        program = self._program(clean, width, height, generator)
         path = {program.steps: program.latents}
         for level in reversed(range(self.high, program.steps)):
             path[level] = program.invert(level, guidance=self.inversion_guidance)
         # Nothing is written at levels before `high`.
         return [path.get(level, program.latents) for level in range(program.steps + 1)]
 
-    def _inverted_canvas(self) -> Trajectory:
+    def _inverted_canvas(self, clean: Tensor, generator: torch.Generator) -> Trajectory:
         """A program whose latents are the pasted images at level `low`."""
-        pasted = [encode(self.pipe, canvas) for canvas in self.pasted.canvases()]
-        program = self._program(torch.cat(pasted), *self.pasted.size)
+        program = self._program(clean, *self.pasted.size, generator)
         for level in reversed(range(self.low, program.steps)):
             program.invert(level, guidance=self.inversion_guidance)
         return program
 
-    def _program(self, clean: Tensor, width: int, height: int) -> Trajectory:
+    def _quality(self, program: Trajectory) -> dict[str, Tensor] | None:
+        """The official code's negative prompt, which acts in the cycles alone."""
+        if not self.paper or self.negative is None or UNCOND not in program.template.branches:
+            return None
+        encoded = prompts.encode(self.pipe, [self.negative], program.template.encoding)
+        return {UNCOND: encoded.sequence}
+
+    def _program(
+        self, clean: Tensor, width: int, height: int, generator: torch.Generator
+    ) -> Trajectory:
         program = Trajectory(
             self.pipe,
             self.prompts,
             steps=self.steps,
             guidance=self.guidance,
-            negative=self.negative,
+            negative=None if self.paper else self.negative,
             latents=clean,
-            generator=torch.Generator().manual_seed(self.seed),
+            generator=generator,
             width=width,
             height=height,
         )
@@ -203,8 +227,8 @@ class CyclicOneWay:
     def _suppression(self, latents: Tensor) -> list[Editor]:
         if self.suppress is None or self.diverse is None:
             return []
-        outside, prompts = 1 - self.pasted.mask(latents), (self.suppress, self.diverse)
-        return [Suppression(self.pipe, *prompts, guidance=self.guidance, outside=outside)]
+        outside, texts = 1 - self.pasted.mask(latents), (self.suppress, self.diverse)
+        return [Suppression(self.pipe, *texts, guidance=self.guidance, outside=outside)]
 
     def _disturb(self, program: Trajectory, generator: Any) -> None:
         if not self.paper:

@@ -12,15 +12,15 @@ steps are correlated, so they hold the image's structure better than the sampler
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from hookctl.address.clock import Window
+from hookctl.arguments import checked, number, refusal
 from hookctl.loop.inversion import Progress, edit_friendly_noise
 from hookctl.loop.trajectory import Trajectory
-from hookctl.recipes.common.arguments import number, refusal
 from hookctl.recipes.common.real_images.inversion import Inversion
 from hookctl.recipes.common.real_images.inverted import Inverted
 
@@ -46,6 +46,7 @@ class EditFriendlyDDPM(Inversion):
 
     edit_guidance = 15.0
 
+    @checked()
     def __init__(
         self,
         pipe: Any,
@@ -58,8 +59,9 @@ class EditFriendlyDDPM(Inversion):
         eta: float = 1.0,
         seed: int = 0,
         paper: bool = False,
+        arguments: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(pipe, image, prompt, steps=steps, guidance=guidance)
+        super().__init__(pipe, image, prompt, steps=steps, guidance=guidance, arguments=arguments)
         self.skip = Window.of((skip, 1.0), "EditFriendlyDDPM: skip").start
         if int(self.skip * self.steps) >= self.steps:
             raise refusal(

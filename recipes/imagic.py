@@ -20,20 +20,22 @@ so that alpha = 0 gives the image back whatever the scale s, and only e - e_opt 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hookctl import arguments
 from hookctl.address.rows import COND, UNCOND
+from hookctl.arguments import checked
 from hookctl.errors import InputError
+from hookctl.hooks.patch import Patch
 from hookctl.loop.images import encode
 from hookctl.loop.inversion import ddim_path, require_first_order
 from hookctl.loop.trajectory import Trajectory
-from hookctl.recipes.common import arguments
 from hookctl.recipes.common.real_images.fitting import Fitting, Progress
 from hookctl.recipes.common.real_images.low_rank import LowRank
 
@@ -64,6 +66,7 @@ class Imagic:
     Raises InputError for arguments out of bounds, and for layers that match none of the model's.
     """
 
+    @checked()
     def __init__(
         self,
         pipe: Any,
@@ -99,15 +102,22 @@ class Imagic:
         if not 0 <= window[0] < window[1] <= 1:
             wanted = "a start and a later end between 0 and 1"
             raise arguments.refusal("Imagic: window", window, wanted)
-        self.alphas, self.guidance, self.steps = tuple(alphas), float(guidance), int(steps)
+        if not alphas:
+            raise arguments.refusal("Imagic: alphas", alphas, "a number for each image")
+        arguments.picture(image, "Imagic: image")
+        self.alphas, self.guidance, self.steps = tuple(alphas), float(guidance), steps
         self.inverted = inverted
+        if checkpoint is not None:
+            arguments.writable(checkpoint, "Imagic: checkpoint")
         clean = encode(pipe, image)
         height, width = image.size[::-1]
         self.size = {"height": height, "width": width}
         many = clean.repeat(noises, 1, 1, 1)
-        program = Trajectory(
-            pipe, prompt, steps=schedule_steps or steps, images=noises, latents=many, **self.size
-        )
+        levels = schedule_steps or steps
+        with _levels_within(pipe, levels):
+            program = Trajectory(
+                pipe, prompt, steps=levels, images=noises, latents=many, **self.size
+            )
         self.clean = clean.to(program.latents)
         self.change = LowRank(program.denoiser, layers, rank, torch.Generator().manual_seed(seed))
         self.fitting = Fitting(
@@ -122,10 +132,12 @@ class Imagic:
             save_every=save_every,
         )
 
+    @checked()
     def run(self, progress: Progress | None = None) -> Any:
         """All three stages: an image for each alpha."""
         return self.fit(progress).draw()
 
+    @checked()
     def fit(self, progress: Progress | None = None) -> Imagic:
         """Stages A and B; returns itself.
 
@@ -144,6 +156,7 @@ class Imagic:
         """alpha e_tgt + (1 - alpha) e_opt, [1, tokens, channels]."""
         return alpha * self.fitting.wanted + (1 - alpha) * self.fitted
 
+    @checked()
     def draw(
         self,
         alphas: Sequence[float] | None = None,
@@ -191,3 +204,21 @@ class Imagic:
         program = Trajectory(self.pipe, self.prompt, steps=steps, latents=self.clean, **self.size)
         require_first_order(program, "Imagic.draw(inverted=True)")
         return ddim_path(program, self.clean, contexts={COND: self.fitted}, refine=refine)[0]
+
+
+@contextmanager
+def _levels_within(pipe: Any, levels: int) -> Iterator[None]:
+    """Meanwhile the pipeline's timesteps are those that its model was trained at: an offset of the
+    scheduler's would lead beyond the last of them where all are wanted."""
+    config = pipe.scheduler.config
+    trained, offset = config.get("num_train_timesteps", 1000), config.get("steps_offset", 0)
+    if not offset or levels + offset <= trained:
+        yield
+        return
+    scheduler = type(pipe.scheduler).from_config({**config, "steps_offset": 0})
+    patch = Patch(pipe, "scheduler", scheduler)
+    try:
+        patch.install()
+        yield
+    finally:
+        patch.remove()

@@ -17,6 +17,7 @@ up to 3, 2 and 1 times a step in the first, second and third tenth of the schedu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import floor
 from typing import Any, Literal
 
 import torch
@@ -24,10 +25,10 @@ from torch import Tensor
 
 from hookctl.address.clock import Clock
 from hookctl.address.sites import Site
+from hookctl.arguments import checked, number, one_of, whole
 from hookctl.loop.energy import ImageMaps
 from hookctl.loop.noise import Level
 from hookctl.loop.state import State
-from hookctl.recipes.common.arguments import number, one_of, whole
 from hookctl.recipes.common.energy.energy_guidance import EnergyGuidance, Stage, variance
 from hookctl.recipes.common.energy.map_functions import inside_share, top_mean
 from hookctl.recipes.common.energy.word_energy import Subject, Words
@@ -51,13 +52,15 @@ class LayoutGuidance(EnergyGuidance):
     of L. iterations: at most so many times in a step, by default 5 (3, 2, 1 for top-k). sites: by
     default all that hold the layout. start, stop: fractions of the schedule, by default 0 to 1/5
     (3/10 for top-k). paper: the official code, which reads the middle block and the up-sites that
-    hold the layout, takes a step before it looks at L, and never guides an image again once its L
-    was low enough. scale=0, or no words, leaves a run bit for bit as it was.
+    hold the layout, floors the edges of boxes to cells (else a cell counts that is half covered),
+    takes a step before it looks at L, and never guides an image again once its L was low enough.
+    scale=0, or no words, leaves a run bit for bit as it was.
     """
 
     heads = True
     _last_loss: RunState[Tensor | None] = RunState(None)
 
+    @checked(own=("regions",))
     def __init__(
         self,
         words: Words,
@@ -74,13 +77,14 @@ class LayoutGuidance(EnergyGuidance):
         one_of(form, "LayoutGuidance: form", FORMS)
         by_share = form == "share"
         scale = (30.0 if by_share else 20.0) if scale is None else scale
-        stop = (0.2 if by_share else 0.3) if stop is None else stop
+        self.default_stop = 0.2 if by_share else 0.3
         super().__init__(words, scale=scale, stop=stop, **options)
         self.set_regions(regions)
         if iterations is not None:
             iterations = whole(iterations, "LayoutGuidance: iterations", 1)
         self.threshold = number(threshold, "LayoutGuidance: threshold", low=0)
         self.form, self.iterations, self.paper = form, iterations, paper
+        self.edges = floor if paper else None
 
     def begin(self, state: State) -> None:
         super().begin(state)
@@ -95,7 +99,7 @@ class LayoutGuidance(EnergyGuidance):
 
     def energy(self, image: ImageMaps, subjects: Sequence[Subject], stage: Stage) -> Tensor:
         parts = [
-            self._loss(maps[..., list(subject.columns)], subject.mask(maps))
+            self._loss(maps[..., list(subject.columns)], subject.mask(maps, self.edges))
             for maps in image.maps.values()
             for subject in subjects
         ]

@@ -14,10 +14,11 @@ from __future__ import annotations
 from typing import Any
 
 from hookctl.address.clock import Clock
+from hookctl.arguments import checked, number
 from hookctl.attention.call import AttentionCall
 from hookctl.loop.state import State
-from hookctl.recipes.common.arguments import number
 from hookctl.recipes.common.perturbed_guidance import PerturbedGuidance
+from hookctl.recipes.common.sites import IMAGE_KINDS
 from hookctl.run_state import RunState
 
 TRAINED = 1000  # timesteps that the published rule counts from
@@ -35,8 +36,10 @@ class PAG(PerturbedGuidance):
     Costs one further row beside each conditional one.
     """
 
+    kinds = (*IMAGE_KINDS, "temporal")
     _unit: RunState[int] = RunState(1)
 
+    @checked()
     def __init__(
         self,
         scale: float = 3.0,
@@ -47,6 +50,9 @@ class PAG(PerturbedGuidance):
     ) -> None:
         super().__init__(scale, branch=branch, **options)
         self.adaptive = number(adaptive, "PAG: adaptive", low=0)
+
+    def neutral(self) -> bool | None:
+        return None if self.adaptive else super().neutral()
 
     def begin(self, state: State) -> None:
         # Some families hand the denoiser a time of 0 to 1, noisiest first.

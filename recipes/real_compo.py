@@ -20,7 +20,9 @@ guides by its latents steps from the latents that it changed, so that c = 1 is t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import floor
 from typing import Any
 
 import torch
@@ -28,13 +30,15 @@ from torch import Tensor
 
 from hookctl.address.rows import COND
 from hookctl.address.sites import Selector
+from hookctl.arguments import checked, number, share
 from hookctl.errors import UnsupportedError
 from hookctl.kernels.latent_mixing import mix_predictions, update_difference
 from hookctl.loop.calls import prediction_of
 from hookctl.loop.energy import Energies, ImageMaps
+from hookctl.loop.solver import entries_of
 from hookctl.loop.state import Predictions, Proceed, State, split_branches
-from hookctl.recipes.common.arguments import number, share
 from hookctl.recipes.common.energy.layout_models import guided_as_the_pipeline, layout_model
+from hookctl.recipes.common.energy.layout_pipeline import LayoutPipeline
 from hookctl.recipes.common.energy.map_functions import mean_map
 from hookctl.recipes.common.energy.mixture import MixedSteps, ModelPrediction, Part
 from hookctl.recipes.common.energy.word_energy import TEXT_SITES, Subject, WordEnergy, Words
@@ -53,14 +57,19 @@ class RealCompo(WordEnergy):
         RealCompo(["circle", "square"], [(0, 0, 0.5, 1), (0.5, 0, 1, 1)])
 
     words, regions: as many of each, for every prompt or a list for each. layout: the layout model:
-    a guidance of the pipeline's own denoiser (by default `LayoutGuidance(words, regions)`), another
-    pipeline or denoiser of the same latent space, or a `recipes.common.layout_models.LayoutModel`.
-    rho: size of the largest change of d in a step. alone: until this fraction of the schedule the
-    layout model draws alone. coefficient: a fixed c instead, 0 for the text model (bit for bit)
-    and 1 for the layout model. sites: see `WordEnergy`. generator: draws the first d, from N(0, 2);
-    without one d starts at 0. paper: the official code, where d moves by
-    rho = 1e6 sqrt(linspace(1, 0.5)) times the gradient of the layout model's maps alone, and starts
-    from a generator of seed 31; and one solver's history is of the mixed prediction.
+    a guidance of the pipeline's own denoiser (by default `LayoutGuidance(words, regions)`; one that
+    was given no stop= lasts to the end), another pipeline of the same latent space and scheduler,
+    which runs beside this one through its own call, a bare denoiser, or a
+    `recipes.common.energy.layout_models.LayoutModel`. layout_arguments: of that pipeline's call,
+    such as {"gligen_boxes": ...} or {"image": ...}; prompts, steps, guidance and size are this
+    one's. rho: size of the largest change of d in a step. alone: until this fraction of the
+    schedule the layout model draws alone. coefficient: a fixed c instead, 0 for the text model (bit
+    for bit) and 1 for the layout model. sites: see `WordEnergy`. generator: draws the first d, the
+    difference of two draws of N(0, 1); without one d starts at 0. paper: the official code, where d
+    moves by rho = 1e6 sqrt(linspace(1, 0.5)) times the gradient of the layout model's maps alone,
+    starts from a generator of seed 31, the same for every image, and the edges of boxes are floored
+    to cells; and one solver's history is of the mixed prediction. (Its maps are the model's own;
+    the official code takes those of a second pass of each block over its own output.)
 
     Costs the layout model's call beside the text model's, and a partial forward and backward of the
     conditional rows for each model. After a run `d` is the last map, [images, 1, height, width],
@@ -74,12 +83,14 @@ class RealCompo(WordEnergy):
     _solvers: RunState[MixedSteps | None] = RunState(None)
     _correction: RunState[Tensor | None] = RunState(None)
 
+    @checked(own=("regions",))
     def __init__(
         self,
         words: Words,
         regions: Regions,
         layout: Any = None,
         *,
+        layout_arguments: Mapping[str, Any] | None = None,
         rho: float = 1.0,
         alone: float = 0.4,
         coefficient: float | None = None,
@@ -90,13 +101,14 @@ class RealCompo(WordEnergy):
         super().__init__(words, sites=sites)
         self.set_regions(regions)
         self.sites = TEXT_SITES  # also what the layout model reads
-        self.layout = layout_model(LayoutGuidance(words, regions) if layout is None else layout)
         self.rho = number(rho, "RealCompo: rho", low=0)
         self.alone = share(alone, "RealCompo: alone")
         if coefficient is not None:
             share(coefficient, "RealCompo: coefficient")
-        if generator is None and paper:
-            generator = torch.Generator().manual_seed(PAPER_SEED)
+        given = LayoutGuidance(words, regions) if layout is None else layout
+        self.layout = layout_model(
+            given, layout_arguments, self.alone if coefficient is None else None
+        )
         self.coefficient, self.generator, self.paper = coefficient, generator, paper
 
     def attach(self, target: Any) -> None:
@@ -109,17 +121,33 @@ class RealCompo(WordEnergy):
         x = state.latents
         if x.dim() < 4:
             raise UnsupportedError("RealCompo: packed latents have no places; use a UNet pipeline")
-        shape = (len(x), 1, *x.shape[2:])
-        d, generator = torch.zeros(shape), self.generator
-        if generator is not None:
-            d = 2**0.5 * torch.randn(shape, generator=generator, device=generator.device)
-        self.d, self.record, self._predicted = d.to(x), [], {}
+        self.d, self.record, self._predicted = self._first_map(x), [], {}
         models = [MIXTURE] if self.paper else [LAYOUT, TEXT]
         self._solvers = MixedSteps(state.pipe.scheduler, models)
 
+    def _first_map(self, x: Tensor) -> Tensor:
+        """d, [images, 1, height, width], for latents x."""
+        shape, generator = (len(x), 1, *x.shape[2:]), self.generator
+        if self.paper:
+            # Every image's is that of a run of one image; without a generator, of the same seed.
+            generator = (
+                torch.Generator().manual_seed(PAPER_SEED) if generator is None else generator
+            )
+            shape = (1, *shape[1:])
+        if generator is None:
+            return x.new_zeros(shape)
+        of_layout, of_text = (
+            torch.randn(shape, generator=generator, device=generator.device).to(x) for _ in range(2)
+        )
+        return (of_layout - of_text).expand(len(x), *shape[1:]).contiguous()
+
     def denoise(self, state: State, proceed: Proceed) -> Any:
         output = proceed()
-        if self.coefficient != 0 and prediction_of(output) is not None:
+        if self.coefficient == 0 or prediction_of(output) is None:
+            return output
+        if isinstance(self.layout, LayoutPipeline):
+            self.layout.step(state)
+        else:
             own = type(state.rows)(state.rows[: state.own_rows])
             prediction, self._predicted_of = self.layout.predict(state)
             self._predicted |= split_branches(own, prediction)
@@ -127,13 +155,20 @@ class RealCompo(WordEnergy):
 
     def combine(self, predictions: Predictions) -> Tensor:
         predicted, self._predicted = self._predicted, {}
-        if COND not in predicted:
+        whole = isinstance(self.layout, LayoutPipeline) and self.coefficient != 0
+        if COND not in predicted and not (whole and COND in predictions.branches):
             return predictions.guided
         state, like = predictions.state, predictions.guided
         x, of = state.latents, self._predicted_of
-        of = x if of is None or torch.equal(of, x) else of.to(x)
-        guided = guided_as_the_pipeline(predictions, predicted)
-        layout = ModelPrediction(predicted[COND].to(like), guided, of)
+        if isinstance(self.layout, LayoutPipeline):
+            layout = self.layout.prediction(state)
+            if predictions.own is not None and like is not predictions.own:
+                # What editors before this one have added to the guidance.
+                layout = replace(layout, guided=layout.guided + (like - predictions.own))
+        else:
+            of = x if of is None or torch.equal(of, x) else of.to(x)
+            guided = guided_as_the_pipeline(predictions, predicted)
+            layout = ModelPrediction(predicted[COND].to(like), guided, of)
         text = ModelPrediction(predictions[COND].to(like), like, x)
         self._update(state, layout, text)
         mixed, c = self._mixed(state, layout.guided, text.guided)
@@ -144,15 +179,17 @@ class RealCompo(WordEnergy):
         correction, self._correction = self._correction, None
         if correction is not None:
             state.latents = state.latents + correction.to(state.latents)
+        if isinstance(self.layout, LayoutPipeline) and state.clock.step == state.clock.steps - 1:
+            self.layout.finish()
 
     # -- the mixture ---------------------------------------------------------------------------
 
     def _mixed(self, state: State, layout: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """The mixture of the guided predictions, and c."""
         assert self.d is not None  # since `begin`
-        steps_alone = int(self.alone * state.clock.steps + 1e-9)
+        step, steps, _ = _outer_step(state)
         c = self.coefficient
-        if c is None and state.clock.step >= steps_alone:
+        if c is None and step >= int(self.alone * steps + 1e-9):
             return mix_predictions(layout, text, self.d[:, 0]), self.d.sigmoid()
         c = 1.0 if c is None else c
         mixed = layout if c == 1 else torch.lerp(text, layout, c)
@@ -183,14 +220,15 @@ class RealCompo(WordEnergy):
 
     def _update(self, state: State, layout: ModelPrediction, text: ModelPrediction) -> None:
         """Move d, [images, 1, ...], by the gradient of L."""
-        if self.coefficient is not None or not self.subjects or not self.rho:
+        step, steps, begins = _outer_step(state)
+        if self.coefficient is not None or not self.subjects or not self.rho or not begins:
             return
         assert self.d is not None  # since `begin`
         a, b = layout.trial_step(state), text.trial_step(state)
         gradient = self._gradient(state, b + self.d.sigmoid() * (a - b))
         rho = self.rho
         if self.paper:
-            passed = state.clock.step / max(state.clock.steps - 1, 1)
+            passed = step / max(steps - 1, 1)
             rho = PAPER_RHO * (1 - 0.5 * passed) ** 0.5
         d = update_difference(self.d[:, 0], gradient, a, b, rho, largest=not self.paper)
         self.d = d[:, None]
@@ -218,6 +256,22 @@ class RealCompo(WordEnergy):
         losses = []
         for subject in subjects:
             m = maps[..., list(subject.columns)].sum(-1)
-            inside = (m * subject.mask(maps)).sum()
+            inside = (m * subject.mask(maps, floor if self.paper else None)).sum()
             losses.append(1 - inside / m.sum().clamp_min(torch.finfo(m.dtype).tiny))
         return torch.stack(losses).sum()
+
+
+def _outer_step(state: State) -> tuple[int, int, bool]:
+    """Which step a call belongs to, of how many, and whether it begins it.
+
+    A timestep that comes twice (PNDM, Heun) belongs to one step, of two calls.
+    """
+    clock = state.clock
+    every = [float(t) for t in state.pipe.scheduler.timesteps]
+    times = every[clock.skipped : clock.skipped + clock.steps]
+    if len(set(times)) == len(times):
+        return clock.step, clock.steps, True
+    for step, entries in enumerate(entries_of(times)):
+        if clock.step in entries:
+            return step, len(set(times)), clock.step == entries[0]
+    raise AssertionError(f"step {clock.step} is not among {times}")

@@ -27,16 +27,16 @@ from torch import Tensor
 
 from hookctl.address.rows import COND
 from hookctl.address.sites import Grid, Selector
+from hookctl.arguments import checked, share
 from hookctl.attention.call import AttentionCall
 from hookctl.attention.division import Division
 from hookctl.editor import WHOLE_IMAGE, Claim, Editor
 from hookctl.loop.prompts import EncodedTexts, check_texts
 from hookctl.loop.state import State
 from hookctl.recipes.common import per_prompt
-from hookctl.recipes.common.arguments import share
 from hookctl.recipes.common.canvas.region_shares import region_shares
 from hookctl.recipes.common.per_prompt import Numbers, Regions, Texts
-from hookctl.recipes.common.sites import grid_of
+from hookctl.recipes.common.sites import grid_of, text_sites
 from hookctl.run_state import RunState
 
 
@@ -62,6 +62,7 @@ class RegionalPrompts(Editor):
     )
     _by_text: RunState[bool] = RunState(False)  # whether a text stands in a call once, for all rows
 
+    @checked(own=("texts", "regions", "weights"))
     def __init__(
         self,
         texts: Texts,
@@ -101,6 +102,7 @@ class RegionalPrompts(Editor):
 
     def attach(self, target: Any) -> None:
         check_texts(target, self.texts.items, self.name)
+        text_sites(self.name, target, self.sites)
 
     # -- the texts -----------------------------------------------------------------------------
 

@@ -98,7 +98,7 @@ def generate(
     return np.concatenate(made), (time.perf_counter() - began) / len(prompts)
 
 
-def _relation_holds(detection: Detection, text: str) -> bool | None:
+def relation_holds(detection: Detection, text: str) -> bool | None:
     """Whether the first said relation holds between its two objects; None if unsaid or unseen."""
     request = parse(text)
     for (a, b), said in zip(
@@ -140,7 +140,7 @@ def measure_prompts(prompts: list[str], images: NDArray[np.uint8]) -> Figures:
                 striped.append(o.pattern == m.pattern)
                 sized.append(o.size == m.size)
     related = [
-        r for d, p in zip(found, prompts, strict=True) if (r := _relation_holds(d, p)) is not None
+        r for d, p in zip(found, prompts, strict=True) if (r := relation_holds(d, p)) is not None
     ]
     figures = {f"strict, {n} object{'s' * (n > 1)}": strict[counts == n] for n in (1, 2, 3)}
     figures |= {"strict, 1-2 objects": strict[counts < 3], "strict, all": strict}

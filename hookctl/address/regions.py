@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from hookctl.address.outlines import Array, Box, Combined, Mask, Outline, Points, Polygon, Stroke
+from hookctl.address.outlines import Box, Combined, Mask, Outline, Points, Polygon, Stroke
+from hookctl.address.pixels import MaskLike, mask_values
+from hookctl.arguments.values import as_float, is_list, is_number, shown
 from hookctl.errors import InputError
-
-MaskLike: TypeAlias = Array | Tensor | Image.Image
 
 BITS = 64
 BACKGROUND = -(1 << 63)  # bit 63, the sign
@@ -85,10 +85,11 @@ class Region:
     def mask(cls, mask: MaskLike, *, name: str | None = None) -> Region:
         """Where an image is bright, softly; it is stretched over the canvas.
 
-        Receives: a PIL image (read as grey), or [height, width] of bool, of floats from 0 to 1,
-        or of whole numbers from 0 to 255 (if none is above 1, they count as off and on).
+        Receives: a grey PIL image of any depth, or a transparent one (its alpha channel is the
+        mask), or [height, width] of bool, of floats from 0 to 1, or of whole numbers from 0 to 255
+        (if none is above 1, they count as off and on).
         """
-        return cls(Mask(_mask_values(mask)), name)
+        return cls(Mask(mask_values(mask)), name)
 
     def named(self, name: str) -> Region:
         """The same region under another name."""
@@ -163,12 +164,12 @@ def region_of(value: Any, argument: str = "region") -> Region:
             return parse_region(value)
         if isinstance(value, Tensor | Image.Image | np.ndarray):
             return Region.mask(value)
-        if isinstance(value, Sequence) and len(value) == 4:
+        if is_list(value) and len(value) == 4:
             return Region.box(*value)
     except InputError as error:
         raise InputError(f"{argument}: {error}") from None
     raise InputError(
-        f"{argument}: {value!r} given; a Region, a box (x0, y0, x1, y1), a mask, or {FORMS}"
+        f"{argument}: {shown(value)} given; a Region, a box (x0, y0, x1, y1), a mask, or {FORMS}"
     )
 
 
@@ -224,7 +225,7 @@ def parse_region(text: str) -> Region:
         try:
             with Image.open(body) as image:
                 return Region.mask(image, name=name)
-        except OSError as error:
+        except (OSError, SyntaxError) as error:
             raise InputError(f"region: {text!r} given; a readable image expected") from error
     body, _, width = body.partition("@") if kind == "scribble" else (body, "", "")
     try:
@@ -248,12 +249,11 @@ def parse_region(text: str) -> Region:
 
 def _number(value: float, argument: str) -> float:
     """A fraction of the canvas, freed of rounding."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
+    number = as_float(value) if is_number(value) else math.nan
     if not -SLACK <= number <= 1 + SLACK:  # false for NaN, too
-        raise InputError(f"{argument}: {value!r} given; a fraction of the canvas, 0 to 1, expected")
+        raise InputError(
+            f"{argument}: {shown(value)} given; a fraction of the canvas, 0 to 1, expected"
+        )
     return min(max(number, 0.0), 1.0)
 
 
@@ -264,6 +264,8 @@ def _size(value: float, argument: str) -> float:
 
 
 def _points(points: Iterable[Sequence[float]], argument: str, least: int) -> Points:
+    if not is_list(points) or not all(is_list(point) for point in points):
+        raise InputError(f"{argument}: {shown(points)} given; a list of pairs (x, y) expected")
     pairs = [tuple(point) for point in points]
     if len(pairs) < least:
         raise InputError(f"{argument}: {len(pairs)} points given; {least} or more expected")
@@ -274,25 +276,3 @@ def _points(points: Iterable[Sequence[float]], argument: str, least: int) -> Poi
         (_number(x, f"{argument} point {i} x"), _number(y, f"{argument} point {i} y"))
         for i, (x, y) in enumerate(pairs)
     )
-
-
-def _mask_values(mask: MaskLike) -> Array:
-    if isinstance(mask, Image.Image):
-        mask = np.asarray(mask.convert("L"))
-    if isinstance(mask, Tensor):
-        mask = mask.detach().cpu()
-        mask = (mask.double() if mask.is_floating_point() else mask).numpy()
-    given = np.asarray(mask)
-    if given.ndim != 2 or not given.size:
-        raise InputError(f"mask: shape {list(given.shape)} given; [height, width] expected")
-    if given.dtype.kind not in "biuf":
-        raise InputError(f"mask: {given.dtype} values given; bool, int or float expected")
-    values = given.astype(np.float64)
-    if given.dtype.kind in "iu" and values.max() > 1:
-        values /= 255
-    if not (values.min() >= 0 and values.max() <= 1):  # false for NaN, too
-        low, high = given.min(), given.max()
-        raise InputError(f"mask: values from {low} to {high} given; 0 to 1 expected (bytes: 255)")
-    if not values.any():
-        raise InputError("mask: empty, all values 0, given; a mask that covers something expected")
-    return values

@@ -7,21 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Never
+from typing import Any, NamedTuple, Never
 
 import torch
 from torch import Tensor
 
 from hookctl.address.clock import Clock
 from hookctl.address.rows import Row, Rows
-from hookctl.address.sites import Grid, Site, grid_of
+from hookctl.address.sites import Grid, ImageTokens, Site, grid_of
 from hookctl.attention.arguments import cast, stacked
 from hookctl.attention.query_lists import TextPlace
 from hookctl.attention.rewriting import Operation, ReadOut, Rewriting, Stage, folded
 from hookctl.attention.term import Ref, Spans, Sum, Terms, spans_of
-from hookctl.errors import InputError, UnsupportedError, check_returned
+from hookctl.errors import InputError, UnsupportedError, check_returned, naming
 
 RowLike = Row | int
+
+
+class Reference(NamedTuple):
+    """One reference image among the keys: `k[..., start:stop, :]`, (start, stop) = keys."""
+
+    keys: tuple[int, int]
+    grid: Grid
 
 
 class CallData:
@@ -41,6 +48,7 @@ class CallData:
         latent: Sequence[int] = (),
         text_tokens: int | None = None,
         joint_order: str | None = None,
+        images: ImageTokens | None = None,
         index: int = 0,
         context: Mapping[str, TextPlace | tuple[int, int]] | None = None,
         prompts: Sequence[str] = (),
@@ -49,7 +57,7 @@ class CallData:
         self._q, self._k, self._v = q, k, v
         self.prompts = tuple(prompts)
         self.mask, self.scale, self.latent = mask, scale, tuple(latent)
-        self.sequence = text_tokens, joint_order
+        self.sequence = text_tokens, joint_order, images
         self._context = {name: TextPlace(*place) for name, place in (context or {}).items()}
         self.operations: list[Operation] = []
         self.read_outs: list[ReadOut] = []
@@ -103,7 +111,19 @@ class CallData:
     def grid(self) -> Grid | None:
         """The grid of the image queries, or None if they form none over the latent."""
         start, stop = self.spans.image_queries
-        return grid_of(stop - start, self.latent) if self.latent else None
+        images = self.sequence[2]
+        if images is not None and images.grids[images.target].tokens == stop - start:
+            return images.grids[images.target]
+        if not self.latent or self.site.kind == "text":
+            return None
+        return grid_of(stop - start, self.latent)
+
+    @cached_property
+    def references(self) -> tuple[Reference, ...]:
+        """The reference images of an edit model, in the order of the sequence; () for others."""
+        images, spans = self.sequence[2], self.spans.references
+        grids = () if images is None else images.references
+        return tuple(map(Reference, spans, grids))
 
     def require_grid(self, who: str) -> Grid:
         """The grid, for an editor (named `who`) to which places mean something.
@@ -143,7 +163,12 @@ class CallData:
         that rows which use them are evaluated together."""
         if name not in self._with_image:
             k, v = self.context(name)
-            if self.spans.image_keys is not None:
+            if self.site.kind == "joint":
+                if self.spans.image_keys is None:
+                    raise UnsupportedError(
+                        f"text {name!r}: it is not known which keys of {self.site.path} are the "
+                        "image's, which must stand beside it; leave the site out with sites="
+                    )
                 start, stop = self.spans.image_keys
                 k = torch.cat([self.k[..., start:stop, :], k], -2)
                 v = torch.cat([self.v[..., start:stop, :], v], -2)
@@ -153,7 +178,18 @@ class CallData:
     def show_to(self, editor: Any) -> None:
         """Let an editor rewrite this call."""
         self.editor = editor
-        returned = editor.attention(self)
+        given = {"q": self.q, "k": self.k, "v": self.v, "mask": self.mask}
+        versions = {name: _version(x) for name, x in given.items()}
+        with naming(editor.name, "attention", self.site.path):
+            returned = editor.attention(self)
+        for name, x in given.items():
+            if _version(x) != versions[name]:
+                cure = "call.bias or call.restrict" if name == "mask" else "call.replace"
+                raise InputError(
+                    f"{editor.name}.attention changed call.{name} in place at {self.site.path}, "
+                    "which belongs to the model and to the other editors; leave it as it is and "
+                    f"use {cure}(rows, ...)"
+                )
         if returned is not None:
             check_returned(
                 editor.name,
@@ -223,3 +259,8 @@ class CallData:
         weight = self.q.new_zeros(self.q.shape[-2])
         weight[start:stop] = 1
         return weight
+
+
+def _version(x: Tensor | None) -> int:
+    """How often a tensor was changed in place; those of inference mode do not count it."""
+    return 0 if x is None or x.is_inference() else x._version

@@ -52,8 +52,14 @@ def read_image(preset: Preset, file: Path | None, drawing: Drawing) -> Image | N
             )
     from PIL import Image, UnidentifiedImageError
 
+    from hookctl.address.pixels import rgb
+
     try:
-        return Image.open(file, formats=_FORMATS).convert("RGB")
+        with Image.open(file, formats=_FORMATS) as opened:
+            opened.load()
+            return rgb(opened, f"--image {file}")
+    except InputError:
+        raise
     except Image.DecompressionBombError as error:
         raise InputError(f"--image {file}: is too large ({error})") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError):

@@ -125,7 +125,8 @@ def _write(drawing: Drawing, out: Path, options: Any) -> None:
     names = _names(words)
     means = {word: maps.mean().detach().cpu() for word, maps in words.items()}
     # Shares of words and of places are of different sizes: rows, and scales, of their own.
-    sheets, scales = [], {}
+    sheets: list[Any] = []
+    scales: dict[str, tuple[float, float]] = {}
     for group in ([w for w in words if w not in marks], list(marks)):
         if group:
             sheet, of_group = show.map_sheet(image, {w: means[w] for w in group}, marks)

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from hookctl.address.clock import Clock
 from hookctl.address.rows import PERTURBED, Row, Rows
-from hookctl.address.sites import Site
+from hookctl.address.sites import ImageTokens, Site
 from hookctl.attention.call import AttentionCall
 from hookctl.attention.query_lists import TextPlace
 from hookctl.attention.sdpa_call import SDPACall
-from hookctl.errors import UnsupportedError
+from hookctl.errors import UnsupportedError, naming
 from hookctl.evaluate import plan
 from hookctl.evaluate.plan import Plan
 
@@ -117,6 +117,7 @@ class DenoiserCall(Protocol):
     rows: Rows
     clock: Clock
     grid: tuple[int, ...]
+    images_in_sequence: ImageTokens | None
     prompts: tuple[str, ...]
     own_text: int | None
     extra_text: dict[str, TextPlace]
@@ -170,8 +171,15 @@ class EditedSite:
         part = own_part(denoiser_call, self.site.kind, self.joint_order, given)
         own = part.call
         plain = original if original is not None and part.call is given else own.attend
-        if index != self.own_call and not per_sample(own.query, denoiser_call.rows):
+        further = index != self.own_call
+        apart = not self.keeps_perturbed()  # its further calls are those of the perturbed rows
+        if further and (apart or not per_sample(own.query, denoiser_call.rows)):
             return plain()
+        if denoiser_call.extra_text and not part.context and self.site.kind in ("cross", "joint"):
+            raise UnsupportedError(
+                f"{self.site.path} attends to {given.key.shape[-2]} keys, in which the further "
+                "texts that editors gave can't be told from the rest; leave it out with sites="
+            )
         call = self._shown(part, denoiser_call, index)
         if repeated:
             call.read_outs = [r._replace(into=_discard) for r in call.read_outs]
@@ -181,7 +189,8 @@ class EditedSite:
                 self._note(call, plan.PASS_THROUGH)
             out = plain()
         else:
-            made, chosen = plan.evaluate(call, self._backend)
+            with naming(_editors_of(call), "attention", self.site.path):
+                made, chosen = plan.evaluate(call, self._backend)
             self._note(call, chosen)
             out = made.flatten(0, 1)
         return part.whole(out)
@@ -204,6 +213,7 @@ class EditedSite:
             latent=denoiser_call.grid,
             text_tokens=denoiser_call.own_text,
             joint_order=self.joint_order,
+            images=denoiser_call.images_in_sequence,
             index=index,
             context=part.context,
             prompts=denoiser_call.prompts,
@@ -239,6 +249,12 @@ class EditedSite:
                 verbs.add("read")
             if verbs:
                 one.note(self.site, call.clock.step, verbs, chosen)
+
+
+def _editors_of(call: AttentionCall) -> str:
+    """Who rewrote a call."""
+    names = [getattr(o.editor, "name", type(o.editor).__name__) for o in call.operations]
+    return " + ".join(dict.fromkeys(names))
 
 
 def _discard(row: Row, values: Tensor) -> None:

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hookctl.attention.call import AttentionCall, ReadOut
+from hookctl.attention.call import AttentionCall
+from hookctl.attention.rewriting import ReadOut
 from hookctl.attention.term import Sum, Term
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.evaluate import lists, reference, sdpa, short_keys, triton

@@ -27,7 +27,8 @@ from hookctl.kernels.common.launch_tables import SHORT, learns_ranked, serves, s
 from hookctl.kernels.common.wins import MAPS, REGIONS, SHARED, TERMS, wins
 
 if TYPE_CHECKING:
-    from hookctl.attention.call import AttentionCall, ReadOut
+    from hookctl.attention.call import AttentionCall
+    from hookctl.attention.rewriting import ReadOut
 
 _HALVES = (torch.float16, torch.bfloat16)
 REGION_WIDTH = 160  # widest head of the kernels of regions and maps

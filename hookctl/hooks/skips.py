@@ -7,6 +7,7 @@ blocks before it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -72,25 +73,38 @@ Edit = Callable[[Concat, Tensor, Tensor], "tuple[Tensor, Tensor] | None"]
 
 
 class ConcatPort:
-    """The hook on one decoder concat: splits, hands over, joins again if anything changed."""
+    """The hook on one decoder concat: splits, hands over, joins again if anything changed.
+
+    Blocks give their resnet the concat by position or by name (AnimateDiff: `input_tensor=`); it is
+    the first argument of its forward.
+    """
 
     def __init__(self, concat: Concat, edit: Edit) -> None:
         self.concat, self.edit = concat, edit
         self.name, self.traced = _ports.register(self, concat.path), False
+        parameters = list(inspect.signature(type(concat.module).forward).parameters)
+        self._argument = parameters[1]  # after `self`
         self._handles: list[Any] = []
 
     def install(self) -> None:
-        self._handles.append(self.concat.module.register_forward_pre_hook(self._before))
+        module = self.concat.module
+        self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = args[0] if args else kwargs[self._argument]
         if torch.compiler.is_compiling():
-            return (_features_operator(args[0], self.name), *args[1:])
-        joined = self.joined(args[0])
-        return None if joined is args[0] else (joined, *args[1:])
+            joined = _features_operator(given, self.name)
+        else:
+            joined = self.joined(given)
+            if joined is given:
+                return None
+        if args:
+            return (joined, *args[1:]), kwargs
+        return args, {**kwargs, self._argument: joined}
 
     def joined(self, joined: Tensor) -> Tensor:
         """The concat with its parts edited; the same tensor if nothing changed."""

@@ -8,14 +8,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from hookctl.address import families
+from hookctl.address.rows import PERTURBED
 from hookctl.attention.query_lists import TextPlace
 from hookctl.errors import InputError, UnsupportedError
+from hookctl.hooks.caches import cache_at
 from hookctl.loop.state import State
 
-_MASK = "encoder_attention_mask"
+_MASKS = ("encoder_attention_mask", "encoder_mask")
+# Models that make one vector of all the text that they are given.
+_POOLS = ("LuminaNextDiT2DModel", "HunyuanDiT2DModel", "Kandinsky3UNet")
 _IDS = "txt_ids"  # position of each text token: none of them has one
 
 
@@ -27,6 +32,7 @@ def widen(state: State, extra: Mapping[str, Tensor]) -> None:
     own = state.kwargs.get(state.text) if state.text else None
     if not isinstance(own, Tensor):
         raise UnsupportedError("this denoiser call has no text embeddings to widen")
+    _check_widens(state)
     parts, end = [own], own.shape[1]
     alone = len(state.rows) > 1 and state.projects_texts_alone
     once: dict[str, Tensor] = {}
@@ -50,15 +56,40 @@ def widen(state: State, extra: Mapping[str, Tensor]) -> None:
         block = _over_rows(state, once, end)
         parts.append(_repeated(block, own))
         end += block.shape[1]
-    mask = state.kwargs.get(_MASK)
-    if isinstance(mask, Tensor):
-        if mask.dim() != 2:
-            raise UnsupportedError(f"{_MASK} {tuple(mask.shape)} can't be widened; give [rows, M]")
-        state.kwargs[_MASK] = F.pad(mask, (0, end - own.shape[1]), value=1)
+    for name in _MASKS:
+        mask = state.kwargs.get(name)
+        if isinstance(mask, Tensor):
+            if mask.dim() != 2:
+                raise UnsupportedError(
+                    f"{name} {tuple(mask.shape)} can't be widened; give [rows, M]"
+                )
+            state.kwargs[name] = F.pad(mask, (0, end - own.shape[1]), value=1)
     ids = state.kwargs.get(_IDS)
     if isinstance(ids, Tensor):
         state.kwargs[_IDS] = F.pad(ids, (0, 0, 0, end - own.shape[1]))
     state.kwargs[str(state.text)] = torch.cat(parts, 1)
+
+
+def _check_widens(state: State) -> None:
+    """Raise UnsupportedError where more text would change more than what is attended to."""
+    model = families.uncompiled(state.denoiser)
+    name = type(model).__name__
+    streams = [
+        key
+        for key, value in state.kwargs.items()
+        if re.match(r"encoder_hidden_states_(?!mask|image)", key) and value is not None
+    ]
+    if streams:
+        raise UnsupportedError(
+            f"{name} joins a second text ({streams[0]}) to its first inside the model, so it "
+            "can't be widened"
+        )
+    embeds = getattr(getattr(model, "config", None), "addition_embed_type", None)
+    if name in _POOLS or embeds in ("text", "text_image"):
+        raise UnsupportedError(
+            f"{name} pools its text into one vector that acts on the whole image, so it can't be "
+            "widened"
+        )
 
 
 def _repeated(text: Tensor, own: Tensor) -> Tensor:
@@ -83,13 +114,19 @@ def narrow(state: State, kwargs: dict[str, Any]) -> None:
     """Take from the arguments of a call what `widen` appended to those of `state`."""
     if not state.extra_text or state.own_text is None:
         return
-    for name, dim in ((str(state.text), 1), (_MASK, 1), (_IDS, 0)):
+    for name, dim in ((str(state.text), 1), *((mask, 1) for mask in _MASKS), (_IDS, 0)):
         if isinstance(kwargs.get(name), Tensor):
             kwargs[name] = kwargs[name].narrow(dim, 0, state.own_text)
 
 
-# First axes that are not the batch: positions of tokens, images of an adapter.
-_SHARED = re.compile(r"^(img|txt|text|latent_image)_ids$|rotary|freqs|^ip_adapter_masks$")
+# First axes that are not the batch: positions of tokens, images of an adapter, blocks, what one
+# entry says of every row.
+_SHARED = re.compile(
+    r"^(img|txt|text|latent_image|image_cond)_ids$|rotary|freqs|rope_pos|^indices_"
+    r"|^ip_adapter_masks$|^padding_mask$|hidden_states_scale$"
+)
+_SECOND = re.compile(r"^encoder_hidden_states_llama3$")  # [layers, rows, tokens, channels]
+_PAIRED = re.compile(r"^encoder_hidden_states_image$")  # Wan: the first and the last image
 
 Spans = Sequence[tuple[int, int]]
 
@@ -115,8 +152,18 @@ def _take(name: str, value: Any, sizes: Mapping[int, int], spans: Spans) -> Any:
     if _SHARED.search(name):
         return value
     if isinstance(value, Tensor):
-        r = sizes.get(value.shape[0]) if value.dim() else None
+        if _SECOND.search(name):
+            return torch.cat([value[:, start:stop] for start, stop in spans], 1)
+        batch = min(sizes)
+        known = {2 * batch: 2, **sizes} if _PAIRED.search(name) else sizes
+        r = known.get(value.shape[0]) if value.dim() else None
         if r is None:
+            if value.dim() > 1 and batch > 1 and value.shape[0] == 2 * batch:
+                raise UnsupportedError(
+                    f"{name} {tuple(value.shape)} has 2 entries for each of {batch} rows, of which "
+                    "it is not known which belong to a row; so rows can neither be added to this "
+                    "call nor asked alone"
+                )
             return value
         return torch.cat([value[start * r : stop * r] for start, stop in spans])
     if isinstance(value, Mapping):
@@ -131,3 +178,52 @@ def _tensors(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(_tensors(entry) for entry in value)
     return isinstance(value, Tensor)
+
+
+# -- models that know how many rows they are given -------------------------------------------------
+
+
+def rows_are_fixed(state: State) -> str | None:
+    """Why the denoiser must be given exactly the rows that its pipeline gives it, None if not."""
+    name = type(state.pipe).__name__
+    divided = bool(state.rows.where(branch=PERTURBED)) and any(
+        not families.keeps_perturbed(module) for module in state.denoiser.modules()
+    )
+    if divided:
+        return (
+            f"the attention processors of {name} divide the batch into the pipeline's own "
+            "branches, so none can be added; use the pipeline without PAG (the recipe PAG does "
+            "the same), or pag_scale=0"
+        )
+    adapters = getattr(families.uncompiled(state.denoiser), "encoder_hid_proj", None)
+    for module in adapters.modules() if isinstance(adapters, nn.Module) else ():
+        held = module.__dict__.get("clip_embeds")
+        if isinstance(held, Tensor) and held.shape[0] > 1:
+            return (
+                f"the FaceID adapter of this {name} keeps the images of the pipeline's own rows in "
+                "the model (clip_embeds), so none can be added; use an IP-Adapter that is given "
+                "its images by the call, or unload it (pipe.unload_ip_adapter())"
+            )
+    packing = [key for key in state.kwargs if re.search(r"_(indexes|indices)$", key)]
+    if any(state.kwargs[key] is not None for key in packing):
+        return (
+            f"{type(state.denoiser).__name__} packs all that it is given into one sequence "
+            f"({packing[0]}), so no row can be added"
+        )
+    if state.kwargs.get("kv_cache") is not None:
+        return (
+            f"{name} keeps the keys and values of its own rows from call to call (kv_cache), so "
+            "none can be added; pass use_kv_cache=False to the pipeline where it takes it"
+        )
+    return None
+
+
+def check_rows_can_change(state: State) -> None:
+    """Raise UnsupportedError if the denoiser keeps outputs of one call for the next."""
+    model = families.uncompiled(state.denoiser)
+    cache = cache_at(model, state.clock.step)
+    if cache is not None and cache.rows:
+        raise UnsupportedError(
+            f"{cache.name} is on in {type(model).__name__} and made for the rows of the pipeline's "
+            f"own calls; a call with other rows would spoil it: {cache.cure}"
+        )

@@ -24,7 +24,8 @@ class Entry:
     """What one session brought along, for as long as it is entered, and what is kept for it.
 
     pipe: its pipeline, None for a bare denoiser; maps, log: its store of maps and its report;
-    check_finite: whether NaN and infinity are looked for at every step.
+    strict: an edited site that does not run is an error; check_finite: whether NaN and infinity are
+    looked for at every step; texts: what embeddings in place of prompts say, None if untold.
     clock: of the last denoiser call, None before the first. called, elsewhere: whether the pipeline
     called its denoiser where the session was entered, and in another thread or task.
     expected, ran: the sites whose calls an editor was to be shown, and those that ran.
@@ -38,7 +39,9 @@ class Entry:
     rows: tuple[str, ...] | None
     maps: Any  # the store of `hookctl.maps`, which stands above
     log: Any  # of `hookctl.report`
+    strict: bool = True
     check_finite: bool = True
+    texts: tuple[str, ...] | None = None
     clock: Clock | None = None
     called: bool = False
     elsewhere: bool = False

@@ -12,6 +12,7 @@ from hookctl.hooks.attention import SitePort
 from hookctl.hooks.skips import Concat
 from hookctl.loop import around
 from hookctl.loop.calls import calls
+from hookctl.loop.missed import is_strict
 from hookctl.loop.state import FeatureCall
 from hookctl.run_state import remembering
 
@@ -32,6 +33,11 @@ class Attending:
         """Rows of the denoiser call in progress."""
         call = calls.current
         return len(call.state.rows) if call is not None else 1
+
+    def is_strict(self) -> bool:
+        """Whether attention that could not be caught is an error."""
+        call = calls.current
+        return call is None or is_strict(call)
 
     def attend(
         self,

@@ -17,7 +17,7 @@ from torch import Tensor
 from hookctl.address import families, pipelines
 from hookctl.address.rows import COND, PERTURBED, Row, Rows
 from hookctl.errors import ConflictError, InputError, LayoutError, UnsupportedError
-from hookctl.loop.arguments import take_rows
+from hookctl.loop.arguments import check_rows_can_change, rows_are_fixed, take_rows
 from hookctl.loop.calls import prediction_of, with_prediction
 from hookctl.loop.state import State
 
@@ -128,20 +128,16 @@ def _check_batch(state: State) -> None:
             f"{type(state.denoiser).__name__} takes its images as a list, to which no branch can "
             "be added"
         )
-    if state.rows.where(branch=PERTURBED) and any(
-        not families.keeps_perturbed(module) for module in state.denoiser.modules()
-    ):
-        raise UnsupportedError(
-            f"the attention processors of {type(state.pipe).__name__} divide the batch into the "
-            "pipeline's own branches, so none can be added; use the pipeline without PAG (the "
-            "recipe PAG does the same), or pag_scale=0"
-        )
+    if reason := rows_are_fixed(state):
+        raise UnsupportedError(reason)
+    check_rows_can_change(state)
 
 
 def _check_present(state: State, name: str, branch: Branch) -> None:
     """Raise LayoutError for a branch of something that no call of this pipeline predicts."""
     own = {row.branch for row in state.rows}
-    sequential = set(pipelines.layout_of(state.pipe).sequential)
+    declared = families.pipeline_of(state.pipe) is not None
+    sequential = set(pipelines.layout_of(state.pipe).sequential if declared else ())
     # Skip-layer guidance has its own rows in a call of their own.
     if (own | sequential) != {PERTURBED} and branch.of not in own | sequential:
         raise LayoutError(

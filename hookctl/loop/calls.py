@@ -22,7 +22,12 @@ from hookctl.address.families import uncompiled
 from hookctl.address.rows import Row, Rows
 from hookctl.errors import HoleError, UnsupportedError
 from hookctl.evaluate.one_call import EditedSite
-from hookctl.loop.arguments import narrow, take_rows
+from hookctl.loop.arguments import (
+    check_rows_can_change,
+    narrow,
+    rows_are_fixed,
+    take_rows,
+)
 from hookctl.loop.driven import Reading, reading_in, reading_of
 from hookctl.loop.state import State
 
@@ -200,18 +205,23 @@ def predict(
             "none of the rows to be predicted again are in the last denoiser call of this step, "
             f"which has only {state.rows!r}"
         )
-    arguments = take_rows(state, [(rows[0].index, rows[-1].index + 1)])
+    check_rows_can_change(state)
+    # Whatever divides the batch into the pipeline's own rows must be given all of them.
+    asked = list(state.rows) if rows_are_fixed(state) else list(rows)
+    first = rows[0].index - asked[0].index
+    stop = first + len(rows)
+    arguments = take_rows(state, [(asked[0].index, asked[-1].index + 1)])
     narrow(state, arguments)
     if latents is not None:
-        repeats = len(rows) // len(latents)
+        repeats = len(asked) // len(latents)
         many = latents if repeats == 1 else latents.repeat(repeats, *[1] * (latents.dim() - 1))
         arguments[state.sample] = state.model_input(many, arguments[state.sample])
     if text is not None:
-        before = arguments[str(state.text)]
-        arguments[str(state.text)] = text.to(before).expand(before.shape[0], -1, -1)
+        _set_text(state, arguments, text, (first, stop), len(asked))
     if change is not None:
         change(arguments)
-    asking = Rows([replace(row, index=i) for i, row in enumerate(rows)])
+    asked[first:stop] = rows  # perhaps with other tags
+    asking = Rows([replace(row, index=i) for i, row in enumerate(asked)])
     opened = reader is EVERYONE or reading_of(denoiser) is not None
     asked_before, state.asking = state.asking, asking
     try:
@@ -221,7 +231,21 @@ def predict(
         state.asking = asked_before
     if found is None:
         raise UnsupportedError(f"{type(denoiser).__name__} returns no tensor of predictions")
-    return found
+    return found if len(asked) == len(rows) else found[first:stop]
+
+
+def _set_text(
+    state: State, arguments: dict[str, Any], text: Tensor, span: tuple[int, int], rows: int
+) -> None:
+    """Put a text, [1 | rows, tokens, channels], in the place of that of a span of the rows."""
+    name, (start, stop) = str(state.text), span
+    before = arguments[name]
+    repeats = before.shape[0] // rows
+    many = text.to(before)
+    if len(many) != (stop - start) * repeats:
+        many = many.expand((stop - start) * repeats, -1, -1)
+    parts = [before[: start * repeats], many, before[stop * repeats :]]
+    arguments[name] = torch.cat([part for part in parts if len(part)])
 
 
 def _called(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Any:

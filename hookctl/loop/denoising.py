@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hookctl.address import families
 from hookctl.editor import overrides, tell
-from hookctl.errors import HoleError, UnsupportedError
+from hookctl.errors import UnsupportedError
 from hookctl.evaluate.one_call import EditedSite
 from hookctl.hooks.attention import SitePort, depth, unwind
 from hookctl.hooks.pipeline import DenoiserPort, Inner
@@ -21,6 +21,7 @@ from hookctl.loop.attached import Attached, Entry
 from hookctl.loop.branches import add_branches, asked_branches, cut_branches
 from hookctl.loop.calls import Call, calls
 from hookctl.loop.finite import check_latents
+from hookctl.loop.missed import Missed
 from hookctl.loop.run import Run
 from hookctl.loop.state import State
 from hookctl.loop.step import Step
@@ -38,8 +39,10 @@ class Hooked(Protocol):
 
     denoiser: nn.Module
     model: nn.Module
-    ports: Mapping[str, SitePort]
     port: DenoiserPort
+
+    @property
+    def ports(self) -> Mapping[str, SitePort]: ...
 
     def refresh(self) -> None:
         """Look after hooks that the pipeline may have changed meanwhile."""
@@ -59,7 +62,7 @@ class Denoising:
         self.models: tuple[nn.Module, ...] = ()
         self.memory = Memory()
         self.run = Run(pipe)
-        self._step = Step()
+        self._step, self._missed = Step(), Missed()
         self._stepping: State | None = None  # of the step whose end the editors are working on
         self._acting: dict[tuple[Any, ...], Acting] = {}
 
@@ -98,11 +101,13 @@ class Denoising:
         self._acting = {}
         given = [entry.rows for entry in self.entries if entry.rows is not None]
         self.run.branches = given[-1] if given else None
+        stated = [entry.texts for entry in self.entries if entry.texts is not None]
+        self.run.stated = stated[-1] if stated else ()
 
-    def restarted(self) -> None:
-        """The pipeline was called."""
+    def restarted(self, checked: dict[str, Any] | None = None) -> None:
+        """The pipeline was called; checked: what it checks of its call, by name."""
         self._check_models()
-        self.run.restart()
+        self.run.restart(checked)
 
     def prepared(self) -> None:
         """The pipeline prepares a run: a new one, if the last has got as far as the denoiser."""
@@ -147,13 +152,9 @@ class Denoising:
         call = Call(state, *self._acting_at(state, hooked), self)
         if state.reading is not None:
             calls.follow(call, state.reading)
+        self._missed.before(hooked.model, call)
         out = self._within(call, hooked, inner, args, kwargs)
-        if call.by_site and not call.ran:
-            raise HoleError(
-                "none of the edited attention sites ran in a denoiser call: a compiled graph or a "
-                "cache is bypassing the model. Call torch._dynamo.reset(), or compile inside "
-                "control()"
-            )
+        self._missed.after(hooked.model, call)
         for one in set(call.acting).intersection(self.attached):
             one.entry.expected |= one.sites & set(call.by_site)
             one.entry.ran |= call.ran

@@ -93,7 +93,7 @@ class _Collection:
         if call.site.path not in self.sites:
             return
         grid = call.require_grid(self.who)
-        for row in call.rows:
+        for row in call.rows.where(branch=COND):
             if tokens := self.tokens.get(row.prompt):
                 call.read(row, tokens, partial(self._keep, call.site, grid), heads=self.heads)
 

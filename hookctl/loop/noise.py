@@ -19,6 +19,9 @@ from torch import Tensor
 
 from hookctl.errors import InputError, UnsupportedError
 
+# Schedulers whose every step goes back by the same number of training timesteps.
+_OF_ONE_LENGTH = ("DDIMScheduler", "DDIMParallelScheduler", "CogVideoXDDIMScheduler")
+
 KINDS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 
@@ -76,20 +79,39 @@ class Noise:
         """The level that the latents are at when the denoiser is called with `timestep`."""
         scheduler, t = self.scheduler, float(timestep)
         if not hasattr(scheduler, "sigmas"):
+            if not 0 <= int(t) < len(scheduler.alphas_cumprod):
+                raise InputError(
+                    f"timestep {t:g}: the model knows 0 to {len(scheduler.alphas_cumprod) - 1}; "
+                    "take fewer steps, or a scheduler with steps_offset=0"
+                )
             return _from_alpha(float(scheduler.alphas_cumprod[int(t)]))
         times = scheduler.timesteps
         index = int((times.float() - t).abs().argmin())
         return self._from_sigma(float(scheduler.sigmas[index]))
 
     def after(self, timestep: Tensor | float) -> Level:
-        """The level that a step from `timestep` leads to."""
+        """The level that a step from `timestep` leads to.
+
+        That of the next timestep, but for DDIM: its steps have one length, whatever the spacing of
+        the timesteps, and end between two of them (linspace).
+        """
         scheduler, times = self.scheduler, self.timesteps
+        if type(scheduler).__name__ in _OF_ONE_LENGTH:
+            total = scheduler.config.num_train_timesteps
+            there = int(float(timestep)) - total // scheduler.num_inference_steps
+            return self.level(there) if there >= 0 else _from_alpha(float(self._final))
         index = min(range(len(times)), key=lambda i: abs(times[i] - float(timestep)))
         if index + 1 < len(times):
             return self.level(times[index + 1])
         if hasattr(scheduler, "sigmas"):
             return self._from_sigma(float(scheduler.sigmas[-1]))
-        return _from_alpha(float(getattr(scheduler, "final_alpha_cumprod", 1.0)))
+        return _from_alpha(float(self._final))
+
+    @property
+    def _final(self) -> Tensor | float:
+        """The alpha-bar that the last step leads to."""
+        final: Tensor | float = getattr(self.scheduler, "final_alpha_cumprod", 1.0)
+        return final
 
     def levels(self) -> list[Level]:
         """The level of every timestep and the one that the last step leads to, noisiest first."""

@@ -29,7 +29,7 @@ class Solver:
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
         self.timesteps = list(scheduler.timesteps)
-        self.entries = _entries([float(t) for t in self.timesteps])
+        self.entries = entries_of([float(t) for t in self.timesteps])
         self._accepted = frozenset(inspect.signature(scheduler.step).parameters)
         self._fresh = _copied(scheduler)
         if "_step_index" in self._fresh:
@@ -109,7 +109,7 @@ class Solver:
             )
 
 
-def _entries(times: list[float]) -> list[range]:
+def entries_of(times: list[float]) -> list[range]:
     """Which entries of a list of timesteps make up the step from each distinct timestep.
 
     A timestep that comes twice (Heun, PNDM) corrects the step to it before it starts its own.

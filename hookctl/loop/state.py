@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hookctl.address import families
 from hookctl.address.clock import Clock
 from hookctl.address.rows import COND, Rows
+from hookctl.address.sites import ImageTokens
 from hookctl.attention.query_lists import TextPlace
 from hookctl.errors import InputError, LayoutError, UnsupportedError
 from hookctl.evaluate.one_call import Reader
@@ -52,12 +53,14 @@ class State:
 
     For those who make calls of their own (`loop.calls.predict`):
     scaling: how the scheduler made the model input from the latents, None where it is the latents.
+    images_in_sequence: the images that stand in one sequence, where the arguments tell them.
     own_text: tokens of the pipeline's own text; extra_text: where texts that editors added stand
         behind it, by name.
     own_rows: how many rows are the pipeline's own, None for all.
     asking: the rows of a call that an editor makes inside this one, None for this one's.
     reading: whose maps the call is made for, None for an ordinary one (`energy`).
     assigned: latents that an editor gave the step, None for none; stepped: the step's result.
+    added_guidance: what editors have added to the step's guided sum, [images, ...], None for none.
     """
 
     denoiser: nn.Module
@@ -75,12 +78,14 @@ class State:
     nested: bool = False
     extra_text: dict[str, TextPlace] = field(default_factory=dict)
     own_text: int | None = None
+    images_in_sequence: ImageTokens | None = None
     own_rows: int | None = None
     asking: Rows | None = None
     reading: Reading | None = None
     maps: Any = None
     assigned: Tensor | None = None
     stepped: Tensor | None = None
+    added_guidance: Tensor | None = None
 
     @property
     def reader(self) -> Reader | None:
@@ -167,12 +172,19 @@ class Predictions:
 
     def __getitem__(self, branch: str) -> Tensor:
         try:
-            return self.branches[branch]
+            found = self.branches[branch]
         except KeyError:
             raise LayoutError(
                 f"this step has no predictions of branch {branch!r}; it has: "
                 f"{', '.join(self.branches)}"
             ) from None
+        if found.shape[1:] != self.guided.shape[1:]:
+            raise UnsupportedError(
+                f"{type(self.state.pipe).__name__} makes {tuple(self.guided.shape)} of its "
+                f"denoiser's prediction {tuple(found.shape)} before the scheduler's step, in a way "
+                "unknown here, so predictions can't be combined anew"
+            )
+        return found
 
 
 def replace_channels(model_input: Tensor, rows: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hookctl.editor import overrides
@@ -63,7 +64,10 @@ class Step:
         for one in acting:
             if overrides(one.editor, "combine"):
                 guided = arguments["model_output"]
-                parts = {name: _like(part, guided) for name, part in branches.items()}
+                parts = {
+                    name: _like(part, guided, state, arguments["sample"])
+                    for name, part in branches.items()
+                }
                 predictions = Predictions(guided, parts, state, own, options)
                 arguments["model_output"] = around.combine(one, predictions)
                 trail.append((f"{one.editor.name}.combine", arguments["model_output"]))
@@ -76,8 +80,23 @@ class Step:
         return out
 
 
-def _like(prediction: Tensor, guided: Tensor) -> Tensor:
-    """A branch without the variance that some models predict in further channels."""
+def _like(prediction: Tensor, guided: Tensor, state: State, stepped: Tensor) -> Tensor:
+    """A branch as its pipeline cuts it for the scheduler, where that is known.
+
+    Some models predict a variance in further channels; edit models predict the tokens of their
+    references too, behind those of the latents that are stepped, which begin the model input.
+    """
+    if prediction.shape[1:] == guided.shape[1:]:
+        return prediction
+    if prediction.dim() == 3 == guided.dim() and prediction.shape[2] == guided.shape[2]:
+        own, given = guided.shape[1], state.kwargs[state.sample]
+        if (
+            own < prediction.shape[1] == given.shape[1]
+            and stepped.shape[1:] == given[:, :own].shape[1:]
+            and torch.equal(given[: len(stepped), :own].to(stepped), stepped)
+        ):
+            return prediction[:, :own]
+        return prediction
     channels = guided.shape[1] if guided.dim() > 1 else 0
     return prediction[:, :channels] if prediction.shape[1] == 2 * channels else prediction
 

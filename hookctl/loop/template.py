@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hookctl.address import families, pipelines
 from hookctl.address.rows import COND, UNCOND, Row, Rows, resolve_rows
-from hookctl.errors import InputError, UnsupportedError
+from hookctl.errors import HookctlError, InputError, UnsupportedError
 from hookctl.hooks.patch import Patch
 from hookctl.hooks.pipeline import DenoiserPort, PipelinePort, SchedulerPort
 from hookctl.loop.driven import Scaling
@@ -133,6 +133,11 @@ def prepare(pipe: Any, arguments: Mapping[str, Any], prompts: int, images: int) 
             f"{name} combines its predictions in a way of its own; programs do classifier-free "
             "guidance, so use the plain text-to-image pipeline"
         )
+    if getattr(pipe, "controlnet", None) is not None or hasattr(pipe, "adapter"):
+        raise UnsupportedError(
+            f"{name} computes its control anew at every step, which programs don't do; use the "
+            "plain text-to-image pipeline"
+        )
     seen: dict[str, Any] = {}
     thread = threading.get_ident()  # others may call the model meanwhile
 
@@ -155,7 +160,7 @@ def prepare(pipe: Any, arguments: Mapping[str, Any], prompts: int, images: int) 
     ports: list[Any] = [
         DenoiserPort(denoiser, caught),
         SchedulerPort(pipe.scheduler, lambda step, given: step(**given), scaled),
-        PipelinePort(pipe, lambda: None, lambda: None, encoded),
+        PipelinePort(pipe, lambda given: None, lambda: None, encoded),
         Patch(pipe, "_progress_bar_config", {"disable": True}),
     ]
 
@@ -170,6 +175,14 @@ def prepare(pipe: Any, arguments: Mapping[str, Any], prompts: int, images: int) 
             pipe(**arguments)
         except _Ready:
             pass
+        except (TypeError, ValueError) as error:
+            if isinstance(error, HookctlError):
+                raise
+            said = ", ".join(key for key, value in arguments.items() if value is not None)
+            raise InputError(
+                f"{name} can't prepare a run with {said}: {error}. Give what its call needs "
+                "besides, as further arguments of it"
+            ) from error
         finally:
             back()
     finally:

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from hookctl.address import families
+from hookctl.arguments import checked, refusal
 from hookctl.errors import InputError
+from hookctl.loop.checks import broadcasts, check_noise, texts_of
 from hookctl.loop.driven import Adjust, Scaling, adjusted, driving
 from hookctl.loop.guidance import Guidance, Scales, combined, guidance_scales, needed_branches
 from hookctl.loop.images import decode
@@ -40,15 +42,14 @@ class Trajectory:
     generator, latents: as the pipeline takes them. eta: share of fresh noise in every step, for
     schedulers that have it. arguments: further ones of the pipeline's call (height, width,
     prompt_embeds ...).
-
     latents: [images, channels, height, width] in the scheduler's space; level: the one they are
-    at; levels: signal and noise of each, `steps` + 1 of them; start: the level that the run begins
-    at (assign it before a run that skips some): the windows of editors count from there.
+    at; levels: signal and noise of each, `steps` + 1 of them; size: (height, width) in px, or None;
+    start: the level that the run begins at, from which windows count; assign it before.
 
-    Raises UnsupportedError for pipelines whose loop is more than one denoiser call, classifier-free
-    guidance and the scheduler's step.
+    Raises UnsupportedError for pipelines whose loop is more than a denoiser call, guidance, a step.
     """
 
+    @checked()
     def __init__(
         self,
         pipe: Any,
@@ -63,9 +64,8 @@ class Trajectory:
         eta: float = 0.0,
         **arguments: Any,
     ) -> None:
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not texts or any(not isinstance(text, str) for text in texts):
-            raise InputError(f"prompts={prompts!r}; give a text or several")
+        texts = texts_of(prompts)
+        check_noise(pipe, len(texts) * images, eta, generator, latents)
         if guidance > 1 and negative is not None:
             arguments["negative_prompt"] = (
                 [negative] * len(texts) if isinstance(negative, str) else list(negative)
@@ -79,6 +79,8 @@ class Trajectory:
             "latents": latents,
         }
         self.pipe, self.prompts, self.images = pipe, tuple(texts), images
+        height, width = (int(arguments.get(side) or 0) for side in ("height", "width"))
+        self.size = (height, width) if height and width else None
         self.guidance, self.eta, self.generator = guidance, eta, generator
         self.template: Template = prepare(pipe, arguments, len(texts), images)
         self.denoiser = families.denoiser_of(pipe)
@@ -87,13 +89,13 @@ class Trajectory:
         self.levels: list[Level] = self.noise.levels()
         self.steps = len(self.solver.entries)
         self.latents, self.level, self.start = self.template.latents, 0, 0
-        self._calls = ProgramCalls(
-            self, self.denoiser, self.template, self.solver, self.prompts, images
-        )
+        given = self.denoiser, self.template, self.solver, self.prompts, images
+        self._calls = ProgramCalls(self, *given)
 
     # -- the operations ------------------------------------------------------------------------
 
     @torch.no_grad()
+    @checked()
     def denoise(
         self,
         i: int,
@@ -140,6 +142,7 @@ class Trajectory:
         return x
 
     @torch.no_grad()
+    @checked()
     def invert(
         self,
         i: int,
@@ -175,6 +178,7 @@ class Trajectory:
         self.latents, self.level = found, i
         return found
 
+    @checked()
     def renoise(self, i: int, j: int, generator: Generators) -> Tensor:
         """Diffuse from level i to the noisier level j with fresh noise from the generator(s)."""
         self._at(i, "renoise", last=self.steps)
@@ -191,6 +195,7 @@ class Trajectory:
         self.level = j
         return self.latents
 
+    @checked()
     def write(
         self, latents: Tensor, mask: Tensor | None = None, *, level: int | None = None
     ) -> None:
@@ -206,6 +211,9 @@ class Trajectory:
             raise InputError(f"latents {tuple(latents.shape)}; this run draws {tuple(now.shape)}")
         new = latents.to(now).expand_as(now)
         if mask is not None:
+            if not broadcasts(mask, now):
+                wanted = f"one that broadcasts to the latents {tuple(now.shape)}"
+                raise refusal("Trajectory.write: mask", mask, wanted)
             m = mask.to(now)
             new = m * new + (1 - m) * now
         self.latents = new
@@ -217,9 +225,10 @@ class Trajectory:
             self.denoise(i, **options)
         return self.latents
 
+    @checked()
     def decode(self, output_type: str = "pil") -> Any:
         """The latents as images, as the pipeline's own output_type= has them."""
-        return decode(self.pipe, self.latents, output_type)
+        return decode(self.pipe, self.latents, output_type, size=self.size)
 
     # -- predictions ---------------------------------------------------------------------------
 
@@ -283,7 +292,7 @@ class Trajectory:
 
         So are the deterministic steps of DDIM, Euler and flow matching, whatever is predicted.
         """
-        here, there = self.levels[i], self.levels[i + 1]
+        here, there = self.levels[i], self.noise.after(self.noise.timesteps[i])
         one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         alpha, beta = (
             float(there.mix(*self.noise.split(x, prediction, here)))

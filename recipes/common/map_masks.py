@@ -20,11 +20,12 @@ from hookctl.address.regions import region_of
 from hookctl.address.rows import COND, Row
 from hookctl.address.sites import Grid, Site
 from hookctl.address.text import PromptText
+from hookctl.arguments import for_each, number, refusal
 from hookctl.attention.call import AttentionCall
 from hookctl.errors import InputError
 from hookctl.loop.state import State
 from hookctl.maps import MapSums, map_of
-from hookctl.recipes.common.arguments import for_each, number, refusal
+from hookctl.recipes.common.first_pixels import first_pixels
 from hookctl.recipes.common.sites import layout_resolution
 from hookctl.run_state import RunState
 
@@ -41,8 +42,9 @@ class GivenMasks:
     """One mask of the source and one of each edit.
 
     source, target: regions, boxes or masks; target: one for all edits, or a list. edits: how many
-    there are. nearest: a token belongs where its centre lies inside, else where half of it is
-    covered. Raises InputError for one without the other, and for another number of targets.
+    there are. nearest: a token belongs where its first pixel lies inside (`first_pixels`), else
+    where half of it is covered. Raises InputError for one without the other, and for another number
+    of targets.
     """
 
     _masks: RunState[dict[tuple[int, Grid], Tensor]] = RunState(factory=dict)
@@ -69,7 +71,7 @@ class GivenMasks:
         if key not in self._masks:
             region, size = self.regions[prompt], (grid.height, grid.width)
             if self.nearest:
-                self._masks[key] = torch.from_numpy(region.outline.inside(*size))
+                self._masks[key] = first_pixels(region, *size)
             else:
                 self._masks[key] = region.tokens(*size).reshape(size)
         return self._masks[key]

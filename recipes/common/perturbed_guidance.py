@@ -5,8 +5,9 @@ whose self-attention is degraded at a few sites, and the difference is followed:
 
     eps = eps_guided + s (eps_cond - eps_perturbed)
 
-With classifier-free guidance eps_guided = eps_u + g (eps_c - eps_u), without it eps_c. The copy
-has the text, the image and the edits of the row that it copies.
+With classifier-free guidance eps_guided = eps_u + g (eps_c - eps_u), without it eps_c; a pipeline's
+`guidance_rescale` rescales the whole sum, as in diffusers. The copy has the text, the image and the
+edits of the row that it copies.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from torch import Tensor
 from hookctl.address.clock import Clock
 from hookctl.address.rows import COND
 from hookctl.address.sites import Selector
+from hookctl.arguments import checked, number, text
 from hookctl.editor import Claim, Editor
 from hookctl.loop.branches import Branch
 from hookctl.loop.state import Predictions, State
-from hookctl.recipes.common.arguments import number, text
-from hookctl.recipes.common.sites import middle_sites
+from hookctl.recipes.common.added_guidance import with_added
+from hookctl.recipes.common.sites import IMAGE_KINDS, image_sites, middle_sites
 from hookctl.run_state import RunState
 
 
@@ -35,8 +37,10 @@ class PerturbedGuidance(Editor):
     block of a transformer. start, stop: fractions of the schedule.
     """
 
+    kinds: Sequence[str] = IMAGE_KINDS  # of the sites that can be perturbed
     sites: RunState[Selector] = RunState(None)
 
+    @checked()
     def __init__(
         self,
         scale: float,
@@ -51,7 +55,7 @@ class PerturbedGuidance(Editor):
         self.given_sites = self.sites = sites
         self.start, self.stop = start, stop
 
-    def neutral(self) -> bool:
+    def neutral(self) -> bool | None:
         return self.scale == 0
 
     def claims(self) -> Sequence[Claim]:
@@ -62,6 +66,7 @@ class PerturbedGuidance(Editor):
     def attach(self, target: Any) -> None:
         given = self.given_sites
         self.sites = middle_sites(self.name, target) if given is None else given
+        image_sites(self.name, target, self.sites, self.kinds)
 
     def scale_at(self, clock: Clock) -> float:
         """s at this time."""
@@ -71,8 +76,7 @@ class PerturbedGuidance(Editor):
         return {self.branch: Branch(COND)} if self.scale_at(state.clock) else {}
 
     def combine(self, predictions: Predictions) -> Tensor:
-        guided, s = predictions.guided, self.scale_at(predictions.state.clock)
+        s = self.scale_at(predictions.state.clock)
         if not s:
-            return guided
-        difference = predictions[COND] - predictions[self.branch]
-        return guided + s * difference.to(guided)
+            return predictions.guided
+        return with_added(predictions, s * (predictions[COND] - predictions[self.branch]))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hookctl.address.clock import Clock, Window
 from hookctl.address.text import PromptText
-from hookctl.recipes.common.arguments import refusal
+from hookctl.arguments import refusal
 from hookctl.recipes.common.prompt_texts import positions_of
 
 WindowLike = float | tuple[float, float]
@@ -46,7 +46,8 @@ class WordWindows:
 
     def holding(self, clock: Clock) -> tuple[bool, ...]:
         """Which of `windows` hold at this time."""
-        return tuple(_holds(window, clock) for window in self.windows)
+        # The official table has one row more than there are steps.
+        return tuple(holds_officially(window, clock, clock.steps + 1) for window in self.windows)
 
     def alpha(self, text: PromptText, holding: tuple[bool, ...]) -> Tensor:
         """1 for the tokens whose window holds, else 0, [tokens]; later words win over earlier."""
@@ -56,9 +57,9 @@ class WordWindows:
         return alpha
 
 
-def _holds(window: Window, clock: Clock) -> bool:
+def holds_officially(window: Window, clock: Clock, rows: int) -> bool:
+    """Whether a window of a table of rows, one for each step, holds as the official code has it:
+    its ends are rounded down as they come, so that 0.29 of 100 is 28 (0.29 * 100 is 28.999...)."""
     if not clock.steps:
         return window.holds(clock)
-    # The official table has one row more than there are steps.
-    rows = clock.steps + 1
     return int(window.start * rows) <= clock.step < int(window.stop * rows)

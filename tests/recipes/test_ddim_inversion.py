@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from PIL import Image
 import hookctl
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.recipes import DDIMInversion, FreeU, PromptToPrompt
+from tests import zoo
 from tests.families.fingerprint import differences, fingerprint
 from tests.recipes.images import PROMPT, TARGET, counted, image, pipeline
 
@@ -118,7 +120,7 @@ def test_bad_images_and_prompts() -> None:
         DDIMInversion(pipe, image().convert("L"), PROMPT)
     with pytest.raises(InputError, match="130 x 128 px"):
         DDIMInversion(pipe, Image.new("RGB", (130, 128)), PROMPT)
-    with pytest.raises(InputError, match="is a str"):
+    with pytest.raises(InputError, match="give a PIL image in mode RGB"):
         DDIMInversion(pipe, "cat.png", PROMPT)
     with pytest.raises(InputError, match="1 images and 2 prompts"):
         DDIMInversion(pipe, [image()], [PROMPT, TARGET])
@@ -140,3 +142,24 @@ def test_edits_must_begin_with_the_images_prompt_and_sample_alike() -> None:
     )
     with pytest.raises(InputError, match="use the scheduler that it was inverted with"):
         found.edit(pipe, prompts=[PROMPT, TARGET])
+
+
+def test_further_arguments_reach_the_pipeline() -> None:
+    pipe = pipeline()
+    given = {"negative_prompt_embeds": torch.ones(1, 77, pipe.unet.config.cross_attention_dim)}
+    options = {"steps": 3, "guidance": 3.0}
+    plain = DDIMInversion(pipe, image(), PROMPT, **options).run()
+    other = DDIMInversion(pipe, image(), PROMPT, **options, arguments=given).run()
+    assert not torch.equal(plain.latents, other.latents)
+    drawn = other.reconstruct(pipe, output_type="latent")
+    assert not torch.equal(drawn, replace(other, arguments={}).reconstruct(pipe, "latent"))
+    with pytest.raises(InputError, match=r"arguments=\['eta'\] are given to the pipeline by the"):
+        DDIMInversion(pipe, image(), PROMPT, arguments={"eta": 1.0})
+    with pytest.raises(InputError, match="arguments=3; give a mapping"):
+        DDIMInversion(pipe, image(), PROMPT, arguments=3)  # type: ignore[arg-type]
+
+
+def test_a_pipeline_with_control_is_refused_by_name() -> None:
+    pipe = zoo.PIPELINES["controlnet"].make()
+    with pytest.raises(UnsupportedError, match="StableDiffusionControlNetPipeline computes its"):
+        DDIMInversion(pipe, image(size=(128, 128)), PROMPT, steps=2).run()

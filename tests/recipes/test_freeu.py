@@ -22,8 +22,9 @@ def test_gains_of_one_are_bit_identical() -> None:
     assert torch.equal(case.run(pipe, ["a red cat"]), plain)
 
 
-def test_the_diffusers_rule_equals_enable_freeu() -> None:
-    case = zoo.PIPELINES["sd15"]
+@pytest.mark.parametrize("name", ["sd15", "animatediff"])  # the latter gives concats by name
+def test_the_diffusers_rule_equals_enable_freeu(name: str) -> None:
+    case = zoo.PIPELINES[name]
     pipe = case.make()
     with hookctl.control(pipe, FreeU(1.3, 1.4, 0.9, 0.2, rule="diffusers")):
         ours = case.run(pipe, ["a red cat"])

@@ -53,6 +53,15 @@ def test_nothing_fitted_is_the_plain_pipeline() -> None:
     assert torch.equal(drawn, plain)
 
 
+def test_every_trained_level_whatever_the_offset() -> None:
+    pipe = pipeline(scheduler=DDIMScheduler, steps_offset=1)
+    before = pipe.scheduler
+    edit = Imagic(pipe, image(), TARGET, **{**FEW, "schedule_steps": 1000})
+    assert edit.fitting.program.noise.timesteps == list(range(999, -1, -1))
+    assert pipe.scheduler is before
+    edit.fit().draw((0.5,), steps=2, output_type="latent")
+
+
 def test_inverted_alpha_0_leads_back_at_any_guidance() -> None:
     """It follows the fitted text from its inverted noise; the other alphas leave that path."""
     pipe = pipeline(scheduler=DDIMScheduler, clip_sample=False)

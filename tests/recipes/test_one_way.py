@@ -14,6 +14,7 @@ from torch import Tensor
 
 import hookctl
 from hookctl import control
+from hookctl.address.regions import Region
 from hookctl.demos.grown import cases, surroundings
 from hookctl.demos.one_way import Watched, draw
 from hookctl.demos.shapes.world import BACKGROUNDS
@@ -22,10 +23,14 @@ from hookctl.errors import InputError
 from hookctl.loop.images import encode
 from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes import CyclicOneWay, OneWayFlow, SelectiveOneWay
+from hookctl.recipes.cyclic_one_way import DIVERSE, NEGATIVE, SUPPRESS
 from tests import zoo
 from tests.recipes.literal_appearance import Call, Literal
+from tests.recipes.literal_one_way import Cow
 from tests.recipes.runs import made, relative
 
+SD15 = zoo.PIPELINES["sd15"]
+TOLERANCE = 1e-10  # float64, through some thirty steps guided by 7.5
 CAT, DOG = "a red cat above a blue square", "a green dog"
 LEFT = (0.0, 0.0, 0.5, 1.0)
 
@@ -129,11 +134,29 @@ def test_cost_and_rows_of_the_suppression() -> None:
     assert rows == [2] * 7 + [2] * 5 + [4] * 2 + [2] * 5
 
 
+@pytest.mark.parametrize("texts", [{}, {"negative": "", "suppress": "", "diverse": "a dog"}])
+def test_paper_is_the_official_code(texts: dict[str, str]) -> None:
+    """In float64: a mask that cuts cells, two images, one generator for all noise."""
+    pipe = SD15.make().to(torch.float64)
+    images = [image(), image().transpose(Image.Transpose.ROTATE_90)]
+    pixels = np.random.default_rng(0).integers(0, 2, (64, 64)).astype(np.uint8)
+    pixels[:32, :32] = 0
+    black = Image.fromarray(pixels * 255)  # the official masks are black where the image counts
+    common = {"steps": 10, "at": (64, 0), "cycles": 2, "seed": 3}
+    official = tuple(texts.values()) or (NEGATIVE, SUPPRESS, DIVERSE)
+    want = Cow(pipe, images, black, [CAT, DOG], canvas=128, texts=official, **common).run()
+    given = {"region": ~Region.mask(black), "size": (128, 128), **common, **texts}
+    ours = CyclicOneWay(pipe, images, [CAT, DOG], paper=True, **given)
+    assert relative(ours.run(output_type="latent"), want) < TOLERANCE
+    whole = CyclicOneWay(pipe, images, [CAT, DOG], paper=True, **{**given, "region": None})
+    assert relative(whole.run(output_type="latent"), want) > 1e-3
+
+
 def test_official_levels_of_the_fresh_noise() -> None:
     """One level too noisy: the signal kept is that between the levels before."""
     for paper in (False, True):
         it = program(paper=paper)
-        run = it._inverted_canvas()
+        run = it._inverted_canvas(it._encoded(torch.Generator())[1], torch.Generator())
         run.write(torch.ones_like(run.latents))
         it._disturb(run, torch.Generator().manual_seed(3))
         pair = [run.levels[i - paper].signal for i in (it.low, it.high)]
@@ -159,7 +182,7 @@ def test_selective_without_strength_is_cyclic() -> None:
         ({"at": (60, 0)}, "must be multiples of 8"),
         ({"at": (72, 0)}, "must be multiples of 8 and lie inside"),
         ({"suppress": "a cat"}, "give suppress and diverse, both or neither"),
-        ({"image_size": (0, 64)}, "give PIL images and a width and height from 1 px on"),
+        ({"image_size": (0, 64)}, "give a width and a height of 1 to"),
         ({"image_size": (96, 96)}, "must be multiples of 8 and lie inside"),
         ({"paper": True, "top": 1.0}, "top=1.0 leaves no noisier level"),
     ],

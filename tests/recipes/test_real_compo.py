@@ -99,7 +99,12 @@ class Recorded(RealCompo):
 
     def combine(self, predictions: Predictions) -> Tensor:
         mixture = super().combine(predictions)
-        alone = predictions.state.clock.step < int(self.alone * predictions.state.clock.steps)
+        # A timestep that comes twice is one step, of two calls.
+        times = [float(t) for t in predictions.state.pipe.scheduler.timesteps]
+        last = {time: entry for entry, time in enumerate(times)}
+        ends = [*list(last.values())[1:], len(times)]
+        step = sum(predictions.state.clock.step >= end for end in ends)
+        alone = step < int(self.alone * len(last))
         assert self.d is not None
         self.coefficients.append(torch.ones_like(self.d) if alone else self.d.sigmoid())
         return mixture

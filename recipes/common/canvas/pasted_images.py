@@ -10,17 +10,17 @@ from PIL import Image
 from torch import Tensor
 
 from hookctl.address.regions import Region
+from hookctl.arguments import refusal
+from hookctl.bounds import SIDE
 from hookctl.errors import InputError
-from hookctl.recipes.common.arguments import refusal
 
 GRAY = (128, 128, 128)
 
 
 def resized(image: Any, size: tuple[int, int], name: str) -> Image.Image:
     """A PIL image at a size (width, height) in px; name: of the argument that holds the size."""
-    if not isinstance(image, Image.Image) or min(size) < 1:
-        given = (type(image).__name__, tuple(size))
-        raise refusal(name, given, "PIL images and a width and height from 1 px on")
+    if not all(1 <= side <= SIDE for side in size):
+        raise refusal(name, size, f"a width and a height of 1 to {SIDE} px")
     return image.resize((int(size[0]), int(size[1])), Image.Resampling.LANCZOS)
 
 
@@ -29,8 +29,10 @@ class PastedImages:
 
     who: the recipe, for errors. images: PIL; at: (x, y) of their upper left corner, size: (width,
     height) of the canvas, in px; factor: px per cell of the latent, of which sides and place are
-    multiples. region: which part of the images counts. by_centre: a cell counts where its centre
-    lies in the region, else where half of it is covered.
+    multiples. region: which part of the images counts. official: as the official code of Cyclic
+    One-Way has it: the images themselves are gray outside the region, and a cell counts where its
+    first pixel is in the region; else they are whole, and a cell counts where half of it is
+    covered.
 
     Raises InputError for images of several sizes, or that do not fit on the canvas.
     """
@@ -44,12 +46,14 @@ class PastedImages:
         size: tuple[int, int],
         factor: int,
         region: Region,
-        by_centre: bool = False,
+        official: bool = False,
     ) -> None:
         sizes = {image.size if isinstance(image, Image.Image) else None for image in images}
         if len(sizes) != 1 or None in sizes:
             given = ", ".join("x".join(map(str, size)) if size else "none" for size in sizes)
             raise InputError(f"{who}: images of {given} px; give PIL images of one size")
+        if not all(1 <= side <= SIDE for side in size):
+            raise refusal(f"{who}: size", size, f"a width and a height of 1 to {SIDE} px")
         (width, height), (x, y) = images[0].size, at
         fits = 0 <= x and 0 <= y and x + width <= size[0] and y + height <= size[1]
         if not fits or any(side % factor for side in (x, y, width, height)):
@@ -57,19 +61,22 @@ class PastedImages:
                 f"{who}: an image of {width} x {height} px at {at} on a canvas of {size[0]} x "
                 f"{size[1]}; sides and place must be multiples of {factor} and lie inside"
             )
-        self.images, self.at, self.size, self.region = list(images), (x, y), size, region
+        self.at, self.size, self.region = (x, y), size, region
         self.cells = tuple(side // factor for side in (x, y, width, height))
-        self._by_centre = by_centre
+        self._official = official
+        self._inside = region.outline.inside(height, width)  # of the pixels
+        self.images = [self._on_gray(one, (width, height)) if official else one for one in images]
 
     def canvases(self) -> list[Image.Image]:
         """The images on their canvases."""
-        found = []
-        for image in self.images:
-            inside = self.region.outline.inside(image.height, image.width)
-            canvas = Image.new("RGB", self.size, GRAY)
-            canvas.paste(image, self.at, Image.fromarray(inside.astype("uint8") * 255))
-            found.append(canvas)
-        return found
+        return [self._on_gray(image, self.size, self.at) for image in self.images]
+
+    def _on_gray(
+        self, image: Image.Image, size: tuple[int, int], at: tuple[int, int] = (0, 0)
+    ) -> Image.Image:
+        canvas = Image.new("RGB", size, GRAY)
+        canvas.paste(image, at, Image.fromarray(self._inside.astype("uint8") * 255))
+        return canvas
 
     def box(self) -> Region:
         """Where the images stand on the canvas, whatever counts of them."""
@@ -80,8 +87,9 @@ class PastedImages:
     def mask(self, like: Tensor) -> Tensor:
         """Where the images count, 0 or 1, [1, 1, height, width] of the canvas's latents `like`."""
         x, y, width, height = self.cells
-        if self._by_centre:
-            inside = torch.from_numpy(self.region.outline.inside(height, width))
+        if self._official:
+            pixels = torch.from_numpy(self._inside)
+            inside = pixels[:: pixels.shape[0] // height, :: pixels.shape[1] // width]
         else:
             inside = self.region.tokens(height, width).reshape(height, width)
         mask = like.new_zeros(1, 1, *like.shape[-2:])

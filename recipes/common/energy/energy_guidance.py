@@ -21,11 +21,11 @@ from torch import Tensor
 
 from hookctl.address.clock import Clock
 from hookctl.address.rows import COND
+from hookctl.arguments import checked, number
 from hookctl.errors import UnsupportedError
 from hookctl.loop.energy import Energies, ImageMaps
 from hookctl.loop.noise import Level, Noise
 from hookctl.loop.state import State
-from hookctl.recipes.common.arguments import number
 from hookctl.recipes.common.energy.word_energy import Subject, WordEnergy, Words
 from hookctl.run_state import RunState
 
@@ -38,20 +38,31 @@ class EnergyGuidance(WordEnergy, ABC):
     """An editor that moves latents down the gradient of an energy.
 
     words, sites: see `WordEnergy`. scale: factor of the steps, 0 for none; start, stop: fractions
-    of the schedule. After a run `record` holds (step, energies [images]) of every denoiser call
-    that it made.
+    of the schedule, stop None for the recipe's own; a span that is not empty holds a step at least,
+    however few a run has. After a run `record` holds (step, energies [images]) of every denoiser
+    call that it made.
     """
 
     depends_on_stage = False  # the energy of an update is another one after a refinement
+    tests_late = False  # a round of a refinement takes its step before it looks at the bound
+    default_stop = 1.0
     record: RunState[list[tuple[int, Tensor]]] = RunState(factory=list)
     _last: RunState[tuple[Tensor, Tensor] | None] = RunState(None)
 
+    @checked()
     def __init__(
-        self, words: Words, *, scale: float, start: float = 0.0, stop: float = 1.0, **options: Any
+        self,
+        words: Words,
+        *,
+        scale: float,
+        start: float = 0.0,
+        stop: float | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(words, **options)
         self.scale = number(scale, f"{self.name}: scale", low=0)
-        self.start, self.stop = start, stop
+        self.stops_by_default = stop is None
+        self.start, self.stop = start, self.default_stop if stop is None else stop
         self.window()
 
     @abstractmethod
@@ -69,6 +80,13 @@ class EnergyGuidance(WordEnergy, ABC):
     def updates(self, clock: Clock) -> bool:
         """Whether a step is taken after the refinement, whatever the energy."""
         return True
+
+    def active(self, clock: Clock) -> bool:
+        if super().active(clock):
+            return True
+        # In a run of a few steps the span may be less than one; it is not nothing.
+        first = int(self.start * clock.steps + 1e-9)
+        return bool(clock.steps) and self.start < self.stop and clock.step == first
 
     def neutral(self) -> bool:
         return self.scale == 0 or not self.words.longest
@@ -108,12 +126,15 @@ class EnergyGuidance(WordEnergy, ABC):
         x, found = state.latents, None
         bound, rounds = self.refinement(state.clock)
         stages: list[Stage] = ["update"] * len(x)
+        going: Tensor | None = None  # which images are still refined
         for _ in range(rounds):
             found = self.energies_at(state, x, ["refine"] * len(x))
-            active = found.terms[:, -1] > bound
+            above = found.terms[:, -1] > bound
+            active = going if self.tests_late and going is not None else above
             if not active.any():
                 break
             x, found = self.stepped(state, x, found, active), None
+            going = active & above
             stages = ["refined" if on else s for s, on in zip(stages, active.tolist(), strict=True)]
         if self.updates(state.clock):
             if found is None or self.depends_on_stage:

@@ -1,18 +1,20 @@
 """The layout-to-image model of a mixture: what `RealCompo` asks of one, and two that there are.
 
-SecondModel      another pipeline or denoiser of the same latent space, with whatever editors
-                 it is under (`with hookctl.control(other, Grounding(...)):` round the run)
+SecondModel      another denoiser of the same latent space, with whatever editors it is under
+                 (`with hookctl.control(other, Grounding(...)):` round the run)
 GuidedModel      the pipeline's own denoiser under layout guidance
+LayoutPipeline   another pipeline, through its own call (`layout_pipeline`)
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hookctl.address.families import denoiser_of, uncompiled
 from hookctl.address.rows import COND, UNCOND, Rows
@@ -22,6 +24,7 @@ from hookctl.loop.driven import Driven, driving
 from hookctl.loop.energy import Energies, MapReader
 from hookctl.loop.state import Predictions, State
 from hookctl.recipes.common.energy.energy_guidance import EnergyGuidance
+from hookctl.recipes.common.energy.layout_pipeline import LayoutPipeline
 from hookctl.recipes.common.energy.word_energy import WordEnergy
 from hookctl.run_state import RunState
 from hookctl.session import control
@@ -48,7 +51,8 @@ class LayoutModel(Protocol):
 
 
 class SecondModel:
-    """Another pipeline, or a bare denoiser, that takes the same latents, times and text."""
+    """A bare denoiser that takes the same latents, times and text, and means the same by its
+    predictions."""
 
     _reader: RunState[WordEnergy] = RunState()
     _run: RunState[object] = RunState()
@@ -80,10 +84,9 @@ class SecondModel:
             return predict(there, rows, reader=EVERYONE).detach(), state.latents
 
     def energies(self, state: State, measure: Measure) -> Energies:
-        pipe = None if self.target is self.denoiser else self.target
         conditional = state.rows.where(branch=COND)
         rows = Rows([replace(row, index=i) for i, row in enumerate(conditional)])
-        there = replace(state, denoiser=self.denoiser, pipe=pipe)
+        there = replace(state, denoiser=self.denoiser, pipe=None)
         self._reader.reader = _OtherReader()  # the other model's calls are its own editors'
         try:
             with control(self.target, self._reader.reader), driving(self._driven(state, rows)):
@@ -134,10 +137,27 @@ class GuidedModel:
         return None
 
 
-def layout_model(given: Any) -> LayoutModel:
-    """A layout model, from a guidance, a pipeline or a denoiser, or one as it is."""
+def layout_model(
+    given: Any, arguments: Mapping[str, Any] | None, lasts_from: float | None
+) -> LayoutModel | LayoutPipeline:
+    """A layout model, from a guidance, a pipeline or a denoiser, or one as it is.
+
+    arguments: of a pipeline's call; lasts_from: from which fraction of the schedule on the mixture
+    needs a guidance to last, None for not at all. Raises InputError for a guidance that is over by
+    then, and for arguments of what is no pipeline.
+    """
+    if isinstance(given, LayoutPipeline):
+        return given
+    is_pipeline = hasattr(given, "scheduler") and not isinstance(given, nn.Module)
+    if is_pipeline:
+        return LayoutPipeline(given, arguments)
+    if arguments is not None:
+        raise InputError(
+            f"RealCompo: layout_arguments are of a pipeline's call, and layout is a "
+            f"{type(given).__name__}; give them with a pipeline"
+        )
     if isinstance(given, EnergyGuidance):
-        return GuidedModel(given)
+        return GuidedModel(_lasting(given, lasts_from))
     if all(hasattr(given, name) for name in ("predict", "energies", "attach", "begin")):
         model: LayoutModel = given
         return model
@@ -148,6 +168,23 @@ def layout_model(given: Any) -> LayoutModel:
             f"layout is a {type(given).__name__}; give a LayoutGuidance or BoxDiff, a pipeline, a "
             "denoiser, or an object as in hookctl.recipes.common.energy.layout_models"
         ) from error
+
+
+def _lasting(guidance: EnergyGuidance, start: float | None) -> EnergyGuidance:
+    """A guidance that acts as long as the mixture needs it."""
+    if start is None or not guidance.scale:
+        return guidance
+    if guidance.stops_by_default:
+        # Its own end is that of a guidance alone; after it both models would be one.
+        guidance = copy.copy(guidance)
+        guidance.stop = 1.0
+        return guidance
+    if guidance.stop <= start < 1:
+        raise InputError(
+            f"RealCompo: the {guidance.name} stops at {guidance.stop:g}, before the mixture begins "
+            f"at alone={start:g}, where both models would be the same; give it a later stop="
+        )
+    return guidance
 
 
 def guided_as_the_pipeline(predictions: Predictions, own: Mapping[str, Tensor]) -> Tensor:

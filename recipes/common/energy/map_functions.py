@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -30,7 +31,7 @@ def _resized(mean: Tensor, height: int, width: int) -> Tensor:
 
 def smoothed(maps: Tensor, sigma: float) -> Tensor:
     """Maps [..., height, width] under a Gaussian of 3 x 3 cells, sigma in cells."""
-    edge = torch.tensor(-0.5 / sigma**2).exp().item()
+    edge = math.exp(-0.5 / sigma**2)
     kernel = maps.new_tensor([edge, 1.0, edge]) / (1 + 2 * edge)
     flat = maps.reshape(-1, 1, *maps.shape[-2:])
     mode = "reflect" if min(maps.shape[-2:]) > 1 else "replicate"

@@ -12,11 +12,13 @@ from hookctl.address.families import denoiser_of
 from hookctl.address.regions import Region
 from hookctl.address.sites import Selector, Site, select
 from hookctl.address.text import PromptText, TextLayout
+from hookctl.arguments import checked
 from hookctl.editor import WHOLE_IMAGE, Claim
 from hookctl.errors import InputError, SelectorError
 from hookctl.loop.energy import Energies, MapReader, energies
 from hookctl.loop.state import State
 from hookctl.recipes.common import per_prompt
+from hookctl.recipes.common.energy.box_cells import Rounding, box_cells
 from hookctl.recipes.common.per_prompt import PerPrompt, Regions
 from hookctl.recipes.common.sites import TEXT_KINDS, layout_resolution, sites_of
 from hookctl.run_state import RunState
@@ -34,10 +36,21 @@ class Subject:
     columns: tuple[int, ...]
     region: Region | None = None
 
-    def mask(self, maps: Tensor) -> Tensor:
-        """Which cells of a map's grid [..., height, width, tokens] are inside: [height, width]."""
+    def mask(
+        self, maps: Tensor, edges: Rounding | None = None, *, never_empty: bool = False
+    ) -> Tensor:
+        """Which cells of a map's grid [..., height, width, tokens] are inside: [height, width].
+
+        edges: how the edges of boxes become whole cells (`box_cells`); None: a cell belongs that is
+        half covered. never_empty: a box that edges leave without a cell keeps those that it covers
+        most.
+        """
         assert self.region is not None
         height, width = maps.shape[-3:-1]
+        if edges is not None:
+            inside = box_cells(self.region, height, width, edges)
+            if inside.any() or not never_empty:
+                return inside.to(maps)
         return self.region.tokens(height, width).reshape(height, width).to(maps)
 
 
@@ -58,6 +71,7 @@ class WordEnergy(MapReader):
     _layout: RunState[TextLayout] = RunState()
     _text_sites: RunState[list[Site]] = RunState()
 
+    @checked()
     def __init__(self, words: Words, *, sites: Selector = None) -> None:
         self.words = per_prompt.texts(words, f"{self.name}: words")
         self.given_sites, self.sites = sites, TEXT_SITES if sites is None else sites
@@ -87,7 +101,7 @@ class WordEnergy(MapReader):
         if not state.prompts:
             raise InputError(
                 f"{self.name}: the pipeline was called without text prompts (with embeddings?), so "
-                "words can't be found; call it with prompt="
+                "words can't be found; call it with prompt=, or give control(..., texts=)"
             )
         self.words.check_prompts(state.rows)
         if self.regions is not None:

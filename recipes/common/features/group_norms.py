@@ -22,9 +22,9 @@ def shared_group_norms(model: nn.Module, rows: int, sources: Mapping[int, int]) 
     """
     ran: list[bool] = []
 
-    def shared(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def shared(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:
         ran.append(True)
-        x: Tensor = args[0]
+        x: Tensor = args[0] if args else kwargs["input"]
         if x.dim() < 3 or x.shape[0] % rows:
             return output
         stack, out = x.unflatten(0, (rows, -1)), output.unflatten(0, (rows, -1)).clone()
@@ -34,7 +34,7 @@ def shared_group_norms(model: nn.Module, rows: int, sources: Mapping[int, int]) 
         return out.flatten(0, 1)
 
     norms = [m for m in model.modules() if isinstance(m, nn.GroupNorm)]
-    handles = [norm.register_forward_hook(shared) for norm in norms]
+    handles = [norm.register_forward_hook(shared, with_kwargs=True) for norm in norms]
     try:
         yield
     finally:

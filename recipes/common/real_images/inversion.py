@@ -10,19 +10,19 @@ An `Inversion` of an image gives an `Inverted`, which draws the image again and 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hookctl.address import families
+from hookctl.arguments import checked, images_and_prompts, whole
 from hookctl.errors import InputError
 from hookctl.loop.images import encode
 from hookctl.loop.inversion import Correction, Progress
 from hookctl.loop.trajectory import Trajectory
-from hookctl.recipes.common.arguments import images_and_prompts, whole
-from hookctl.recipes.common.real_images.inverted import Inverted, image_of
+from hookctl.recipes.common.real_images.inverted import Inverted, call_arguments, image_of
 
 
 class Inversion(ABC):
@@ -30,7 +30,8 @@ class Inversion(ABC):
 
     image: PIL, mode RGB, with sides in px that the pipeline can draw; prompt: that describes it.
     Or a list of each, of images of one size, which are inverted in one batch. steps: of the
-    sampling to come; guidance: scale for the source's rows in it.
+    sampling to come; guidance: scale for the source's rows in it. arguments: further ones of the
+    pipeline's call, in the inversion and in what is drawn (clip_skip, ip_adapter_image ...).
 
     Raises InputError for images of several sizes or in another mode, for another number of prompts
     than of images, and for steps below 1.
@@ -38,6 +39,7 @@ class Inversion(ABC):
 
     edit_guidance = 7.5
 
+    @checked(own=("arguments",))
     def __init__(
         self,
         pipe: Any,
@@ -46,8 +48,10 @@ class Inversion(ABC):
         *,
         steps: int = 50,
         guidance: float = 7.5,
+        arguments: Mapping[str, Any] | None = None,
     ) -> None:
         name = type(self).__name__
+        self.arguments = call_arguments(arguments, name)
         images, self.prompts = images_and_prompts(image, prompt, name)
         self.single = isinstance(prompt, str)
         self.pipe, self.guidance = pipe, float(guidance)
@@ -78,6 +82,7 @@ class Inversion(ABC):
             latents=self.clean,
             height=height,
             width=width,
+            **self.arguments,
         )
 
     @abstractmethod
@@ -101,6 +106,7 @@ class Inversion(ABC):
                 "guidance": self.guidance,
                 "edit_guidance": self.edit_guidance,
                 "size": self.size,
+                "arguments": self.arguments,
                 "timesteps": tuple(program.noise.timesteps),
                 **fields,
             },

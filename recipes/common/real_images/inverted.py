@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hookctl.arguments import checked
 from hookctl.editor import Editor
 from hookctl.errors import InputError
 from hookctl.loop.driven import Adjust
@@ -26,7 +27,8 @@ class Inverted:
     edit_guidance: for those of its edits, unless `edit` is given another; size: (height, width) in
     px; timesteps: that it was inverted at; start: the level that sampling starts from; negative:
     prompt of the unconditional rows; eta: share of fresh noise in the scheduler's steps; editors:
-    that belong to the method.
+    that belong to the method; arguments: further ones of the pipeline's call; source_contexts:
+    texts of the source's rows where they are not the corrections', branch -> [1, tokens, channels].
     """
 
     prompt: str
@@ -40,16 +42,20 @@ class Inverted:
     negative: str | None = None
     eta: float = 0.0
     editors: tuple[Editor, ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    source_contexts: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def latents(self) -> Tensor:
         """What sampling starts from, [1, channels, height, width]."""
         return self.path[self.start]
 
+    @checked()
     def reconstruct(self, pipe: Any, output_type: str = "pil") -> Any:
         """The image as the pipeline draws it again: a list of one."""
         return self.edit(pipe, output_type=output_type)
 
+    @checked()
     def edit(
         self,
         pipe: Any,
@@ -79,11 +85,19 @@ class Inverted:
                 program.denoise(
                     step,
                     guidance=scales,
-                    contexts=correction.contexts,
+                    contexts=self._contexts(correction, len(texts)),
                     noise=correction.noise,
                     adjust=_first_image_set_to(correction.target),
                 )
         return program.decode(output_type)
+
+    def _contexts(self, correction: Correction, prompts: int) -> Mapping[str, Tensor]:
+        """The texts of a step, for the source and its edits."""
+        apart = {
+            name: torch.cat([text, *[correction.contexts[name]] * (prompts - 1)])
+            for name, text in self.source_contexts.items()
+        }
+        return {**correction.contexts, **apart}
 
     def program(self, pipe: Any, prompts: Sequence[str], guidance: float) -> Trajectory:
         """A program that stands at the start, from the image's latents for every prompt.
@@ -102,6 +116,7 @@ class Inverted:
             eta=self.eta,
             height=height,
             width=width,
+            **self.arguments,
         )
         if tuple(program.noise.timesteps) != self.timesteps:
             raise InputError(
@@ -126,6 +141,35 @@ class Inverted:
         return texts
 
 
+# What an inversion gives the pipeline itself.
+_OWN = (
+    "prompt",
+    "negative_prompt",
+    "num_inference_steps",
+    "num_images_per_prompt",
+    "guidance_scale",
+    "latents",
+    "generator",
+    "eta",
+    "height",
+    "width",
+    "output_type",
+)
+
+
+def call_arguments(given: Mapping[str, Any] | None, who: str) -> dict[str, Any]:
+    """Further arguments of a pipeline's call; InputError for those that an inversion gives it."""
+    if given is not None and not isinstance(given, Mapping):
+        raise InputError(
+            f"{who}: arguments={given!r}; give a mapping, name -> value, of the pipeline's call"
+        )
+    if own := [name for name in given or () if name in _OWN]:
+        raise InputError(
+            f"{who}: arguments={own} are given to the pipeline by the inversion; leave them out"
+        )
+    return dict(given or {})
+
+
 def image_of(batch: Inverted, index: int, prompt: str) -> Inverted:
     """One of several images that were inverted in one batch."""
 
@@ -139,7 +183,13 @@ def image_of(batch: Inverted, index: int, prompt: str) -> Inverted:
         Correction(contexts(c.contexts), part(c.noise), part(c.target)) for c in batch.corrections
     )
     path = tuple(x[index : index + 1] for x in batch.path)
-    return replace(batch, prompt=prompt, path=path, corrections=corrections)
+    return replace(
+        batch,
+        prompt=prompt,
+        path=path,
+        corrections=corrections,
+        source_contexts=contexts(batch.source_contexts),
+    )
 
 
 def _first_image_set_to(target: Tensor | None) -> Adjust | None:

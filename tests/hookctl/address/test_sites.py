@@ -88,3 +88,25 @@ def test_grids(tokens: int, latent: tuple[int, ...], grid: Grid | None) -> None:
 
 def test_labels_without_resolution() -> None:
     assert Site("a.b", "self", "other", 0, 3).label == "other0.self3"
+
+
+def test_the_fusers_of_gligen_are_a_kind_of_their_own() -> None:
+    from diffusers import UNet2DConditionModel
+
+    from hookctl.recipes.common.sites import middle_sites
+
+    model = UNet2DConditionModel(
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        sample_size=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=8,
+        attention_type="gated",
+        attention_head_dim=2,
+        norm_num_groups=2,
+    )
+    kinds = {site.path: site.kind for site, _ in describe_sites(model)}
+    assert {kind for path, kind in kinds.items() if "fuser" in path} == {"gated"}
+    assert {kind for path, kind in kinds.items() if "fuser" not in path} == {"self", "cross"}
+    assert all("fuser" not in path for path in middle_sites("PAG", model))

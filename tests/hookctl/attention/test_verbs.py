@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import hookctl
+from hookctl import Editor
 from hookctl.attention.call import AttentionCall
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.evaluate import plan
+from tests import zoo
 from tests.hookctl.attention.calls import IMAGE, ROWS, TEXT, Case, close, make, random
 from tests.hookctl.evaluate.verbs import BACKENDS, EXACT
 
@@ -210,3 +213,21 @@ def test_lines_of_queries_have_gradients() -> None:
     plan.read_only(call)
     (gradient,) = torch.autograd.grad(seen[0][..., 0].sum(), case.q)
     assert gradient[2, ..., 1, :].any() and not gradient[2, ..., 2:, :].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "cure"),
+    [
+        (lambda call: call.v.mul_(0), r"changed call.v in place at .*call.replace\(rows"),
+        (lambda call: call.k[0].zero_(), "changed call.k in place"),
+        (lambda call: call.q.copy_(call.q + 1), "changed call.q in place"),
+    ],
+)
+def test_changes_in_place_are_an_error(change: Any, cure: str) -> None:
+    class Careless(Editor):
+        def attention(self, call: AttentionCall) -> None:
+            change(call)
+
+    pipe = zoo.PIPELINES["sd15"].make()
+    with hookctl.control(pipe, Careless()), pytest.raises(InputError, match=f"Careless.*{cure}"):
+        zoo.PIPELINES["sd15"].run(pipe)

@@ -40,6 +40,7 @@ def shown(editor: Double, q: Tensor, index: int) -> tuple[Tensor, Tensor]:
         grid=(3, 4),
         prompts=(),
         own_text=None,
+        images_in_sequence=None,
         extra_text={},
         reader=None,
     )

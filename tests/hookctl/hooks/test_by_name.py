@@ -65,6 +65,9 @@ class Seen:
     def watching(self, port: SitePort) -> bool:
         return True
 
+    def is_strict(self) -> bool:
+        return True
+
     def batch(self) -> int:
         return 1
 

@@ -13,7 +13,9 @@ from tests.families.subjects import error
 from tests.hookctl.drawing import SD15, TWO, draw, editor
 
 
-@pytest.mark.parametrize(("name", "count"), [("sd15", 8), ("sdxl", 6), ("svd", 4)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("sd15", 8), ("sdxl", 6), ("svd", 4), ("animatediff", 4)]
+)
 def test_every_concat_is_shown(name: str, count: int) -> None:
     case, seen = zoo.PIPELINES[name], []
     pipe = case.make()

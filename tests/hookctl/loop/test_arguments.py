@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from hookctl import Editor
-from hookctl.errors import InputError
-from hookctl.loop.arguments import take_rows
+from hookctl.address.clock import Clock
+from hookctl.address.rows import Row, Rows
+from hookctl.errors import InputError, UnsupportedError
+from hookctl.loop.arguments import take_rows, widen
+from hookctl.loop.state import State
 from tests import zoo
 from tests.families.subjects import error
 from tests.hookctl.drawing import SD15, TWO, draw, editor
@@ -98,3 +101,79 @@ def test_conditions_beside_the_text_are_copied() -> None:
         assert taken[name] is state.kwargs[name]
     assert taken["cross_attention_kwargs"]["ip_adapter_masks"][0].shape[0] == 2
     assert taken["added_cond_kwargs"]["scale"] == 0.5
+
+
+# -- texts that can't be widened -------------------------------------------------------------------
+
+
+def call_of(name: str, **kwargs: Any) -> State:
+    """The state of a call of a denoiser of this class, of one row."""
+    model = type(name, (torch.nn.Module,), {})()
+    return State(
+        denoiser=model,
+        pipe=None,
+        rows=Rows([Row(0, "cond", 0, 0)]),
+        clock=Clock(0, 1, 1.0),
+        kwargs={"hidden_states": torch.zeros(1, 4, 8, 8), **kwargs},
+        sample="hidden_states",
+        text="encoder_hidden_states",
+        own_text=5,
+    )
+
+
+def test_a_second_text_or_a_pooled_one_is_refused() -> None:
+    text, extra = torch.zeros(1, 5, 8), {"more": torch.zeros(1, 2, 8)}
+    second = {"encoder_hidden_states": text, "encoder_hidden_states_t5": text}
+    with pytest.raises(UnsupportedError, match="joins a second text .encoder_hidden_states_t5"):
+        widen(call_of("HunyuanDiT2DModel", **second), extra)
+    with pytest.raises(UnsupportedError, match="LuminaNextDiT2DModel pools its text"):
+        widen(call_of("LuminaNextDiT2DModel", encoder_hidden_states=text), extra)
+    # What is no text does not count, and a mask by another name is widened too.
+    given = {"encoder_hidden_states": text, "encoder_hidden_states_image": text}
+    state = call_of("WanTransformer3DModel", **given, encoder_mask=torch.ones(1, 5))
+    widen(state, extra)
+    assert state.kwargs["encoder_hidden_states"].shape == (1, 7, 8)
+    assert state.kwargs["encoder_mask"].tolist() == [[1] * 7]
+
+
+# -- arguments that all rows share -----------------------------------------------------------------
+
+
+def test_what_all_rows_share_stays_as_it_is() -> None:
+    state = call_of(
+        "CosmosTransformer3DModel",
+        padding_mask=torch.ones(1, 1, 8, 8),
+        encoder_hidden_states=torch.zeros(1, 5, 8),
+        control_hidden_states_scale=torch.ones(1),
+    )
+    taken = take_rows(state, [(0, 1), (0, 1)])
+    assert taken["padding_mask"].shape[0] == taken["control_hidden_states_scale"].shape[0] == 1
+    assert taken["encoder_hidden_states"].shape[0] == 2
+
+
+def test_texts_of_many_layers_have_their_rows_in_the_second_axis() -> None:
+    layers = torch.arange(6.0).reshape(3, 2, 1, 1).expand(3, 2, 4, 8)
+    state = call_of("HiDreamImageTransformer2DModel", encoder_hidden_states_llama3=layers)
+    state.rows = Rows([Row(0, "uncond", 0, 0), Row(1, "cond", 0, 0)])
+    state.kwargs["hidden_states"] = torch.zeros(2, 4, 8, 8)
+    taken = take_rows(state, [(0, 2), (1, 2)])["encoder_hidden_states_llama3"]
+    assert taken[:, :, 0, 0].tolist() == [[0, 1, 1], [2, 3, 3], [4, 5, 5]]
+
+
+def test_several_entries_for_each_row_go_with_their_row() -> None:
+    state = call_of("UNet2DConditionModel", two=torch.zeros(4, 3), many=torch.zeros(9, 3))
+    state.rows = Rows([Row(0, "uncond", 0, 0), Row(1, "cond", 0, 0)])
+    state.kwargs["hidden_states"] = torch.zeros(2, 4, 8, 8)
+    with pytest.raises(UnsupportedError, match=r"two \(4, 3\) has 2 entries for each of 2 rows"):
+        take_rows(state, [(0, 2), (1, 2)])
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_first_and_last_images_go_with_their_row(batch: int) -> None:
+    pairs = torch.arange(2.0 * batch).reshape(-1, 1, 1).expand(-1, 3, 8)
+    state = call_of("WanTransformer3DModel", encoder_hidden_states_image=pairs)
+    state.rows = Rows([Row(i, "cond", i, 0) for i in range(batch)])
+    state.kwargs["hidden_states"] = torch.zeros(batch, 4, 8, 8)
+    taken = take_rows(state, [(0, batch), (batch - 1, batch)])["encoder_hidden_states_image"]
+    last = 2 * batch - 2
+    assert taken[:, 0, 0].tolist() == [*range(2 * batch), last, last + 1]

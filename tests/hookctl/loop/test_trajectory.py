@@ -20,6 +20,7 @@ from torch import Tensor
 import hookctl
 from hookctl import Editor
 from hookctl.errors import InputError, UnsupportedError
+from hookctl.loop.inversion import require_first_order
 from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes import FreeU, PromptToPrompt
 from tests import zoo
@@ -286,3 +287,39 @@ def test_bad_input() -> None:
         program(make(), TWO, guidance=1.0).denoise(0, guidance=3.0)
     with pytest.raises(UnsupportedError, match="eta"):
         program(make("sd15", EulerDiscreteScheduler), TWO).denoise(0, eta=1.0)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+def test_factors_are_those_of_the_scheduler(spacing: str, kind: str) -> None:
+    """Also where DDIM's steps end between two of its timesteps."""
+    pipe = make()
+    pipe.scheduler = DDIMScheduler.from_config(
+        pipe.scheduler.config,
+        timestep_spacing=spacing,
+        prediction_type=kind,
+        clip_sample=False,
+        set_alpha_to_one=False,
+    )
+    run = Trajectory(pipe, "a cat", steps=7, generator=seeded(1))
+    x, prediction = torch.randn(2, 1, 4, 16, 16, generator=seeded(1)[0], dtype=torch.float64)
+    for i in range(run.steps):
+        alpha, beta = run.factors(i)
+        stepped = run.solver.at(i, prediction, x)
+        assert torch.allclose(stepped, alpha * x + beta * prediction, atol=1e-6)
+    require_first_order(run, "this")
+
+
+def test_timesteps_that_the_model_does_not_know() -> None:
+    pipe = make()
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, steps_offset=1)
+    with pytest.raises(InputError, match="timestep 1000: the model knows 0 to 999; take fewer"):
+        Trajectory(pipe, "a cat", steps=1000)
+
+
+def test_what_a_pipeline_needs_besides_is_asked_for() -> None:
+    case = zoo.PIPELINES["controlnet"]
+    with pytest.raises(UnsupportedError, match="ControlNetPipeline computes its control anew"):
+        Trajectory(case.make(), "a cat", steps=2)
+    with pytest.raises(InputError, match="can't prepare a run with height.*divisible by 8"):
+        Trajectory(make(), "a cat", steps=2, height=13, width=13)

@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusion3PAGPipeline
+from diffusers import (
+    StableDiffusion3PAGPipeline,
+    StableDiffusionPAGPipeline,
+    StableDiffusionXLPAGPipeline,
+)
 from torch import Tensor
 
 import hookctl
@@ -16,9 +20,9 @@ from hookctl import Editor
 from hookctl.address.clock import Clock
 from hookctl.address.rows import Rows
 from hookctl.address.sites import Grid
-from hookctl.errors import ConflictError, InputError
+from hookctl.errors import ConflictError, InputError, UnsupportedError
 from hookctl.loop.state import Predictions
-from hookctl.recipes import PAG, SEG, PromptToPrompt
+from hookctl.recipes import PAG, SAG, SEG, PromptToPrompt
 from hookctl.recipes.common.features.smoothing import blur_matrix
 from tests import zoo
 from tests.families.fingerprint import differences, fingerprint
@@ -101,6 +105,50 @@ def test_pag_is_what_diffusers_own_pipeline_does(guidance: float, adaptive: floa
     assert error(ours, SD15.run(SD15.make(), TWO, n=2, guidance=guidance)) > 1e-3
 
 
+@pytest.mark.parametrize("rescale", [0.7, 1.0])
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_guidance_rescale_is_of_the_whole_sum(family: str, rescale: float) -> None:
+    """As diffusers' own pipelines have it, in float64."""
+    case, own = zoo.PIPELINES[family], {"guidance_rescale": rescale}
+    pipe = case.make().to(torch.float64)
+    cls = {"sd15": StableDiffusionPAGPipeline, "sdxl": StableDiffusionXLPAGPipeline}[family]
+    theirs = cls(**pipe.components, pag_applied_layers=["mid"])
+    theirs.set_progress_bar_config(disable=True)
+    want = case.run(theirs, TWO, n=2, pag_scale=2.0, **own)
+    got = draw(case, pipe, PAG(2.0), n=2, **own)
+    assert error(got, want) < 1e-11
+    # Two that add act alike in any order, and half of one twice is the whole of it.
+    halves = draw(case, pipe, PAG(1.0), PAG(1.0, branch="other"), n=2, **own)
+    assert error(halves, want) < 1e-11
+    one, other = (draw(case, pipe, *e, **own) for e in ((PAG(), SAG()), (SAG(), PAG())))
+    assert error(one, other) < 1e-11
+
+
+def rescaled_sum(parts: dict[str, Tensor], added: Tensor, g: float, phi: float) -> Tensor:
+    total = parts["uncond"] + g * (parts["cond"] - parts["uncond"]) + added
+    dims = [1, 2, 3]
+    new = total * parts["cond"].std(dims, keepdim=True) / total.std(dims, keepdim=True)
+    return phi * new + (1 - phi) * total
+
+
+def test_the_rescaled_sum_of_seg_and_of_an_unknown_pipeline() -> None:
+    names = ("cond", "uncond", "blurred")
+    parts = {n: torch.randn(2, 4, 8, 8, dtype=torch.float64) for n in names}
+    pipe = type("Pipe", (), {"guidance_rescale": 0.6, "guidance_scale": 3.0})()
+    state = type(
+        "State", (), {"clock": Clock(0, 10, 700.0), "pipe": pipe, "added_guidance": None}
+    )()
+    own = rescaled_sum(parts, torch.zeros(()), 3.0, 0.6)
+    want = rescaled_sum(parts, 2.0 * (parts["cond"] - parts["blurred"]), 3.0, 0.6)
+    assert error(SEG(2.0).combine(Predictions(own, parts, state, own)), want) < 1e-12
+    # What another editor has changed stays as it is.
+    state.added_guidance = None
+    edited = Predictions(own + 1, parts, state, own)
+    assert error(SEG(2.0).combine(edited), want + 1) < 1e-12
+    with pytest.raises(UnsupportedError, match=r"guidance_rescale=0\.6"):
+        SEG(2.0).combine(Predictions(own, parts, state, 2 * own))
+
+
 def test_pag_of_a_joint_sequence_is_what_diffusers_own_pipeline_does() -> None:
     """Without the norm of queries and keys, which their processor for joint attention forgets."""
     case, path = zoo.PIPELINES["sd3"], "transformer_blocks.1.attn"
@@ -160,7 +208,7 @@ def official_blur(x: Tensor, sigma: float) -> Tensor:
 def test_the_sum_in_float64() -> None:
     parts = {n: torch.randn(2, 4, 8, 8, dtype=torch.float64) for n in ("cond", "perturbed")}
     guided = torch.randn(2, 4, 8, 8, dtype=torch.float64)
-    state = type("State", (), {"clock": Clock(0, 10, 700.0)})()
+    state = type("State", (), {"clock": Clock(0, 10, 700.0), "pipe": None})()
     predictions = Predictions(guided, parts, state)
     want = guided + (3.0 - 0.004 * 300) * (parts["cond"] - parts["perturbed"])
     assert error(PAG(3.0, adaptive=0.004).combine(predictions), want) < 1e-12
