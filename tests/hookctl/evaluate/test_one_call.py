@@ -22,6 +22,8 @@ ROWS = Rows([Row(0, "uncond", 0, 0), Row(1, "cond", 0, 0), Row(2, "cond", 1, 0)]
 class Double:
     """Doubles the values of every call that it is shown, and keeps its rows."""
 
+    name = "Double"
+
     def __init__(self) -> None:
         self.rows: list[list[tuple[str, int, int]]] = []
 
@@ -40,6 +42,7 @@ def shown(editor: Double, q: Tensor, index: int) -> tuple[Tensor, Tensor]:
         grid=(3, 4),
         prompts=(),
         own_text=None,
+        images_in_sequence=None,
         extra_text={},
         reader=None,
     )
