@@ -22,6 +22,7 @@ Write an editor: a subclass of Editor that has the hooks it needs
     FeatureCall             one skip connection of a UNet
     State, Predictions      one denoiser call, and what it predicted
     Branch                  further rows for the denoiser to predict
+    RunState                an attribute that each session, thread and task holds for itself
     Row, Rows, COND, UNCOND who: the batch rows of a call and the branches they belong to
     Clock, Window           when: the step of a call, and a span of the schedule
     Site, select_sites      where: an attention layer, and how some are selected
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from hookctl.loop.state import FeatureCall, Predictions, State
     from hookctl.loop.trajectory import Trajectory
     from hookctl.maps import Maps, MapStore, WordMaps
+    from hookctl.run_state import RunState
     from hookctl.session import Session, control
 
 __version__ = "0.2.0.dev0"
@@ -75,6 +77,7 @@ __all__ = [
     "State",
     "Predictions",
     "Branch",
+    "RunState",
     "Row",
     "Rows",
     "COND",
@@ -106,6 +109,7 @@ _HOMES = {
     "Routing": "hookctl.attention.token_map",
     "Row": "hookctl.address.rows",
     "Rows": "hookctl.address.rows",
+    "RunState": "hookctl.run_state",
     "Session": "hookctl.session",
     "Site": "hookctl.address.sites",
     "State": "hookctl.loop.state",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hookctl.address.clock import Clock, Window
 from hookctl.address.sites import Selector, Site, matcher
-from hookctl.errors import ConflictError, InputError, check_returned
+from hookctl.errors import ConflictError, InputError, check_returned, naming
 
 if TYPE_CHECKING:
     from hookctl.attention.call import AttentionCall
@@ -162,7 +162,8 @@ def overrides(editor: Editor, method: str) -> bool:
 
 def tell(editor: Editor, hook: str, given: Any) -> None:
     """Call a hook whose value is not read; InputError, with what to do, if it returns one."""
-    check_returned(editor.name, hook, getattr(editor, hook)(given), _INSTEAD.get(hook, ""))
+    with naming(editor.name, hook):
+        check_returned(editor.name, hook, getattr(editor, hook)(given), _INSTEAD.get(hook, ""))
 
 
 def check_editor(editor: Any, where: str) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hookctl.address import families
 from hookctl.editor import check_conflicts, overrides
-from hookctl.errors import SelectorError, UnsupportedError
+from hookctl.errors import SelectorError, UnsupportedError, naming
 from hookctl.hooks.attention import SitePort
 from hookctl.hooks.pipeline import DenoiserPort, Inner, PipelinePort, SchedulerPort, is_compiled
 from hookctl.hooks.processors import Exchange
@@ -47,7 +47,8 @@ def enter(entry: Entry, target: Any) -> None:
     place = here.denoising_of_target(target, entry.pipe)
     with remembering(place.memory):
         for editor in entry.editors:
-            editor.attach(target)
+            with naming(editor.name, "attach"):
+                editor.attach(target)
         engines = [Engine.of(model, name) for name, model in families.denoisers_of(target)]
         _check_alone(place, engines)
         attached = _attached(entry, engines)
@@ -277,9 +278,9 @@ class PipelineHooks:
                 self._scheduler_port = SchedulerPort(scheduler, self._around_step, self._scaled)
                 self._scheduler_port.install()
 
-    def _started(self) -> None:
+    def _started(self, checked: dict[str, Any]) -> None:
         if mine := here.denoising_of_pipeline(self.pipe):
-            mine.restarted()
+            mine.restarted(checked)
 
     def _prepared(self) -> None:
         if mine := here.denoising_of_pipeline(self.pipe):

@@ -7,6 +7,11 @@ library can catch it; an error about a model that does not do what the hooks nee
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_PART = 1000  # letters of a message before and behind what is left out
+
 
 class HookctlError(Exception):
     """Base of every error raised by this library."""
@@ -17,7 +22,15 @@ class HookctlWarning(UserWarning):
 
 
 class InputError(HookctlError, ValueError):
-    """An argument is wrong: the message names it, what was given and what would do."""
+    """An argument is wrong: the message names it, what was given and what would do.
+
+    What was given may be of any length; the middle of a message that gets too long is left out.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        if len(message) > 2 * _PART:
+            message = f"{message[:_PART]} ... {message[-_PART:]}"
+        super().__init__(message)
 
 
 class WordError(InputError):
@@ -50,6 +63,23 @@ class NotFiniteError(HookctlError, ArithmeticError):
 
 class UnsupportedError(HookctlError, RuntimeError):
     """The method makes no sense on, or cannot be evaluated for, this model."""
+
+
+@contextmanager
+def naming(editor: str, hook: str, where: str = "") -> Iterator[None]:
+    """Let the traceback of an error inside name the editor and its hook, the innermost one.
+
+    where: the site or the like, "" for none.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not any(note.startswith(_NOTE) for note in getattr(error, "__notes__", ())):
+            error.add_note(f"{_NOTE} {editor}.{hook}{where and f', at {where}'}")
+        raise
+
+
+_NOTE = "hookctl: raised in"
 
 
 def check_returned(editor: str, hook: str, value: object, instead: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from hookctl.address import families
 from hookctl.address.clock import Clock
 from hookctl.address.sites import Site
+from hookctl.arguments import checked, refusal
 from hookctl.editor import Editor, check_editor
 from hookctl.engine import enter, leave
 from hookctl.errors import HoleError, HookctlWarning
@@ -28,6 +29,7 @@ class Session:
     editors: in their order; log: what they did, which `report` puts into words.
     """
 
+    @checked(own=("editors",))
     def __init__(
         self,
         target: Any,
@@ -37,16 +39,31 @@ class Session:
         strict: bool = True,
         rows: Sequence[str] | None = None,
         check_finite: bool = True,
+        texts: Sequence[str] | None = None,
     ) -> None:
         for i, editor in enumerate(editors):
             check_editor(editor, f"editors[{i}]")
         check_backend(backend)
+        if rows is not None and (not rows or "" in rows or len(set(rows)) < len(rows)):
+            wanted = "the branches of the batch in order, each once, such as ('uncond', 'cond')"
+            raise refusal("control: rows", rows, wanted)
         self.target, self.editors, self.backend, self.strict = target, editors, backend, strict
         self.denoiser = families.denoiser_of(target)
         pipe = None if target is self.denoiser else target
+        if texts is not None and (not texts or pipe is None):
+            wanted = "one for each of the embeddings that a pipeline is called with"
+            raise refusal("control: texts", texts, wanted)
         given = None if rows is None else tuple(rows)
         self._entry = Entry(
-            tuple(editors), pipe, backend, given, MapStore(), Log(), strict, check_finite
+            tuple(editors),
+            pipe,
+            backend,
+            given,
+            MapStore(),
+            Log(),
+            strict=strict,
+            check_finite=check_finite,
+            texts=None if texts is None else tuple(texts),
         )
         self._depth = 0
         self._sites = families.sites_of(target)
@@ -156,6 +173,7 @@ class Session:
         return html_lines([repr(self)]) + shown + html_lines(silent) + maps
 
 
+@checked(own=("editors",))
 def control(
     target: Any,
     *editors: Editor,
@@ -163,6 +181,7 @@ def control(
     strict: bool = True,
     rows: Sequence[str] | None = None,
     check_finite: bool = True,
+    texts: Sequence[str] | None = None,
 ) -> Session:
     """Put a pipeline, or a bare denoiser, under the control of editors.
 
@@ -175,8 +194,16 @@ def control(
     in another thread) are an error at the end, else a warning. `rows`: the branches of the batch in
     order, such as ("uncond", "cond"), for a denoiser called without its pipeline. `check_finite`:
     NaN and infinity end the run with an error that says where they began, at the cost of one
-    reduction a step.
+    reduction a step. `texts`: what the embeddings say that the pipeline is called with in place of
+    prompts, one text for each, for editors that look for words; they are taken to be encoded as the
+    pipeline would.
     """
     return Session(
-        target, editors, backend=backend, strict=strict, rows=rows, check_finite=check_finite
+        target,
+        editors,
+        backend=backend,
+        strict=strict,
+        rows=rows,
+        check_finite=check_finite,
+        texts=texts,
     )

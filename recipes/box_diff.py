@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hookctl.arguments import checked, share, whole
 from hookctl.loop.energy import ImageMaps
-from hookctl.recipes.common.arguments import share, whole
 from hookctl.recipes.common.energy.energy_guidance import Stage
 from hookctl.recipes.common.energy.excited_maps import ExcitedMaps
 from hookctl.recipes.common.energy.map_functions import top_mean
@@ -45,6 +45,7 @@ class BoxDiff(ExcitedMaps):
     the cells that it covers most, so that P of it is always at least one cell.
     """
 
+    @checked(own=("regions",))
     def __init__(
         self,
         words: Words,

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from hookctl.address.regions import Region, RegionLike, region_of
 from hookctl.address.rows import UNCOND
+from hookctl.arguments import checked, images_and_prompts, whole
 from hookctl.editor import WHOLE_IMAGE, Editor
 from hookctl.errors import InputError
 from hookctl.loop import prompts
 from hookctl.loop.images import encode
 from hookctl.loop.trajectory import Trajectory
-from hookctl.recipes.common.arguments import images_and_prompts, whole
 from hookctl.recipes.common.canvas.pasted_images import PastedImages, resized
 from hookctl.recipes.common.canvas.suppression import Suppression
 from hookctl.session import Session, control
@@ -70,6 +70,7 @@ class CyclicOneWay:
     levels in another order, and for images that do not fit on the canvas.
     """
 
+    @checked()
     def __init__(
         self,
         pipe: Any,
@@ -96,7 +97,7 @@ class CyclicOneWay:
         seed: int = 0,
         paper: bool = False,
     ) -> None:
-        self.pipe, self.paper, self.seed = pipe, paper, int(seed)
+        self.pipe, self.paper, self.seed = pipe, paper, seed
         self.session: Session | None = None
         images, self.prompts = images_and_prompts(image, prompt, "CyclicOneWay")
         default_steps = 10 if paper else 50
@@ -121,7 +122,7 @@ class CyclicOneWay:
             "CyclicOneWay",
             images,
             at=at,
-            size=(side, side) if size is None else (int(size[0]), int(size[1])),
+            size=(side, side) if size is None else (size[0], size[1]),
             factor=factor,
             region=Region.full() if region is None else region_of(region),
             official=paper,
@@ -129,17 +130,18 @@ class CyclicOneWay:
 
     def _set_levels(self, start: float, top: float, finish: float, cycles: int) -> None:
         """r, b and the level of the last writing as a program counts them: from the noisiest on."""
-        if not 0 <= finish <= start < top <= 1 or cycles < 0:
+        self.cycles = whole(cycles, "CyclicOneWay: cycles")
+        if not 0 <= finish <= start < top <= 1:
             raise InputError(
                 f"CyclicOneWay: start={start}, top={top}, finish={finish}, cycles={cycles}; give "
                 "0 <= finish <= start < top <= 1 and a number of cycles"
             )
         n, slack = self.steps, 0.0 if self.paper else 1e-9
         self.low, self.high, self.last = (n - int(x * n + slack) for x in (start, top, finish))
-        self.cycles = int(cycles)
         if self.paper and self.high < 1:
             raise InputError(f"CyclicOneWay: top={top} leaves no noisier level; give less than 1")
 
+    @checked()
     def run(self, *editors: Editor, output_type: str = "pil") -> Any:
         """Draw; a list of images, or as output_type= has it.
 

@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from hookctl.arguments import checked, one_of
+from hookctl.errors import InputError
 from hookctl.loop.inversion import Progress, ddim_path, require_first_order
 from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes.common.real_images.inversion import Inversion
@@ -40,6 +42,7 @@ class DDIMInversion(Inversion):
     guidance). Raises UnsupportedError for schedulers that are not of first order.
     """
 
+    @checked()
     def __init__(
         self,
         pipe: Any,
@@ -52,7 +55,10 @@ class DDIMInversion(Inversion):
         **options: Any,
     ) -> None:
         super().__init__(pipe, image, prompt, guidance=guidance, **options)
-        self.refine, self.timestep = refine, timestep
+        self.refine = refine
+        self.timestep = one_of(timestep, f"{type(self).__name__}: timestep", ("target", "source"))
+        if refine and timestep == "source":
+            raise InputError("DDIMInversion: refine is for timestep='target'; give refine=0")
 
     def _invert(self, program: Trajectory, progress: Progress | None) -> Inverted:
         require_first_order(program, type(self).__name__)

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from hookctl.arguments import checked
 from hookctl.loop.inversion import (
     Correction,
     Progress,
@@ -47,6 +48,7 @@ class DirectInversion(Inversion):
     steps draw noise.
     """
 
+    @checked()
     def __init__(
         self,
         pipe: Any,

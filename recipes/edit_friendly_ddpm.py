@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from hookctl.address.clock import Window
+from hookctl.arguments import checked, number, refusal
 from hookctl.loop.inversion import Progress, edit_friendly_noise
 from hookctl.loop.trajectory import Trajectory
-from hookctl.recipes.common.arguments import number, refusal
 from hookctl.recipes.common.real_images.inversion import Inversion
 from hookctl.recipes.common.real_images.inverted import Inverted
 
@@ -46,6 +46,7 @@ class EditFriendlyDDPM(Inversion):
 
     edit_guidance = 15.0
 
+    @checked()
     def __init__(
         self,
         pipe: Any,

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from hookctl.address.families import denoiser_of
+from hookctl.arguments import checked, number, one_of
 from hookctl.editor import Editor
 from hookctl.hooks.skips import concats
 from hookctl.kernels.fourier_gain import fourier_gain
 from hookctl.loop.state import FeatureCall
-from hookctl.recipes.common.arguments import number, one_of
 from hookctl.recipes.common.features.statistics import structure
 from hookctl.run_state import RunState
 
@@ -41,6 +41,7 @@ class FreeU(Editor):
 
     _gains_of: RunState[dict[int, tuple[float, float]]] = RunState(factory=dict)
 
+    @checked()
     def __init__(
         self,
         b1: float = 1.3,

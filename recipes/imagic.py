@@ -28,13 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hookctl import arguments
 from hookctl.address.rows import COND, UNCOND
+from hookctl.arguments import checked
 from hookctl.errors import InputError
 from hookctl.hooks.patch import Patch
 from hookctl.loop.images import encode
 from hookctl.loop.inversion import ddim_path, require_first_order
 from hookctl.loop.trajectory import Trajectory
-from hookctl.recipes.common import arguments
 from hookctl.recipes.common.real_images.fitting import Fitting, Progress
 from hookctl.recipes.common.real_images.low_rank import LowRank
 
@@ -65,6 +66,7 @@ class Imagic:
     Raises InputError for arguments out of bounds, and for layers that match none of the model's.
     """
 
+    @checked()
     def __init__(
         self,
         pipe: Any,
@@ -100,8 +102,13 @@ class Imagic:
         if not 0 <= window[0] < window[1] <= 1:
             wanted = "a start and a later end between 0 and 1"
             raise arguments.refusal("Imagic: window", window, wanted)
-        self.alphas, self.guidance, self.steps = tuple(alphas), float(guidance), int(steps)
+        if not alphas:
+            raise arguments.refusal("Imagic: alphas", alphas, "a number for each image")
+        arguments.picture(image, "Imagic: image")
+        self.alphas, self.guidance, self.steps = tuple(alphas), float(guidance), steps
         self.inverted = inverted
+        if checkpoint is not None:
+            arguments.writable(checkpoint, "Imagic: checkpoint")
         clean = encode(pipe, image)
         height, width = image.size[::-1]
         self.size = {"height": height, "width": width}
@@ -125,10 +132,12 @@ class Imagic:
             save_every=save_every,
         )
 
+    @checked()
     def run(self, progress: Progress | None = None) -> Any:
         """All three stages: an image for each alpha."""
         return self.fit(progress).draw()
 
+    @checked()
     def fit(self, progress: Progress | None = None) -> Imagic:
         """Stages A and B; returns itself.
 
@@ -147,6 +156,7 @@ class Imagic:
         """alpha e_tgt + (1 - alpha) e_opt, [1, tokens, channels]."""
         return alpha * self.fitting.wanted + (1 - alpha) * self.fitted
 
+    @checked()
     def draw(
         self,
         alphas: Sequence[float] | None = None,

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from hookctl.address.clock import Clock
 from hookctl.address.sites import Site
+from hookctl.arguments import checked, number, one_of, whole
 from hookctl.loop.energy import ImageMaps
 from hookctl.loop.noise import Level
 from hookctl.loop.state import State
-from hookctl.recipes.common.arguments import number, one_of, whole
 from hookctl.recipes.common.energy.energy_guidance import EnergyGuidance, Stage, variance
 from hookctl.recipes.common.energy.map_functions import inside_share, top_mean
 from hookctl.recipes.common.energy.word_energy import Subject, Words
@@ -60,6 +60,7 @@ class LayoutGuidance(EnergyGuidance):
     heads = True
     _last_loss: RunState[Tensor | None] = RunState(None)
 
+    @checked(own=("regions",))
     def __init__(
         self,
         words: Words,

@@ -25,11 +25,11 @@ from hookctl.address.clock import Window
 from hookctl.address.regions import RegionLike
 from hookctl.address.rows import COND, UNCOND, Row
 from hookctl.address.sites import Selector, Site, matcher
+from hookctl.arguments import checked, number, one_of, words_for_each
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import WHOLE_IMAGE, Claim
 from hookctl.errors import InputError
 from hookctl.loop.state import State
-from hookctl.recipes.common.arguments import one_of, words_for_each
 from hookctl.recipes.common.image_tokens import image_keys, with_image
 from hookctl.recipes.common.map_masks import GivenMasks, WordMasks, foreground_regions
 from hookctl.recipes.common.prompt_texts import PromptTexts
@@ -80,6 +80,7 @@ class MasaCtrl(SourceAndEdits):
     _text_sites: RunState[list[Site]] = RunState()
     _texts: RunState[PromptTexts] = RunState()
 
+    @checked(own=("prompts",))
     def __init__(
         self,
         prompts: Sequence[str],
@@ -109,6 +110,8 @@ class MasaCtrl(SourceAndEdits):
         cond, uncond = (value or ("joint" if union else "source") for value in named.values())
         self.injected = {COND: cond, UNCOND: uncond}
         union = (cond, uncond) != ("source", "source")
+        wanted = "a share of a map's range, above 0 and at most 1"
+        number(threshold, "MasaCtrl: threshold", above=0, high=1, wanted=wanted)
         given = source_mask is not None or target_mask is not None
         chosen = words_for_each(words, "MasaCtrl: words", len(self.prompts))
         if given + any(chosen) + union > 1:
@@ -128,6 +131,10 @@ class MasaCtrl(SourceAndEdits):
         maps = self.word_masks is not None and site.kind in TEXT_KINDS
         return maps or matcher(self.edit_sites)(site)
 
+    @property
+    def needs_words(self) -> bool:
+        return self.word_masks is not None
+
     # -- before anything runs ------------------------------------------------------------------
 
     def claims(self) -> Sequence[Claim]:
@@ -145,16 +152,22 @@ class MasaCtrl(SourceAndEdits):
         self._text_sites = [site for site in sites_of(target) if site.kind in TEXT_KINDS]
         if self.word_masks is not None:
             self._texts = PromptTexts(target, self.prompts)
-            for text, words in zip(self._texts.read(), self.word_masks.words, strict=True):
-                for word in words:
-                    text.find(word)
+            self._find_words(None)
 
     def begin(self, state: State) -> None:
         super().begin(state)
         if self.word_masks is not None:
+            self._find_words(state.own_text)
             self.word_masks.begin(self._text_sites, state)
         if self.pin is not None:
             self.pin.begin(state)
+
+    def _find_words(self, tokens: int | None) -> None:
+        """Raise WordError for a word that its prompt does not have, in so many tokens."""
+        assert self.word_masks is not None
+        for text, words in zip(self._texts.read(tokens), self.word_masks.words, strict=True):
+            for word in words:
+                text.find(word)
 
     def before(self, state: State) -> None:
         if self.pin is not None:
@@ -195,10 +208,11 @@ class MasaCtrl(SourceAndEdits):
     def _restrict_to_masks(self, call: AttentionCall) -> None:
         """Foreground looks into foreground, background into background."""
         masks = self.given_masks or self.word_masks
-        if masks is None or call.grid is None:
+        if masks is None:
             return
+        grid = call.require_grid("MasaCtrl: masks")
         for prompt, image in dict.fromkeys((r.prompt, r.image) for r in call.rows if r.prompt):
-            pair = masks.pair(prompt, image, call.grid, call.clock.step)
+            pair = masks.pair(prompt, image, grid, call.clock.step)
             if pair is None:
                 continue
             rows, regions = (
@@ -210,7 +224,7 @@ class MasaCtrl(SourceAndEdits):
             elif self.paper and call.site.kind == "self":
                 source, target = pair
                 lost = ~target if source.all() else target
-                call.map_queries(rows, partial(_evenly, lost.flatten().repeat(call.grid.frames)))
+                call.map_queries(rows, partial(_evenly, lost.flatten().repeat(grid.frames)))
 
 
 def _evenly(lost: Tensor, q: Tensor) -> Tensor:

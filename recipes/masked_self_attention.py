@@ -24,18 +24,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hookctl.address.regions import BACKGROUND, bit_sets
+from hookctl.address.regions import BACKGROUND, BITS, bit_sets
 from hookctl.address.sites import Grid, Selector, select
+from hookctl.arguments import checked, one_of
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import WHOLE_IMAGE, Claim, Editor
-from hookctl.errors import UnsupportedError
+from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.state import State
 from hookctl.recipes.common import per_prompt
-from hookctl.recipes.common.arguments import one_of
 from hookctl.recipes.common.per_prompt import Regions
-from hookctl.recipes.common.sites import IMAGE_KINDS, grid_of, sites_of
+from hookctl.recipes.common.sites import IMAGE_KINDS, grid_of, image_sites, sites_of
 from hookctl.run_state import RunState
 
+MOST_REGIONS = BITS - 1  # the last bit is the background's
 BACKGROUNDS = ("background", "all", "itself")
 IMAGE_SITES = ", ".join(IMAGE_KINDS)
 
@@ -57,6 +58,7 @@ class MaskedSelfAttention(Editor):
     sites: RunState[Selector] = RunState(None)
     _bits: RunState[dict[Any, tuple[Tensor, Tensor, Tensor | None]]] = RunState(factory=dict)
 
+    @checked(own=("regions",))
     def __init__(
         self,
         regions: Regions,
@@ -69,10 +71,13 @@ class MaskedSelfAttention(Editor):
         stop: float = 1.0,
     ) -> None:
         self.regions = per_prompt.regions(regions, f"{self.name}: regions")
+        if self.regions.longest > MOST_REGIONS:
+            given, fit = self.regions.longest, MOST_REGIONS
+            raise InputError(f"{self.name}: {given} regions of a prompt; give at most {fit}")
         if background is not None:
             one_of(background, f"{self.name}: background", BACKGROUNDS)
         self.background = background or ("itself" if paper else "background")
-        self.open = bool(open)
+        self.open = open is True
         self.paper, self.given_sites = paper, sites
         self.sites = IMAGE_SITES if sites is None else sites
         self.start, self.stop = start, stop
@@ -88,21 +93,17 @@ class MaskedSelfAttention(Editor):
             found = select(sites_of(target), IMAGE_SITES, who=self.name)
             finest = max((s.resolution for s in found if s.resolution is not None), default=None)
             self.sites = IMAGE_SITES if finest is None else f"self @{finest}, joint @{finest}"
+        chosen = image_sites(self.name, target, self.sites)
+        if self.background == "itself" and any(site.kind == "joint" for site in chosen):
+            raise UnsupportedError(
+                f"{self.name}: background='itself' would cut the background of a joint sequence "
+                "off from the text; give 'background' or 'all'"
+            )
 
     def begin(self, state: State) -> None:
         self.regions.check_prompts(state.rows)
 
     def attention(self, call: AttentionCall) -> None:
-        if call.site.kind not in IMAGE_KINDS:
-            raise UnsupportedError(
-                f"{self.name}: {call.site.path} is no attention among image tokens; leave it out "
-                "with sites="
-            )
-        if call.site.kind == "joint" and self.background == "itself":
-            raise UnsupportedError(
-                f"{self.name}: background='itself' would cut the background of a joint sequence "
-                "off from the text; give 'background' or 'all'"
-            )
         grid = grid_of(call, self.name)
         start, stop = call.spans.image_queries
         around = (start, call.q.shape[-2] - stop)

@@ -30,6 +30,7 @@ from torch import Tensor
 from hookctl.address.clock import Window
 from hookctl.address.families import denoiser_of
 from hookctl.address.rows import COND
+from hookctl.arguments import checked, pair, refusal, share, whole
 from hookctl.editor import WHOLE_IMAGE, Claim, Editor
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.calls import prediction_of, with_prediction
@@ -37,7 +38,6 @@ from hookctl.loop.images import decode
 from hookctl.loop.prompts import EncodedTexts, check_texts
 from hookctl.loop.state import Proceed, State
 from hookctl.recipes.common import per_prompt
-from hookctl.recipes.common.arguments import pair, share, whole
 from hookctl.recipes.common.canvas.plain_colours import Bootstrapping
 from hookctl.recipes.common.canvas.tiles import Tile, tiles_of
 from hookctl.recipes.common.per_prompt import Regions, Texts
@@ -74,6 +74,7 @@ class MultiDiffusion(Editor):
     _paths: RunState[dict[tuple[int, ...], list[DiffusionPath]]] = RunState()
     _texts: RunState[EncodedTexts | None] = RunState()
 
+    @checked(own=("texts", "regions"))
     def __init__(
         self,
         texts: Texts = (),
@@ -185,6 +186,7 @@ class MultiDiffusion(Editor):
 
     # -- the whole job -------------------------------------------------------------------------
 
+    @checked()
     def run(
         self,
         pipe: Any,
@@ -200,6 +202,12 @@ class MultiDiffusion(Editor):
         editors: further editors, after this one; arguments: of the pipeline's own call.
         Returns a list of images, or latents with output_type="latent".
         """
+        factor = int(getattr(pipe, "vae_scale_factor", 1))
+        for name, side in (("height", height), ("width", width)):
+            if side % factor:
+                raise refusal(f"{self.name}.run: {name}", side, f"a multiple of {factor} px")
+        if not prompt:
+            raise refusal(f"{self.name}.run: prompt", prompt, "a text, or a list of texts")
         arguments |= {"height": height, "width": width, "output_type": "latent"}
         with control(pipe, self, *editors):
             latents = pipe(prompt, **{**arguments, "return_dict": False})[0]

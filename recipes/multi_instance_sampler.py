@@ -36,6 +36,8 @@ from torch import Tensor
 from hookctl.address.latent import over_latent
 from hookctl.address.rows import COND, Row, Rows
 from hookctl.address.sites import Grid, Selector
+from hookctl.arguments import Colour, checked, colours, one_of
+from hookctl.arguments import share as check_share
 from hookctl.attention.call import AttentionCall
 from hookctl.attention.division import Division
 from hookctl.editor import WHOLE_IMAGE, Claim, Editor
@@ -45,13 +47,11 @@ from hookctl.loop.noise import Noise
 from hookctl.loop.prompts import EncodedTexts, Text, check_texts
 from hookctl.loop.state import Predictions, State
 from hookctl.recipes.common import per_prompt
-from hookctl.recipes.common.arguments import Colour, colours, one_of
-from hookctl.recipes.common.arguments import share as check_share
 from hookctl.recipes.common.canvas.companion import Companion, guidance_scale_of
 from hookctl.recipes.common.canvas.plain_colours import Surface
 from hookctl.recipes.common.canvas.region_shares import region_shares
 from hookctl.recipes.common.per_prompt import Regions, Texts
-from hookctl.recipes.common.sites import grid_of
+from hookctl.recipes.common.sites import grid_of, text_sites
 from hookctl.run_state import RunState
 
 MERGES = ("mean", "paste")
@@ -81,6 +81,7 @@ class MultiInstanceSampler(Editor):
     _surface: RunState[Surface | None] = RunState(None)
     _divisions: RunState[dict[tuple[int, int, Grid], Division]] = RunState(factory=dict)
 
+    @checked(own=("texts", "regions"))
     def __init__(
         self,
         texts: Texts,
@@ -134,6 +135,8 @@ class MultiInstanceSampler(Editor):
                 f"{self.name} keeps a solver for each instance: control a pipeline with a scheduler"
             )
         check_texts(target, self._all_texts, self.name)
+        if self.outside is not None:
+            text_sites(self.name, target, self.sites)
         if self.background is not None:
             Noise(target.scheduler)
 

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from hookctl.address.rows import COND, UNCOND
+from hookctl.arguments import checked, share
 from hookctl.loop import prompts
 from hookctl.loop.inversion import Correction, Progress, ddim_path, require_first_order
 from hookctl.loop.trajectory import Trajectory
-from hookctl.recipes.common.arguments import share
 from hookctl.recipes.common.real_images.inversion import Inversion
 from hookctl.recipes.common.real_images.inverted import Inverted
 from hookctl.recipes.proximal_guidance import ProximalGuidance
@@ -50,6 +50,7 @@ class NegativePromptInversion(Inversion):
     not of first order.
     """
 
+    @checked()
     def __init__(
         self,
         pipe: Any,
@@ -67,6 +68,7 @@ class NegativePromptInversion(Inversion):
         self.npi_interp = share(npi_interp, "NegativePromptInversion: npi_interp")
         self.interp_source, self.refine = interp_source, refine
 
+    @checked()
     def run(self, progress: Progress | None = None) -> Any:
         inverted = super().run(progress)
         images = [inverted] if self.single else inverted

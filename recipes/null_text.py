@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hookctl.address.rows import UNCOND
+from hookctl.arguments import checked, number, whole
 from hookctl.loop.inversion import (
     Correction,
     Progress,
@@ -24,7 +25,6 @@ from hookctl.loop.inversion import (
     require_first_order,
 )
 from hookctl.loop.trajectory import Trajectory
-from hookctl.recipes.common.arguments import number, whole
 from hookctl.recipes.common.real_images.inversion import Inversion
 from hookctl.recipes.common.real_images.inverted import Inverted
 
@@ -44,6 +44,7 @@ class NullTextInversion(Inversion):
     of first order.
     """
 
+    @checked()
     def __init__(
         self,
         pipe: Any,
@@ -62,7 +63,8 @@ class NullTextInversion(Inversion):
         number(guidance, "NullTextInversion: guidance", above=1, wanted=scale)
         self.iterations = whole(iterations, "NullTextInversion: iterations", 1)
         self.rate = number(rate, "NullTextInversion: rate", above=0)
-        self.tolerance, self.refine = tolerance, refine
+        self.tolerance = number(tolerance, "NullTextInversion: tolerance", low=0)
+        self.refine = refine
 
     def _invert(self, program: Trajectory, progress: Progress | None) -> Inverted:
         require_first_order(program, type(self).__name__)

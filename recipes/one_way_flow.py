@@ -24,11 +24,11 @@ from torch import Tensor
 from hookctl.address.clock import Window
 from hookctl.address.regions import Region, RegionLike, region_of
 from hookctl.address.sites import Grid, Selector
+from hookctl.arguments import checked, number
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import WHOLE_IMAGE, Claim, Editor
 from hookctl.errors import InputError
 from hookctl.loop.state import State
-from hookctl.recipes.common.arguments import number
 from hookctl.recipes.common.sites import grid_of, image_sites
 from hookctl.run_state import RunState
 
@@ -54,6 +54,7 @@ class OneWayFlow(Editor):
 
     _masks: RunState[dict[Any, tuple[Tensor, Tensor]]] = RunState(factory=dict)
 
+    @checked(infinite=("flows",))
     def __init__(
         self,
         regions: Mapping[str, RegionLike],

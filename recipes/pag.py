@@ -14,10 +14,11 @@ from __future__ import annotations
 from typing import Any
 
 from hookctl.address.clock import Clock
+from hookctl.arguments import checked, number
 from hookctl.attention.call import AttentionCall
 from hookctl.loop.state import State
-from hookctl.recipes.common.arguments import number
 from hookctl.recipes.common.perturbed_guidance import PerturbedGuidance
+from hookctl.recipes.common.sites import IMAGE_KINDS
 from hookctl.run_state import RunState
 
 TRAINED = 1000  # timesteps that the published rule counts from
@@ -35,8 +36,10 @@ class PAG(PerturbedGuidance):
     Costs one further row beside each conditional one.
     """
 
+    kinds = (*IMAGE_KINDS, "temporal")
     _unit: RunState[int] = RunState(1)
 
+    @checked()
     def __init__(
         self,
         scale: float = 3.0,

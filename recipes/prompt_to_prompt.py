@@ -23,11 +23,9 @@ from hookctl.address.clock import Window
 from hookctl.address.latent import finest_within
 from hookctl.address.rows import COND
 from hookctl.address.sites import Selector, Site, matcher, select
-from hookctl.attention.call import AttentionCall
-from hookctl.editor import WHOLE_IMAGE, Claim
-from hookctl.errors import InputError
-from hookctl.loop.state import State
-from hookctl.recipes.common.arguments import (
+from hookctl.address.text import PromptText
+from hookctl.arguments import (
+    checked,
     for_each,
     gains_for_each,
     number,
@@ -35,6 +33,10 @@ from hookctl.recipes.common.arguments import (
     pair,
     words_for_each,
 )
+from hookctl.attention.call import AttentionCall
+from hookctl.editor import WHOLE_IMAGE, Claim
+from hookctl.errors import InputError
+from hookctl.loop.state import State
 from hookctl.recipes.common.local_blend import LocalBlend
 from hookctl.recipes.common.prompt_texts import PromptTexts, require_word
 from hookctl.recipes.common.sites import IMAGE_KINDS, TEXT_KINDS, sites_of
@@ -45,6 +47,10 @@ from hookctl.run_state import RunState
 
 MODES = ("auto", "replace", "refine")
 Words = str | Sequence[str] | None
+CHECKED_HERE = (
+    "prompts", "mode", "cross_replace", "self_replace", "self_resolution", "reweight",
+    "reweight_window", "blend", "subtract", "blend_threshold",
+)  # fmt: skip
 Gains = Mapping[str, float]
 
 
@@ -89,6 +95,7 @@ class PromptToPrompt(SourceAndEdits):
     _routing: RunState[TokenRouting] = RunState()
     _layout_sites: RunState[set[str]] = RunState()
 
+    @checked(own=CHECKED_HERE)
     def __init__(
         self,
         prompts: Sequence[str],
@@ -137,6 +144,10 @@ class PromptToPrompt(SourceAndEdits):
         self.local = LocalBlend(self.blend, self.subtract, start, thresholds) if blends else None
         self.sites, self.paper = sites, paper
 
+    @property
+    def needs_words(self) -> bool:
+        return True
+
     # -- before anything runs ------------------------------------------------------------------
 
     def claims(self) -> Sequence[Claim]:
@@ -167,7 +178,7 @@ class PromptToPrompt(SourceAndEdits):
         self._routing = TokenRouting(
             self._texts, self.modes, self.cross, self.gains, self.reweight_window, paper=self.paper
         )
-        self._check_words()
+        self._check_words(self._texts.read())
 
     def _check_resolution(self) -> None:
         known = [site.resolution for site in self._image_sites if site.resolution is not None]
@@ -178,9 +189,8 @@ class PromptToPrompt(SourceAndEdits):
                 f"their resolutions are {shown}"
             )
 
-    def _check_words(self) -> None:
+    def _check_words(self, texts: Sequence[PromptText]) -> None:
         """Raise WordError for a word that its prompts do not have."""
-        texts = self._texts.read()
         edited = texts[1:]
         for word in self.cross.words:
             require_word(word, edited, f"{self.name}, cross_replace")
@@ -195,7 +205,7 @@ class PromptToPrompt(SourceAndEdits):
 
     def begin(self, state: State) -> None:
         super().begin(state)
-        self._texts.read(state.own_text)
+        self._check_words(self._texts.read(state.own_text))  # a run may cut more than the encoder
         finest = finest_within(self._image_sites, state.grid) if state.grid else None
         limit = self.self_resolution or finest
         self._layout_sites = {

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from hookctl.address.clock import Window
 from hookctl.address.rows import COND, UNCOND
+from hookctl.arguments import checked, number, one_of, share, whole
 from hookctl.editor import Editor
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.noise import Noise
 from hookctl.loop.state import Predictions, State
-from hookctl.recipes.common.arguments import number, one_of, share, whole
 from hookctl.run_state import RunState
 
 MODES = ("soft", "hard")
@@ -65,6 +65,7 @@ class ProximalGuidance(Editor):
 
     _drawn: RunState[_Drawn | None] = RunState(None)
 
+    @checked()
     def __init__(
         self,
         quantile: float = 0.7,

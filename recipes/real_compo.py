@@ -30,13 +30,13 @@ from torch import Tensor
 
 from hookctl.address.rows import COND
 from hookctl.address.sites import Selector
+from hookctl.arguments import checked, number, share
 from hookctl.errors import UnsupportedError
 from hookctl.kernels.latent_mixing import mix_predictions, update_difference
 from hookctl.loop.calls import prediction_of
 from hookctl.loop.energy import Energies, ImageMaps
 from hookctl.loop.solver import entries_of
 from hookctl.loop.state import Predictions, Proceed, State, split_branches
-from hookctl.recipes.common.arguments import number, share
 from hookctl.recipes.common.energy.layout_models import guided_as_the_pipeline, layout_model
 from hookctl.recipes.common.energy.layout_pipeline import LayoutPipeline
 from hookctl.recipes.common.energy.map_functions import mean_map
@@ -83,6 +83,7 @@ class RealCompo(WordEnergy):
     _solvers: RunState[MixedSteps | None] = RunState(None)
     _correction: RunState[Tensor | None] = RunState(None)
 
+    @checked(own=("regions",))
     def __init__(
         self,
         words: Words,

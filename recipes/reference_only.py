@@ -20,12 +20,12 @@ from torch import Tensor
 
 from hookctl.address.rows import UNCOND
 from hookctl.address.sites import Selector
+from hookctl.arguments import checked, opened, share
 from hookctl.editor import WHOLE_IMAGE, Claim
 from hookctl.errors import InputError
 from hookctl.loop.images import encode
 from hookctl.loop.noise import Noise, noise_like
 from hookctl.loop.state import State
-from hookctl.recipes.common.arguments import opened, share
 from hookctl.recipes.style_aligned import StyleAligned
 from hookctl.run_state import RunState
 
@@ -51,6 +51,7 @@ class ReferenceOnly(StyleAligned):
     _noise: RunState[Noise] = RunState()
     _generator: RunState[torch.Generator] = RunState()
 
+    @checked(own=("prompts",))
     def __init__(
         self,
         prompts: Sequence[str],
@@ -63,7 +64,7 @@ class ReferenceOnly(StyleAligned):
         stop: float = 1.0,
     ) -> None:
         super().__init__(prompts, adain=False, sites=sites, start=start, stop=stop)
-        self.image, self.seed = image, int(seed)
+        self.image, self.seed = opened(image, "ReferenceOnly: image"), seed
         self.shares = {UNCOND: 1.0 - share(fidelity, "ReferenceOnly: fidelity")}
 
     def claims(self) -> Sequence[Claim]:
@@ -72,7 +73,7 @@ class ReferenceOnly(StyleAligned):
 
     def attach(self, target: Any) -> None:
         super().attach(target)
-        self._clean = encode(target, opened(self.image, "ReferenceOnly: image"))
+        self._clean = encode(target, self.image)
 
     def begin(self, state: State) -> None:
         super().begin(state)

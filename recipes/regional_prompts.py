@@ -27,16 +27,16 @@ from torch import Tensor
 
 from hookctl.address.rows import COND
 from hookctl.address.sites import Grid, Selector
+from hookctl.arguments import checked, share
 from hookctl.attention.call import AttentionCall
 from hookctl.attention.division import Division
 from hookctl.editor import WHOLE_IMAGE, Claim, Editor
 from hookctl.loop.prompts import EncodedTexts, check_texts
 from hookctl.loop.state import State
 from hookctl.recipes.common import per_prompt
-from hookctl.recipes.common.arguments import share
 from hookctl.recipes.common.canvas.region_shares import region_shares
 from hookctl.recipes.common.per_prompt import Numbers, Regions, Texts
-from hookctl.recipes.common.sites import grid_of
+from hookctl.recipes.common.sites import grid_of, text_sites
 from hookctl.run_state import RunState
 
 
@@ -57,8 +57,12 @@ class RegionalPrompts(Editor):
 
     _encoded: RunState[EncodedTexts | None] = RunState(None)
     _divisions: RunState[dict[tuple[int, Grid], Division]] = RunState(factory=dict)
-    _context: RunState[dict[tuple[int, ...], dict[str, Tensor]]] = RunState(factory=dict)
+    _context: RunState[dict[tuple[tuple[int, ...], ...], dict[str, Tensor]]] = RunState(
+        factory=dict
+    )
+    _by_text: RunState[bool] = RunState(False)  # whether a text stands in a call once, for all rows
 
+    @checked(own=("texts", "regions", "weights"))
     def __init__(
         self,
         texts: Texts,
@@ -81,6 +85,8 @@ class RegionalPrompts(Editor):
         self.base = share(base, f"{self.name}: base")
         self.edge = share(edge, f"{self.name}: edge")
         self.sites, self.start, self.stop = sites, start, stop
+        every = dict.fromkeys(self.texts.items)
+        self._places = {text: place for place, text in enumerate(every)}
         self._restart()
 
     def _restart(self) -> None:
@@ -96,6 +102,7 @@ class RegionalPrompts(Editor):
 
     def attach(self, target: Any) -> None:
         check_texts(target, self.texts.items, self.name)
+        text_sites(self.name, target, self.sites)
 
     # -- the texts -----------------------------------------------------------------------------
 
@@ -104,21 +111,30 @@ class RegionalPrompts(Editor):
         self._restart()
         if self.base < 1 and self.texts.longest:
             self._encoded = EncodedTexts(state, self.texts.items)
+            self._by_text = self.texts.shared or state.projects_texts_alone
 
     def context(self, state: State) -> Mapping[str, Tensor] | None:
-        """Text r of every row's prompt, for each r; a prompt without it gets another's, unused."""
-        if self._encoded is None:
+        """Every text once, where all rows can share it; else text r of every row's prompt, for each
+        r, and a prompt without it gets another's, unused."""
+        asked = tuple(row.prompt for row in state.rows.where(role=COND))
+        if self._encoded is None or not asked:
             return None
         prompts = tuple(row.prompt for row in state.rows)
-        if prompts not in self._context:
-            self._context[prompts] = {
-                self._label(r): torch.stack([self._text(p, r) for p in prompts])
-                for r in range(self.texts.longest)
-            }
-        return self._context[prompts]
+        if (prompts, asked) not in self._context:
+            if self._by_text:
+                every = [(p, r) for p in asked for r in range(len(self.texts[p]))]
+                found = {self._label(p, r): self._text(p, r)[None] for p, r in every}
+            else:
+                found = {
+                    self._label(0, r): torch.stack([self._text(p, r) for p in prompts])
+                    for r in range(self.texts.longest)
+                }
+            self._context[prompts, asked] = found
+        return self._context[prompts, asked]
 
-    def _label(self, r: int) -> str:
-        return f"{self.name} {id(self):x} {r}"  # of this editor: there may be several
+    def _label(self, prompt: int, r: int) -> str:
+        place = self._places[self.texts[prompt][r]] if self._by_text else r
+        return f"{self.name} {id(self):x} {place}"  # of this editor: there may be several
 
     def _text(self, prompt: int, r: int) -> Tensor:
         assert self._encoded is not None  # `context` looked
@@ -143,11 +159,12 @@ class RegionalPrompts(Editor):
                 self.regions[prompt], grid.height, grid.width, edge=self.edge, weights=weights
             )
             flat = ((1 - self.base) * shares).flatten(1).repeat(1, grid.frames)
-            names = [self._label(r) for r in range(len(flat))]
-            shifts = {
-                name: shift
-                for name, text in zip(names, self.texts[prompt], strict=True)
-                if (shift := self._encoded.shift(text)) is not None
-            }
-            self._divisions[prompt, grid] = Division(dict(zip(names, flat, strict=True)), shifts)
+            of_texts: dict[str, Tensor] = {}
+            shifts: dict[str, Tensor] = {}
+            for r, (text, part) in enumerate(zip(self.texts[prompt], flat, strict=True)):
+                name = self._label(prompt, r)
+                of_texts[name] = part + of_texts.get(name, 0)  # a text may be in several regions
+                if (shift := self._encoded.shift(text)) is not None:
+                    shifts[name] = shift
+            self._divisions[prompt, grid] = Division(of_texts, shifts)
         return self._divisions[prompt, grid]

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from hookctl.address.rows import COND, UNCOND, Row
 from hookctl.address.sites import Grid, Selector
+from hookctl.arguments import checked, number, refusal, whole
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import WHOLE_IMAGE, Claim, Editor
 from hookctl.errors import InputError, UnsupportedError
@@ -34,9 +35,8 @@ from hookctl.loop.noise import Noise
 from hookctl.loop.state import Predictions, State
 from hookctl.maps import MapSums
 from hookctl.recipes.common.added_guidance import with_added
-from hookctl.recipes.common.arguments import number, refusal, whole
 from hookctl.recipes.common.features.smoothing import blur, cut_blur_matrix
-from hookctl.recipes.common.sites import grid_of, middle_sites
+from hookctl.recipes.common.sites import grid_of, image_sites, middle_sites
 from hookctl.run_state import RunState
 
 
@@ -60,6 +60,7 @@ class SAG(Editor):
     # By branch and image: how many sites have a cell in M.
     _votes: RunState[dict[str, MapSums[tuple[int, int]]]] = RunState(factory=dict)
 
+    @checked()
     def __init__(
         self,
         scale: float = 0.75,
@@ -93,6 +94,7 @@ class SAG(Editor):
         self._noise = Noise(scheduler)
         given = self.given_sites
         self.sites = middle_sites(self.name, target)[:1] if given is None else given
+        image_sites(self.name, target, self.sites)
 
     def begin(self, state: State) -> None:
         if self.scale and state.latents.dim() != 4:

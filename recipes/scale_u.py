@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from hookctl.address.families import denoiser_of
+from hookctl.arguments import checked, refusal
 from hookctl.editor import Editor
 from hookctl.errors import InputError
 from hookctl.hooks.skips import Concat, concats
 from hookctl.kernels.fourier_gain import fourier_gain
 from hookctl.loop.state import FeatureCall
-from hookctl.recipes.common.arguments import refusal
 from hookctl.recipes.common.features.statistics import structure
 
 Gains = Mapping[int, float | Sequence[float] | Tensor] | Sequence[float | Sequence[float] | Tensor]
@@ -41,6 +41,7 @@ class ScaleU(Editor):
     Tensors are used as they are, so gains can be learned through them.
     """
 
+    @checked()
     def __init__(
         self,
         backbone: Gains = (),

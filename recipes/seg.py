@@ -21,8 +21,8 @@ from torch import Tensor
 
 from hookctl.address.clock import Clock
 from hookctl.address.sites import Grid
+from hookctl.arguments import checked, number
 from hookctl.attention.call import AttentionCall
-from hookctl.recipes.common.arguments import number
 from hookctl.recipes.common.features.smoothing import blur, blur_matrix, cut_blur_matrix
 from hookctl.recipes.common.perturbed_guidance import PerturbedGuidance
 from hookctl.recipes.common.sites import grid_of
@@ -41,6 +41,7 @@ class SEG(PerturbedGuidance):
     Costs one further row beside each conditional one.
     """
 
+    @checked(infinite=("sigma",))
     def __init__(
         self,
         scale: float = 3.0,

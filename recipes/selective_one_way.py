@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hookctl.address.regions import RegionLike, region_of
+from hookctl.arguments import checked
 from hookctl.editor import Editor
 from hookctl.recipes.cyclic_one_way import CyclicOneWay
 from hookctl.recipes.one_way_flow import REST, OneWayFlow
@@ -28,6 +29,7 @@ class SelectiveOneWay(CyclicOneWay):
     `CyclicOneWay`.
     """
 
+    @checked()
     def __init__(
         self,
         pipe: Any,

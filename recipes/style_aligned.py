@@ -22,12 +22,12 @@ from hookctl.address.clock import Window
 from hookctl.address.families import denoiser_of
 from hookctl.address.rows import Row
 from hookctl.address.sites import Selector
+from hookctl.arguments import checked, number
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import Claim
 from hookctl.errors import UnsupportedError
 from hookctl.evaluate.gather import rows_of
 from hookctl.loop.state import Proceed, State
-from hookctl.recipes.common.arguments import number
 from hookctl.recipes.common.features.group_norms import shared_group_norms
 from hookctl.recipes.common.features.statistics import adain
 from hookctl.recipes.common.image_tokens import image_keys, with_image
@@ -59,6 +59,7 @@ class StyleAligned(SourceAndEdits):
     least = 1
     one_noise = False
 
+    @checked(infinite=("shift",), own=("prompts",))
     def __init__(
         self,
         prompts: Sequence[str],
@@ -84,6 +85,7 @@ class StyleAligned(SourceAndEdits):
         self.shares: dict[str, float] = {}  # branch -> weight of the extended form, 1 by default
         self.pin = None if path is None else Pinned(self.name, path, first_level=5 if paper else 0)
 
+    @checked()
     def generators(self, seed: int = 0, images: int = 1, device: str = "cpu") -> list[Any]:
         """One generator for each image: every image starts from a noise of its own."""
         count = len(self.prompts) * images

@@ -9,9 +9,12 @@ from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging
 from transformers.utils import logging as transformers_logging
 
+from hookctl.arguments import checked, refusal
+
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 
 
+@checked()
 def load_shapes(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -23,12 +26,14 @@ def load_shapes(
     folder in the diffusers layout than the embedded one. Returns: the pipeline, whose images are
     128 x 128 px and whose latents are [batch, 12, 16, 16].
     """
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise refusal("load_shapes: dtype", dtype, "torch.float32, torch.float16 or torch.bfloat16")
     folder = Path(weights) if weights is not None else WEIGHTS
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
-            f"{folder} holds no pipeline (model_index.json is missing); reinstall hookctl or train "
-            "one with `python -m hookctl.demos.shapes.train --out out/shapes` and pass "
-            "weights='out/shapes/weights'"
+            f"load_shapes: weights={folder} holds no pipeline (model_index.json is missing); "
+            "reinstall hookctl, or train one with `python -m hookctl.demos.shapes.train --out "
+            "out/shapes` and pass weights='out/shapes/weights'"
         )
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,12 +8,12 @@ argument and from the scheduler's calls, never by counting attention calls.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from hookctl.arguments.values import is_list, number, shown
 from hookctl.errors import InputError
 
 
@@ -57,17 +57,17 @@ class Window:
     @classmethod
     def of(cls, value: Any, name: str) -> Window:
         """Read a window from a number b (meaning 0..b) or a pair; `name` is for the error."""
-        pair = value if isinstance(value, Sequence) and not isinstance(value, str) else (0.0, value)
+        pair = value if is_list(value) else (0.0, value)
         try:
-            start, stop = (float(x) for x in pair)
-        except (TypeError, ValueError):
+            start, stop = (number(x, name) for x in pair)
+        except ValueError:  # of their number, or of one of them
             raise InputError(
-                f"{name}={value!r} is not a window; give a fraction of the schedule such as 0.8, "
-                "or a pair such as (0.2, 0.8)"
+                f"{name}={shown(value)} is not a window; give a fraction of the schedule such as "
+                "0.8, or a pair such as (0.2, 0.8)"
             ) from None
         if not 0.0 <= start <= 1.0 or not 0.0 <= stop <= 1.0 or start > stop:
             raise InputError(
-                f"{name}={value!r} is outside the schedule; give fractions with "
+                f"{name}={shown(value)} is outside the schedule; give fractions with "
                 "0 <= start <= stop <= 1"
             )
         return cls(start, stop)

@@ -1,20 +1,20 @@
-"""What a denoiser call shows of its latent and its text: a grid and a number of tokens."""
+"""What a denoiser call shows of its latent and its text: grids and numbers of tokens."""
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from hookctl.address.families import uncompiled
-from hookctl.address.sites import Site
+from hookctl.address.families import model_of, uncompiled
+from hookctl.address.families.record import Model
+from hookctl.address.sites import Grid, ImageTokens, Site
 
-_FRAMES_FIRST = r"SpatioTemporal|CogVideoX|ConsisID"  # [rows, frames, channels, height, width]
-_CHANNELS_LAST = r"Kandinsky5"  # [rows, frames, height, width, channels]
-_BLOCK = 32  # tokens to a multiple of which Z-Image pads each text
+_UNDECLARED = Model()
 
 
 def latent_grid(
@@ -25,25 +25,89 @@ def latent_grid(
     sample: the model input; arguments: of the call, by name. Where the latent is packed into a
     sequence of tokens, an argument of the model says how.
     """
-    name = type(uncompiled(denoiser)).__name__
+    record = model_of(denoiser) or _UNDECLARED
+    if record.placeless is not None:
+        return ()
     if sample.dim() == 5:
-        if re.search(_CHANNELS_LAST, name):
-            return tuple(sample.shape[1:4])
-        frames = sample.shape[1 if re.search(_FRAMES_FIRST, name) else 2]
-        return (frames, *sample.shape[-2:])
+        side = dict(zip(record.axes, sample.shape, strict=True))
+        return side["f"], side["h"], side["w"]
     if sample.dim() == 4:
         return tuple(sample.shape[-2:])
-    ids = arguments.get("img_ids")
-    if isinstance(ids, Tensor):  # (frame, row, column, ...) of every image token
-        flat = ids.reshape(-1, ids.shape[-1])
-        return tuple(int(flat[:, axis].max()) + 1 for axis in (1, 2))
-    shapes = arguments.get("img_shapes")
-    if shapes:  # (frames, height, width) of a row's images: the one that is drawn comes first
-        first = shapes[0][0] if isinstance(shapes[0], list) else shapes[0]
-        return tuple(int(side) for side in first)
+    images = image_tokens(sample, arguments, denoiser)
+    if images is not None:
+        grid = images.grids[images.target]
+        return (grid.frames, grid.height, grid.width) if grid.frames > 1 else tuple(grid)
     sides = (arguments.get(key) for key in ("num_frames", "height", "width"))
     said = tuple(side for side in sides if isinstance(side, int))
     return said if len(said) == 3 else ()
+
+
+def image_tokens(
+    sample: Any, arguments: Mapping[str, Any], denoiser: nn.Module
+) -> ImageTokens | None:
+    """The images that stand in one sequence with each other (and with the text, in joint models).
+
+    None where the arguments of the call do not tell them.
+    """
+    record = model_of(denoiser) or _UNDECLARED
+    if record.placeless is not None:
+        return None
+    if isinstance(sample, list) and len({one.shape for one in sample}) == 1:
+        sample = torch.stack(sample)
+    mask = arguments.get("encoder_attention_mask")
+    if record.text_masked and isinstance(mask, Tensor) and len(set(mask.sum(1).tolist())) > 1:
+        return None  # each row's image begins somewhere else
+    if not isinstance(sample, Tensor):
+        return None
+    if record.parts == "img_ids" and isinstance(arguments.get("img_ids"), Tensor):
+        found = _numbered(arguments["img_ids"])
+    elif record.parts == "img_shapes" and arguments.get("img_shapes"):
+        shapes = arguments["img_shapes"][0]
+        found = ImageTokens(
+            tuple(Grid(h, w, f) for f, h, w in (shapes if isinstance(shapes, list) else [shapes]))
+        )
+    elif record.order is not None and sample.dim() in (4, 5):
+        return _patched(sample, record, denoiser)
+    else:
+        return None
+    return found if found is not None and found.count == sample.shape[1] else None
+
+
+def _numbered(ids: Tensor) -> ImageTokens | None:
+    """From (number of the image, row, column, ...) of every token, [tokens, axes]."""
+    ids = ids[0] if ids.dim() == 3 else ids
+    numbers = ids[:, 0].tolist()
+    edges = [i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1]]
+    grids, firsts = [], []
+    for start, stop in zip([0, *edges], [*edges, len(numbers)], strict=True):
+        part = ids[start:stop]
+        sides = [int(part[:, axis].max() - part[:, axis].min()) + 1 for axis in (1, 2)]
+        if math.prod(sides) != stop - start:
+            return None
+        grids.append(Grid(*sides))
+        firsts.append(numbers[start])
+    return ImageTokens(tuple(grids), firsts.index(min(firsts)))
+
+
+def _patched(sample: Tensor, record: Model, denoiser: nn.Module) -> ImageTokens | None:
+    """From the sides of a latent and the patches that the model cuts it into."""
+    config: Any = getattr(uncompiled(denoiser), "config", {})
+    if not hasattr(config, "get"):
+        return None
+    size = config.get("patch_size") or config.get("all_patch_size")
+    if isinstance(size, list | tuple):
+        size = size[0] if len(size) == 1 else tuple(size)
+    if isinstance(size, int):
+        time = config.get("patch_size_t") or config.get("temporal_patch_size")
+        size = (time if isinstance(time, int) else 1, size, size)
+    if not isinstance(size, tuple) or len(size) not in (2, 3):
+        return None
+    axes = record.axes if sample.dim() == 5 else "bchw"
+    sides = {"f": 1} | dict(zip(axes, sample.shape, strict=True))
+    frames, height, width = (
+        -(-sides[axis] // part) for axis, part in zip("fhw", (1, *size)[-3:], strict=True)
+    )
+    return ImageTokens((Grid(height, width, frames),))
 
 
 def text_tokens(text: Any, arguments: Mapping[str, Any], denoiser: nn.Module) -> int | None:
@@ -51,18 +115,25 @@ def text_tokens(text: Any, arguments: Mapping[str, Any], denoiser: nn.Module) ->
 
     text: the call's text argument. None if there is none, or if each row has a number of its own.
     """
-    model = uncompiled(denoiser)
-    name = type(model).__name__
-    if isinstance(text, list) and text and "ZImage" in name:
-        return -(-max(len(one) for one in text) // _BLOCK) * _BLOCK
+    model, record = uncompiled(denoiser), model_of(denoiser) or _UNDECLARED
+    if record.several_texts or getattr(model, "config", {}).get("encoder_hid_dim_type") == (
+        "text_image_proj"  # Kandinsky 2.1 puts an image's embedding before the text
+    ):
+        return None
+    if isinstance(text, list) and text and all(isinstance(one, Tensor) for one in text):
+        longest = max(len(one) for one in text)
+        return -(-longest // record.text_block) * record.text_block
     if not isinstance(text, Tensor):
         return None
     mask = arguments.get("encoder_attention_mask")
-    # Lumina 2 puts each row's text, as long as it is, right before its image.
-    if "Lumina2" in name and isinstance(mask, Tensor):
+    # Each row's text, as long as it is, stands right before its image.
+    if record.text_masked and isinstance(mask, Tensor):
         lengths = mask.sum(1)
         return int(lengths[0]) if bool((lengths == lengths[0]).all()) else None
-    return text.shape[1] + registers(model)
+    if text.dim() < 3:
+        return None
+    tokens = text.shape[2] if text.dim() == 4 and text.shape[1] == 1 else text.shape[1]
+    return tokens + registers(model)
 
 
 def registers(denoiser: nn.Module) -> int:

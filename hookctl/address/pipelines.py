@@ -1,69 +1,67 @@
-"""Facts per family of pipelines, with a generic fallback: what they make of a batch and of a text.
+"""What is asked of a pipeline: its layout of branches, whether it guides, how its text is made up.
 
-How a pipeline lays out its batch, and which tokenizer fills which stretch of the text sequence
-that its attention sees.
+The answers stand in the records of `families`.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from hookctl.address.latent import registers
-from hookctl.address.rows import COND, PERTURBED, UNCOND, Layout
-from hookctl.errors import UnsupportedError
-
-BATCHED = Layout({1: (COND,), 2: (UNCOND, COND)})
-POSITIVE_FIRST = Layout({1: (COND,), 2: (COND, UNCOND)})
-SEQUENTIAL = Layout({1: (COND,), 2: (UNCOND, COND)}, sequential=(COND, UNCOND))
-# A second call of the positive rows alone is skip-layer guidance.
-BATCHED_THEN_SKIP = Layout({1: (PERTURBED,), 2: (UNCOND, COND)}, unguided={1: (COND,)})
-PAG = Layout(
-    {1: (COND,), 2: (UNCOND, COND), 3: (UNCOND, COND, PERTURBED)}, unguided={2: (COND, PERTURBED)}
+from hookctl.address import families
+from hookctl.address.families import TextStream
+from hookctl.address.rows import (
+    BATCHED,
+    BATCHED_THEN_SKIP,
+    PAG,
+    PIX2PIX,
+    POSITIVE_FIRST,
+    SEQUENTIAL,
+    Layout,
 )
-PIX2PIX = Layout({1: (COND,), 3: (COND, "image", UNCOND)})
+from hookctl.errors import LayoutError, UnsupportedError
 
-_LAYOUTS: tuple[tuple[str, Layout], ...] = (
-    (r"PAG", PAG),
-    (r"InstructPix2Pix", PIX2PIX),
-    (r"StableDiffusion3", BATCHED_THEN_SKIP),
-    (r"ZImage|StableCascade|Lumina(?!2)", POSITIVE_FIRST),
-    (
-        r"Flux|QwenImage|Wan|CogView4|HunyuanVideo|HunyuanImage|SkyReels|Chroma|Cosmos"
-        r"|Kandinsky[56]|Krea2|Ovis|LongCat|Bria",
-        SEQUENTIAL,
-    ),
-)
+__all__ = [
+    "BATCHED",
+    "BATCHED_THEN_SKIP",
+    "PAG",
+    "PIX2PIX",
+    "POSITIVE_FIRST",
+    "SEQUENTIAL",
+    "TextStream",
+    "encoded_places",
+    "is_guided",
+    "layout_of",
+    "text_streams",
+]
 
 
-@dataclass(frozen=True)
-class TextStream:
-    """A stretch of the text sequence: which tokenizer fills it, from which position on.
+def layout_of(pipe: Any, denoiser: Any = None) -> Layout:
+    """How a pipeline lays out the rows of a denoiser of its, the first one by default.
 
-    length: tokens that the pipeline pads to by default (None: the tokenizer's maximum); prompts:
-    the arguments whose texts are in it. Where there are two, two encoders share the positions.
-    wrap: what the pipeline makes of a prompt before it is tokenized; dropped: how many tokens of
-    that are cut off in front.
+    Raises LayoutError for a pipeline that is not declared, and for a bare denoiser (None).
     """
-
-    tokenizer: Any
-    start: int = 0
-    length: int | None = None
-    prompts: tuple[str, ...] = ("prompt",)
-    wrap: Callable[[str], str] | None = None
-    dropped: int = 0
-
-
-def layout_of(pipe: Any) -> Layout:
-    name = type(pipe).__name__
-    return next((layout for pattern, layout in _LAYOUTS if re.search(pattern, name)), BATCHED)
+    if pipe is None:
+        raise LayoutError(
+            "a bare denoiser does not say whose its batch rows are; give their branches in order: "
+            "control(..., rows=('uncond', 'cond'))"
+        )
+    record = families.pipeline_of(pipe)
+    if record is None:
+        raise LayoutError(
+            f"{type(pipe).__name__} is no pipeline that hookctl knows, so whose the rows of its "
+            "denoiser calls are can't be told. Give their branches in order: "
+            "control(..., rows=('uncond', 'cond')); or declare it: "
+            "hookctl.address.families.declare_pipelines(...)"
+        )
+    if denoiser is not None:
+        wanted = families.uncompiled(denoiser)
+        for name, module in families.named_denoisers(pipe):
+            if families.uncompiled(module) is wanted:
+                return record.calls[name]
+    return next(iter(record.calls.values()))
 
 
 def is_guided(pipe: Any) -> bool | None:
@@ -76,104 +74,29 @@ def is_guided(pipe: Any) -> bool | None:
     return bool(value) if single or isinstance(value, bool | int) else None
 
 
-def _sd3(pipe: Any) -> tuple[TextStream, ...]:
-    """CLIP, whose two encoders share positions, then T5."""
-    clip, t5 = pipe.tokenizer, getattr(pipe, "tokenizer_3", None)
-    first = TextStream(clip, prompts=("prompt", "prompt_2"))
-    if t5 is None:
-        return (first,)
-    return first, TextStream(t5, clip.model_max_length, 256, ("prompt_3",))
-
-
-def _qwen_image(pipe: Any) -> tuple[TextStream, ...]:
-    return (
-        TextStream(
-            pipe.tokenizer,
-            length=pipe.tokenizer_max_length,
-            wrap=pipe.prompt_template_encode.format,
-            dropped=pipe.prompt_template_encode_start_idx,
-        ),
-    )
-
-
-def _chatting(pipe: Any, thinking: bool) -> tuple[TextStream, ...]:
-    wrap = partial(_chat, pipe.tokenizer, thinking=thinking)
-    return (TextStream(pipe.tokenizer, 0, 512, wrap=wrap),)
-
-
-_STREAMS: tuple[tuple[str, Callable[[Any], tuple[TextStream, ...]]], ...] = (
-    (r"StableDiffusion3", _sd3),
-    (r"^Flux(?!2)", lambda pipe: (TextStream(pipe.tokenizer_2, 0, 512, ("prompt_2",)),)),
-    (r"^PixArtSigma", lambda pipe: (TextStream(pipe.tokenizer, 0, 300),)),
-    (r"^PixArt", lambda pipe: (TextStream(pipe.tokenizer, 0, 120),)),
-    (r"^Wan", lambda pipe: (TextStream(pipe.tokenizer, 0, 512),)),
-    (r"^AuraFlow", lambda pipe: (TextStream(pipe.tokenizer, registers(pipe.transformer), 256),)),
-    (r"^ZImage", partial(_chatting, thinking=True)),
-    (r"^Flux2Klein", partial(_chatting, thinking=False)),
-    (r"^QwenImage(?!Edit|Layered|21)", _qwen_image),
-)
-
-
 def text_streams(pipe: Any) -> tuple[TextStream, ...]:
     """How the text sequence that the attention sees is made up of tokenizers.
 
-    Raises UnsupportedError if the pipeline has no text, or puts it in a template unknown here.
+    Raises UnsupportedError if the pipeline has no text, or puts it together in a way unknown here.
     """
-    name = type(pipe).__name__
-    second = getattr(pipe, "tokenizer_2", None)
-    first: Any = getattr(pipe, "tokenizer", None) or second
-    if first is None:
-        raise UnsupportedError(
-            f"{name} has no tokenizer, so words can't be addressed; use token positions on a "
-            "pipeline with a text encoder"
-        )
-    known = next((streams for pattern, streams in _STREAMS if re.search(pattern, name)), None)
-    if known is not None:
-        return known(pipe)
-    if _wraps_prompts(type(pipe)):  # type: ignore[arg-type]  # classes can be hashed
-        raise UnsupportedError(
-            f"{name} wraps its prompts in a template that is not known here, so words can't be "
-            "addressed; use token positions of the wrapped prompt"
-        )
-    if "XL" in name and second is not None:
-        return (TextStream(first, prompts=("prompt", "prompt_2")),)
-    return (TextStream(first),)
-
-
-def _chat(tokenizer: Any, text: str, thinking: bool) -> str:
-    """A prompt as the one message of a chat."""
-    said: str = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}],
-        tokenize=False,
-        add_generation_prompt=True,
-        enable_thinking=thinking,
+    name, record = type(pipe).__name__, families.pipeline_of(pipe)
+    if isinstance(pipe, nn.Module):
+        why = "a bare denoiser has no tokenizer"
+    elif record is None:
+        why = "it is no pipeline that hookctl knows"
+    elif isinstance(record.text, str):
+        why = record.text
+    elif getattr(pipe, "tokenizer", None) is None and getattr(pipe, "tokenizer_2", None) is None:
+        why = "it has no tokenizer"
+    else:
+        assert record.text is not None
+        return record.text(pipe)
+    raise UnsupportedError(
+        f"the words of {name} can't be addressed: {why}; use positions of tokens instead of words"
     )
-    return said
 
 
-_TEMPLATES = re.compile(
-    r"apply_chat_template|prompt_template|complex_human_instruction|system_(prompt|message)"
-)
-
-
-@functools.cache
-def _wraps_prompts(kind: Any) -> bool:
-    """Whether a pipeline's code speaks of templates for prompts."""
-    try:
-        return bool(_TEMPLATES.search(inspect.getsource(kind)))
-    except (OSError, TypeError):
-        return False
-
-
-# What `encode_prompt` gives beside the sequence, which comes first, and where.
-_ENCODED: tuple[tuple[str, dict[str, int]], ...] = (
-    (r"StableDiffusionXL|StableDiffusion3", {"pooled": 2}),
-    (r"^Flux(?!2)", {"pooled": 1}),
-    (r"^PixArt", {"mask": 1}),
-)
-
-
-def encoded_places(pipe: Any) -> dict[str, int]:
+def encoded_places(pipe: Any) -> Mapping[str, int]:
     """Where a pipeline's `encode_prompt` returns the pooled text and the mask of the tokens."""
-    name = type(pipe).__name__
-    return next((places for pattern, places in _ENCODED if re.search(pattern, name)), {})
+    record = families.pipeline_of(pipe)
+    return {} if record is None else record.encoded

@@ -32,7 +32,10 @@ def mask_values(mask: MaskLike) -> Array:
         if mask.dtype.is_complex:
             raise InputError(f"mask: {mask.dtype} values given; bool, int or float expected")
         mask = (mask.double() if mask.is_floating_point() else mask).numpy()
-    given = np.asarray(mask)
+    try:
+        given = np.asarray(mask)
+    except ValueError as error:
+        raise InputError(f"mask: no array given ({error}); [height, width] expected") from None
     if given.ndim != 2 or not given.size:
         raise InputError(f"mask: shape {list(given.shape)} given; [height, width] expected")
     if given.dtype.kind not in "biuf":
@@ -128,7 +131,9 @@ def readable(value: Any, name: str) -> Image.Image:
         with Image.open(value) as file:
             file.load()
             return rgb(file, name)
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{name}={str(value)!r}: {error}; give a readable image") from None
 
 

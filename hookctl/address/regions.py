@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hookctl.address.outlines import Box, Combined, Mask, Outline, Points, Polygon, Stroke
 from hookctl.address.pixels import MaskLike, mask_values
+from hookctl.arguments.values import as_float, is_list, is_number, shown
 from hookctl.errors import InputError
 
 BITS = 64
@@ -163,12 +164,12 @@ def region_of(value: Any, argument: str = "region") -> Region:
             return parse_region(value)
         if isinstance(value, Tensor | Image.Image | np.ndarray):
             return Region.mask(value)
-        if isinstance(value, Sequence) and len(value) == 4:
+        if is_list(value) and len(value) == 4:
             return Region.box(*value)
     except InputError as error:
         raise InputError(f"{argument}: {error}") from None
     raise InputError(
-        f"{argument}: {value!r} given; a Region, a box (x0, y0, x1, y1), a mask, or {FORMS}"
+        f"{argument}: {shown(value)} given; a Region, a box (x0, y0, x1, y1), a mask, or {FORMS}"
     )
 
 
@@ -248,12 +249,11 @@ def parse_region(text: str) -> Region:
 
 def _number(value: float, argument: str) -> float:
     """A fraction of the canvas, freed of rounding."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
+    number = as_float(value) if is_number(value) else math.nan
     if not -SLACK <= number <= 1 + SLACK:  # false for NaN, too
-        raise InputError(f"{argument}: {value!r} given; a fraction of the canvas, 0 to 1, expected")
+        raise InputError(
+            f"{argument}: {shown(value)} given; a fraction of the canvas, 0 to 1, expected"
+        )
     return min(max(number, 0.0), 1.0)
 
 
@@ -264,6 +264,8 @@ def _size(value: float, argument: str) -> float:
 
 
 def _points(points: Iterable[Sequence[float]], argument: str, least: int) -> Points:
+    if not is_list(points) or not all(is_list(point) for point in points):
+        raise InputError(f"{argument}: {shown(points)} given; a list of pairs (x, y) expected")
     pairs = [tuple(point) for point in points]
     if len(pairs) < least:
         raise InputError(f"{argument}: {len(pairs)} points given; {least} or more expected")

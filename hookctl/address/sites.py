@@ -1,9 +1,10 @@
 """Which layer: the attention sites of a model, their names, and how to select them.
 
-A *site* is one attention layer. It is addressed by what it is (self, cross, joint, temporal, or
-gated: the image with its grounding tokens), by its place (down, mid, up, or blocks for a
-transformer) and by its resolution **relative to the latent**: at resolution 1/4 of a 64 x 64 latent
-the layer sees 16 x 16 tokens, and it is the same layer at any image size.
+A *site* is one attention layer. It is addressed by what it is (self, cross, joint, temporal; text
+where only text attends to itself, gated: the image with its grounding tokens), by its place (down,
+mid, up, or blocks for a transformer) and by its resolution **relative to the latent**: at
+resolution 1/4 of a 64 x 64 latent the layer sees 16 x 16 tokens, and it is the same layer at any
+image size.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 from hookctl.errors import SelectorError
 
-KINDS = ("self", "cross", "joint", "temporal", "gated")
+KINDS = ("self", "cross", "joint", "temporal", "text", "gated")
+# What only prepares the text: no selector picks it that does not name it.
+NAMED_ONLY = ("text",)
 PLACES = ("down", "mid", "up", "blocks", "other")
 
 
@@ -60,24 +64,60 @@ _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
 def matcher(selector: Selector) -> Callable[[Site], bool]:
     """Turn a selector into a predicate.
 
-    A selector is a predicate, a list of paths or globs, None (every site), or text: words joined
-    by spaces must all hold, alternatives are split by commas. A word is a kind (`cross`), a place
-    (`up`, `up1`), a resolution (`@1/4`, `@<=1/2`), or a glob on the path (`up_blocks.*`). `!`
-    before a word negates it. Example: ``"self up @<=1/2, mid"``.
+    A selector is a predicate, a list of paths or globs, None (every site of the image), or text:
+    words joined by spaces must all hold, alternatives are split by commas. Sites of the kind
+    `text` are picked by their kind's name or their path alone. A word
+    is a kind (`cross`), a place (`up`, `up1`), a resolution (`@1/4`, `@<=1/2`), or a glob on the
+    path (`up_blocks.*`). `!` before a word negates it. Example: ``"self up @<=1/2, mid"``.
     """
     if selector is None:
-        return lambda site: True
+        return _of_image
     if callable(selector):
-        return selector
+        return partial(_asked, selector)
+    if isinstance(selector, list | tuple) and selector:
+        tests = [matcher(one) for one in selector if one is not None]
+        if len(tests) == len(selector):
+            return lambda site: any(test(site) for test in tests)
     if not isinstance(selector, str):
-        tests = [matcher(one) for one in selector]
-        return lambda site: any(test(site) for test in tests)
-    alternatives = [
-        [_word(word) for word in part.split()] for part in selector.split(",") if part.strip()
-    ]
+        raise SelectorError(
+            f"sites={selector!r}; give a text such as 'cross' or 'self up @<=1/2', a list of "
+            "paths, a function of a Site, or None for all"
+        )
+    alternatives = [_alternative(part.split()) for part in selector.split(",") if part.strip()]
     if not alternatives:
         raise SelectorError(f"sites={selector!r} is empty; give e.g. 'cross', 'self up @<=1/2'")
-    return lambda site: any(all(test(site) for test in tests) for tests in alternatives)
+    return lambda site: any(test(site) for test in alternatives)
+
+
+def _of_image(site: Site) -> bool:
+    return site.kind not in NAMED_ONLY
+
+
+def _alternative(words: Sequence[str]) -> Callable[[Site], bool]:
+    """A predicate of words that must all hold."""
+    tests = [_word(word) for word in words]
+    if any(map(_names, words)):
+        return lambda site: all(test(site) for test in tests)
+    return lambda site: _of_image(site) and all(test(site) for test in tests)
+
+
+def _names(word: str) -> bool:
+    """Whether a word is a path, or one of the kinds that must be named."""
+    plain = (*KINDS, *PLACES, "all", "*")
+    placed = re.fullmatch(rf"({'|'.join(PLACES)})\d+", word)
+    path = word not in plain and not placed and word[0] not in "@!"
+    return word in NAMED_ONLY or path
+
+
+def _asked(selector: Callable[[Site], bool], site: Site) -> bool:
+    """What a user's own function says of a site."""
+    try:
+        return bool(selector(site))
+    except Exception as error:
+        raise SelectorError(
+            f"sites={selector!r} fails for {site.path}, by {type(error).__name__}: {error}; give a "
+            "function of a Site that returns True or False"
+        ) from error
 
 
 def _word(word: str) -> Callable[[Site], bool]:
@@ -100,6 +140,8 @@ def _word(word: str) -> Callable[[Site], bool]:
                 f"{word!r} is not a resolution; give a fraction of the latent's side, "
                 "such as @1/4 or @<=1/2"
             )
+        if parsed[2].endswith("/0") or len(parsed[2]) > 20:
+            raise SelectorError(f"{word!r} is no resolution; give e.g. @1/4")
         compare, value = _COMPARE[parsed[1]], Fraction(parsed[2])
         return lambda site: site.resolution is not None and compare(site.resolution, value)
     return lambda site: fnmatch.fnmatchcase(site.path, word)
@@ -150,6 +192,24 @@ class Grid:
         """The token of each frame in which a place lies; y, x: fractions of height and width."""
         row, column = (min(int(p * n), n - 1) for p, n in zip((y, x), self, strict=True))
         return [(frame * self.height + row) * self.width + column for frame in range(self.frames)]
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """The images of one sequence, in its order; target: which of them is drawn."""
+
+    grids: tuple[Grid, ...]
+    target: int = 0
+
+    @property
+    def count(self) -> int:
+        """Tokens of all images together."""
+        return sum(grid.tokens for grid in self.grids)
+
+    @property
+    def references(self) -> tuple[Grid, ...]:
+        """The grids of the others."""
+        return (*self.grids[: self.target], *self.grids[self.target + 1 :])
 
 
 def grid_of(tokens: int, latent: Sequence[int]) -> Grid | None:

@@ -8,6 +8,8 @@ in its own text.
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +19,9 @@ from torch import Tensor
 
 from hookctl.address.alignment import refinement_map, replacement_map
 from hookctl.address.pipelines import TextStream, text_streams
+from hookctl.address.tokenizers import default_length
 from hookctl.address.words import PromptTokens
-from hookctl.errors import InputError, UnsupportedError, WordError
+from hookctl.errors import HookctlWarning, InputError, UnsupportedError, WordError
 
 
 class Prompt(str):
@@ -92,20 +95,41 @@ class TextLayout:
     def __init__(self, pipe: Any) -> None:
         self._streams: tuple[TextStream, ...] = text_streams(pipe)
         self._pipe = pipe
+        encode = inspect.signature(getattr(type(pipe), "encode_prompt", len)).parameters
+        self._takes_lengths = "max_sequence_length" in encode
+        self._warned: set[str] = set()
 
     def read(self, prompt: str, tokens: int | None = None) -> PromptText:
         """One prompt; tokens: the length of the sequence where it is known.
 
-        Raises InputError if the prompt is longer than its encoder takes.
+        What is longer than the encoder takes is cut as the pipeline cuts it, with a warning. Raises
+        InputError for a prompt that does not fit where it is not known how the pipeline cuts.
         """
         streams = []
         for i, stream in enumerate(self._streams):
-            length = stream.length
+            length = known = stream.length
+            if length is None and not stream.longest:
+                length = known = default_length(stream.tokenizer)
             if tokens is not None and i == len(self._streams) - 1:
                 length = tokens - stream.start
             text = self._as_encoded(_in_stream(prompt, stream), stream.tokenizer)
-            streams.append((stream.start, _tokens(text, stream, length)))
+            cuts = length == known or self._takes_lengths
+            read = _tokens(text, stream, length, cuts=cuts)
+            if read.cut is not None:
+                self._warn(read)
+            streams.append((stream.start, read))
         return PromptText(prompt, tuple(streams))
+
+    def _warn(self, read: PromptTokens) -> None:
+        """Say once of each prompt what of it the model does not see."""
+        if read.text not in self._warned:
+            self._warned.add(read.text)
+            warnings.warn(
+                f"the text encoder takes {read.length} tokens, so the model does not see "
+                f"{read.text[read.cut :]!r}; shorten the prompt",
+                HookctlWarning,
+                stacklevel=3,
+            )
 
     def _as_encoded(self, prompt: str, tokenizer: Any) -> str:
         """The prompt as the pipeline hands it to a tokenizer."""
@@ -118,17 +142,30 @@ class TextLayout:
         return prompt
 
 
-def _tokens(text: str, stream: TextStream, length: int | None) -> PromptTokens:
+def _tokens(
+    text: str, stream: TextStream, length: int | None, *, cuts: bool = False
+) -> PromptTokens:
     """The tokens of a text in a stretch of this length."""
+    if length is None and stream.longest and isinstance(text, str):
+        length = len(stream.tokenizer(text if stream.wrap is None else stream.wrap(text)).input_ids)
+        length -= stream.dropped
     if stream.wrap is None or not isinstance(text, str):
-        return PromptTokens.encode(text, stream.tokenizer, length=length)
+        return PromptTokens.encode(
+            text, stream.tokenizer, length=length, side=stream.side, cuts=cuts
+        )
     whole = stream.wrap(text)
     at = whole.find(text)
     if at < 0:
         raise InputError(f"the template of this pipeline changes the prompt {text!r}; reword it")
     room = None if length is None else length + stream.dropped
     return PromptTokens.encode(
-        whole, stream.tokenizer, room, within=(at, at + len(text)), dropped=stream.dropped
+        whole,
+        stream.tokenizer,
+        room,
+        within=(at, at + len(text)),
+        dropped=stream.dropped,
+        cuts=cuts,
+        side=stream.side,
     )
 
 
@@ -178,18 +215,20 @@ def align(
 ) -> tuple[Tensor, Tensor]:
     """Token map and aligned flags between two prompts, stretch by stretch.
 
-    mode: "replace" (word for word) or "refine" (words added or left out). Returns T [text, text]
-    and the flags a [text], so that the injected map is (A_source T) * a.
+    Where texts are padded to the longest of a call and no call is known yet, the two may differ in
+    length, and so may the sides of the map.
+
+    mode: "replace" (word for word) or "refine" (words added or left out). Returns
+    T [source, target] and the flags a [target], so that the injected map is (A_source T) * a.
     """
-    size = target.tokens
-    token_map = torch.zeros(size, size, dtype=torch.float64)
-    aligned = torch.zeros(size, dtype=torch.float64)
-    for (start, a), (_, b) in zip(source.streams, target.streams, strict=True):
-        span = slice(start, start + b.length)
+    token_map = torch.zeros(source.tokens, target.tokens, dtype=torch.float64)
+    aligned = torch.zeros(target.tokens, dtype=torch.float64)
+    for (first, a), (start, b) in zip(source.streams, target.streams, strict=True):
+        rows, span = slice(first, first + a.length), slice(start, start + b.length)
         if mode == "replace":
-            token_map[span, span] = replacement_map(a, b, paper=paper, dtype=torch.float64)
+            token_map[rows, span] = replacement_map(a, b, paper=paper, dtype=torch.float64)
             aligned[span] = 1
         else:
             gather, flags = refinement_map(a, b, paper=paper, dtype=torch.float64)
-            token_map[span, span], aligned[span] = gather, flags
+            token_map[rows, span], aligned[span] = gather, flags
     return token_map, aligned

@@ -6,11 +6,9 @@ punctuation, upper case, double spaces and unicode all land on the right positio
 
 from __future__ import annotations
 
-import copy
 import operator
 import re
 import unicodedata
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher, get_close_matches
@@ -18,12 +16,10 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from hookctl.address.offsets import Span, fold, piece_spans, snap
+from hookctl.address.tokenizers import content_of, default_length, own_copy
 from hookctl.errors import InputError, WordError
 
 __all__ = ["PromptTokens", "Word", "WordEdit", "WordError", "changed_words"]
-
-# Tokenizers without a limit report one of about 1e30.
-_NO_LIMIT = 1_000_000
 
 # A word character of a script that puts spaces between words: only those need a boundary, so that
 # a Chinese or Japanese word is found inside its sentence.
@@ -63,7 +59,8 @@ class PromptTokens:
     `ids` is the padded sequence [T] (beginning, words, end, padding), `offsets` [T] the character
     span of each token in `text`, (0, 0) for specials and padding. Content lies in
     `start <= position < end`; `end` is the end-of-text token, or the first position past the
-    words where the tokenizer has none.
+    words where the tokenizer has none. `cut` is the character from which on the text did not fit,
+    None if all of it did.
     """
 
     text: str
@@ -71,6 +68,7 @@ class PromptTokens:
     offsets: tuple[Span, ...]
     start: int
     end: int
+    cut: int | None = None
 
     @classmethod
     def encode(
@@ -80,37 +78,46 @@ class PromptTokens:
         length: int | None = None,
         within: Span | None = None,
         dropped: int = 0,
+        side: str | None = None,
+        cuts: bool = False,
     ) -> PromptTokens:
-        """Tokenize `text` and pad it to `length`, without ever truncating it.
+        """Tokenize `text` and pad it to `length`.
 
         Receives: the prompt, a transformers tokenizer (fast or slow), and the padded length T
         (default: the tokenizer's `model_max_length`; no padding where that is unlimited).
         within: where in `text` the prompt is, if it stands in a template, whose tokens count as
-        specials then; dropped: how many positions in front fall away.
+        specials then; dropped: how many positions in front fall away; side: "left" or "right",
+        where the padding is put, None for where the tokenizer puts it; cuts: whether what does not
+        fit is cut off, as the pipelines do, from the end of the text.
         Raises `InputError` where the prompt does not fit.
         """
         if not isinstance(text, str):
             raise InputError(f"a prompt must be one string, got {type(text).__name__}: {text!r}")
         fast = bool(getattr(tokenizer, "is_fast", False))
-        coded = _own(tokenizer)(
+        coded = own_copy(tokenizer)(
             text, padding=False, truncation=False, verbose=False,
             return_special_tokens_mask=True, return_offsets_mapping=fast,
         )  # fmt: skip
         ids = [int(i) for i in coded["input_ids"]]
-        start, end = _content(ids, coded["special_tokens_mask"], tokenizer)
+        start, end = content_of(ids, coded["special_tokens_mask"], tokenizer)
         if fast:
             spans = [(int(a), int(b)) for a, b in coded["offset_mapping"][start:end]]
         else:
             spans = piece_spans(text, ids[start:end], tokenizer)
-        prompt = text
+        prompt, behind = text, len(ids) - end
         if within is not None:
             before, spans = _inside(spans, within)
             start, prompt = start + before, text[slice(*within)]
             end = start + len(spans)
 
-        limit = tokenizer.model_max_length if length is None else length
-        limit = len(ids) if limit > _NO_LIMIT else int(limit)
-        missing = limit - len(ids)
+        limit = default_length(tokenizer) if length is None else length
+        limit = len(ids) if limit is None else int(limit)
+        missing, cut, room = limit - len(ids), None, limit - behind - start
+        if missing < 0 < room and cuts and getattr(tokenizer, "truncation_side", "") == "right":
+            ids = ids[: limit - behind] + ids[len(ids) - behind :]
+            cut = snap(spans[room], prompt)[0] if room < len(spans) else None
+            spans, missing = spans[:room], 0
+            end = start + len(spans)
         if missing < 0:
             raise InputError(
                 f"the prompt has {len(ids)} tokens, specials included, and at most {limit} fit: "
@@ -118,13 +125,19 @@ class PromptTokens:
             )
         pad = tokenizer.pad_token_id
         padding = [(tokenizer.eos_token_id or 0) if pad is None else pad] * missing
-        left = len(padding) if getattr(tokenizer, "padding_side", "right") == "left" else 0
+        side = side or getattr(tokenizer, "padding_side", "right")
+        left = len(padding) if side == "left" else 0
         offsets = [(0, 0)] * limit
         offsets[left + start : left + end] = [snap(span, prompt) for span in spans]
         sequence = padding + ids if left else ids + padding
         first = left + start - dropped
         return cls(
-            prompt, tuple(sequence[dropped:]), tuple(offsets[dropped:]), first, first + len(spans)
+            prompt,
+            tuple(sequence[dropped:]),
+            tuple(offsets[dropped:]),
+            first,
+            first + len(spans),
+            cut,
         )
 
     @property
@@ -139,7 +152,7 @@ class PromptTokens:
         'red circle, above' has the words 'red', 'circle' (with ',' in `after`) and 'above'.
         """
         found = []
-        for chunk in re.finditer(r"\S+", self.text):
+        for chunk in re.finditer(r"\S+", self.text[: self.cut]):
             start, end = _strip_punctuation(self.text, *chunk.span())
             whole = self.overlapping(chunk.span())
             # A normaliser may leave punctuation only ('&amp;' -> '&'): no token may get lost.
@@ -183,6 +196,12 @@ class PromptTokens:
                 )
             spans = [spans[occurrence]]
         positions = sorted({p for span in spans for p in self.overlapping(span)})
+        if not positions and self.cut is not None and spans[0][1] > self.cut:
+            raise WordError(
+                f"{phrase!r} does not fit into the {self.length} tokens that the text encoder "
+                f"takes, which end with {self.text[max(0, self.cut - 40) : self.cut]!r}; shorten "
+                "the prompt, or say it earlier"
+            )
         if not positions:
             raise WordError(f"the tokenizer leaves no token for {phrase!r} in {self.text!r}")
         return tuple(positions)
@@ -229,30 +248,6 @@ def changed_words(source: PromptTokens, target: PromptTokens) -> list[WordEdit]:
         for kind, i1, i2, j1, j2 in matcher.get_opcodes()
         if kind != "equal"
     ]
-
-
-_copies: weakref.WeakKeyDictionary[Any, tuple[int, Any]] = weakref.WeakKeyDictionary()
-
-
-def _own(tokenizer: Any) -> Any:
-    """A tokenizer for ourselves: a fast one keeps how it pads, and threads share it."""
-    if not getattr(tokenizer, "is_fast", False):
-        return tokenizer
-    size, copied = _copies.get(tokenizer, (0, None))
-    if copied is None or size != len(tokenizer):  # textual inversion adds tokens
-        copied = copy.deepcopy(tokenizer)
-        _copies[tokenizer] = len(tokenizer), copied
-    return copied
-
-
-def _content(ids: list[int], special: Sequence[int], tokenizer: Any) -> Span:
-    """First content position and the position past the last one, in the unpadded sequence."""
-    content = [i for i, flag in enumerate(special) if not flag]
-    if content:
-        return content[0], content[-1] + 1
-    # An empty prompt: what is left of the end token, if there is one, is the beginning.
-    end = len(ids) - (bool(ids) and ids[-1] == tokenizer.eos_token_id)
-    return end, end
 
 
 def _inside(spans: Sequence[Span], within: Span) -> tuple[int, list[Span]]:

@@ -10,29 +10,30 @@ stays the model's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from hookctl.attention import verbs
 from hookctl.attention.arguments import cast, is_all, is_finite, is_same, regions_of, remembered
-from hookctl.attention.call_data import CallData, RowLike
-from hookctl.attention.division import Division, divided, segment_of
-from hookctl.attention.rewriting import Probabilities, ReadOut, Sink, Stage
+from hookctl.attention.call_data import RowLike
+from hookctl.attention.division import Division, check_shift, divided, divided_alone
+from hookctl.attention.reading import ReadableCall
+from hookctl.attention.rewriting import Probabilities, Stage
 from hookctl.attention.term import Ref, Segment
 from hookctl.attention.token_map import Routing
 from hookctl.errors import InputError, UnsupportedError
 
 
-class AttentionCall(CallData):
+class AttentionCall(ReadableCall):
     """One attention call of one site: what an editor sees of it, and the verbs that rewrite it.
 
     What follows is there to be read. A verb takes the rows to change, a `Row`, its index or several
     of them, and changes those alone.
 
     site: the attention layer, a `Site`: its path, kind ("self", "cross", "joint", "temporal",
-        "gated"), place in the model and resolution relative to the latent.
+        "text", "gated"), place in the model and resolution relative to the latent.
     q, k, v: queries [rows, sub-batch, heads, N, channels], keys and values [rows, sub-batch,
         heads, M, channels], after projection, norm and rotary embedding. The sub-batch is 1 but
         for video models, where a row has several frames or positions.
@@ -43,6 +44,8 @@ class AttentionCall(CallData):
     spans: where the image stands among the queries and text and image among the keys, (start,
         stop) in tokens: `image_queries`, `image_keys` and `text_keys`, the latter two None where
         there are no such keys.
+    references: the reference images of an edit model, each with `.keys`, (start, stop) among the
+        keys, and `.grid`; () where the image that is drawn is the only one.
     prompts: the texts of the run, `prompts[row.prompt]`; () if the pipeline was given embeddings.
     scale: factor of the scores, softmax(scale q k^T + mask) v; mostly channels ** -0.5.
     mask: the model's own, [rows | 1, sub-batch | 1, heads | 1, N | 1, M], added to the scores, or
@@ -313,14 +316,20 @@ class AttentionCall(CallData):
                 )
         if division.nothing:
             return
-        weights = division.over_queries(
-            start, self.q.shape[-2] - stop, self.q, sparse=self.site.kind == "joint"
-        )
-        parts = {
-            name: segment_of(*self._with_image_keys(name), division.shifts.get(name), name)
-            for name in weights.shares
-        }
-        self._note(Stage.ADDITION, "divide", targets, divided(weights, parts, self.q, self.scale))
+        weights = division.over_queries(start, self.q.shape[-2] - stop, self.q)
+        texts = tuple([self._text_place(name) for name in weights.shares])
+        for (name, shift), text in zip(weights.shifts.items(), texts, strict=True):
+            check_shift(shift, text.stop - text.start, name)
+        if self.site.kind == "cross":
+            stacks = self.q, self._full_k, self._full_v, self.scale
+            rewriting = divided_alone(weights, texts, stacks)
+        else:
+            parts = {}
+            for name, shift in weights.shifts.items():
+                k, v = self._with_image_keys(name)
+                parts[name] = Segment(Ref(k, 0), Ref(v, 0), shift)
+            rewriting = divided(weights, parts, self.q, self.scale)
+        self._note(Stage.ADDITION, "divide", targets, rewriting)
 
     def skip(self, rows: RowLike | Iterable[RowLike], *, where: Tensor | None = None) -> None:
         """Replace the probabilities of `rows` by the identity: the output is v (PAG).
@@ -368,70 +377,3 @@ class AttentionCall(CallData):
         """
         targets = self._indices(rows, "rows")
         self._note(Stage.OVERRIDE, "probabilities", targets, verbs.probabilities(fn))
-
-    def read(
-        self,
-        rows: RowLike | Iterable[RowLike],
-        tokens: Sequence[int],
-        into: Sink,
-        *,
-        heads: bool = False,
-    ) -> None:
-        """Hand the edited probabilities of some keys, averaged over heads, to `into(row, map)`.
-
-        tokens: positions among the text's keys (all keys where there is no text); the map is
-        [sub-batch, N, len(tokens)], of image queries only on a joint site, differentiable.
-        heads: a map for each head instead, [sub-batch, heads, N, len(tokens)].
-        """
-        start, stop = self.spans.text_keys or (0, self.k.shape[-2])
-        positions = tuple(start + int(t) for t in tokens)
-        if not positions or min(positions) < start or max(positions) >= stop:
-            raise InputError(
-                f"read: tokens={tuple(tokens)} are not among the {stop - start} keys of "
-                f"{self.site.path}"
-            )
-        for index in self._indices(rows, "rows"):
-            self.read_outs.append(
-                ReadOut(self.rows[index], positions, into, heads=heads, editor=self.editor)
-            )
-
-    def read_queries(
-        self, rows: RowLike | Iterable[RowLike], queries: Sequence[int], into: Sink
-    ) -> None:
-        """Hand what some queries attend to, averaged over heads, to `into(row, lines)`.
-
-        queries: positions among the image's queries; lines: their edited probabilities of the
-        image's keys, [sub-batch, len(queries), image keys], float32 or finer, differentiable. Costs
-        len(queries) x M scores of each head, and no matrix.
-        """
-        keys = self._keys_of_image("read_queries")
-        start, stop = self.spans.image_queries
-        places = tuple(start + int(n) for n in queries)
-        if not places or min(places) < start or max(places) >= stop:
-            raise InputError(
-                f"read_queries: queries={tuple(queries)} are not among the {stop - start} image "
-                f"queries of {self.site.path}"
-            )
-        for index in self._indices(rows, "rows"):
-            self.read_outs.append(
-                ReadOut(self.rows[index], keys, into, queries=places, editor=self.editor)
-            )
-
-    def marginals(self, rows: RowLike | Iterable[RowLike], into: Sink) -> None:
-        """Hand the attention that each image key receives to `into(row, sums)` (SAG).
-
-        sums: the edited probabilities, averaged over heads and summed over the image's queries,
-        [sub-batch, image keys]; no matrix is formed.
-        """
-        keys = self._keys_of_image("marginals")
-        for index in self._indices(rows, "rows"):
-            self.read_outs.append(
-                ReadOut(self.rows[index], keys, into, summed=True, editor=self.editor)
-            )
-
-    def _keys_of_image(self, verb: str) -> tuple[int, ...]:
-        if self.spans.image_keys is None:
-            raise UnsupportedError(
-                f"{verb}: {self.site.path} attends to a text; give a self-attention site"
-            )
-        return tuple(range(*self.spans.image_keys))

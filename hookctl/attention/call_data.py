@@ -7,20 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Never
+from typing import Any, NamedTuple, Never
 
 import torch
 from torch import Tensor
 
 from hookctl.address.clock import Clock
 from hookctl.address.rows import Row, Rows
-from hookctl.address.sites import Grid, Site, grid_of
+from hookctl.address.sites import Grid, ImageTokens, Site, grid_of
 from hookctl.attention.arguments import cast, stacked
+from hookctl.attention.query_lists import TextPlace
 from hookctl.attention.rewriting import Operation, ReadOut, Rewriting, Stage, folded
 from hookctl.attention.term import Ref, Spans, Sum, Terms, spans_of
-from hookctl.errors import InputError, UnsupportedError, check_returned
+from hookctl.errors import InputError, UnsupportedError, check_returned, naming
 
 RowLike = Row | int
+
+
+class Reference(NamedTuple):
+    """One reference image among the keys: `k[..., start:stop, :]`, (start, stop) = keys."""
+
+    keys: tuple[int, int]
+    grid: Grid
 
 
 class CallData:
@@ -40,16 +48,17 @@ class CallData:
         latent: Sequence[int] = (),
         text_tokens: int | None = None,
         joint_order: str | None = None,
+        images: ImageTokens | None = None,
         index: int = 0,
-        context: Mapping[str, tuple[int, int]] | None = None,
+        context: Mapping[str, TextPlace | tuple[int, int]] | None = None,
         prompts: Sequence[str] = (),
     ) -> None:
         self.site, self.rows, self.clock, self.index = site, rows, clock, index
         self._q, self._k, self._v = q, k, v
         self.prompts = tuple(prompts)
         self.mask, self.scale, self.latent = mask, scale, tuple(latent)
-        self.sequence = text_tokens, joint_order
-        self._context = dict(context or {})
+        self.sequence = text_tokens, joint_order, images
+        self._context = {name: TextPlace(*place) for name, place in (context or {}).items()}
         self.operations: list[Operation] = []
         self.read_outs: list[ReadOut] = []
         self.editor: Any = None
@@ -102,7 +111,19 @@ class CallData:
     def grid(self) -> Grid | None:
         """The grid of the image queries, or None if they form none over the latent."""
         start, stop = self.spans.image_queries
-        return grid_of(stop - start, self.latent) if self.latent else None
+        images = self.sequence[2]
+        if images is not None and images.grids[images.target].tokens == stop - start:
+            return images.grids[images.target]
+        if not self.latent or self.site.kind == "text":
+            return None
+        return grid_of(stop - start, self.latent)
+
+    @cached_property
+    def references(self) -> tuple[Reference, ...]:
+        """The reference images of an edit model, in the order of the sequence; () for others."""
+        images, spans = self.sequence[2], self.spans.references
+        grids = () if images is None else images.references
+        return tuple(map(Reference, spans, grids))
 
     def require_grid(self, who: str) -> Grid:
         """The grid, for an editor (named `who`) to which places mean something.
@@ -118,12 +139,19 @@ class CallData:
 
     def context(self, name: str) -> tuple[Tensor, Tensor]:
         """k and v of an extra text that an editor's `context` gave, stacks like `k` and `v`."""
+        start, stop, row = self._text_place(name)
+        k, v = (x[..., start:stop, :] for x in (self._full_k, self._full_v))
+        if row is not None:
+            k, v = (x[row : row + 1].expand(x.shape) for x in (k, v))
+        return k, v
+
+    def _text_place(self, name: str) -> TextPlace:
+        """Where an extra text stands in the widened k and v."""
         if name not in self._context:
             raise InputError(
                 f"context {name!r} is not in this call; there is: {sorted(self._context) or 'none'}"
             )
-        start, stop = self._context[name]
-        return self._full_k[..., start:stop, :], self._full_v[..., start:stop, :]
+        return self._context[name]
 
     def set_context_source(self, k: Tensor, v: Tensor) -> None:
         """Keep the widened k and v that `context` slices."""
@@ -152,7 +180,8 @@ class CallData:
         self.editor = editor
         given = {"q": self.q, "k": self.k, "v": self.v, "mask": self.mask}
         versions = {name: _version(x) for name, x in given.items()}
-        returned = editor.attention(self)
+        with naming(editor.name, "attention", self.site.path):
+            returned = editor.attention(self)
         for name, x in given.items():
             if _version(x) != versions[name]:
                 cure = "call.bias or call.restrict" if name == "mask" else "call.replace"

@@ -8,7 +8,7 @@ the own one stood, beside the image: k_r = [k_image; k_r].
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,9 +19,12 @@ from torch import Tensor
 
 from hookctl.attention.arguments import cast
 from hookctl.attention.key_regions import KeyRegions
+from hookctl.attention.query_lists import QueryLists, TextPlace
 from hookctl.attention.rewriting import Fold, Rewriting
-from hookctl.attention.term import Ref, Segment, Term
+from hookctl.attention.term import Divided, Ref, Segment, Term
 from hookctl.errors import InputError
+
+Stacks = tuple[Tensor, Tensor, Tensor, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +37,7 @@ class Division:
 
     shares: Mapping[str, Tensor]
     shifts: Mapping[str, Tensor] = field(default_factory=dict)
-    _made: dict[Any, _QueryWeights] = field(default_factory=dict, repr=False)
+    _made: dict[Any, QueryWeights] = field(default_factory=dict, repr=False)
 
     @cached_property
     def nothing(self) -> bool:
@@ -45,24 +48,23 @@ class Division:
         """What is left for the row's own text, [N]."""
         return (1 - torch.stack(list(self.shares.values())).sum(0)).clamp(0, 1)
 
-    def over_queries(self, before: int, after: int, like: Tensor, *, sparse: bool) -> _QueryWeights:
+    @torch.inference_mode(False)  # kept for later calls, which may be learned through
+    def over_queries(self, before: int, after: int, like: Tensor) -> QueryWeights:
         """The weights among all queries of a call: `before` and `after` the image's stand others,
-        which keep to their own text.
-
-        sparse: leave queries of weight 0 out of an evaluation, where that pays.
-        """
-        key = (before, after, like.dtype, like.device, sparse)
+        which keep to their own text."""
+        key = (before, after, like.dtype, like.device)
         if key not in self._made:
-            self._made[key] = _QueryWeights(self, before, after, like, sparse)
+            self._made[key] = QueryWeights(self, before, after, like)
         return self._made[key]
 
 
-class _QueryWeights:
-    """The weights of a division for all queries of a call."""
+class QueryWeights:
+    """The weights of a division for all queries of a call.
 
-    def __init__(
-        self, division: Division, before: int, after: int, like: Tensor, sparse: bool
-    ) -> None:
+    A query of weight 0 has no part in a summand: `regions` leave it out of one, `lists` out of all.
+    """
+
+    def __init__(self, division: Division, before: int, after: int, like: Tensor) -> None:
         def padded(weight: Tensor, value: float) -> Tensor:
             return F.pad(weight, (before, after), value=value)
 
@@ -71,23 +73,47 @@ class _QueryWeights:
         self.shares = {name: cast(weight, like) for name, weight in full.items()}
         self.own = cast(own, like)
         every: list[tuple[str | None, Tensor]] = [(None, own), *full.items()]
-        self._queries = {name: (w > 0).long() for name, w in every} if sparse else {}
-        self._device = like.device
+        self.shifts = {name: division.shifts.get(name) for name in full}
+        self._every, self._like = dict(every), cast(own, like)
+        self._queries = {name: (w > 0).long() for name, w in every}
         self._regions: dict[tuple[str | None, int], KeyRegions] = {}
+
+    @cached_property
+    @torch.inference_mode(False)
+    def lists(self) -> QueryLists:
+        shares = [self._every[name] for name in self.shares]
+        return QueryLists(torch.stack(shares), list(self.shifts.values()), self._like)
 
     def regions(self, name: str | None, keys: int) -> KeyRegions | None:
         """The queries that take part in one summand (None: the own one); None for all of them."""
-        queries = self._queries.get(name)
-        if queries is None or bool(queries.all()):
+        queries = self._queries[name]
+        if bool(queries.all()):
             return None
         if (name, keys) not in self._regions:
             seen = torch.ones(keys, dtype=torch.int64)
-            self._regions[name, keys] = KeyRegions(queries, seen, self._device)
+            self._regions[name, keys] = KeyRegions(queries, seen, self._like.device)
         return self._regions[name, keys]
 
 
+def divided_alone(weights: QueryWeights, texts: Sequence[TextPlace], stacks: Stacks) -> Rewriting:
+    """At a cross site, where the keys of a text are few: each query asks those it has a share in.
+
+    texts: where that of each share stands; stacks: q, what k and v are parts of, and the scale.
+    """
+    shares, shifts = tuple(weights.shares.values()), tuple(weights.shifts.values())
+    added = Divided(*stacks, weights.lists, shares, shifts, tuple(texts))
+
+    def apply(state: Fold, row: int) -> None:
+        terms = state.terms[row]
+        own = weights.own
+        state.terms[row] = tuple([t if t.extra else t.weighted(own) for t in terms])
+        state.divided.setdefault(row, []).append(added)
+
+    return apply
+
+
 def divided(
-    weights: _QueryWeights, parts: Mapping[str, Segment], q: Tensor, scale: float
+    weights: QueryWeights, parts: Mapping[str, Segment], q: Tensor, scale: float
 ) -> Rewriting:
     """parts: context name -> its keys and values, as stacks of every row."""
 
@@ -118,11 +144,9 @@ def divided(
     return apply
 
 
-def segment_of(k: Tensor, v: Tensor, shift: Tensor | None, name: str) -> Segment:
-    """Stacks of a further text as keys and values; InputError if the shift is for other tokens."""
-    if shift is not None and tuple(shift.shape) != (k.shape[-2],):
+def check_shift(shift: Tensor | None, tokens: int, name: str) -> None:
+    """Raise InputError if the shift of a text is for another number of tokens."""
+    if shift is not None and tuple(shift.shape) != (tokens,):
         raise InputError(
-            f"divide: the shift of {name!r} is {tuple(shift.shape)}; its text has {k.shape[-2]} "
-            "tokens"
+            f"divide: the shift of {name!r} is {tuple(shift.shape)}; its text has {tokens} tokens"
         )
-    return Segment(Ref(k, 0), Ref(v, 0), shift)

@@ -7,7 +7,7 @@ compose in whatever order they spoke; inside a stage they are folded in that ord
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from hookctl.address.rows import Row
-from hookctl.attention.term import Sum, Terms
+from hookctl.attention.term import Divided, Sum, Terms
 
 
 class Stage(IntEnum):
@@ -40,13 +40,14 @@ class Fold:
 
     terms: as rewritten so far; before: as they were when the stage began; values: per row that was
     substituted, the terms whose values and weights make up its own values; functions: what edits
-    the probabilities of a row.
+    the probabilities of a row; divided: per row, what divisions add to it.
     """
 
     terms: Terms
     before: Terms
     values: Terms
     functions: dict[int, list[Probabilities]]
+    divided: dict[int, list[Divided]] = field(default_factory=dict)
 
 
 # What a verb does to the terms of a row.
@@ -97,4 +98,4 @@ def folded(terms: Terms, operations: Iterable[Operation], rows: int, mask: Tenso
             stage = operation.stage
         for row in operation.rows:
             operation.apply(state, row)
-    return Sum(terms, rows, mask, state.functions)
+    return Sum(terms, rows, mask, state.functions, state.divided)

@@ -14,6 +14,7 @@ import gc
 import random
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -69,13 +70,14 @@ class Case:
 @dataclass(frozen=True)
 class Figure:
     """Of one form: seconds (median, lower and upper quartile), peak bytes above what was there
-    before, seconds of this form per second of `hookctl` (None for itself), seconds until the host
-    had handed everything over to a GPU (None on a CPU)."""
+    before (None where no operator can be watched), seconds of this form per second of `hookctl`
+    (None for itself), seconds until the host had handed everything over to a GPU (None on a
+    CPU)."""
 
     seconds: float
     low: float
     high: float
-    peak: int
+    peak: int | None
     per_ours: float | None
     host: float | None = None
 
@@ -166,13 +168,14 @@ def _agreeing(case: Case) -> tuple[dict[str, Form], float]:
     return forms, worst
 
 
-def _once(case: Case, device: torch.device) -> tuple[dict[str, int], dict[str, float]]:
+def _once(case: Case, device: torch.device) -> tuple[dict[str, int | None], dict[str, float]]:
     """Of every form the peak of a run and the host's seconds."""
     peaks, hosts = {}, {}
     for name, form in case.forms.items():
         with case.within(name):
             peaks[name] = peak_of(form, device)
         with case.within(name):
+            form()  # warm again: nothing compiled runs under a watch
             started = time.perf_counter()
             form()
             hosts[name] = time.perf_counter() - started
@@ -204,11 +207,15 @@ def _elsewhere(device: torch.device) -> Tensor:
     return torch.empty(_COLD, dtype=torch.uint8, device=device)
 
 
-def peak_of(form: Form, device: torch.device) -> int:
-    """Bytes that one run holds at once, above those that were held before."""
+def peak_of(form: Form, device: torch.device) -> int | None:
+    """Bytes that one run holds at once, above those that were held before; None on a CPU for
+    operators that let nothing watch them (FlexAttention)."""
     if device.type == "cpu":
-        with Held() as held:
-            form()
+        try:
+            with warnings.catch_warnings(action="ignore"), Held() as held:
+                form()
+        except (NotImplementedError, torch._dynamo.exc.TorchDynamoException):
+            return None
         return held.peak
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)

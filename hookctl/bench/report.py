@@ -44,7 +44,7 @@ def rows(measured: Iterable[Measured]) -> list[tuple[object, ...]]:
                     round(1e3 * figure.seconds, 3),
                     spread,
                     host,
-                    round(figure.peak / 2**20, 1),
+                    None if figure.peak is None else round(figure.peak / 2**20, 1),
                     per_ours,
                     round(1e3 * one.limit, 3) if first else None,
                 )

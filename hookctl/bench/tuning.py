@@ -84,7 +84,7 @@ def contests(
     device: torch.device, arch: str, only: str = "", small: bool = False
 ) -> Iterator[Contest]:
     """One for each entry of the tables of an architecture. small: sizes for a test."""
-    for work, entry, tile in _entries(arch, only):
+    for work, entry, tile in entries(arch, only):
         yield contest(work, device, *entry, tile, small)
 
 
@@ -92,7 +92,7 @@ def prepare(pool: Executor, device: torch.device, arch: str, only: str = "") -> 
     """Run every candidate once, in the processes of a pool: what they compile stays in Triton's
     cache on the disk, where the process that measures finds it."""
     waiting = []
-    for work, entry, shipped in _entries(arch, only):
+    for work, entry, shipped in entries(arch, only):
         tiles = candidates(shipped, work)
         for i in range(0, len(tiles), _TOGETHER):
             waiting.append(pool.submit(prepared, device, *entry, tiles[i : i + _TOGETHER]))
@@ -125,7 +125,7 @@ def prepared(
     return count
 
 
-def _entries(arch: str, only: str) -> Iterator[tuple[Workload, tuple[str, str, Key], Launch]]:
+def entries(arch: str, only: str) -> Iterator[tuple[Workload, tuple[str, str, Key], Launch]]:
     """(workload, (table, architecture, key), tile that ships), of all that can run."""
     tables = launch_tables.shipped()
     for name, work in WORKLOADS.items():
@@ -159,11 +159,34 @@ def contest(
     forms = {name: _form(table, one, work.form(given)) for name, one in tiles.items()}
     case = Case(
         "tune", table, dict(zip(work.axes, given[0].shape[-2:], strict=True)), forms,
-        lambda: truth, tolerance=5e-5 if dtype == torch.float32 else 4e-2,
+        lambda: truth, tolerance=_tolerance(dtype),
     )  # fmt: skip
     for name in [name for name in forms if name != OURS and not _runs(case, name)]:
         del forms[name]
     return Contest(table, arch, key, {name: tiles[name] for name in forms}, case)
+
+
+def alone(
+    work: Workload,
+    device: torch.device,
+    table: str,
+    arch: str,
+    key: Key,
+    tile: Launch,
+    small: bool = False,
+) -> Case:
+    """One tile of an entry against its reference."""
+    dtype, listed = _dtype(table), launch_tables.shipped()[table][arch]
+    given = work.given(device, dtype, key, listed, small)
+    return Case(
+        "kernel", table, dict(zip(work.axes, given[0].shape[-2:], strict=True)),
+        {OURS: _form(table, tile, work.form(given))}, lambda: work.truth(given),
+        tolerance=_tolerance(dtype),
+    )  # fmt: skip
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return 5e-5 if dtype == torch.float32 else 4e-2
 
 
 def _name(tile: Launch) -> str:

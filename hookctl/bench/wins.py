@@ -73,12 +73,12 @@ def answers(
     won: dict[tuple[str, int], dict[int, bool]] = {}
     for one, measured in asked:
         ladder = won.setdefault((one.kernel, one.count), {})
-        won_here = measured is not None and _wins(measured)
+        won_here = measured is not None and kernel_wins(measured)
         ladder[one.tokens] = ladder.get(one.tokens, True) and won_here
     return {entry: _fewest(ladder) for entry, ladder in won.items()}
 
 
-def _wins(measured: Measured) -> bool:
+def kernel_wins(measured: Measured) -> bool:
     sdpa = measured.figures.get(SDPA)
     return sdpa is None or (sdpa.per_ours or 0.0) >= MARGIN
 

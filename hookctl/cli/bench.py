@@ -24,10 +24,13 @@ if TYPE_CHECKING:
     import torch
 
 GROUPS = ("calls", "kernels", "steps", "scaling")
+PEERS, DEVICE = "peers", "device"
 _EXAMPLES = """
 hookctl bench --quick                        # two minutes on one core of a CPU
 hookctl bench                                # every shape; on a GPU, the kernels too
 hookctl bench calls --only regions --flex    # one kind of edit, also against FlexAttention
+hookctl bench peers                          # beside what else a user might take
+hookctl bench device                         # on a GPU: all that waits for one, in 12 minutes
 hookctl bench --tune                         # on a GPU: the fastest tiles into the launch tables
 hookctl bench --wins                         # then: where the kernels are taken in place of SDPA
 """
@@ -49,7 +52,7 @@ def add(commands: Any) -> None:
         nargs="*",
         default=[],
         metavar="GROUP",
-        help=f"of {', '.join(GROUPS)} (default: all)",
+        help=f"of {', '.join(GROUPS)}, {PEERS} (default: all but {PEERS}); or {DEVICE} alone",
     )
     command.add_argument("--quick", action="store_true", help="small shapes and few rounds")
     tables = command.add_mutually_exclusive_group()
@@ -79,12 +82,18 @@ def add(commands: Any) -> None:
 
 
 def main(options: Any) -> None:
-    unknown = set(options.groups) - set(GROUPS)
+    if DEVICE in options.groups and len(options.groups) > 1:
+        raise InputError(f"group {DEVICE!r} given with others; give it alone")
+    unknown = set(options.groups) - {*GROUPS, PEERS, DEVICE}
     if unknown:
-        raise InputError(f"group {min(unknown)!r} given; give some of {', '.join(GROUPS)}")
+        every = ", ".join((*GROUPS, PEERS, DEVICE))
+        raise InputError(f"group {min(unknown)!r} given; give some of {every}")
     import torch
 
     device = usable_device(options.device)
+    if options.groups == [DEVICE]:
+        with out_folder(options.out, "bench", DEVICE) as out:
+            return _device(out, device)
     usual = "float32" if device.type == "cpu" else "bfloat16"
     dtype = getattr(torch, options.dtype or usual)
     if options.tune or options.wins:
@@ -92,6 +101,18 @@ def main(options: Any) -> None:
     # The folder first: to measure takes long.
     with out_folder(options.out, "bench") as out:
         _measure(out, device, dtype, options)
+
+
+def _device(out: Path, device: torch.device) -> None:
+    from hookctl.cli import bench_device
+
+    found = bench_device.main(out, device)
+    print((out / bench_device.PAGE).read_text())
+    print(f"written to {out}: {bench_device.FILE}, {bench_device.PAGE}")
+    if found["left"]:
+        print(f"{len(found['left'])} items are left; run the command again to go on")
+    if found["failed"]:
+        raise HookctlError(f"{len(found['failed'])} items failed; the page says why")
 
 
 def _measure(out: Path, device: torch.device, dtype: torch.dtype, options: Any) -> None:
@@ -110,7 +131,8 @@ def _measure(out: Path, device: torch.device, dtype: torch.dtype, options: Any) 
     try:
         with torch.inference_mode(False), torch.no_grad():
             limits = Limits.of(device, dtype)
-            bench = Bench(device, dtype, most_bytes(device), options.flex)
+            flex = options.flex or PEERS in options.groups
+            bench = Bench(device, dtype, most_bytes(device), flex)
             for case in _cases(bench, options):
                 if options.only not in case.name:
                     continue
@@ -160,3 +182,9 @@ def _cases(bench: Any, options: Any) -> Iterator[Any]:
         yield from bench.scaling(*((1024, 8, 4) if options.quick else (16384, 32, 8)))
     if "steps" in groups:
         yield from steps(bench, options.quick)
+    if PEERS in groups:
+        from hookctl.cli import bench_peers
+
+        yield from bench_peers.cases(bench, options.quick)
+        for package in bench_peers.absent():
+            print(f"\nnot installed, so not compared: {package}", file=sys.stderr)

@@ -120,7 +120,7 @@ class Model:
 
         self.name, self.bench = name, bench
         self.side = 128 if name == "SDXL" else side
-        options = _OPTIONS[name]
+        options = OPTIONS[name]
         torch.manual_seed(0)
         usual = torch.get_default_dtype()
         torch.set_default_dtype(bench.dtype)
@@ -222,6 +222,16 @@ class Model:
         forms = {OURS: form, "eager": form, PLAIN: self.step}
         return self.case(name, forms, inside, self.work(lambda *_: None, energy=energy))
 
+    def named(self, name: str) -> Case:
+        """A case by the name of its edit."""
+        return {
+            "P2P": lambda: self.edited("P2P", self.prompt_to_prompt),
+            "regions": lambda: self.edited("masked self-attention", partial(self.regions, 4), 4),
+            "adapter": lambda: self.edited("adapter", self.adapter),
+            "maps": lambda: self.captured("map capture", energy=False),
+            "energy": lambda: self.captured("energy gradient", energy=True),
+        }[name]()
+
     def inside(self, editor: hookctl.Editor, processor: Eager) -> dict[str, Around]:
         """A step with an editor attached, and one under a processor."""
 
@@ -258,12 +268,21 @@ class Model:
         )  # fmt: skip
 
 
-_OPTIONS: dict[str, dict[str, Any]] = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "reduced SD1.5": {
         "block_out_channels": (64, 128, 256, 256),
         "cross_attention_dim": 256,
         "attention_head_dim": 4,
         "norm_num_groups": 16,
+    },
+    "tiny": {
+        "block_out_channels": (16, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "cross_attention_dim": 32,
+        "attention_head_dim": 2,
+        "norm_num_groups": 8,
     },
     "SD1.5": {"cross_attention_dim": 768},
     "SDXL": {

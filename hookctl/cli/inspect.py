@@ -14,11 +14,14 @@ from hookctl.inspect import table
 
 if TYPE_CHECKING:
     from hookctl.inspect import Probed, Survey
+    from hookctl.inspect.proved import Proved
 
 _TEXT = """
 List the attention sites of a model, what its family does with text and guidance, and which sites
 can be caught. Weights are not read unless --run is given: that draws one short image and says
-which sites were really caught. Takes a pipeline or a bare denoiser folder.
+which sites were really caught. --prove changes one prompt, one negative, one seed and one word in
+a few short runs and prints what is declared of the family beside what follows. Takes a pipeline
+or a bare denoiser folder.
 
 A site is selected by kind, place, resolution relative to the latent, or path:
   sites="self up @<=1/2, mid"    self-attention of the up blocks at half the latent or coarser,
@@ -29,6 +32,7 @@ hookctl inspect shapes                        # the embedded pipeline
 hookctl inspect ./sd15                        # a pipeline folder (no weights are read)
 hookctl inspect ./sd15/unet --json            # one model of it, for programs
 hookctl inspect shapes --run                  # what is really caught
+hookctl inspect shapes --prove                # declared facts beside measured ones
 """
 _RUN_STEPS = 2
 
@@ -40,12 +44,15 @@ def add(commands: Any) -> None:
     command.add_argument("model", metavar="MODEL", help=common.MODEL_HELP)
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--run", action="store_true", help="draw once and say what was caught")
+    command.add_argument(
+        "--prove", action="store_true", help="measure the declared facts in about 14 short runs"
+    )
     common.add_machine(command)
     common.add_progress(command)
 
 
 def main(options: Any) -> None:
-    find_model(options.model, whole=options.run)
+    find_model(options.model, whole=options.run or options.prove)
     _inspect(options)
 
 
@@ -54,15 +61,17 @@ def _inspect(options: Any) -> None:
     from hookctl.cli.loading import load_for_survey, load_pipeline
     from hookctl.inspect import survey
 
-    if not options.run:
+    if not (options.run or options.prove):
         target = load_for_survey(options.model)
     else:
         target = load_pipeline(options.model, options.device, options.dtype)
     found = survey(target)
     probed = _probe(target, options) if options.run else None
+    proof = _prove(target, options) if options.prove else None
     if options.json:
         data = {"model": options.model, **found.data()}
         data["run"] = None if probed is None else probed.data()
+        data["proved"] = None if proof is None else proof.data()
         print(json.dumps(data, indent=2, ensure_ascii=False))
         return
     print(f"{options.model}\n")
@@ -70,23 +79,50 @@ def _inspect(options: Any) -> None:
     if probed is not None:
         print()
         print("\n".join(run_lines(found, probed)))
+    if proof is not None:
+        print()
+        print("\n".join(proof.lines()))
 
 
 def _probe(pipe: Any, options: Any) -> Probed:
+    from hookctl.inspect import probe
+
+    return probe(pipe, **_arguments(pipe, options, ["a photo"]))
+
+
+def _prove(pipe: Any, options: Any) -> Proved:
+    import torch
+
+    from hookctl.address.families.traces import Drawn
+    from hookctl.inspect import pipeline_arguments
+    from hookctl.inspect.proved import proved
+
+    def run(drawn: Drawn) -> None:
+        arguments = _arguments(pipe, options, list(drawn.prompts))
+        if "negative_prompt" in pipeline_arguments(pipe):
+            arguments["negative_prompt"] = list(drawn.negatives)
+        if "generator" in pipeline_arguments(pipe):
+            arguments["generator"] = [torch.Generator().manual_seed(s) for s in drawn.seeds]
+        pipe(**arguments)
+
+    return proved(pipe, run)
+
+
+def _arguments(pipe: Any, options: Any, prompts: list[str]) -> dict[str, Any]:
+    """Those of a short run."""
     from PIL import Image
 
-    from hookctl.inspect import pipeline_arguments, probe
+    from hookctl.inspect import pipeline_arguments
 
     pipe.set_progress_bar_config(disable=not common.wants_progress(options), leave=False)
-    drawing = Drawing(steps=_RUN_STEPS)
-    arguments = drawing.arguments(pipe, ["a photo"])
+    arguments = Drawing(steps=_RUN_STEPS).arguments(pipe, prompts)
     if "output_type" in pipeline_arguments(pipe):
         arguments["output_type"] = "latent"
     if "image" in pipeline_arguments(pipe):  # what else it is conditioned on does not matter
         factor = getattr(pipe, "vae_scale_factor", 8)
         size = getattr(getattr(pipe, "unet", None), "config", {}).get("sample_size", 64)
         arguments["image"] = Image.new("RGB", (size * factor, size * factor), "grey")
-    return probe(pipe, **arguments)
+    return arguments
 
 
 def run_lines(found: Survey, probed: Probed) -> Iterator[str]:

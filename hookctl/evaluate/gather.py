@@ -135,7 +135,7 @@ def weigh(part: Tensor, weight: Tensor | float) -> Tensor:
 def plus(total: Tensor, part: Tensor, weight: Tensor | float, *, in_place: bool) -> Tensor:
     """total + weight * part in one pass; in_place: into `total`, where nothing else needs it."""
     in_place = in_place and total.dtype == part.dtype  # under autocast they may differ
-    in_place = in_place and not (_followed(total) or _followed(part) or _followed(weight))
+    in_place = in_place and not (followed(total) or followed(part) or followed(weight))
     if isinstance(weight, Tensor):
         add = Tensor.addcmul_ if in_place else torch.addcmul
         return add(total, part, weight)
@@ -144,7 +144,7 @@ def plus(total: Tensor, part: Tensor, weight: Tensor | float, *, in_place: bool)
     return torch.add(total, part, alpha=weight)
 
 
-def _followed(value: Tensor | float) -> bool:
+def followed(value: Tensor | float) -> bool:
     """Whether a gradient is wanted of a tensor, or functions of it are transformed."""
     if not isinstance(value, Tensor):
         return False

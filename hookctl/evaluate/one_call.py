@@ -17,10 +17,11 @@ from torch import Tensor
 
 from hookctl.address.clock import Clock
 from hookctl.address.rows import PERTURBED, Row, Rows
-from hookctl.address.sites import Site
+from hookctl.address.sites import ImageTokens, Site
 from hookctl.attention.call import AttentionCall
+from hookctl.attention.query_lists import TextPlace
 from hookctl.attention.sdpa_call import SDPACall
-from hookctl.errors import UnsupportedError
+from hookctl.errors import UnsupportedError, naming
 from hookctl.evaluate import plan
 from hookctl.evaluate.plan import Plan
 
@@ -35,7 +36,7 @@ class OwnPart(NamedTuple):
 
     call: SDPACall
     full: tuple[Tensor, Tensor]
-    context: Mapping[str, tuple[int, int]] = MappingProxyType({})
+    context: Mapping[str, TextPlace] = MappingProxyType({})
     joint: tuple[Tensor, int, bool] | None = None
 
     def whole(self, out: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ class OwnPart(NamedTuple):
         q, text, image_first = self.joint
         image = slice(0, -text) if image_first else slice(text, None)
         parts = []
-        for start, stop in self.context.values():
+        for start, stop, _ in self.context.values():
             k, v = (
                 torch.cat([own[..., image, :], full[..., start:stop, :]], -2)
                 for own, full in zip((self.call.key, self.call.value), self.full, strict=True)
@@ -70,7 +71,7 @@ def own_part(state: DenoiserCall, kind: str, order: str | None, given: SDPACall)
     whole = OwnPart(given, (k, v))
     if own is None or not extra:
         return whole
-    widest = max(stop for _, stop in extra.values())
+    widest = max(place.stop for place in extra.values())
     if kind == "cross" and k.shape[-2] == widest:
         short = mask[..., :own] if mask is not None and mask.shape[-1] == widest else mask
         call = given._replace(key=k[..., :own, :], value=v[..., :own, :], attn_mask=short)
@@ -87,7 +88,7 @@ def own_part(state: DenoiserCall, kind: str, order: str | None, given: SDPACall)
             return x[..., : offset + own, :]
         return torch.cat([x[..., :own, :], x[..., widest:, :]], -2)
 
-    places = {name: (offset + start, offset + stop) for name, (start, stop) in extra.items()}
+    places = {name: TextPlace(offset + x.start, offset + x.stop) for name, x in extra.items()}
     call = given._replace(query=cut(q), key=cut(k), value=cut(v))
     return OwnPart(call, (k, v), places, (q, own, image_first))
 
@@ -116,9 +117,10 @@ class DenoiserCall(Protocol):
     rows: Rows
     clock: Clock
     grid: tuple[int, ...]
+    images_in_sequence: ImageTokens | None
     prompts: tuple[str, ...]
     own_text: int | None
-    extra_text: dict[str, tuple[int, int]]
+    extra_text: dict[str, TextPlace]
 
     @property
     def reader(self) -> Reader | None:
@@ -169,7 +171,9 @@ class EditedSite:
         part = own_part(denoiser_call, self.site.kind, self.joint_order, given)
         own = part.call
         plain = original if original is not None and part.call is given else own.attend
-        if index != self.own_call and not per_sample(own.query, denoiser_call.rows):
+        further = index != self.own_call
+        apart = not self.keeps_perturbed()  # its further calls are those of the perturbed rows
+        if further and (apart or not per_sample(own.query, denoiser_call.rows)):
             return plain()
         if denoiser_call.extra_text and not part.context and self.site.kind in ("cross", "joint"):
             raise UnsupportedError(
@@ -185,7 +189,8 @@ class EditedSite:
                 self._note(call, plan.PASS_THROUGH)
             out = plain()
         else:
-            made, chosen = plan.evaluate(call, self._backend)
+            with naming(_editors_of(call), "attention", self.site.path):
+                made, chosen = plan.evaluate(call, self._backend)
             self._note(call, chosen)
             out = made.flatten(0, 1)
         return part.whole(out)
@@ -208,6 +213,7 @@ class EditedSite:
             latent=denoiser_call.grid,
             text_tokens=denoiser_call.own_text,
             joint_order=self.joint_order,
+            images=denoiser_call.images_in_sequence,
             index=index,
             context=part.context,
             prompts=denoiser_call.prompts,
@@ -243,6 +249,12 @@ class EditedSite:
                 verbs.add("read")
             if verbs:
                 one.note(self.site, call.clock.step, verbs, chosen)
+
+
+def _editors_of(call: AttentionCall) -> str:
+    """Who rewrote a call."""
+    names = [getattr(o.editor, "name", type(o.editor).__name__) for o in call.operations]
+    return " + ".join(dict.fromkeys(names))
 
 
 def _discard(row: Row, values: Tensor) -> None:

@@ -17,10 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hookctl.attention.call import AttentionCall, ReadOut
+from hookctl.attention.call import AttentionCall
+from hookctl.attention.rewriting import ReadOut
 from hookctl.attention.term import Sum, Term
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.evaluate import reference, sdpa, short_keys, triton
+from hookctl.evaluate import lists, reference, sdpa, short_keys, triton
 from hookctl.evaluate.sdpa import Piece
 
 BACKENDS = ("auto", "triton", "sdpa", "reference")
@@ -96,17 +97,29 @@ def evaluate(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Plan]:
     finished = call.fold()
     evaluator, plan = _choose(call, finished, backend)
     rows = [row for row in range(finished.rows) if row not in finished.functions]
+    apart: list[lists.Batch] = []
+    if evaluator in (SHORT, SDPA):
+        finished = finished.spelled_out(finished.functions)
+        apart = lists.batches(finished)
+    else:
+        finished = finished.spelled_out()
     read: Reading = {}
     if evaluator is SHORT:
         # The output and the maps of one softmax.
         requests = _columns_of(call, finished)
         pieces, maps = short_keys.evaluate(finished, rows, requests)
         read = dict(zip(map(id, requests), maps, strict=True))
+    elif evaluator is TRITON and rows:
+        pieces = triton.served(finished, rows, demanded=backend == "triton")
+        if backend == "auto" and (why := triton.refused(finished, rows)):
+            plan = plan._replace(name="sdpa", reason=f"a kernel failed here: {why}")
     else:
         pieces = evaluator.evaluate(finished, rows) if rows else []
     if finished.functions:
         pieces += reference.evaluate(finished, sorted(finished.functions), dtype=None)
     out = _in_row_order(pieces, call)
+    for batch in apart:
+        out = lists.add(out, batch)
     _hand_out(call, finished, backend, read)
     return out, plan
 

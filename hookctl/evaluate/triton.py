@@ -7,7 +7,7 @@ to SDPA.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,17 +16,19 @@ from torch import Tensor
 from hookctl.attention.arguments import positions
 from hookctl.attention.key_regions import KeyRegions
 from hookctl.attention.term import Sum, Term
-from hookctl.evaluate import sdpa
+from hookctl.evaluate import reference, sdpa
 from hookctl.evaluate.gather import Scores
 from hookctl.evaluate.packing import launch
 from hookctl.evaluate.sdpa import Piece
+from hookctl.kernels.common import proof
 from hookctl.kernels.common.guard import usable
 from hookctl.kernels.common.launch import DTYPES, WIDEST, in_one_grid, interpreting
 from hookctl.kernels.common.launch_tables import SHORT, learns_ranked, serves, short_form
 from hookctl.kernels.common.wins import MAPS, REGIONS, SHARED, TERMS, wins
 
 if TYPE_CHECKING:
-    from hookctl.attention.call import AttentionCall, ReadOut
+    from hookctl.attention.call import AttentionCall
+    from hookctl.attention.rewriting import ReadOut
 
 _HALVES = (torch.float16, torch.bfloat16)
 REGION_WIDTH = 160  # widest head of the kernels of regions and maps
@@ -39,6 +41,12 @@ def missing() -> str | None:
 
 def suits(call: AttentionCall, finished: Sum) -> str | None:
     """Why a call is faster in one launch; None where SDPA stays."""
+    reason = _gains(call, finished)
+    rows = [row for row in range(finished.rows) if row not in finished.functions]
+    return None if reason is None or (rows and refused(finished, rows)) else reason
+
+
+def _gains(call: AttentionCall, finished: Sum) -> str | None:
     q = call.q
     if q.device.type != "cuda" or q.dtype not in _HALVES or usable(q.device):
         return None
@@ -46,6 +54,8 @@ def suits(call: AttentionCall, finished: Sum) -> str | None:
         return None
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, call.k, call.v)):
         return None
+    if finished.divided:
+        return None  # a kernel would ask every text for every query
     most, keys = max((len(terms) for terms in finished.terms.values()), default=0), call.k.shape[-2]
     if (
         wins(TERMS, q.device, most, q.shape[-2])
@@ -55,6 +65,67 @@ def suits(call: AttentionCall, finished: Sum) -> str | None:
     ):
         return f"{most} terms over {keys} keys: one launch writes the output once"
     return _suits_others(call, finished)
+
+
+def served(finished: Sum, rows: Sequence[int], *, demanded: bool = False) -> list[Piece]:
+    """`evaluate`, or SDPA where the kernels prove wrong on this device.
+
+    demanded: RuntimeError in place of SDPA.
+    """
+    first = finished.terms[rows[0]][0]
+    terms = [term for row in rows for term in finished.terms[row]]
+    stacks = {
+        id(x.base): x.base for t in terms for x in (t.q, *[y for s in t.segments for y in s[:2]])
+    }
+    return proof.served(
+        form_of(finished, rows),
+        first.q.base,
+        lambda: evaluate(finished, rows),
+        lambda: sdpa.evaluate(finished, rows),
+        _flat,
+        learned=list(stacks.values()) if torch.is_grad_enabled() else (),
+        demanded=demanded,
+    )
+
+
+def refused(finished: Sum, rows: Sequence[int]) -> str | None:
+    """Why the kernels are not used for such terms on this device; None if they may be."""
+    return proof.refused(form_of(finished, rows), finished.terms[rows[0]][0].q.base)
+
+
+def form_of(finished: Sum, rows: Sequence[int]) -> str:
+    """What of a call's terms is compiled apart, in words."""
+    q = finished.terms[rows[0]][0].q.base
+    kinds = {_kind(term, finished.mask) for row in rows for term in finished.terms[row]}
+    most = max(len(finished.terms[row]) for row in rows)
+    kinds |= {"several terms"} if most > 1 else set()
+    kinds |= {"shared rows"} if _sharing(finished, rows) else set()
+    learns = torch.is_grad_enabled() and q.requires_grad
+    kinds |= {"gradients"} if learns else set()
+    return f"{DTYPES.get(q.dtype, q.dtype)}, {q.shape[-1]} channels: {'; '.join(sorted(kinds))}"
+
+
+def _kind(term: Term, mask: Tensor | None) -> str:
+    keys = sum(segment.tokens for segment in term.segments)
+    size = next((f"up to {most} keys" for most in SHORT if keys <= most), "long keys")
+    shifted = any(segment.shift is not None for segment in term.segments)
+    masked = mask is not None and any(s.mask_row is not None for s in term.segments)
+    said = {
+        "stretches": len(term.segments) > 1,
+        "bias": shifted or masked,
+        "rank-r bias": bool(term.factors),
+        "weights": isinstance(term.weight, Tensor),
+        "regions": term.regions is not None,
+        "mapped values": bool(term.maps),
+        "identity": term.value_only,
+    }
+    return " with ".join([size, *[word for word, true in said.items() if true]])
+
+
+def _flat(pieces: list[Piece]) -> Tensor:
+    """The rows of pieces in order, to compare them."""
+    rows = {row: part[i] for group, part in pieces for i, row in enumerate(group)}
+    return torch.stack([rows[row] for row in sorted(rows)])
 
 
 def evaluate(finished: Sum, rows: Sequence[int]) -> list[Piece]:
@@ -187,8 +258,15 @@ def mean_map(finished: Sum, request: ReadOut, call: AttentionCall, backend: str)
     from hookctl.kernels.map_readout import map_readout
 
     tokens = positions(request.tokens, call.q.device)
-    maps: Tensor = map_readout(term.q.tensor, term.own.k.tensor, tokens, term.scale)
-    return maps.to(call.q.dtype)
+    q, k = term.q.tensor, term.own.k.tensor
+
+    def kernel() -> Tensor:
+        maps: Tensor = map_readout(q, k, tokens, term.scale)
+        return maps.to(call.q.dtype)
+
+    return _served_read(
+        "maps", term, kernel, lambda: sdpa.columns(term, None, request.tokens).mean(1), backend
+    )
 
 
 def mean_marginals(
@@ -203,8 +281,25 @@ def mean_marginals(
     from hookctl.kernels.map_readout import key_marginals
 
     start, stop = call.spans.image_queries
-    sums: Tensor = key_marginals(term.q.tensor[..., start:stop, :], term.own.k.tensor, term.scale)
-    return sums
+    q, k = term.q.tensor[..., start:stop, :], term.own.k.tensor
+    return _served_read(
+        "marginals",
+        term,
+        lambda: key_marginals(q, k, term.scale),
+        lambda: reference.marginals(finished, request.row.index, (start, stop)).mean(1).float(),
+        backend,
+    )
+
+
+def _served_read(
+    what: str, term: Term, kernel: Callable[[], Tensor], exact: Callable[[], Tensor], backend: str
+) -> Tensor:
+    q, k = term.q.base, term.own.k.base
+    learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    form = f"{what}, {DTYPES[q.dtype]}, {q.shape[-1]} channels" + ", gradients" * learns
+    return proof.served(
+        form, q, kernel, exact, lambda x: x, learned=(q, k), demanded=backend == "triton"
+    )
 
 
 def _one_softmax(finished: Sum, request: ReadOut, call: AttentionCall, backend: str) -> Term | None:

@@ -9,7 +9,6 @@ it is seen that all attention calls go by their name, that name is watched in pl
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -145,7 +144,7 @@ class SitePort:
         self._names: Any = None  # the processor whose attention calls all go by name
         # Made beforehand: traced code can't make a mode and leave it entered at a graph break.
         self._compiled = CompiledMode(attention_ports.register(self, site.path))
-        self._running = 0  # forwards between our two hooks, in every thread
+        self._running: set[Any] = set()  # watchers of forwards between our two hooks
         self._handles: list[Any] = []  # the one that ends a forward first
 
     def install(self) -> None:
@@ -187,9 +186,8 @@ class SitePort:
             mode.__enter__()
 
     def _watch(self, watcher: SiteMode | Named) -> None:
-        with _lock:
-            self._running += 1
         by_name.enter(watcher)
+        self._running.add(watcher)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
@@ -239,15 +237,14 @@ def _raise_untouched() -> Tensor:
     raise Untouched
 
 
-_lock = threading.RLock()
 _retired: list[SitePort] = []  # removed while a forward was running
 
 
 def _leave() -> None:
-    watcher = by_name.leave()
+    watcher = by_name.watcher()
     if watcher is not None:
-        with _lock:
-            watcher.port._running -= 1
+        watcher.port._running.discard(watcher)
+    by_name.leave()
 
 
 def unwind(entered: tuple[int, int]) -> None:

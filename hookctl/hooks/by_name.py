@@ -11,7 +11,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +29,9 @@ class Watcher(Protocol):
         """An attention call of the module by its name."""
 
 
-class _Entry(NamedTuple):
+@dataclass(eq=False)
+class _Entry:
     watcher: Watcher | None  # None: nobody is to see what is called now
-    placed: bool
 
 
 class _Running(threading.local):
@@ -40,8 +41,8 @@ class _Running(threading.local):
 
 _running = _Running()
 _lock = threading.RLock()
-_uses = 0  # entries of all threads that want the function in its place
-_HIDDEN = _Entry(None, False)
+_placed: set[_Entry] = set()  # those of all threads that want the function in its place
+_HIDDEN = _Entry(None)
 
 
 def _named(*args: Any, **kwargs: Any) -> Any:
@@ -68,15 +69,15 @@ def is_free() -> bool:
 
 def enter(watcher: Watcher) -> None:
     """Let a watcher see the calls by name of the module that this thread runs from now on."""
-    _running.entries.append(_Entry(watcher, _place()))
+    entry = _Entry(watcher)
+    _running.entries.append(entry)
+    _place(entry)
 
 
-def leave() -> Watcher | None:
-    """The module has run; who watched it, None if somebody hid its calls."""
-    entry = _running.entries.pop()
-    if entry.placed:
-        _release()
-    return entry.watcher
+def leave() -> None:
+    """The module has run. Whatever an interrupt leaves undone, the next time does."""
+    _release(_running.entries[-1])
+    _running.entries.pop()
 
 
 @contextmanager
@@ -100,20 +101,16 @@ def depth() -> int:
     return len(_running.entries)
 
 
-def _place() -> bool:
-    global _uses
+def _place(entry: _Entry) -> None:
     with _lock:
-        if _uses == 0 and F.scaled_dot_product_attention is SDPA:
+        if not _placed and F.scaled_dot_product_attention is SDPA:
             F.scaled_dot_product_attention = _named
-        if F.scaled_dot_product_attention is not _named:
-            return False
-        _uses += 1
-        return True
+        if F.scaled_dot_product_attention is _named:
+            _placed.add(entry)
 
 
-def _release() -> None:
-    global _uses
+def _release(entry: _Entry) -> None:
     with _lock:
-        _uses -= 1
-        if _uses == 0 and F.scaled_dot_product_attention is _named:
+        _placed.discard(entry)
+        if not _placed and F.scaled_dot_product_attention is _named:
             F.scaled_dot_product_attention = SDPA

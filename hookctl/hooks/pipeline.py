@@ -226,12 +226,13 @@ class PipelinePort(Port):
     def __init__(
         self,
         pipe: Any,
-        started: Callable[[], None],
+        started: Callable[[dict[str, Any]], None],
         prepared: Callable[[], None],
         texts: Callable[[dict[str, Any]], None],
     ) -> None:
-        """started: at the start of a run; prepared: while one is prepared, where no method of the
-        pipeline's stands for its start alone (Z-Image); texts: of what is encoded."""
+        """started: at the start of a run, with what the pipeline checks of its call; prepared:
+        while one is prepared, where no method of the pipeline's stands for its start alone
+        (Z-Image); texts: of what is encoded."""
         super().__init__()
         self.pipe, self._started, self._prepared, self._texts = pipe, started, prepared, texts
 
@@ -239,7 +240,7 @@ class PipelinePort(Port):
         pipe = self.pipe
         checks = hasattr(pipe, "check_inputs")
         if checks:
-            self._watch(pipe, "check_inputs", lambda given: self._started())
+            self._watch(pipe, "check_inputs", self._started)
         elif hasattr(pipe, "prepare_latents"):
             self._watch(pipe, "prepare_latents", lambda given: self._prepared())
 
@@ -257,6 +258,9 @@ class PipelinePort(Port):
         signature = inspect.signature(getattr(pipe, name))
 
         def watched(original: Inner, args: Any, kwargs: Any) -> Any:
+            # A pipeline may write its template into the list of prompts that its caller holds.
+            args = tuple(list(a) if isinstance(a, list) else a for a in args)
+            kwargs = {k: list(a) if isinstance(a, list) else a for k, a in kwargs.items()}
             note(dict(signature.bind(*args, **kwargs).arguments))
             return original(*args, **kwargs)
 

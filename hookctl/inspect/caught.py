@@ -70,11 +70,14 @@ def probe(pipe: Any, **arguments: Any) -> Probed:
     holes = {fact.site.path: fact.how for fact in facts if not fact.caught}
     left = set(described) - set(holes)
     while left:
-        editor = Probe(frozenset(left))
+        editor, finished = Probe(frozenset(left)), False
         try:
-            with control(pipe, editor, strict=False):
+            with control(pipe, editor):
                 pipe(**arguments)
+                finished = True
         except HoleError as error:
+            if finished:  # of sites that never ran: they are told below
+                break
             path = next((p for p in left if str(error).startswith(f"{p} ran")), None)
             if path is None:
                 raise
@@ -82,9 +85,11 @@ def probe(pipe: Any, **arguments: Any) -> Probed:
             holes |= dict.fromkeys(alike, str(error).partition(": ")[2])
             left -= alike
             continue
-        silent = tuple(path for path in described if path in left and path not in editor.seen)
-        return Probed(editor.seen, holes, silent)
-    return Probed({}, holes, ())
+        break
+    else:
+        return Probed({}, holes, ())
+    silent = tuple(path for path in described if path in left and path not in editor.seen)
+    return Probed(editor.seen, holes, silent)
 
 
 def _alike(path: str, left: set[str], described: dict[str, nn.Module]) -> set[str]:

@@ -64,7 +64,7 @@ class Survey:
     scheduler: str | None
     latent: tuple[int, int] | None
     joint_order: str | None
-    layout: Layout
+    layout: Layout | None
     text: tuple[tuple[str, int, int | None], ...] | str
     sites: tuple[SiteFacts, ...]
     elsewhere: tuple[tuple[str, str], ...]
@@ -92,7 +92,9 @@ class Survey:
             "scheduler": self.scheduler,
             "latent": self.latent,
             "joint_order": self.joint_order,
-            "guidance": {
+            "guidance": None
+            if self.layout is None
+            else {
                 "one_call": {str(n): list(names) for n, names in self.layout.groups.items()},
                 "calls_of_a_step": list(self.layout.sequential),
             },
@@ -165,7 +167,9 @@ def _facts(survey: Survey) -> Iterator[str]:
         yield f"guidance     {_guidance(survey.layout)}"
 
 
-def _guidance(layout: Layout) -> str:
+def _guidance(layout: Layout | None) -> str:
+    if layout is None:
+        return "not declared; give rows= to control()"
     if layout.sequential:
         return f"a call each, in this order: {', '.join(layout.sequential)}"
     return "rows of one call: " + "; or ".join(", ".join(g) for g in layout.groups.values())
@@ -178,20 +182,18 @@ def survey(target: Any) -> Survey:
     latent = _latent(denoiser)
     described = families.describe_sites(denoiser)
     facts = tuple(_site_facts(site, module, latent) for site, module in described)
-    paths = {site.path for site, _ in described}
     return Survey(
         denoiser=type(denoiser).__name__,
         pipeline=None if pipe is None else type(pipe).__name__,
         scheduler=None if pipe is None else type(getattr(pipe, "scheduler", None)).__name__,
         latent=latent,
         joint_order=families.joint_order(denoiser),
-        layout=pipelines.layout_of(pipe),
+        layout=_layout(pipe),
         text=_text(pipe),
         sites=facts,
         elsewhere=tuple(
-            (path, type(module.processor).__name__)
-            for path, module in denoiser.named_modules()
-            if path not in paths and hasattr(module, "to_q") and hasattr(module, "processor")
+            (path, type(families.processor_of(denoiser.get_submodule(path))).__name__)
+            for path in families.softmax_free(denoiser)
         ),
     )
 
@@ -234,6 +236,11 @@ def _latent(denoiser: nn.Module) -> tuple[int, int] | None:
     if isinstance(size, list | tuple) and len(size) >= 2:
         return (int(size[-2]), int(size[-1]))
     return None
+
+
+def _layout(pipe: Any) -> Layout | None:
+    """The layout of a pipeline that is declared."""
+    return None if families.pipeline_of(pipe) is None else pipelines.layout_of(pipe)
 
 
 def _text(pipe: Any) -> tuple[tuple[str, int, int | None], ...] | str:

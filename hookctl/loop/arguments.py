@@ -9,9 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from hookctl.address import families
 from hookctl.address.rows import PERTURBED
+from hookctl.attention.query_lists import TextPlace
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.hooks.caches import cache_at
 from hookctl.loop.state import State
@@ -23,12 +25,17 @@ _IDS = "txt_ids"  # position of each text token: none of them has one
 
 
 def widen(state: State, extra: Mapping[str, Tensor]) -> None:
-    """Append texts, name -> [1 | rows | batch, tokens, channels], to the call's own embeddings."""
+    """Append texts, name -> [1 | rows | batch, tokens, channels], to the call's own embeddings.
+
+    One text for all rows stands in one of them, where the model allows it, and is projected once.
+    """
     own = state.kwargs.get(state.text) if state.text else None
     if not isinstance(own, Tensor):
         raise UnsupportedError("this denoiser call has no text embeddings to widen")
     _check_widens(state)
     parts, end = [own], own.shape[1]
+    alone = len(state.rows) > 1 and state.projects_texts_alone
+    once: dict[str, Tensor] = {}
     for name, text in extra.items():
         if (
             text.dim() != 3
@@ -39,11 +46,16 @@ def widen(state: State, extra: Mapping[str, Tensor]) -> None:
                 f"context {name!r} is {tuple(text.shape)}; give "
                 f"[1 or {len(state.rows)}, tokens, {own.shape[2]}]"
             )
-        # Video models repeat a row's text for every frame.
-        text = text.to(own).repeat_interleave(own.shape[0] // text.shape[0], 0)
-        parts.append(text)
-        state.extra_text[name] = (end, end + text.shape[1])
+        if alone and text.shape[0] == 1:
+            once[name] = text[0].to(own)
+            continue
+        parts.append(_repeated(text, own))
+        state.extra_text[name] = TextPlace(end, end + text.shape[1])
         end += text.shape[1]
+    if once:
+        block = _over_rows(state, once, end)
+        parts.append(_repeated(block, own))
+        end += block.shape[1]
     for name in _MASKS:
         mask = state.kwargs.get(name)
         if isinstance(mask, Tensor):
@@ -78,6 +90,24 @@ def _check_widens(state: State) -> None:
             f"{name} pools its text into one vector that acts on the whole image, so it can't be "
             "widened"
         )
+
+
+def _repeated(text: Tensor, own: Tensor) -> Tensor:
+    """Video models repeat a row's text for every frame."""
+    return text.to(own).repeat_interleave(own.shape[0] // text.shape[0], 0)
+
+
+def _over_rows(state: State, texts: Mapping[str, Tensor], start: int) -> Tensor:
+    """Texts [tokens, channels], each in the row that has least so far: [rows, tokens, channels]."""
+    none = next(iter(texts.values()))[:0]
+    rows = [[none] for _ in state.rows]
+    ends = [start] * len(rows)
+    for name, text in texts.items():
+        row = ends.index(min(ends))
+        rows[row].append(text)
+        state.extra_text[name] = TextPlace(ends[row], ends[row] + len(text), row)
+        ends[row] += len(text)
+    return pad_sequence([torch.cat(parts) for parts in rows], batch_first=True)
 
 
 def narrow(state: State, kwargs: dict[str, Any]) -> None:

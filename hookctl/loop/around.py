@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from hookctl.editor import Editor, tell
-from hookctl.errors import InputError
+from hookctl.errors import InputError, naming
 from hookctl.loop.state import FeatureCall, Predictions, State
 
 CALL, STEP = "denoiser call", "step"
@@ -38,7 +38,8 @@ def before(one: Attached, state: State) -> None:
 
 def added(one: Attached, hook: str, state: State) -> dict[str, Any]:
     """What an editor adds to a denoiser call by "branches" or "context": by name."""
-    found = getattr(one.editor, hook)(state)
+    with naming(one.editor.name, hook):
+        found = getattr(one.editor, hook)(state)
     if found is not None and not isinstance(found, Mapping):
         kind = "Branch" if hook == "branches" else "embeddings [1 | rows, tokens, channels]"
         raise InputError(
@@ -52,7 +53,8 @@ def added(one: Attached, hook: str, state: State) -> dict[str, Any]:
 
 def denoise(one: Attached, state: State, proceed: Callable[[], Any]) -> Any:
     """What the denoiser call becomes with an editor round it."""
-    out = one.editor.denoise(state, proceed)
+    with naming(one.editor.name, "denoise"):
+        out = one.editor.denoise(state, proceed)
     if out is None:
         raise InputError(f"{one.editor.name}.denoise returned None; return what proceed() returns")
     _note(one, "denoise", state, "stood round the call", CALL)
@@ -72,7 +74,8 @@ def combine(one: Attached, predictions: Predictions) -> Tensor:
     """The prediction that an editor makes of those of a step."""
     guided = predictions.guided
     given = _mark(guided)
-    found = one.editor.combine(predictions)
+    with naming(one.editor.name, "combine"):
+        found = one.editor.combine(predictions)
     if not isinstance(found, Tensor) or found.shape != guided.shape:
         kind = tuple(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
         raise InputError(

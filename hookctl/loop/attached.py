@@ -25,7 +25,7 @@ class Entry:
 
     pipe: its pipeline, None for a bare denoiser; maps, log: its store of maps and its report;
     strict: an edited site that does not run is an error; check_finite: whether NaN and infinity are
-    looked for at every step.
+    looked for at every step; texts: what embeddings in place of prompts say, None if untold.
     clock: of the last denoiser call, None before the first. called, elsewhere: whether the pipeline
     called its denoiser where the session was entered, and in another thread or task.
     expected, ran: the sites whose calls an editor was to be shown, and those that ran.
@@ -41,6 +41,7 @@ class Entry:
     log: Any  # of `hookctl.report`
     strict: bool = True
     check_finite: bool = True
+    texts: tuple[str, ...] | None = None
     clock: Clock | None = None
     called: bool = False
     elsewhere: bool = False

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hookctl.address import pipelines
+from hookctl.address import families, pipelines
 from hookctl.address.rows import COND, PERTURBED, Row, Rows
 from hookctl.errors import ConflictError, InputError, LayoutError, UnsupportedError
 from hookctl.loop.arguments import check_rows_can_change, rows_are_fixed, take_rows
@@ -136,7 +136,8 @@ def _check_batch(state: State) -> None:
 def _check_present(state: State, name: str, branch: Branch) -> None:
     """Raise LayoutError for a branch of something that no call of this pipeline predicts."""
     own = {row.branch for row in state.rows}
-    sequential = set(pipelines.layout_of(state.pipe).sequential)
+    declared = families.pipeline_of(state.pipe) is not None
+    sequential = set(pipelines.layout_of(state.pipe).sequential if declared else ())
     # Skip-layer guidance has its own rows in a call of their own.
     if (own | sequential) != {PERTURBED} and branch.of not in own | sequential:
         raise LayoutError(

@@ -101,11 +101,13 @@ class Denoising:
         self._acting = {}
         given = [entry.rows for entry in self.entries if entry.rows is not None]
         self.run.branches = given[-1] if given else None
+        stated = [entry.texts for entry in self.entries if entry.texts is not None]
+        self.run.stated = stated[-1] if stated else ()
 
-    def restarted(self) -> None:
-        """The pipeline was called."""
+    def restarted(self, checked: dict[str, Any] | None = None) -> None:
+        """The pipeline was called; checked: what it checks of its call, by name."""
         self._check_models()
-        self.run.restart()
+        self.run.restart(checked)
 
     def prepared(self) -> None:
         """The pipeline prepares a run: a new one, if the last has got as far as the denoiser."""

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from hookctl.address import families, pipelines
 from hookctl.address.clock import Timekeeper
-from hookctl.address.latent import latent_grid, text_tokens
-from hookctl.address.rows import COND, Layout, Row, Rows, resolve_rows
+from hookctl.address.latent import image_tokens, latent_grid, text_tokens
+from hookctl.address.rows import Row, Rows, branch_of, copied, resolve_rows
 from hookctl.address.text import prompts_given
 from hookctl.errors import InputError, LayoutError
 from hookctl.loop.driven import Driven, Scaling, driven, reading_of
@@ -28,12 +28,16 @@ class Run:
 
     def __init__(self, pipe: Any, branches: tuple[str, ...] | None = None) -> None:
         self.pipe, self.branches = pipe, branches
-        self.layout: Layout = pipelines.layout_of(pipe)
+        self.stated: tuple[str, ...] = ()  # what embeddings in place of prompts say
         self.keeper = Timekeeper()
         self.restart()
 
-    def restart(self) -> None:
-        """The pipeline was called: nothing is known of this run yet."""
+    def restart(self, checked: dict[str, Any] | None = None) -> None:
+        """The pipeline was called: nothing is known of this run yet.
+
+        checked: what it checks of its call, which tells the prompts where none are encoded apart.
+        """
+        self._checked = checked or {}
         self.prompts: tuple[str, ...] = ()
         self.count: int | None = None
         self.images_per_prompt = 1
@@ -62,8 +66,21 @@ class Run:
         if isinstance(prompt, str | list | tuple):
             self.prompts = prompts_given(self.pipe, given)
             self.count = 1 if isinstance(prompt, str) else len(prompt)
-        elif isinstance(given.get("prompt_embeds"), Tensor):
-            self.count = given["prompt_embeds"].shape[0]
+            if getattr(self.pipe, "free_noise_enabled", False):  # texts of the frames of one video
+                self.prompts, self.count = self.prompts[:1], 1
+            if self.stated and self.stated != self.prompts:
+                raise InputError(
+                    f"control: texts={self.stated} say what embeddings mean, but the pipeline was "
+                    f"called with the prompts {self.prompts}; leave texts out, or call it with "
+                    "prompt_embeds="
+                )
+        elif isinstance(given.get("prompt_embeds"), Tensor | list):
+            self.count = len(given["prompt_embeds"])
+            if self.stated and len(self.stated) != self.count:
+                raise InputError(
+                    f"control: texts={self.stated} for {self.count} embeddings; give one for each"
+                )
+            self.prompts = self.stated
         told = [value for name, value in given.items() if name.startswith("num_")]
         self._told = bool(told)
         self.images_per_prompt = next((v for v in told if isinstance(v, int)), 1)
@@ -95,9 +112,9 @@ class Run:
         sample = next(iter(arguments))
         given = arguments[sample]
         if isinstance(given, list):
-            batch, latent = len(given), tuple(given[0].shape[1:])
+            latent = tuple(given[0].shape[1:])
         else:
-            batch, latent = given.shape[0], latent_grid(given, arguments, denoiser)
+            latent = latent_grid(given, arguments, denoiser)
         time = next((arguments[name] for name in _TIMES if name in arguments), None)
         schedule = getattr(getattr(self.pipe, "scheduler", None), "timesteps", None)
         if call is not None:
@@ -110,7 +127,7 @@ class Run:
         return State(
             denoiser=denoiser,
             pipe=self.pipe,
-            rows=self._rows(batch, branch, outer) if call is None else call.rows,
+            rows=self._rows(denoiser, given, branch, outer) if call is None else call.rows,
             clock=clock,
             kwargs=arguments,
             sample=sample,
@@ -121,6 +138,7 @@ class Run:
             scaling=self._scaling(given) if call is None else call.scaling,
             grid=latent,
             nested=outer is not None or (call is not None and not call.stepping),
+            images_in_sequence=image_tokens(given, arguments, denoiser),
             own_text=text_tokens(arguments.get(text) if text else None, arguments, denoiser),
             reading=reading_of(denoiser),
         )
@@ -145,7 +163,10 @@ class Run:
         bound.arguments.update(_own_lists(state.kwargs))
         return bound.args[1:], bound.kwargs
 
-    def _rows(self, batch: int, branch: str | None, outer: State | None) -> Rows:
+    def _rows(
+        self, denoiser: nn.Module, given: Any, branch: str | None, outer: State | None
+    ) -> Rows:
+        batch = len(given)
         if outer is not None and outer.asking is not None:
             return outer.asking
         if outer is not None and batch == len(outer.rows):
@@ -163,21 +184,22 @@ class Run:
                     for i in range(size)
                 ]
             )
-        guided = pipelines.is_guided(self.pipe)
-        count = self.count
-        groups = max(self.layout.groups)
-        if count is None and guided and not self.layout.sequential and batch % groups == 0:
-            count = batch // groups
-        if not self._told and count and guided is not None:
-            branches = 2 if guided and not self.layout.sequential else 1
-            self.images_per_prompt, self._told = max(1, batch // (count * branches)), True
+        layout, guided = pipelines.layout_of(self.pipe, denoiser), pipelines.is_guided(self.pipe)
+        if self.count is None and (prompt := self._checked.get("prompt")):
+            self.count, self._told = 1 if isinstance(prompt, str) else len(prompt), False
+        if self.count is None and layout.images(batch, guided) is None:
+            self.count = copied(given, layout.known(guided))
+        if not self._told and self.count:
+            images = layout.images(batch, guided)
+            if images is not None and images % self.count == 0:
+                self.images_per_prompt, self._told = images // self.count, True
         return resolve_rows(
             batch,
-            self.layout,
-            prompts=count,
+            layout,
+            prompts=self.count,
             images_per_prompt=self.images_per_prompt,
             guided=guided,
-            branch=_branch(branch),
+            branch=branch_of(branch),
             call=self.keeper.calls,
         )
 
@@ -211,13 +233,6 @@ def _signature_of(forward: Callable[..., Any]) -> inspect.Signature:
 def _own_lists(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments whose lists are copies: some models take the entries out of theirs one by one."""
     return {k: list(v) if type(v) is list else v for k, v in arguments.items()}
-
-
-def _branch(name: str | None) -> str | None:
-    """The branch that a pipeline's name for a call means; None if it names several."""
-    if name is None or name == "cond_uncond":
-        return None
-    return {"cond": COND, "pred_cond": COND, "pred_uncond": "uncond"}.get(name, name)
 
 
 def check_batch(state: State, prompts: int, who: str) -> None:

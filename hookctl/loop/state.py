@@ -10,13 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hookctl.address import families
 from hookctl.address.clock import Clock
 from hookctl.address.rows import COND, Rows
+from hookctl.address.sites import ImageTokens
+from hookctl.attention.query_lists import TextPlace
 from hookctl.errors import InputError, LayoutError, UnsupportedError
 from hookctl.evaluate.one_call import Reader
 from hookctl.loop.driven import Reading, Scaling
 
 Proceed = Callable[[], Any]
+
+# Denoisers that attend to the text by cross-attention alone, over projections of its tokens.
+_TOKEN_BY_TOKEN = (
+    "UNet2DConditionModel",
+    "UNet3DConditionModel",
+    "UNetMotionModel",
+    "PixArtTransformer2DModel",
+    "WanTransformer3DModel",
+)
 
 
 @dataclass(eq=False)
@@ -41,8 +53,9 @@ class State:
 
     For those who make calls of their own (`loop.calls.predict`):
     scaling: how the scheduler made the model input from the latents, None where it is the latents.
+    images_in_sequence: the images that stand in one sequence, where the arguments tell them.
     own_text: tokens of the pipeline's own text; extra_text: where texts that editors added stand
-        behind it, name -> (start, stop).
+        behind it, by name.
     own_rows: how many rows are the pipeline's own, None for all.
     asking: the rows of a call that an editor makes inside this one, None for this one's.
     reading: whose maps the call is made for, None for an ordinary one (`energy`).
@@ -63,8 +76,9 @@ class State:
     scaling: Scaling | None = None
     grid: tuple[int, ...] = ()
     nested: bool = False
-    extra_text: dict[str, tuple[int, int]] = field(default_factory=dict)
+    extra_text: dict[str, TextPlace] = field(default_factory=dict)
     own_text: int | None = None
+    images_in_sequence: ImageTokens | None = None
     own_rows: int | None = None
     asking: Rows | None = None
     reading: Reading | None = None
@@ -77,6 +91,12 @@ class State:
     def reader(self) -> Reader | None:
         """Whose read-outs alone are served in this call, None for everyone's."""
         return None if self.reading is None else Reader(self.reading.reader)
+
+    @property
+    def projects_texts_alone(self) -> bool:
+        """Whether the denoiser makes keys and values of each text token for itself, so that it
+        does not matter in which batch row a text stands."""
+        return type(families.uncompiled(self.denoiser)).__name__ in _TOKEN_BY_TOKEN
 
     @property
     def latents(self) -> Tensor:

@@ -160,7 +160,7 @@ def prepare(pipe: Any, arguments: Mapping[str, Any], prompts: int, images: int) 
     ports: list[Any] = [
         DenoiserPort(denoiser, caught),
         SchedulerPort(pipe.scheduler, lambda step, given: step(**given), scaled),
-        PipelinePort(pipe, lambda: None, lambda: None, encoded),
+        PipelinePort(pipe, lambda given: None, lambda: None, encoded),
         Patch(pipe, "_progress_bar_config", {"disable": True}),
     ]
 

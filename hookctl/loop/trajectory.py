@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from hookctl.address import families
+from hookctl.arguments import checked, refusal
 from hookctl.errors import InputError
+from hookctl.loop.checks import broadcasts, check_noise, texts_of
 from hookctl.loop.driven import Adjust, Scaling, adjusted, driving
 from hookctl.loop.guidance import Guidance, Scales, combined, guidance_scales, needed_branches
 from hookctl.loop.images import decode
@@ -47,6 +49,7 @@ class Trajectory:
     Raises UnsupportedError for pipelines whose loop is more than a denoiser call, guidance, a step.
     """
 
+    @checked()
     def __init__(
         self,
         pipe: Any,
@@ -61,9 +64,8 @@ class Trajectory:
         eta: float = 0.0,
         **arguments: Any,
     ) -> None:
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not texts or any(not isinstance(text, str) for text in texts):
-            raise InputError(f"prompts={prompts!r}; give a text or several")
+        texts = texts_of(prompts)
+        check_noise(pipe, len(texts) * images, eta, generator, latents)
         if guidance > 1 and negative is not None:
             arguments["negative_prompt"] = (
                 [negative] * len(texts) if isinstance(negative, str) else list(negative)
@@ -93,6 +95,7 @@ class Trajectory:
     # -- the operations ------------------------------------------------------------------------
 
     @torch.no_grad()
+    @checked()
     def denoise(
         self,
         i: int,
@@ -139,6 +142,7 @@ class Trajectory:
         return x
 
     @torch.no_grad()
+    @checked()
     def invert(
         self,
         i: int,
@@ -174,6 +178,7 @@ class Trajectory:
         self.latents, self.level = found, i
         return found
 
+    @checked()
     def renoise(self, i: int, j: int, generator: Generators) -> Tensor:
         """Diffuse from level i to the noisier level j with fresh noise from the generator(s)."""
         self._at(i, "renoise", last=self.steps)
@@ -190,6 +195,7 @@ class Trajectory:
         self.level = j
         return self.latents
 
+    @checked()
     def write(
         self, latents: Tensor, mask: Tensor | None = None, *, level: int | None = None
     ) -> None:
@@ -205,6 +211,9 @@ class Trajectory:
             raise InputError(f"latents {tuple(latents.shape)}; this run draws {tuple(now.shape)}")
         new = latents.to(now).expand_as(now)
         if mask is not None:
+            if not broadcasts(mask, now):
+                wanted = f"one that broadcasts to the latents {tuple(now.shape)}"
+                raise refusal("Trajectory.write: mask", mask, wanted)
             m = mask.to(now)
             new = m * new + (1 - m) * now
         self.latents = new
@@ -216,6 +225,7 @@ class Trajectory:
             self.denoise(i, **options)
         return self.latents
 
+    @checked()
     def decode(self, output_type: str = "pil") -> Any:
         """The latents as images, as the pipeline's own output_type= has them."""
         return decode(self.pipe, self.latents, output_type, size=self.size)

@@ -13,6 +13,7 @@ from hookctl.address.pipelines import is_guided
 from hookctl.address.rows import COND, UNCOND, Row
 from hookctl.address.sites import Grid, Selector, Site, select
 from hookctl.address.text import PromptText, TextLayout, prompts_given
+from hookctl.arguments import checked
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import Editor
 from hookctl.errors import InputError, SelectorError, UnsupportedError, WordError
@@ -61,6 +62,7 @@ class Maps(Editor):
     _prompts: RunState[tuple[str, ...]] = RunState(())
     _found: RunState[dict[tuple[str, int], Found]] = RunState(factory=dict)
 
+    @checked(own=("words", "tokens", "patches", "negative", "mean"))
     def __init__(
         self,
         *words: str,
@@ -130,7 +132,7 @@ class Maps(Editor):
         if not state.prompts:
             raise InputError(
                 "Maps: the pipeline was called without text prompts (with embeddings?), so words "
-                "can't be found; call it with prompt=, or give tokens="
+                "can't be found; call it with prompt=, or give tokens=, or control(..., texts=)"
             )
         self._prompts = self._negatives(state) if self.negative else state.prompts
         texts = [self._layout.read(prompt, state.own_text) for prompt in self._prompts]

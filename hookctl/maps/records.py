@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hookctl.address.rows import COND
 from hookctl.address.sites import Site
+from hookctl.arguments import checked
 from hookctl.errors import InputError
 from hookctl.inspect import notebook, show
 
@@ -152,6 +153,7 @@ class WordMaps:
         heat = show.heatmap(self.mean().detach().cpu())
         return notebook.html_lines([repr(self)]) + notebook.html_image(heat, self.word)
 
+    @checked(own=("grid",))
     def where(
         self,
         *,

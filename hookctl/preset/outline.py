@@ -83,7 +83,12 @@ def outline() -> Outline:
     spec = find_spec("hookctl.recipes")
     assert spec is not None and spec.origin is not None  # a package of ours
     recipes = Path(spec.origin).parent
-    files = [*package.glob("*.py"), *package.glob("loop/*.py"), *sorted(recipes.rglob("*.py"))]
+    files = [
+        *package.glob("*.py"),
+        *package.glob("maps/*.py"),
+        *package.glob("loop/*.py"),
+        *sorted(recipes.rglob("*.py")),
+    ]
     classes = {name: found for path in files for name, found in _classes(path)}
     names = ["Maps", *_all(recipes / "__init__.py")]
     kinds = {

@@ -6,14 +6,16 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from hookctl import bounds
+
 
 @dataclass(frozen=True)
 class Setting:
     """One thing that a file or the command line says of a run.
 
-    hint: the type of its value in a file; help, metavar: of its option; least: the smallest whole
-    number that will do; argument: of a pipeline's call that it becomes, None if it becomes none by
-    itself; draws: whether it says how images are drawn, whatever they show.
+    hint: the type of its value in a file; help, metavar: of its option; least, most: the smallest
+    and the greatest whole number that will do; argument: of a pipeline's call that it becomes, None
+    if it becomes none by itself; draws: whether it says how images are drawn, whatever they show.
     """
 
     name: str
@@ -23,11 +25,14 @@ class Setting:
     least: int | None = None
     argument: str | None = None
     draws: bool = True
+    most: int = bounds.SEED
 
     def lacks(self, value: Any) -> str | None:
         """What would do in place of a value of the right type, None if it will do."""
-        if self.least is not None and not self.least <= value < 2**63:
+        if self.least is not None and value < self.least:
             return f"a whole number >= {self.least}"
+        if self.least is not None and value > self.most:
+            return f"a whole number of at most {self.most}"
         if self.hint is float and not math.isfinite(value):
             return "a number"
         return None
@@ -45,7 +50,15 @@ SETTINGS = {
         Setting("prompt", str, "of the source image", "TEXT", draws=False),
         Setting("edit", str | list[str], "the edited prompt; may be repeated", "TEXT", draws=False),
         Setting("seed", int, "of the first noise (default: 0)", "N", 0),
-        Setting("steps", int, "of the sampler (default: 30)", "N", 1, "num_inference_steps"),
+        Setting(
+            "steps",
+            int,
+            "of the sampler (default: 30)",
+            "N",
+            1,
+            "num_inference_steps",
+            most=bounds.STEPS,
+        ),
         Setting(
             "guidance",
             float,
@@ -55,9 +68,15 @@ SETTINGS = {
         ),
         Setting("negative", str, "negative prompt", "TEXT", argument="negative_prompt"),
         Setting(
-            "images", int, "images of each prompt (default: 1)", "N", 1, "num_images_per_prompt"
+            "images",
+            int,
+            "images of each prompt (default: 1)",
+            "N",
+            1,
+            "num_images_per_prompt",
+            most=bounds.IMAGES,
         ),
-        Setting("width", int, _OWN, "PX", 1, "width"),
-        Setting("height", int, _OWN, "PX", 1, "height"),
+        Setting("width", int, _OWN, "PX", 1, "width", most=bounds.SIDE),
+        Setting("height", int, _OWN, "PX", 1, "height", most=bounds.SIDE),
     )
 }

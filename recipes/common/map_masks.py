@@ -20,11 +20,11 @@ from hookctl.address.regions import region_of
 from hookctl.address.rows import COND, Row
 from hookctl.address.sites import Grid, Site
 from hookctl.address.text import PromptText
+from hookctl.arguments import for_each, number, refusal
 from hookctl.attention.call import AttentionCall
 from hookctl.errors import InputError
 from hookctl.loop.state import State
 from hookctl.maps import MapSums, map_of
-from hookctl.recipes.common.arguments import for_each, number, refusal
 from hookctl.recipes.common.first_pixels import first_pixels
 from hookctl.recipes.common.sites import layout_resolution
 from hookctl.run_state import RunState

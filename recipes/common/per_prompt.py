@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hookctl.address.regions import Region, RegionLike, region_of
 from hookctl.address.rows import Rows
+from hookctl.arguments import number, refusal, text_or_embeddings
 from hookctl.errors import InputError
-from hookctl.recipes.common.arguments import number, refusal, text_or_embeddings
 
 T = TypeVar("T")
 

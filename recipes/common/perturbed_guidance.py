@@ -20,12 +20,12 @@ from torch import Tensor
 from hookctl.address.clock import Clock
 from hookctl.address.rows import COND
 from hookctl.address.sites import Selector
+from hookctl.arguments import checked, number, text
 from hookctl.editor import Claim, Editor
 from hookctl.loop.branches import Branch
 from hookctl.loop.state import Predictions, State
 from hookctl.recipes.common.added_guidance import with_added
-from hookctl.recipes.common.arguments import number, text
-from hookctl.recipes.common.sites import middle_sites
+from hookctl.recipes.common.sites import IMAGE_KINDS, image_sites, middle_sites
 from hookctl.run_state import RunState
 
 
@@ -37,8 +37,10 @@ class PerturbedGuidance(Editor):
     block of a transformer. start, stop: fractions of the schedule.
     """
 
+    kinds: Sequence[str] = IMAGE_KINDS  # of the sites that can be perturbed
     sites: RunState[Selector] = RunState(None)
 
+    @checked()
     def __init__(
         self,
         scale: float,
@@ -64,6 +66,7 @@ class PerturbedGuidance(Editor):
     def attach(self, target: Any) -> None:
         given = self.given_sites
         self.sites = middle_sites(self.name, target) if given is None else given
+        image_sites(self.name, target, self.sites, self.kinds)
 
     def scale_at(self, clock: Clock) -> float:
         """s at this time."""

@@ -22,10 +22,14 @@ class PromptTexts:
     def read(self, tokens: int | None = None) -> list[PromptText]:
         """The prompts in a text of so many tokens, by default as many as the encoder has.
 
-        Raises InputError for a prompt that does not fit.
+        All are of one length, that of the longest where the encoder has no length of its own.
         """
         if tokens not in self._texts:
-            self._texts[tokens] = [self._layout.read(prompt, tokens) for prompt in self._prompts]
+            texts = [self._layout.read(prompt, tokens) for prompt in self._prompts]
+            longest = max(text.tokens for text in texts)
+            if any(text.tokens < longest for text in texts):
+                texts = [self._layout.read(prompt, longest) for prompt in self._prompts]
+            self._texts[tokens] = texts
         return self._texts[tokens]
 
 

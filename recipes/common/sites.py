@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -21,14 +21,29 @@ def sites_of(target: Any) -> list[Site]:
     return list(families.sites_of(target))
 
 
-def image_sites(who: str, target: Any, selector: Selector) -> tuple[Site, ...]:
+def image_sites(
+    who: str, target: Any, selector: Selector, kinds: Sequence[str] = IMAGE_KINDS
+) -> tuple[Site, ...]:
     """The selected sites of a pipeline; InputError if the image does not attend to itself there."""
+    wanted = "where the image attends to itself, such as 'self up'"
+    return _sites_of_kinds(who, target, selector, kinds, wanted)
+
+
+def text_sites(who: str, target: Any, selector: Selector) -> tuple[Site, ...]:
+    """The selected sites of a pipeline; InputError if the image does not see the text there."""
+    wanted = "where the image attends to the text, such as 'cross, joint'"
+    return _sites_of_kinds(who, target, selector, TEXT_KINDS, wanted)
+
+
+def _sites_of_kinds(
+    who: str, target: Any, selector: Selector, kinds: Sequence[str], wanted: str
+) -> tuple[Site, ...]:
     chosen = select(sites_of(target), selector, who=who)
     for site in chosen:
-        if site.kind not in IMAGE_KINDS:
+        if site.kind not in kinds:
             raise InputError(
                 f"{who}: sites={selector!r} holds {site.path}, a {site.kind} site; give sites "
-                "where the image attends to itself, such as 'self up'"
+                f"{wanted}"
             )
     return chosen
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from hookctl.address.rows import COND, Row, Rows
+from hookctl.arguments import checked, is_list, is_text, refusal
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import Editor
 from hookctl.errors import HookctlWarning, InputError, UnsupportedError
+from hookctl.loop.run import check_batch
 from hookctl.loop.state import State
-from hookctl.recipes.common.arguments import refusal
 from hookctl.run_state import RunState
 from hookctl.session import control
 
@@ -30,9 +31,10 @@ class SourceAndEdits(Editor):
     one_noise = True
     _pairs: RunState[tuple[Rows, list[tuple[Row, Row]]] | None] = RunState(None)
 
+    @checked(own=("prompts",))
     def __init__(self, prompts: Sequence[str]) -> None:
-        texts = [] if isinstance(prompts, str) else list(prompts)
-        if len(texts) < self.least or any(not isinstance(text, str) for text in texts):
+        texts = list(prompts) if is_list(prompts) else []
+        if len(texts) < self.least or not all(map(is_text, texts)):
             wanted = "the source prompt" + " and at least one edit" * (self.least > 1)
             raise refusal(f"{self.name}: prompts", prompts, f"{wanted}, as a list of texts")
         self.prompts = texts
@@ -42,14 +44,24 @@ class SourceAndEdits(Editor):
         """Indices of the edits among the prompts."""
         return range(1, len(self.prompts))
 
+    @property
+    def needs_words(self) -> bool:
+        """Whether the words of the prompts are looked for; else embeddings will do."""
+        return False
+
     def begin(self, state: State) -> None:
-        if list(state.prompts) == self.prompts:
-            return self._check_noise(state)
-        given = list(state.prompts) or "embeddings instead of prompts"
-        raise InputError(
-            f"{self.name} edits {self.prompts}, but the pipeline was called with {given}; call "
-            "pipe(edit.prompts, ...)"
-        )
+        if not state.prompts and not self.needs_words:
+            check_batch(state, len(self.prompts), self.name)
+        elif list(state.prompts) != self.prompts:
+            given, cure = f"{list(state.prompts)}", "call pipe(edit.prompts, ...)"
+            if not state.prompts:
+                given = "embeddings instead of prompts"
+                cure += ", or say what they mean: control(pipe, edit, texts=edit.prompts)"
+            raise InputError(
+                f"{self.name} edits {self.prompts}, but the pipeline was called with {given}; "
+                f"{cure}"
+            )
+        self._check_noise(state)
 
     def _check_noise(self, state: State) -> None:
         """Warn if an edit starts from another noise than its source: it shows another image."""
@@ -89,6 +101,7 @@ class SourceAndEdits(Editor):
             self._pairs = call.rows, pairs
         return self._pairs[1]
 
+    @checked()
     def generators(self, seed: int = 0, images: int = 1, device: str = "cpu") -> list[Any]:
         """One generator for each image: every prompt starts from the same noises.
 
@@ -100,6 +113,7 @@ class SourceAndEdits(Editor):
             for j in range(images)
         ]
 
+    @checked()
     def run(
         self, pipe: Any, *editors: Editor, seed: int = 0, images: int = 1, **arguments: Any
     ) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hookctl.address.clock import Clock, Window
 from hookctl.address.text import PromptText
-from hookctl.recipes.common.arguments import refusal
+from hookctl.arguments import refusal
 from hookctl.recipes.common.prompt_texts import positions_of
 
 WindowLike = float | tuple[float, float]

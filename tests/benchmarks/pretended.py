@@ -36,7 +36,7 @@ from hookctl.kernels.common.launch import INTERPRETED, SHARED_LIMIT, Launch
 
 DEVICE = torch.device("cuda:0")
 ARCHS = tuple(SHARED_LIMIT)
-_OPTIONS = tuple(INTERPRETED.options)
+OPTIONS = tuple(INTERPRETED.options)
 _MOST = (2**31 - 1, 65_535, 65_535)  # programs on the axes of a grid
 _ADDRESS = 1 << 20  # of every tensor: allocators align on 512 bytes
 _OPERATORS = (
@@ -209,7 +209,7 @@ def _launch(executor: Any, args: tuple[Any, ...], options: Mapping[str, Any], ar
     name, names = executor.fn.__name__, list(inspect.signature(executor.fn).parameters)
     given = dict(zip(names, args, strict=False))
     assert len(args) <= len(names) and not given.keys() & options.keys(), name
-    given |= {key: value for key, value in options.items() if key not in _OPTIONS}
+    given |= {key: value for key, value in options.items() if key not in OPTIONS}
     assert given.keys() == set(names), (name, given.keys() ^ set(names))
     for key, value in given.items():
         _check(f"{name}: {key}", value, key in executor.constexprs)

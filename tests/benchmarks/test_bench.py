@@ -13,7 +13,7 @@ from hookctl.bench.calls import Bench
 from hookctl.bench.edits import cross, density, regions_of, self_replacement
 from hookctl.bench.limits import Limits
 from hookctl.bench.measure import OURS, PLAIN, Case, DisagreementError, Held, check, measure
-from hookctl.cli import bench_steps
+from hookctl.cli import bench_peers, bench_steps
 from hookctl.evaluate import plan
 
 CPU = torch.device("cpu")
@@ -111,8 +111,8 @@ def test_the_same_edit_in_half_precision() -> None:
 @pytest.mark.slow
 def test_the_work_of_a_step_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Operations of a small UNet: what is not attention once, attention by its sizes."""
-    tiny = dict(bench_steps._OPTIONS["reduced SD1.5"], block_out_channels=(32, 32, 32, 32))
-    monkeypatch.setitem(bench_steps._OPTIONS, "reduced SD1.5", tiny)
+    tiny = dict(bench_steps.OPTIONS["reduced SD1.5"], block_out_channels=(32, 32, 32, 32))
+    monkeypatch.setitem(bench_steps.OPTIONS, "reduced SD1.5", tiny)
     model = bench_steps.Model("reduced SD1.5", bench(), 16)
     assert len(model.attention) == 32 and model.attention[0][:4] == (4, 4, 256, 256)
     attention = sum(4.0 * r * h * n * m * d for r, h, n, m, d, _ in model.attention)
@@ -126,3 +126,37 @@ def test_the_work_of_a_step_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.products > 2 * 4 * 256 * 36 * 32
     case = model.captured("map capture", energy=False)
     assert case.flops == plain and check(case) < case.tolerance
+
+
+def test_what_lets_nothing_watch_it_is_timed_all_the_same() -> None:
+    """FlexAttention refuses every mode of operators; and it is warm when it is timed."""
+    runs = 0
+
+    def unwatched() -> Tensor:
+        nonlocal runs
+        if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
+            raise NotImplementedError("no rule registered for the operator")
+        runs += 1
+        return torch.ones(1)
+
+    forms = {OURS: lambda: torch.ones(1), "flex": unwatched}
+    one = measure(Case("g", "n", {}, forms, lambda: torch.ones(1)), 0.0, CPU, 0.0)
+    assert one.figures["flex"].peak is None and runs == 3 + one.rounds
+    assert "flex" in report.text([one])
+
+
+@pytest.mark.slow  # whole runs of nine pairs
+def test_the_peers_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = dict(bench_steps.OPTIONS["reduced SD1.5"], block_out_channels=(32, 32, 32, 32))
+    monkeypatch.setitem(bench_steps.OPTIONS, "reduced SD1.5", tiny)
+    monkeypatch.setattr(bench_peers, "STEPS", 1)
+    found = {}
+    with torch.no_grad():
+        for case in bench_peers.cases(bench(), quick=True):
+            found[case.name] = set(case.forms) - {OURS, PLAIN}
+            check(case)
+    assert found == {
+        "masked self-attention": set(), "P2P": {"controller"}, "regional prompts": {"by hand"},
+        "maps": set(), "PAG": {"diffusers"}, "FreeU": {"diffusers"}, "panorama": {"diffusers"},
+    }  # fmt: skip
+    assert set(bench_peers.absent()) <= {"attention-map-diffusers", "daam"}

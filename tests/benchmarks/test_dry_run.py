@@ -137,7 +137,7 @@ def test_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     fewer |= {"block_out_channels": (320, 640)}
     fewer |= {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
     fewer |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
-    monkeypatch.setitem(bench_steps._OPTIONS, "SDXL", bench_steps._OPTIONS["SDXL"] | fewer)
+    monkeypatch.setitem(bench_steps.OPTIONS, "SDXL", bench_steps.OPTIONS["SDXL"] | fewer)
     with pretended("sm_90") as seen, torch.no_grad():
         model = bench_steps.Model("SDXL", bench(), 64)
         cases = [

@@ -36,7 +36,10 @@ def need(condition: bool, reason: str) -> None:
 def sites_found(subject: Subject) -> None:
     """Every attention module is a site with a name, a kind and a place."""
     denoiser = subject.denoiser(subject.make())
-    sites = {site.path: site for site, _ in describe_sites(denoiser)}
+    every = {site.path: site for site, _ in describe_sites(denoiser)}
+    sites = {path: site for path, site in every.items() if site.kind != "text"}
+    aside = getattr(subject.case, "aside", None)
+    assert all(aside is not None and p.startswith(aside) for p in set(every) - set(sites))
     assert set(sites) == set(subject.attention(denoiser))
     for path, site in sites.items():
         assert site.kind == kind_of(subject, path, denoiser.get_submodule(path)), path
@@ -135,7 +138,8 @@ def check(
 
 
 def sites(subject: Subject, target: Any) -> Any:
-    return describe_sites(subject.denoiser(target))
+    """Those that a selector picks unasked."""
+    return [pair for pair in describe_sites(subject.denoiser(target)) if pair[0].kind != "text"]
 
 
 def idle_and_edited(subject: Subject) -> None:

@@ -33,7 +33,7 @@ def test_denoiser(case: DenoiserCase) -> None:
         assert torch.equal(case.run(model), plain)
     kinds = [site.kind for site, _ in describe_sites(model)]
     assert {kind: kinds.count(kind) for kind in set(kinds)} == case.sites
-    assert len(idle.calls) == len(kinds)
+    assert len(idle.calls) == len(kinds) - kinds.count("text")  # which nobody picks unasked
     frames, height, width = case.grid
     for call in idle.calls:
         assert call.grid == Grid(height, width, frames)

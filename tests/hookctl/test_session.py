@@ -198,7 +198,7 @@ def test_site_that_runs_uncaught(kind: str, match: str) -> None:
     model = Quiet(kind)
     before = fingerprint(model)
     with torch.no_grad(), pytest.raises(HoleError, match=match):
-        with hookctl.control(model, Idle()):
+        with hookctl.control(model, Idle(), rows=("uncond", "cond")):
             model(torch.randn(2, 3, 4))
     after = fingerprint(model)
     before.pop("rng"), after.pop("rng")  # a layer was made
@@ -222,7 +222,7 @@ def test_denoiser_that_bypasses_every_site() -> None:
     model, other = case.make(), case.make()
     model.forward = other.forward
     with pytest.raises(HoleError, match=r"torch\._dynamo\.reset"):
-        with hookctl.control(model, Idle()):
+        with hookctl.control(model, Idle(), rows=("uncond", "cond")):
             model(**case.inputs())
 
 

@@ -24,8 +24,8 @@ FOLDERS = {
 # A stage knows those before it, and nothing of those that build on it. An editor's types are those
 # of the loop, which calls it: they are one stage.
 STAGES = (
-    ("hookctl.kernels", "hookctl.errors"),
-    ("hookctl.address",),
+    ("hookctl.kernels", "hookctl.errors", "hookctl.bounds"),
+    ("hookctl.address", "hookctl.arguments"),
     ("hookctl.attention",),
     ("hookctl.hooks", "hookctl.evaluate"),
     ("hookctl.editor", "hookctl.loop"),

@@ -120,7 +120,7 @@ def test_bad_images_and_prompts() -> None:
         DDIMInversion(pipe, image().convert("L"), PROMPT)
     with pytest.raises(InputError, match="130 x 128 px"):
         DDIMInversion(pipe, Image.new("RGB", (130, 128)), PROMPT)
-    with pytest.raises(InputError, match="is a str"):
+    with pytest.raises(InputError, match="give a PIL image in mode RGB"):
         DDIMInversion(pipe, "cat.png", PROMPT)
     with pytest.raises(InputError, match="1 images and 2 prompts"):
         DDIMInversion(pipe, [image()], [PROMPT, TARGET])

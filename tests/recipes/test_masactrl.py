@@ -302,7 +302,7 @@ def test_a_path_that_is_the_plain_one_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"start": 1.2}, r"start, stop.* is outside the schedule"),
+        ({"start": 1.2}, "start=1.2; give a fraction of the schedule"),
         ({"threshold": 0.0, "words": "cat"}, r"threshold=0.0; give a share"),
         ({"words": ["cat", None]}, r"words=.*; give a word of its own thing for every prompt"),
         ({"words": ["cat"]}, r"words=.* has 1 entries for 2 prompts"),

@@ -182,7 +182,7 @@ def test_selective_without_strength_is_cyclic() -> None:
         ({"at": (60, 0)}, "must be multiples of 8"),
         ({"at": (72, 0)}, "must be multiples of 8 and lie inside"),
         ({"suppress": "a cat"}, "give suppress and diverse, both or neither"),
-        ({"image_size": (0, 64)}, "give PIL images and a width and height from 1 px on"),
+        ({"image_size": (0, 64)}, "give a width and a height of 1 to"),
         ({"image_size": (96, 96)}, "must be multiples of 8 and lie inside"),
         ({"paper": True, "top": 1.0}, "top=1.0 leaves no noisier level"),
     ],

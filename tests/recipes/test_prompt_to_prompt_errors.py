@@ -15,6 +15,7 @@ from hookctl.errors import (
     AlignmentError,
     ConflictError,
     HookctlError,
+    HookctlWarning,
     InputError,
     UnsupportedError,
     WordError,
@@ -58,7 +59,7 @@ ARGUMENTS: list[tuple[Any, dict[str, Any], str]] = [
     ([CAT, DOG], {"cross_replace": 1.2}, "cross_replace=1.2 is outside"),
     ([CAT, DOG], {"cross_replace": -0.1}, "outside"),
     ([CAT, DOG], {"cross_replace": (0.8, 0.2)}, "start <= stop"),
-    ([CAT, DOG], {"cross_replace": float("nan")}, "outside"),
+    ([CAT, DOG], {"cross_replace": float("nan")}, "=nan is not a window"),
     ([CAT, DOG], {"cross_replace": {"dog": 2.0}}, r"cross_replace\['dog'\]=2.0 is outside"),
     ([CAT, DOG], {"cross_replace": {3: 0.5}}, "words as keys"),
     ([CAT, DOG], {"cross_replace": "always"}, "not a window"),
@@ -89,6 +90,8 @@ def test_arguments_alone(prompts: Any, options: dict[str, Any], match: str) -> N
         PromptToPrompt(prompts, **options)
 
 
+LONG = " ".join(["cat"] * 75 + ["dog"])
+
 ON_THE_PIPELINE: list[tuple[list[str], dict[str, Any], type[HookctlError], str]] = [
     ([CAT, DOG], {"blend": ["cat", "cat"]}, WordError, r"blend: 'cat' .*whose words are.*'dog'"),
     ([CAT, DOG], {"blend": "a", "subtract": [None, "sqare"]}, WordError, "did you mean 'square'"),
@@ -96,7 +99,7 @@ ON_THE_PIPELINE: list[tuple[list[str], dict[str, Any], type[HookctlError], str]]
     ([CAT, DOG, CAT], {"reweight": [{"cat": 2.0}, None]}, WordError, "reweight: 'cat'"),
     ([CAT, DOG], {"cross_replace": {"bird": 0.5}}, WordError, "cross_replace: 'bird'"),
     ([CAT, SHORT], {"mode": "replace"}, AlignmentError, "7 and .* has 2: use 'refine'"),
-    ([CAT, " ".join(["cat"] * 76)], {}, InputError, "78 tokens.*at most 77 fit"),
+    ([CAT, LONG], {"reweight": {"dog": 2}}, WordError, "reweight: 'dog' does not fit into the 77"),
     ([CAT, DOG], {"self_resolution": 0.05}, InputError, "their resolutions are 1/8, 1/4"),
     ([CAT, DOG], {"sites": "cross up7"}, InputError, "matches none"),
 ]
@@ -142,10 +145,14 @@ def test_embeddings_instead_of_prompts() -> None:
 
 
 def test_more_tokens_than_this_call_encodes() -> None:
-    """The call's own max_sequence_length counts, not the encoder's."""
+    """The call's own max_sequence_length counts, not the encoder's: it cuts, and that is told."""
     edit = PromptToPrompt([CAT, DOG])
-    with refused("flux", InputError, "8 tokens.*at most 6 fit"), control(made("flux"), edit):
-        zoo.PIPELINES["flux"].run(made("flux"), edit.prompts, max_sequence_length=6)
+    with pytest.warns(HookctlWarning, match="takes 6 tokens.* does not see 'blue square'"):
+        with control(made("flux"), edit):
+            zoo.PIPELINES["flux"].run(made("flux"), edit.prompts, max_sequence_length=6)
+    named = PromptToPrompt([CAT, DOG], reweight={"square": 2.0})
+    with control(made("flux"), named), pytest.raises(WordError, match="does not fit into the 6"):
+        zoo.PIPELINES["flux"].run(made("flux"), named.prompts, max_sequence_length=6)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_gains_can_be_learned() -> None:
     pipe = zoo.PIPELINES["sd15"].make()
     b, s = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
     latents, text = torch.randn(1, 4, 16, 16), torch.randn(1, 5, 32)
-    with hookctl.control(pipe.unet, ScaleU({0: b}, {0: s})):
+    with hookctl.control(pipe.unet, ScaleU({0: b}, {0: s}), rows=("cond",)):
         pipe.unet(latents, 10, text).sample.square().mean().backward()
     assert float(b.grad.abs()) > 0 and float(s.grad.abs()) > 0
 

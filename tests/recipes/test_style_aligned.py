@@ -283,7 +283,7 @@ def test_reference_only_repeats_and_refuses(tmp_path: Any) -> None:
         (CAT, {}, "give the source prompt, as a list"),
         ([CAT, DOG], {"shift": math.inf}, "shift=inf; give a number"),
         ([CAT, DOG], {"scale": math.nan}, "scale=nan; give a finite number"),
-        ([CAT, DOG], {"stop": 2.0}, "start, stop.* is outside the schedule"),
+        ([CAT, DOG], {"stop": 2.0}, "stop=2.0; give a fraction of the schedule"),
     ],
 )
 def test_wrong_arguments(prompts: Any, options: dict[str, Any], message: str) -> None:

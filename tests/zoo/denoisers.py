@@ -140,7 +140,7 @@ CASES = (
         lambda: _latent(4, 3, 16, 16, timestep=_times(), encoder_attention_mask=_mask(torch.int64),
                         pooled_projections=torch.randn(ROWS, 8),
                         guidance=torch.full((ROWS,), 1000.0)),
-        {"joint": 2}, grid=(3, 8, 8),
+        {"joint": 2, "text": 1}, grid=(3, 8, 8),
     ),
     DenoiserCase(
         "hunyuan_dit", "HunyuanDiT2DModel",
@@ -168,7 +168,7 @@ CASES = (
          "num_refiner_layers": 1, "num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 8,
          "axes_dim_rope": (4, 6, 6), "axes_lens": (64, 64, 64), "cap_feat_dim": 16},
         lambda: _latent(4, 16, 16, timestep=_times() / 1000, encoder_attention_mask=_mask()),
-        {"self": 1, "joint": 2},
+        {"self": 1, "joint": 2, "text": 1},
     ),
     DenoiserCase(
         "auraflow", "AuraFlowTransformer2DModel",

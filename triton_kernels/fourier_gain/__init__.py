@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hookctl.kernels.common import proof
 from hookctl.kernels.common.guard import fused
 from hookctl.kernels.fourier_gain import forward, reference
 
@@ -33,5 +34,14 @@ def fourier_gain(x: Tensor, gain: Tensor | float) -> Tensor:
         raise ValueError(
             f"fourier_gain: x is {tuple(x.shape)}; give [rows, channels, height, width]"
         )
-    chosen = forward if fused(x) and 1 not in x.shape[-2:] else reference
-    return chosen.fourier_gain(x, gain)
+    if not fused(x) or 1 in x.shape[-2:]:
+        return reference.fourier_gain(x, gain)
+    learned = [value for value in (x, gain) if isinstance(value, Tensor)]
+    return proof.served(
+        f"the Fourier gain, {x.dtype}" + ", gradients" * any(y.requires_grad for y in learned),
+        x,
+        lambda: forward.fourier_gain(x, gain),
+        lambda: reference.fourier_gain(x, gain),
+        lambda out: out,
+        learned=learned,
+    )

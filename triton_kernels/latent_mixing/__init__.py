@@ -14,11 +14,14 @@ A kernel serves GPUs, plain torch everything else and what is to be differentiat
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hookctl.kernels.common import proof
 from hookctl.kernels.common.guard import fused
 from hookctl.kernels.latent_mixing import forward, reference
 
@@ -31,7 +34,7 @@ def local_blend(x: Tensor, sources: Tensor, mask: Tensor) -> Tensor:
     x: [rows, channels, *places]; sources: int64 [rows], on its device; mask: [rows | 1, *places],
     bool, or shares from 0 to 1.
     """
-    return _chosen(x, mask).local_blend(x, sources, mask)
+    return _served("local_blend", (x, sources, mask))
 
 
 def merge_instances(x: Tensor, masks: Tensor | None = None) -> Tensor:
@@ -40,7 +43,7 @@ def merge_instances(x: Tensor, masks: Tensor | None = None) -> Tensor:
     x: [1 + instances, channels, *places], the whole image first; masks: [instances, *places], 0
     to 1: each instance is pasted into its own, in order; None: the mean of all.
     """
-    return _chosen(x, masks).merge_instances(x, masks)
+    return _served("merge_instances", (x, masks))
 
 
 def mix_predictions(a: Tensor, b: Tensor, d: Tensor) -> Tensor:
@@ -48,7 +51,7 @@ def mix_predictions(a: Tensor, b: Tensor, d: Tensor) -> Tensor:
 
     a, b: [rows, channels, *places]; d: [rows | 1, *places].
     """
-    return _chosen(a, b, d).mix_predictions(a, b, d)
+    return _served("mix_predictions", (a, b, d))
 
 
 def update_difference(
@@ -60,11 +63,16 @@ def update_difference(
     b, [rows, channels, *places] like a and b; rate: length of the step, or with `largest` the size
     of the largest change of each row.
     """
-    return _chosen(d, grad, a, b).update_difference(d, grad, a, b, rate, largest)
+    return _served("update_difference", (d, grad, a, b), rate, largest)
 
 
-def _chosen(*tensors: Tensor | None) -> ModuleType:
-    """The module whose function of a name serves these tensors."""
-    given = [x for x in tensors if x is not None]
-    learned = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    return reference if learned or not fused(*given) else forward
+def _served(name: str, given: Sequence[Tensor | None], *more: Any) -> Tensor:
+    """By the kernel of a name, or by its reference."""
+    tensors = [x for x in given if x is not None]
+    learned = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    exact, kernel = (partial(getattr(by, name), *given, *more) for by in (reference, forward))
+    if learned or not fused(*tensors):
+        return exact()
+    form = f"{name}, {', '.join('none' if x is None else str(x.dtype) for x in given)}"
+    found: Tensor = proof.served(form, tensors[0], kernel, exact, lambda out: out)
+    return found

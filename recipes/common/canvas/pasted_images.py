@@ -10,17 +10,17 @@ from PIL import Image
 from torch import Tensor
 
 from hookctl.address.regions import Region
+from hookctl.arguments import refusal
+from hookctl.bounds import SIDE
 from hookctl.errors import InputError
-from hookctl.recipes.common.arguments import refusal
 
 GRAY = (128, 128, 128)
 
 
 def resized(image: Any, size: tuple[int, int], name: str) -> Image.Image:
     """A PIL image at a size (width, height) in px; name: of the argument that holds the size."""
-    if not isinstance(image, Image.Image) or min(size) < 1:
-        given = (type(image).__name__, tuple(size))
-        raise refusal(name, given, "PIL images and a width and height from 1 px on")
+    if not all(1 <= side <= SIDE for side in size):
+        raise refusal(name, size, f"a width and a height of 1 to {SIDE} px")
     return image.resize((int(size[0]), int(size[1])), Image.Resampling.LANCZOS)
 
 
@@ -52,6 +52,8 @@ class PastedImages:
         if len(sizes) != 1 or None in sizes:
             given = ", ".join("x".join(map(str, size)) if size else "none" for size in sizes)
             raise InputError(f"{who}: images of {given} px; give PIL images of one size")
+        if not all(1 <= side <= SIDE for side in size):
+            raise refusal(f"{who}: size", size, f"a width and a height of 1 to {SIDE} px")
         (width, height), (x, y) = images[0].size, at
         fits = 0 <= x and 0 <= y and x + width <= size[0] and y + height <= size[1]
         if not fits or any(side % factor for side in (x, y, width, height)):

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hookctl.arguments import Colour
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.images import encode
 from hookctl.loop.noise import Noise
 from hookctl.loop.state import State
-from hookctl.recipes.common.arguments import Colour
 from hookctl.recipes.common.canvas.tiles import Tile
 from hookctl.run_state import RunState
 

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from hookctl.address.clock import Clock
 from hookctl.address.rows import COND
+from hookctl.arguments import checked, number
 from hookctl.errors import UnsupportedError
 from hookctl.loop.energy import Energies, ImageMaps
 from hookctl.loop.noise import Level, Noise
 from hookctl.loop.state import State
-from hookctl.recipes.common.arguments import number
 from hookctl.recipes.common.energy.word_energy import Subject, WordEnergy, Words
 from hookctl.run_state import RunState
 
@@ -49,6 +49,7 @@ class EnergyGuidance(WordEnergy, ABC):
     record: RunState[list[tuple[int, Tensor]]] = RunState(factory=list)
     _last: RunState[tuple[Tensor, Tensor] | None] = RunState(None)
 
+    @checked()
     def __init__(
         self,
         words: Words,

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from hookctl.address.clock import Clock, Window
+from hookctl.arguments import checked, number, refusal, whole
 from hookctl.editor import Claim
 from hookctl.loop.energy import ImageMaps
 from hookctl.loop.noise import Level
-from hookctl.recipes.common.arguments import number, refusal, whole
 from hookctl.recipes.common.energy.energy_guidance import EnergyGuidance, variance
 from hookctl.recipes.common.energy.map_functions import mean_map, smoothed
 from hookctl.recipes.common.energy.word_energy import Subject, Words
@@ -50,6 +50,7 @@ class ExcitedMaps(EnergyGuidance):
     reads_all_tokens = True
     default_stop = 0.5
 
+    @checked()
     def __init__(
         self,
         words: Words,

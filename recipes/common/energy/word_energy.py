@@ -12,6 +12,7 @@ from hookctl.address.families import denoiser_of
 from hookctl.address.regions import Region
 from hookctl.address.sites import Selector, Site, select
 from hookctl.address.text import PromptText, TextLayout
+from hookctl.arguments import checked
 from hookctl.editor import WHOLE_IMAGE, Claim
 from hookctl.errors import InputError, SelectorError
 from hookctl.loop.energy import Energies, MapReader, energies
@@ -70,6 +71,7 @@ class WordEnergy(MapReader):
     _layout: RunState[TextLayout] = RunState()
     _text_sites: RunState[list[Site]] = RunState()
 
+    @checked()
     def __init__(self, words: Words, *, sites: Selector = None) -> None:
         self.words = per_prompt.texts(words, f"{self.name}: words")
         self.given_sites, self.sites = sites, TEXT_SITES if sites is None else sites
@@ -99,7 +101,7 @@ class WordEnergy(MapReader):
         if not state.prompts:
             raise InputError(
                 f"{self.name}: the pipeline was called without text prompts (with embeddings?), so "
-                "words can't be found; call it with prompt="
+                "words can't be found; call it with prompt=, or give control(..., texts=)"
             )
         self.words.check_prompts(state.rows)
         if self.regions is not None:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from hookctl.address import families
+from hookctl.arguments import checked, images_and_prompts, whole
 from hookctl.errors import InputError
 from hookctl.loop.images import encode
 from hookctl.loop.inversion import Correction, Progress
 from hookctl.loop.trajectory import Trajectory
-from hookctl.recipes.common.arguments import images_and_prompts, whole
 from hookctl.recipes.common.real_images.inverted import Inverted, call_arguments, image_of
 
 
@@ -39,6 +39,7 @@ class Inversion(ABC):
 
     edit_guidance = 7.5
 
+    @checked(own=("arguments",))
     def __init__(
         self,
         pipe: Any,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hookctl.arguments import checked
 from hookctl.editor import Editor
 from hookctl.errors import InputError
 from hookctl.loop.driven import Adjust
@@ -49,10 +50,12 @@ class Inverted:
         """What sampling starts from, [1, channels, height, width]."""
         return self.path[self.start]
 
+    @checked()
     def reconstruct(self, pipe: Any, output_type: str = "pil") -> Any:
         """The image as the pipeline draws it again: a list of one."""
         return self.edit(pipe, output_type=output_type)
 
+    @checked()
     def edit(
         self,
         pipe: Any,

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hookctl.arguments import refusal, whole
 from hookctl.errors import InputError
-from hookctl.recipes.common.arguments import whole
 
 
 class LowRank:
@@ -36,16 +36,21 @@ class LowRank:
     def __init__(
         self, model: nn.Module, pattern: str, rank: int, generator: torch.Generator
     ) -> None:
-        rank = whole(rank, "rank", 1)
         self.model, self.factors = model, dict[str, tuple[Tensor, Tensor]]()
-        for path, module in model.named_modules():
-            if re.search(pattern, path) and _is_supported(module):
-                weight: Tensor = module.weight
-                outputs, inputs, *kernel = weight.shape
-                a = torch.randn(rank, inputs, *kernel, generator=generator)
-                a /= rank * math.prod(kernel) ** 0.5
-                b = torch.zeros(outputs, rank, *[1] * len(kernel))
-                self.factors[path] = (a.to(weight.device), b.to(weight.device))
+        try:
+            found = [(p, m) for p, m in model.named_modules() if re.search(pattern, p)]
+        except re.error as error:
+            raise refusal("layers", pattern, f"a regular expression ({error})") from None
+        layers = [(path, module) for path, module in found if _is_supported(module)]
+        if layers:
+            rank = whole(rank, "rank", 1, max(min(m.weight.shape[:2]) for _, m in layers))
+        for path, module in layers:
+            weight: Tensor = module.weight
+            outputs, inputs, *kernel = weight.shape
+            a = torch.randn(rank, inputs, *kernel, generator=generator)
+            a /= rank * math.prod(kernel) ** 0.5
+            b = torch.zeros(outputs, rank, *[1] * len(kernel))
+            self.factors[path] = (a.to(weight.device), b.to(weight.device))
         if not self.factors:
             raise InputError(
                 f"layers={pattern!r} matches no linear or convolutional layer of the model"

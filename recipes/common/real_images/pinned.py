@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hookctl.arguments import is_list
 from hookctl.errors import InputError
 from hookctl.loop.noise import Noise
 from hookctl.loop.state import State
@@ -33,9 +34,11 @@ class Pinned:
     def __init__(
         self, who: str, path: Path, *, shared_start: bool = False, first_level: int = 0
     ) -> None:
-        levels = list(path)
+        levels = list(path) if isinstance(path, Tensor) and path.dim() or is_list(path) else []
         if not levels or any(not isinstance(x, Tensor) or x.dim() < 2 for x in levels):
             raise InputError(f"{who}: path holds no latents; give one tensor for each level")
+        if len({x.shape for x in levels}) > 1:
+            raise InputError(f"{who}: path has levels of several shapes; give tensors of one shape")
         self.path, self.who = torch.stack(levels), who
         self.shared_start, self.first_level = shared_start, first_level
 

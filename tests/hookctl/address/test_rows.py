@@ -124,3 +124,10 @@ def test_unguided_pag() -> None:
     with hookctl.control(pipe, seen):
         case.run(pipe, guidance=1.0)
     assert [row.branch for row in seen.rows[0]] == ["cond", "perturbed"]
+
+
+def test_two_groups_that_may_be_either() -> None:
+    """Without a word on guidance, two groups of PAG are two branches of it or of guidance."""
+    with pytest.raises(LayoutError, match="2 rows"):
+        resolve_rows(2, pipelines.PAG, prompts=1)
+    assert tags(resolve_rows(3, pipelines.PAG, prompts=1))[2] == "perturbed0.0"

@@ -12,7 +12,7 @@ from hookctl import Maps, Session, control
 from hookctl.address.families import denoiser_of, describe_sites
 from hookctl.address.latent import finest_within
 from hookctl.address.text import Prompt, PromptText, TextLayout, align, prompts_given
-from hookctl.errors import AlignmentError, InputError, UnsupportedError, WordError
+from hookctl.errors import AlignmentError, HookctlWarning, InputError, UnsupportedError, WordError
 from hookctl.recipes import PromptToPrompt
 from tests import zoo
 from tests.families.subjects import Idle
@@ -216,5 +216,42 @@ def test_a_template_that_is_not_known() -> None:
         def encode_prompt(self, prompt: str) -> Any:
             return self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
 
-    with pytest.raises(UnsupportedError, match=r"OddPipeline wraps its prompts.*token positions"):
+    with pytest.raises(
+        UnsupportedError, match="OddPipeline.*no pipeline that hookctl knows.*positions of tokens"
+    ):
         TextLayout(OddPipeline())
+
+
+LONG = " ".join(["a red cat,"] * 40 + ["a dog"])
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "pixart", "flux"])
+def test_what_does_not_fit_is_cut_as_the_pipeline_cuts_it(family: str) -> None:
+    pipe = zoo.PIPELINES[family].make()
+    layout = TextLayout(pipe)
+    with pytest.warns(HookctlWarning, match="does not see '.*a dog'; shorten the prompt"):
+        text = layout.read(LONG, None if family == "sd15" else 77)
+    (start, read), *_ = text.streams
+    tokenizer = pipe.tokenizer_2 if family == "flux" else pipe.tokenizer
+    cut = tokenizer(LONG, padding="max_length", max_length=read.length, truncation=True)
+    assert (start, list(read.ids)) == (0, cut.input_ids) and read.length == 77
+    assert read.cut is not None and text.words == len(read.words) < len(LONG.split())
+    assert text.find("cat")
+    with pytest.raises(WordError, match="'dog' does not fit into the 77 tokens .* end with '"):
+        text.find("dog")
+
+
+def test_a_length_that_no_text_has_is_not_cut_to() -> None:
+    """A family of which it is not known how its text gets so short."""
+    with pytest.raises(InputError, match="at most 4 fit"):
+        TextLayout(zoo.PIPELINES["sd15"].make()).read("a red cat above a dog", 4)
+
+
+def test_a_tokenizer_that_takes_more_than_a_table_can_hold() -> None:
+    """Tables of 131072 x 131072 tokens would take 137 GB."""
+    pipe = zoo.PIPELINES["sd15"].make()
+    pipe.tokenizer.model_max_length = 131072
+    edits = ["a red cat", "a red dog", "a big red dog"]
+    with control(pipe, PromptToPrompt(edits)):
+        pass
+    assert TextLayout(pipe).read("a red cat").tokens < 10

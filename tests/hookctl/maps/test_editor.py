@@ -207,7 +207,7 @@ def test_embeddings_have_no_words() -> None:
 def test_arguments() -> None:
     with pytest.raises(InputError, match="words or phrases"):
         Maps("cat", " ")
-    with pytest.raises(InputError, match="outside the schedule"):
+    with pytest.raises(InputError, match="give a start before the stop"):
         Maps("cat", start=0.8, stop=0.2)
     with pytest.raises(UnsupportedError, match="no tokenizer"), control(made("sd15").unet, Maps()):
         pytest.fail("the context was entered")

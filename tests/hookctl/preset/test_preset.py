@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from PIL import Image
 
 from hookctl.cli.run import editors_by_name, inversions_by_name, programs_by_name
 from hookctl.editor import Editor
@@ -269,7 +270,8 @@ def test_stacks_that_come_along(path: Path) -> None:
     preset = load_preset(path, editors_by_name(), inversions_by_name(), programs_by_name())
     edits = preset.run.get("edit", [])
     edits = [edits] if isinstance(edits, str) else edits
-    assert preset.editors([preset.run["prompt"], *edits]) or preset.program
+    image = Image.new("RGB", (8, 8)) if preset.takes_image else None
+    assert preset.editors([preset.run["prompt"], *edits], image) or preset.program
     assert preset.model == "shapes" and path.read_text("utf-8").startswith("# ")
     assert all(lora.path.is_file() for lora in preset.loras)
     written = dump_preset(preset)

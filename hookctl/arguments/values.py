@@ -1,9 +1,9 @@
-"""Checks of recipes' arguments. Every message says the argument, what was given and what would do:
+"""Checks of one argument at a time. Messages say the argument, what was given and what would do:
 
     PAG: scale=-1; give a finite number of 0 or more
 
 `name` is the argument as the message shows it, value what was given for it. Every check returns the
-value in the form that recipes use, and raises InputError.
+value in the form in which it is used, and raises InputError.
 """
 
 from __future__ import annotations
@@ -11,23 +11,38 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+from PIL import Image
 from torch import Tensor
 
-from hookctl.address.pixels import readable
+from hookctl.bounds import COUNT, SEED
 from hookctl.errors import InputError
 
 T = TypeVar("T")
 
-Colour = tuple[int, int, int]
+SHOWN = 200  # letters of a value in a message
 
 
 def refusal(name: str, value: Any, wanted: str) -> InputError:
     """The error of an argument; wanted: what would do, as in "give <wanted>"."""
-    shown = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-    return InputError(f"{name}={shown}; give {wanted}")
+    return InputError(f"{name}={shown(value)}; give {wanted}")
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it, in one line."""
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)}"
+    if isinstance(value, Image.Image):
+        return f"an image of {value.width} x {value.height} px"
+    if getattr(value, "shape", None) is not None and hasattr(value, "dtype"):
+        return f"an array {value.shape}"
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # a number of thousands of digits, or an object that can't be shown
+        return f"a {type(value).__name__}"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 # -- numbers ---------------------------------------------------------------------------------------
@@ -49,8 +64,8 @@ def number(
     low, high: the least and the greatest that will do; above, below: the bounds that will not.
     also: infinities that will do. wanted: what to ask for, by default the bounds.
     """
-    if _is_number(value):
-        found = float(value)
+    if is_number(value):
+        found = as_float(value)
         inside = (
             math.isfinite(found)
             and (low is None or found >= low)
@@ -69,15 +84,55 @@ def share(value: Any, name: str) -> float:
     return number(value, name, low=0, high=1)
 
 
-def whole(value: Any, name: str, least: int = 0) -> int:
-    """A whole number of at least `least`."""
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
-        raise refusal(name, value, f"a whole number of {least} or more")
+def whole(value: Any, name: str, least: int = 0, most: int = COUNT) -> int:
+    """A whole number from `least` to `most`."""
+    if not is_whole(value) or not least <= value <= most:
+        bounds = f"from {least} to {most}"
+        if most == COUNT and not (is_whole(value) and value > most):
+            bounds = f"of {least} or more"  # nobody meets the other bound by mistake
+        raise refusal(name, value, f"a whole number {bounds}")
     return int(value)
 
 
-def _is_number(value: Any) -> bool:
+def seed(value: Any, name: str) -> int:
+    """A seed of random numbers."""
+    if not is_whole(value) or not 0 <= value <= SEED:
+        raise refusal(name, value, "a whole number of 0 or more, below 2**63")
+    return int(value)
+
+
+def flag(value: Any, name: str) -> bool:
+    """A truth value; nothing else is read as one."""
+    if not isinstance(value, bool):
+        raise refusal(name, value, "True or False")
+    return value
+
+
+def device(value: Any, name: str) -> None:
+    """A device that torch finds here."""
+    try:
+        held = not torch.empty(1, device=value).is_meta
+        reason = "it holds no values"
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        held, reason = False, shown(str(error).splitlines()[0])
+    if not held:
+        raise refusal(name, str(value), f"'cpu', or another that torch finds here ({reason})")
+
+
+def is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def as_float(value: Any) -> float:
+    """A number as a float; infinity if it is too large for one."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _bounds(low: float | None, above: float | None, high: float | None, below: float | None) -> str:
@@ -95,7 +150,7 @@ def _bounds(low: float | None, above: float | None, high: float | None, below: f
 
 def one_of(value: Any, name: str, choices: Sequence[T]) -> T:
     """One of some values."""
-    if value not in choices:
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise refusal(name, value, f"one of {', '.join(map(str, choices))}")
     found: T = value
     return found
@@ -116,11 +171,13 @@ def for_each(value: Any, name: str, count: int, of: str, *, is_one: bool) -> lis
 
     is_one: the value is an entry, which then stands for all.
     """
+    if not is_one and not is_list(value):
+        raise refusal(name, value, f"one for all {of}, or a list with one for each")
     entries = [value] * count if is_one else list(value)
     if len(entries) != count:
         raise InputError(
-            f"{name}={value!r} has {len(entries)} entries for {count} {of}; give one for all, or "
-            "a list with one for each"
+            f"{name}={shown(value)} has {len(entries)} entries for {count} {of}; give one for all, "
+            "or a list with one for each"
         )
     return entries
 
@@ -130,16 +187,37 @@ def for_each(value: Any, name: str, count: int, of: str, *, is_one: bool) -> lis
 
 def text(value: Any, name: str, wanted: str = "a text") -> str:
     """A text, not empty."""
-    if not isinstance(value, str) or not value:
+    if not is_text(value) or not value.strip():
         raise refusal(name, value, wanted)
     return value
 
 
 def text_or_embeddings(value: Any, name: str) -> str | Tensor:
     """A text, or its embeddings [tokens, channels]."""
-    if isinstance(value, str) or (isinstance(value, Tensor) and value.dim() == 2):
+    if isinstance(value, Tensor) and value.dim() == 2 and value.is_floating_point():
+        if not bool(value.isfinite().all()):
+            raise InputError(f"{name}={shown(value)} holds NaN or infinity; give finite embeddings")
         return value
+    if is_text(value):
+        checked_text: str = value
+        return checked_text
     raise refusal(name, value, "a text, or embeddings [tokens, channels]")
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a text that can be written, which one with half a character can't."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_list(value: Any) -> bool:
+    """Whether a value is a list of things, and no text."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def words_for_each(value: Any, name: str, prompts: int) -> list[tuple[str, ...]]:
@@ -147,12 +225,13 @@ def words_for_each(value: Any, name: str, prompts: int) -> list[tuple[str, ...]]
 
     An entry is a word, a list of words, or None for no word.
     """
-    is_one = not isinstance(value, list | tuple)
     found = []
-    for entry in for_each(value, name, prompts, "prompts", is_one=is_one):
-        words = [entry] if isinstance(entry, str) else entry or ()
-        if not isinstance(words, Sequence) or any(not isinstance(word, str) for word in words):
-            raise InputError(f"{name}={value!r}; {entry!r} is neither a word, words nor None")
+    for entry in for_each(value, name, prompts, "prompts", is_one=not is_list(value)):
+        words = [entry] if isinstance(entry, str) else () if entry is None else entry
+        if not is_list(words) or any(not is_text(word) for word in words):
+            raise InputError(
+                f"{name}={shown(value)}; {shown(entry)} is neither a word, words nor None"
+            )
         found.append(tuple(words))
     return found
 
@@ -168,35 +247,7 @@ def gains_for_each(value: Any, name: str, edits: int) -> list[dict[str, float]]:
         if entry is not None and not isinstance(entry, Mapping):
             raise refusal(name, value, "{word: gain}, or a list of them")
         gains = (entry or {}).items()
+        if not all(is_text(word) for word, _ in gains):
+            raise refusal(name, value, "{word: gain}, with texts as words")
         found.append({word: number(gain, f"{name}[{word!r}]") for word, gain in gains})
     return found
-
-
-# -- images ----------------------------------------------------------------------------------------
-
-
-def images_and_prompts(image: Any, prompt: Any, name: str) -> tuple[list[Any], list[str]]:
-    """Images and as many prompts, of one prompt and its image or of a list of each."""
-    single = isinstance(prompt, str)
-    prompts, images = ([prompt], [image]) if single else (list(prompt), list(image))
-    if len(images) != len(prompts) or not prompts:
-        raise InputError(
-            f"{name}: {len(images)} images and {len(prompts)} prompts; give as many of both"
-        )
-    return images, prompts
-
-
-def opened(image: Any, name: str) -> Any:
-    """An image as it is, or the one in the file at a path, in mode RGB."""
-    if not isinstance(image, str | Path):
-        return image
-    return readable(image, name)
-
-
-def colours(value: Any, name: str) -> list[Colour]:
-    """One colour or several, each (red, green, blue) from 0 to 255, as a list."""
-    several = [value] if value and isinstance(value[0], int) else list(value)
-    for colour in several:
-        if len(colour) != 3 or any(not isinstance(c, int) or not 0 <= c <= 255 for c in colour):
-            raise refusal(name, value, "(red, green, blue), each from 0 to 255")
-    return [(int(r), int(g), int(b)) for r, g, b in several]

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from hookctl import arguments
 from hookctl.errors import InputError
-from hookctl.recipes.common import arguments
 
 NUMBERS: list[tuple[Any, dict[str, Any], str]] = [
     (-1, {"low": 0}, "X: a=-1; give a finite number of 0 or more"),
@@ -68,8 +69,11 @@ def test_words_and_gains() -> None:
 
 
 def test_images(tmp_path: Any) -> None:
-    assert arguments.images_and_prompts("image", "prompt", "X") == (["image"], ["prompt"])
-    for images, prompts in ((["image"], ["a", "b"]), ([], [])):
+    image = Image.new("RGB", (8, 8))
+    assert arguments.images_and_prompts(image, "prompt", "X") == ([image], ["prompt"])
+    with pytest.raises(InputError, match="prompt=an image of 8 x 8 px; give the image before its"):
+        arguments.images_and_prompts("prompt", image, "X")
+    for images, prompts in (([image], ["a", "b"]), ([], [])):
         with pytest.raises(InputError, match="images and .* prompts; give as many of both"):
             arguments.images_and_prompts(images, prompts, "X")
     with pytest.raises(InputError, match="give a readable image"):

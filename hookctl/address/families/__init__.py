@@ -1,0 +1,75 @@
+"""Facts per family: what is declared of denoisers and pipelines, and what their modules show.
+
+record          the two records, `Model` and `Pipeline`, and where they are looked up
+models, image, moving   the tables
+text            how a pipeline's text sequence is made up
+access, sites, processors   denoisers, attention sites, and how their attention is computed
+traces, prove   measure on a live pipeline what is declared
+"""
+
+from __future__ import annotations
+
+from hookctl.address.families import image, models, moving  # the tables  # noqa: F401
+from hookctl.address.families.access import (
+    DENOISERS,
+    denoiser_of,
+    denoisers_of,
+    named_denoisers,
+)
+from hookctl.address.families.processors import (
+    bypasses_sdpa,
+    counts_text,
+    keeps_perturbed,
+    processor_of,
+    sdpa_form,
+    spells_out,
+    text_call,
+    uncatchable,
+)
+from hookctl.address.families.record import (
+    Model,
+    Pipeline,
+    TextStream,
+    declare_models,
+    declare_pipelines,
+    model_of,
+    pipeline_of,
+    uncompiled,
+)
+from hookctl.address.families.sites import (
+    attention_modules,
+    describe_sites,
+    joint_order,
+    sites_of,
+    softmax_free,
+    widens_joint,
+)
+
+__all__ = [
+    "DENOISERS",
+    "Model",
+    "Pipeline",
+    "TextStream",
+    "attention_modules",
+    "bypasses_sdpa",
+    "counts_text",
+    "declare_models",
+    "declare_pipelines",
+    "denoiser_of",
+    "denoisers_of",
+    "describe_sites",
+    "joint_order",
+    "keeps_perturbed",
+    "named_denoisers",
+    "sites_of",
+    "model_of",
+    "pipeline_of",
+    "processor_of",
+    "sdpa_form",
+    "softmax_free",
+    "spells_out",
+    "text_call",
+    "uncatchable",
+    "uncompiled",
+    "widens_joint",
+]

@@ -1,0 +1,275 @@
+"""Pipelines that draw images: Stable Diffusion and its kin, and the transformers after it."""
+
+from __future__ import annotations
+
+from hookctl.address.families import text
+from hookctl.address.families.record import Pipeline, declare_pipelines
+from hookctl.address.rows import (
+    ALONE,
+    BATCHED,
+    BATCHED_THEN_SKIP,
+    COND,
+    IMAGE,
+    PAG,
+    PIX2PIX,
+    POSITIVE_FIRST,
+    SEQUENTIAL,
+    UNCOND,
+    Layout,
+)
+
+UNET, TRANSFORMER = "unet", "transformer"
+_POOLED = {"pooled": 2}
+
+# -- Stable Diffusion ------------------------------------------------------------------------------
+
+declare_pipelines(
+    Pipeline({UNET: BATCHED}, text.clip),
+    """
+    StableDiffusionPipeline StableDiffusionImg2ImgPipeline StableDiffusionInpaintPipeline
+    StableDiffusionDepth2ImgPipeline StableDiffusionUpscalePipeline
+    StableDiffusionControlNetPipeline StableDiffusionControlNetImg2ImgPipeline
+    StableDiffusionControlNetInpaintPipeline StableDiffusionControlNetXSPipeline
+    StableDiffusionAdapterPipeline StableDiffusionGLIGENPipeline
+    StableDiffusionGLIGENTextImagePipeline StableDiffusionLDM3DPipeline
+    StableDiffusionDiffEditPipeline StableDiffusionModelEditingPipeline
+    StableDiffusionInpaintPipelineLegacy AltDiffusionPipeline AltDiffusionImg2ImgPipeline
+    """,
+)
+declare_pipelines(
+    Pipeline({UNET: BATCHED}, text.clip, cut="the latents' channels, of latents and image"),
+    "StableDiffusionLatentUpscalePipeline",
+)
+declare_pipelines(
+    Pipeline({UNET: BATCHED}, text.clip, _POOLED),
+    """
+    StableDiffusionXLPipeline StableDiffusionXLImg2ImgPipeline StableDiffusionXLInpaintPipeline
+    StableDiffusionXLControlNetPipeline StableDiffusionXLControlNetImg2ImgPipeline
+    StableDiffusionXLControlNetInpaintPipeline StableDiffusionXLControlNetUnionPipeline
+    StableDiffusionXLControlNetUnionImg2ImgPipeline StableDiffusionXLControlNetUnionInpaintPipeline
+    StableDiffusionXLControlNetXSPipeline StableDiffusionXLAdapterPipeline
+    """,
+)
+declare_pipelines(
+    Pipeline({UNET: PAG}, text.clip),
+    """
+    StableDiffusionPAGPipeline StableDiffusionPAGImg2ImgPipeline StableDiffusionPAGInpaintPipeline
+    StableDiffusionControlNetPAGPipeline StableDiffusionControlNetPAGInpaintPipeline
+    """,
+)
+declare_pipelines(
+    Pipeline({UNET: PAG}, text.clip, _POOLED),
+    """
+    StableDiffusionXLPAGPipeline StableDiffusionXLPAGImg2ImgPipeline
+    StableDiffusionXLPAGInpaintPipeline StableDiffusionXLControlNetPAGPipeline
+    StableDiffusionXLControlNetPAGImg2ImgPipeline
+    """,
+)
+declare_pipelines(Pipeline({UNET: PIX2PIX}, text.clip), "StableDiffusionInstructPix2PixPipeline")
+declare_pipelines(
+    Pipeline({UNET: PIX2PIX}, text.clip, _POOLED), "StableDiffusionXLInstructPix2PixPipeline"
+)
+declare_pipelines(
+    Pipeline({UNET: ALONE}, text.clip),
+    "LatentConsistencyModelPipeline LatentConsistencyModelImg2ImgPipeline",
+)
+declare_pipelines(
+    Pipeline({UNET: BATCHED}, text.NO_TEXT),
+    "StableDiffusionImageVariationPipeline PaintByExamplePipeline",
+)
+declare_pipelines(
+    Pipeline({UNET: BATCHED}, text.clip), "StableUnCLIPImg2ImgPipeline LDMTextToImagePipeline"
+)
+declare_pipelines(Pipeline({UNET: BATCHED, "prior": BATCHED}, text.clip), "StableUnCLIPPipeline")
+declare_pipelines(
+    Pipeline({UNET: ALONE}, text.NO_TEXT),
+    """
+    DDIMPipeline DDPMPipeline PNDMPipeline LDMPipeline LDMSuperResolutionPipeline
+    ConsistencyModelPipeline ScoreSdeVePipeline RePaintPipeline MarigoldDepthPipeline
+    MarigoldNormalsPipeline MarigoldIntrinsicsPipeline DanceDiffusionPipeline
+    """,
+)
+
+# -- Kandinsky, DeepFloyd IF -----------------------------------------------------------------------
+
+declare_pipelines(
+    Pipeline({UNET: BATCHED}, text.kandinsky, {"mask": 2}),
+    "KandinskyPipeline KandinskyImg2ImgPipeline KandinskyInpaintPipeline",
+)
+declare_pipelines(
+    Pipeline({UNET: BATCHED}, text.NO_TEXT),
+    """
+    KandinskyV22Pipeline KandinskyV22Img2ImgPipeline KandinskyV22InpaintPipeline
+    KandinskyV22ControlnetPipeline KandinskyV22ControlnetImg2ImgPipeline
+    """,
+)
+declare_pipelines(
+    Pipeline({"prior": BATCHED}, text.clip),
+    "KandinskyPriorPipeline KandinskyV22PriorPipeline KandinskyV22PriorEmb2EmbPipeline",
+)
+declare_pipelines(
+    Pipeline({UNET: BATCHED}, text.padded(128)),
+    "Kandinsky3Pipeline Kandinsky3Img2ImgPipeline",
+)
+declare_pipelines(
+    Pipeline({UNET: BATCHED}, text.padded(77), cut="the channels of the variance"),
+    """
+    IFPipeline IFImg2ImgPipeline IFInpaintingPipeline IFSuperResolutionPipeline
+    IFImg2ImgSuperResolutionPipeline IFInpaintingSuperResolutionPipeline
+    """,
+)
+
+# -- transformers that guide in one call -----------------------------------------------------------
+
+declare_pipelines(
+    Pipeline({TRANSFORMER: BATCHED_THEN_SKIP}, text.sd3, _POOLED), "StableDiffusion3Pipeline"
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: BATCHED}, text.sd3, _POOLED),
+    """
+    StableDiffusion3Img2ImgPipeline StableDiffusion3InpaintPipeline
+    StableDiffusion3ControlNetPipeline StableDiffusion3ControlNetInpaintingPipeline
+    """,
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: PAG}, text.sd3, _POOLED),
+    "StableDiffusion3PAGPipeline StableDiffusion3PAGImg2ImgPipeline",
+)
+_VARIANCE = "the channels of the variance, where the model predicts one"
+declare_pipelines(
+    Pipeline({TRANSFORMER: BATCHED}, text.padded(120), {"mask": 1}, _VARIANCE),
+    "PixArtAlphaPipeline",
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: BATCHED}, text.padded(300), {"mask": 1}, _VARIANCE),
+    "PixArtSigmaPipeline",
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: PAG}, text.padded(300), {"mask": 1}, _VARIANCE), "PixArtSigmaPAGPipeline"
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: BATCHED}, text.SEVERAL, cut=_VARIANCE),
+    "HunyuanDiTPipeline HunyuanDiTControlNetPipeline",
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: PAG}, text.SEVERAL, cut=_VARIANCE), "HunyuanDiTPAGPipeline"
+)
+declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.aura_flow), "AuraFlowPipeline")
+declare_pipelines(
+    Pipeline({TRANSFORMER: BATCHED}, text.TEMPLATE, {"mask": 1}),
+    "SanaPipeline SanaControlNetPipeline",
+)
+declare_pipelines(Pipeline({TRANSFORMER: PAG}, text.TEMPLATE, {"mask": 1}), "SanaPAGPipeline")
+declare_pipelines(
+    Pipeline({TRANSFORMER: ALONE}, text.TEMPLATE), "SanaSprintPipeline SanaSprintImg2ImgPipeline"
+)
+declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.padded(128)), "BriaPipeline")
+declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.padded(224)), "CogView3PlusPipeline")
+declare_pipelines(
+    Pipeline({TRANSFORMER: BATCHED}, text.padded(256)), "PRXPipeline PRXPixelPipeline"
+)
+declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.SEVERAL), "HiDreamImagePipeline")
+declare_pipelines(
+    Pipeline({TRANSFORMER: BATCHED}, text.padded(longest=True)),
+    "BriaFiboPipeline BriaFiboEditPipeline ErnieImagePipeline",
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: POSITIVE_FIRST}, text.NO_TEXT, cut=_VARIANCE), "DiTPipeline"
+)
+declare_pipelines(Pipeline({TRANSFORMER: POSITIVE_FIRST}, text.TEMPLATE), "LuminaPipeline")
+declare_pipelines(
+    Pipeline({TRANSFORMER: POSITIVE_FIRST}, text.chat(True)),
+    """
+    ZImagePipeline ZImageImg2ImgPipeline ZImageInpaintPipeline ZImageControlNetPipeline
+    ZImageControlNetInpaintPipeline
+    """,
+)
+declare_pipelines(Pipeline({TRANSFORMER: POSITIVE_FIRST}, text.EDIT_TEMPLATE), "ZImageOmniPipeline")
+_OMNIGEN = Layout({1: (COND,), 2: (COND, UNCOND), 3: (COND, IMAGE, UNCOND)})
+declare_pipelines(Pipeline({TRANSFORMER: _OMNIGEN}, text.EDIT_TEMPLATE), "OmniGenPipeline")
+declare_pipelines(Pipeline({"prior": BATCHED}, text.NO_TEXT), "ShapEPipeline ShapEImg2ImgPipeline")
+_DREAMLITE = Layout({2: (UNCOND, COND), 3: (UNCOND, IMAGE, COND)}, whole=True)
+declare_pipelines(Pipeline({UNET: _DREAMLITE}, text.TEMPLATE), "DreamLitePipeline")
+declare_pipelines(Pipeline({UNET: ALONE}, text.TEMPLATE), "DreamLiteMobilePipeline")
+_CASCADE = Pipeline({"prior": POSITIVE_FIRST}, text.clip)
+declare_pipelines(_CASCADE, "StableCascadePriorPipeline WuerstchenPriorPipeline")
+declare_pipelines(
+    Pipeline({"decoder": POSITIVE_FIRST}, text.clip),
+    "StableCascadeDecoderPipeline WuerstchenDecoderPipeline",
+)
+
+# -- transformers that guide by two calls, or not at all -------------------------------------------
+
+_T5 = text.padded(512, tokenizer="tokenizer_2", prompts=("prompt_2",))
+declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL}, _T5, {"pooled": 1}),
+    """
+    FluxPipeline FluxImg2ImgPipeline FluxInpaintPipeline FluxControlNetPipeline
+    """,
+)
+declare_pipelines(
+    Pipeline(
+        {TRANSFORMER: SEQUENTIAL}, _T5, {"pooled": 1}, "the tokens of the target, the first ones"
+    ),
+    "FluxKontextPipeline FluxKontextInpaintPipeline",
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: ALONE}, _T5, {"pooled": 1}),
+    """
+    FluxControlPipeline FluxControlImg2ImgPipeline FluxControlInpaintPipeline FluxFillPipeline
+    FluxControlNetImg2ImgPipeline FluxControlNetInpaintPipeline VisualClozeGenerationPipeline
+    """,
+)
+_FIRST = "the tokens of the target, the first ones"
+declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.chat(False), cut=_FIRST),
+    "Flux2KleinPipeline Flux2KleinInpaintPipeline",
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: ALONE}, text.chat(False), cut="the tokens of the target, the last ones"),
+    "Flux2KleinKVPipeline",
+)
+declare_pipelines(Pipeline({TRANSFORMER: ALONE}, text.TEMPLATE, cut=_FIRST), "Flux2Pipeline")
+declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.templated),
+    """
+    QwenImagePipeline QwenImageImg2ImgPipeline QwenImageInpaintPipeline QwenImageControlNetPipeline
+    QwenImageControlNetInpaintPipeline
+    """,
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.EDIT_TEMPLATE, cut=_FIRST),
+    """
+    QwenImageEditPipeline QwenImageEditPlusPipeline QwenImageEditInpaintPipeline
+    LongCatImageEditPipeline JoyImageEditPipeline JoyImageEditPlusPipeline BriaFibo2Pipeline
+    """,
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE),
+    """
+    QwenImageLayeredPipeline QwenImage21Pipeline LongCatImagePipeline OvisImagePipeline
+    Lumina2Pipeline Krea2Pipeline NucleusMoEImagePipeline HunyuanImagePipeline
+    HunyuanImageRefinerPipeline Kandinsky5T2IPipeline Kandinsky5I2IPipeline
+    """,
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.padded(512)),
+    "ChromaPipeline ChromaImg2ImgPipeline ChromaInpaintPipeline",
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.padded(side="left", longest=True)),
+    "CogView4Pipeline CogView4ControlPipeline",
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.padded(longest=True)), "GlmImagePipeline"
+)
+declare_pipelines(
+    Pipeline(
+        {
+            TRANSFORMER: Layout({1: (COND,)}, whole=True),
+            "unconditional_transformer": Layout({1: (UNCOND,)}, whole=True),
+        },
+        text.TEMPLATE,
+    ),
+    "Ideogram4Pipeline",
+)

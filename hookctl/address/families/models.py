@@ -1,0 +1,154 @@
+"""Classes of denoisers: which kind their sites are of, and how text and image share a sequence.
+
+Classes that attend to the text separately and whose modules say so themselves need no record of
+kinds; they are named so that they count as known.
+"""
+
+from __future__ import annotations
+
+from hookctl.address.families.record import Model, declare_models
+
+_JOINT = (("*", "joint"),)
+
+# -- text and image apart --------------------------------------------------------------------------
+
+declare_models(
+    Model(),
+    """
+    UNet2DConditionModel UNet2DModel UNet1DModel UNet3DConditionModel I2VGenXLUNet UVit2DModel
+    DiTTransformer2DModel PixArtTransformer2DModel HunyuanDiT2DModel LuminaNextDiT2DModel
+    Transformer2DModel DreamLiteTransformer2DModel AllegroTransformer3DModel
+    LTXVideoTransformer3DModel CosmosTransformer3DModel WanTransformer3DModel
+    WanVACETransformer3DModel WanAnimateTransformer3DModel SkyReelsV2Transformer3DModel
+    ChronoEditTransformer3DModel AnyFlowTransformer3DModel
+    StableAudioDiTModel AudioLDM2UNet2DConditionModel
+    """,
+)
+declare_models(Model(axes="bfchw"), "UNetSpatioTemporalConditionModel LatteTransformer3DModel")
+declare_models(Model(), "UNetMotionModel")
+_DRAWN_BEFORE = "frames that were drawn before stand in one sequence with the latents"
+declare_models(
+    Model(placeless=_DRAWN_BEFORE), "HeliosTransformer3DModel AnyFlowFARTransformer3DModel"
+)
+declare_models(Model(placeless="learned tokens stand before the sound"), "StableAudio3DiTModel")
+declare_models(
+    Model(placeless="the image to edit stands beside the target, in one canvas"),
+    "DreamLiteUNetModel",
+)
+declare_models(
+    Model(
+        kinds=(
+            ("add_time_condition.*", "text"),
+            ("*_blocks.*.attentions.0.attention", "self"),
+            ("*", "cross"),
+        )
+    ),
+    "Kandinsky3UNet",
+)
+_LINEAR = ("*.attn1",)
+declare_models(Model(softmax_free=_LINEAR), "SanaTransformer2DModel SanaVideoTransformer3DModel")
+declare_models(
+    Model(
+        kinds=(
+            ("*text_transformer_blocks.*", "text"),
+            ("*self_attention", "self"),
+            ("*cross_attention", "cross"),
+        ),
+        axes="bfhwc",
+    ),
+    "Kandinsky5Transformer3DModel",
+)
+declare_models(  # the sound's own sites, and those between sound and image
+    Model(kinds=(("*audio*", "gated"), ("*.attn1", "self"), ("*.attn2", "cross"))),
+    "LTX2VideoTransformer3DModel",
+)
+declare_models(
+    Model(kinds=(("*.self_attn", "self"), ("*.cross_attn", "cross"))),
+    "AceStepTransformer1DModel LongCatAudioDiTTransformer",
+)
+
+# -- one sequence, the text before the image -------------------------------------------------------
+
+declare_models(Model("text_image", _JOINT, parts="img_ids", widens=True), "FluxTransformer2DModel")
+declare_models(
+    Model("text_image", _JOINT, parts="img_ids"),
+    """
+    ChromaTransformer2DModel BriaTransformer2DModel LongCatImageTransformer2DModel
+    OvisImageTransformer2DModel Flux2Transformer2DModel BriaFiboTransformer2DModel
+    BriaFibo2Transformer2DModel
+    """,
+)
+declare_models(Model("text_image", _JOINT, parts="img_shapes"), "QwenImageTransformer2DModel")
+declare_models(
+    Model("text_image", _JOINT),
+    """
+    AuraFlowTransformer2DModel CogView3PlusTransformer2DModel CogView4Transformer2DModel
+    GlmImageTransformer2DModel PRXTransformer2DModel EasyAnimateTransformer3DModel
+    PriorTransformer
+    """,
+)
+declare_models(
+    Model("text_image", _JOINT, axes="bfchw"),
+    "CogVideoXTransformer3DModel ConsisIDTransformer3DModel",
+)
+declare_models(Model("text_image", (("text_fusion.*", "text"), *_JOINT)), "Krea2Transformer2DModel")
+declare_models(
+    Model(
+        "text_image",
+        (("noise_refiner.*", "self"), ("context_refiner.*", "text"), *_JOINT),
+        text_masked=True,
+    ),
+    "Lumina2Transformer2DModel",
+)
+
+# -- one sequence, the image before the text -------------------------------------------------------
+
+declare_models(
+    Model("image_text", (("*.attn2", "self"), *_JOINT), widens=True), "SD3Transformer2DModel"
+)
+declare_models(
+    Model("image_text", _JOINT),
+    """
+    ErnieImageTransformer2DModel MotifVideoTransformer3DModel
+    """,
+)
+declare_models(Model("image_text", _JOINT, parts="img_shapes"), "NucleusMoEImageTransformer2DModel")
+declare_models(
+    Model("image_text", _JOINT, several_texts=True),
+    "HiDreamImageTransformer2DModel StableCascadeUNet",
+)
+_REFINED = (("context_embedder*", "text"), *_JOINT)
+declare_models(Model("image_text", _REFINED), "HunyuanVideoTransformer3DModel")
+declare_models(
+    Model("image_text", _REFINED, several_texts=True),
+    "HunyuanVideo15Transformer3DModel HunyuanImageTransformer2DModel",
+)
+declare_models(
+    Model(
+        "image_text",
+        (("context_embedder*", "text"), *_JOINT),
+        placeless=_DRAWN_BEFORE,
+    ),
+    "HunyuanVideoFramepackTransformer3DModel",
+)
+declare_models(
+    Model("image_text", (("time_embed.pooler", "text"), *_JOINT)), "MochiTransformer3DModel"
+)
+declare_models(
+    Model(
+        "image_text",
+        (
+            ("noise_refiner.*", "self"),
+            ("context_refiner.*", "text"),
+            ("siglip_refiner.*", "text"),
+            *_JOINT,
+        ),
+        text_block=32,
+    ),
+    "ZImageTransformer2DModel",
+)
+declare_models(Model("image_text", _JOINT), "JoyImageEditTransformer3DModel")
+declare_models(
+    Model("image_text", _JOINT, placeless="each image of the sequence has a size of its own"),
+    "JoyImageEditPlusTransformer3DModel",
+)

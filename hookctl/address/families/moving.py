@@ -1,0 +1,102 @@
+"""Pipelines that draw videos and sounds."""
+
+from __future__ import annotations
+
+from hookctl.address.families import text
+from hookctl.address.families.record import Pipeline, declare_pipelines
+from hookctl.address.rows import BATCHED, PAG, POSITIVE_FIRST, SEQUENTIAL
+
+UNET, TRANSFORMER = "unet", "transformer"
+
+# -- one call --------------------------------------------------------------------------------------
+
+declare_pipelines(
+    Pipeline({UNET: BATCHED}, text.clip),
+    """
+    AnimateDiffPipeline AnimateDiffControlNetPipeline AnimateDiffSparseControlNetPipeline
+    AnimateDiffVideoToVideoPipeline AnimateDiffVideoToVideoControlNetPipeline PIAPipeline
+    TextToVideoSDPipeline VideoToVideoSDPipeline I2VGenXLPipeline
+    """,
+)
+declare_pipelines(Pipeline({UNET: BATCHED}, text.clip, {"pooled": 2}), "AnimateDiffSDXLPipeline")
+declare_pipelines(Pipeline({UNET: PAG}, text.clip), "AnimateDiffPAGPipeline")
+declare_pipelines(Pipeline({UNET: BATCHED}, text.NO_TEXT), "StableVideoDiffusionPipeline")
+declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.padded(120)), "LattePipeline")
+declare_pipelines(
+    Pipeline({TRANSFORMER: BATCHED}, text.padded(512), {"mask": 1}), "AllegroPipeline"
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: BATCHED}, text.padded(226)),
+    """
+    CogVideoXPipeline CogVideoXImageToVideoPipeline CogVideoXVideoToVideoPipeline
+    CogVideoXFunControlPipeline ConsisIDPipeline
+    """,
+)
+declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.padded(128)), "LTXPipeline")
+declare_pipelines(
+    Pipeline(
+        {TRANSFORMER: BATCHED},
+        text.padded(128),
+        cut="the frames that are not given as images, where one is",
+    ),
+    "LTXImageToVideoPipeline LTXConditionPipeline LTXI2VLongMultiPromptPipeline",
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: BATCHED}, text.TEMPLATE),
+    """
+    LTX2Pipeline LTX2ConditionPipeline LTX2HDRPipeline LTX2ImageToVideoPipeline
+    LTX2InContextPipeline EasyAnimatePipeline EasyAnimateControlPipeline EasyAnimateInpaintPipeline
+    SanaVideoPipeline SanaImageToVideoPipeline
+    """,
+)
+declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.padded(256)), "MochiPipeline")
+declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.padded(512)), "AnyFlowPipeline")
+
+# -- two calls, or one branch ----------------------------------------------------------------------
+
+_WAN = text.padded(512)
+declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL, "transformer_2": SEQUENTIAL}, _WAN),
+    "WanPipeline WanImageToVideoPipeline WanVACEPipeline LucyEditPipeline",
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL}, _WAN),
+    """
+    WanVideoToVideoPipeline WanAnimatePipeline SkyReelsV2Pipeline SkyReelsV2ImageToVideoPipeline
+    SkyReelsV2DiffusionForcingPipeline SkyReelsV2DiffusionForcingImageToVideoPipeline
+    SkyReelsV2DiffusionForcingVideoToVideoPipeline ChronoEditPipeline HeliosPipeline
+    HeliosPyramidPipeline
+    """,
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE),
+    """
+    HunyuanVideoPipeline HunyuanVideoImageToVideoPipeline HunyuanSkyreelsImageToVideoPipeline
+    HunyuanVideoFramepackPipeline HunyuanVideo15Pipeline HunyuanVideo15ImageToVideoPipeline
+    Kandinsky5T2VPipeline Kandinsky5I2VPipeline MotifVideoPipeline MotifVideoImage2VideoPipeline
+    Cosmos2_5_PredictBasePipeline Cosmos2_5_TransferPipeline
+    """,
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.padded(512)),
+    """
+    CosmosTextToWorldPipeline CosmosVideoToWorldPipeline Cosmos2TextToImagePipeline
+    Cosmos2VideoToWorldPipeline
+    """,
+)
+
+declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.padded(512)), "AnyFlowFARPipeline")
+
+# -- sounds ----------------------------------------------------------------------------------------
+
+declare_pipelines(Pipeline({UNET: BATCHED}, text.GENERATED), "AudioLDM2Pipeline")
+declare_pipelines(Pipeline({UNET: BATCHED}, text.NO_TEXT), "AudioLDMPipeline MusicLDMPipeline")
+declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.SEVERAL), "StableAudioPipeline")
+declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.padded(longest=True)), "LongCatAudioDiTPipeline"
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: BATCHED}, text.SEVERAL),
+    "StableAudio3Pipeline StableAudio3AudioToAudioPipeline StableAudio3InpaintPipeline",
+)
+declare_pipelines(Pipeline({TRANSFORMER: POSITIVE_FIRST}, text.SEVERAL), "AceStepPipeline")
