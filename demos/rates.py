@@ -124,7 +124,7 @@ class Presets:
     ) -> list[Drawn]:
         """The images that the plain model drew, inverted and edited."""
         assert preset.inversion is not None
-        texts = [prompts[0]] * len(images)
+        texts: Any = [prompts[0]] * len(images)  # inversions take as many as there are images
         spec = preset.inversion
         inverted = spec.make(self.pipe, images, texts, steps=preset.run["steps"]).run()
         given = {"prompts": prompts, "guidance": preset.run["guidance"]}
