@@ -77,7 +77,7 @@ class ImageSpec:
     arguments: Mapping[str, Any]
     where: str = ""
 
-    def make(self, pipe: Any, image: Any, prompt: str, **run: Any) -> Any:
+    def make(self, pipe: Any, image: Any, prompt: str | list[str], **run: Any) -> Any:
         """The class's object, to be run; InputError says where in the file an argument is wrong.
 
         run: what else the run gives it.
