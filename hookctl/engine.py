@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hookctl.address import families
 from hookctl.editor import check_conflicts, overrides
-from hookctl.errors import SelectorError, UnsupportedError, naming
+from hookctl.errors import InputError, SelectorError, UnsupportedError, naming
 from hookctl.hooks.attention import SitePort
 from hookctl.hooks.pipeline import DenoiserPort, Inner, PipelinePort, SchedulerPort, is_compiled
 from hookctl.hooks.processors import Exchange
@@ -148,18 +148,21 @@ class Engine:
         """A session wants its editors to be shown this denoiser's calls."""
         with _lock:
             self._attached[entry] = attached
-            self._sync()
+            self._sync(entry.pipe)
 
     def remove(self, entry: Entry, *, failed: bool = False) -> None:
         """A session has ended; failed: by an error."""
         with _lock:
             self._attached.pop(entry, None)
-            self._sync()
+            self._sync(entry.pipe)
             if failed:
                 self._exchange.tidy()
 
-    def _sync(self) -> None:
-        """Hook the denoiser if a session is there, and the sites and concats an editor wants."""
+    def _sync(self, pipe: Any) -> None:
+        """Hook the denoiser if a session is there, and the sites and concats an editor wants.
+
+        pipe: whose session came or went; it may hold the denoiser compiled by now.
+        """
         if self._attached and not self._installed:
             self._exchange.remember(module for _, module in self.modules.values())
             self._installed = True
@@ -171,7 +174,10 @@ class Engine:
             changed = True
             traced |= any(port.traced for port in self._concat_ports)
             self._sync_concats(features)
-        if traced or (changed and is_compiled(self.port, self.denoiser)):
+        now: list[nn.Module] = []
+        with contextlib.suppress(InputError):  # a pipeline that has none any more
+            now = [] if pipe is None else [one for _, one in families.denoisers_of(pipe)]
+        if traced or (changed and is_compiled(self.port, self.denoiser, *now)):
             # Code compiled before would never notice hooks that came or went.
             torch._dynamo.reset()
         if not self._attached and self._installed:
