@@ -140,7 +140,7 @@ def check(case: Case, *chosen: Script, tolerance: float = EXACT, maps: bool = Tr
         script(explicit)
     want = explicit.output()
     tokens = [0, 2, text(case) - 1]
-    image, keys, _ = case.call().spans
+    image, keys = case.call().spans[:2]
     queries = [0, image[1] - image[0] - 1]
     evaluated = set()
     for backend in BACKENDS:
