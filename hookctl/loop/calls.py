@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ class Call:
 
     acting: attached editors; by_site: for each edited site those that are shown its calls;
     owner: the `Denoising` it belongs to; repeated: the whole call is made again for a backward
-    pass.
+    pass. nodes: the numbers of its autograd nodes, from and to; backwards: the backward passes that
+    went through it.
     """
 
     state: State
@@ -48,6 +50,7 @@ class Call:
     ran: set[str] = field(default_factory=set)
     thread: int = field(default_factory=threading.get_ident)
     nodes: tuple[int, int] = (0, 0)
+    backwards: set[int] = field(default_factory=set)
     repeated: bool = False
 
 
@@ -129,6 +132,7 @@ class Calls:
             metadata: Any = made.grad_fn.metadata
             metadata["hookctl"] = call  # lives as long as the graph
             self._graphs.add(call)
+            made.grad_fn.register_prehook(partial(_passes, call))
             if guarded:
                 made.grad_fn.register_prehook(check)
 
@@ -147,11 +151,12 @@ class Calls:
         if node is None:
             return None
         number, thread = node._sequence_nr(), threading.get_ident()
-        # Numbers are per thread. A backward runs in the thread that asks for it, or in one of
-        # torch's own, where it can't be told whose it is.
-        foreign = isinstance(threading.current_thread(), threading._DummyThread)
+        # Numbers are per thread, but a backward may run in another than the call: in one of the
+        # user's, known by the pass, or of torch's own.
+        backward = torch._C._current_graph_task_id()
+        own = isinstance(threading.current_thread(), threading._DummyThread)
         calls = [c for c in self._graphs if c.nodes[0] <= number]
-        calls = [c for c in calls if foreign or c.thread == thread]
+        calls = [c for c in calls if own or c.thread == thread or backward in c.backwards]
         inside = [c for c in calls if number < c.nodes[1]]
         if whole is not None:
             inside = [c for c in inside or calls if whole(c)]
@@ -160,6 +165,11 @@ class Calls:
 
 
 calls = Calls()
+
+
+def _passes(call: Call, grads: Any) -> None:
+    """A backward pass has come to a call."""
+    call.backwards.add(torch._C._current_graph_task_id())
 
 
 def in_backward() -> bool:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -250,18 +252,19 @@ def threads_do_not_meet(subject: Subject) -> None:
     results: dict[str, list[Tensor]] = {"plain": [], "edited": []}
 
     def draw(name: str, target: Any) -> None:
+        editors = [Borrow()] if name == "edited" else []
         for _ in range(2):
-            results[name].append(subject.run(target))
+            with subject.control(target, *editors) if editors else nullcontext():
+                results[name].append(subject.run(target))
 
-    with subject.control(ours, Borrow()):
-        workers = [
-            threading.Thread(target=draw, args=("edited", ours)),
-            threading.Thread(target=draw, args=("plain", theirs)),
-        ]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
+    workers = [
+        threading.Thread(target=draw, args=("edited", ours)),
+        threading.Thread(target=draw, args=("plain", theirs)),
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
     assert len(results["plain"]) == len(results["edited"]) == 2
     assert all(torch.equal(result, plain) for result in results["plain"])
     assert all(torch.equal(result, edited) for result in results["edited"])
