@@ -10,7 +10,7 @@ TESTS := $(CALM) PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist
 MINIMUM ?= .venv-minimum
 SOURCES := pyproject.toml setup.py constraints.txt
 
-.PHONY: demo gallery bench unit test minimum conformance aot check format clean
+.PHONY: demo gallery bench unit test long minimum conformance aot check format clean
 
 demo: $(VENV)/.installed
 	$(CALM) $(BIN)/hookctl demo --out out
@@ -24,10 +24,14 @@ bench: $(VENV)/.installed
 
 # What is skipped is counted, and run by a target further down.
 unit: $(VENV)/.installed-dev
-	$(TESTS) --skip slow --skip conformance --ignore=tests/kernels --ignore=tests/families --ignore=tests/demos
+	$(TESTS) --skip slow --skip long --skip conformance --ignore=tests/kernels --ignore=tests/families --ignore=tests/demos
 
 test: $(VENV)/.installed-dev
-	$(TESTS) --skip conformance
+	$(TESTS) --skip conformance --skip long
+
+# What takes minutes each: every preset's rate, every argument's values, every item of the device bench.
+long: $(VENV)/.installed-dev
+	$(TESTS) -m long
 
 # What is first to break with old versions: reading models, a demo, the command, hostile files.
 minimum: $(MINIMUM)/.installed

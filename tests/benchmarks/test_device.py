@@ -38,7 +38,7 @@ def test_every_stage_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "Not reached" not in page and "| tiny regions | eager |" in page
 
 
-@pytest.mark.slow  # all of it, minutes
+@pytest.mark.long  # all of it, minutes
 def test_every_item(tmp_path: Path) -> None:
     found = bench_device.main(tmp_path, CPU, limit=3000)
     assert not found["failed"] and not found["left"]

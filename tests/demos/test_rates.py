@@ -35,7 +35,7 @@ def test_every_preset_has_a_judge() -> None:
     assert set(JUDGES) == {path.stem for path in rates.PRESETS.glob("*.toml")}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", sorted(JUDGES))
 def test_preset_succeeds(presets: rates.Presets, name: str) -> None:
     """At its shipped seed, 0, and the next ones."""

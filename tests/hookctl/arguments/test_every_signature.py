@@ -302,7 +302,7 @@ def test_some_values_for_every_argument(tmp_path: Path) -> None:
     assert not found, "\n".join(found)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_value_for_every_argument(tmp_path: Path) -> None:
     found = complaints(None, tmp_path)
     assert not found, "\n".join(found)
