@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
-from contextlib import nullcontext
 from typing import Any
 
 import torch
