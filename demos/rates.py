@@ -99,6 +99,7 @@ class Presets:
     def _call(self, preset: Preset, prompts: list[str], seeds: Sequence[int]) -> list[Image.Image]:
         """The images of one call, prompt by prompt."""
         run = preset.run
+        size = {side: run[side] for side in ("height", "width") if side in run}
         noises = [torch.Generator().manual_seed(seed) for _ in prompts for seed in seeds]
         images: list[Image.Image] = self.pipe(
             prompts,
@@ -106,6 +107,7 @@ class Presets:
             guidance_scale=run["guidance"],
             num_images_per_prompt=len(seeds),
             generator=noises,
+            **size,
         ).images
         return images
 
