@@ -109,11 +109,11 @@ def test_an_edit_never_replays_stale(editor: type[Editor]) -> None:
 
     with torch.no_grad():
         want = Pipeline(unet())
-        with hookctl.control(want, editor()):
+        with hookctl.control(want, editor(), rows=("cond",)):
             first, second = want()
         assert torch.equal(first, want()[0]) and not torch.equal(second, want()[1])
         got = Pipeline(unet())
-        with hookctl.control(got, editor()):
+        with hookctl.control(got, editor(), rows=("cond",)):
             got.unet = torch.compile(got.unet, backend=captured)
             for _ in range(2):
                 for one, other in zip(got(), (first, second), strict=True):
