@@ -20,6 +20,7 @@ from hookctl.address import families
 from hookctl.editor import check_conflicts, overrides
 from hookctl.errors import InputError, SelectorError, UnsupportedError, naming
 from hookctl.hooks.attention import SitePort
+from hookctl.hooks.patch import let_go
 from hookctl.hooks.pipeline import DenoiserPort, Inner, PipelinePort, SchedulerPort, is_compiled
 from hookctl.hooks.processors import Exchange
 from hookctl.hooks.skips import ConcatPort, concats
@@ -67,8 +68,9 @@ def enter(entry: Entry, target: Any) -> None:
         hooks.add(entry)
 
 
-def leave(entry: Entry, *, failed: bool = False) -> None:
-    """Take out all that a session put in, from wherever; failed: it ends by an error.
+def leave(entry: Entry, *, failed: bool = False, dropped: bool = False) -> None:
+    """Take out all that a session put in, from wherever; failed: it ends by an error; dropped:
+    whoever collects garbage takes it out, in the middle of anything.
 
     Done again, it does what an interrupt kept it from, and nothing else.
     """
@@ -80,8 +82,8 @@ def leave(entry: Entry, *, failed: bool = False) -> None:
     entry.hooks.clear()
     entry.places.clear()
     here.forget_ended()
-    if failed:
-        here.abandon()
+    if failed and not dropped and here.abandon():
+        let_go(_lock)
 
 
 def _nothing() -> None:

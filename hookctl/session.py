@@ -150,7 +150,8 @@ class Session:
                 ResourceWarning,
                 stacklevel=2,
             )
-            self._end(failed=True)
+            self._depth = 0
+            leave(self._entry, failed=True, dropped=True)
 
     def report(self) -> str:
         """What every editor did, where and at which steps, in attention (by which plan, and why)

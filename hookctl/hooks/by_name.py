@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
+from hookctl.hooks.patch import let_go
+
 SDPA = F.scaled_dot_product_attention
 
 
@@ -94,6 +96,13 @@ def hidden() -> Iterator[None]:
 def watcher() -> Any:
     """Who watches the module that this thread runs, None for nobody."""
     return _running.entries[-1].watcher if _running.entries else None
+
+
+def abandon() -> None:
+    """This thread runs no module, whatever an interrupt left."""
+    let_go(_lock)
+    while _running.entries:
+        leave()
 
 
 def depth() -> int:

@@ -8,6 +8,21 @@ from typing import Any
 
 _ABSENT = object()
 _lock = threading.RLock()
+
+
+def let_go(lock: Any) -> None:
+    """Release what this thread holds of a lock: an interrupt at the end of a `with` keeps it."""
+    try:
+        while True:
+            lock.release()
+    except RuntimeError:  # not held
+        pass
+
+
+def abandon() -> None:
+    let_go(_lock)
+
+
 # The patches on each attribute, oldest first; they keep their targets alive, so ids are safe.
 _stacks: dict[tuple[int, str], list[Patch]] = {}
 

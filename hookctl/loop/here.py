@@ -19,6 +19,7 @@ from torch import nn
 
 from hookctl import run_state
 from hookctl.address.families import uncompiled
+from hookctl.hooks import by_name, patch
 from hookctl.hooks.attention import unwind
 from hookctl.loop import driven
 from hookctl.loop.calls import calls
@@ -111,17 +112,21 @@ def calling_pipeline(part: Any, known: Iterable[Any]) -> Any:
     return None
 
 
-def abandon() -> None:
-    """Undo what an interrupt left of a denoiser call in this thread, unless one is in progress."""
+def abandon() -> bool:
+    """Undo what an interrupt left of a denoiser call in this thread, unless one is in progress;
+    whether none is."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code in _IN_PROGRESS:
-            return
+            return False
         frame = frame.f_back
     calls.abandon()
     driven.abandon()
     run_state.abandon()
+    patch.abandon()
     unwind((0, 0))
+    by_name.abandon()
+    return True
 
 
 _IN_PROGRESS = (Denoising.around_denoiser.__code__, Denoising.around_step.__code__)

@@ -320,3 +320,10 @@ def test_interrupts_leave_nothing() -> None:
                 left[interrupt.where] = found
     assert not left
     assert torch.equal(draw(pipe), plain)
+
+    def edited() -> Tensor:
+        with hookctl.control(pipe, PAG()):
+            return draw(pipe)
+
+    with ThreadPoolExecutor(1) as pool:  # no lock is left behind either
+        assert torch.equal(pool.submit(edited).result(timeout=60), edited())
