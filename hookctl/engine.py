@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from hookctl.address import families
 from hookctl.editor import check_conflicts, overrides
-from hookctl.errors import InputError, SelectorError, UnsupportedError, naming
+from hookctl.errors import InputError, UnsupportedError, naming
 from hookctl.hooks.attention import SitePort
 from hookctl.hooks.patch import let_go
 from hookctl.hooks.pipeline import DenoiserPort, Inner, PipelinePort, SchedulerPort, is_compiled
 from hookctl.hooks.processors import Exchange
 from hookctl.hooks.skips import ConcatPort, concats
 from hookctl.loop import here
-from hookctl.loop.attached import Attached, Entry, Modules, sites_for
+from hookctl.loop.attached import Attached, Entry, Modules, attach
 from hookctl.loop.attending import Attending, edit_features
 from hookctl.loop.calls import calls
 from hookctl.loop.denoising import Denoising
@@ -52,7 +52,7 @@ def enter(entry: Entry, target: Any) -> None:
                 editor.attach(target)
         engines = [Engine.of(model, name) for name, model in families.denoisers_of(target)]
         _check_alone(place, engines)
-        attached = _attached(entry, engines)
+        attached = attach(entry, [(engine.model, engine.modules) for engine in engines])
         every = [site for engine in engines for site, _ in engine.modules.values()]
         editors = dict.fromkeys(a.editor for a in (*place.attached, *attached))
         check_conflicts([(editor, every) for editor in editors])
@@ -88,23 +88,6 @@ def leave(entry: Entry, *, failed: bool = False, dropped: bool = False) -> None:
 
 def _nothing() -> None:
     pass
-
-
-def _attached(entry: Entry, engines: Sequence[Engine]) -> list[Attached]:
-    """A session's editors at each of a pipeline's denoisers, in order."""
-    found = []
-    for editor in entry.editors:
-        missed: SelectorError | None = None
-        for engine in engines:
-            try:
-                sites = sites_for(editor, engine.model, engine.modules)
-            except SelectorError as error:
-                missed = error
-            else:
-                found.append(Attached(editor, entry, engine.model, sites))
-        if missed is not None and not any(one.editor is editor for one in found):
-            raise missed
-    return found
 
 
 def _check_alone(place: Denoising, engines: Sequence[Engine]) -> None:

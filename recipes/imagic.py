@@ -104,7 +104,7 @@ class Imagic:
             raise arguments.refusal("Imagic: window", window, wanted)
         if not alphas:
             raise arguments.refusal("Imagic: alphas", alphas, "a number for each image")
-        arguments.picture(image, "Imagic: image")
+        arguments.check_image(image, "Imagic: image")
         self.alphas, self.guidance, self.steps = tuple(alphas), float(guidance), steps
         self.inverted = inverted
         if checkpoint is not None:

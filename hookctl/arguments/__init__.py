@@ -1,16 +1,16 @@
 """Checks of what users give: the arguments of editors, programs, `control` and runs.
 
 values      one argument at a time, with its bounds
-pictures    of them, images and files
+images      of them, images and files
 signature   all arguments of a call at once, by their type hints and names: the decorator `checked`
 """
 
-from hookctl.arguments.pictures import (
+from hookctl.arguments.images import (
     Colour,
+    check_image,
     colours,
     images_and_prompts,
     opened,
-    picture,
     writable,
 )  # fmt: skip
 from hookctl.arguments.signature import checked
@@ -47,7 +47,7 @@ __all__ = [
     "one_of",
     "opened",
     "pair",
-    "picture",
+    "check_image",
     "refusal",
     "seed",
     "share",

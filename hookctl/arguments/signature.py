@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 from hookctl.address.sites import matcher
 from hookctl.arguments import values
-from hookctl.arguments.pictures import check_order
+from hookctl.arguments.images import check_order
 from hookctl.arguments.values import as_float, is_list, is_number, is_text, is_whole, refusal
 from hookctl.bounds import IMAGES, REFINEMENTS, SIDE, STEPS
 from hookctl.errors import InputError

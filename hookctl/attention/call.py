@@ -16,17 +16,15 @@ import torch
 from torch import Tensor
 
 from hookctl.attention import verbs
-from hookctl.attention.arguments import cast, is_all, is_finite, is_same, regions_of, remembered
+from hookctl.attention.arguments import cast, is_all, is_finite, is_same, regions_of
 from hookctl.attention.call_data import RowLike
-from hookctl.attention.division import Division, check_shift, divided, divided_alone
-from hookctl.attention.reading import ReadableCall
 from hookctl.attention.rewriting import Probabilities, Stage
 from hookctl.attention.term import Ref, Segment
-from hookctl.attention.token_map import Routing
+from hookctl.attention.text_call import TextCall
 from hookctl.errors import InputError, UnsupportedError
 
 
-class AttentionCall(ReadableCall):
+class AttentionCall(TextCall):
     """One attention call of one site: what an editor sees of it, and the verbs that rewrite it.
 
     What follows is there to be read. A verb takes the rows to change, a `Row`, its index or several
@@ -203,72 +201,6 @@ class AttentionCall(ReadableCall):
         queries = None if query_factors is None else cast(query_factors, self.q)
         self._note(Stage.RESTRICTION, "bias", targets, verbs.bias(queries, keys))
 
-    def route(
-        self,
-        rows: RowLike | Iterable[RowLike],
-        source: RowLike | None,
-        *,
-        token_map: Tensor | None = None,
-        blend: Tensor | float = 1.0,
-        gain: Tensor | float = 1.0,
-        image_from_source: bool = False,
-    ) -> None:
-        """Mix another row's map over the text tokens into the own one and rescale tokens.
-
-            A' = [(A_source T) * blend + A_own * (1 - blend)] * gain
-
-        evaluated without the maps as two terms, since A V is linear in A (Hertz et al., arXiv
-        2208.01626, in the form of equation 1). token_map: T, [text, text], None for the identity;
-        blend, gain: per token [text] or numbers. source=None: the row is its own source. On a joint
-        site only the image's queries are edited; image_from_source takes the map over the image's
-        keys from the source too.
-        """
-        start, stop = self.spans.text_keys or (0, self.k.shape[-2])
-        given = (stop - start, token_map, blend, gain)
-        tensors = [x for x in given if isinstance(x, Tensor)]
-        numbers = tuple(None if isinstance(x, Tensor) else x for x in given)
-        routing = remembered(lambda: Routing.of(*given), ("route", *numbers), *tensors)
-        self.route_by(rows, source, routing, image_from_source=image_from_source)
-
-    def route_by(
-        self,
-        rows: RowLike | Iterable[RowLike],
-        source: RowLike | None,
-        routing: Routing,
-        *,
-        image_from_source: bool = False,
-    ) -> None:
-        """`route` with the token map and gains prepared once for many calls."""
-        targets = self._indices(rows, "rows")
-        start, stop = self.spans.text_keys or (0, self.k.shape[-2])
-        if routing.tokens != stop - start:
-            raise InputError(
-                f"route: the token map is for {routing.tokens} tokens; the text of this call "
-                f"({self.site.path}) has {stop - start}"
-            )
-        joint = self.site.kind == "joint"
-        origin = None if source is None else self._index(source, "route: source")
-        # What is not moved from the source, over the image's keys of a joint site, stays.
-        stays = not (joint and image_from_source)
-        moves = routing.moves or not stays
-        if routing.keeps_alone if origin is None else routing.keeps_own and not moves:
-            return
-        if origin is None:
-            maps = {"from_own": routing.alone(self.v, start)}
-        else:
-            maps = {}
-            if moves:
-                maps["from_source"] = routing.source(self.v, start, float(not stays))
-            maps["from_own"] = routing.own(self.v, start, float(stays))
-        operation = verbs.route(
-            origin,
-            **maps,
-            vanishes="from_source" in maps and routing.drops_own and not (joint and stays),
-            stays=stays,
-            queries=self._image_queries() if joint else None,
-        )
-        self._note(Stage.TOKEN_MAP, "route", targets, operation)
-
     def add(
         self,
         rows: RowLike | Iterable[RowLike],
@@ -295,41 +227,6 @@ class AttentionCall(ReadableCall):
             return
         rewriting = verbs.add(self.q, Segment(new_k, new_v), self.scale, scale, weight)
         self._note(Stage.ADDITION, "add", targets, rewriting)
-
-    def divide(self, rows: RowLike | Iterable[RowLike], division: Division) -> None:
-        """Let the image's queries divide their attention between the own text and further ones.
-
-            out = (1 - sum_r w_r) own + sum_r w_r softmax(q k_r^T) v_r
-
-        division: the weights, by the name of each text (`Editor.context`). On a joint site a
-        further text takes the place of the own one beside the image.
-        """
-        targets = self._indices(rows, "rows")
-        start, stop = self.spans.image_queries
-        if self.site.kind not in ("cross", "joint"):
-            raise UnsupportedError(f"divide: {self.site.path} attends to no text")
-        for name, share in division.shares.items():
-            if tuple(share.shape) != (stop - start,):
-                raise InputError(
-                    f"divide: the share of {name!r} is {tuple(share.shape)}; {self.site.path} has "
-                    f"{stop - start} image queries"
-                )
-        if division.nothing:
-            return
-        weights = division.over_queries(start, self.q.shape[-2] - stop, self.q)
-        texts = tuple([self._text_place(name) for name in weights.shares])
-        for (name, shift), text in zip(weights.shifts.items(), texts, strict=True):
-            check_shift(shift, text.stop - text.start, name)
-        if self.site.kind == "cross":
-            stacks = self.q, self._full_k, self._full_v, self.scale
-            rewriting = divided_alone(weights, texts, stacks)
-        else:
-            parts = {}
-            for name, shift in weights.shifts.items():
-                k, v = self._with_image_keys(name)
-                parts[name] = Segment(Ref(k, 0), Ref(v, 0), shift)
-            rewriting = divided(weights, parts, self.q, self.scale)
-        self._note(Stage.ADDITION, "divide", targets, rewriting)
 
     def skip(self, rows: RowLike | Iterable[RowLike], *, where: Tensor | None = None) -> None:
         """Replace the probabilities of `rows` by the identity: the output is v (PAG).

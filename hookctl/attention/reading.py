@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from hookctl.attention.call_data import CallData, RowLike
 from hookctl.attention.rewriting import ReadOut, Sink
@@ -26,17 +27,9 @@ class ReadableCall(CallData):
         [sub-batch, N, len(tokens)], of image queries only on a joint site, differentiable.
         heads: a map for each head instead, [sub-batch, heads, N, len(tokens)].
         """
-        start, stop = self.spans.text_keys or (0, self.k.shape[-2])
-        positions = tuple(start + int(t) for t in tokens)
-        if not positions or min(positions) < start or max(positions) >= stop:
-            raise InputError(
-                f"read: tokens={tuple(tokens)} are not among the {stop - start} keys of "
-                f"{self.site.path}"
-            )
-        for index in self._indices(rows, "rows"):
-            self.read_outs.append(
-                ReadOut(self.rows[index], positions, into, heads=heads, editor=self.editor)
-            )
+        span = self.spans.text_keys or (0, self.k.shape[-2])
+        positions = self._within(span, "read: tokens", tokens, "keys")
+        self._look(rows, positions, into, heads=heads)
 
     def read_queries(
         self, rows: RowLike | Iterable[RowLike], queries: Sequence[int], into: Sink
@@ -48,17 +41,9 @@ class ReadableCall(CallData):
         len(queries) x M scores of each head, and no matrix.
         """
         keys = self._keys_of_image("read_queries")
-        start, stop = self.spans.image_queries
-        places = tuple(start + int(n) for n in queries)
-        if not places or min(places) < start or max(places) >= stop:
-            raise InputError(
-                f"read_queries: queries={tuple(queries)} are not among the {stop - start} image "
-                f"queries of {self.site.path}"
-            )
-        for index in self._indices(rows, "rows"):
-            self.read_outs.append(
-                ReadOut(self.rows[index], keys, into, queries=places, editor=self.editor)
-            )
+        span = self.spans.image_queries
+        places = self._within(span, "read_queries: queries", queries, "image queries")
+        self._look(rows, keys, into, queries=places)
 
     def marginals(self, rows: RowLike | Iterable[RowLike], into: Sink) -> None:
         """Hand the attention that each image key receives to `into(row, sums)` (SAG).
@@ -66,11 +51,30 @@ class ReadableCall(CallData):
         sums: the edited probabilities, averaged over heads and summed over the image's queries,
         [sub-batch, image keys]; no matrix is formed.
         """
-        keys = self._keys_of_image("marginals")
+        self._look(rows, self._keys_of_image("marginals"), into, summed=True)
+
+    def _look(
+        self,
+        rows: RowLike | Iterable[RowLike],
+        positions: tuple[int, ...],
+        into: Sink,
+        **how: Any,
+    ) -> None:
         for index in self._indices(rows, "rows"):
-            self.read_outs.append(
-                ReadOut(self.rows[index], keys, into, summed=True, editor=self.editor)
+            read_out = ReadOut(self.rows[index], positions, into, editor=self.editor, **how)
+            self.read_outs.append(read_out)
+
+    def _within(
+        self, span: tuple[int, int], name: str, given: Sequence[int], what: str
+    ) -> tuple[int, ...]:
+        """Positions in the call of some that count from the start of a span."""
+        start, stop = span
+        found = tuple(start + int(i) for i in given)
+        if not found or min(found) < start or max(found) >= stop:
+            raise InputError(
+                f"{name}={tuple(given)} are not among the {stop - start} {what} of {self.site.path}"
             )
+        return found
 
     def _keys_of_image(self, verb: str) -> tuple[int, ...]:
         if self.spans.image_keys is None:

@@ -21,7 +21,7 @@ from hookctl.attention.call import AttentionCall
 from hookctl.attention.rewriting import ReadOut
 from hookctl.attention.term import Sum, Term
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.evaluate import lists, reference, sdpa, short_keys, triton
+from hookctl.evaluate import lists, reference, sdpa, short_keys, triton, triton_maps
 from hookctl.evaluate.sdpa import Piece
 
 BACKENDS = ("auto", "triton", "sdpa", "reference")
@@ -211,7 +211,7 @@ def _hand_out(call: AttentionCall, finished: Sum, backend: str, read: Reading) -
         elif request.queries:
             lines = reference.of_queries(finished, request.row.index, request.queries)
             values.append(lines[..., request.tokens[0] : request.tokens[-1] + 1].mean(1))
-        elif (mean := triton.mean_map(finished, request, call, backend)) is not None:
+        elif (mean := triton_maps.mean_map(finished, request, call, backend)) is not None:
             values.append(mean[:, start:stop])
         else:
             of_heads = read.get(id(request))
@@ -225,7 +225,7 @@ def _hand_out(call: AttentionCall, finished: Sum, backend: str, read: Reading) -
 
 def _sums(finished: Sum, request: ReadOut, call: AttentionCall, backend: str) -> Tensor:
     """[sub-batch, tokens]: what each key gets from the image's queries, averaged over heads."""
-    sums = triton.mean_marginals(finished, request, call, backend)
+    sums = triton_maps.mean_marginals(finished, request, call, backend)
     if sums is None:
         sums = reference.marginals(finished, request.row.index, call.spans.image_queries).mean(1)
     return sums[:, request.tokens[0] : request.tokens[-1] + 1]

@@ -12,7 +12,7 @@ from hookctl.address import families
 from hookctl.address.clock import Clock
 from hookctl.address.sites import Site, select
 from hookctl.editor import Editor, overrides
-from hookctl.errors import UnsupportedError
+from hookctl.errors import SelectorError, UnsupportedError
 from hookctl.evaluate.plan import Plan
 from hookctl.hooks.skips import concats
 
@@ -75,6 +75,26 @@ class Attached:
     def note_hook(self, hook: str, step: int, what: str, where: str) -> None:
         """Keep what a hook round the attention did, "" for nothing, for the session's report."""
         self.entry.log.note_hook(self.editor, hook, step, what, where)
+
+
+def attach(entry: Entry, denoisers: Sequence[tuple[nn.Module, Modules]]) -> list[Attached]:
+    """A session's editors at each of a pipeline's denoisers, in order.
+
+    Raises what `sites_for` does; a selector may match nothing in some of the denoisers.
+    """
+    found = []
+    for editor in entry.editors:
+        missed: SelectorError | None = None
+        for model, modules in denoisers:
+            try:
+                sites = sites_for(editor, model, modules)
+            except SelectorError as error:
+                missed = error
+            else:
+                found.append(Attached(editor, entry, model, sites))
+        if missed is not None and not any(one.editor is editor for one in found):
+            raise missed
+    return found
 
 
 def sites_for(editor: Editor, model: nn.Module, modules: Modules) -> frozenset[str]:

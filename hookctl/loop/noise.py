@@ -159,6 +159,15 @@ class Noise:
             return (level.signal / r) * eps - (level.noise / r) * x0
         return x0 if self.kind == "sample" else eps
 
+    def factors(self, here: Level, there: Level) -> tuple[float, float]:
+        """(alpha, beta) of a first-order step, x' = alpha x + beta prediction."""
+        one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        alpha, beta = (
+            float(there.mix(*self.split(x, prediction, here)))
+            for x, prediction in ((one, zero), (zero, one))
+        )
+        return alpha, beta
+
     def renoise(
         self, x: Tensor, here: Level, there: Level, generator: torch.Generator | None = None
     ) -> Tensor:

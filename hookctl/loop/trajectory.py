@@ -293,12 +293,7 @@ class Trajectory:
         So are the deterministic steps of DDIM, Euler and flow matching, whatever is predicted.
         """
         here, there = self.levels[i], self.noise.after(self.noise.timesteps[i])
-        one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-        alpha, beta = (
-            float(there.mix(*self.noise.split(x, prediction, here)))
-            for x, prediction in ((one, zero), (zero, one))
-        )
-        return alpha, beta
+        return self.noise.factors(here, there)
 
     def _undone(self, x: Tensor, prediction: Tensor, i: int) -> Tensor:
         """The latents at level i from which the prediction leads to x at level i + 1."""

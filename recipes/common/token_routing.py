@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hookctl.address.clock import Clock, Window
 from hookctl.address.text import PromptText, align
-from hookctl.attention.call import Routing
+from hookctl.attention.token_map import Routing
 from hookctl.recipes.common.prompt_texts import PromptTexts, positions_of
 from hookctl.recipes.common.word_windows import WordWindows
 

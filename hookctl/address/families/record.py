@@ -74,7 +74,7 @@ class Model:
 class Pipeline:
     """What is declared of a class of pipelines.
 
-    calls: name of each denoiser -> its rows and calls in a step, in the order of their turns.
+    calls: name of each denoiser -> its rows and calls in a step, in their order.
     text: how the text sequence that the attention sees is made up of tokenizers, or why words
         can't be addressed.
     encoded: where `encode_prompt` returns the pooled text and the mask of the tokens.

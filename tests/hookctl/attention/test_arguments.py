@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from hookctl.attention.call import AttentionCall, Routing
+from hookctl.attention.call import AttentionCall
+from hookctl.attention.token_map import Routing
 from hookctl.errors import InputError, UnsupportedError
 from tests.hookctl.attention.calls import Case, make, random
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hookctl.attention.call import AttentionCall, Routing
+from hookctl.attention.call import AttentionCall
+from hookctl.attention.token_map import Routing
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.evaluate import plan
 from tests.hookctl.attention.calls import IMAGE, KINDS, TEXT, Case, close, make, random

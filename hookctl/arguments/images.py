@@ -31,7 +31,7 @@ def images_and_prompts(image: Any, prompt: Any, name: str) -> tuple[list[Any], l
             f"{name}: {len(images)} images and {len(prompts)} prompts; give as many of both"
         )
     for i, one in enumerate(images):
-        picture(one, f"{name}: image" if single else f"{name}: image[{i}]")
+        check_image(one, f"{name}: image" if single else f"{name}: image[{i}]")
     return images, prompts
 
 
@@ -44,7 +44,7 @@ def check_order(image: Any, prompt: Any, name: str) -> None:
         )
 
 
-def picture(value: Any, name: str) -> Image.Image:
+def check_image(value: Any, name: str) -> Image.Image:
     """A PIL image."""
     if not isinstance(value, Image.Image):
         raise refusal(name, value, "a PIL image in mode RGB")
@@ -54,7 +54,7 @@ def picture(value: Any, name: str) -> Image.Image:
 def opened(image: Any, name: str) -> Any:
     """An image as it is, or the one in the file at a path, in mode RGB."""
     if not isinstance(image, str | Path):
-        return picture(image, name)
+        return check_image(image, name)
     return readable(image, name)
 
 
