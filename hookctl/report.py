@@ -99,8 +99,8 @@ class Log:
                 f"the steps that ran, {steps}{of}"
             )
         return (
-            f"it was active at steps {steps} and changed nothing: its strength is 0, no row, word "
-            "or site of the run is its own, or code that was compiled before bypasses it"
+            f"it was active at steps {steps} and changed nothing: its strength is 0, or no row, "
+            "word or site of the run is its own"
         )
 
 

@@ -1,4 +1,4 @@
-"""Masks and images of every mode and depth, read without loss or refused by name."""
+"""Masks and pictures of every mode and depth, read without loss or refused by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hookctl.errors import InputError
 
 MaskLike: TypeAlias = Array | Tensor | Image.Image
 
-NEARLY_GREY = 8  # how far the channels of a grey image may lie apart, of 255 (JPEG)
+NEARLY_GREY = 8  # how far the channels of a grey picture may lie apart, of 255 (JPEG)
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _COLOURS = ("RGB", "RGBX", "RGBA", "RGBa", "P", "PA", "CMYK", "YCbCr", "HSV")
 _GREYS = ("1", "L", "LA", "La", "F", *_SIXTEEN_BITS)
@@ -22,11 +22,11 @@ _GREYS = ("1", "L", "LA", "La", "F", *_SIXTEEN_BITS)
 def mask_values(mask: MaskLike) -> Array:
     """A mask as float64 [height, width], 0 to 1.
 
-    Of an image with transparency the mask is its alpha channel; it must not be a grey mask as
+    Of a picture with transparency the mask is its alpha channel; it must not be a grey mask as
     well. Raises InputError for what could mean several things, or nothing.
     """
     if isinstance(mask, Image.Image):
-        mask = _of_image(mask)
+        mask = _of_picture(mask)
     if isinstance(mask, Tensor):
         mask = mask.detach().cpu()
         if mask.dtype.is_complex:
@@ -51,46 +51,46 @@ def mask_values(mask: MaskLike) -> Array:
     return values
 
 
-def _of_image(image: Image.Image) -> Array:
-    """The mask in an image, bytes or fractions [height, width]."""
-    mode = image.mode
+def _of_picture(picture: Image.Image) -> Array:
+    """The mask in a picture, bytes or fractions [height, width]."""
+    mode = picture.mode
     if mode not in _GREYS + _COLOURS:
         raise InputError(
-            f"mask: an image of mode {mode!r} given, of which it is not known what is white; "
-            "give a float array of 0 to 1, or image.convert('L')"
+            f"mask: a picture of mode {mode!r} given, of which it is not known what is white; "
+            "give a float array of 0 to 1, or picture.convert('L')"
         )
-    if (frames := getattr(image, "n_frames", 1)) > 1:
+    if (frames := getattr(picture, "n_frames", 1)) > 1:
         raise InputError(
-            f"mask: an image of {frames} frames given; give one of them: image.seek(i), then "
-            "image.copy()"
+            f"mask: a picture of {frames} frames given; give one of them: picture.seek(i), then "
+            "picture.copy()"
         )
     if mode in _SIXTEEN_BITS:
-        return np.asarray(image).astype(np.float64) / 65535
-    transparent = _is_transparent(image)
+        return np.asarray(picture).astype(np.float64) / 65535
+    transparent = _is_transparent(picture)
     if mode in _GREYS and not transparent:
-        return np.asarray(image)
-    grey = _grey(image)
+        return np.asarray(picture)
+    grey = _grey(picture)
     if not transparent:
         if grey is None:
             raise InputError(
-                f"mask: a coloured image (mode {mode!r}) given; give one of its channels, such "
-                "as image.getchannel('R'), or its brightness, image.convert('L')"
+                f"mask: a coloured picture (mode {mode!r}) given; give one of its channels, such "
+                "as picture.getchannel('R'), or its brightness, picture.convert('L')"
             )
         return grey
-    alpha = np.asarray(_rgba(image).getchannel("A"))
+    alpha = np.asarray(_rgba(picture).getchannel("A"))
     if alpha.min() == 255:
-        return _of_image(_rgba(image).convert("RGB"))
+        return _of_picture(_rgba(picture).convert("RGB"))
     if grey is not None and np.ptp(grey[alpha > 0] if (alpha > 0).any() else grey) > 0:
         raise InputError(
-            f"mask: an image (mode {mode!r}) that is a grey mask and transparent as well given; "
-            "give the one that is meant: image.getchannel('A') or image.convert('L')"
+            f"mask: a picture (mode {mode!r}) that is a grey mask and transparent as well given; "
+            "give the one that is meant: picture.getchannel('A') or picture.convert('L')"
         )
     return alpha
 
 
-def _grey(image: Image.Image) -> Array | None:
-    """The grey of an image, bytes; None if it has colours."""
-    opaque = _rgba(image).convert("RGB")
+def _grey(picture: Image.Image) -> Array | None:
+    """The grey of a picture, bytes; None if it has colours."""
+    opaque = _rgba(picture).convert("RGB")
     colours = np.asarray(opaque).astype(np.int64)
     if np.ptp(colours, axis=-1).max(initial=0) > NEARLY_GREY:
         return None
@@ -98,35 +98,35 @@ def _grey(image: Image.Image) -> Array | None:
     return grey
 
 
-def _is_transparent(image: Image.Image) -> bool:
-    return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+def _is_transparent(picture: Image.Image) -> bool:
+    return picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info
 
 
-def _rgba(image: Image.Image) -> Image.Image:
+def _rgba(picture: Image.Image) -> Image.Image:
     # Pillow makes nothing else of a premultiplied grey.
-    return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    return (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
 
 
-def rgb(image: Image.Image, name: str) -> Image.Image:
-    """A image in mode RGB; InputError, by name, if that would lose anything."""
-    mode = image.mode
+def rgb(picture: Image.Image, name: str) -> Image.Image:
+    """A picture in mode RGB; InputError, by name, if that would lose anything."""
+    mode = picture.mode
     if mode in _SIXTEEN_BITS or mode not in _GREYS + _COLOURS or mode == "F":
         raise InputError(
-            f"{name}: an image of mode {mode!r} has more than 8 bits a channel, or none that are "
-            "known; save it as an 8-bit RGB image"
+            f"{name}: a picture of mode {mode!r} has more than 8 bits a channel, or none that are "
+            "known; save it as an 8-bit RGB picture"
         )
-    if _is_transparent(image):
-        image = _rgba(image)
-        if image.getchannel("A").getextrema()[0] != 255:
+    if _is_transparent(picture):
+        picture = _rgba(picture)
+        if picture.getchannel("A").getextrema()[0] != 255:
             raise InputError(
-                f"{name}: an image with transparent parts (mode {mode!r}); lay it on a "
-                "background first, or drop its transparency: image.convert('RGB')"
+                f"{name}: a picture with transparent parts (mode {mode!r}); lay it on a "
+                "background first, or drop its transparency: picture.convert('RGB')"
             )
-    return image.convert("RGB")
+    return picture.convert("RGB")
 
 
 def readable(value: Any, name: str) -> Image.Image:
-    """The image in a file, in mode RGB; InputError if it can't be read or would lose anything."""
+    """The picture in a file, in mode RGB; InputError if it can't be read or would lose anything."""
     try:
         with Image.open(value) as file:
             file.load()
