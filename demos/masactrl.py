@@ -42,7 +42,7 @@ SITES = "self up"  # the embedded UNet has its patterns in all of the decoder, n
 REFERENCE = "reference-only"  # whose first image is given
 METHODS: dict[str, Callable[[Case], SourceAndEdits]] = {
     "MasaCtrl": lambda case: MasaCtrl(case.prompts, sites=SITES),
-    "StyleAligned": lambda case: StyleAligned(case.prompts, shift=0.7),
+    "StyleAligned": lambda case: StyleAligned(case.prompts),
     REFERENCE: lambda case: ReferenceOnly(case.prompts, case.image()),
 }
 NOISES = {"MasaCtrl": 4, "StyleAligned": 2, REFERENCE: 2}  # drawn at once of every case

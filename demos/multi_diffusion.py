@@ -29,12 +29,15 @@ from hookctl.inspect.files import save_image, write_json
 from hookctl.recipes import MultiDiffusion
 
 STEPS, GUIDANCE, STRIDE, BATCH = 25, 3.0, 8, 8
+# Under regions a tile is one region: in one that holds parts of two, this model draws an object for
+# each part, which the border of the region cuts.
+OF_A_REGION = 16
 WIDTH = 3 * IMAGE_SIZE
 THIRDS = [(i / 3, 0.0, (i + 1) / 3, 1.0) for i in range(3)]
 SHOWN = 3
 
-# Denoiser rows in a step for a canvas, in images: 5 tiles, of which two hold two regions.
-ROWS = {"regions": 2 * 7, "tiles": 2 * 5, "plain, wide": 2 * 3, "side by side": 2 * 3}
+# Denoiser rows in a step for a canvas, in images: 3 tiles of a region each, or 5 that overlap.
+ROWS = {"regions": 2 * 3, "tiles": 2 * 5, "plain, wide": 2 * 3, "side by side": 2 * 3}
 
 Progress = Callable[[int, int], None]
 
@@ -124,7 +127,7 @@ def _wide(edit: MultiDiffusion | None, pipe: Any, prompts: list[str], seed: int)
 
 def _regions(cases: list[Canvas], seed: int) -> MultiDiffusion:
     return MultiDiffusion(
-        [case.texts for case in cases], [THIRDS] * len(cases), stride=STRIDE, seed=seed
+        [case.texts for case in cases], [THIRDS] * len(cases), stride=OF_A_REGION, seed=seed
     )
 
 

@@ -45,6 +45,9 @@ from hookctl.recipes import (
 
 SHARE = 0.5  # of the schedule in which the sampler draws the objects apart
 LATER = (0.28, 0.6)  # and in which it does so under layout guidance
+# Regions are said apart while the layout forms: to the end, this small model, whose images are of
+# one scene, leaves objects out.
+ALONE = 0.3
 # A region that hears of its object alone, beside others, tends to leave it out: in stacks the whole
 # prompt keeps half of each region.
 BASE = 0.5
@@ -113,7 +116,7 @@ def placed(cases: Sequence[LayoutCase]) -> list[Editor]:
 
 METHODS: Mapping[str, Stack] = {
     "plain": lambda cases: [],
-    "regional prompts": regional,
+    "regional prompts": lambda cases: regional(cases, stop=ALONE),
     "sampler": sampled,
     "sampler + regional + masked": sampled_and_masked,
     "layout guidance": guided,
