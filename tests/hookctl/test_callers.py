@@ -84,6 +84,7 @@ EDITORS: dict[str, Callable[[], hookctl.Editor]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EDITORS)
 def test_others_are_plain(pipe: Any, name: str) -> None:
     plain, other = draw(pipe), over_the_same(pipe)
@@ -98,6 +99,7 @@ def test_others_are_plain(pipe: Any, name: str) -> None:
     assert name == "maps" or not torch.equal(edited, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_tokenizes")
 def test_every_thread_its_own_edits(pipe: Any) -> None:
     alone = {}
@@ -173,6 +175,7 @@ def test_called_elsewhere_only(pipe: Any, strict: bool) -> None:
         assert torch.equal(in_thread(lambda: here.run(draw, pipe)), edited)
 
 
+@pytest.mark.slow
 def test_one_editor_in_two_pipelines() -> None:
     first, second = SD15.make(), zoo.PIPELINES["sdxl"].make()
     edit = PromptToPrompt(PROMPTS, cross_replace=0.8)
@@ -290,6 +293,7 @@ class Interrupt:
         return self
 
 
+@pytest.mark.slow
 def test_interrupts_leave_nothing() -> None:
     pipe = SD15.make()
     plain, before = draw(pipe), fingerprint(pipe)

@@ -39,6 +39,7 @@ def test_on_other_families(name: str) -> None:
     assert (found.reconstruct(pipe, "latent") - found.path[-1]).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_the_source_gets_what_its_guided_step_misses_and_its_edits_nothing() -> None:
     """Each step as published: o = x*' - step(x*), added to the source before LocalBlend's step."""
     pipe = pipeline()

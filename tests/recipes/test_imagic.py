@@ -62,6 +62,7 @@ def test_every_trained_level_whatever_the_offset() -> None:
     edit.fit().draw((0.5,), steps=2, output_type="latent")
 
 
+@pytest.mark.slow
 def test_inverted_alpha_0_leads_back_at_any_guidance() -> None:
     """It follows the fitted text from its inverted noise; the other alphas leave that path."""
     pipe = pipeline(scheduler=DDIMScheduler, clip_sample=False)
@@ -94,6 +95,7 @@ def test_the_window_and_the_samples_of_a_step() -> None:
     assert asked == [2, 3, 4, 5] and len(losses) == 4
 
 
+@pytest.mark.slow
 def test_noises_of_a_level_share_its_text_and_model() -> None:
     """Their loss is the mean of those that they have one by one."""
     pipe = pipeline()

@@ -174,6 +174,7 @@ def test_equals_the_official_matrices(case: str) -> None:
     assert relative(got[1:], plain("sd15", prompts, torch.float64)[1:]) > 1e-6
 
 
+@pytest.mark.slow
 def test_sites_before_the_first_map_use_the_last_steps() -> None:
     """The official code has none for them, and edits them without masks."""
     options = {"words": "cat", "threshold": 0.5, "sites": "self down0", "start": 0.0}

@@ -89,6 +89,7 @@ def test_a_panorama_is_the_average_of_stepped_tiles(scheduler: Any, wrap: bool) 
     assert error(SD15.run(pipe, TWO[0], steps=4, latents=start, **WIDE), want) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bootstrap", [0.0, 0.5])
 def test_regions_are_what_the_official_loop_makes_of_them(
     bootstrap: float, monkeypatch: pytest.MonkeyPatch
@@ -126,6 +127,7 @@ def test_regions_are_what_the_official_loop_makes_of_them(
 # -- laws ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "pixart", "animatediff", "wan"])
 def test_one_tile_is_the_plain_run(name: str) -> None:
     case = zoo.PIPELINES[name]
@@ -200,6 +202,7 @@ def test_round_the_sides_there_is_no_seam() -> None:
 # -- together with others --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_others_act_in_every_tile() -> None:
     pipe, edit = SD15.make(), MultiDiffusion(stride=6)
     alone = draw(SD15, pipe, edit, **WIDE)

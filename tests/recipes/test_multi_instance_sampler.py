@@ -117,6 +117,7 @@ def test_each_is_pasted_where_it_belongs() -> None:
     assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
 
 
+@pytest.mark.slow
 def test_the_stack_and_its_cost() -> None:
     """1 + n denoiser calls in the steps of the share, one in the others; further rows untouched."""
     case = zoo.PIPELINES["sd15"]

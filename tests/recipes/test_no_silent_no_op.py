@@ -87,6 +87,7 @@ def plain(kind: str) -> Tensor:
     return KINDS[kind][1](pipeline(kind))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_it_acts_or_says_why_not(name: str, kind: str) -> None:

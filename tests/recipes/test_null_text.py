@@ -44,6 +44,7 @@ def published(pipe: Any, path: list[Tensor], iterations: int, enough: float) -> 
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("enough", [1e-5, 0.3])
 def test_the_embeddings_are_those_of_the_published_loop(enough: float) -> None:
     pipe = pipeline()
@@ -54,6 +55,7 @@ def test_the_embeddings_are_those_of_the_published_loop(enough: float) -> None:
         torch.testing.assert_close(correction.contexts["uncond"], wanted, atol=2e-3, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_it_leads_nearer_to_the_image_than_guided_ddim() -> None:
     pipe = pipeline()
     given = {"steps": STEPS, "guidance": SCALE, "iterations": 15, "rate": 0.1}
@@ -65,6 +67,7 @@ def test_it_leads_nearer_to_the_image_than_guided_ddim() -> None:
     assert fitted < 0.7 * (guided - clean).square().mean()
 
 
+@pytest.mark.slow
 def test_each_of_several_images_stops_for_itself() -> None:
     pipe = pipeline()
     given = {"steps": 2, "guidance": SCALE, "iterations": 3, "tolerance": 0.3}

@@ -37,6 +37,7 @@ def drawn(pipe: Any, *editors: Any, steps: int = STEPS) -> Tensor:
 
 
 # Step 5 lies beyond max_iter = 3, where no step is updated any more.
+@pytest.mark.slow
 @pytest.mark.parametrize("thresholds", [{}, {0: 0.05, 2: 0.2, 5: 0.2}, {0: 0.99}])
 def test_attend_and_excite(thresholds: dict[int, float]) -> None:
     pipe = made("sd15", torch.float64)
@@ -58,6 +59,7 @@ def test_attend_and_excite(thresholds: dict[int, float]) -> None:
 BOXES = [[(0.1, 0.2, 0.7, 0.9), (0.4, 0.0, 1.0, 0.6)], [(0.05, 0.3, 0.9, 0.95)]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("thresholds", [{}, {0: 0.03, 2: 0.06, 5: 0.2}])
 def test_box_diff(thresholds: dict[int, float]) -> None:
     pipe = made("sd15", torch.float64)
@@ -87,6 +89,7 @@ def sites(pipe: Any) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_layout_guidance() -> None:
     pipe = with_scheduler(LMSDiscreteScheduler)
     pipe.unet.double(), pipe.text_encoder.double()

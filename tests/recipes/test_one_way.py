@@ -96,6 +96,7 @@ def test_no_strength_is_no_flow_bit_for_bit() -> None:
 # -- the cycles --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_without_cycles_and_writes_it_is_sampling_of_the_inverted_canvas() -> None:
     pipe = made("sd15")
     want = program()
@@ -110,6 +111,7 @@ def test_without_cycles_and_writes_it_is_sampling_of_the_inverted_canvas() -> No
     assert relative(cyclic(), run.latents) > 1e-3  # a cycle is not nothing
 
 
+@pytest.mark.slow
 def test_the_seed_takes_nothing_from_the_text() -> None:
     """The last thing written is the image's own; all else follows the prompt."""
     a, b = latents(CAT, finish=0.0), latents(DOG, finish=0.0)
@@ -120,6 +122,7 @@ def test_the_seed_takes_nothing_from_the_text() -> None:
     assert torch.equal(cyclic(), latents())  # its noise is its seed's
 
 
+@pytest.mark.slow
 def test_cost_and_rows_of_the_suppression() -> None:
     rows: list[int] = []
     conv = made("sd15").unet.conv_in
@@ -134,6 +137,7 @@ def test_cost_and_rows_of_the_suppression() -> None:
     assert rows == [2] * 7 + [2] * 5 + [4] * 2 + [2] * 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("texts", [{}, {"negative": "", "suppress": "", "diverse": "a dog"}])
 def test_paper_is_the_official_code(texts: dict[str, str]) -> None:
     """In float64: a mask that cuts cells, two images, one generator for all noise."""
@@ -166,6 +170,7 @@ def test_official_levels_of_the_fresh_noise() -> None:
         assert run.level == it.high
 
 
+@pytest.mark.slow
 def test_selective_without_strength_is_cyclic() -> None:
     none = latents(cls=SelectiveOneWay, spread=0.0, isolate=0.0)
     assert torch.equal(none, cyclic())

@@ -102,6 +102,7 @@ def test_every_editor_is_in_the_table() -> None:
     assert editors <= set(RECIPES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_each_acts(name: str) -> None:
     assert error(alone(name), SD15.run(pipe(), PROMPTS)) > 1e-4
@@ -137,6 +138,7 @@ def test_inversions_under_editors(name: str) -> None:
             assert error(edited(RECIPES[other](recipes)), alone) > 1e-5, other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "other", ["MultiInstanceSampler", "SEG", "SAG", "FreeU", "PromptToPrompt", "RealCompo"]
 )

@@ -189,6 +189,7 @@ def test_equals_the_official_matrices(name: str, case: str) -> None:
             assert 0 < mask.double().mean() < 1
 
 
+@pytest.mark.slow
 def test_self_attention_keeps_fine_grids_to_itself() -> None:
     """At a latent of 32 x 32 the 16 x 16 sites are replaced and the 32 x 32 sites are not."""
     size = {"height": 256, "width": 256, "steps": 1, "guidance": 1.0}
@@ -203,6 +204,7 @@ def test_self_attention_keeps_fine_grids_to_itself() -> None:
 # -- without the official misalignment ---------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prompts", "token_map"),
     [([CAT, SQUIRREL], shifted(1, 2, 3)), ([SQUIRREL, CAT], shifted(2, 1, 3))],
@@ -303,6 +305,7 @@ def swap(family: str) -> tuple[Tensor, tuple[int, ...]]:
     return t5, (2, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
 @pytest.mark.parametrize("family", ["sd3", "flux", "pixart", "wan", "animatediff"])
 def test_equals_the_matrices_on_every_family(family: str, guided: bool) -> None:

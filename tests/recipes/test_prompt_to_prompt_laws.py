@@ -79,6 +79,7 @@ def test_several_images_of_each_prompt(family: str) -> None:
         assert relative(both[[j, 2 + j]], alone) < 1e-5  # float32, another batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_several_edits_of_one_source(family: str) -> None:
     """In one batch each is what it is alone, though they are of different kinds."""
@@ -145,6 +146,7 @@ def test_conditional_rows_alone_are_edited() -> None:
     assert set(seen) == {("cond", 1, "cond", 0), ("perturbed", 1, "perturbed", 0)}
 
 
+@pytest.mark.slow
 def test_run_draws_everything() -> None:
     edit = PromptToPrompt([CAT, DOG])
     call = {"num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "latent"}
@@ -166,6 +168,7 @@ def test_one_routing_serves_many_steps() -> None:
     assert made_in[-1] == 3
 
 
+@pytest.mark.slow
 def test_an_editor_serves_run_after_run() -> None:
     """Nothing of a run is left in the next: sums of maps, another length, another pipeline."""
     edit = PromptToPrompt([CAT, DOG], blend=["cat", "dog"], blend_threshold=0.9)

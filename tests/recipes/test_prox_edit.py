@@ -54,6 +54,7 @@ def pipe() -> Any:
     return pipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prox", ["l0", "l1"])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_official_loop(pipe: Any, case: str, prox: str) -> None:
@@ -95,6 +96,7 @@ class Injected:
         return torch.cat(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("uncond", "cond", "interp"),
     [("joint", "src", 1.0), ("none", "src", 0.4), ("src", "joint", 0.0), ("src", "src", 1.0)],

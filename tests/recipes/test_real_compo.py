@@ -155,6 +155,7 @@ def test_histories_of_multistep_solvers(scheduler: Any, paper: bool) -> None:
     assert relative(got, written_out(pipe, second, edit.coefficients, not paper)) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_constant_coefficient_needs_one_history() -> None:
     pipe = with_scheduler(DPMSolverMultistepScheduler)
     second = other(pipe)
@@ -165,6 +166,7 @@ def test_a_constant_coefficient_needs_one_history() -> None:
         assert relative(got, written_out(pipe, second, constant, paper)) < 1e-4
 
 
+@pytest.mark.slow
 def test_fresh_noise_is_the_pipelines() -> None:
     """The steps beside draw noise of their own, and none of it is left."""
     pipe = CASE.make()
@@ -238,6 +240,7 @@ class Fixed:
         return None
 
 
+@pytest.mark.slow
 def test_cost_and_the_callers_random_state() -> None:
     pipe = CASE.make()
     second = other(pipe)

@@ -39,6 +39,7 @@ TOLERANCE = 1e-10  # float64; gradients count a million times
 # -- the official loop -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plms", [False, True])
 def test_paper_is_the_official_code(plms: bool) -> None:
     """In float64, of boxes that cut cells; each image of a batch as if alone."""
@@ -137,6 +138,7 @@ def drawn(pipe: Any, prompts: list[str], **arguments: Any) -> Tensor:
     return latents
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PIPELINES)
 def test_alone_a_layout_pipeline_draws_what_it_draws(kind: str) -> None:
     """With its boxes or its control image, in the steps that they act in, and its predictions."""
@@ -161,6 +163,7 @@ def test_alone_a_layout_pipeline_draws_what_it_draws(kind: str) -> None:
             assert relative(drawn(pipe, prompts), want) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PIPELINES)
 @pytest.mark.parametrize("paper", [False, True])
 def test_a_layout_pipeline_is_mixed_and_its_maps_are_read(kind: str, paper: bool) -> None:
@@ -191,6 +194,7 @@ def test_gligen_takes_words_and_boxes_of_the_mixture() -> None:
         drawn(pipe, TWO)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, PNDMScheduler])
 def test_other_schedulers_and_editors_of_the_layout_pipeline(scheduler: Any) -> None:
     pipe, layout = SD15.make(), SD15.make()
@@ -205,6 +209,7 @@ def test_other_schedulers_and_editors_of_the_layout_pipeline(scheduler: Any) -> 
     assert relative(drawn(layout, ["a red cat"]), want) > 1e-4
 
 
+@pytest.mark.slow
 def test_a_layout_pipeline_over_the_same_unet() -> None:
     pipe, layout = SD15.make(), controlled()
     layout.unet = pipe.unet
@@ -221,6 +226,7 @@ def test_a_layout_pipeline_over_the_same_unet() -> None:
     assert torch.equal(drawn(pipe, ["a red cat"]), plain)
 
 
+@pytest.mark.slow
 def test_bad_pipelines() -> None:
     pipe, layout = SD15.make(), SD15.make()
     with pytest.raises(InputError, match="the controlled pipeline itself"):
@@ -244,6 +250,7 @@ def test_bad_pipelines() -> None:
     assert torch.equal(drawn(pipe, ["a red cat"]), drawn(SD15.make(), ["a red cat"]))
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_early_leaves_nothing_running() -> None:
     import threading
 
@@ -271,6 +278,7 @@ def test_a_run_that_ends_early_leaves_nothing_running() -> None:
 # -- the defaults ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_by_default_both_models_act_and_the_guidance_lasts() -> None:
     """The guidance alone is what c = 1 would draw; the mixture is neither of both models."""
     pipe = zoo.PIPELINES["sd15"].make().to(torch.float64)

@@ -74,6 +74,7 @@ def test_the_formula(kind: str, backend: str) -> None:
     assert (out[0] - wanted[0]).abs().max() < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux", "pixart"])
 def test_nothing_asked_is_bit_identical(name: str) -> None:
     case = zoo.PIPELINES[name]

@@ -76,6 +76,7 @@ def literal(pipe: Any, start: Tensor, steps: int, guidance: float, scale: float)
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [4.0, 1.0])
 @torch.no_grad()
 def test_the_published_loop(guidance: float) -> None:
@@ -93,6 +94,7 @@ def test_the_published_loop(guidance: float) -> None:
 # -- laws ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "pixart"])
 def test_nothing_to_do(name: str) -> None:
     """Scale 0 or no window: bit for bit. Nothing salient: nothing is blurred or changed."""
@@ -126,6 +128,7 @@ def test_guidance_by_two_calls() -> None:
     assert error(draw(case, pipe, SAG()), case.run(pipe, TWO)) > 1e-4
 
 
+@pytest.mark.slow
 def test_spaces_of_schedulers_agree() -> None:
     """From one image and one noise, latents in sigma space get the same guidance."""
     common = {"timestep_spacing": "leading", "steps_offset": 1, "beta_schedule": "scaled_linear"}
@@ -151,6 +154,7 @@ def test_spaces_of_schedulers_agree() -> None:
     assert error(results[0], results[1]) > 1e-3
 
 
+@pytest.mark.slow
 def test_together_with_the_others() -> None:
     pipe = SD15.make()
     editors = [PAG(2.0), SEG(1.0), SAG(), FreeU()]

@@ -96,6 +96,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_official_matrices(case: str) -> None:
     ours, theirs = CASES[case]
@@ -126,6 +127,7 @@ def test_group_norms_equal_joined_features() -> None:
 # -- laws --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_on_every_family(family: str) -> None:
     """Without strength no bit changes; with it the others move, and the first does not."""

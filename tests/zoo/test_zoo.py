@@ -47,6 +47,7 @@ def text_rows(
     return seen[:calls]
 
 
+@pytest.mark.slow
 def test_runs_and_repeats(case: zoo.Case, pipe: Any) -> None:
     first = case.run(pipe)
     assert first.shape[0] == 1
@@ -79,6 +80,7 @@ def test_sites(case: zoo.Case, pipe: Any) -> None:
     assert set(case.examples.values()) <= set(case.sites)
 
 
+@pytest.mark.slow
 def test_rows(case: zoo.Case, pipe: Any) -> None:
     """Rows of one label share their text, and N rows are those that follow the negatives."""
     n = 2 if case.takes_n else 1
@@ -101,6 +103,7 @@ def test_rows(case: zoo.Case, pipe: Any) -> None:
                 assert torch.equal(call[i], other[i]) == (a != "N2")
 
 
+@pytest.mark.slow
 def test_images_do_not_depend_on_their_neighbours(case: zoo.Case, pipe: Any) -> None:
     alone = case.run(pipe, "a green dog")
     together = case.run(pipe, ["a green dog", "a spaceship"])

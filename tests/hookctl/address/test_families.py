@@ -137,6 +137,7 @@ def kinds(name: str) -> dict[str, int]:
     return {kind: found.count(kind) for kind in sorted(set(found))}
 
 
+@pytest.mark.slow
 def test_kinds_that_modules_do_not_show() -> None:
     found = kinds("Kandinsky3Pipeline")
     assert found["self"] == 3 and found["text"] == 1 and set(found) == {"cross", "self", "text"}

@@ -297,6 +297,7 @@ def complaints(count: int | None, folder: Path) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_some_values_for_every_argument(tmp_path: Path) -> None:
     found = complaints(EACH, tmp_path)
     assert not found, "\n".join(found)

@@ -271,6 +271,7 @@ def test_a_link_still_leads_to_its_file(tmp_path: Path) -> None:
     assert (tmp_path / "true.json").read_text("utf-8") == "{}\n"
 
 
+@pytest.mark.slow
 def test_a_refused_command_leaves_no_folder(
     say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -273,6 +273,7 @@ def test_a_lora_that_names_a_module(
     assert not trap.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "says"),
     [

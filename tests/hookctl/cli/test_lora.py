@@ -56,6 +56,7 @@ def drawn(files: Path, out: str, *options: str) -> list[Image.Image]:
     return [Image.open(files / out / f"{name}-0.png") for name in ("plain", "edited")]
 
 
+@pytest.mark.slow
 def test_a_lora_is_on_throughout(files: Path) -> None:
     path = str(files / "fits.safetensors")
     without, off, on = (
@@ -69,6 +70,7 @@ def test_a_lora_is_on_throughout(files: Path) -> None:
     assert run["loras"] == [{"path": path, "weight": 0.5}]
 
 
+@pytest.mark.slow
 def test_a_file_says_the_same(files: Path) -> None:
     typed = drawn(files, "a", "--lora", str(files / "fits.safetensors"))
     (files / "stack.toml").write_text(STACK + '[[lora]]\npath = "fits.safetensors"\n', "utf-8")

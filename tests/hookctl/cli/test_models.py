@@ -164,6 +164,7 @@ def test_a_hole_is_found_by_running() -> None:
 # -- maps ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_maps(say: Say, folder: Folder, tmp_path: Path) -> None:
     prompt = "a red cat above a blue square"
     arguments = ("maps", folder("sd15"), "--prompt", prompt, "--steps", 2, "--device", "cpu")
@@ -195,6 +196,7 @@ def test_maps_of_a_word_that_is_not_there(say: Say, folder: Folder, tmp_path: Pa
     assert status == 2 and "'cot' is not in the prompt" in err and "did you mean 'cat'?" in err
 
 
+@pytest.mark.slow
 def test_what_a_place_looks_at(say: Say, folder: Folder, tmp_path: Path) -> None:
     arguments = ("maps", folder("sd15"), "--prompt", "a red cat", "--steps", 1, "--device", "cpu")
     status, out, err = say(*arguments, "--patch", "0.25,0.75", "--out", tmp_path)
@@ -220,6 +222,7 @@ def stack(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd15", "sd3"])
 def test_run(say: Say, folder: Folder, stack: Path, tmp_path: Path, name: str) -> None:
     out = tmp_path / "deep" / "out"
@@ -246,6 +249,7 @@ def test_run(say: Say, folder: Folder, stack: Path, tmp_path: Path, name: str) -
     assert abs(edited - plain).max() > 2
 
 
+@pytest.mark.slow
 def test_run_twice_is_the_same(say: Say, folder: Folder, stack: Path, tmp_path: Path) -> None:
     made = []
     for name in ("a", "b"):

@@ -39,6 +39,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_image_is_edited(files: Path) -> None:
     out = files / "out"
     given = [files / "stack.toml", *TEXTS, "--image", files / "image.png", "--out", out]
@@ -55,6 +56,7 @@ def test_a_image_is_edited(files: Path) -> None:
     assert ImageChops.difference(again, source).getbbox() is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -118,6 +120,7 @@ recipe = "ReferenceOnly"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stack", "drawn", "acts"), [(GROWN, 1, "OneWayFlow"), (FOLLOWED, 2, "ReferenceOnly")]
 )
@@ -135,6 +138,7 @@ def test_a_image_is_drawn_round_or_followed(files: Path, stack: str, drawn: int,
     assert len(list(files.glob("out/edited-*.png"))) == drawn
 
 
+@pytest.mark.slow
 def test_a_program_may_draw_several(files: Path) -> None:
     """Each is written, and stands in the grid beside the image and the plain one."""
     (files / "stack.toml").write_text(FITTED, "utf-8")

@@ -28,6 +28,7 @@ from tests.hookctl.evaluate.verbs import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_verb(kind: str, mask: str) -> None:
@@ -36,6 +37,7 @@ def test_every_verb(kind: str, mask: str) -> None:
         check(case, script)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_sub_batches(kind: str) -> None:
     """Video: a row has several frames; tensors may be given for all frames or for each."""
@@ -56,6 +58,7 @@ ORDERED = ("borrow", "replace", "route", "probabilities", "skip")
 SHARED = ({"skip", "probabilities"}, {"borrow", "replace"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_pairs_in_either_order(kind: str) -> None:
     """Verbs of different stages, and additive verbs of one stage, commute."""

@@ -54,6 +54,7 @@ def softmaxes(case: Case, script: Script) -> int:
     return formed(case, script).all // (2 * IMAGE * TEXT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", MASKS)
 def test_blocks_of_queries(blocks: None, mask: str) -> None:
     case = projected(masked("cross", mask))

@@ -113,6 +113,7 @@ def test_kernels_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts == {"shared_probabilities": 2, "region_attention": 1, "map_readout": 2}
 
 
+@pytest.mark.slow
 def test_marginals_by_their_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a row's softmax is bare; an edited map is summed from its probabilities."""
     from hookctl.kernels import map_readout

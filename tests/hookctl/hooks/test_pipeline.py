@@ -17,6 +17,7 @@ from tests.hookctl.drawing import SD15, TWO, assign_same, draw, editor
 # -- before ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "instruct_pix2pix", "sd3", "flux", "svd", "wan"])
 def test_assigning_the_same_latents_changes_nothing(name: str) -> None:
     case = zoo.PIPELINES[name]
@@ -41,6 +42,7 @@ def test_assigned_latents_reach_model_and_scheduler(scheduler: Any) -> None:
     assert torch.equal(edited, SD15.run(pipe, TWO, latents=start))
 
 
+@pytest.mark.slow
 def test_latents_are_those_of_the_scheduler() -> None:
     """Without the scaling of the model input, and without the image appended to it."""
     for name in ("sdxl", "instruct_pix2pix", "svd"):

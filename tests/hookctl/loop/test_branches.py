@@ -51,6 +51,7 @@ def both(name: str, *editors: Editor, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return draw(case, pipe, *editors, **kwargs), case.run(pipe, TWO, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_copy_predicts_what_its_original_does(name: str) -> None:
     """And the pipeline gets its own rows, as if nothing had been added."""
@@ -130,6 +131,7 @@ def test_two_editors_of_one_name() -> None:
         both("sd15", Copies(again=Branch()), Others(again=Branch()))
 
 
+@pytest.mark.slow
 def test_a_pipeline_with_that_branch() -> None:
     with pytest.raises(ConflictError, match="StableDiffusionPAGPipeline draws one itself"):
         both("sd15_pag", Copies(perturbed=Branch()))

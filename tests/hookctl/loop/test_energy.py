@@ -282,6 +282,7 @@ def test_what_cannot_be() -> None:
         probe(stranger)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3, 1e5])
 def test_gradients_of_float16_calls_neither_vanish_nor_overflow(size: float) -> None:
     def ask(one: Probe, state: State) -> Energies:

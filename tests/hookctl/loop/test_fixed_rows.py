@@ -71,6 +71,7 @@ class Starts(Editor):
         return proceed()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [

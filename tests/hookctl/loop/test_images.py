@@ -40,6 +40,7 @@ def case(request: pytest.FixtureRequest) -> zoo.Case:
     return zoo.PIPELINES[request.param]
 
 
+@pytest.mark.slow
 def test_decodes_as_the_pipeline(case: zoo.Case) -> None:
     pipe = case.make()
     try:

@@ -73,6 +73,7 @@ def program(pipe: Any, prompts: list[str], n: int = 1, steps: int = 3, **kwargs:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_a_plain_program_draws_what_the_pipeline_draws(scheduler: Any) -> None:
     pipe = make("sd15", scheduler)

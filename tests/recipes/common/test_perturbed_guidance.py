@@ -69,6 +69,7 @@ def test_nothing_to_do_adds_no_rows(name: str) -> None:
     assert torch.equal(case.run(pipe, TWO), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "pixart", "wan", "animatediff"])
 def test_it_acts_and_leaves_nothing_behind(name: str) -> None:
     case = zoo.PIPELINES[name]
@@ -82,6 +83,7 @@ def test_it_acts_and_leaves_nothing_behind(name: str) -> None:
     assert torch.equal(case.run(pipe, TWO), plain)
 
 
+@pytest.mark.slow
 def test_one_further_row_for_each_image() -> None:
     for guidance, groups in ((4.0, 4), (1.0, 3)):
         watch = Watch()
@@ -95,6 +97,7 @@ def test_one_further_row_for_each_image() -> None:
 # -- the published formulas ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [4.0, 1.0])
 @pytest.mark.parametrize("adaptive", [0.0, 0.004])
 def test_pag_is_what_diffusers_own_pipeline_does(guidance: float, adaptive: float) -> None:
@@ -105,6 +108,7 @@ def test_pag_is_what_diffusers_own_pipeline_does(guidance: float, adaptive: floa
     assert error(ours, SD15.run(SD15.make(), TWO, n=2, guidance=guidance)) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rescale", [0.7, 1.0])
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_guidance_rescale_is_of_the_whole_sum(family: str, rescale: float) -> None:
@@ -165,6 +169,7 @@ def test_pag_of_a_joint_sequence_is_what_diffusers_own_pipeline_does() -> None:
     assert error(case.run(pipe, TWO), want) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", [0.7, 3.0, math.inf])
 @pytest.mark.parametrize("order", [0, 1])
 def test_seg_is_the_blur_of_the_projected_queries(sigma: float, order: int) -> None:

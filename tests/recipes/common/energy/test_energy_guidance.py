@@ -37,6 +37,7 @@ def editors(**options: Any) -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 def test_zero_scale_and_no_words_are_bit_identical() -> None:
     case = zoo.PIPELINES["sd15"]
     pipe = case.make()
@@ -51,6 +52,7 @@ def test_zero_scale_and_no_words_are_bit_identical() -> None:
     assert torch.equal(case.run(pipe, PROMPTS), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("paper", [False, True])
 def test_images_do_not_depend_on_their_batch(paper: bool) -> None:
     case = zoo.PIPELINES["sd15"]
@@ -140,6 +142,7 @@ def test_the_steps() -> None:
     assert smoothed(point, excite.sigma)[0, 2, 2] == pytest.approx(0.787**2, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_cost() -> None:
     """Each step of the window: one partial call; a refinement one more for each step and a last."""
     case = zoo.PIPELINES["sd15"]
@@ -159,6 +162,7 @@ def test_cost() -> None:
     assert len(calls) == 4 + 2 * 3
 
 
+@pytest.mark.slow
 def test_paper_layout_guidance_stops_for_good() -> None:
     case = zoo.PIPELINES["sd15"]
     pipe = case.make()
