@@ -66,9 +66,7 @@ CASES: dict[str, tuple[Any, Any, int]] = {
     ),
     "SD1.5 with fusers": (
         {k: s for k, s in ldm.gligen().items() if not k.startswith("position_net")},
-        lambda: empty(
-            UNet2DConditionModel, up_block_types=SD15_UP, attention_type="gated", **SD15
-        ),
+        lambda: empty(UNet2DConditionModel, up_block_types=SD15_UP, attention_type="gated", **SD15),
         686 + 16 * 17,
     ),
     "SDXL": (
@@ -184,7 +182,7 @@ def test_a_denoiser_without_numbers() -> None:
 @pytest.mark.parametrize("form", ["both", "without adapter_modules", "without the UNet's"])
 @pytest.mark.parametrize("rank", [0, 8])
 def test_raw_training_output(form: str, rank: int) -> None:
-    """`unet.*, image_proj_model.*, adapter_modules.{i}.*`, or one of the two alone, in any order."""
+    """`image_proj_model.*`, and layers by place (`unet.*`), by number (adapter_modules) or both."""
     unet = CASES["SD1.5"][1]()
     wanted = tensors(ldm.ip_adapter(ldm.SD15, ldm.projection(1024, 768), rank))
     layers = adapter_layers(unet)
