@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,11 @@ def load(path_or_repo_id: Path | str, pipe: Any, **options: Any) -> Editor:
     model or does not fit, and for an option that the kind lacks; FileNotFoundError without a file.
     """
     source = open_source(path_or_repo_id, pipe, weights=options.pop("weights", None))
+    return attach(source, pipe, **options)
+
+
+def attach(source: Source, pipe: Any, **options: Any) -> Editor:
+    """The editor of a file that is open; raises as `load` does."""
     with _naming(source.checkpoint.path):
         builder = builder_of(source.kind)
         _check_base(source.kind, pipe)
@@ -74,7 +80,16 @@ def load(path_or_repo_id: Path | str, pipe: Any, **options: Any) -> Editor:
 def open_source(
     path_or_repo_id: Path | str, pipe: Any = None, *, weights: str | None = None
 ) -> Source:
-    """A file, read and recognised.
+    """A file, read and recognised; raises as `load` does."""
+    checkpoint = open_checkpoint(path_or_repo_id, pipe, weights=weights)
+    with _naming(checkpoint.path):
+        return Source(recognise(checkpoint.shapes), checkpoint)
+
+
+def open_checkpoint(
+    path_or_repo_id: Path | str, pipe: Any = None, *, weights: str | None = None
+) -> Checkpoint:
+    """What is learned in a file, under official names, whatever kind it is.
 
     pipe: tells the layers of an adapter whose training file does not number them.
     """
@@ -84,13 +99,12 @@ def open_source(
         if pipe is not None and any(key.startswith("unet.") for key in checkpoint.tensors):
             layers = adapter_layers(denoiser_of(pipe))
         tensors, notes = official(checkpoint.tensors, layers)
-        checkpoint = checkpoint.noting(*notes, tensors=tensors)
-        return Source(recognise(checkpoint.shapes), checkpoint)
+    return checkpoint.noting(*notes, tensors=tensors)
 
 
-def options_of(kind: Kind) -> list[str]:
-    """The options that `load` takes for a kind, besides `weights`."""
-    return list(_parameters(builder_of(kind)))
+def options_of(kind: Kind) -> dict[str, inspect.Parameter]:
+    """The options that `load` takes for a kind besides `weights`: its builder's parameters."""
+    return _parameters(builder_of(kind))
 
 
 def builder_of(kind: Kind) -> Callable[..., Editor]:
@@ -100,6 +114,8 @@ def builder_of(kind: Kind) -> Callable[..., Editor]:
         use = f"; use: {kind.needs[0]}" if kind.needs and not kind.hook else ""
         raise InputError(f"is of the kind {kind.name}, which can't be attached as a hook{use}")
     module, _, function = named.partition(":")
+    if find_spec(module) is None:
+        raise InputError(f"is of the kind {kind.name}, which can't be attached yet")
     found: Callable[..., Editor] = getattr(import_module(module), function)
     return found
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from hookctl.errors import InputError
 from hookctl.learned import load
-from hookctl.learned.load import BUILDERS, open_source, options_of
+from hookctl.learned.loading import BUILDERS, open_source, options_of
 from hookctl.learned.names import adapter_layers, ldm_to_diffusers
 from tests.hookctl.learned import ldm
 from tests.hookctl.learned.builders import Built
@@ -139,7 +139,7 @@ def test_three_files_of_comfyui(tmp_path: Path) -> None:
 
 def test_options(adapter: Path, tmp_path: Path) -> None:
     pipe = denoiser()
-    assert options_of(open_source(adapter).kind) == ["strength", "boxes"]
+    assert list(options_of(open_source(adapter).kind)) == ["strength", "boxes"]
     with pytest.raises(InputError) as raised:
         load(adapter, pipe, strenght=1)
     assert str(raised.value) == (
@@ -167,8 +167,8 @@ def test_another_base_model(adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError) as raised:
         load(adapter, denoiser(2048))
     assert str(raised.value) == (
-        f"{adapter}: is of the kind ip-adapter for SD1.x, and the pipeline's model is other (text of width "
-        "2048, 16 transformer blocks)"
+        f"{adapter}: is of the kind ip-adapter for SD1.x, and the pipeline's model is other (text "
+        "of width 2048, 16 transformer blocks)"
     )
     with pytest.raises(InputError, match=r"is other \(text of width 768, 6 transformer blocks\)"):
         load(adapter, denoiser(blocks=6))
