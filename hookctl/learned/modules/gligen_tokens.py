@@ -203,6 +203,7 @@ class Downsampler(nn.Module):
 
     def __init__(self, channels: int = 1, hidden: int = 4, out: int = 8) -> None:
         super().__init__()
+        self.channels = channels
         self.layers = nn.Sequential(
             nn.Conv2d(channels, hidden, 4, 2, 1), nn.SiLU(), nn.Conv2d(hidden, out, 4, 2, 1)
         )
@@ -219,7 +220,6 @@ class Downsampler(nn.Module):
         by bicubic interpolation. Of a map with more channels than the network reads, the first are
         taken (edges and depth: one).
         """
-        channels = self.layers[0].weight.shape[1]
         fine = (4 * size[0], 4 * size[1])
         mode = "nearest" if nearest else "bicubic"
-        return cast(Tensor, self.layers(F.interpolate(maps[:, :channels], fine, mode=mode)))
+        return cast(Tensor, self.layers(F.interpolate(maps[:, : self.channels], fine, mode=mode)))
