@@ -89,8 +89,8 @@ class Trajectory:
         self.levels: list[Level] = self.noise.levels()
         self.steps = len(self.solver.entries)
         self.latents, self.level, self.start = self.template.latents, 0, 0
-        given = self.denoiser, self.template, self.solver, self.prompts, images
-        self._calls = ProgramCalls(self, *given)
+        own = self.denoiser, self.template, self.solver, self.prompts
+        self._calls = ProgramCalls(self, *own, images)
 
     # -- the operations ------------------------------------------------------------------------
 
@@ -253,10 +253,9 @@ class Trajectory:
     ) -> dict[str, Tensor]:
         """Branch -> prediction [images, ...] for latents at level i, of all branches or some."""
         names = self.template.branches if which is None else tuple(which)
-        if unknown := set(names) - set(self.template.branches):
-            raise InputError(
-                f"this run has no {', '.join(sorted(unknown))} rows; make it with guidance= above 1"
-            )
+        if unknown := sorted(set(names) - set(self.template.branches)):
+            named = ", ".join(unknown)
+            raise InputError(f"this run has no {named} rows; make it with guidance= above 1")
         entry = self.solver.entries[i][0] if i < self.steps else None
         call = self._calls.call(names, entry, self.start)
         size = 1.0 if self.noise.flow else self.levels[i].size

@@ -7,7 +7,7 @@ it learn in thousands of steps what the papers' recipes take hundreds of thousan
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,14 +60,12 @@ class Modules(nn.Module):
         blocks = plain_blocks(unet)
         places = {module: path for path, module in unet.named_modules()}
         self.paths = [places[attention] for attention in blocks]
-        self.fusers = nn.ModuleList(
-            GatedSelfAttention(attention.to_q.in_features, text, attention.heads)
-            for attention in blocks
-        )
+        made = [_fuser(attention, text) for attention in blocks]
+        self.fusers = nn.ModuleList(made)
         found = list(concats(unet))
         self.scaleu_b = nn.ParameterList(torch.zeros(one.backbone_channels) for one in found)
         self.scaleu_s = nn.ParameterList(torch.zeros(1) for _ in found)
-        for fuser in self.fusers:
+        for fuser in made:
             nn.init.constant_(fuser.alpha_attn, OPEN)
             nn.init.constant_(fuser.alpha_dense, OPEN)
         for name, parameter in self.position_net.named_parameters():
@@ -75,6 +73,10 @@ class Modules(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
             if name.endswith("gamma"):
                 nn.init.constant_(parameter, 0.1)
+
+
+def _fuser(attention: Any, text: int) -> GatedSelfAttention:
+    return GatedSelfAttention(attention.to_q.in_features, text, attention.heads)
 
 
 class Fusing(Editor):

@@ -33,7 +33,8 @@ class Task(Protocol):
     state: the weights with the names of the official checkpoints.
     """
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module: ...
 
     def loss(self, rng: np.random.Generator, step: int) -> Tensor: ...
 
