@@ -58,7 +58,6 @@ writes to --out (default: out/run-STACK):
 """
 _EXAMPLES = """
 hookctl run recolour                         # a stack that comes with hookctl (--list)
-hookctl run stack.toml --model shapes --prompt "a red circle" --edit "a blue circle"
 hookctl run stack.toml --model ./sd15 --lora style.safetensors:0.8 --prompt "a cat" --edit "a dog"
 hookctl run --model ./sd15 --hook ip-adapter_sd15.bin:0.6 --image face.png --prompt "a photo"
 hookctl run inverted_edit --image out/run-recolour/plain-0.png         # edits an image

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from hookctl.address.families import denoiser_of
 from hookctl.errors import InputError
@@ -31,13 +31,13 @@ BUILDERS: dict[str, str] = {
     "gligen keypoints": "hookctl.learned.gligen:build",
     "gligen spatial": "hookctl.learned.gligen:build",
     "instance-diffusion": "hookctl.learned.instance_diffusion:build",
-    "ip-adapter": "hookctl.learned.ip_adapter:build",
-    "ip-adapter full": "hookctl.learned.ip_adapter:build",
-    "ip-adapter plus": "hookctl.learned.ip_adapter:build",
-    "ip-adapter faceid": "hookctl.learned.ip_adapter:build",
-    "ip-adapter faceid-plus": "hookctl.learned.ip_adapter:build",
-    "instantid": "hookctl.learned.instant_id:build",
-    "collaborative": "hookctl.learned.collaborative:build",
+    "ip-adapter": "hookctl.learned.ip_adapter:from_checkpoint",
+    "ip-adapter full": "hookctl.learned.ip_adapter:from_checkpoint",
+    "ip-adapter plus": "hookctl.learned.ip_adapter:from_checkpoint",
+    "ip-adapter faceid": "hookctl.learned.face_id:from_checkpoint",
+    "ip-adapter faceid-plus": "hookctl.learned.face_id:from_checkpoint",
+    "instantid": "hookctl.learned.instant_id:from_checkpoint",
+    "collaborative": "hookctl.learned.collaborative:from_checkpoint",
 }
 
 
@@ -121,15 +121,36 @@ def builder_of(kind: Kind) -> Callable[..., Editor]:
 
 
 def _parameters(builder: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The keyword parameters of a builder: all behind the checkpoint and the pipeline."""
-    return dict(list(inspect.signature(builder).parameters.items())[2:])
+    """The keyword parameters of a builder: all behind the checkpoint and the pipeline.
+
+    What goes on to the editor as **options are the keywords of the editor's class.
+    """
+    found: dict[str, inspect.Parameter] = {}
+    for name, one in list(inspect.signature(builder).parameters.items())[2:]:
+        if one.kind is one.VAR_KEYWORD:
+            found |= {k: v for k, v in _keywords(builder).items() if k not in found}
+        else:
+            found[name] = one
+    return found
+
+
+def _keywords(builder: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Those of the class that a builder says it returns, and of the bases that it hands on to."""
+    made = get_type_hints(builder)["return"]
+    found: dict[str, inspect.Parameter] = {}
+    for owner in made.__mro__:
+        if "__init__" not in vars(owner) or owner is object:
+            continue
+        taken = inspect.signature(owner.__init__).parameters
+        found = {k: v for k, v in taken.items() if v.kind is v.KEYWORD_ONLY} | found
+        if all(one.kind is not one.VAR_KEYWORD for one in taken.values()):
+            break
+    return found
 
 
 def _check_options(kind: Kind, builder: Callable[..., Any], options: dict[str, Any]) -> None:
     """InputError for an option that a kind lacks, or lacks a value."""
     known = _parameters(builder)
-    if any(one.kind is one.VAR_KEYWORD for one in known.values()):
-        return
     for name in options:
         if name not in known:
             near = get_close_matches(name, known, n=1)
