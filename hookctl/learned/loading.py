@@ -111,7 +111,7 @@ def builder_of(kind: Kind) -> Callable[..., Editor]:
     """The function that makes the editor of a kind; InputError for what is no hook."""
     named = BUILDERS.get(kind.name)
     if named is None:
-        use = f"; use: {kind.needs[0]}" if kind.needs and not kind.hook else ""
+        use = f"; it is for: {kind.needs[0]}" if kind.needs and not kind.hook else ""
         raise InputError(f"is of the kind {kind.name}, which can't be attached as a hook{use}")
     module, _, function = named.partition(":")
     if find_spec(module) is None:

@@ -41,7 +41,11 @@ def controlnet(shapes: Shapes) -> Kind | None:
             )
         base = base_of(length(shapes, r"attn2\.to_k\.weight$"))
         facts = ("IdentityNet of InstantID has this form too",) * (base == "SDXL")
-        return Kind(name, base, facts, ("a control image",))
+        needs = (
+            "a control image, in a pipeline with ControlNet; as an IdentityNet, to be given to the "
+            "editor of InstantID's ip-adapter.bin",
+        )
+        return Kind(name, base, facts, needs, hook=False)
     return None
 
 

@@ -194,7 +194,7 @@ def test_another_base_model(adapter: Path, tmp_path: Path) -> None:
     [
         (
             {"a.lora_A.weight": (4, 8)},
-            "is of the kind LoRA, which can't be attached as a hook; use:",
+            "is of the kind LoRA, which can't be attached as a hook; it is for:",
         ),
         ({"a": (4, 8)}, "none of the known kinds of weights: 1 tensors"),
         (ldm.unet(TINY), "is of the kind UNet, which can't be attached as a hook"),
