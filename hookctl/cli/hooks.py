@@ -20,8 +20,13 @@ if TYPE_CHECKING:
     from hookctl.editor import Editor
     from hookctl.learned.loading import Source
 
-# Options of a kind that a run's image becomes, the first that there is.
-_IMAGES = ("image", "images")
+# The option of a kind that a run's image becomes; of others, but GLIGEN's, one of _USUAL.
+_IMAGES = {
+    "gligen spatial": "maps",
+    "gligen box+text": "inpaint",
+    "collaborative": "mask",
+}
+_USUAL = ("image", "images")
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ def _attached(pipe: Any, spec: HookSpec, prompts: list[str], image: Image | None
         }
         if "prompts" in taken:
             given.setdefault("prompts", prompts)
-        named = _image_option(taken)
+        named = _image_option(source.kind.name, taken)
         if image is not None and named is not None:
             given.setdefault(named, image)
         if spec.strength is not None:  # IP-Adapters call it their scale
@@ -110,8 +115,10 @@ def takes_image(attached: Sequence[Attached]) -> bool:
     """Whether weights read the run's image."""
     from hookctl.learned.loading import options_of
 
-    return any(_image_option(options_of(one.source.kind)) for one in attached)
+    kinds = [one.source.kind for one in attached]
+    return any(_image_option(kind.name, options_of(kind)) for kind in kinds)
 
 
-def _image_option(options: Collection[str]) -> str | None:
-    return next((name for name in _IMAGES if name in options), None)
+def _image_option(kind: str, options: Collection[str]) -> str | None:
+    named = (_IMAGES.get(kind),) if kind.startswith("gligen") else (_IMAGES.get(kind), *_USUAL)
+    return next((name for name in named if name in options), None)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageChops
 
 from hookctl.cli import loading, main
-from hookctl.cli.hooks import _read
+from hookctl.cli.hooks import _image_option, _read
 from hookctl.editor import Editor
 from hookctl.learned.files import Checkpoint
 from hookctl.learned.loading import BUILDERS
@@ -98,6 +98,16 @@ def test_what_is_typed() -> None:
     assert _read("owner/name/a.bin:0") == HookSpec("owner/name/a.bin", 0.0)
     assert _read("c:/a.bin") == HookSpec("c:/a.bin")
     assert _read("a.bin:nan") == HookSpec("a.bin:nan")
+
+
+def test_what_the_image_of_a_run_is_for() -> None:
+    gligen = ("boxes", "images", "maps", "inpaint")
+    assert _image_option("gligen spatial", gligen) == "maps"
+    assert _image_option("gligen box+text", gligen) == "inpaint"
+    assert _image_option("gligen box+text+image", gligen) is None
+    assert _image_option("ip-adapter plus", ("images", "scale")) == "images"
+    assert _image_option("collaborative", ("mask", "text")) == "mask"
+    assert _image_option("instance-diffusion", ("instances",)) is None
 
 
 @pytest.mark.slow
