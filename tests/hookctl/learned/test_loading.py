@@ -165,6 +165,11 @@ def test_options(adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"face.bin: shortcut=3; give True or False"):
         load(face, pipe, shortcut=3)
     assert isinstance(load(face, pipe, shortcut=True), Built)
+
+
+@pytest.mark.slow
+def test_options_that_go_on_to_an_editor(tmp_path: Path) -> None:
+    pipe = denoiser()
     many = saved(tmp_path / "many.ckpt", ldm.collaborative())
     made = load(many, pipe, images=3, scale=0.5)
     assert isinstance(made, Built) and made.options == {"images": 3, "scale": 0.5}
