@@ -7,6 +7,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel, UNetMotionModel
+from diffusers.loaders.single_file_utils import (
+    convert_controlnet_checkpoint,
+    convert_ldm_unet_checkpoint,
+)
 
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.learned.names import adapter_layers, ldm_to_diffusers, official
@@ -100,6 +104,21 @@ def test_every_weight_at_full_size(name: str) -> None:
     assert len(named) == len(given) == count
     # Names of diffusers stay as they are.
     assert {ldm_to_diffusers(key) for key in named} == set(named)
+
+
+@pytest.mark.parametrize("name", ["SD1.5", "SDXL", "ControlNet of SD1.5"])
+def test_the_same_as_diffusers_own_conversion(name: str) -> None:
+    """Shapes alone would not tell to_q from to_k, or one norm from another."""
+    given, make, _ = CASES[name]
+    made = tensors(given)
+    convert = convert_ldm_unet_checkpoint
+    prefix = "model.diffusion_model."
+    if name.startswith("ControlNet"):
+        convert, prefix = convert_controlnet_checkpoint, "control_model."
+    theirs = convert({f"{prefix}{key}": tensor for key, tensor in made.items()}, make().config)
+    ours = {ldm_to_diffusers(key): tensor for key, tensor in made.items()}
+    assert set(ours) == set(theirs)
+    assert all(ours[key] is tensor for key, tensor in theirs.items())
 
 
 def test_another_number_of_layers() -> None:
