@@ -26,6 +26,8 @@ from hookctl.learned.reading.pickles import HostileError, Reader
 _LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)[2:]  # torch before 1.6, without PROTO
 _HEADER = 100 * 2**20  # bytes of the header of a safetensors file, at most
 _DEPTH = 32  # tables within tables
+_NAME = 2000  # letters
+_LARGEST = 32 * 2**30  # bytes of all tensors, of a file that is smaller
 _COUNT = 200_000  # tables and tensors in all
 _KINDS = "a safetensors file or one of torch.save (.pth, .pt, .bin, .ckpt)"
 # How files are known that are none, and what they are.
@@ -216,7 +218,7 @@ def _flat(path: Path, found: Any) -> dict[str, Tensor]:
     def gather(found: Any, name: str, depth: int) -> None:
         nonlocal seen
         seen += 1  # a table may be held by itself, or a hundred times at each level
-        if depth > _DEPTH or seen > _COUNT or len(name) > 2000:
+        if depth > _DEPTH or seen > _COUNT or len(name) > _NAME:
             raise InputError(f"{path}: its tables are nested too deeply to be those of weights")
         if isinstance(found, Tensor):
             if name in tensors:
@@ -235,9 +237,21 @@ def _flat(path: Path, found: Any) -> dict[str, Tensor]:
 
 
 def _checked(checkpoint: Checkpoint) -> Checkpoint:
-    if not checkpoint.tensors:
+    """A file that was read, whose names can be printed and whose tensors can be held."""
+    path, tensors = checkpoint.path, checkpoint.tensors
+    if not tensors:
         more = "".join(f" ({note})" for note in checkpoint.notes)
-        raise InputError(f"{checkpoint.path}: holds no tensors{more}; give {_KINDS}")
+        raise InputError(f"{path}: holds no tensors{more}; give {_KINDS}")
+    odd = next((key for key in tensors if len(key) > _NAME or not key.isprintable()), None)
+    if odd is not None:
+        raise InputError(f"{path}: holds a tensor named {odd[:40]!r}, which is no name of a weight")
+    # Strides of 0 let a small file hold tensors of any size.
+    size = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+    if size > max(_LARGEST, 2 * path.stat().st_size):
+        raise InputError(
+            f"{path}: its tensors take {size / 2**30:,.0f} GiB, and the file has "
+            f"{path.stat().st_size / 2**20:,.1f} MiB; that is no file of weights"
+        )
     return checkpoint
 
 
