@@ -163,8 +163,11 @@ class Grounding(Editor):
         self.sites = lambda site: chosen(site) and block_of(site) in self.fusers
 
     def neutral(self) -> bool | None:
-        still = not any(self.strengths) or self.fade.start >= self.fade.end
-        return still or len(self._closed) == len(self.fusers)
+        if not any(self.strengths) or self.fade.start >= self.fade.end:
+            return True
+        if len(self._closed) == len(self.fusers):
+            return True
+        return None if any(not factor for _, factor in self._factors) else False
 
     def attach(self, target: Any) -> None:
         """Check that the layers fit the blocks of a model."""
@@ -215,7 +218,7 @@ class Grounding(Editor):
     # -- tokens ----------------------------------------------------------------------------------
 
     def _tokens(self, layout: Layout, like: Tensor) -> Tensor:
-        """Grounding tokens [M, D], float32 on the device of `like`; made once a run."""
+        """Grounding tokens [M, D], on the device of `like` and as precise; made once a run."""
         raise NotImplementedError
 
     def _mask(self, layouts: Sequence[Layout], call: InsertCall) -> Tensor | None:
@@ -226,7 +229,8 @@ class Grounding(Editor):
         """The tokens of some rows, [rows, M, D], as x is."""
         key = tuple(layouts), x.device, x.dtype
         if key not in self._batches:
-            like = torch.empty(0, device=x.device)
+            wide = torch.promote_types(x.dtype, torch.float32)  # sines of large angles
+            like = torch.empty(0, device=x.device, dtype=wide)
             for layout in layouts:
                 if layout not in self._made:
                     with torch.no_grad():
