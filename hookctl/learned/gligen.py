@@ -21,6 +21,7 @@ from hookctl.address.rows import Row, Rows
 from hookctl.address.sites import Selector
 from hookctl.arguments import checked, whole
 from hookctl.errors import InputError, UnsupportedError
+from hookctl.learned.files import Checkpoint
 from hookctl.learned.gligen_inputs import Inputs, Maps, Objects, Persons
 from hookctl.learned.gligen_stem import Inpainting, MapChannels, Stem
 from hookctl.learned.grounding import Fade, Grounding, Layout
@@ -33,6 +34,7 @@ from hookctl.learned.modules.gligen_tokens import (
     Keypoints,
     SpatialMap,
 )
+from hookctl.learned.networks import filled, fusers_of, options_of, part
 from hookctl.learned.weights import Weights
 from hookctl.loop.inserting import StemCall
 from hookctl.loop.state import State
@@ -223,3 +225,27 @@ class GLIGEN(Grounding):
             made = {prompt: channels.extra(row, call.input) for prompt, row in prompts.items()}
             extra = torch.stack([made[row.prompt] for row in call.rows])
             stem.apply(call, extra, rows)
+
+
+@options_of(GLIGEN)
+def build(checkpoint: Checkpoint, pipe: Any, **options: Any) -> GLIGEN:
+    """The editor of a checkpoint with diffusers' names; options: of `GLIGEN`."""
+    tensors = checkpoint.tensors
+    position = part(tensors, "position_net.")
+    kind: type[Tokenizer]
+    if "null_text_feature" in position:
+        kind = BoxTextImage
+    elif "person_embeddings" in position:
+        kind = Keypoints
+    elif "pos_embedding" in position:
+        kind = SpatialMap
+    else:
+        kind = BoxText
+    weight, below = tensors.get("conv_in.weight"), part(tensors, "downsample_net.")
+    network = GLIGENNetwork(
+        filled(kind.of_shapes, position, "position_net"),
+        fusers_of(tensors, pipe),
+        None if weight is None else Stem(weight.float(), tensors.get("conv_in.bias")),
+        filled(Downsampler.of_shapes, below, "downsample_net") if below else None,
+    )
+    return GLIGEN(network, **options)

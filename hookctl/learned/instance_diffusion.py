@@ -26,12 +26,14 @@ from hookctl.arguments import checked, refusal
 from hookctl.errors import InputError
 from hookctl.hooks.skips import concats
 from hookctl.learned.clip_features import phrase_features
+from hookctl.learned.files import Checkpoint
 from hookctl.learned.gligen_inputs import features_of
 from hookctl.learned.grounding import Fade, Grounding, Layout, PerPrompt
 from hookctl.learned.instances import Instance, Located, as_row, located
 from hookctl.learned.modules.gated_attention import GatedSelfAttention
 from hookctl.learned.modules.scale_u import ScaleU
 from hookctl.learned.modules.unifusion import BOX, FORMATS, MASK, POINT, UniFusion
+from hookctl.learned.networks import filled, fusers_of, options_of, part
 from hookctl.learned.weights import Weights
 from hookctl.loop.inserting import InsertCall
 from hookctl.loop.state import FeatureCall, State
@@ -208,3 +210,16 @@ class InstanceDiffusion(Grounding):
             seen[:, count + 3 * slots : count + 4 * slots] = inside
         self._masks[key] = seen
         return seen
+
+
+@options_of(InstanceDiffusion)
+def build(checkpoint: Checkpoint, pipe: Any, **options: Any) -> InstanceDiffusion:
+    """The editor of a checkpoint with diffusers' names; options: of `InstanceDiffusion`."""
+    tensors = checkpoint.tensors
+    gains = {name: tensor for name, tensor in tensors.items() if name.startswith("scaleu_")}
+    network = InstanceNetwork(
+        filled(UniFusion.of_shapes, part(tensors, "position_net."), "position_net"),
+        fusers_of(tensors, pipe),
+        filled(ScaleU.of_shapes, gains, "ScaleU") if gains else None,
+    )
+    return InstanceDiffusion(network, **options)

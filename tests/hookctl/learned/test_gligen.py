@@ -1,19 +1,24 @@
 from __future__ import annotations
 
+import inspect
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionGLIGENPipeline
+from diffusers import StableDiffusionGLIGENPipeline, UNet2DConditionModel
 from PIL import Image
 
 import hookctl
 from hookctl.errors import InputError
-from hookctl.learned.gligen import GLIGEN, GLIGENNetwork
+from hookctl.learned.files import Checkpoint
+from hookctl.learned.gligen import GLIGEN, GLIGENNetwork, build
 from hookctl.learned.gligen_stem import Stem
 from hookctl.learned.grounding import Layout
 from hookctl.learned.modules.convnext import ConvNeXt
+from hookctl.learned.modules.gated_attention import GatedSelfAttention
 from hookctl.learned.modules.gligen_tokens import (
+    BoxText,
     BoxTextImage,
     Downsampler,
     Keypoints,
@@ -22,7 +27,7 @@ from hookctl.learned.modules.gligen_tokens import (
 from hookctl.loop.images import encode
 from tests.families.subjects import error
 from tests.hookctl.drawing import SD15, TWO, draw
-from tests.hookctl.learned.gated_models import WIDTH, fusers_of, gated_unet, network_of
+from tests.hookctl.learned.gated_models import WIDTH, fusers_in, fusers_of, gated_unet, network_of
 from tests.hookctl.learned.literal_grounding import randomise
 
 BOXES = [(0.1, 0.2, 0.5, 0.6), (0.5, 0.4, 0.9, 1.0)]
@@ -59,6 +64,7 @@ def reference(prompt, boxes, phrases, beta, seed=0):
     ).images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [0.3, 1.0])
 def test_a_run_is_that_of_diffusers_own_pipeline(beta):
     want = reference(TWO[0], BOXES, PHRASES, beta)
@@ -69,6 +75,7 @@ def test_a_run_is_that_of_diffusers_own_pipeline(beta):
     assert error(SD15.run(pipe, TWO[:1], steps=STEPS), want) > 1e-2
 
 
+@pytest.mark.slow
 def test_each_prompt_of_a_batch_has_its_own_layout():
     layouts = [BOXES[:1], BOXES[::-1]]
     phrases = [PHRASES[:1], PHRASES]
@@ -107,6 +114,7 @@ def test_a_call_is_that_of_diffusers_gated_unet_in_double_precision():
     assert error(got, want) < 1e-8  # diffusers has its frequencies in single precision
 
 
+@pytest.mark.slow
 def test_no_strength_is_bit_identical():
     plain = SD15.run(SD15.make(), TWO)
     assert torch.equal(draw(SD15, SD15.make(), objects(strength=0.0)), plain)
@@ -123,6 +131,7 @@ def test_closed_gates_are_bit_identical():
     assert torch.equal(draw(SD15, SD15.make(), edit), SD15.run(SD15.make(), TWO))
 
 
+@pytest.mark.slow
 def test_strengths_of_rows_and_blocks():
     plain = SD15.run(SD15.make(), TWO)
     both = draw(SD15, SD15.make(), objects())
@@ -135,6 +144,7 @@ def test_strengths_of_rows_and_blocks():
     assert not torch.equal(half, both) and not torch.equal(half, plain)
 
 
+@pytest.mark.slow
 def test_on_off_and_on_again_over_the_schedule():
     seen = {}
 
@@ -151,6 +161,7 @@ def test_on_off_and_on_again_over_the_schedule():
     )
 
 
+@pytest.mark.slow
 def test_null_tokens_are_in_unconditional_rows():
     """A prompt without objects has the tokens of an empty layout, as its unconditional row has; it
     is not the plain model."""
@@ -183,6 +194,7 @@ def test_what_can_not_be_meant_is_refused(options, message):
         objects(**options)
 
 
+@pytest.mark.slow
 def test_lists_for_other_numbers_of_prompts_are_refused():
     pipe = SD15.make()
     three = {"boxes": [BOXES] * 3, "phrases": [PHRASES] * 3}
@@ -195,6 +207,7 @@ def test_lists_for_other_numbers_of_prompts_are_refused():
         draw(SD15, pipe, objects(phrases=["a cat " * 100, "a dog"]))
 
 
+@pytest.mark.slow
 def test_layers_of_another_model_are_refused():
     network = network_of(gated())
     path, layer = next(iter(network.fusers.items()))
@@ -218,6 +231,7 @@ def check_sees_its_inputs(edit, other):
     assert error(first, plain) > 1e-3 and not torch.equal(first, second)
 
 
+@pytest.mark.slow
 def test_joints_of_persons():
     net = randomise(Keypoints(3, 17, 32, 16, WIDTH), 5)
     network = GLIGENNetwork(net, fusers_of(gated()))
@@ -241,6 +255,7 @@ def test_joints_of_persons():
             GLIGEN(network, keypoints=given)
 
 
+@pytest.mark.slow
 def test_boxes_with_images_and_a_style():
     net = randomise(BoxTextImage(WIDTH, 16, WIDTH), 5)
     network = GLIGENNetwork(net, fusers_of(gated()))
@@ -282,6 +297,7 @@ def picture(seed, mode="RGB", high=256):
     return Image.fromarray(pixels.to(torch.uint8).numpy(), mode)
 
 
+@pytest.mark.slow
 def test_maps_of_edges():
     network = spatial(3, downsampler=randomise(Downsampler(1, 2, 3), 6))
     assert network.share == 0.9
@@ -291,6 +307,7 @@ def test_maps_of_edges():
     check_sees_its_inputs(GLIGEN(of_hed, maps=one), GLIGEN(of_hed, maps=two))
 
 
+@pytest.mark.slow
 def test_maps_of_classes():
     network = spatial(3, 5, downsampler=randomise(Downsampler(5, 4, 3), 6))
     assert network.share == 0.7
@@ -300,6 +317,7 @@ def test_maps_of_classes():
         GLIGEN(network, maps=picture(0, "L", 9))
 
 
+@pytest.mark.slow
 def test_without_strength_maps_leave_the_stem_as_it_is():
     network = spatial(3, downsampler=randomise(Downsampler(1, 2, 3), 6))
     plain = SD15.run(SD15.make(), TWO)
@@ -315,6 +333,7 @@ def test_a_stem_for_other_channels_is_refused():
         draw(SD15, SD15.make(), GLIGEN(network, maps=picture(0)))
 
 
+@pytest.mark.slow
 def test_inpainting_is_a_call_of_diffusers_nine_channel_unet():
     """The known part of the latents is put in before each step, and shown in further channels."""
     net = gated_unet(9)
@@ -374,3 +393,97 @@ def test_an_image_of_another_size_is_refused():
     edit = GLIGEN(network, boxes=BOXES, phrases=PHRASES, image=Image.new("RGB", (64, 64)))
     with pytest.raises(InputError, match="64 x 64 px, which is not the size"):
         draw(SD15, SD15.make(), edit)
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
+
+
+def held(network):
+    tensors = {f"position_net.{k}": v for k, v in network.tokenizer.state_dict().items()}
+    for path, layer in network.fusers.items():
+        tensors |= {f"{path}.fuser.{k}": v for k, v in layer.state_dict().items()}
+    if network.stem is not None:
+        tensors["conv_in.weight"] = network.stem.weight
+    if network.downsampler is not None:
+        below = network.downsampler.state_dict()
+        tensors |= {f"downsample_net.{k}": v for k, v in below.items()}
+    return Checkpoint(Path("weights.bin"), tensors)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_becomes_the_editor():
+    pipe = SD15.make()
+    given = {"boxes": BOXES, "phrases": PHRASES, "stop": 1.0}
+    got = draw(SD15, pipe, build(held(network_of(gated())), pipe, **given))
+    assert torch.equal(got, draw(SD15, SD15.make(), objects()))
+
+
+@pytest.mark.parametrize(
+    "network,given",
+    [
+        (lambda: GLIGENNetwork(randomise(Keypoints(3, 2, 32, 16, WIDTH), 5), fusers_of(gated())),
+         {"keypoints": [[(0.1, 0.1), None]]}),
+        (lambda: GLIGENNetwork(randomise(BoxTextImage(WIDTH, 16, WIDTH), 5), fusers_of(gated())),
+         {"boxes": BOXES, "phrases": PHRASES}),
+        (lambda: spatial(3, downsampler=randomise(Downsampler(1, 2, 3), 6)),
+         {"maps": picture(0)}),
+        (lambda: spatial(3, 5, downsampler=randomise(Downsampler(5, 4, 3), 6)),
+         {"maps": picture(0, "L", 5)}),
+    ],
+)  # fmt: skip
+def test_the_tokenizer_is_told_by_the_names(network, given):
+    made = network()
+    editor = build(held(made), SD15.make(), **given)
+    assert type(editor.network.tokenizer) is type(made.tokenizer)
+    with_maps = made.downsampler is not None
+    assert (
+        (editor.network.stem is not None) == (editor.network.downsampler is not None) == with_maps
+    )
+    own = editor.network.tokenizer.state_dict()
+    for name, value in made.tokenizer.state_dict().items():
+        assert torch.equal(own[name], value)
+
+
+def test_the_options_of_a_checkpoint_are_the_editors():
+    given = list(inspect.signature(build).parameters)
+    assert given[:2] == ["checkpoint", "pipe"] and {"boxes", "phrases", "strength"} < set(given)
+
+
+@pytest.mark.slow
+def test_official_names_are_those_of_diffusers_at_full_size():
+    with torch.device("meta"):
+        net = UNet2DConditionModel(
+            cross_attention_dim=768, attention_head_dim=8, attention_type="gated"
+        )
+        boxes = BoxText()
+    theirs = fusers_in(net)
+    assert len(theirs) == 16
+    ours = fusers_of_shapes(net)
+    for path, module in theirs.items():
+        assert shapes_of(ours[path]) == shapes_of(module)
+    assert shapes_of(boxes) == shapes_of(net.position_net)
+
+
+def fusers_of_shapes(net):
+    with torch.device("meta"):
+        return {
+            path: GatedSelfAttention(
+                module.norm1.normalized_shape[0], 768, net.get_submodule(path).attn1.heads
+            )
+            for path, module in fusers_in(net).items()
+        }
+
+
+def shapes_of(module):
+    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
+
+
+@pytest.mark.slow
+def test_in_half_precision_the_stream_stays_half():
+    pipe = SD15.make()
+    pipe.unet.to(torch.bfloat16)
+    pipe.text_encoder.to(torch.bfloat16)
+    half = draw(SD15, pipe, objects())
+    whole = draw(SD15, SD15.make(), objects())
+    assert half.dtype == torch.bfloat16
+    assert error(half.float(), whole) < 0.1 < error(SD15.run(SD15.make(), TWO), whole)
