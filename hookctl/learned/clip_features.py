@@ -30,8 +30,9 @@ def phrase_features(pipe: Any, phrases: Iterable[str], who: str) -> dict[str, Te
     if not texts:
         return {}
     if encoder is None or tokenizer is None:
+        name = "a bare denoiser" if pipe is None else type(pipe).__name__
         raise UnsupportedError(
-            f"{who}: {type(pipe).__name__} has no text encoder, so phrases can't be encoded; give "
+            f"{who}: {name} has no text encoder, so phrases can't be encoded; give "
             "their features [width]"
         )
     longest = tokenizer.model_max_length

@@ -9,9 +9,9 @@ published parts are the defaults.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from hookctl.learned.modules.gligen_tokens import (
     BoxTextImage,
     Downsampler,
     Keypoints,
+    Shapes,
     SpatialMap,
 )
 from hookctl.learned.networks import filled, fusers_of, options_of, part
@@ -232,18 +233,19 @@ def build(checkpoint: Checkpoint, pipe: Any, **options: Any) -> GLIGEN:
     """The editor of a checkpoint with diffusers' names; options: of `GLIGEN`."""
     tensors = checkpoint.tensors
     position = part(tensors, "position_net.")
-    kind: type[Tokenizer]
+    kind: Callable[[Shapes], Tokenizer]
     if "null_text_feature" in position:
-        kind = BoxTextImage
+        kind = BoxTextImage.of_shapes
     elif "person_embeddings" in position:
-        kind = Keypoints
+        kind = Keypoints.of_shapes
     elif "pos_embedding" in position:
-        kind = SpatialMap
+        kind = SpatialMap.of_shapes
     else:
-        kind = BoxText
+        kind = BoxText.of_shapes
     weight, below = tensors.get("conv_in.weight"), part(tensors, "downsample_net.")
+    tokenizer = cast(Tokenizer, filled(kind, position, "position_net"))
     network = GLIGENNetwork(
-        filled(kind.of_shapes, position, "position_net"),
+        tokenizer,
         fusers_of(tensors, pipe),
         None if weight is None else Stem(weight.float(), tensors.get("conv_in.bias")),
         filled(Downsampler.of_shapes, below, "downsample_net") if below else None,

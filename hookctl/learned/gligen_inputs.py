@@ -23,6 +23,7 @@ from hookctl.learned import locations
 from hookctl.learned.clip_features import image_feature, phrase_features
 from hookctl.learned.grounding import Layout, PerPrompt
 from hookctl.learned.modules.gligen_tokens import BoxText, BoxTextImage, Keypoints, SpatialMap
+from hookctl.run_state import RunState
 
 STYLE = (0.0, 1.0, 0.0, 1.0)  # the box of a slot that tells a style: no box at all
 
@@ -64,6 +65,8 @@ def features_of(
 class Objects:
     """Boxes, each with a phrase, an image or both."""
 
+    _encoded: RunState[dict[str, Tensor]] = RunState(factory=dict)
+
     def __init__(
         self,
         who: str,
@@ -86,7 +89,6 @@ class Objects:
         self.phrases = self._beside(phrases, f"{who}: phrases", phrase_of)
         self.images = self._beside(images, f"{who}: images", self._image)
         self.style = None if style is None else self._image(style, f"{who}: style")
-        self._encoded: dict[str, Tensor] = {}
         most = slots - (self.style is not None)
         for p, boxes_of_prompt in enumerate(self.boxes.lists):
             if len(boxes_of_prompt) > most:
@@ -239,7 +241,7 @@ class Maps:
 
     def arguments(self, layout: Layout, like: Tensor) -> tuple[Tensor, ...]:
         if layout.prompt is None:
-            return torch.zeros_like(self.maps[0], device=like.device)[None], like.new_zeros(1)
+            return like.new_zeros(1, *self.maps[0].shape), like.new_zeros(1)
         return self.of(layout.prompt).to(like)[None], like.new_ones(1)
 
 

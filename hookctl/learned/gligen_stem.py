@@ -26,6 +26,7 @@ from hookctl.loop.images import encode
 from hookctl.loop.inserting import StemCall
 from hookctl.loop.noise import Noise, noise_like
 from hookctl.loop.state import State
+from hookctl.run_state import RunState
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,15 @@ class MapChannels:
 class Inpainting:
     """Images that are kept outside of the boxes."""
 
+    _known: RunState[list[Tensor]] = RunState(factory=list)
+    _generator: RunState[torch.Generator] = RunState(factory=torch.Generator)
+
     def __init__(self, who: str, image: Any, objects: Objects, seed: int) -> None:
         several = is_list(image)
         self.who, self.objects, self.seed, self.shared = who, objects, seed, not several
         self.images: list[Image.Image] = [
             check_image(one, f"{who}: image") for one in (image if several else [image])
         ]
-        self._known: list[Tensor] = []
 
     def begin(self, state: State) -> None:
         """Encode the images of a run."""

@@ -21,7 +21,7 @@ from hookctl.address.families import denoiser_of, sites_of, uncompiled
 from hookctl.address.rows import COND, Row, Rows
 from hookctl.address.sites import Selector, Site, matcher, select
 from hookctl.arguments import is_list, number
-from hookctl.editor import Editor
+from hookctl.editor import WHOLE_IMAGE, Claim, Editor
 from hookctl.errors import InputError
 from hookctl.learned.modules.gated_attention import GatedSelfAttention
 from hookctl.learned.weights import Weights
@@ -168,6 +168,9 @@ class Grounding(Editor):
         if len(self._closed) == len(self.fusers):
             return True
         return None if any(not factor for _, factor in self._factors) else False
+
+    def claims(self) -> Sequence[Claim]:
+        return [Claim(WHOLE_IMAGE, window=self.window(), shared=True)]
 
     def attach(self, target: Any) -> None:
         """Check that the layers fit the blocks of a model."""

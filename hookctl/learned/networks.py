@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -59,8 +60,8 @@ def fusers_of(tensors: Mapping[str, Tensor], target: Any) -> dict[str, GatedSelf
                 f"{path}: the checkpoint has a gated layer for this transformer block, and the "
                 "model has no such block; it is for another model"
             )
-        heads = int(attention.heads)
-        layers[path] = filled(lambda shapes, n=heads: _layer(shapes, n), weights, f"{path}.fuser")
+        made = partial(_layer, heads=int(attention.heads))
+        layers[path] = filled(made, weights, f"{path}.fuser")
     return layers
 
 

@@ -103,7 +103,7 @@ class GatedSelfAttention(nn.Module):
 
         def added(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
             gate = gamma * torch.tanh(alpha.to(wide))
-            return x + (gate * y).to(x.dtype)
+            return x + (gate * y.to(wide)).to(x.dtype)
 
         u = self.norm1(torch.cat([x, self.linear(o)], dim=1))
         x = added(x, self.attn(u, x.shape[1], mask), self.alpha_attn)

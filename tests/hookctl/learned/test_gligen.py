@@ -358,6 +358,7 @@ def test_inpainting_is_a_call_of_diffusers_nine_channel_unet():
     for x0, y0, x1, y1 in BOXES:
         mask[..., int(y0 * 16) : int(y1 * 16), int(x0 * 16) : int(x1 * 16)] = 0
     features = edit.inputs
+    features.begin(pipe)
     assert len(calls) == 2
     for state, sample, got in calls:
         boxes, masks, phrases = (

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.utils.torch_utils import fourier_filter
 
 import hookctl
 from hookctl import COND, Row
@@ -219,6 +220,18 @@ def test_gains_at_zero_are_exactly_the_identity():
         h, skip = (torch.randn(2, 32, 5, 7).to(dtype) for _ in range(2))
         found = gains(0, h, skip)
         assert torch.equal(found[0], h) and torch.equal(found[1], skip)
+
+
+def test_gains_are_those_of_a_fourier_filter():
+    gains, generator = literal.randomise(ScaleU(CONCATS), 1), torch.Generator().manual_seed(0)
+    w = gains.state_dict()
+    for order, width in enumerate(CONCATS):
+        h, skip = (torch.randn(2, n, 8, 12, generator=generator) for n in (width, 4))
+        found = gains(order, h, skip)
+        want = h * (1 + torch.tanh(w[f"scaleu_b_{order}"]))[:, None, None]
+        torch.testing.assert_close(found[0], want)
+        scale = 1 + float(torch.tanh(w[f"scaleu_s_{order}"]))
+        torch.testing.assert_close(found[1], fourier_filter(skip, 1, scale), rtol=0, atol=1e-5)
 
 
 def test_official_names_and_shapes_of_the_gains():
