@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -228,24 +228,24 @@ class GLIGEN(Grounding):
             stem.apply(call, extra, rows)
 
 
+def tokenizer_of(weights: Mapping[str, Tensor]) -> Tokenizer:
+    """The tokenizer of some weights, told by their names."""
+    kinds: dict[str, Callable[[Shapes], Tokenizer]] = {
+        "null_text_feature": BoxTextImage.of_shapes,
+        "person_embeddings": Keypoints.of_shapes,
+        "pos_embedding": SpatialMap.of_shapes,
+    }
+    kind = next((kinds[name] for name in kinds if name in weights), BoxText.of_shapes)
+    return filled(kind, weights, "position_net")
+
+
 @options_of(GLIGEN)
 def build(checkpoint: Checkpoint, pipe: Any, **options: Any) -> GLIGEN:
     """The editor of a checkpoint with diffusers' names; options: of `GLIGEN`."""
     tensors = checkpoint.tensors
-    position = part(tensors, "position_net.")
-    kind: Callable[[Shapes], Tokenizer]
-    if "null_text_feature" in position:
-        kind = BoxTextImage.of_shapes
-    elif "person_embeddings" in position:
-        kind = Keypoints.of_shapes
-    elif "pos_embedding" in position:
-        kind = SpatialMap.of_shapes
-    else:
-        kind = BoxText.of_shapes
     weight, below = tensors.get("conv_in.weight"), part(tensors, "downsample_net.")
-    tokenizer = cast(Tokenizer, filled(kind, position, "position_net"))
     network = GLIGENNetwork(
-        tokenizer,
+        tokenizer_of(part(tensors, "position_net.")),
         fusers_of(tensors, pipe),
         None if weight is None else Stem(weight.float(), tensors.get("conv_in.bias")),
         filled(Downsampler.of_shapes, below, "downsample_net") if below else None,
