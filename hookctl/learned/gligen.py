@@ -76,7 +76,8 @@ class GLIGEN(Grounding):
     image whose style the picture shall have; clip: what reads images, a transformers CLIPModel.
     keypoints: for each person its joints (x, y), None for one that is not seen.
     maps: an image of edges, depth or normals (from -1 to 1 as a tensor), or of class numbers.
-    image: for inpainting, what is kept outside of the boxes; seed: of the noise put on it.
+    inpaint: the image that is kept outside of the boxes; seed: of the noise put on it.
+    Images may be paths of files, too.
     slots: how many objects the checkpoint was trained with.
     strength: of the layers, a number or one for each prompt; blocks: further factors by selectors
     of self-attention, such as {"up": 0.5}. start, stop: fractions of the schedule between which
@@ -86,7 +87,7 @@ class GLIGEN(Grounding):
     strength=0 leaves a run bit for bit as it was.
     """
 
-    @checked(own=("boxes", "phrases", "images", "style", "clip", "keypoints", "maps", "image"))
+    @checked(own=("boxes", "phrases", "images", "style", "clip", "keypoints", "maps", "inpaint"))
     def __init__(
         self,
         network: GLIGENNetwork,
@@ -98,7 +99,7 @@ class GLIGEN(Grounding):
         clip: Any = None,
         keypoints: Any = None,
         maps: Any = None,
-        image: Any = None,
+        inpaint: Any = None,
         seed: int = 0,
         slots: int = SLOTS,
         strength: float | Sequence[float] = 1.0,
@@ -121,7 +122,7 @@ class GLIGEN(Grounding):
         self.tokenizer = Weights[nn.Module](network.tokenizer)
         given = dict(
             boxes=boxes, phrases=phrases, images=images, style=style, clip=clip,
-            keypoints=keypoints, maps=maps, image=image,
+            keypoints=keypoints, maps=maps, inpaint=inpaint,
         )  # fmt: skip
         self._check_given(given)
         whole(slots, f"{self.name}: slots", least=1, most=1000)
@@ -142,7 +143,7 @@ class GLIGEN(Grounding):
             if not objects.boxes.items and style is None:
                 raise InputError(f"{self.name}: boxes={boxes!r}; give at least one")
             if network.stem is not None:
-                self.channels = Inpainting(self.name, image, objects, seed)
+                self.channels = Inpainting(self.name, inpaint, objects, seed)
                 self.start, self.stop = 0.0, 1.0  # what is known is kept in every step
 
     def _check_given(self, given: dict[str, Any]) -> None:
@@ -158,7 +159,7 @@ class GLIGEN(Grounding):
         else:
             what, needed, optional = "boxes with phrases", {"boxes", "phrases"}, set[str]()
         if self.network.stem is not None and not isinstance(net, SpatialMap):
-            what, needed = f"{what}, and an image to inpaint", needed | {"image"}
+            what, needed = f"{what}, and an image to inpaint", needed | {"inpaint"}
         present = {name for name, value in given.items() if value is not None}
         for name in sorted(needed - present):
             raise InputError(f"{self.name}: {name} is missing; this checkpoint reads {what}")

@@ -7,6 +7,7 @@ its tokenizer, one row [1, ...] for a layout. An empty layout is all zeros.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from hookctl.address.rows import Rows
-from hookctl.arguments import is_list, refusal
+from hookctl.arguments import is_list, opened, refusal
 from hookctl.arguments.values import is_number, shown
 from hookctl.errors import InputError
 from hookctl.learned import locations
@@ -101,7 +102,8 @@ class Objects:
                     raise InputError(f"{who}: box {i} has no phrase and no image; give one of them")
 
     def _image(self, given: Any, name: str) -> Tensor:
-        return image_feature(given, self.clip, name)
+        image = given if isinstance(given, Tensor) else opened(given, name)
+        return image_feature(image, self.clip, name)
 
     def _beside(self, given: Any, name: str, read: Any) -> PerPrompt[Any]:
         """What comes with the boxes, one for each; None for none."""
@@ -214,13 +216,15 @@ class Maps:
         if isinstance(given, Tensor) and given.dim() == 3 and given.shape[0] == channels:
             return given.float()
         if self.classes is not None:
+            given = _numbers_in(given) if isinstance(given, str | Path) else given
             ids = np.array(given) if isinstance(given, Image.Image | np.ndarray) else np.zeros(0)
             if ids.ndim == 2 and ids.dtype.kind in "iu" and 0 <= ids.min() <= ids.max() < channels:
                 return F.one_hot(torch.from_numpy(ids).long(), channels).permute(2, 0, 1).float()
             raise refusal(
                 name, given, f"an image of class numbers [height, width], 0 to {channels - 1}"
             )
-        if isinstance(given, Image.Image):
+        if isinstance(given, Image.Image | str | Path):
+            given = opened(given, name)
             pixels = torch.from_numpy(np.array(given.convert("RGB"))).permute(2, 0, 1)
             return pixels / 127.5 - 1
         raise refusal(name, given, "a PIL image, or a tensor [3, height, width] from -1 to 1")
@@ -243,6 +247,15 @@ class Maps:
         if layout.prompt is None:
             return like.new_zeros(1, *self.maps[0].shape), like.new_zeros(1)
         return self.of(layout.prompt).to(like)[None], like.new_ones(1)
+
+
+def _numbers_in(file: str | Path) -> Any:
+    """The class numbers in an image file, which are no colours; what is given if there are none."""
+    try:
+        with Image.open(file) as image:
+            return np.array(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return file
 
 
 def _is_box(item: Any) -> bool:

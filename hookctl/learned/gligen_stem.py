@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from hookctl.address.rows import Row
-from hookctl.arguments import check_image, is_list
+from hookctl.arguments import is_list, opened
 from hookctl.errors import InputError
 from hookctl.learned.gligen_inputs import Maps, Objects
 from hookctl.learned.modules.gligen_tokens import Downsampler
@@ -77,7 +77,7 @@ class Inpainting:
         several = is_list(image)
         self.who, self.objects, self.seed, self.shared = who, objects, seed, not several
         self.images: list[Image.Image] = [
-            check_image(one, f"{who}: image") for one in (image if several else [image])
+            opened(one, f"{who}: inpaint") for one in (image if several else [image])
         ]
 
     def begin(self, state: State) -> None:
@@ -85,14 +85,14 @@ class Inpainting:
         drawn = len({row.prompt for row in state.rows})
         if not self.shared and len(self.images) != drawn:
             raise InputError(
-                f"{self.who}: {len(self.images)} images, but the pipeline draws {drawn} prompts; "
-                "give one for all, or one for each"
+                f"{self.who}: inpaint has {len(self.images)} images, but the pipeline draws {drawn} "
+                "prompts; give one for all, or one for each"
             )
         self._known = [encode(state.pipe, image) for image in self.images]
         for image, known in zip(self.images, self._known, strict=True):
             if tuple(known.shape[-2:]) != tuple(state.grid[-2:]):
                 raise InputError(
-                    f"{self.who}: image is {image.width} x {image.height} px, which is not the "
+                    f"{self.who}: inpaint is {image.width} x {image.height} px, which is not the "
                     "size that the pipeline draws; resize it, or give height= and width="
                 )
         self._generator = torch.Generator().manual_seed(self.seed)

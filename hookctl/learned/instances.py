@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,9 @@ class Instance:
     mask: RegionLike | None = None
 
 
+_KEYS = "caption", "box", "point", "scribble", "mask"
+
+
 @dataclass(frozen=True, eq=False)
 class Located:
     """An instance as numbers; None for what it has not."""
@@ -57,8 +60,12 @@ class Located:
 
 def located(given: Any, net: UniFusion, name: str) -> Located:
     """An instance as numbers of a tokenizer. Raises InputError."""
+    if isinstance(given, Mapping) and set(given) <= set(_KEYS) and "caption" in given:
+        given = Instance(**given)
     if not isinstance(given, Instance):
-        raise refusal(name, given, "an Instance(caption, box=...)")
+        raise refusal(
+            name, given, f"an Instance(caption, box=...), or a table of {', '.join(_KEYS)}"
+        )
     caption = phrase_of(given.caption, f"{name}.caption")
     mask = outline = scribble = point = box = None
     if given.mask is not None:

@@ -317,6 +317,19 @@ def test_maps_of_classes():
         GLIGEN(network, maps=picture(0, "L", 9))
 
 
+def test_maps_of_files(tmp_path):
+    path = tmp_path / "map.png"
+    for network, image in (
+        (spatial(1), picture(0)),
+        (spatial(3, 5, downsampler=randomise(Downsampler(5, 4, 3), 6)), picture(0, "L", 5)),
+    ):
+        image.save(path)
+        read, given = (GLIGEN(network, maps=one).inputs.of(0) for one in (str(path), image))
+        assert torch.equal(read, given)
+        with pytest.raises(InputError, match="maps"):
+            GLIGEN(network, maps=tmp_path / "none.png")
+
+
 @pytest.mark.slow
 def test_without_strength_maps_leave_the_stem_as_it_is():
     network = spatial(3, downsampler=randomise(Downsampler(1, 2, 3), 6))
@@ -342,7 +355,7 @@ def test_inpainting_is_a_call_of_diffusers_nine_channel_unet():
     pipe = SD15.make()
     side = 16 * 8
     image = Image.new("RGB", (side, side), (200, 30, 90))
-    edit = GLIGEN(network, boxes=BOXES, phrases=PHRASES, image=image, seed=3)
+    edit = GLIGEN(network, boxes=BOXES, phrases=PHRASES, inpaint=image, seed=3)
     calls = []
 
     class Probe(hookctl.Editor):
@@ -391,7 +404,7 @@ def test_inpainting_is_a_call_of_diffusers_nine_channel_unet():
 def test_an_image_of_another_size_is_refused():
     net = gated_unet(9)
     network = network_of(net, stem=Stem(net.conv_in.weight, net.conv_in.bias))
-    edit = GLIGEN(network, boxes=BOXES, phrases=PHRASES, image=Image.new("RGB", (64, 64)))
+    edit = GLIGEN(network, boxes=BOXES, phrases=PHRASES, inpaint=Image.new("RGB", (64, 64)))
     with pytest.raises(InputError, match="64 x 64 px, which is not the size"):
         draw(SD15, SD15.make(), edit)
 

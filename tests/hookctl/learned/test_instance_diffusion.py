@@ -109,6 +109,12 @@ def test_a_mask_gives_box_point_outline_and_raster():
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
+def test_instances_may_be_tables_of_a_file():
+    table = {"caption": "a red cat", "box": list(BOX)}
+    found = tokens_of(edit([table, {"caption": "a blue dog", "point": [0.7, 0.8]}]), Layout(0))
+    assert torch.equal(found, tokens_of(edit(), Layout(0)))
+
+
 @pytest.mark.parametrize(
     "given,shown",
     [
@@ -139,6 +145,8 @@ def test_the_published_formats_follow_from_what_is_given(given, shown):
         ([CAT, Instance("a dog", mask=np.zeros((2, 4, 4)))], {}, r"instances\[1\]\.mask"),
         ([[CAT], [Instance("", box=BOX)]], {}, r"instances\[1\]\[0\]\.caption"),
         ([CAT, "a dog"], {}, r"instances\[1\]"),
+        ([CAT, {"box": BOX}], {}, r"instances\[1\].*or a table of caption, box"),
+        ([{"caption": "a cat", "bocks": BOX}], {}, r"instances\[0\]"),
         ([CAT], {"formats": ("boxes",)}, "formats"),
         ([CAT, DOG], {"masked": True}, "neither box nor mask"),
     ],

@@ -173,7 +173,7 @@ def test_inpainting_weights_in_official_names(tmp_path: Path) -> None:
     tensors = numbers(ldm.unet(replace(TINY, inputs=9))) | learned
     editor_of = {"boxes": [(0.1, 0.2, 0.5, 0.6)], "phrases": ["a red cat"]}
     held = Checkpoint(tmp_path, official(tensors)[0])
-    editor = build(held, pipe, image=Image.new("RGB", (128, 128)), **editor_of)
+    editor = build(held, pipe, inpaint=Image.new("RGB", (128, 128)), **editor_of)
     with hookctl.control(pipe, editor):
         got = SD15.run(pipe)
     assert error(got, SD15.run(pipe)) > 1e-3
