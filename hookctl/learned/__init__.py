@@ -9,6 +9,8 @@ files, reading     where weights are, and how they are read without running what
 names              LDM's and training's names become diffusers'
 recognise, kinds   what a file is, by its names and shapes
 fit                weights into modules, or what does not fit and why
+modules            the networks themselves, with their official names and shapes
+gligen, instance_diffusion      editors that ground; grounding: what they share
 """
 
 from __future__ import annotations

@@ -85,8 +85,8 @@ class Inpainting:
         drawn = len({row.prompt for row in state.rows})
         if not self.shared and len(self.images) != drawn:
             raise InputError(
-                f"{self.who}: inpaint has {len(self.images)} images, but the pipeline draws {drawn} "
-                "prompts; give one for all, or one for each"
+                f"{self.who}: inpaint has {len(self.images)} images, but the pipeline draws "
+                f"{drawn} prompts; give one for all, or one for each"
             )
         self._known = [encode(state.pipe, image) for image in self.images]
         for image, known in zip(self.images, self._known, strict=True):
