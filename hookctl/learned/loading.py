@@ -184,7 +184,8 @@ def _check_base(kind: Kind, pipe: Any) -> None:
     text = getattr(getattr(denoiser, "config", None), "cross_attention_dim", None)
     if not isinstance(text, int):
         return
-    blocks = sum(path.endswith(".attn2") for path, _ in denoiser.named_modules())
+    paths = [path for path, _ in denoiser.named_modules() if path.endswith(".attn2")]
+    blocks = sum("motion_modules" not in path for path in paths)  # those between frames are added
     own = base_of(text, blocks)
     if own != kind.base:
         raise InputError(
