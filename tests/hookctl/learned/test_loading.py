@@ -194,6 +194,31 @@ def test_another_base_model(adapter: Path, tmp_path: Path) -> None:
         load(adapter, object())
 
 
+def test_a_video_model_of_the_same_base(adapter: Path) -> None:
+    """What it has between frames is no layer of its base."""
+    with torch.device("meta"):
+        unet = UNetMotionModel(
+            block_out_channels=(8, 8, 8, 8),
+            norm_num_groups=4,
+            cross_attention_dim=768,
+            down_block_types=("CrossAttnDownBlockMotion",) * 3 + ("DownBlockMotion",),
+            up_block_types=("UpBlockMotion", *("CrossAttnUpBlockMotion",) * 3),
+            num_attention_heads=2,
+            motion_norm_num_groups=4,
+            motion_num_attention_heads=2,
+        )
+    assert isinstance(load(adapter, unet), Built)
+
+
+def test_a_kind_without_a_builder(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BUILDERS, "ip-adapter", "hookctl.learned.nowhere:build")
+    with pytest.raises(InputError, match="ip-adapter, which can't be attached yet"):
+        load(adapter, denoiser())
+    monkeypatch.delitem(BUILDERS, "ip-adapter")
+    with pytest.raises(InputError, match="ip-adapter, which can't be attached as a hook$"):
+        load(adapter, denoiser())
+
+
 @pytest.mark.parametrize(
     ("shapes", "says"),
     [
