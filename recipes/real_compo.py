@@ -37,7 +37,8 @@ from hookctl.loop.calls import prediction_of
 from hookctl.loop.energy import Energies, ImageMaps
 from hookctl.loop.solver import entries_of
 from hookctl.loop.state import Predictions, Proceed, State, split_branches
-from hookctl.recipes.common.energy.layout_models import guided_as_the_pipeline, layout_model
+from hookctl.recipes.common.companion_denoiser import guided_as_the_pipeline
+from hookctl.recipes.common.energy.layout_models import layout_model
 from hookctl.recipes.common.energy.layout_pipeline import LayoutPipeline
 from hookctl.recipes.common.energy.map_functions import mean_map
 from hookctl.recipes.common.energy.mixture import MixedSteps, ModelPrediction, Part
@@ -167,7 +168,9 @@ class RealCompo(WordEnergy):
                 layout = replace(layout, guided=layout.guided + (like - predictions.own))
         else:
             of = x if of is None or torch.equal(of, x) else of.to(x)
-            guided = guided_as_the_pipeline(predictions, predicted)
+            guided = guided_as_the_pipeline(
+                predictions, predicted, editor=self.name, model="the layout model"
+            )
             layout = ModelPrediction(predicted[COND].to(like), guided, of)
         text = ModelPrediction(predictions[COND].to(like), like, x)
         self._update(state, layout, text)

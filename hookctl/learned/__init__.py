@@ -1,0 +1,1 @@
+"""Learned modules: official checkpoints, attached to unmodified models as editors."""
