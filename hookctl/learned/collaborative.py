@@ -185,10 +185,10 @@ class CollaborativeDiffusion(Editor):
         self, one: Collaborator, x: Tensor, timestep: float, condition: Tensor | None
     ) -> Tensor:
         """a_m, [images, 1, ...]; InputError for another shape."""
-        found = prediction_of(one.ask_influence(x, timestep, condition))
-        wanted = (len(x), 1, *x.shape[2:])
+        returned = one.ask_influence(x, timestep, condition)
+        found, wanted = prediction_of(returned), (len(x), 1, *x.shape[2:])
         if found is None or tuple(found.shape) != wanted:
-            given = type(found).__name__ if found is None else tuple(found.shape)
+            given = type(returned).__name__ if found is None else tuple(found.shape)
             raise InputError(
                 f"{self.name}: the influence of {one.name!r} returned {given} for latents "
                 f"{tuple(x.shape)}; give a network that returns one logit for each place, {wanted}"

@@ -105,11 +105,13 @@ class Collaborator:
     def check(self, state: State, condition: Tensor | None) -> None:
         """InputError for networks and conditions that do not fit the run."""
         label, channels = f"Collaborator {self.name!r}", state.latents.shape[1]
-        model = None if self.is_pipeline or self.model is None else self.model
+        model = denoiser_of(self.model) if self.is_pipeline else self.model
         for what, network in (("model", model), ("influence", self.influence)):
             module = uncompiled(network) if isinstance(network, nn.Module) else None
             config = getattr(module, "config", None)
             inputs = getattr(config, "in_channels", channels)
+            if self.is_pipeline and what == "model":
+                inputs = min(inputs, channels)  # it may append images and masks to its latents
             if inputs != channels:
                 raise InputError(
                     f"{label}: {what} takes latents of {inputs} channels and the pipeline draws "
