@@ -1,1 +1,1 @@
-"""Learned modules: official checkpoints, attached to unmodified models as editors."""
+"""Trained modules, attached as editors from their official checkpoints."""
