@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hookctl.address.families import denoiser_of, uncompiled
 from hookctl.address.rows import COND, UNCOND, Rows
@@ -42,6 +42,10 @@ class CompanionDenoiser:
         self.label, self.instead = label, instead
         self.condition, self.negative = condition, negative
 
+    def model(self, state: State) -> nn.Module:
+        """The denoiser for a call."""
+        return self.denoiser
+
     def attach(self, target: Any) -> None:
         """Check the pipeline that is controlled."""
         own = denoiser_of(target)
@@ -73,7 +77,7 @@ class CompanionDenoiser:
 
     def predict_rows(self, state: State, rows: Rows, text: Tensor | None = None) -> Tensor:
         """Its predictions for rows of a call, [rows, ...]; text: in place of theirs."""
-        there = replace(state, denoiser=self.denoiser)
+        there = replace(state, denoiser=self.model(state))
         told = Rows([replace(row, index=i) for i, row in enumerate(rows)])
         with driving(self.driven(state, told)):
             return predict(there, rows, text=text, reader=EVERYONE).detach()
@@ -82,7 +86,7 @@ class CompanionDenoiser:
         """What the hooks of the other model are told of a call."""
         return Driven(
             self._run,
-            uncompiled(self.denoiser),
+            uncompiled(self.model(state)),
             state.prompts,
             state.images_per_prompt,
             dict(state.encoding),

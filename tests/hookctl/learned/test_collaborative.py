@@ -15,9 +15,8 @@ from torch import Tensor
 
 import hookctl
 from hookctl.errors import InputError
-from hookctl.learned.collaborative import CollaborativeDiffusion
-from hookctl.learned.collaborators import Collaborator
-from hookctl.learned.influence import led, shares_of
+from hookctl.learned.collaborative import CollaborativeDiffusion, Collaborator
+from hookctl.learned.collaborative.influence import led, shares_of
 from tests.recipes.runs import SD15, relative
 from tests.recipes.test_real_compo import other
 
@@ -315,7 +314,10 @@ def test_bad_input() -> None:
     refused("the controlled pipeline itself", one(None, pipe), pipe)
     refused("float64, and the pipeline's is in torch.float32", one(None, other(pipe).double()))
     refused(r"condition is \(5, 32\)", one(None, None, tokens(1)[0]))
-    refused("takes a condition of 32 channels", one(network(1), None, torch.zeros(1, 5, 48)))
+    refused(
+        r"takes a condition of 32 channels, and it is given \(2, 5, 48\)",
+        one(network(1), None, torch.zeros(1, 5, 48)),
+    )
     refused("condition is for 3 images and the run draws 2", one(None, None, tokens(1, 3)))
     refused("negative is given without condition", one(None, None, None, tokens(1)))
     refused("arguments are of a pipeline's call", one(arguments={}))

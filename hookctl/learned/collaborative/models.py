@@ -1,4 +1,4 @@
-"""The models of a collaboration: what is given of each, and how it is asked.
+"""The models of a collaboration, and how each is asked.
 
 model=None                 the pipeline's own denoiser, as it predicts anyway
 model=None, condition=c    the same one, asked once more under another condition
@@ -8,16 +8,16 @@ a pipeline                 of the same latents and schedule (`companion_pipeline
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
-from hookctl.address.families import denoiser_of, uncompiled
+from hookctl.address.families import denoiser_of
 from hookctl.address.rows import Rows
 from hookctl.errors import InputError
+from hookctl.learned.collaborative.collaborator import Collaborator, module_of
+from hookctl.learned.weights import Weights
 from hookctl.loop.calls import predict
 from hookctl.loop.state import Predictions, State, split_branches
 from hookctl.recipes.common.companion_denoiser import (
@@ -29,108 +29,6 @@ from hookctl.recipes.common.companion_denoiser import (
 from hookctl.recipes.common.companion_pipeline import RESERVED, CompanionPipeline
 
 EDITOR = "CollaborativeDiffusion"
-# (latents [images, channels, h, w], timestep, condition [images, tokens, channels] or None) ->
-# logits [images, 1, h, w]
-Influence = Callable[[Tensor, float, Tensor | None], Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Collaborator:
-    """One modality: a model, what it is told, and the network that says how far to trust it where.
-
-    influence: the dynamic diffuser, a UNet2DConditionModel with one output channel or a function
-    (latents, timestep, condition) -> logits [images, 1, h, w]; None for 0 everywhere. It sees the
-    latents as the denoiser does, without channels that the pipeline appends.
-    model: None for the pipeline's own denoiser; another one, or a whole pipeline.
-    condition: text embeddings, [1 | images, tokens, channels], for the model and for its influence
-    in place of the pipeline's; negative: for the unconditional rows. Without a negative one the
-    model is not guided. Not for pipelines, which are conditioned through their call.
-    arguments: of a pipeline's call; what is not given is that of the controlled one.
-    """
-
-    name: str
-    influence: nn.Module | Influence | None = None
-    model: Any = None
-    condition: Tensor | None = None
-    negative: Tensor | None = None
-    arguments: Mapping[str, Any] | None = None
-
-    def __post_init__(self) -> None:
-        label = f"Collaborator {self.name!r}"
-        if not isinstance(self.name, str) or not self.name:
-            raise InputError(f"Collaborator: name={self.name!r}; give a word, such as 'mask'")
-        if self.influence is not None and not callable(self.influence):
-            raise InputError(
-                f"{label}: influence is a {type(self.influence).__name__}; give a UNet with one "
-                "output channel, or a function (latents, timestep, condition) -> logits"
-            )
-        channels = getattr(getattr(self.influence, "config", None), "out_channels", 1)
-        if channels != 1:
-            raise InputError(
-                f"{label}: influence has {channels} output channels; give a network with one"
-            )
-        for name in ("condition", "negative"):
-            given = getattr(self, name)
-            if given is None:
-                continue
-            if not isinstance(given, Tensor) or given.dim() != 3 or not given.is_floating_point():
-                kind = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
-                raise InputError(
-                    f"{label}: {name} is {kind}; give embeddings [1 | images, tokens, channels]"
-                )
-            if self.is_pipeline:
-                raise InputError(
-                    f"{label}: {name} is given with a pipeline, which is conditioned through its "
-                    "call; give arguments=, such as {'prompt_embeds': ...}"
-                )
-        if self.negative is not None and self.condition is None:
-            raise InputError(f"{label}: negative is given without condition; give both")
-        if self.arguments is not None and not self.is_pipeline:
-            raise InputError(f"{label}: arguments are of a pipeline's call; give model=a pipeline")
-
-    @property
-    def is_pipeline(self) -> bool:
-        return hasattr(self.model, "scheduler") and not isinstance(self.model, nn.Module)
-
-    def ask_influence(self, x: Tensor, timestep: float, condition: Tensor | None) -> Any:
-        """What the influence network returns for the latents of the conditional rows."""
-        network = self.influence
-        if not isinstance(network, nn.Module):
-            assert network is not None
-            return network(x, timestep, condition)
-        like = next(network.parameters(), x)  # a network of the user's may stand elsewhere
-        t = torch.tensor(timestep, device=like.device)
-        return network(x.to(like), t, None if condition is None else condition.to(like))
-
-    def check(self, state: State, condition: Tensor | None) -> None:
-        """InputError for networks and conditions that do not fit the run."""
-        label, channels = f"Collaborator {self.name!r}", state.latents.shape[1]
-        model = denoiser_of(self.model) if self.is_pipeline else self.model
-        for what, network in (("model", model), ("influence", self.influence)):
-            module = uncompiled(network) if isinstance(network, nn.Module) else None
-            config = getattr(module, "config", None)
-            inputs = getattr(config, "in_channels", channels)
-            if self.is_pipeline and what == "model":
-                inputs = min(inputs, channels)  # it may append images and masks to its latents
-            if inputs != channels:
-                raise InputError(
-                    f"{label}: {what} takes latents of {inputs} channels and the pipeline draws "
-                    f"{tuple(state.latents.shape)}; give networks of one latent space"
-                )
-            width = getattr(config, "cross_attention_dim", None)
-            if condition is not None and isinstance(width, int) and width != condition.shape[-1]:
-                raise InputError(
-                    f"{label}: {what} takes a condition of {width} channels, and condition is "
-                    f"{tuple(condition.shape)}"
-                )
-        images = len(state.latents)
-        for name in ("condition", "negative"):
-            given = getattr(self, name)
-            if given is not None and len(given) not in (1, images):
-                raise InputError(
-                    f"{label}: {name} is for {len(given)} images and the run draws {images}; give "
-                    f"one for all, or {images}"
-                )
 
 
 class Model(Protocol):
@@ -203,13 +101,21 @@ class _OtherDenoiser(CompanionDenoiser):
 
     def __init__(self, given: Collaborator) -> None:
         super().__init__(
-            given.model,
+            module_of(given.model),
             label=f"model {given.name!r}",
             instead=", or model=None with a condition",
             condition=given.condition,
             negative=given.negative,
         )
         self.given = given
+
+    def model(self, state: State) -> nn.Module:
+        weights = self.given.model
+        return weights.like(state.latents) if isinstance(weights, Weights) else self.denoiser
+
+    def attach(self, target: Any) -> None:
+        if not isinstance(self.given.model, Weights):  # those follow
+            super().attach(target)
 
     def begin(self, state: State) -> None:
         super().begin(state)
@@ -269,7 +175,7 @@ def model_of(given: Collaborator) -> Model:
     if given.is_pipeline:
         return _OtherPipeline(given)
     try:
-        denoiser_of(given.model)
+        denoiser_of(module_of(given.model))
     except InputError as error:
         raise InputError(
             f"Collaborator {given.name!r}: model is a {type(given.model).__name__}; give None for "

@@ -26,8 +26,9 @@ from hookctl.arguments import checked, share
 from hookctl.arguments.values import is_list
 from hookctl.editor import Editor
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.learned.collaborators import Collaborator, Model, model_of
-from hookctl.learned.influence import InfluenceMaps, led, shares_of
+from hookctl.learned.collaborative.collaborator import Collaborator
+from hookctl.learned.collaborative.influence import InfluenceMaps, led, shares_of
+from hookctl.learned.collaborative.models import Model, model_of
 from hookctl.loop.calls import prediction_of
 from hookctl.loop.noise import Noise
 from hookctl.loop.state import Predictions, Proceed, State
@@ -117,7 +118,8 @@ class CollaborativeDiffusion(Editor):
         if not self.strength or not self.stop:
             return
         for one in self.models:
-            one.check(state, self._models[one.name].condition)
+            told = None if one.is_pipeline else self._models[one.name].condition_in(state)
+            one.check(state, told)
         try:
             for model in self._models.values():
                 model.begin(state)
