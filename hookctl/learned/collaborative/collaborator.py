@@ -89,8 +89,20 @@ class Collaborator:
         t = torch.tensor(timestep, device=like.device)
         return network(x.to(like), t, None if condition is None else condition.to(like))
 
-    def check(self, state: State, condition: Tensor | None) -> None:
-        """InputError for networks and conditions that do not fit the run."""
+    def check_images(self, state: State) -> None:
+        """InputError for conditions of another number of images than the run draws."""
+        label = f"Collaborator {self.name!r}"
+        images = len(state.latents)
+        for name in ("condition", "negative"):
+            given = getattr(self, name)
+            if given is not None and len(given) not in (1, images):
+                raise InputError(
+                    f"{label}: {name} is for {len(given)} images and the run draws {images}; give "
+                    f"one for all, or {images}"
+                )
+
+    def check_sizes(self, state: State, condition: Tensor | None) -> None:
+        """InputError for networks that do not fit the run's latents, or what they are told."""
         label, channels = f"Collaborator {self.name!r}", state.latents.shape[1]
         model = denoiser_of(self.model) if self.is_pipeline else module_of(self.model)
         for what, network in (("model", model), ("influence", module_of(self.influence))):
@@ -109,14 +121,6 @@ class Collaborator:
                 raise InputError(
                     f"{label}: {what} takes a condition of {width} channels, and it is given "
                     f"{tuple(condition.shape)}; give embeddings of its own as condition="
-                )
-        images = len(state.latents)
-        for name in ("condition", "negative"):
-            given = getattr(self, name)
-            if given is not None and len(given) not in (1, images):
-                raise InputError(
-                    f"{label}: {name} is for {len(given)} images and the run draws {images}; give "
-                    f"one for all, or {images}"
                 )
 
 

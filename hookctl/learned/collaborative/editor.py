@@ -118,8 +118,9 @@ class CollaborativeDiffusion(Editor):
         if not self.strength or not self.stop:
             return
         for one in self.models:
+            one.check_images(state)
             told = None if one.is_pipeline else self._models[one.name].condition_in(state)
-            one.check(state, told)
+            one.check_sizes(state, told)
         try:
             for model in self._models.values():
                 model.begin(state)

@@ -2,8 +2,8 @@
 
 model=None                 the pipeline's own denoiser, as it predicts anyway
 model=None, condition=c    the same one, asked once more under another condition
-a denoiser                 of the same latents and times (`companion_denoiser`)
-a pipeline                 of the same latents and schedule (`companion_pipeline`)
+a denoiser                 of the same latents and times (`companions.denoiser`)
+a pipeline                 of the same latents and schedule (`companions.pipeline`)
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch import Tensor, nn
 
 from hookctl.address.families import denoiser_of
 from hookctl.address.rows import Rows
-from hookctl.errors import InputError
-from hookctl.learned.collaborative.collaborator import Collaborator, module_of
-from hookctl.learned.weights import Weights
-from hookctl.loop.calls import predict
-from hookctl.loop.state import Predictions, State, split_branches
-from hookctl.recipes.common.companion_denoiser import (
+from hookctl.companions.denoiser import (
     CompanionDenoiser,
     condition_of,
     conditioned,
     guided_as_the_pipeline,
 )
-from hookctl.recipes.common.companion_pipeline import RESERVED, CompanionPipeline
+from hookctl.companions.pipeline import RESERVED, CompanionPipeline
+from hookctl.errors import InputError
+from hookctl.learned.collaborative.collaborator import Collaborator, module_of
+from hookctl.learned.weights import Weights
+from hookctl.loop.calls import predict
+from hookctl.loop.state import Predictions, State, split_branches
 
 EDITOR = "CollaborativeDiffusion"
 

@@ -16,12 +16,12 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from hookctl.address.rows import COND, Rows
+from hookctl.companions.denoiser import CompanionDenoiser
 from hookctl.errors import InputError
 from hookctl.loop.calls import predict
 from hookctl.loop.driven import driving
 from hookctl.loop.energy import Energies, MapReader
 from hookctl.loop.state import State
-from hookctl.recipes.common.companion_denoiser import CompanionDenoiser
 from hookctl.recipes.common.energy.energy_guidance import EnergyGuidance
 from hookctl.recipes.common.energy.layout_pipeline import LayoutPipeline
 from hookctl.recipes.common.energy.word_energy import WordEnergy

@@ -1,4 +1,4 @@
-"""Another pipeline as the layout model of a mixture (`recipes.common.companion_pipeline`)."""
+"""Another pipeline as the layout model of a mixture (`hookctl.companions.pipeline`)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 from hookctl.address.outlines import Box
 from hookctl.address.regions import Region
+from hookctl.companions.pipeline import CompanionPipeline
 from hookctl.errors import InputError
 from hookctl.loop.energy import Energies
 from hookctl.loop.state import State
-from hookctl.recipes.common.companion_pipeline import CompanionPipeline
 from hookctl.recipes.common.energy.word_energy import WordEnergy
 from hookctl.run_state import RunState
 

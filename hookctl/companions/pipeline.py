@@ -3,7 +3,7 @@
 What makes a pipeline a model of its own is more than its denoiser: boxes and when they act
 (GLIGEN), a control image that another network reads anew at every step (ControlNet), guidance and
 the meaning of a prediction (v-prediction). So its own call runs beside the first pipeline's
-(`energy.call_beside`): every step it predicts for the latents that the first one came to.
+(`call_beside`): every step it predicts for the latents that the first one came to.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from hookctl.address.families import denoiser_of
+from hookctl.companions.call_beside import CallBeside, Predicted
+from hookctl.companions.denoiser import condition_of
+from hookctl.companions.prediction import ModelPrediction
 from hookctl.errors import InputError
-from hookctl.loop.noise import Level, Noise
+from hookctl.loop.noise import Level, Noise, level_of
 from hookctl.loop.state import State
-from hookctl.recipes.common.companion_denoiser import condition_of
-from hookctl.recipes.common.energy.call_beside import CallBeside, Predicted
-from hookctl.recipes.common.energy.energy_guidance import level_of
-from hookctl.recipes.common.energy.mixture import ModelPrediction
 from hookctl.run_state import RunState
 
 # The mixture's own affair.
