@@ -119,7 +119,7 @@ class Imagic:
         self.size = {"height": height, "width": width}
         many = clean.repeat(noises, 1, 1, 1)
         levels = schedule_steps or steps
-        told = {} if embeddings is None else {"prompt_embeds": embeddings}
+        told: dict[str, Any] = {} if embeddings is None else {"prompt_embeds": embeddings}
         with _levels_within(pipe, levels):
             program = Trajectory(
                 pipe,

@@ -199,7 +199,8 @@ class CollaborativeDiffusion(Editor):
         return found.to(x.device)
 
     def sheets(self, pictures: Sequence[Any]) -> dict[str, Any]:
-        """Name -> picture of the influence maps of each image that was drawn, for `hookctl run`."""
+        """Name -> a sheet of the influence maps of each image that was drawn, which `hookctl run`
+        writes."""
         if not len(self.influence):
             return {}
         count = min(len(pictures), len(self.influence.maps[0]))

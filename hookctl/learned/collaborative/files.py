@@ -159,6 +159,8 @@ def unet_of(
             norm_num_groups=groups,
         )
     _fill(unet, named, who)
+    if len({p.dtype for p in unet.parameters()}) > 1:
+        unet.to(torch.float32)  # files may keep matrices alone in half precision
     return unet.eval()
 
 
@@ -222,6 +224,8 @@ def _pictured(
         )
     pictures = list(given) if is_list(given) else [given]
     encode = mask_vectors if name == "mask" else sketch_vectors
+    weight, bias = (None if t is None else _precise(t) for t in (weight, bias))
+    assert weight is not None
     vectors = torch.stack([encode(one, side, classes) for one in pictures]).to(weight)
     tokens = F.linear(vectors, weight, bias)
     return tokens, F.linear(torch.zeros_like(vectors[:1]), weight, bias)
@@ -255,6 +259,10 @@ def _small(image: Any, side: int, name: str) -> Tensor:
         )
     small = Image.fromarray(array.astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST)
     return torch.from_numpy(np.asarray(small).astype(np.float32))
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _plain(name: str) -> str:
