@@ -212,3 +212,4 @@ def _trained_adapter(
     if base:
         notes.append(f"left out: {base} tensors of the frozen base model")
     return named, notes
+

@@ -84,7 +84,9 @@ class _Unpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str, /) -> Any:
         root = module.partition(".")[0]
-        runs = root in _RUN or (root in _BUILTINS and name.partition(".")[0] in _RUN_BUILTINS)
+        runs = root in _RUN or (
+            root in _BUILTINS and name.partition(".")[0] in _RUN_BUILTINS
+        )
         if runs:
             raise HostileError(f"{module}.{name}")
         if maker := _MAKERS.get((module, name)):

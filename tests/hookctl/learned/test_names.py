@@ -66,7 +66,9 @@ CASES: dict[str, tuple[Any, Any, int]] = {
     ),
     "SD1.5 with fusers": (
         {k: s for k, s in ldm.gligen().items() if not k.startswith("position_net")},
-        lambda: empty(UNet2DConditionModel, up_block_types=SD15_UP, attention_type="gated", **SD15),
+        lambda: empty(
+            UNet2DConditionModel, up_block_types=SD15_UP, attention_type="gated", **SD15
+        ),
         686 + 16 * 17,
     ),
     "SDXL": (
