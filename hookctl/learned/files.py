@@ -20,7 +20,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hookctl.errors import InputError
-from hookctl.learned.pickles import HostileError, Reader
+from hookctl.learned.reading.located import ENDINGS
+from hookctl.learned.reading.pickles import HostileError, Reader
 
 _LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)[2:]  # torch before 1.6, without PROTO
 _HEADER = 100 * 2**20  # bytes of the header of a safetensors file, at most
@@ -44,7 +45,8 @@ _PREFERRED = (
     "diffusion_pytorch_model.bin",
     "pytorch_model.bin",
 )
-ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
+# The files that ComfyUI splits InstanceDiffusion into.
+_SPLIT = frozenset(("position_net", "fusers", "scaleu"))
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,18 @@ class Checkpoint:
 
 
 def read(path: Path | str) -> Checkpoint:
-    """The tensors of a file, or of the one file of weights in a folder.
+    """The tensors of a file, or of the one file of weights in a folder; or of all three in one
+    that holds an InstanceDiffusion in ComfyUI's parts.
 
     Raises InputError for a file that can't be read, is cut off or wants code to be run;
     FileNotFoundError if there is none.
     """
-    path = _file(Path(path).expanduser())
+    path = Path(path).expanduser()
+    parts = _weights_in(path) if path.is_dir() else []
+    if {one.stem for one in parts} == _SPLIT and len(parts) == len(_SPLIT):
+        tensors = {key: t for one in parts for key, t in read(one).tensors.items()}
+        return Checkpoint(path, tensors, (f"of {', '.join(one.name for one in parts)}",))
+    path = _file(path, parts)
     with path.open("rb") as file:
         head = file.read(512)
     if head[:4] == b"PK\x03\x04":
@@ -87,65 +95,19 @@ def read(path: Path | str) -> Checkpoint:
     raise InputError(f"{path}: {_no_weights(head)}")
 
 
-def choose(checkpoint: Checkpoint, weights: str | None = None) -> Checkpoint:
-    """The part of a training file that is the model, without the prefix of its names.
-
-    weights: "model" or "ema", where a file has both; None for the averaged ones if they are whole.
-    What is left out is noted.
-    """
-    if weights not in (None, "model", "ema"):
-        raise InputError(f"weights={weights!r}; give 'model' or 'ema'")
-    found = checkpoint
-    while found.tensors and all(key.startswith("module.") for key in found.tensors):
-        found = replace(found, tensors=_below(found.tensors, "module."))
-    tops = {key.partition(".")[0] for key in found.tensors}
-    part = None
-    if "state_dict" in tops:
-        part = "state_dict"
-    elif tops & {"model", "ema"} and not any(".diffusion_model." in key for key in found.tensors):
-        averaged, trained = _below(found.tensors, "ema."), _below(found.tensors, "model.")
-        whole = bool(averaged) and averaged.keys() >= trained.keys()
-        part = weights or ("ema" if whole else "model")
-        if part not in tops:
-            raise InputError(f"{found.path}: weights={part!r}, and the file holds none of these")
-    elif weights is not None and weights != "model":
-        raise InputError(f"{found.path}: weights={weights!r}, and the file holds one set of them")
-    if part is not None:
-        found = _kept(found, f"{part}.")
-    for prefix in ("control_model.", "model.diffusion_model."):
-        if any(key.startswith(prefix) for key in found.tensors):
-            return _kept(found, prefix)
-    return found
-
-
-def _kept(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
-    """What stands under a prefix; the rest is noted."""
-    kept = _below(checkpoint.tensors, prefix)
-    rest = [key for key in checkpoint.tensors if not key.startswith(prefix)]
-    notes = [f"of the file, {prefix.rstrip('.')!r} is used: {len(kept)} tensors"]
-    counts: dict[str, int] = {}
-    for key in rest:
-        top = key.partition(".")[0]
-        counts[top] = counts.get(top, 0) + 1
-    if counts:
-        shown = ", ".join(f"{top} ({count})" for top, count in counts.items())
-        notes.append(f"left out: {shown}")
-    return checkpoint.noting(*notes, tensors=kept)
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-
-
 # -- which file ------------------------------------------------------------------------------------
 
 
-def _file(path: Path) -> Path:
+def _weights_in(folder: Path) -> list[Path]:
+    return sorted(one for one in folder.iterdir() if one.suffix in ENDINGS)
+
+
+def _file(path: Path, held: list[Path]) -> Path:
+    """The file itself, or the one that is meant of those held by a folder."""
     if path.is_file():
         return path
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: there is no such file; give {_KINDS}")
-    held = sorted(one for one in path.iterdir() if one.suffix in ENDINGS)
     named = [path / name for name in _PREFERRED if path / name in held]
     if len(held) == 1 or named:
         return (named or held)[0]

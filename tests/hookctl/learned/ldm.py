@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 Shape = tuple[int, ...]
+Shapes = dict[str, Shape]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel, UNetMotionModel
 
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.learned.names import adapter_layers, ldm_to_diffusers, official
@@ -66,9 +66,7 @@ CASES: dict[str, tuple[Any, Any, int]] = {
     ),
     "SD1.5 with fusers": (
         {k: s for k, s in ldm.gligen().items() if not k.startswith("position_net")},
-        lambda: empty(
-            UNet2DConditionModel, up_block_types=SD15_UP, attention_type="gated", **SD15
-        ),
+        lambda: empty(UNet2DConditionModel, up_block_types=SD15_UP, attention_type="gated", **SD15),
         686 + 16 * 17,
     ),
     "SDXL": (
@@ -176,15 +174,33 @@ def test_layers_have_the_widths_of_the_adapter(name: str) -> None:
             assert file[f"ip_adapter.{i}.to_k_ip.weight"] == shape, path
 
 
+def test_layers_of_a_video_model() -> None:
+    """Those of frames are not counted."""
+    unet = empty(
+        UNetMotionModel,
+        block_out_channels=(32, 64),
+        cross_attention_dim=96,
+        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
+        num_attention_heads=2,
+    )
+    layers = adapter_layers(unet)
+    at = "attentions.{}.transformer_blocks.0.attn"
+    wanted = [f"down_blocks.0.{at.format(j)}{n}" for j in (0, 1) for n in (1, 2)]
+    wanted += [f"up_blocks.1.{at.format(j)}{n}" for j in (0, 1, 2) for n in (1, 2)]
+    wanted += [f"mid_block.{at.format(0)}{n}" for n in (1, 2)]
+    assert layers == dict(enumerate(wanted))
+
+
 def test_a_denoiser_without_numbers() -> None:
-    with pytest.raises(UnsupportedError, match="Linear numbers no attention layers"):
+    with pytest.raises(UnsupportedError, match="Linear has no cross-attention that IP-Ad"):
         adapter_layers(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("form", ["both", "without adapter_modules", "without the UNet's"])
 @pytest.mark.parametrize("rank", [0, 8])
 def test_raw_training_output(form: str, rank: int) -> None:
-    """`unet.*, image_proj_model.*, adapter_modules.{i}.*`, or one of the two alone, in any order."""
+    """`image_proj_model.*`, and layers by place (`unet.*`), by number (adapter_modules) or both."""
     unet = CASES["SD1.5"][1]()
     wanted = tensors(ldm.ip_adapter(ldm.SD15, ldm.projection(1024, 768), rank))
     layers = adapter_layers(unet)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Mapping
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -84,9 +84,7 @@ class _Unpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str, /) -> Any:
         root = module.partition(".")[0]
-        runs = root in _RUN or (
-            root in _BUILTINS and name.partition(".")[0] in _RUN_BUILTINS
-        )
+        runs = root in _RUN or (root in _BUILTINS and name.partition(".")[0] in _RUN_BUILTINS)
         if runs:
             raise HostileError(f"{module}.{name}")
         if maker := _MAKERS.get((module, name)):
@@ -127,8 +125,8 @@ class _Unpickler(pickle._Unpickler):
         else:
             self.load_binpersid()  # type: ignore[attr-defined]
 
-    dispatch = {  # noqa: RUF012
-        **pickle._Unpickler.dispatch,  # type: ignore[attr-defined]
+    dispatch: ClassVar[dict[int, Any]] = {
+        **pickle._Unpickler.dispatch,
         pickle.REDUCE[0]: _reduce,
         pickle.NEWOBJ[0]: _reduce,
         pickle.NEWOBJ_EX[0]: _new_with_names,
