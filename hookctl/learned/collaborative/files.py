@@ -14,6 +14,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import reduce
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from hookctl.address.families import denoiser_of
 from hookctl.arguments import checked
@@ -29,6 +31,7 @@ from hookctl.arguments.values import is_list
 from hookctl.errors import InputError
 from hookctl.learned.collaborative.collaborator import Collaborator
 from hookctl.learned.collaborative.editor import CollaborativeDiffusion
+from hookctl.learned.fit import load_into
 from hookctl.learned.names import ldm_to_diffusers
 from hookctl.learned.weights import Weights
 
@@ -84,10 +87,10 @@ def from_checkpoint(
 ) -> CollaborativeDiffusion:
     """The editor that a composed checkpoint is, for a pipeline of its latent space and schedule.
 
-    mask: class ids, an image of mode L or P, an array or a tensor [height, width]; sketch: an image
-    of lines, likewise, 0 to 255; one for all images, or a list with one for each. text: embeddings
-    [1 | images, tokens, channels], by default the pipeline's own. A modality without a model of its
-    own in the file is the pipeline's own denoiser.
+    mask: class ids, an image of mode L or P or the path of one, an array or a tensor [height,
+    width]; sketch: an image of lines, likewise, 0 to 255; one for all images, or a list with one
+    for each. text: embeddings [1 | images, tokens, channels], by default the pipeline's own. A
+    modality without a model of its own in the file is the pipeline's own denoiser.
     guided: models of masks and sketches see an empty one in the unconditional rows, for those that
     were trained so; the published ones were not, and are left unguided.
     classes: of a mask; heads, groups: of the networks' attention and norms, which a file does not
@@ -134,8 +137,7 @@ def unet_of(
 ) -> UNet2DConditionModel:
     """A diffusers UNet with the weights of an LDM one, as large and deep as their shapes say.
 
-    heads, groups: of its attention and its norms; who: what errors call it. The weights are the
-    given tensors themselves, on whatever device.
+    heads, groups: of its attention and its norms; who: what errors call it. In float32 at least.
     """
     levels = 1 + sum(key.endswith(".0.op.weight") for key in tensors)
     blocks = {key.split(".")[1] for key in tensors if key.startswith("input_blocks.")}
@@ -158,10 +160,11 @@ def unet_of(
             attention_head_dim=heads,
             norm_num_groups=groups,
         )
-    _fill(unet, named, who)
-    if len({p.dtype for p in unet.parameters()}) > 1:
-        unet.to(torch.float32)  # files may keep matrices alone in half precision
-    return unet.eval()
+    # Files may keep matrices alone in half precision.
+    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    unet.to(reduce(torch.promote_types, dtypes, torch.float32))
+    load_into(unet, named, who=who)
+    return unet.eval().requires_grad_(False)
 
 
 def _config(named: Mapping[str, Tensor], levels: int, layers: int) -> dict[str, Any]:
@@ -187,20 +190,6 @@ def _config(named: Mapping[str, Tensor], levels: int, layers: int) -> dict[str, 
 
 def _count(named: Mapping[str, Tensor], prefix: str) -> int:
     return len({key[len(prefix) :].split(".")[0] for key in named if key.startswith(prefix)})
-
-
-def _fill(module: nn.Module, tensors: Mapping[str, Tensor], who: str) -> None:
-    """Put weights in; InputError names the first that does not fit."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    for name in (*wanted, *tensors):
-        there = tuple(tensors[name].shape) if name in tensors else "missing"
-        if there != wanted.get(name, "missing"):
-            raise InputError(
-                f"{who}: {name} is {there} in the file and {wanted.get(name, 'missing')} in a UNet "
-                "of its kind; give the official file"
-            )
-    module.load_state_dict(tensors, assign=True)
-    module.requires_grad_(False)
 
 
 # -- conditions ------------------------------------------------------------------------------------
@@ -249,16 +238,30 @@ def sketch_vectors(sketch: Any, side: int = 32, classes: int = CLASSES) -> Tenso
 
 def _small(image: Any, side: int, name: str) -> Tensor:
     """An image of one channel, by nearest neighbours (of the cells' centres), [side, side]."""
+    if isinstance(image, str | Path):
+        image = _opened(image, name)
     array = np.asarray(image.cpu() if isinstance(image, Tensor) else image)
+    if array.ndim == 3 and array.shape[2] == 3 and bool((array == array[..., :1]).all()):
+        array = array[..., 0]  # grey, as an image of mode RGB
     plain = array.ndim == 2 and array.size and array.dtype.kind in "bui"
     if not plain or int(array.min()) < 0 or int(array.max()) > 255:
         kind = f"{array.dtype} of shape {array.shape}"
         raise InputError(
             f"{name} is {kind}; give whole numbers [height, width] from 0 to 255, or an image of "
-            "mode L or P"
+            "mode L or P, not of colours"
         )
     small = Image.fromarray(array.astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST)
     return torch.from_numpy(np.asarray(small).astype(np.float32))
+
+
+def _opened(path: str | Path, name: str) -> Image.Image:
+    """The image in a file, as it is there: a palette's numbers are what a mask says."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except OSError as error:
+        raise InputError(f"{name}={str(path)!r} can't be read as an image: {error}") from None
 
 
 def _precise(x: Tensor) -> Tensor:

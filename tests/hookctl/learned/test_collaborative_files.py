@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from hookctl.errors import InputError
 from hookctl.learned.collaborative import from_checkpoint
 from hookctl.learned.collaborative.files import mask_vectors, modalities_of, unet_of
+from hookctl.learned.loading import load
 from tests.hookctl.learned import ldm
 from tests.hookctl.learned.literal_ldm import Literal
 from tests.hookctl.learned.test_collaborative import OfficialLoop, draw, in_double
@@ -137,6 +140,21 @@ def _of(literal: Literal) -> Callable[..., Any]:
 
 
 @pytest.mark.slow
+def test_load_recognises_the_file(tmp_path: Path) -> None:
+    """As a Lightning checkpoint and as safetensors."""
+    pipe, tensors = SD15.make(), {k: t.float() for k, t in tiny(models=False).items()}
+    torch.save({"state_dict": tensors, "global_step": 3}, tmp_path / "codiff.ckpt")
+    save_file(tensors, tmp_path / "codiff.safetensors")
+    drawn = [
+        draw(pipe, load(tmp_path / name, pipe, mask=MASK, strength=0.5, **SIZES), steps=1)
+        for name in ("codiff.ckpt", "codiff.safetensors")
+    ]
+    assert torch.equal(*drawn) and not torch.equal(drawn[0], draw(pipe, steps=1))
+    with pytest.raises(InputError, match="masks"):
+        load(tmp_path / "codiff.ckpt", pipe, masks=MASK)
+
+
+@pytest.mark.slow
 def test_a_text_model_may_be_the_pipelines_own() -> None:
     pipe, tensors = SD15.make(), tiny(models=False)
     edit = from_checkpoint(File(tensors), pipe, mask=[MASK, MASK.rotate(90)], guided=True, **SIZES)
@@ -156,12 +174,17 @@ def test_a_text_model_may_be_the_pipelines_own() -> None:
         assert draw(SD15.make().to(dtype), edit).dtype == dtype
 
 
-def test_masks_are_read_by_the_centres_of_cells() -> None:
+def test_masks_are_read_by_the_centres_of_cells(tmp_path: Path) -> None:
     vectors = mask_vectors(MASK, SIDE, 5)
     assert vectors.shape == (5, 16) and bool((vectors.sum(0) == 1).all())
     assert vectors[1].reshape(4, 4)[:2, :2].sum() == 4
     ids = torch.from_numpy(np.array(MASK))
     assert torch.equal(vectors, mask_vectors(ids, SIDE, 5))
+    assert torch.equal(vectors, mask_vectors(MASK.convert("RGB"), SIDE, 5))
+    palette = MASK.convert("P")
+    palette.putpalette([255, 0, 0] * 256)
+    palette.save(tmp_path / "mask.png")
+    assert torch.equal(vectors, mask_vectors(tmp_path / "mask.png", SIDE, 5))
 
 
 def _reads_text(key: str) -> bool:
@@ -179,13 +202,14 @@ def test_bad_input() -> None:
     refused("mask= is not given", mask=None)
     refused("mask holds the class 4, and this model knows 0 to 2", classes=3)
     refused("give whole numbers", mask=torch.rand(4, 4))
-    refused("give whole numbers", mask=MASK.convert("RGB"))
+    refused("not of colours", mask=Image.effect_mandelbrot((8, 8), (0, 0, 1, 1), 9).convert("HSV"))
+    refused("mask='none.png' can't be read as an image", mask="none.png")
     refused("strength=2", strength=2)
     one = "model.text_unet.diffusion_model.middle_block.1.proj_out.weight"
     cut = {k: v for k, v in tensors.items() if k != one}
-    refused("model.text_unet: mid_block.attentions.0.proj_out.weight is missing in the file", cut)
+    refused("model.text_unet: 'mid_block.attentions.0.proj_out.weight', of shape .* is not in", cut)
     wide = {**tensors, one: torch.zeros(16, 8, 1, 1)}
-    refused(r"proj_out.weight is \(16, 8, 1, 1\) in the file and \(16, 16, 1, 1\)", wide)
+    refused(r"\(16, 8, 1, 1\) in the file, and \(16, 16, 1, 1\) is needed", wide)
     no_layer = {k: v for k, v in tensors.items() if "cond_stage_model" not in k}
     refused("holds no linear layer", no_layer)
     few = {k: v for k, v in tensors.items() if "text_unet" not in k or "output" in k}

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import hookctl
 from hookctl.demos.shapes.hooks import collaboration
 from hookctl.demos.shapes.hooks.collaboration import SIZES, CollaborationTask, class_ids, ldm_names
+from hookctl.demos.shapes.hooks.measure_collaboration import measure
 from hookctl.demos.shapes.hooks.task import Base
 from hookctl.demos.shapes.world import Scene, Thing
 from hookctl.learned.collaborative import from_checkpoint
@@ -87,3 +90,12 @@ def test_the_loader_reads_what_is_written() -> None:
     unet = edit.models[0].model.module
     with torch.no_grad():
         torch.testing.assert_close(unet(x, t, tokens).sample, module.mask_unet(x, t, tokens).sample)
+
+
+@pytest.mark.slow
+def test_the_measure_reads_every_way(tmp_path: Path) -> None:
+    save_file(task().state(), tmp_path / "collaboration.safetensors")
+    found = measure(tmp_path / "collaboration.safetensors", 1, steps=2, device="cpu")
+    assert list(found) == ["text", "mask", "mean", "collaboration"]
+    assert all({"colour", "place", "both"} <= set(one) for one in found.values())
+    assert found["collaboration"]["share early"] == 0.5 and "share late" not in found["mask"]
