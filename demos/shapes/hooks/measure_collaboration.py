@@ -53,11 +53,12 @@ def measure(
     texts = [_caption(scene) for scene in scenes]
     masks = [class_ids(scene) for scene in scenes]
     checkpoint = open_source(path, pipe).checkpoint
-    edit = from_checkpoint(checkpoint, pipe, mask=masks, guided=True, **SIZES)
+    options: dict[str, Any] = {"mask": masks, "guided": True, **SIZES}
+    edit = from_checkpoint(checkpoint, pipe, **options)
     figures = {}
     for name, models in ways(edit).items():
         found: list[Detection] = []
-        shares: list[float] = []
+        shares: list[torch.Tensor] = []
         for i in range(0, count, BATCH):
             editors = [CollaborativeDiffusion(_of(models, i))] if models else []
             with hookctl.control(pipe, *editors) if editors else nullcontext():
@@ -95,12 +96,11 @@ def _figures(found: Sequence[Detection], scenes: Sequence[Scene]) -> Figures:
     things = [(d, thing) for d, s in zip(found, scenes, strict=True) for thing in s.things]
     for detection, thing in things:
         mask = thing.mask()
-        there = [
-            o for o in (*detection.objects, *detection.extras) if _overlap(o.mask, mask) >= 0.5
-        ]
+        every = (*detection.objects, *detection.extras)
+        there = [one for one in every if _overlap(one.mask, mask) >= 0.5]
         colours += detection.find(thing.shape, thing.colour) is not None
         places += bool(there)
-        both += any(o.colour == thing.colour and o.shape == thing.shape for o in there)
+        both += any((o.shape, o.colour) == (thing.shape, thing.colour) for o in there)
     total = len(things)
     return {"colour": colours / total, "place": places / total, "both": both / total}
 
