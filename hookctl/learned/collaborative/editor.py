@@ -100,6 +100,11 @@ class CollaborativeDiffusion(Editor):
         return self.strength > 0 and Window(start, self.stop).holds(clock)
 
     def attach(self, target: Any) -> None:
+        if not hasattr(target, "scheduler"):
+            raise UnsupportedError(
+                f"{self.name}: mixes the predictions of a pipeline's steps, and a bare "
+                f"{type(target).__name__} takes none; control its pipeline"
+            )
         if self.paper and Noise(target.scheduler).flow:
             raise UnsupportedError(
                 f"{self.name}: paper=True is a schedule over training timesteps, which "

@@ -3,6 +3,7 @@ input."""
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from collections.abc import Callable
@@ -14,9 +15,10 @@ from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 from torch import Tensor
 
 import hookctl
-from hookctl.errors import InputError
+from hookctl.errors import InputError, UnsupportedError
 from hookctl.learned.collaborative import CollaborativeDiffusion, Collaborator
 from hookctl.learned.collaborative.influence import led, shares_of
+from tests import zoo
 from tests.recipes.runs import SD15, relative
 from tests.recipes.test_real_compo import other
 
@@ -280,6 +282,27 @@ def test_other_schedulers_and_editors_beside() -> None:
         assert relative(draw(pipe, edit), want) < 1e-5 < relative(plain, want)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sdxl", "controlnet", "wan"])
+def test_other_families(family: str) -> None:
+    """Further conditions reach every model; guidance in one call or in two."""
+    case = zoo.PIPELINES[family]
+    pipe, alone = case.make(), case.make()
+    second = copy.deepcopy(case.denoiser_of(pipe))
+    with torch.no_grad():
+        for parameter in second.parameters():
+            parameter.mul_(1.05)
+    setattr(alone, case.denoiser, second)
+    for sure in (True, False):
+        edit = CollaborativeDiffusion(
+            [Collaborator("own", certain(not sure)), Collaborator("other", certain(sure), second)]
+        )
+        want = case.run(alone if sure else pipe)
+        with hookctl.control(pipe, edit):
+            assert relative(case.run(pipe), want) < 1e-5
+    assert relative(case.run(alone), case.run(pipe)) > 1e-3
+
+
 # -- bad input -------------------------------------------------------------------------------------
 
 
@@ -335,6 +358,10 @@ def test_bad_input() -> None:
 
 
 def test_bad_arguments() -> None:
+    with pytest.raises(UnsupportedError, match="control its pipeline"):
+        hookctl.control(
+            SD15.make().unet, CollaborativeDiffusion([Collaborator("text")])
+        ).__enter__()
     text = Collaborator("text")
     for match, given in (
         ("give a list of Collaborator", {"models": []}),
