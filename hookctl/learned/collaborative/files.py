@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from hookctl.address.families import denoiser_of
 from hookctl.arguments import checked
@@ -162,7 +162,7 @@ def unet_of(
         )
     # Files may keep matrices alone in half precision.
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
-    unet.to(reduce(torch.promote_types, dtypes, torch.float32))
+    nn.Module.to(unet, reduce(torch.promote_types, dtypes, torch.float32))  # diffusers' own warns
     load_into(unet, named, who=who)
     return unet.eval().requires_grad_(False)
 
