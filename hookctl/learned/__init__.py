@@ -9,6 +9,8 @@ files, reading     where weights are, and how they are read without running what
 names              LDM's and training's names become diffusers'
 recognise, kinds   what a file is, by its names and shapes
 fit                weights into modules, or what does not fit and why
+modules            the networks themselves, with their official names and shapes
+gligen, instance_diffusion      editors that ground; grounding: what they share
 """
 
 from __future__ import annotations
@@ -17,12 +19,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hookctl.learned.gligen import GLIGEN
+    from hookctl.learned.instance_diffusion import InstanceDiffusion
+    from hookctl.learned.instances import Instance
     from hookctl.learned.loading import load
 
-__all__ = ["load"]
+__all__ = ["GLIGEN", "Instance", "InstanceDiffusion", "load"]
 
 # Where each name is defined: torch need not be imported to know where weights are.
-_HOMES = {"load": "hookctl.learned.loading"}
+_HOMES = {
+    "GLIGEN": "hookctl.learned.gligen",
+    "Instance": "hookctl.learned.instances",
+    "InstanceDiffusion": "hookctl.learned.instance_diffusion",
+    "load": "hookctl.learned.loading",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -95,11 +95,20 @@ def open_checkpoint(
     """
     checkpoint = choose(read(located(path_or_repo_id)), weights)
     with _naming(checkpoint.path):
-        layers = None
-        if pipe is not None and any(key.startswith("unet.") for key in checkpoint.tensors):
-            layers = adapter_layers(denoiser_of(pipe))
-        tensors, notes = official(checkpoint.tensors, layers)
+        layers, depth = None, 2
+        if pipe is not None:
+            denoiser = denoiser_of(pipe)
+            if any(key.startswith("unet.") for key in checkpoint.tensors):
+                layers = adapter_layers(denoiser)
+            depth = _layers_per_block(denoiser)
+        tensors, notes = official(checkpoint.tensors, layers, depth)
     return checkpoint.noting(*notes, tensors=tensors)
+
+
+def _layers_per_block(denoiser: Any) -> int:
+    """By which LDM numbers a UNet's blocks; 2 where a model does not say, or has several."""
+    found = getattr(getattr(denoiser, "config", None), "layers_per_block", None)
+    return found if isinstance(found, int) else 2
 
 
 def options_of(kind: Kind) -> dict[str, inspect.Parameter]:

@@ -125,14 +125,16 @@ def adapter_layers(denoiser: Any) -> dict[int, str]:
 
 
 def official(
-    tensors: Mapping[str, Tensor], layers: Mapping[int, str] | None = None
+    tensors: Mapping[str, Tensor],
+    layers: Mapping[int, str] | None = None,
+    layers_per_block: int = 2,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Weights by the names under which their modules are published, and notes on what was done.
 
     What is learned of a UNet gets diffusers' names of its place there, without the frozen UNet;
     IP-Adapters come out as image_proj.* and ip_adapter.{i}.*.
     layers: `adapter_layers` of the denoiser, by which an adapter is placed whose own numbers its
-    training file lacks; without them, such names stay as they are.
+    training file lacks; without them, such names stay as they are. layers_per_block: of the UNet.
     Raises InputError for two weights of one name, or an adapter of a layer that is not there.
     """
     found, notes = _joined(tensors)
@@ -148,7 +150,7 @@ def official(
         found = kept
     named: dict[str, Tensor] = {}
     for key, tensor in found.items():
-        name = ldm_to_diffusers(key)
+        name = ldm_to_diffusers(key, layers_per_block)
         if name in named:
             raise InputError(f"two weights are both {name}: the file mixes layouts")
         named[name] = tensor
