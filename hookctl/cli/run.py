@@ -53,6 +53,7 @@ writes to --out (default: out/run-STACK):
   grid.png          source, plain re-prompt, edited, and the maps of the words that changed
   plain-*.png       each prompt without the stack
   edited-*.png      each prompt under the stack
+  influence-*.png   of a collaboration: which model is trusted where, step by step
   report.txt        which editor touched which site at which steps, by which plan
   run.json          what was run: versions, seed, arguments, the stack's hash
 """

@@ -15,13 +15,14 @@ def collaborative(shapes: Shapes) -> Kind | None:
     if not modalities:
         return None
     lacking = [one for one in modalities if not has(shapes, rf"(^|\.){one}_unet\.")]
-    if lacking:
+    if len(lacking) == len(modalities):
         raise InputError(
             f"looks like Collaborative Diffusion but has no {lacking[0]}_unet.*: only predictors; "
             "give the composed checkpoint"
         )
     text = length(shapes, r"_unet\..*attn2\.to_k\.weight$")
-    facts = (f"modalities: {', '.join(modalities)}", f"conditions of width {text}")
+    facts: tuple[str, ...] = (f"modalities: {', '.join(modalities)}", f"conditions of width {text}")
+    facts += tuple(f"{one}: of the pipeline's own model" for one in lacking)
     return Kind("collaborative", "its own, with its autoencoder", facts, ("a condition for each",))
 
 
