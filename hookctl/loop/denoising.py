@@ -168,6 +168,7 @@ class Denoising:
 
     def _begin(self, state: State) -> None:
         """The first denoiser call of a run."""
+        self._step.clear()  # of a run that ended between a call and its step
         check_latents(state.kwargs[state.sample])
         for entry in self.entries:
             entry.maps.clear()

@@ -154,6 +154,7 @@ class Run:
             kwargs=arguments,
             extra_text={},
             assigned=None,
+            noisy=None,
             stepped=None,
         )
 
