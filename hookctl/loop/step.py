@@ -66,6 +66,13 @@ class Step:
         if state is None:
             return step(**arguments)
         if latents is not None:
+            if latents.shape != arguments["sample"].shape:
+                raise UnsupportedError(
+                    f"state.latents {tuple(latents.shape)} were given to a step of "
+                    f"{tuple(arguments['sample'].shape)}: {type(state.pipe).__name__} joins images "
+                    "to its latents in a way unknown here, so they can't be changed before a "
+                    "step; change them in `after`"
+                )
             arguments["sample"] = latents.to(arguments["sample"])
         own = arguments["model_output"]
         options = {name: value for name, value in arguments.items() if name not in _STEPPED}

@@ -15,7 +15,7 @@ from hookctl import Editor, control
 from hookctl.address import families
 from hookctl.errors import UnsupportedError
 from hookctl.loop.calls import predict
-from hookctl.loop.state import Predictions
+from hookctl.loop.state import Predictions, State
 from hookctl.recipes import PAG, SAG
 from tests.families.subjects import error
 from tests.families.wild import CASES, drawn, same
@@ -169,6 +169,19 @@ def test_steps_by_a_copied_scheduler_are_told(name: str) -> None:
         drawn(case, pipe)
 
 
+def test_latents_that_are_not_alone_are_not_assigned() -> None:
+    """Where images are joined to the latents without the scheduler, which are whose is unknown."""
+
+    class Zeros(Editor):
+        def before(self, state: State) -> None:
+            state.latents = torch.zeros_like(state.latents)
+
+    case = WILD["MarigoldDepthPipeline"]
+    pipe = case.make()
+    with control(pipe, Zeros()), pytest.raises(UnsupportedError, match="joins images to its lat"):
+        drawn(case, pipe)
+
+
 def test_an_interrupted_run_leaves_no_latents() -> None:
     """Latents that an editor gave a step which was never taken are not those of the next run."""
     case = WILD["StableDiffusionPipeline"]
@@ -177,12 +190,9 @@ def test_an_interrupted_run_leaves_no_latents() -> None:
     class Stops(Editor):
         stopping = True
 
-        def before(self, state: object) -> None:
+        def before(self, state: State) -> None:
             if self.stopping:
-                state.latents = torch.zeros_like(state.latents)  # type: ignore[attr-defined]
-
-        def denoise(self, state: object, proceed: object) -> object:
-            return proceed()  # type: ignore[operator]
+                state.latents = torch.zeros_like(state.latents)
 
     def interrupted(*args: object, **kwargs: object) -> None:
         raise RuntimeError("stopped")
