@@ -35,6 +35,7 @@ _LOADABLE = (
     transformers.FeatureExtractionMixin,
     transformers.ImageProcessingMixin,
     transformers.ProcessorMixin,
+    *([diffusers.BaseGuidance] if hasattr(diffusers, "BaseGuidance") else []),  # since 0.36
 )
 
 

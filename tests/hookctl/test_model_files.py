@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from transformers import CLIPTextModel
 
 import hookctl
 from hookctl.cli import main
-from hookctl.cli.loading import load_pipeline
+from hookctl.cli.loading import check_classes, load_pipeline
 from hookctl.demos.shapes.load import WEIGHTS
 from hookctl.errors import InputError
 from hookctl.model_files import read_whole
@@ -38,6 +39,17 @@ def rename(file: Path, old: str, new: str | None) -> None:
     held = load_file(file)
     kept = {k.replace(old, new or ""): v for k, v in held.items() if new or old not in k}
     save_file(kept, file, metadata={"format": "pt"})
+
+
+def test_a_guider_is_no_code(tmp_path: Path) -> None:
+    """HunyuanVideo 1.5 names one among its parts."""
+    pytest.importorskip("diffusers.guiders")
+    said = {
+        "_class_name": "HunyuanVideo15Pipeline",
+        "guider": ["diffusers", "ClassifierFreeGuidance"],
+    }
+    (tmp_path / "model_index.json").write_text(json.dumps(said), "utf-8")
+    check_classes(tmp_path)
 
 
 @pytest.mark.slow
