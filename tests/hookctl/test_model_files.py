@@ -99,6 +99,7 @@ def test_whole_folders_are_read(folder: Path) -> None:
         assert all((held[key] == expected[key]).all() for key in held)
 
 
+@pytest.mark.slow
 def test_weights_of_ones_own_for_shapes(tmp_path: Path) -> None:
     """The embedded ones bear the prefix of transformers 4, which 5 reads as well."""
     shutil.copytree(WEIGHTS, tmp_path / "own")
