@@ -162,6 +162,9 @@ class RealCompo(WordEnergy):
             return predictions.guided
         state, like = predictions.state, predictions.guided
         x, of = state.latents, self._predicted_of
+        predicted = {
+            k: predictions.handed(v, x if of is None else of) for k, v in predicted.items()
+        }
         if isinstance(self.layout, LayoutPipeline):
             layout = self.layout.prediction(state)
             if predictions.own is not None and like is not predictions.own:
