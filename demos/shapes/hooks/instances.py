@@ -102,12 +102,12 @@ class Fusing(Editor):
         fuser: Any = self.fusers[call.site.path]
         x = call.hidden
         if self.inside is not None and call.grid is not None:
-            self.missed.append(self._missed(fuser, x, tuple(call.grid)))
+            self.missed.append(self._missed(fuser, x, call.grid.width))
         call.hidden = fuser(x, self.tokens)
 
-    def _missed(self, fuser: GatedSelfAttention, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _missed(self, fuser: GatedSelfAttention, x: Tensor, width: int) -> Tensor:
         assert self.inside is not None
-        step = self.inside.shape[-1] // grid[1]
+        step = self.inside.shape[-1] // width
         slots = self.inside[:, step // 2 :: step, step // 2 :: step].flatten(1)  # [rows, N]
         u = fuser.norm1(torch.cat([x, fuser.linear(self.tokens)], 1))
         q, k = fuser.attn.to_q(u[:, : x.shape[1]]), fuser.attn.to_k(u[:, x.shape[1] :])
