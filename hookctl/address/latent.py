@@ -62,15 +62,21 @@ def image_tokens(
     if record.parts == "img_ids" and isinstance(arguments.get("img_ids"), Tensor):
         found = _numbered(arguments["img_ids"])
     elif record.parts == "img_shapes" and arguments.get("img_shapes"):
-        shapes = arguments["img_shapes"][0]
-        found = ImageTokens(
-            tuple(Grid(h, w, f) for f, h, w in (shapes if isinstance(shapes, list) else [shapes]))
-        )
+        found = _listed(arguments["img_shapes"][0], denoiser)
     elif record.order is not None and sample.dim() in (4, 5):
         return _patched(sample, record, denoiser)
     else:
         return None
     return found if found is not None and found.count == sample.shape[1] else None
+
+
+def _listed(shapes: Any, denoiser: nn.Module) -> ImageTokens:
+    """From the (frames, height, width) of each image; layers are the target's frames."""
+    grids = [Grid(h, w, f) for f, h, w in (shapes if isinstance(shapes, list) else [shapes])]
+    if getattr(getattr(uncompiled(denoiser), "config", {}), "use_layer3d_rope", False):
+        first, *_, given = grids  # layers of one size, then the image that falls into them
+        grids = [Grid(first.height, first.width, len(grids) - 1), given]
+    return ImageTokens(tuple(grids))
 
 
 def _numbered(ids: Tensor) -> ImageTokens | None:

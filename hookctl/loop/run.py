@@ -15,7 +15,7 @@ from hookctl.address.clock import Timekeeper
 from hookctl.address.latent import image_tokens, latent_grid, text_tokens
 from hookctl.address.rows import Row, Rows, branch_of, copied, resolve_rows
 from hookctl.address.text import prompts_given
-from hookctl.errors import InputError, LayoutError
+from hookctl.errors import InputError, LayoutError, UnsupportedError
 from hookctl.loop.driven import Driven, Scaling, driven, reading_of
 from hookctl.loop.state import State
 
@@ -111,6 +111,7 @@ class Run:
             self._follow(call)
         sample = next(iter(arguments))
         given = arguments[sample]
+        _check_rows(given, self.pipe or denoiser)
         if isinstance(given, list):
             latent = tuple(given[0].shape[1:])
         else:
@@ -213,6 +214,22 @@ class Run:
         # Images and masks may have been appended along the channels.
         fits = len(ours) == len(given) and len(differing) <= 1 and 0 not in differing
         return scaling if fits and all(ours[d] < given[d] for d in differing) else None
+
+
+def _check_rows(sample: Any, owner: Any) -> None:
+    """Raise UnsupportedError if a model input has no batch rows of one image each."""
+    name = type(owner).__name__
+    if isinstance(sample, list) and isinstance(sample[0], list):
+        raise UnsupportedError(
+            f"{name} gives its denoiser several images in each row, whose places among the tokens "
+            "are not declared, so its attention can't be edited; draw by the family's "
+            "text-to-image pipeline"
+        )
+    if isinstance(sample, Tensor) and sample.dim() < 2:
+        raise UnsupportedError(
+            f"{name} packs texts and videos into one sequence without batch rows, so whose the "
+            "tokens of an attention call are can't be told, and its attention can't be edited"
+        )
 
 
 def _named(denoiser: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:

@@ -44,7 +44,7 @@ declare_pipelines(
 declare_pipelines(
     Pipeline({TRANSFORMER: BATCHED}, text.TEMPLATE),
     """
-    LTX2Pipeline LTX2ConditionPipeline LTX2HDRPipeline LTX2ImageToVideoPipeline
+    LTX2Pipeline LTX2ConditionPipeline LTX2HDRPipeline LTX2ImageToVideoPipeline LTX2DFRPipeline
     LTX2InContextPipeline EasyAnimatePipeline EasyAnimateControlPipeline EasyAnimateInpaintPipeline
     SanaVideoPipeline SanaImageToVideoPipeline
     """,
@@ -74,7 +74,7 @@ declare_pipelines(
     HunyuanVideoPipeline HunyuanVideoImageToVideoPipeline HunyuanSkyreelsImageToVideoPipeline
     HunyuanVideoFramepackPipeline HunyuanVideo15Pipeline HunyuanVideo15ImageToVideoPipeline
     Kandinsky5T2VPipeline Kandinsky5I2VPipeline MotifVideoPipeline MotifVideoImage2VideoPipeline
-    Cosmos2_5_PredictBasePipeline Cosmos2_5_TransferPipeline
+    Cosmos2_5_PredictBasePipeline Cosmos2_5_TransferPipeline Cosmos3OmniPipeline
     """,
 )
 declare_pipelines(
