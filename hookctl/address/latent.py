@@ -60,7 +60,7 @@ def image_tokens(
     if not isinstance(sample, Tensor):
         return None
     if record.parts == "img_ids" and isinstance(arguments.get("img_ids"), Tensor):
-        found = _numbered(arguments["img_ids"])
+        found = _numbered(arguments["img_ids"], record.target)
     elif record.parts == "img_shapes" and arguments.get("img_shapes"):
         found = _listed(arguments["img_shapes"][0], denoiser)
     elif record.order is not None and sample.dim() in (4, 5):
@@ -79,7 +79,7 @@ def _listed(shapes: Any, denoiser: nn.Module) -> ImageTokens:
     return ImageTokens(tuple(grids))
 
 
-def _numbered(ids: Tensor) -> ImageTokens | None:
+def _numbered(ids: Tensor, target: int | None) -> ImageTokens | None:
     """From (number of the image, row, column, ...) of every token, [tokens, axes]."""
     ids = ids[0] if ids.dim() == 3 else ids
     numbers = ids[:, 0].tolist()
@@ -92,6 +92,10 @@ def _numbered(ids: Tensor) -> ImageTokens | None:
             return None
         grids.append(Grid(*sides))
         firsts.append(numbers[start])
+    if target is not None and target not in firsts:  # rows of a grid of images, all of them drawn
+        if len({grid.width for grid in grids}) > 1:
+            return None
+        return ImageTokens((Grid(sum(grid.height for grid in grids), grids[0].width),))
     return ImageTokens(tuple(grids), firsts.index(min(firsts)))
 
 

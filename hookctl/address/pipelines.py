@@ -32,8 +32,10 @@ __all__ = [
     "SEQUENTIAL",
     "TextStream",
     "encoded_places",
+    "inner_pipelines",
     "is_guided",
     "layout_of",
+    "scheduler_of",
     "text_streams",
 ]
 
@@ -62,6 +64,21 @@ def layout_of(pipe: Any, denoiser: Any = None) -> Layout:
             if families.uncompiled(module) is wanted:
                 return record.calls[name]
     return next(iter(record.calls.values()))
+
+
+def scheduler_of(pipe: Any, denoiser: nn.Module) -> Any:
+    """The scheduler of a denoiser of a pipeline; None if there is none."""
+    record = families.pipeline_of(pipe)
+    for name, place in (record.schedulers if record is not None else {}).items():
+        if families.uncompiled(denoiser) is families.uncompiled(getattr(pipe, name)):
+            return getattr(pipe, place, None)
+    return getattr(pipe, "scheduler", None)
+
+
+def inner_pipelines(pipe: Any) -> tuple[Any, ...]:
+    """The pipelines that a combined one hands its call on to."""
+    record = families.pipeline_of(pipe)
+    return tuple(getattr(pipe, name) for name in (record.inner if record is not None else ()))
 
 
 def is_guided(pipe: Any) -> bool | None:

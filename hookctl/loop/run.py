@@ -30,6 +30,7 @@ class Run:
         self.pipe, self.branches = pipe, branches
         self.stated: tuple[str, ...] = ()  # what embeddings in place of prompts say
         self.keeper = Timekeeper()
+        self._scheduler: Any = None
         self.restart()
 
     def restart(self, checked: dict[str, Any] | None = None) -> None:
@@ -117,7 +118,11 @@ class Run:
         else:
             latent = latent_grid(given, arguments, denoiser)
         time = next((arguments[name] for name in _TIMES if name in arguments), None)
-        schedule = getattr(getattr(self.pipe, "scheduler", None), "timesteps", None)
+        scheduler = pipelines.scheduler_of(self.pipe, denoiser)
+        if scheduler is not self._scheduler and self._scheduler is not None and outer is None:
+            self.keeper.restart()  # a prior has ended, or begins anew
+        self._scheduler = scheduler if outer is None else self._scheduler
+        schedule = getattr(scheduler, "timesteps", None)
         if call is not None:
             clock = call.clock
         elif outer is None:

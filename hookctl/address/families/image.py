@@ -80,7 +80,6 @@ declare_pipelines(
 declare_pipelines(
     Pipeline({UNET: BATCHED}, text.clip), "StableUnCLIPImg2ImgPipeline LDMTextToImagePipeline"
 )
-declare_pipelines(Pipeline({UNET: BATCHED, "prior": BATCHED}, text.clip), "StableUnCLIPPipeline")
 declare_pipelines(
     Pipeline({UNET: ALONE}, text.NO_TEXT),
     """
@@ -250,10 +249,11 @@ declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.EDIT_TEMPLATE, cut=_FIRST),
     """
     QwenImageEditPipeline QwenImageEditPlusPipeline QwenImageEditInpaintPipeline
-    QwenImageLayeredPipeline LongCatImageEditPipeline JoyImageEditPipeline JoyImageEditPlusPipeline
+    QwenImageLayeredPipeline LongCatImageEditPipeline JoyImageEditPipeline
     BriaFibo2Pipeline
     """,
 )
+declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.EDIT_TEMPLATE), "JoyImageEditPlusPipeline")
 declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE),
     """

@@ -73,7 +73,9 @@ declare_models(
 
 # -- one sequence, the text before the image -------------------------------------------------------
 
-declare_models(Model("text_image", _JOINT, parts="img_ids", widens=True), "FluxTransformer2DModel")
+declare_models(
+    Model("text_image", _JOINT, parts="img_ids", target=0, widens=True), "FluxTransformer2DModel"
+)
 declare_models(
     Model("text_image", _JOINT, parts="img_ids"),
     """
