@@ -35,6 +35,7 @@ __all__ = [
     "inner_pipelines",
     "is_guided",
     "layout_of",
+    "planned_steps",
     "scheduler_of",
     "text_streams",
 ]
@@ -79,6 +80,12 @@ def inner_pipelines(pipe: Any) -> tuple[Any, ...]:
     """The pipelines that a combined one hands its call on to."""
     record = families.pipeline_of(pipe)
     return tuple(getattr(pipe, name) for name in (record.inner if record is not None else ()))
+
+
+def planned_steps(pipe: Any, scheduler: Any) -> Any:
+    """How many steps of a scheduler a pipeline, or the one inside it that has it, says it takes."""
+    inner = [one for one in inner_pipelines(pipe) if one.scheduler is scheduler]
+    return getattr(inner[0] if len(inner) == 1 else pipe, "_num_timesteps", None)
 
 
 def is_guided(pipe: Any) -> bool | None:

@@ -19,7 +19,7 @@ from hookctl.errors import InputError, LayoutError, UnsupportedError
 from hookctl.loop.driven import Driven, Scaling, driven, reading_of
 from hookctl.loop.state import State
 
-_TIMES = ("timestep", "timesteps", "t")
+_TIMES = ("timestep", "timesteps", "t", "timestep_ratio")
 _TEXTS = ("encoder_hidden_states", "cap_feats", "context")
 
 
@@ -126,7 +126,8 @@ class Run:
         if call is not None:
             clock = call.clock
         elif outer is None:
-            clock = self.keeper.read(time, schedule, getattr(self.pipe, "_num_timesteps", None))
+            planned = pipelines.planned_steps(self.pipe, scheduler)
+            clock = self.keeper.read(time, schedule, planned)
         else:
             clock = self.keeper.peek(time, schedule, outer.clock)
         text = next((name for name in _TEXTS if arguments.get(name) is not None), None)

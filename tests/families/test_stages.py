@@ -38,9 +38,17 @@ def test_each_stage_of_a_combined_pipeline_counts_its_own_steps() -> None:
     assert clocks.seen[:half] == clocks.seen[half:], "a second run counts as the first"
     prior = [seen for seen in clocks.seen[:half] if seen[0] == "PriorTransformer"]
     decoder = [seen for seen in clocks.seen[:half] if seen[0] != "PriorTransformer"]
-    assert [step for _, step, _, _ in decoder] == [0, 1]
-    assert {(steps, step < steps) for _, step, steps, _ in (*prior, *decoder)} == {(2, True)}
-    assert {prompts for _, _, _, prompts in prior} == {1}
+    for stage in (prior, decoder):
+        assert [seen[1:3] for seen in stage] == [(i, len(stage)) for i in range(len(stage))]
+    assert {seen[3] for seen in prior} == {2}, "a prior draws the negative prompt beside the other"
+
+
+def test_stable_cascade_counts_its_steps() -> None:
+    case, clocks = WILD["StableCascadeCombinedPipeline"], Clocks()
+    pipe = case.make()
+    with control(pipe, clocks):
+        case.draw(pipe, ["a red cat"], ["blurry"], [0])
+    assert [seen[1:3] for seen in clocks.seen] == [(0, 2), (1, 2)] * 2
 
 
 def test_a_prior_has_its_own_scheduler() -> None:
