@@ -57,7 +57,7 @@ def smaller(kind: type, steady: bool = False) -> Iterator[None]:
                     home, "calculate_dimensions", lambda area, ratio: size(area / SMALLER, ratio)
                 )
             )
-        sizes = sys.modules.get(f"{home.__package__}.image_processor")
+        sizes: Any = sys.modules.get(f"{home.__package__}.image_processor")
         if hasattr(sizes, "BUCKETS"):
             patches.enter_context(mock.patch.dict(sizes.BUCKETS, {1024: [(SIDE, SIDE)]}))
         if steady:
