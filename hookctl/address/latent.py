@@ -60,12 +60,9 @@ def image_tokens(
     if not isinstance(sample, Tensor):
         return None
     if record.parts == "img_ids" and isinstance(arguments.get("img_ids"), Tensor):
-        found = _numbered(arguments["img_ids"])
+        found = _numbered(arguments["img_ids"], record.target)
     elif record.parts == "img_shapes" and arguments.get("img_shapes"):
-        shapes = arguments["img_shapes"][0]
-        found = ImageTokens(
-            tuple(Grid(h, w, f) for f, h, w in (shapes if isinstance(shapes, list) else [shapes]))
-        )
+        found = _listed(arguments["img_shapes"][0], denoiser)
     elif record.order is not None and sample.dim() in (4, 5):
         return _patched(sample, record, denoiser)
     else:
@@ -73,7 +70,16 @@ def image_tokens(
     return found if found is not None and found.count == sample.shape[1] else None
 
 
-def _numbered(ids: Tensor) -> ImageTokens | None:
+def _listed(shapes: Any, denoiser: nn.Module) -> ImageTokens:
+    """From the (frames, height, width) of each image; layers are the target's frames."""
+    grids = [Grid(h, w, f) for f, h, w in (shapes if isinstance(shapes, list) else [shapes])]
+    if getattr(getattr(uncompiled(denoiser), "config", {}), "use_layer3d_rope", False):
+        first, *_, given = grids  # layers of one size, then the image that falls into them
+        grids = [Grid(first.height, first.width, len(grids) - 1), given]
+    return ImageTokens(tuple(grids))
+
+
+def _numbered(ids: Tensor, target: int | None) -> ImageTokens | None:
     """From (number of the image, row, column, ...) of every token, [tokens, axes]."""
     ids = ids[0] if ids.dim() == 3 else ids
     numbers = ids[:, 0].tolist()
@@ -86,6 +92,10 @@ def _numbered(ids: Tensor) -> ImageTokens | None:
             return None
         grids.append(Grid(*sides))
         firsts.append(numbers[start])
+    if target is not None and target not in firsts:  # rows of a grid of images, all of them drawn
+        if len({grid.width for grid in grids}) > 1:
+            return None
+        return ImageTokens((Grid(sum(grid.height for grid in grids), grids[0].width),))
     return ImageTokens(tuple(grids), firsts.index(min(firsts)))
 
 

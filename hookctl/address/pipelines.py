@@ -32,8 +32,11 @@ __all__ = [
     "SEQUENTIAL",
     "TextStream",
     "encoded_places",
+    "inner_pipelines",
     "is_guided",
     "layout_of",
+    "planned_steps",
+    "scheduler_of",
     "text_streams",
 ]
 
@@ -62,6 +65,27 @@ def layout_of(pipe: Any, denoiser: Any = None) -> Layout:
             if families.uncompiled(module) is wanted:
                 return record.calls[name]
     return next(iter(record.calls.values()))
+
+
+def scheduler_of(pipe: Any, denoiser: nn.Module) -> Any:
+    """The scheduler of a denoiser of a pipeline; None if there is none."""
+    record = families.pipeline_of(pipe)
+    for name, place in (record.schedulers if record is not None else {}).items():
+        if families.uncompiled(denoiser) is families.uncompiled(getattr(pipe, name)):
+            return getattr(pipe, place, None)
+    return getattr(pipe, "scheduler", None)
+
+
+def inner_pipelines(pipe: Any) -> tuple[Any, ...]:
+    """The pipelines that a combined one hands its call on to."""
+    record = families.pipeline_of(pipe)
+    return tuple(getattr(pipe, name) for name in (record.inner if record is not None else ()))
+
+
+def planned_steps(pipe: Any, scheduler: Any) -> Any:
+    """How many steps of a scheduler a pipeline, or the one inside it that has it, says it takes."""
+    inner = [one for one in inner_pipelines(pipe) if one.scheduler is scheduler]
+    return getattr(inner[0] if len(inner) == 1 else pipe, "_num_timesteps", None)
 
 
 def is_guided(pipe: Any) -> bool | None:

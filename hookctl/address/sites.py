@@ -160,10 +160,13 @@ def select(sites: Iterable[Site], selector: Selector, *, who: str = "") -> tuple
     kinds = sorted({site.kind for site in every})
     places = sorted({f"{site.place}{site.block}" for site in every})
     grids = sorted({site.resolution for site in every if site.resolution is not None})
+    aside = ""
+    if isinstance(selector, str) and "controlnet" in selector.lower():
+        aside = " A ControlNet's own attention is not hooked: only the denoiser's can be edited."
     raise SelectorError(
         f"{who + ': ' if who else ''}sites={selector!r} matches none of the {len(every)} sites. "
         f"Kinds: {', '.join(kinds)}; places: {', '.join(places)}; resolutions: "
-        f"{', '.join(map(str, grids)) or 'unknown'}; paths are like {every[0].path!r}."
+        f"{', '.join(map(str, grids)) or 'unknown'}; paths are like {every[0].path!r}.{aside}"
     )
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import set_eval_frame
 
+from hookctl.address.pipelines import inner_pipelines
 from hookctl.errors import UnsupportedError
 from hookctl.hooks.patch import Patch
 
@@ -246,7 +247,10 @@ class PipelinePort(Port):
         self.pipe, self._started, self._prepared, self._texts = pipe, started, prepared, texts
 
     def install(self) -> None:
-        pipe = self.pipe
+        for pipe in (self.pipe, *inner_pipelines(self.pipe)):
+            self._install(pipe)
+
+    def _install(self, pipe: Any) -> None:
         checks = hasattr(pipe, "check_inputs")
         if checks:
             self._watch(pipe, "check_inputs", self._started)

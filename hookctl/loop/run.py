@@ -16,12 +16,12 @@ from hookctl.address.clock import Timekeeper
 from hookctl.address.latent import image_tokens, latent_grid, text_tokens
 from hookctl.address.rows import Row, Rows, branch_of, copied, resolve_rows
 from hookctl.address.text import prompts_given
-from hookctl.errors import InputError, LayoutError
+from hookctl.errors import InputError, LayoutError, UnsupportedError
 from hookctl.loop.driven import Driven, Scaling, driven, reading_of
 from hookctl.loop.inserting import with_residuals
 from hookctl.loop.state import State
 
-_TIMES = ("timestep", "timesteps", "t")
+_TIMES = ("timestep", "timesteps", "t", "timestep_ratio")
 _TEXTS = ("encoder_hidden_states", "cap_feats", "context")
 
 
@@ -32,6 +32,7 @@ class Run:
         self.pipe, self.branches = pipe, branches
         self.stated: tuple[str, ...] = ()  # what embeddings in place of prompts say
         self.keeper = Timekeeper()
+        self._scheduler: Any = None
         self.restart()
 
     def restart(self, checked: dict[str, Any] | None = None) -> None:
@@ -123,16 +124,22 @@ class Run:
             self._follow(call)
         sample = next(iter(arguments))
         given = arguments[sample]
+        _check_rows(given, self.pipe or denoiser)
         if isinstance(given, list):
             latent = tuple(given[0].shape[1:])
         else:
             latent = latent_grid(given, arguments, denoiser)
         time = next((arguments[name] for name in _TIMES if name in arguments), None)
-        schedule = getattr(getattr(self.pipe, "scheduler", None), "timesteps", None)
+        scheduler = pipelines.scheduler_of(self.pipe, denoiser)
+        if scheduler is not self._scheduler and self._scheduler is not None and outer is None:
+            self.keeper.restart()  # a prior has ended, or begins anew
+        self._scheduler = scheduler if outer is None else self._scheduler
+        schedule = getattr(scheduler, "timesteps", None)
         if call is not None:
             clock = call.clock
         elif outer is None:
-            clock = self.keeper.read(time, schedule, getattr(self.pipe, "_num_timesteps", None))
+            planned = pipelines.planned_steps(self.pipe, scheduler)
+            clock = self.keeper.read(time, schedule, planned)
         else:
             clock = self.keeper.peek(time, schedule, outer.clock)
         text = next((name for name in _TEXTS if arguments.get(name) is not None), None)
@@ -228,6 +235,22 @@ class Run:
         # Images and masks may have been appended along the channels.
         fits = len(ours) == len(given) and len(differing) <= 1 and 0 not in differing
         return scaling if fits and all(ours[d] < given[d] for d in differing) else None
+
+
+def _check_rows(sample: Any, owner: Any) -> None:
+    """Raise UnsupportedError if a model input has no batch rows of one image each."""
+    name = type(owner).__name__
+    if isinstance(sample, list) and isinstance(sample[0], list):
+        raise UnsupportedError(
+            f"{name} gives its denoiser several images in each row, whose places among the tokens "
+            "are not declared, so its attention can't be edited; draw by the family's "
+            "text-to-image pipeline"
+        )
+    if isinstance(sample, Tensor) and sample.dim() < 2:
+        raise UnsupportedError(
+            f"{name} packs texts and videos into one sequence without batch rows, so whose the "
+            "tokens of an attention call are can't be told, and its attention can't be edited"
+        )
 
 
 def _named(denoiser: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:

@@ -11,11 +11,15 @@ from torch import Tensor
 
 from hookctl import AttentionCall, Editor, control
 from hookctl.address import families
+from hookctl.address.families.prove import WORD
+from hookctl.address.families.traces import PROMPTS
 from hookctl.address.sites import NAMED_ONLY
 from hookctl.errors import LayoutError, UnsupportedError
 from hookctl.inspect.proved import proved
 from tests.families.fingerprint import differences, fingerprint
 from tests.zoo.wild import WILD, Wild
+
+WORD_FACT = f"{WORD[0]!r} of {PROMPTS[0]!r}"
 
 
 class Refused(Exception):
@@ -114,7 +118,9 @@ def facts(case: Wild) -> None:
     proof = proved(pipe, lambda d: case.draw(pipe, d.prompts, d.negatives, d.seeds))
     if proof.facts[0].what == "a run":
         raise Refused(proof.facts[0].measured)
-    assert not proof.wrong, proof.wrong[:2]
+    # The proof looks for its word in the prompt, not in what the prompt stands in.
+    wrong = [fact for fact in proof.wrong if case.form == "{}" or fact.what != WORD_FACT]
+    assert not wrong, wrong[:2]
 
 
 PROMISES: dict[str, Callable[[Wild], None]] = {
@@ -125,34 +131,29 @@ PROMISES: dict[str, Callable[[Wild], None]] = {
 }
 CASES = list(WILD.values())
 _CARD = "needs a published checkpoint or package that is not here: "
+_LATER = "not built yet: nothing stands against it"
+_FAILS = "diffusers' own call fails: "
 LEFT_OUT = {
-    "AudioLDM2Pipeline": _CARD + "a feature extractor of CLAP",
-    "BriaFiboEditPipeline": "its prompt is a program of edits in JSON, not a text",
-    "BriaFiboPipeline": "a run takes over a minute at its smallest",
+    "BriaFibo2Pipeline": _LATER,
+    "ChromaInpaintPipeline": _FAILS + "it reads `guidance_embeds`, which Chroma's model has not",
     "ConsisIDPipeline": _CARD + "opencv",
-    "ConsistencyModelPipeline": _CARD + "a tiny model of diffusers' own",
-    "Cosmos pipelines (7)": _CARD + "torchvision, a safety checker",
+    "EasyAnimateControlPipeline": (
+        _FAILS + "its `encode_prompt` does not take the argument that it is called with"
+    ),
+    "FluxPriorReduxPipeline": "it has no denoiser",
     "GlmImagePipeline": "its language model draws tokens of an image first",
-    "HunyuanVideoImageToVideoPipeline, MotifVideoImage2VideoPipeline": (
-        "their image encoders' sizes are fixed by their processors"
+    "HunyuanVideoImageToVideoPipeline": (
+        "the places of the image's tokens in its template are those of a published processor"
     ),
-    "HunyuanVideoFramepackPipeline": _CARD + "a processor of SigLIP",
-    "JoyImageEditPipeline, JoyImageEditPlusPipeline, Kandinsky5I2IPipeline": (
-        _CARD + "a processor of Qwen 3 VL or of Qwen 2.5 VL"
+    "Kandinsky6SRPipeline, Kandinsky6TI2VAPipeline": _LATER,
+    "KolorsPipeline, KolorsImg2ImgPipeline, KolorsPAGPipeline": _CARD + "sentencepiece",
+    "LLaDA2Pipeline, DiffusionGemmaPipeline": "they write texts",
+    "LTXLatentUpsamplePipeline, LTX2LatentUpsamplePipeline, LTX2VideoDiffusionDecodePipeline": (
+        "they have no denoiser that a text steers"
     ),
-    "LEditsPPPipelineStableDiffusion, LEditsPPPipelineStableDiffusionXL": (
-        "they draw only after an inversion of their own"
-    ),
-    "LTX2ConditionPipeline, LTX2HDRPipeline, LTX2InContextPipeline": (
-        "their conditions are objects of their own"
-    ),
-    "LTXLatentUpsamplePipeline": "it has no denoiser",
-    "OmniGenPipeline": _CARD + "torchvision",
-    "PRXPipeline": "its text encoder has no configuration that can be made by hand",
-    "QwenImageEditPipeline, QwenImageEditPlusPipeline": "they draw a megapixel at the least",
-    "SanaPAGPipeline": "its tiny text encoder does not fit its tokenizer",
-    "StableAudioPipeline": _CARD + "torchsde",
-    "StableDiffusionDepth2ImgPipeline": _CARD + "a processor of DPT",
-    "StableDiffusionAdapterPipeline, StableDiffusionXLAdapterPipeline": "not tabulated yet",
+    "LTX2DFRTemporalRefinePipeline": _LATER,
+    "RFD4ProteinaPipeline": "it draws proteins",
+    "SanaWMPipeline": _LATER,
+    "modular pipelines": "they are put together from blocks, and are no pipelines of a class",
     "pipelines of diffusers' deprecated folder": "diffusers does not test them any more",
 }

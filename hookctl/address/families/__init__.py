@@ -1,7 +1,7 @@
 """Facts per family: what is declared of denoisers and pipelines, and what their modules show.
 
 record          the two records, `Model` and `Pipeline`, and where they are looked up
-models, image, moving   the tables
+models, image, moving, combined   the tables
 text            how a pipeline's text sequence is made up
 access, sites, processors   denoisers, attention sites, and how their attention is computed
 inside          their other layers
@@ -10,7 +10,7 @@ traces, prove   measure on a live pipeline what is declared
 
 from __future__ import annotations
 
-from hookctl.address.families import image, models, moving  # the tables  # noqa: F401
+from hookctl.address.families import combined, image, models, moving  # the tables  # noqa: F401
 from hookctl.address.families.access import (
     DENOISERS,
     denoiser_of,

@@ -80,7 +80,6 @@ declare_pipelines(
 declare_pipelines(
     Pipeline({UNET: BATCHED}, text.clip), "StableUnCLIPImg2ImgPipeline LDMTextToImagePipeline"
 )
-declare_pipelines(Pipeline({UNET: BATCHED, "prior": BATCHED}, text.clip), "StableUnCLIPPipeline")
 declare_pipelines(
     Pipeline({UNET: ALONE}, text.NO_TEXT),
     """
@@ -88,6 +87,14 @@ declare_pipelines(
     ConsistencyModelPipeline ScoreSdeVePipeline RePaintPipeline MarigoldDepthPipeline
     MarigoldNormalsPipeline MarigoldIntrinsicsPipeline DanceDiffusionPipeline
     """,
+)
+
+# Every edit is a row of its own beside the one without a text; all belong to one image.
+_EDITS = (COND, *(f"edit {n}" for n in range(2, 9)))
+_LEDITS = Layout({n + 1: (UNCOND, *_EDITS[:n]) for n in range(1, 9)}, whole=True)
+declare_pipelines(
+    Pipeline({UNET: _LEDITS}, text.EDITS),
+    "LEditsPPPipelineStableDiffusion LEditsPPPipelineStableDiffusionXL",
 )
 
 # -- Kandinsky, DeepFloyd IF -----------------------------------------------------------------------
@@ -190,7 +197,8 @@ declare_pipelines(
     Pipeline({TRANSFORMER: POSITIVE_FIRST}, text.EDIT_TEMPLATE, handing=handing.negated),
     "ZImageOmniPipeline",
 )
-_OMNIGEN = Layout({1: (COND,), 2: (COND, UNCOND), 3: (COND, IMAGE, UNCOND)})
+# Without its images a row is unconditional; with them and no text it is the image's.
+_OMNIGEN = Layout({1: (COND,), 2: (COND, UNCOND), 3: (COND, UNCOND, IMAGE)}, whole=True)
 declare_pipelines(Pipeline({TRANSFORMER: _OMNIGEN}, text.EDIT_TEMPLATE), "OmniGenPipeline")
 declare_pipelines(Pipeline({"prior": BATCHED}, text.NO_TEXT), "ShapEPipeline ShapEImg2ImgPipeline")
 _DREAMLITE = Layout({2: (UNCOND, COND), 3: (UNCOND, IMAGE, COND)}, whole=True)
@@ -244,14 +252,15 @@ declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.EDIT_TEMPLATE),
     """
     QwenImageEditPipeline QwenImageEditPlusPipeline QwenImageEditInpaintPipeline
-    LongCatImageEditPipeline JoyImageEditPipeline JoyImageEditPlusPipeline BriaFibo2Pipeline
+    QwenImageLayeredPipeline LongCatImageEditPipeline JoyImageEditPipeline
+    BriaFibo2Pipeline
     """,
 )
+declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.EDIT_TEMPLATE), "JoyImageEditPlusPipeline")
 declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE),
     """
-    QwenImageLayeredPipeline QwenImage21Pipeline LongCatImagePipeline OvisImagePipeline
-    Krea2Pipeline HunyuanImagePipeline
+    QwenImage21Pipeline LongCatImagePipeline OvisImagePipeline Krea2Pipeline HunyuanImagePipeline
     HunyuanImageRefinerPipeline Kandinsky5T2IPipeline Kandinsky5I2IPipeline
     """,
 )

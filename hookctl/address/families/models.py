@@ -30,6 +30,10 @@ _DRAWN_BEFORE = "frames that were drawn before stand in one sequence with the la
 declare_models(
     Model(placeless=_DRAWN_BEFORE), "HeliosTransformer3DModel AnyFlowFARTransformer3DModel"
 )
+declare_models(
+    Model(placeless="texts and videos are packed into one sequence without rows"),
+    "Cosmos3OmniTransformer",
+)
 declare_models(Model(placeless="learned tokens stand before the sound"), "StableAudio3DiTModel")
 declare_models(
     Model(placeless="the image to edit stands beside the target, in one canvas"),
@@ -69,7 +73,9 @@ declare_models(
 
 # -- one sequence, the text before the image -------------------------------------------------------
 
-declare_models(Model("text_image", _JOINT, parts="img_ids", widens=True), "FluxTransformer2DModel")
+declare_models(
+    Model("text_image", _JOINT, parts="img_ids", target=0, widens=True), "FluxTransformer2DModel"
+)
 declare_models(
     Model("text_image", _JOINT, parts="img_ids"),
     """
@@ -79,6 +85,11 @@ declare_models(
     """,
 )
 declare_models(Model("text_image", _JOINT, parts="img_shapes"), "QwenImageTransformer2DModel")
+declare_models(Model("text_image", _JOINT), "QwenImage21Transformer2DModel")
+declare_models(
+    Model("text_image", _JOINT, placeless="the call does not say where its text ends"),
+    "Ideogram4Transformer2DModel",
+)
 declare_models(
     Model("text_image", _JOINT),
     """
@@ -90,6 +101,9 @@ declare_models(
 declare_models(
     Model("text_image", _JOINT, axes="bfchw"),
     "CogVideoXTransformer3DModel ConsisIDTransformer3DModel",
+)
+declare_models(  # the images to edit stand in the text, the time's token behind it
+    Model("text_image", _JOINT, several_texts=True), "OmniGenTransformer2DModel"
 )
 declare_models(Model("text_image", (("text_fusion.*", "text"), *_JOINT)), "Krea2Transformer2DModel")
 declare_models(

@@ -47,8 +47,8 @@ declare_pipelines(
 declare_pipelines(
     Pipeline({TRANSFORMER: BATCHED}, text.TEMPLATE),
     """
-    LTX2Pipeline LTX2ConditionPipeline LTX2HDRPipeline LTX2InContextPipeline EasyAnimatePipeline
-    EasyAnimateControlPipeline EasyAnimateInpaintPipeline SanaVideoPipeline
+    LTX2Pipeline LTX2ConditionPipeline LTX2HDRPipeline LTX2DFRPipeline LTX2InContextPipeline
+    EasyAnimatePipeline EasyAnimateControlPipeline EasyAnimateInpaintPipeline SanaVideoPipeline
     """,
 )
 declare_pipelines(
@@ -84,7 +84,7 @@ declare_pipelines(
     HunyuanVideoPipeline HunyuanSkyreelsImageToVideoPipeline
     HunyuanVideoFramepackPipeline HunyuanVideo15Pipeline HunyuanVideo15ImageToVideoPipeline
     Kandinsky5T2VPipeline MotifVideoPipeline MotifVideoImage2VideoPipeline
-    Cosmos2_5_PredictBasePipeline Cosmos2_5_TransferPipeline
+    Cosmos2_5_PredictBasePipeline Cosmos2_5_TransferPipeline Cosmos3OmniPipeline
     """,
 )
 declare_pipelines(

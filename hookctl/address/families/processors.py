@@ -109,6 +109,11 @@ def uncatchable(module: nn.Module) -> str | None:
             "torch.nn.MultiheadAttention computes its attention where nothing can be caught; "
             "build the layer on scaled_dot_product_attention"
         )
+    if type(processor_of(module)).__name__.startswith("QwenImage21"):
+        return (
+            "its processor attends by a call for each part of the sequence, and keeps the text's "
+            "keys for the steps after the first"
+        )
     takes = getattr(processor_of(module), "_SUPPORTED_BACKENDS", None)
     if takes and all("flex" in str(getattr(one, "value", one)) for one in takes):
         return "its processor takes the flex backend alone, whose block masks nothing else reads"

@@ -52,6 +52,8 @@ class Model:
     axes: of a latent of five dimensions, b rows, c channels, f frames, h and w sides.
     parts: the argument that tells the images of the sequence apart: "img_ids" (the axis of ids
         that numbers them), "img_shapes", or None where there is one image.
+    target: the number that the target has there; a sequence without it has no reference. None
+        where it is the lowest one.
     text_block: the texts are padded to a multiple of this, inside the model.
     text_masked: each row's text stands without its padding right before its image.
     several_texts: the sequence holds more texts than the one argument that the call names.
@@ -64,6 +66,7 @@ class Model:
     softmax_free: tuple[str, ...] = ()
     axes: str = "bcfhw"
     parts: str | None = None
+    target: int | None = None
     text_block: int = 1
     text_masked: bool = False
     several_texts: bool = False
@@ -81,12 +84,16 @@ class Pipeline:
     encoded: where `encode_prompt` returns the pooled text and the mask of the tokens.
     handing: what the pipeline hands the scheduler of a branch's prediction, where it is neither
         that nor its own part (`handing.own_part`).
+    schedulers: name of a denoiser -> the attribute that holds its scheduler, where not "scheduler".
+    inner: attributes that hold the pipelines which the call is handed on to, one after another.
     """
 
     calls: Mapping[str, Layout]
     text: Callable[[Any], tuple[TextStream, ...]] | str
     encoded: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     handing: Handing | None = None
+    schedulers: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    inner: tuple[str, ...] = ()
 
 
 MODELS: dict[str, Model] = {}

@@ -62,6 +62,12 @@ def test_bad_selectors(bad: str) -> None:
         matcher(bad)
 
 
+def test_a_controlnet_is_not_hooked_and_the_message_says_so() -> None:
+    sites = (Site("down_blocks.0.attentions.0.attn1", "self", "down", 0, 0, Fraction(1), 2),)
+    with pytest.raises(SelectorError, match="ControlNet's own attention is not hooked"):
+        select(sites, "controlnet.down_blocks.*")
+
+
 def test_no_match_says_what_there_is() -> None:
     with pytest.raises(SelectorError, match="Edit: sites='joint' matches none of the 20 sites"):
         select(SITES, "joint", who="Edit")

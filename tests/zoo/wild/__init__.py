@@ -6,7 +6,10 @@
 
 `parts.json` has each part once: its class and the arguments of its constructor, or what stands for
 a tokenizer. `pipelines.json` says which parts a pipeline is made of and what its call takes beside
-prompts and seeds. Where an argument is an image or a tensor, its size stands for it.
+prompts and seeds. Where an argument is an image or a tensor, its size stands for it. An entry may
+also say which argument the prompt is (`prompt`), what it stands in (`form`), attributes that are
+large in the class (`set`), what is called before anything can be drawn (`before`), and that given
+images must not follow the seed (`steady`).
 """
 
 from __future__ import annotations
@@ -14,12 +17,10 @@ from __future__ import annotations
 import inspect
 import json
 import pickle
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -28,6 +29,7 @@ from torch import nn
 
 from ..case import sharpen
 from ..mould import Mould
+from .around import furnish, smaller
 from .parts import made, value
 
 _HERE = Path(__file__).parent
@@ -62,15 +64,18 @@ class Wild:
         """About what building it and drawing five times takes a slow core."""
         return float(self._entry["cpu"])
 
+    @property
+    def form(self) -> str:
+        """What a prompt stands in."""
+        return str(self._entry.get("form", "{}"))
+
     def make(self) -> Any:
         """A new pipeline, the same at each call."""
         return self._built() if self._mould is None else self._mould.copy()
 
     def _built(self) -> Any:
         kind = getattr(diffusers, self.kind)
-        home = sys.modules[kind.__module__]
-        if not hasattr(home, "ftfy"):  # which repairs encodings, and some pipelines need
-            home.ftfy = SimpleNamespace(fix_text=str)
+        furnish(kind)
         parts = _table("parts")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -91,6 +96,12 @@ class Wild:
                         if parameter.dim() > 1 and not parameter.any():  # a gate that begins shut
                             nn.init.normal_(parameter, std=0.1)
         pipe.set_progress_bar_config(disable=True)
+        for name, number in self._entry.get("set", {}).items():
+            setattr(pipe, name, number)
+        for method, arguments in self._entry.get("before", {}).items():
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                getattr(pipe, method)(**{name: value(one) for name, one in arguments.items()})
         return pipe
 
     def draw(
@@ -99,15 +110,20 @@ class Wild:
         """Draw an image (or more) of each prompt; what the pipeline returns."""
         known = inspect.signature(type(pipe).__call__).parameters
         call = {name: value(given) for name, given in self._entry["call"].items()}
+        texts = [self.form.format(prompt) for prompt in prompts]
         given = {
-            "prompt": list(prompts) if len(prompts) > 1 else prompts[0],
+            self._entry.get("prompt", "prompt"): texts if len(texts) > 1 else texts[0],
             "negative_prompt": list(negatives) if len(negatives) > 1 else negatives[0],
             "generator": [torch.Generator().manual_seed(seed) for seed in seeds]
             if len(seeds) > 1
             else torch.Generator().manual_seed(seeds[0]),
+            "seed": seeds[0],
         }
         call |= {name: one for name, one in given.items() if name in known}
-        with torch.random.fork_rng(devices=[]):
+        with (
+            torch.random.fork_rng(devices=[]),
+            smaller(type(pipe), self._entry.get("steady", False)),
+        ):
             torch.manual_seed(0)
             return pipe(**call)
 

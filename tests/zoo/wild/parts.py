@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from typing import Any
 
@@ -24,7 +25,10 @@ _MARKS = [
 
 
 def made(entry: Any) -> Any:
-    """A part: [class, arguments], ["tokenizer", kind], ["list", parts ...], or a plain value."""
+    """A part: [class, arguments], ["tokenizer", kind], ["list", parts ...], or a plain value.
+
+    ["processor", kind] prepares images, ["allows"] checks nothing.
+    """
     if not isinstance(entry, list):
         return entry
     kind, *rest = entry
@@ -32,6 +36,8 @@ def made(entry: Any) -> Any:
         return [made(one) for one in rest]
     if kind == "tokenizer":
         return _TOKENIZERS[rest[0]]()
+    if kind == "allows":
+        return Allows()
     if kind == "processor":
         return _seeing_chat() if rest[0].startswith("Qwen") else _processor(rest[0])
     arguments = rest[0]
@@ -44,6 +50,19 @@ def made(entry: Any) -> Any:
         return found(**{name: _dtype(given) for name, given in arguments.items()})
     except TypeError:  # some want lists
         return found(**arguments)
+
+
+class Allows:
+    """Stands where Cosmos wants a checker of its texts and videos."""
+
+    def to(self, device: Any) -> Allows:
+        return self
+
+    def check_text_safety(self, prompt: str) -> bool:
+        return True
+
+    def check_video_safety(self, video: Any) -> Any:
+        return video
 
 
 def _of_transformers(kind: Any, arguments: dict[str, Any]) -> Any:
@@ -63,6 +82,9 @@ _HOMES = {
     "IFWatermarker": "diffusers.pipelines.deepfloyd_if.watermark",
     "LDMBertModel": "diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion",
     "LTXLatentUpsamplerModel": "diffusers.pipelines.ltx.modeling_latent_upsampler",
+    "LTX2HDRReferenceCondition": "diffusers.pipelines.ltx2.pipeline_ltx2_hdr_lora",
+    "LTX2ReferenceCondition": "diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora",
+    "LTX2VideoCondition": "diffusers.pipelines.ltx2.pipeline_ltx2_condition",
     "LTX2TextConnectors": "diffusers.pipelines.ltx2.connectors",
     "LTX2Vocoder": "diffusers.pipelines.ltx2.vocoder",
     "LTX2VocoderWithBWE": "diffusers.pipelines.ltx2.vocoder",
@@ -106,6 +128,15 @@ def _bert() -> Any:
     )
 
 
+def _roberta() -> Any:
+    """The chat's tokens in a class that AudioLDM 2 knows."""
+    model = json.loads(chat_tokenizer().backend_tokenizer.to_str())["model"]
+    marks = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+    vocab = model["vocab"] | {mark: len(model["vocab"]) + i for i, mark in enumerate(marks)}
+    merges = [tuple(pair) for pair in model["merges"]]
+    return transformers.RobertaTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+
+
 def _chat() -> Any:
     tokenizer = chat_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": _MARKS})
@@ -131,7 +162,13 @@ def _seeing_chat() -> Any:
     return made
 
 
-_TOKENIZERS = {"clip": text.clip_tokenizer, "t5": text.t5_tokenizer, "bert": _bert, "chat": _chat}
+_TOKENIZERS = {
+    "clip": text.clip_tokenizer,
+    "t5": text.t5_tokenizer,
+    "bert": _bert,
+    "chat": _chat,
+    "roberta": _roberta,
+}
 
 
 def value(given: Any) -> Any:
@@ -143,6 +180,8 @@ def value(given: Any) -> Any:
     [(kind, size)] = given.items()
     if kind == "dict":
         return {name: value(one) for name, one in size.items()}
+    if kind in _HOMES:
+        return _elsewhere(kind)(**{name: value(one) for name, one in size.items()})
     noise = torch.Generator().manual_seed(0)
     if kind == "image":
         pixels = torch.rand(size[1], size[0], 3, generator=noise)
