@@ -68,6 +68,7 @@ MASK.paste(1, (0, 0, 8, 8))
 MASK.paste(4, (4, 8, 16, 16))
 
 
+@pytest.mark.slow
 def test_official_shapes() -> None:
     """Key by key at full size, without memory: counts and configuration as published."""
     with torch.device("meta"):
@@ -191,6 +192,7 @@ def _reads_text(key: str) -> bool:
     return key.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) and "text" in key
 
 
+@pytest.mark.slow
 def test_bad_input() -> None:
     pipe, tensors = SD15.make(), tiny()
 
