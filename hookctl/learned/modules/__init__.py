@@ -1,1 +1,4 @@
-"""Trained modules in the key layouts of their official files: tensors in, tensors out."""
+"""The trained networks themselves, with the names and shapes of their official checkpoints.
+
+Plain torch modules: they know tensors only, no hooks and no pipelines.
+"""
