@@ -17,7 +17,7 @@ import hookctl
 from hookctl.editor import Editor
 
 MIB = 2**20
-FEW = 3  # steps that show a run's peak: each step lets go of what the last one made
+FEW = 4  # steps that show a run's peak: each step lets go of what the last one made
 
 
 @dataclass

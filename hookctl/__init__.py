@@ -20,6 +20,9 @@ Write an editor: a subclass of Editor that has the hooks it needs
     AttentionCall           one attention call, and the verbs that rewrite it
         Routing, Division   what its verbs `route_by` and `divide` are given
     FeatureCall             one skip connection of a UNet
+    InsertCall, LinearCall, StemCall, Residuals
+                            the same for trained modules: a block's stream, a linear layer, the
+                            layer that takes the latents in, what a ControlNet adds
     State, Predictions      one denoiser call, and what it predicted
     Branch                  further rows for the denoiser to predict
     RunState                an attribute that each session, thread and task holds for itself
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
     from hookctl.attention.token_map import Routing
     from hookctl.editor import Claim, Editor
     from hookctl.loop.branches import Branch
+    from hookctl.loop.inserting import InsertCall, LinearCall, Residuals, StemCall
     from hookctl.loop.noise import Noise
     from hookctl.loop.state import FeatureCall, Predictions, State
     from hookctl.loop.trajectory import Trajectory
@@ -74,6 +78,10 @@ __all__ = [
     "Routing",
     "Division",
     "FeatureCall",
+    "InsertCall",
+    "LinearCall",
+    "StemCall",
+    "Residuals",
     "State",
     "Predictions",
     "Branch",
@@ -101,11 +109,14 @@ _HOMES = {
     "Division": "hookctl.attention.division",
     "Editor": "hookctl.editor",
     "FeatureCall": "hookctl.loop.state",
+    "InsertCall": "hookctl.loop.inserting",
+    "LinearCall": "hookctl.loop.inserting",
     "MapStore": "hookctl.maps",
     "Maps": "hookctl.maps",
     "Noise": "hookctl.loop.noise",
     "Predictions": "hookctl.loop.state",
     "Region": "hookctl.address.regions",
+    "Residuals": "hookctl.loop.inserting",
     "Routing": "hookctl.attention.token_map",
     "Row": "hookctl.address.rows",
     "Rows": "hookctl.address.rows",
@@ -113,6 +124,7 @@ _HOMES = {
     "Session": "hookctl.session",
     "Site": "hookctl.address.sites",
     "State": "hookctl.loop.state",
+    "StemCall": "hookctl.loop.inserting",
     "Trajectory": "hookctl.loop.trajectory",
     "UNCOND": "hookctl.address.rows",
     "Window": "hookctl.address.clock",

@@ -22,6 +22,7 @@ from hookctl.errors import ConflictError, InputError, check_returned, naming
 if TYPE_CHECKING:
     from hookctl.attention.call import AttentionCall
     from hookctl.loop.branches import Branch
+    from hookctl.loop.inserting import InsertCall, LinearCall, Residuals, StemCall
     from hookctl.loop.state import FeatureCall, Predictions, Proceed, State
 
 # Shared by editors to whom places of the image or its whole latents mean something, held alone by
@@ -57,10 +58,12 @@ class Editor:
     Each denoiser call before, branches, context
                        denoise               round the call; inside it, site by site:
                        attention, features
+                       residuals, stem, insert, linear   (trained modules)
     Each step          combine, after        before and after the scheduler's step
 
-    sites: which attention sites `attention` is called for, such as "cross", "self up @<=1/2" or a
-    function of a `Site` (`address.sites.matcher` has the grammar); None for all.
+    sites: which attention sites `attention` is called for, and after which `insert` is, such as
+    "cross", "self up @<=1/2" or a function of a `Site` (`address.sites.matcher` has the grammar);
+    None for all.
     start, stop: fractions of the schedule, 0 to 1, between which the editor acts.
     """
 
@@ -120,6 +123,23 @@ class Editor:
     def features(self, call: FeatureCall) -> None:
         """Change a skip connection: assign `call.backbone` or `call.skip`."""
 
+    def residuals(self, state: State) -> Residuals | None:
+        """What is added to the encoder's skips and the middle, beside a ControlNet's own."""
+        return None
+
+    def insert(self, call: InsertCall) -> None:
+        """Change a transformer block's stream after its self-attention: assign `call.hidden`."""
+
+    def linears(self, path: str) -> bool:
+        """Which linear layers `linear` is called for, by their path inside the denoiser."""
+        return False
+
+    def linear(self, call: LinearCall) -> None:
+        """Change what a linear layer gives: `call.add(down, up)`, or assign `call.output`."""
+
+    def stem(self, call: StemCall) -> None:
+        """Change how the latents enter: `call.convolve(...)`, or assign `call.output`."""
+
     def before(self, state: State) -> None:
         """Before a step's denoiser call; may assign `state.latents`."""
 
@@ -144,12 +164,21 @@ HOOKS = (
     "denoise",
     "attention",
     "features",
+    "residuals",
+    "insert",
+    "linear",
+    "stem",
     "combine",
     "after",
 )
-_METHODS = ("attach", "claims", "window", "active", "neutral", *HOOKS)
+# Those that change what layers inside the model give.
+INSIDE = ("insert", "linear", "stem")
+_METHODS = ("attach", "claims", "window", "active", "neutral", "linears", *HOOKS)
 _INSTEAD = {
     "features": "assign call.backbone or call.skip",
+    "insert": "assign call.hidden",
+    "linear": "assign call.output, or call.add(down, up)",
+    "stem": "assign call.output",
     "before": "assign state.latents",
     "after": "assign state.latents",
 }

@@ -23,10 +23,10 @@ from hookctl.hooks.attention import SitePort
 from hookctl.hooks.patch import let_go
 from hookctl.hooks.pipeline import DenoiserPort, Inner, PipelinePort, SchedulerPort, is_compiled
 from hookctl.hooks.processors import Exchange
-from hookctl.hooks.skips import ConcatPort, concats
+from hookctl.hooks.skips import concats
 from hookctl.loop import here
 from hookctl.loop.attached import Attached, Entry, Modules, attach
-from hookctl.loop.attending import Attending, edit_features
+from hookctl.loop.attending import Attending, InsidePort, ports_inside
 from hookctl.loop.calls import calls
 from hookctl.loop.denoising import Denoising
 from hookctl.run_state import remembering
@@ -115,7 +115,7 @@ class Engine:
         self.ports: dict[str, SitePort] = {}
         self.port = DenoiserPort(denoiser, self._around)
         self._attached: dict[Entry, tuple[Attached, ...]] = {}
-        self._concat_ports: list[ConcatPort] = []
+        self._inside: dict[tuple[str, str], InsidePort] = {}  # by hook and path
         self._exchange = Exchange()
         self._installed = False
 
@@ -154,11 +154,8 @@ class Engine:
             self.port.install()
         attached = [one for several in self._attached.values() for one in several]
         changed, traced = self._sync_sites(set().union(*(a.sites for a in attached)))
-        features = any(overrides(a.editor, "features") for a in attached)
-        if features != bool(self._concat_ports):
-            changed = True
-            traced |= any(port.traced for port in self._concat_ports)
-            self._sync_concats(features)
+        inside = self._sync_inside(attached)
+        changed, traced = changed or inside[0], traced or inside[1]
         now: list[nn.Module] = []
         with contextlib.suppress(InputError):  # a pipeline that has none any more
             now = [] if pipe is None else [one for _, one in families.denoisers_of(pipe)]
@@ -189,14 +186,22 @@ class Engine:
                 self._exchange.watch(path, port)
         return changed, traced
 
-    def _sync_concats(self, wanted: bool) -> None:
-        while self._concat_ports and not wanted:
-            self._concat_ports[-1].remove()
-            self._concat_ports.pop()
-        for concat in concats(self.model) if wanted else ():
-            port = ConcatPort(concat, edit_features)
-            self._concat_ports.append(port)
-            port.install()
+    def _sync_inside(self, attached: Sequence[Attached]) -> tuple[bool, bool]:
+        """As `_sync_sites`, of the layers that editors change."""
+        wanted = {(hook, path) for a in attached for hook in a.inside for path in a.inside[hook]}
+        if any(overrides(a.editor, "features") for a in attached):
+            wanted |= {("features", concat.path) for concat in concats(self.model)}
+        gone, missing = set(self._inside) - wanted, wanted - set(self._inside)
+        traced = False
+        for key in gone:
+            traced |= self._inside[key].traced
+            self._inside[key].remove()
+            del self._inside[key]
+        if missing:
+            for key, port in ports_inside(self.model, self.modules, missing):
+                self._inside[key] = port
+                port.install()
+        return bool(gone or missing), traced
 
     def refresh(self) -> None:
         """The model's processors may be others than before."""

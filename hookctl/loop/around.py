@@ -70,6 +70,30 @@ def features(one: Attached, call: FeatureCall) -> None:
     one.note_hook("features", call.clock.step, what, f"up{call.block}.skip{call.place}")
 
 
+def residuals(one: Attached, state: State) -> Any:
+    """What an editor adds to the encoder's skips and the middle."""
+    with naming(one.editor.name, "residuals"):
+        found = one.editor.residuals(state)
+    _note(one, "residuals", state, "" if found is None else "added to the skips", CALL)
+    return found
+
+
+def inside(one: Attached, hook: str, call: Any, result: str, path: str) -> None:
+    """What a layer gives after an editor saw it; result: the attribute of the call with it."""
+    given: Tensor = getattr(call, result)
+    mark = _mark(given)
+    tell(one.editor, hook, call)
+    found = getattr(call, result)
+    if not isinstance(found, Tensor) or found.shape != given.shape:
+        kind = tuple(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise InputError(
+            f"{one.editor.name}.{hook} assigned {kind} to call.{result}; it is {tuple(given.shape)}"
+        )
+    if found.dtype != given.dtype:
+        setattr(call, result, found.to(given.dtype))
+    one.note_hook(hook, call.clock.step, "" if _mark(found) == mark else f"changed {result}", path)
+
+
 def combine(one: Attached, predictions: Predictions) -> Tensor:
     """The prediction that an editor makes of those of a step."""
     guided = predictions.guided

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,7 @@ from hookctl.editor import Editor, overrides
 from hookctl.errors import SelectorError, UnsupportedError
 from hookctl.evaluate.plan import Plan
 from hookctl.hooks.skips import concats
+from hookctl.loop.inserting import residual_arguments
 
 Modules = Mapping[str, tuple[Site, nn.Module]]
 
@@ -58,12 +60,16 @@ class Entry:
 
 @dataclass(eq=False)
 class Attached:
-    """One editor of a session at one denoiser, with the sites it was resolved to."""
+    """One editor of a session at one denoiser, with the sites it was resolved to.
+
+    inside: for each of its hooks that change layers, their paths.
+    """
 
     editor: Editor
     entry: Entry
     model: nn.Module
     sites: frozenset[str]
+    inside: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     @property
     def backend(self) -> str:
@@ -88,10 +94,11 @@ def attach(entry: Entry, denoisers: Sequence[tuple[nn.Module, Modules]]) -> list
         for model, modules in denoisers:
             try:
                 sites = sites_for(editor, model, modules)
+                inside = layers_for(editor, model, modules)
             except SelectorError as error:
                 missed = error
             else:
-                found.append(Attached(editor, entry, model, sites))
+                found.append(Attached(editor, entry, model, sites, inside))
         if missed is not None and not any(one.editor is editor for one in found):
             raise missed
     return found
@@ -113,6 +120,42 @@ def sites_for(editor: Editor, model: nn.Module, modules: Modules) -> frozenset[s
     if overrides(editor, "context"):
         paths |= _sites_of_text(editor, model, modules)
     return frozenset(paths)
+
+
+def layers_for(editor: Editor, model: nn.Module, modules: Modules) -> dict[str, frozenset[str]]:
+    """The paths of the layers that an editor changes, for each of its hooks that do so.
+
+    Raises UnsupportedError, before any work, if this model has none of them.
+    """
+    name = type(model).__name__
+    found: dict[str, frozenset[str]] = {}
+    if overrides(editor, "insert"):
+        chosen = select([site for site, _ in modules.values()], editor.sites, who=editor.name)
+        blocks = families.plain_blocks(model)
+        found["insert"] = frozenset(s.path for s in chosen if modules[s.path][1] in blocks)
+    if overrides(editor, "linear"):
+        every = [path for path, _ in families.linears(model)]
+        found["linear"] = frozenset(path for path in every if editor.linears(path))
+    if overrides(editor, "stem"):
+        stem = families.stem_of(model)
+        found["stem"] = frozenset(() if stem is None else (stem[0],))
+    for hook, paths in found.items():
+        if not paths:
+            raise UnsupportedError(f"{editor.name} {_WANTS[hook]}, and this {name} has none")
+    forward = type(model).forward
+    if overrides(editor, "residuals") and not residual_arguments(signature(forward).parameters):
+        raise UnsupportedError(
+            f"{editor.name} adds to skip connections as a ControlNet does, and {name} takes none"
+        )
+    return found
+
+
+_WANTS = {
+    "insert": "inserts between the self-attention of a transformer block and what follows it (of a "
+    "BasicTransformerBlock whose norms do not scale)",
+    "linear": "changes linear layers that its `linears` selects",
+    "stem": "changes the layer that takes the latents in",
+}
 
 
 def _selected(editor: Editor, model: nn.Module, modules: Modules) -> set[str]:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from hookctl.address import families
+from hookctl.address.sites import Site, grid_of
 from hookctl.attention.sdpa_call import SDPACall
 from hookctl.editor import overrides
 from hookctl.hooks.attention import SitePort
-from hookctl.hooks.skips import Concat
+from hookctl.hooks.layers import Edit, InsertPort, LayerPort
+from hookctl.hooks.skips import Concat, ConcatPort, concats
 from hookctl.loop import around
+from hookctl.loop.attached import Modules
 from hookctl.loop.calls import calls
+from hookctl.loop.inserting import InsertCall, LinearCall, StemCall
 from hookctl.loop.missed import is_strict
-from hookctl.loop.state import FeatureCall
+from hookctl.loop.state import FeatureCall, State
 from hookctl.run_state import remembering
+
+InsidePort = ConcatPort | LayerPort
 
 
 class Attending:
@@ -70,3 +79,59 @@ def edit_features(concat: Concat, backbone: Tensor, skip: Tensor) -> tuple[Tenso
             around.features(a, call)
     unchanged = call.backbone is backbone and call.skip is skip
     return None if unchanged else (call.backbone, call.skip)
+
+
+# What an editor changes a layer by: the attribute of what its hook is shown.
+_RESULTS = {"insert": "hidden", "linear": "output", "stem": "output"}
+
+
+def ports_inside(
+    model: nn.Module, modules: Modules, wanted: Collection[tuple[str, str]]
+) -> Iterator[tuple[tuple[str, str], InsidePort]]:
+    """Ports of some layers of a model, by hook and path."""
+    blocks = families.plain_blocks(model)
+    for concat in concats(model):
+        if (key := ("features", concat.path)) in wanted:
+            yield key, ConcatPort(concat, edit_features)
+    for path, (site, module) in modules.items():
+        if (key := ("insert", path)) in wanted:
+            yield key, InsertPort(blocks[module], path, edit_inside("insert", path, site))
+    stem = families.stem_of(model)
+    layers = {"linear": list(families.linears(model)), "stem": [] if stem is None else [stem]}
+    for hook, found in layers.items():
+        for path, module in found:
+            if (key := (hook, path)) in wanted:
+                yield key, LayerPort(module, path, edit_inside(hook, path, module))
+
+
+def edit_inside(hook: str, path: str, place: Site | nn.Module) -> Edit:
+    """What the editors make, by a hook, of the output of the layer at a path.
+
+    place: the site after which is inserted, or the layer itself.
+    """
+    return partial(_edited, hook, path, place)
+
+
+def _edited(hook: str, path: str, place: Any, given: Tensor, output: Tensor) -> Tensor | None:
+    current = calls.current
+    edits = [] if current is None else current.acting
+    edits = [a for a in edits if path in a.inside.get(hook, ())]
+    if current is None or not edits:
+        return None
+    call = _shown(hook, path, place, current.state, given, output)
+    with remembering(current.owner.memory):
+        for a in edits:
+            around.inside(a, hook, call, _RESULTS[hook], path)
+    found: Tensor = getattr(call, _RESULTS[hook])
+    return None if found is output else found
+
+
+def _shown(
+    hook: str, path: str, place: Any, state: State, given: Tensor, output: Tensor
+) -> InsertCall | LinearCall | StemCall:
+    rows, clock = state.rows, state.clock
+    if hook == "insert":
+        return InsertCall(place, output, rows, clock, grid_of(output.shape[-2], state.grid))
+    if hook == "linear":
+        return LinearCall(path, given, output, rows, clock, state.grid)
+    return StemCall(place, given, output, rows, clock)

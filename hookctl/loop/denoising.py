@@ -21,6 +21,7 @@ from hookctl.loop.attached import Attached, Entry
 from hookctl.loop.branches import add_branches, asked_branches, cut_branches
 from hookctl.loop.calls import Call, calls
 from hookctl.loop.finite import check_latents
+from hookctl.loop.inserting import add_residuals
 from hookctl.loop.missed import Missed
 from hookctl.loop.run import Run
 from hookctl.loop.state import State
@@ -202,7 +203,10 @@ class Denoising:
                 extra |= around.added(a, "context", state)
         if extra:
             widen(state, extra)
-        untouched = state.assigned is None and state.own_rows is None
+        for a in call.acting:
+            if overrides(a.editor, "residuals"):
+                add_residuals(state, around.residuals(a, state))
+        untouched = state.assigned is None and state.own_rows is None and state.residuals is None
         if not standing and not extra and untouched:
             return _inner(hooked, inner, call, args, kwargs)
 

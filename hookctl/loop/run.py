@@ -17,6 +17,7 @@ from hookctl.address.rows import Row, Rows, branch_of, copied, resolve_rows
 from hookctl.address.text import prompts_given
 from hookctl.errors import InputError, LayoutError
 from hookctl.loop.driven import Driven, Scaling, driven, reading_of
+from hookctl.loop.inserting import with_residuals
 from hookctl.loop.state import State
 
 _TIMES = ("timestep", "timesteps", "t")
@@ -153,14 +154,16 @@ class Run:
             own_rows=None,
             kwargs=arguments,
             extra_text={},
+            residuals=None,
             assigned=None,
             stepped=None,
         )
 
     def arguments(self, state: State) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's arguments after editors changed them."""
-        bound = _signature(state.denoiser).bind_partial(None)
-        bound.arguments.update(_own_lists(state.kwargs))
+        signature = _signature(state.denoiser)
+        bound = signature.bind_partial(None)
+        bound.arguments.update(_own_lists(with_residuals(state, signature.parameters)))
         return bound.args[1:], bound.kwargs
 
     def _rows(

@@ -59,6 +59,7 @@ class State:
     own_rows: how many rows are the pipeline's own, None for all.
     asking: the rows of a call that an editor makes inside this one, None for this one's.
     reading: whose maps the call is made for, None for an ordinary one (`energy`).
+    residuals: what editors add to the encoder (`Residuals`), None for nothing.
     assigned: latents that an editor gave the step, None for none; stepped: the step's result.
     added_guidance: what editors have added to the step's guided sum, [images, ...], None for none.
     """
@@ -83,6 +84,7 @@ class State:
     asking: Rows | None = None
     reading: Reading | None = None
     maps: Any = None
+    residuals: Any = None
     assigned: Tensor | None = None
     stepped: Tensor | None = None
     added_guidance: Tensor | None = None

@@ -89,8 +89,8 @@ class Trajectory:
         self.levels: list[Level] = self.noise.levels()
         self.steps = len(self.solver.entries)
         self.latents, self.level, self.start = self.template.latents, 0, 0
-        given = self.denoiser, self.template, self.solver, self.prompts, images
-        self._calls = ProgramCalls(self, *given)
+        own = self.denoiser, self.template, self.solver, self.prompts
+        self._calls = ProgramCalls(self, *own, images)
 
     # -- the operations ------------------------------------------------------------------------
 
@@ -253,29 +253,24 @@ class Trajectory:
     ) -> dict[str, Tensor]:
         """Branch -> prediction [images, ...] for latents at level i, of all branches or some."""
         names = self.template.branches if which is None else tuple(which)
-        if unknown := set(names) - set(self.template.branches):
-            raise InputError(
-                f"this run has no {', '.join(sorted(unknown))} rows; make it with guidance= above 1"
-            )
+        if unknown := sorted(set(names) - set(self.template.branches)):
+            named = ", ".join(unknown)
+            raise InputError(f"this run has no {named} rows; make it with guidance= above 1")
         entry = self.solver.entries[i][0] if i < self.steps else None
         call = self._calls.call(names, entry, self.start)
         size = 1.0 if self.noise.flow else self.levels[i].size
-
-        def scale(latents: Tensor) -> Tensor:
-            return latents if size == 1.0 else latents / size
-
-        many = torch.cat([x] * len(names))
+        given = many = torch.cat([x] * len(names))
         if size != 1.0:
-            call.scaling = Scaling(many, scale)
+            given = many / size
+            call.scaling = Scaling(many, lambda latents: latents / size)
         with driving(call):
-            return self._calls.predict(call, scale(many), entry, contexts)
+            return self._calls.predict(call, given, entry, contexts)
 
     # -- numbers -------------------------------------------------------------------------------
 
     def _at(self, level: int, operation: str, last: int | None = None) -> None:
-        last = self.steps - 1 if last is None else last
         lowest = 1 if operation == "invert" else 0
-        if not lowest <= level <= last:
+        if not lowest <= level <= (self.steps - 1 if last is None else last):
             raise InputError(f"{operation}: this run has the steps 0 to {self.steps - 1}")
         if level != self.level:
             raise InputError(
@@ -284,8 +279,8 @@ class Trajectory:
             )
 
     def _scales(self, guidance: Guidance | None) -> Scales:
-        value = self.guidance if guidance is None else guidance
-        return guidance_scales(value, self.latents, self.template.branches)
+        guidance = self.guidance if guidance is None else guidance
+        return guidance_scales(guidance, self.latents, self.template.branches)
 
     def factors(self, i: int) -> tuple[float, float]:
         """(alpha, beta) of step i, x' = alpha x + beta prediction, as a first-order one.

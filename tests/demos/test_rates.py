@@ -15,7 +15,7 @@ from hookctl.demos.judges import JUDGES, Drawn
 from hookctl.demos.shapes.render import drawn as rendered
 from hookctl.demos.shapes.world import Scene, Thing
 
-# Presets whose energies, tiles, fits or cycles take as long as many images: one seed of each.
+# Presets whose energies, tiles, fits or cycles take as long as many images.
 DEAR = {
     "attend_and_excite", "box_diff", "cyclic_one_way", "imagic", "instances", "layout_guidance",
     "multi_diffusion", "null_text", "real_compo", "selective_one_way", "stack_excite_pag",
@@ -35,11 +35,14 @@ def test_every_preset_has_a_judge() -> None:
     assert set(JUDGES) == {path.stem for path in rates.PRESETS.glob("*.toml")}
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", sorted(JUDGES))
+def marked(name: str) -> Any:
+    return pytest.param(name, marks=pytest.mark.long if name in DEAR else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [marked(name) for name in sorted(JUDGES)])
 def test_preset_succeeds(presets: rates.Presets, name: str) -> None:
-    """At its shipped seed, 0, and at those of the next ones that the plain model draws right."""
-    every = presets.draw(name, range(1 if name in DEAR else 3))
+    """At its shipped seed, 0, and at those of the next two that the plain model draws right."""
+    every = presets.draw(name, range(3))
     assert JUDGES[name](every[0])
     assert all(JUDGES[name](one) for one in every if judges.plain_right(one))
 

@@ -4,6 +4,7 @@ record          the two records, `Model` and `Pipeline`, and where they are look
 models, image, moving   the tables
 text            how a pipeline's text sequence is made up
 access, sites, processors   denoisers, attention sites, and how their attention is computed
+inside          their other layers
 traces, prove   measure on a live pipeline what is declared
 """
 
@@ -16,6 +17,7 @@ from hookctl.address.families.access import (
     denoisers_of,
     named_denoisers,
 )
+from hookctl.address.families.inside import linears, plain_blocks, stem_of
 from hookctl.address.families.processors import (
     bypasses_sdpa,
     counts_text,
@@ -60,14 +62,17 @@ __all__ = [
     "describe_sites",
     "joint_order",
     "keeps_perturbed",
+    "linears",
     "named_denoisers",
     "sites_of",
     "model_of",
     "pipeline_of",
+    "plain_blocks",
     "processor_of",
     "sdpa_form",
     "softmax_free",
     "spells_out",
+    "stem_of",
     "text_call",
     "uncatchable",
     "uncompiled",

@@ -1,0 +1,1 @@
+"""Trained modules over the frozen embedded pipeline, one file for each kind."""

@@ -1,0 +1,224 @@
+"""UniFusion grounding with ScaleU over the embedded pipeline (InstanceDiffusion, 2402.03290).
+
+A curriculum of ever more scenes, gates that begin open, and times where the layout is decided make
+it learn in thousands of steps what the papers' recipes take hundreds of thousands for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import hookctl
+from hookctl import Editor, InsertCall
+from hookctl.address.families import plain_blocks
+from hookctl.address.outlines import Array
+from hookctl.hooks.skips import concats
+from hookctl.learned.locations import points_of_mask, scribble_of_mask
+from hookctl.learned.modules.convnext import ConvNeXt
+from hookctl.learned.modules.gated_attention import GatedSelfAttention
+from hookctl.learned.modules.unifusion import (
+    BOX,
+    FORMATS,
+    MASK,
+    POINT,
+    Instances,
+    UniFusion,
+)
+from hookctl.learned.modules.unifusion import (
+    SCRIBBLE as STROKE,
+)
+from hookctl.recipes import ScaleU
+
+from ..captions import describe
+from ..world import IMAGE_SIZE, Scene, Thing
+from .task import EARLY, HELD_OUT, Base, Batch
+
+SLOTS, SCRIBBLE, OUTLINE, RASTER = 6, 8, 32, 64  # of a row; numbers of points; px of a raster
+OPEN = 0.5  # where the gates begin
+BATCH = 16
+# From which step on how many scenes there are; None: fresh ones.
+POOLS: tuple[tuple[int, int | None], ...] = ((0, 32), (300, 128), (800, 1024), (1600, None))
+ALL_FORMATS = 1200  # from this step on formats are left out, too
+NO_CAPTION, NO_INSTANCES = 0.5, 0.1
+
+
+class Modules(nn.Module):
+    """Tokenizer, fusers and ScaleU for a UNet; paths: of the fusers' self-attention."""
+
+    def __init__(self, unet: nn.Module, text: int) -> None:
+        super().__init__()
+        self.position_net = UniFusion(
+            ConvNeXt((1, 1, 1), (24, 48, 64)), text=text, hidden=192, out=text, slots=SLOTS,
+            frequencies=8, scribble_points=SCRIBBLE, mask_points=OUTLINE, raster_tokens=16,
+            features=64,
+        )  # fmt: skip
+        blocks = plain_blocks(unet)
+        places = {module: path for path, module in unet.named_modules()}
+        self.paths = [places[attention] for attention in blocks]
+        made = [_fuser(attention, text) for attention in blocks]
+        self.fusers = nn.ModuleList(made)
+        found = list(concats(unet))
+        self.scaleu_b = nn.ParameterList(torch.zeros(one.backbone_channels) for one in found)
+        self.scaleu_s = nn.ParameterList(torch.zeros(1) for _ in found)
+        for fuser in made:
+            nn.init.constant_(fuser.alpha_attn, OPEN)
+            nn.init.constant_(fuser.alpha_dense, OPEN)
+        for name, parameter in self.position_net.named_parameters():
+            if name.startswith(("null", "pos_embedding")):
+                nn.init.normal_(parameter, std=0.02)
+            if name.endswith("gamma"):
+                nn.init.constant_(parameter, 0.1)
+
+
+def _fuser(attention: Any, text: int) -> GatedSelfAttention:
+    return GatedSelfAttention(attention.to_q.in_features, text, attention.heads)
+
+
+class Fusing(Editor):
+    """Puts the fusers in while they learn."""
+
+    def __init__(self, modules: Modules) -> None:
+        self.fusers = dict(zip(modules.paths, modules.fusers, strict=True))
+        self.tokens: Tensor | None = None
+
+    def insert(self, call: InsertCall) -> None:
+        call.hidden = self.fusers[call.site.path](call.hidden, self.tokens)
+
+
+class InstancesTask:
+    """Learns to draw instances where they are said to be."""
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+        text = base.pipe.text_encoder.config.hidden_size
+        self.module = Modules(base.unet, text).to(base.device)
+        self.fusing = Fusing(self.module)
+        self.scale = ScaleU(list(self.module.scaleu_b), list(self.module.scaleu_s))
+
+    def loss(self, rng: np.random.Generator, step: int) -> Tensor:
+        pool = next(pool for since, pool in reversed(POOLS) if step >= since)
+        pairs = self.base.scenes(rng, BATCH, pool)
+        texts = [self._silent(text, scene, rng) for scene, text in pairs]
+        batch = self.base.batch(pairs, texts)
+        given = self.given(batch.scenes, rng, keep=1 - NO_INSTANCES)
+        t = self.base.times(rng, BATCH)
+        noise = torch.from_numpy(rng.standard_normal(batch.latents.shape, np.float32))
+        formats = FORMATS if step < ALL_FORMATS else _formats(rng)
+        return self._error(batch, t, noise.to(batch.latents), given, formats).mean()
+
+    def _error(
+        self, batch: Batch, t: Tensor, noise: Tensor, given: Instances, formats: Collection[str]
+    ) -> Tensor:
+        self.fusing.tokens = self.module.position_net(given, formats)
+        with hookctl.control(self.base.unet, self.fusing, self.scale, rows=("cond",)):
+            return self.base.error(batch.latents, t, noise, batch.states)
+
+    def _silent(self, text: str, scene: Scene, rng: np.random.Generator) -> str:
+        """Half of the captions leave the instances to the grounding: empty, or the background."""
+        if rng.random() >= NO_CAPTION:
+            return text
+        return "" if rng.random() < 0.5 else f"a {scene.background} background"
+
+    def given(
+        self, scenes: Sequence[Scene], rng: np.random.Generator, keep: float = 1.0
+    ) -> Instances:
+        """The instances of scenes in slots of any order; rows without any by chance."""
+        n, side = len(scenes), RASTER
+        masks, located = np.zeros((n, SLOTS), np.float32), np.zeros((n, SLOTS), np.float32)
+        boxes, points = np.zeros((n, SLOTS, 4)), np.zeros((n, SLOTS, 2))
+        scribbles = np.zeros((n, SLOTS, 2 * SCRIBBLE))
+        outlines = np.zeros((n, SLOTS, 2 * OUTLINE))
+        rasters = np.zeros((n, SLOTS, side, side), np.float32)
+        texts: dict[tuple[int, int], str] = {}
+        for i, scene in enumerate(scenes):
+            if rng.random() >= keep:
+                continue
+            for slot, thing in zip(rng.permutation(SLOTS), scene.things, strict=False):
+                at = i, int(slot)
+                place = _place(thing)
+                masks[at], texts[at] = 1, describe(thing)
+                boxes[at], points[at] = place.box, place.point
+                located[at] = rng.random() < 0.8
+                if rng.random() < 0.7:
+                    scribbles[at] = place.scribble
+                if rng.random() < 0.7:
+                    outlines[at], rasters[at] = place.outline, place.raster
+        device = self.base.device
+        phrases = torch.zeros(n, SLOTS, self.base.pipe.text_encoder.config.hidden_size)
+        if texts:
+            rows, slots = zip(*texts, strict=True)
+            phrases[list(rows), list(slots)] = self.base.pooled(list(texts.values())).cpu()
+        made = [torch.from_numpy(x).float().to(device) for x in
+                (masks, boxes, points, scribbles, outlines, rasters, located)]  # fmt: skip
+        return Instances(made[0], phrases.to(device), *made[1:])
+
+    @torch.no_grad()
+    def look(self) -> dict[str, float]:
+        """The loss x 1000 of 32 held-out scenes at strong noise with true, with no and with another
+        scene's instances: where these part, places are heeded."""
+        rng = np.random.default_rng(HELD_OUT)
+        pairs = self.base.scenes(rng, 32, None)
+        batch = self.base.batch(pairs, [""] * 32)
+        t = torch.linspace(EARLY, 999, 32).long().to(self.base.device)
+        noise = torch.from_numpy(rng.standard_normal(batch.latents.shape, np.float32))
+        scenes = list(batch.scenes)
+        found = {}
+        for name, given in {
+            "true": self.given(scenes, rng),
+            "null": self.given(scenes, rng, keep=0.0),
+            "swapped": self.given(scenes[1:] + scenes[:1], rng),
+        }.items():
+            error = self._error(batch, t, noise.to(batch.latents), given, FORMATS)
+            found[name] = round(1000 * float(error.mean()), 2)
+        return found
+
+    def state(self) -> dict[str, Tensor]:
+        """The weights, named as in the official checkpoint but for the blocks' paths."""
+        module = self.module
+        found = {f"position_net.{k}": v for k, v in module.position_net.state_dict().items()}
+        for path, fuser in zip(module.paths, module.fusers, strict=True):
+            block = path.removesuffix("attn1")
+            found |= {f"{block}fuser.{k}": v for k, v in fuser.state_dict().items()}
+        for i, (b, s) in enumerate(zip(module.scaleu_b, module.scaleu_s, strict=True)):
+            found |= {f"scaleu_b_{i}": b.detach(), f"scaleu_s_{i}": s.detach()}
+        return found
+
+
+class Place(NamedTuple):
+    """Where a thing is, in every format; fractions of the canvas."""
+
+    box: Array
+    point: Array
+    scribble: Array
+    outline: Array
+    raster: Array
+
+
+def _place(thing: Thing) -> Place:
+    mask = thing.mask()
+    raster = mask.reshape(RASTER, IMAGE_SIZE // RASTER, RASTER, -1).mean((1, 3)) >= 0.5
+    x0, y0, x1, y1 = (side / IMAGE_SIZE for side in thing.box)
+    return Place(
+        np.array([x0, y0, x1, y1]),
+        np.array([(x0 + x1) / 2, (y0 + y1) / 2]),
+        scribble_of_mask(mask, SCRIBBLE).ravel(),
+        points_of_mask(mask, OUTLINE).ravel(),
+        raster,
+    )
+
+
+def _formats(rng: np.random.Generator) -> Collection[str]:
+    """What is shown of a batch ; as in the official recipe a mask comes with box and point."""
+    u = rng.random()
+    if u < 0.45:
+        return FORMATS
+    if u < 0.65:
+        return BOX, POINT
+    if u < 0.8:
+        return (POINT,)
+    return (BOX, POINT, MASK) if u < 0.9 else (POINT, STROKE)

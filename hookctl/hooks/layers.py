@@ -1,0 +1,120 @@
+"""Layers inside a model: what one gives, after editors saw what it was given.
+
+For learned modules: low-rank deltas of linears, further channels for the first convolution, and
+what is inserted in a transformer block between its self-attention and what follows.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hookctl.hooks import by_name
+from hookctl.hooks.compiled import Ports, opaque_operator
+
+# Given what went into a layer and what came out: what is to come out, None for the same.
+Edit = Callable[[Tensor, Tensor], "Tensor | None"]
+
+
+class LayerPort:
+    """The hook on one layer, from `install` until `remove`."""
+
+    def __init__(self, module: nn.Module, path: str, edit: Edit) -> None:
+        self.module, self.path, self.edit = module, path, edit
+        self.name, self.traced = _ports.register(self, path), False
+        self._handles: list[Any] = []
+        self._argument = list(inspect.signature(type(module).forward).parameters)[1]
+
+    def install(self) -> None:
+        hook = self.module.register_forward_hook(self._after, with_kwargs=True)
+        self._handles.append(hook)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What went into the layer that came out beside its output."""
+        found: Tensor = args[0] if args else kwargs[self._argument]
+        return found
+
+    def _after(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        given = self.given(args, kwargs)
+        if torch.compiler.is_compiling():
+            return _layer_operator(given, output, self.name)
+        return self.edited(given, output)
+
+    def edited(self, given: Tensor, output: Tensor) -> Tensor | None:
+        # Attention inside of an edit is not the model's own.
+        with by_name.hidden():
+            return self.edit(given, output)
+
+
+class InsertPort(LayerPort):
+    """The hooks on a block's self-attention: shown is the residual stream with its output.
+
+    What the edit makes of the stream x + a is given back as the attention's output, less x, which
+    the block adds.
+    """
+
+    def __init__(self, block: nn.Module, path: str, edit: Edit) -> None:
+        super().__init__(block.get_submodule("attn1"), path, edit)
+        self.block = block
+        self._streams: dict[int, Tensor] = {}  # of the blocks that are running, by thread
+        self._traced: Tensor | None = None  # in code that is being compiled
+
+    def install(self) -> None:
+        super().install()
+        self._handles.append(self.block.register_forward_pre_hook(self._before, with_kwargs=True))
+
+    def remove(self) -> None:
+        super().remove()
+        self._streams.clear()
+
+    def _before(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stream = args[0] if args else kwargs["hidden_states"]
+        if torch.compiler.is_compiling():
+            self._traced = stream
+        else:
+            self._streams[threading.get_ident()] = stream
+
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if torch.compiler.is_compiling():
+            stream, self._traced = self._traced, None
+        else:
+            stream = self._streams.pop(threading.get_ident(), None)
+        assert stream is not None  # the attention runs inside of its block
+        return stream
+
+    def edited(self, given: Tensor, output: Tensor) -> Tensor | None:
+        stream = given + output
+        with by_name.hidden():
+            found = self.edit(given, stream)
+        return None if found is None else found - given
+
+
+# -- torch.compile ---------------------------------------------------------------------------------
+
+_ports = Ports()
+
+
+def _evaluate(given: Tensor, output: Tensor, port: str) -> Tensor:
+    owner = _ports.get(port)
+    found = None if owner is None else owner.edited(given, output)
+    return output if found is None else found
+
+
+_layer_operator = opaque_operator(
+    "layer",
+    "Tensor given, Tensor output, str port",
+    _evaluate,
+    lambda given, output, port: tuple(output.shape),
+    _ports,
+)

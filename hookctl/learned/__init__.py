@@ -1,0 +1,1 @@
+"""Trained modules, attached as editors from their official checkpoints."""

@@ -1,0 +1,209 @@
+"""What editors see inside a model beside its attention: streams, layers, residuals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hookctl.address.clock import Clock
+from hookctl.address.rows import Row, Rows
+from hookctl.address.sites import Grid, Site, grid_of
+from hookctl.errors import InputError, UnsupportedError
+from hookctl.loop.state import State
+
+
+@dataclass(eq=False)
+class InsertCall:
+    """The residual stream of a transformer block, between its self-attention and what follows.
+
+    site: of the self-attention.
+    hidden: [rows (x frames), tokens, channels]; assign another of its shape to change the stream.
+    rows: whose the batch rows are (`Rows`).
+    clock: when (`Clock`).
+    grid: the grid of the tokens, `height, width = call.grid`, None if they form none.
+    """
+
+    site: Site
+    hidden: Tensor
+    rows: Rows
+    clock: Clock
+    grid: Grid | None
+
+
+@dataclass(eq=False)
+class LinearCall:
+    """A linear layer.
+
+    name: its path inside the model, such as "down_blocks.0.attentions.0...attn2.to_k".
+    input: [rows (x frames), ..., inputs]; output: [..., outputs]; assign to change it.
+    rows: whose the batch rows are (`Rows`).
+    clock: when (`Clock`).
+    latent: sides of the latent, ([frames,] height, width).
+    """
+
+    name: str
+    input: Tensor
+    output: Tensor
+    rows: Rows
+    clock: Clock
+    latent: tuple[int, ...]
+
+    @property
+    def grid(self) -> Grid | None:
+        """The grid of the input's tokens over the latent, None if they form none."""
+        return grid_of(self.input.shape[-2], self.latent) if self.input.dim() == 3 else None
+
+    def add(
+        self,
+        down: Tensor,
+        up: Tensor,
+        scale: float | Tensor = 1.0,
+        *,
+        rows: Iterable[Row] | None = None,
+        tokens: Tensor | None = None,
+    ) -> None:
+        """Add scale * up (down input) to the output (LoRA, arXiv 2106.09685).
+
+        down: [rank, inputs]; up: [outputs, rank]; rows: of which alone, None for all; tokens: how
+        much at each token, [tokens], from 0 to 1, such as a region's share of it.
+        Raises InputError for other shapes.
+        """
+        inputs, outputs = self.input.shape[-1], self.output.shape[-1]
+        if down.shape[1:] != (inputs,) or up.shape != (outputs, down.shape[0]):
+            raise InputError(
+                f"{self.name}: a low-rank delta of {tuple(down.shape)} and {tuple(up.shape)}; give "
+                f"[rank, {inputs}] and [{outputs}, rank]"
+            )
+        if tokens is not None and tokens.shape != self.input.shape[1:-1]:
+            raise InputError(
+                f"{self.name}: tokens={tuple(tokens.shape)}; its input has "
+                f"{tuple(self.input.shape[1:-1])}"
+            )
+        chosen = None if rows is None else self._places(rows)
+        if chosen == []:
+            return
+        x = self.input if chosen is None else self.input[chosen]
+        delta = F.linear(F.linear(x, down.to(x)), up.to(x)) * scale
+        if tokens is not None:
+            delta = delta * tokens.to(delta)[..., None]
+        if chosen is None:
+            self.output = self.output + delta
+        else:
+            changed = self.output.clone()
+            changed[chosen] += delta
+            self.output = changed
+
+    def _places(self, rows: Iterable[Row]) -> list[int]:
+        """Batch indices of some rows; a video's row has one for each frame."""
+        repeats = self.input.shape[0] // len(self.rows)
+        return [row.index * repeats + i for row in rows for i in range(repeats)]
+
+
+@dataclass(eq=False)
+class StemCall:
+    """The layer that takes the latents into the model.
+
+    layer: the module; input: what it is given, [rows, channels, [frames,] height, width] of a
+    convolution; output: assign to change it.
+    rows: whose the batch rows are (`Rows`).
+    clock: when (`Clock`).
+    """
+
+    layer: nn.Module
+    input: Tensor
+    output: Tensor
+    rows: Rows
+    clock: Clock
+
+    def convolve(self, weight: Tensor, bias: Tensor | None, extra: Tensor | None = None) -> None:
+        """Make the output by another convolution, of the input and further channels.
+
+        weight: [outputs, channels + further, kernel, kernel]; bias: [outputs]; extra: [1 | rows,
+        further, height, width]. Raises InputError for other shapes, UnsupportedError for a stem
+        that is no convolution over images.
+        """
+        if not isinstance(self.layer, nn.Conv2d):
+            raise UnsupportedError(
+                f"the first layer of this model is a {type(self.layer).__name__}; further channels "
+                "need a convolution over images (nn.Conv2d)"
+            )
+        given = self.input
+        if extra is not None:
+            many = extra.to(given).expand(given.shape[0], -1, -1, -1)
+            if many.shape[2:] != given.shape[2:]:
+                raise InputError(
+                    f"extra={tuple(extra.shape)}; the latents are {tuple(given.shape[2:])}"
+                )
+            given = torch.cat([given, many], 1)
+        if weight.shape[1] != given.shape[1] or weight.shape[0] != self.output.shape[1]:
+            raise InputError(
+                f"weight={tuple(weight.shape)}; {given.shape[1]} channels go in, "
+                f"{self.output.shape[1]} come out"
+            )
+        bias = None if bias is None else bias.to(given)
+        layer = self.layer
+        self.output = F.conv2d(given, weight.to(given), bias, layer.stride, layer.padding)
+
+
+@dataclass(frozen=True, eq=False)
+class Residuals:
+    """What is added to the encoder of a denoiser (ControlNet, arXiv 2302.05543).
+
+    skips: of each skip connection from the first, [rows, channels, height, width] (of a
+    transformer: of its blocks, in order); middle: to the middle block's output, None for nothing.
+    """
+
+    skips: Sequence[Tensor]
+    middle: Tensor | None = None
+
+    def __add__(self, other: Residuals) -> Residuals:
+        if len(self.skips) != len(other.skips):
+            raise InputError(
+                f"residuals for {len(self.skips)} and for {len(other.skips)} skip connections "
+                "can't be added: they are of different models"
+            )
+        parts = [one for one in (self.middle, other.middle) if one is not None]
+        middle = sum(parts[1:], parts[0]) if parts else None
+        return Residuals([a + b for a, b in zip(self.skips, other.skips, strict=True)], middle)
+
+
+# Arguments of a denoiser that residuals are given by: of the skips, and of the middle.
+_ARGUMENTS = (
+    ("down_block_additional_residuals", "mid_block_additional_residual"),
+    ("block_controlnet_hidden_states", None),
+    ("controlnet_block_samples", None),
+)
+
+
+def residual_arguments(parameters: Iterable[str]) -> tuple[str, str | None] | None:
+    """By which arguments a denoiser, of these parameters, takes residuals; None for by none."""
+    known = set(parameters)
+    return next((pair for pair in _ARGUMENTS if pair[0] in known), None)
+
+
+def add_residuals(state: State, found: Residuals | None) -> None:
+    """An editor adds to the encoder of a call."""
+    if found is not None:
+        state.residuals = found if state.residuals is None else state.residuals + found
+
+
+def with_residuals(state: State, parameters: Iterable[str]) -> dict[str, Any]:
+    """The arguments of a call with what editors add to the encoder."""
+    found: Residuals | None = state.residuals
+    names = residual_arguments(parameters)
+    if found is None or names is None:
+        return state.kwargs
+    skips, middle = names
+    own = state.kwargs.get(skips)
+    if own is not None:
+        found = Residuals(own, state.kwargs.get(middle) if middle else None) + found
+    changed = {**state.kwargs, skips: tuple(found.skips)}
+    if middle is not None:
+        none = torch.zeros((), dtype=found.skips[-1].dtype, device=found.skips[-1].device)
+        changed[middle] = none if found.middle is None else found.middle
+    return changed
