@@ -102,8 +102,8 @@ def adapter_for(denoiser: nn.Module, image_proj: nn.Module) -> Adapter:
 def low_rank_of(adapter: Adapter) -> nn.ModuleDict:
     """FaceID's deltas alone, by number and name, of the same parameters."""
     found = nn.ModuleDict()
-    for i, layer in adapter.ip_adapter.items():
-        deltas = {name: part for name, part in layer.items() if name.endswith("_lora")}
+    for i, layer in adapter.ip_adapter.named_children():
+        deltas = {name: part for name, part in layer.named_children() if name.endswith("_lora")}
         if deltas:
             found[i] = nn.ModuleDict(deltas)
     return found

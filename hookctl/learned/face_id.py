@@ -12,7 +12,7 @@ from hookctl.arguments import number
 from hookctl.learned.adapter import Adapter, low_rank_of
 from hookctl.learned.faces import check_length
 from hookctl.learned.image_prompts import ImagePrompt
-from hookctl.learned.ip_adapter import IPAdapter
+from hookctl.learned.ip_adapter import IPAdapter, fitting
 from hookctl.learned.weights import Weights
 from hookctl.loop.inserting import LinearCall
 
@@ -59,3 +59,21 @@ class FaceID(IPAdapter):
         site, _, layer = path.removesuffix(".0").rpartition(".")  # to_out.0
         name = f"{self._layers.get(site)}.{layer}_lora"
         return name if name in self._names else None
+
+
+def from_checkpoint(
+    checkpoint: Any,
+    pipe: Any,
+    *,
+    images: Any = None,
+    shortcut: bool | None = None,
+    strength: float = 1.0,
+    **options: Any,
+) -> FaceID:
+    """The editor of a file. shortcut: True for FaceID-Plus v2, False for its v1, which can't be
+    told apart by their files; strength: of what v2 reads in the picture. options: of `FaceID`."""
+    strength = number(strength, "FaceID: strength")
+    adapter = fitting(
+        checkpoint, pipe, FaceID.__name__, images, shortcut=shortcut, strength=strength
+    )
+    return FaceID(adapter, images, **options)

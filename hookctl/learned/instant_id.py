@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,12 @@ from hookctl.address.clock import Window
 from hookctl.address.families import denoiser_of
 from hookctl.address.regions import RegionLike
 from hookctl.address.rows import Row
-from hookctl.arguments import number, refusal
+from hookctl.arguments import number, refusal, shown
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.learned.adapter import Adapter
 from hookctl.learned.faces import check_length
 from hookctl.learned.image_prompts import ImagePrompt, Part
-from hookctl.learned.ip_adapter import IPAdapter, is_unguided
+from hookctl.learned.ip_adapter import IPAdapter, fitting, is_unguided
 from hookctl.learned.keypoints import draw_keypoints
 from hookctl.learned.modules.resampler import Resampler
 from hookctl.learned.weights import Weights
@@ -244,3 +245,39 @@ def _check_net(net: nn.Module, denoiser: nn.Module, who: str) -> None:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, list | tuple) else value
+
+
+def from_checkpoint(
+    checkpoint: Any,
+    pipe: Any,
+    *,
+    people: Any = None,
+    identity_net: nn.Module | str | Path | None = None,
+    **options: Any,
+) -> InstantID:
+    """The editor of a file (ip-adapter.bin).
+
+    identity_net: the folder of IdentityNet (ControlNetModel), or the model. options: of
+    `InstantID`. Raises InputError if one of them does not fit.
+    """
+    adapter = fitting(checkpoint, pipe, InstantID.__name__, people, "people")
+    if isinstance(identity_net, str | Path):
+        identity_net = _loaded(identity_net, denoiser_of(pipe))
+    return InstantID(adapter, people, identity_net, **options)
+
+
+def _loaded(folder: str | Path, denoiser: nn.Module) -> nn.Module:
+    """A ControlNetModel from a folder, or a repository's name, by safetensors alone."""
+    from diffusers import ControlNetModel
+
+    dtype = next(denoiser.parameters()).dtype
+    try:
+        net: nn.Module = ControlNetModel.from_pretrained(
+            str(folder), torch_dtype=dtype, use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"InstantID: identity_net={str(folder)!r}: {shown(str(error))}; give the folder "
+            "ControlNetModel, with config.json and diffusion_pytorch_model.safetensors"
+        ) from None
+    return net

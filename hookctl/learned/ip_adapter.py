@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hookctl.address.families import denoiser_of
+from hookctl.address.families import denoiser_of, sites_of
 from hookctl.address.rows import IMAGE, UNCOND, Row, Rows
 from hookctl.arguments import checked
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import WHOLE_IMAGE, Claim, Editor
 from hookctl.errors import InputError
-from hookctl.learned.adapter import Adapter, check_fit, numbered_layers
+from hookctl.learned.adapter import Adapter, adapter_of, check_fit, numbered_layers
 from hookctl.learned.image_encoder import ImageEncoder
 from hookctl.learned.image_prompts import (
     ImagePrompt,
@@ -134,6 +134,7 @@ class IPAdapter(Editor):
         denoiser = denoiser_of(target)
         check_fit(self.adapter, denoiser, self.name)
         self._layers = {path: str(i) for i, path in numbered_layers(denoiser).items()}
+        self.strength.check(site for site in sites_of(denoiser) if site.path in self._layers)
         model = self.image_encoder
         if model is None:
             model = getattr(target, "image_encoder", None)
@@ -274,3 +275,22 @@ class IPAdapter(Editor):
 def is_unguided(row: Row) -> bool:
     """Whether a row is to be drawn without the prompt."""
     return row.role in (UNCOND, IMAGE)
+
+
+def from_checkpoint(checkpoint: Any, pipe: Any, *, images: Any = None, **options: Any) -> IPAdapter:
+    """The editor of a file; options: of `IPAdapter`. Raises InputError if it does not fit."""
+    return IPAdapter(fitting(checkpoint, pipe, IPAdapter.__name__, images), images, **options)
+
+
+def fitting(
+    checkpoint: Any, pipe: Any, who: str, images: Any, argument: str = "images", **options: Any
+) -> Adapter:
+    """The adapter in a file, for a pipeline; InputError if it does not fit, or nothing is shown.
+
+    options: of `adapter_of`.
+    """
+    if images is None:
+        raise InputError(f"{who}: {argument}=None; give what it is to show, {argument}=...")
+    adapter = adapter_of(checkpoint.tensors, **options)
+    check_fit(adapter, denoiser_of(pipe), who)
+    return adapter

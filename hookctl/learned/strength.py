@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from hookctl.address.clock import Clock
-from hookctl.address.sites import Site, matcher
+from hookctl.address.sites import Site, matcher, select
 from hookctl.errors import InputError
 
 
@@ -24,7 +24,14 @@ class Strength:
             raise InputError(f"{name}: schedule=[]; give one factor or more")
         scales = scale if isinstance(scale, Mapping) else {"all": scale}
         self._scales = [(matcher(sites), float(value)) for sites, value in scales.items()]
+        self._selectors, self._name = list(scales), name
         self._schedule = None if schedule is None else [float(factor) for factor in schedule]
+
+    def check(self, sites: Iterable[Site]) -> None:
+        """Raise SelectorError if a selector matches none of the sites where the module can act."""
+        every = tuple(sites)
+        for selector in self._selectors:
+            select(every, selector, who=f"{self._name}: scale")
 
     @property
     def is_zero(self) -> bool:
