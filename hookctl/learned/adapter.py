@@ -151,6 +151,13 @@ def check_fit(adapter: Adapter, denoiser: nn.Module, who: str) -> None:
                 f"{who}: ip_adapter.{key} is {have}, but this {name} needs {shape} at "
                 f"{layers[int(key.partition('.')[0])]}; {_cause(adapter, expected, cross)}"
             )
+    text = {x.shape[1] for key, x in adapter.ip_adapter.state_dict().items() if key in cross}
+    made = _token_width(adapter.image_proj)
+    if made is not None and text - {made}:
+        raise InputError(
+            f"{who}: image_proj makes tokens of {made} channels, but ip_adapter reads "
+            f"{', '.join(map(str, sorted(text)))}; the two are of different files"
+        )
     if further := sorted(set(given) - set(wanted)):
         raise InputError(
             f"{who}: ip_adapter.{further[0]} {given[further[0]]} is of no layer of this {name}; "
@@ -174,6 +181,17 @@ def _deltas(i: int, attention: Any, given: Shapes) -> dict[str, tuple[int, ...]]
             wanted[f"{start}.down.weight"] = (rank, layer.in_features)
             wanted[f"{start}.up.weight"] = (layer.out_features, rank)
     return wanted
+
+
+def _token_width(image_proj: nn.Module) -> int | None:
+    """Channels of the tokens that a projection makes: those of the last of its layer norms."""
+    for name in ("norm_out", "norm", "proj.3"):
+        try:
+            norm: Any = image_proj.get_submodule(name)
+        except AttributeError:
+            continue
+        return int(norm.weight.shape[0])
+    return None
 
 
 _TEXTS = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL"}

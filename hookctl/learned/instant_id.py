@@ -189,7 +189,7 @@ class InstantID(IPAdapter):
             faces = [] if points is None else [(points * size).tolist()]
             picture = np.array(draw_keypoints(faces, width, height))
             with torch.inference_mode(False):
-                drawn = torch.from_numpy(picture).permute(2, 0, 1).float() / 255
+                drawn = torch.from_numpy(picture).permute(2, 0, 1).double() / 255
                 self._hints[key] = drawn.to(like)
         return self._hints[key]
 

@@ -161,32 +161,39 @@ class Literal:
 
 
 def by_formula(
-    unet: Any, given: dict[str, Tensor], shown: list[Tensor], scales: Any, masks: Any, call: Any
+    unet: Any,
+    given: dict[str, Tensor],
+    tokens: list[Tensor],
+    scales: list[float],
+    masks: list[Any],
+    call: Any,
+    **options: Any,
 ) -> Tensor:
-    """A denoiser call [unguided, guided], with every cross-attention written out."""
+    """A denoiser call with every cross-attention written out.
 
-    def tokens_of(e: Tensor) -> Tensor:
-        made = e @ given["image_proj.proj.weight"].T + given["image_proj.proj.bias"]
-        made = made.reshape(4, -1)
-        return F.layer_norm(
-            made, made.shape[-1:], given["image_proj.norm.weight"], given["image_proj.norm.bias"]
-        )
-
-    tokens = [torch.stack([tokens_of(torch.zeros_like(e)), tokens_of(e)]) for e in shown]
+    tokens: of each image, [rows, tokens, channels].
+    """
     before = unet.attn_processors
-    numbers = {path: i for i, path in numbered_layers(unet).items()}
     processors = dict(before)
-    for path, i in numbers.items():
+    for i, path in numbered_layers(unet).items():
         if path.endswith("attn2"):
             k, v = (given[f"ip_adapter.{i}.to_{n}_ip.weight"] for n in "kv")
             processors[f"{path}.processor"] = Literal(k, v, tokens, scales, masks)
     unet.set_attn_processor(processors)
     try:
         with torch.no_grad():
-            found: Tensor = unet(*call).sample
+            found: Tensor = unet(*call, **options).sample
     finally:
         unet.set_attn_processor(before)
     return found
+
+
+def base_tokens(given: dict[str, Tensor], e: Tensor) -> Tensor:
+    made = e @ given["image_proj.proj.weight"].T + given["image_proj.proj.bias"]
+    made = made.reshape(4, -1)
+    return F.layer_norm(
+        made, made.shape[-1:], given["image_proj.norm.weight"], given["image_proj.norm.bias"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -210,7 +217,11 @@ def test_a_call_is_the_formula(dtype: torch.dtype, tolerance: float) -> None:
     with hookctl.control(unet, edit, rows=("uncond", "cond")), torch.no_grad():
         ours = unet(*call).sample
     given = {name: x.to(dtype) for name, x in identity.tensors("base", unet).items()}
-    wanted = by_formula(unet, given, [x.to(dtype) for x in shown], [0.45, 0.2], [mask, None], call)
+    tokens = [
+        torch.stack([base_tokens(given, torch.zeros_like(e)), base_tokens(given, e)])
+        for e in (x.to(dtype) for x in shown)
+    ]
+    wanted = by_formula(unet, given, tokens, [0.45, 0.2], [mask, None], call)
     assert apart(ours, wanted) < tolerance
     with torch.no_grad():
         assert apart(unet(*call).sample, wanted) > 1e-3
