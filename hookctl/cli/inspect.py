@@ -10,7 +10,10 @@ from hookctl.cli import common
 from hookctl.cli.draw import Drawing
 from hookctl.cli.models import find_model
 from hookctl.cli.quiet import quiet
+from hookctl.cli.weights import is_weights, show_weights
+from hookctl.errors import InputError
 from hookctl.inspect import table
+from hookctl.learned.reading.located import located
 
 if TYPE_CHECKING:
     from hookctl.inspect import Probed, Survey
@@ -23,6 +26,9 @@ which sites were really caught. --prove changes one prompt, one negative, one se
 a few short runs and prints what is declared of the family beside what follows. Takes a pipeline
 or a bare denoiser folder.
 
+Of a file of weights (GLIGEN, InstanceDiffusion, IP-Adapter, InstantID, ...) it says what they are,
+for which base model, what they need and how they are attached. No code in a file is ever run.
+
 A site is selected by kind, place, resolution relative to the latent, or path:
   sites="self up @<=1/2, mid"    self-attention of the up blocks at half the latent or coarser,
                                  and everything in the middle
@@ -33,6 +39,7 @@ hookctl inspect ./sd15                        # a pipeline folder (no weights ar
 hookctl inspect ./sd15/unet --json            # one model of it, for programs
 hookctl inspect shapes --run                  # what is really caught
 hookctl inspect shapes --prove                # declared facts beside measured ones
+hookctl inspect ip-adapter_sd15.bin           # what a file of weights is
 """
 _RUN_STEPS = 2
 
@@ -41,7 +48,9 @@ def add(commands: Any) -> None:
     command = common.add_command(
         commands, "inspect", main, "list what there is to control in a model", _TEXT, _EXAMPLES
     )
-    command.add_argument("model", metavar="MODEL", help=common.MODEL_HELP)
+    command.add_argument(
+        "model", metavar="MODEL", help=f"{common.MODEL_HELP}; or a file of weights"
+    )
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--run", action="store_true", help="draw once and say what was caught")
     command.add_argument(
@@ -52,8 +61,22 @@ def add(commands: Any) -> None:
 
 
 def main(options: Any) -> None:
+    if is_weights(options.model):
+        if options.run or options.prove:
+            raise InputError(
+                f"{options.model}: are weights; --run and --prove take a pipeline, and "
+                "hookctl run --hook attaches weights to one"
+            )
+        located(options.model)
+        _inspect_weights(options)
+        return
     find_model(options.model, whole=options.run or options.prove)
     _inspect(options)
+
+
+@quiet()
+def _inspect_weights(options: Any) -> None:
+    show_weights(options.model, options.json)
 
 
 @quiet()

@@ -21,9 +21,14 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _UNUSED = {"inverted": ("negative", "images"), "a program's": ("images",)}
 
 
-def check_image(taken: bool, file: Path | None, stack: Path | None) -> None:
-    """InputError unless --image is given where a stack takes one; FileNotFoundError without it."""
-    if not taken and file is not None:
+def check_image(
+    taken: bool, file: Path | None, stack: Path | None, *, allowed: bool = False
+) -> None:
+    """InputError unless --image is given where a stack takes one; FileNotFoundError without it.
+
+    allowed: it may be given, since learned weights may take it.
+    """
+    if not (taken or allowed) and file is not None:
         raise InputError(
             f"--image {file}: {stack} draws from noise; give a stack with an [inversion] or a "
             "[program] table or an editor that takes an image, or leave --image out"
@@ -34,13 +39,15 @@ def check_image(taken: bool, file: Path | None, stack: Path | None) -> None:
         raise FileNotFoundError(f"--image {file}: there is no such file; give an image")
 
 
-def read_image(preset: Preset, file: Path | None, drawing: Drawing) -> Image | None:
-    """The image of --image, None for a stack that draws from noise.
+def read_image(
+    preset: Preset, file: Path | None, drawing: Drawing, *, allowed: bool = False
+) -> Image | None:
+    """The image of --image, None for a stack that draws from noise; allowed: as of `check_image`.
 
     Raises InputError where the stack and the options disagree, and for a file that is no image;
     FileNotFoundError if there is none.
     """
-    check_image(preset.takes_image, file, preset.path)
+    check_image(preset.takes_image, file, preset.path, allowed=allowed)
     if file is None:
         return None
     use = "inverted" if preset.inversion else "a program's" if preset.program else ""

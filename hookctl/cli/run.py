@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import hookctl
 from hookctl.cli import common
 from hookctl.cli.draw import Drawing, images
+from hookctl.cli.hooks import add_hook, attach_hooks, check_hooks, takes_image
 from hookctl.cli.inverting import (
     check_fits,
     check_image,
@@ -25,6 +25,7 @@ from hookctl.cli.lora import add_lora, check_loras, put_on, said
 from hookctl.cli.models import find_model
 from hookctl.cli.quiet import quiet
 from hookctl.cli.results import SHOWN_WORDS, Results, say
+from hookctl.cli.stacks import PRESETS, first_comment, prompts_of, stack_file
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.inspect import table
 from hookctl.preset import (
@@ -32,7 +33,6 @@ from hookctl.preset import (
     Preset,
     RawStack,
     check_early,
-    existing,
     load_preset,
     read_stack,
 )
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PRESETS = Path(__file__).resolve().parents[1] / "demos" / "presets"
+_NO_STACK = RawStack(Path("hook"), {}, "")
 _TEXT = """
 Run a stack of editors from a TOML file. What the file does not say is said here, and what is said
 here goes before the file. Draws the plain images and the edited ones from the same noise. Some
@@ -60,6 +60,7 @@ _EXAMPLES = """
 hookctl run recolour                         # a stack that comes with hookctl (--list)
 hookctl run stack.toml --model shapes --prompt "a red circle" --edit "a blue circle"
 hookctl run stack.toml --model ./sd15 --lora style.safetensors:0.8 --prompt "a cat" --edit "a dog"
+hookctl run --model ./sd15 --hook ip-adapter_sd15.bin:0.6 --image face.png --prompt "a photo"
 hookctl run inverted_edit --image out/run-recolour/plain-0.png         # edits an image
 hookctl run cyclic_one_way --image out/run-recolour/plain-0.png        # draws round it
 """
@@ -75,6 +76,7 @@ def add(commands: Any) -> None:
     command.add_argument("--list", action="store_true", help="list the stacks that come along")
     command.add_argument("--model", metavar="MODEL", help=common.MODEL_HELP)
     add_lora(command)
+    add_hook(command)
     command.add_argument(
         "--image", type=Path, metavar="FILE", help="image, for a stack that takes one"
     )
@@ -95,9 +97,11 @@ def add(commands: Any) -> None:
 def main(options: Any) -> None:
     if options.list:
         stacks = sorted(PRESETS.glob("*.toml"))
-        print(table([(s.stem, _first_comment(s)) for s in stacks], ("stack", "what it does")))
+        print(table([(s.stem, first_comment(s)) for s in stacks], ("stack", "what it does")))
         return
-    raw = _checked(_stack_file(options.stack), options)
+    alone = options.stack is None and options.hook  # weights, and no stack
+    raw = _NO_STACK if alone else read_stack(stack_file(options.stack))
+    _check(raw, options)
     with common.out_folder(options.out, "run", raw.path.stem) as out:
         _run(raw, out, options)
 
@@ -106,15 +110,23 @@ def main(options: Any) -> None:
 def _run(raw: RawStack, out: Path, options: Any) -> None:
     from hookctl.cli.loading import load_pipeline
 
-    preset = load_preset(raw.path, editors_by_name(), inversions_by_name(), programs_by_name())
-    prompts = _prompts(options, raw, preset.takes_prompts)
+    preset = Preset((), path=raw.path)
+    if raw is not _NO_STACK:
+        known = (editors_by_name(), inversions_by_name(), programs_by_name())
+        preset = load_preset(raw.path, *known)
+    prompts = prompts_of(options, raw, preset.takes_prompts)
     drawing = Drawing.of(options, preset.run)
-    image = read_image(preset, options.image, drawing)
+    hooks = options.hook or preset.hooks
+    image = read_image(preset, options.image, drawing, allowed=bool(hooks))
     editors = preset.editors(prompts, image)
     loras = options.lora or preset.loras
     model = _model(options, raw)
     pipe = load_pipeline(model, options.device, options.dtype)
     put_on(pipe, loras)
+    attached = attach_hooks(pipe, hooks, prompts, image)
+    if image is not None and not (preset.takes_image or takes_image(attached)):
+        check_image(False, options.image, preset.path)
+    editors += [one.editor for one in attached]
     progress = common.wants_progress(options)
     maps = _maps(pipe, prompts, options.words, preset)
     times: dict[str, float] = {}
@@ -129,7 +141,7 @@ def _run(raw: RawStack, out: Path, options: Any) -> None:
     elif image is not None and preset.program is not None:
         program = program_for(pipe, preset, image, drawing, prompts)
         draw = images_of(program, progress)
-    elif image is not None:
+    elif image is not None and preset.takes_image:
         check_fits(pipe, image, drawing)
     # Control comes first: it refuses what can't be done before anything is drawn.
     with hookctl.control(pipe, *editors, *maps) as session:
@@ -143,12 +155,13 @@ def _run(raw: RawStack, out: Path, options: Any) -> None:
     common.write_json(
         out / "run.json",
         {
-            "stack": str(preset.path),
+            "stack": None if raw is _NO_STACK else str(preset.path),
             "stack_sha256": preset.sha256,
             "editors": [{"recipe": s.recipe, **s.arguments} for s in preset.specs],
             "inversion": _said(preset.inversion),
             "program": _said(preset.program),
             "loras": said(loras),
+            "hooks": [one.data() for one in attached],
             "image": options.image,
             "model": model,
             "pipeline": type(pipe).__name__,
@@ -160,23 +173,24 @@ def _run(raw: RawStack, out: Path, options: Any) -> None:
             "versions": common.versions(),
         },
     )
+    print("\n".join(line for one in attached for line in one.lines()), end="\n" * bool(attached))
     say(out, sessions, preset, times)
 
 
 # -- before ----------------------------------------------------------------------------------------
 
 
-def _checked(path: Path, options: Any) -> RawStack:
-    """The file, after a check of all that needs neither torch nor the model: they take seconds."""
-    raw = read_stack(path)
-    known = check_early(raw.data, path)
-    prompts = _prompts(options, raw, known.takes(raw.data, "prompts"))
+def _check(raw: RawStack, options: Any) -> None:
+    """Check all that needs neither torch nor the model: they take seconds."""
+    known = check_early(raw.data, raw.path)
+    prompts = prompts_of(options, raw, known.takes(raw.data, "prompts"))
     common.check_words(options.words, prompts)
     if known.knows_all(raw.data):
-        check_image(known.takes_image(raw.data), options.image, path)
+        allowed = bool(options.hook or raw.hooks)
+        check_image(known.takes_image(raw.data), options.image, raw.path, allowed=allowed)
     find_model(_model(options, raw))
+    check_hooks(options.hook or raw.hooks)
     check_loras(options.lora or raw.loras)
-    return raw
 
 
 def _model(options: Any, raw: RawStack) -> str:
@@ -184,43 +198,6 @@ def _model(options: Any, raw: RawStack) -> str:
     if model is None:
         raise InputError(f"which model? Give --model, or model = in {raw.path}")
     return model
-
-
-def _stack_file(given: str | None) -> Path:
-    """The file that was meant: a path, or the name of a stack that comes with hookctl."""
-    known = {path.stem: path for path in sorted(PRESETS.glob("*.toml"))}
-    along = f"a TOML file, or one of {', '.join(known)}"
-    if given is None:
-        raise InputError(f"which stack? Give {along}")
-    if Path(given).suffix or Path(given).exists():
-        return existing(Path(given))
-    if given in known:
-        return known[given]
-    near = get_close_matches(given, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ";"
-    raise InputError(f"there is no stack {given!r}{hint} Give {along}")
-
-
-def _first_comment(path: Path) -> str:
-    return path.read_text("utf-8").partition("\n")[0].lstrip("# ")
-
-
-def _prompts(options: Any, raw: RawStack, compared: bool) -> list[str]:
-    """The source prompt and its edits; the command line goes before the file.
-
-    compared: whether an editor takes both.
-    """
-    prompt = options.prompt if options.prompt is not None else raw.run.get("prompt")
-    if prompt is None:
-        raise InputError(f"which prompt? Give --prompt, or prompt = in [run] of {raw.path}")
-    # The file's edits belong to the file's prompt.
-    edits = options.edit
-    if edits is None and options.prompt is None:
-        edits = raw.run.get("edit")
-    edits = [edits] if isinstance(edits, str) else list(edits or [])
-    if compared and not edits:
-        raise InputError(f"{raw.path} edits a prompt into another; give --edit TEXT")
-    return [prompt, *edits]
 
 
 def _maps(

@@ -143,7 +143,9 @@ def contours(mask: Array) -> Iterator[Array]:
     todo = {(y, x) for y, x in np.argwhere(padded[1:] & ~padded[:-1]) + (1, 0)}
     for start in sorted(todo):
         if start in todo:
-            yield np.array(list(_walked(padded, start, todo))) - 1.0
+            walked = list(_walked(padded, start, todo))
+            if len(walked) > 1:  # round a hole of one pixel there is nowhere to go
+                yield np.array(walked) - 1.0
 
 
 def _walked(mask: Array, start: tuple[int, int], todo: set[tuple[int, int]]) -> Iterator[Any]:

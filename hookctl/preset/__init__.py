@@ -6,6 +6,10 @@
     path = "striped.safetensors"    # relative to the folder of this file
     weight = 0.8                    # default: 1
 
+    [[hook]]                        # optional: learned weights (GLIGEN, IP-Adapter, ...)
+    path = "ip-adapter_sd15.bin"    # relative too, or owner/name/FILE in the hub's cache
+    strength = 0.6                  # default: the kind's own; further keys are options of the kind
+
     [run]                           # optional: what the command line does not say
     prompt = "a red circle above a blue square"
     edit = "a green circle above a blue square"
@@ -28,9 +32,9 @@
     recipe = "CyclicOneWay"
     at = [32, 0]
 
-The keys of an editor and their types are those of its `__init__`. A parameter `prompts` gets the
-prompts of the run, `image` its image; an inversion gets the run's steps too, and a program all of
-its settings (`SETTINGS`).
+The keys of an editor and their types are those of its `__init__`; those of a hook are its kind's
+options. A parameter `prompts` gets the prompts of the run, `image` its image; an inversion gets the
+run's steps too, and a program all of its settings (`SETTINGS`).
 
 No file can bring code of its own: a recipe is known by name, or a class of a package that was
 installed before, and never one that lies beside the file.
@@ -40,13 +44,14 @@ from hookctl.preset.outline import Outline, check_early, outline
 from hookctl.preset.read import RawStack, existing, load_preset, read_stack
 from hookctl.preset.settings import SETTINGS, Setting
 from hookctl.preset.signature import parameters
-from hookctl.preset.stack import FILLED, EditorSpec, ImageSpec, LoraSpec, Preset
+from hookctl.preset.stack import FILLED, EditorSpec, HookSpec, ImageSpec, LoraSpec, Preset
 from hookctl.preset.write import dump_preset
 
 __all__ = [
     "FILLED",
     "SETTINGS",
     "EditorSpec",
+    "HookSpec",
     "ImageSpec",
     "LoraSpec",
     "Outline",

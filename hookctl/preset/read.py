@@ -14,12 +14,12 @@ from hookctl.errors import InputError
 from hookctl.preset.check import check_arguments, check_keys, named, shown, typed
 from hookctl.preset.installed import class_of
 from hookctl.preset.settings import SETTINGS
-from hookctl.preset.stack import EditorSpec, ImageSpec, LoraSpec, Preset
+from hookctl.preset.stack import EditorSpec, HookSpec, ImageSpec, LoraSpec, Preset
 
 if TYPE_CHECKING:
     from hookctl.editor import Editor
 
-_TOP_KEYS = ("model", "lora", "run", "inversion", "program", "editor")
+_TOP_KEYS = ("model", "lora", "hook", "run", "inversion", "program", "editor")
 _LORA_KEYS: Mapping[str, Any] = {"path": str, "weight": float}
 
 
@@ -42,9 +42,11 @@ def load_preset(
     with raw.naming():
         inversion = _of_image(data, "inversion", inversions or {}, path)
         program = _of_image(data, "program", programs or {}, path)
-        alone = program is not None and "editor" not in data
+        alone = "editor" not in data and (program is not None or bool(raw.hooks))
         specs = () if alone else _editors(data.get("editor"), recipes, path)
-    return Preset(specs, raw.run, raw.model, raw.loras, inversion, program, path, raw.sha256)
+    return Preset(
+        specs, raw.run, raw.model, raw.loras, raw.hooks, inversion, program, path, raw.sha256
+    )
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class RawStack:
     sha256: str
     model: str | None = None
     loras: tuple[LoraSpec, ...] = ()
+    hooks: tuple[HookSpec, ...] = ()
     run: Mapping[str, Any] = field(default_factory=dict)
 
     @contextmanager
@@ -93,8 +96,9 @@ def read_stack(path: Path | str) -> RawStack:
             model = typed(model, str, f"{path}: model")
         if "inversion" in data and "program" in data:
             raise InputError(f"{path}: both [inversion] and [program] take the image; give one")
-        loras, run = _loras(data.get("lora", []), path), _run(data.get("run", {}), path)
-    return replace(raw, data=data, model=model, loras=loras, run=run)
+        loras, hooks = _loras(data.get("lora", []), path), _hooks(data.get("hook", []), path)
+        run = _run(data.get("run", {}), path)
+    return replace(raw, data=data, model=model, loras=loras, hooks=hooks, run=run)
 
 
 def existing(path: Path) -> Path:
@@ -119,6 +123,26 @@ def _loras(tables: Any, path: Path) -> tuple[LoraSpec, ...]:
             key: typed(value, _LORA_KEYS[key], f"{where} {key}") for key, value in table.items()
         }
         found.append(LoraSpec(path.parent / values["path"], values.get("weight", 1.0)))
+    return tuple(found)
+
+
+def _hooks(tables: Any, path: Path) -> tuple[HookSpec, ...]:
+    if not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
+        raise InputError(
+            f'{path}: hook = {shown(tables)}; write a table for each, such as [[hook]] path = "..."'
+        )
+    found = []
+    for number, table in enumerate(tables, 1):
+        where = f"{path}: [[hook]] {number}"
+        if "path" not in table:
+            raise InputError(f"{where}: needs path (a text)")
+        given = dict(table)
+        file = typed(given.pop("path"), str, f"{where} path")
+        strength = given.pop("strength", None)
+        if strength is not None:
+            strength = typed(strength, float, f"{where} strength")
+        beside = path.parent / file  # else a file of a repository
+        found.append(HookSpec(str(beside) if beside.exists() else file, strength, given, where))
     return tuple(found)
 
 

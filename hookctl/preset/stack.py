@@ -33,6 +33,20 @@ class LoraSpec:
 
 
 @dataclass(frozen=True)
+class HookSpec:
+    """Learned weights that are attached as an editor: a file, or owner/name/FILE of a repository.
+
+    strength: None for the kind's own; arguments: further options of the kind, as the file gives
+    them; where they stand.
+    """
+
+    path: str
+    strength: float | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    where: str = ""
+
+
+@dataclass(frozen=True)
 class EditorSpec:
     """One editor of a stack: its class, the arguments of the file and where they stand.
 
@@ -107,14 +121,16 @@ def _naming(where: str) -> Iterator[None]:
 class Preset:
     """What a file says: which editors, and the settings of a run (keys of `SETTINGS`).
 
-    loras: adapters of the model; inversion: of the image that is edited; program: that draws
-    round the image, or another form of it; None if the pipeline itself draws, from noise.
+    loras: adapters of the model; hooks: learned weights; inversion: of the image that is edited;
+    program: that draws round the image, or another form of it; None if the pipeline itself draws,
+    from noise.
     """
 
     specs: tuple[EditorSpec, ...]
     run: Mapping[str, Any] = field(default_factory=dict)
     model: str | None = None
     loras: tuple[LoraSpec, ...] = ()
+    hooks: tuple[HookSpec, ...] = ()
     inversion: ImageSpec | None = None
     program: ImageSpec | None = None
     path: Path | None = None

@@ -14,6 +14,9 @@ def dump_preset(preset: Preset) -> str:
     lines = [] if preset.model is None else [*pairs({"model": preset.model}), ""]
     for lora in preset.loras:
         lines += ["[[lora]]", *pairs({"path": str(lora.path), "weight": lora.weight}), ""]
+    for hook in preset.hooks:
+        said = {"path": hook.path, "strength": hook.strength, **hook.arguments}
+        lines += ["[[hook]]", *pairs(said), ""]
     if preset.run:
         lines += ["[run]", *pairs(preset.run), ""]
     for key, of_image in (("inversion", preset.inversion), ("program", preset.program)):

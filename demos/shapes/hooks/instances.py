@@ -36,14 +36,14 @@ from hookctl.recipes import ScaleU
 
 from ..captions import describe
 from ..world import IMAGE_SIZE, Scene, Thing
-from .task import EARLY, HELD_OUT, Base, Batch
+from .task import EARLY, HELD_OUT, Base, Batch, ldm_name
 
 SLOTS, SCRIBBLE, OUTLINE, RASTER = 6, 8, 32, 64  # of a row; numbers of points; px of a raster
 OPEN = 0.5  # where the gates begin
 BATCH = 16
 # From which step on how many scenes there are; None: fresh ones.
 POOLS: tuple[tuple[int, int | None], ...] = ((0, 32), (300, 128), (800, 1024), (1600, None))
-ALL_FORMATS = 1200  # from this step on formats are left out, too
+ALL_FORMATS = 800  # from this step on formats are left out, too
 NO_CAPTION, NO_INSTANCES = 0.5, 0.1
 
 
@@ -159,31 +159,36 @@ class InstancesTask:
 
     @torch.no_grad()
     def look(self) -> dict[str, float]:
-        """The loss x 1000 of 32 held-out scenes at strong noise with true, with no and with another
-        scene's instances: where these part, places are heeded."""
+        """The loss x 1000 of 32 held-out scenes at strong noise with boxes and points that are
+        true, left out, and another scene's, and with masks too: where these part, places are
+        heeded."""
         rng = np.random.default_rng(HELD_OUT)
         pairs = self.base.scenes(rng, 32, None)
         batch = self.base.batch(pairs, [""] * 32)
         t = torch.linspace(EARLY, 999, 32).long().to(self.base.device)
         noise = torch.from_numpy(rng.standard_normal(batch.latents.shape, np.float32))
         scenes = list(batch.scenes)
-        found = {}
-        for name, given in {
-            "true": self.given(scenes, rng),
-            "null": self.given(scenes, rng, keep=0.0),
-            "swapped": self.given(scenes[1:] + scenes[:1], rng),
-        }.items():
-            error = self._error(batch, t, noise.to(batch.latents), given, FORMATS)
-            found[name] = round(1000 * float(error.mean()), 2)
+        true, swapped = self.given(scenes, rng), self.given(scenes[1:] + scenes[:1], rng)
+
+        def error(given: Instances, formats: Collection[str]) -> float:
+            found = self._error(batch, t, noise.to(batch.latents), given, formats)
+            return round(1000 * float(found.mean()), 2)
+
+        boxes = BOX, POINT
+        found = {"true": error(true, boxes), "null": error(self.given(scenes, rng, 0.0), boxes)}
+        found["swapped"] = error(swapped, boxes)
+        found["masks, true"], found["swapped masks"] = (
+            error(given, FORMATS) for given in (true, swapped)
+        )
         return found
 
     def state(self) -> dict[str, Tensor]:
-        """The weights, named as in the official checkpoint but for the blocks' paths."""
-        module = self.module
+        """The weights by the names of the official checkpoint."""
+        module, layers = self.module, int(self.base.unet.config.layers_per_block)
         found = {f"position_net.{k}": v for k, v in module.position_net.state_dict().items()}
         for path, fuser in zip(module.paths, module.fusers, strict=True):
-            block = path.removesuffix("attn1")
-            found |= {f"{block}fuser.{k}": v for k, v in fuser.state_dict().items()}
+            block = ldm_name(path.removesuffix(".attn1"), layers)
+            found |= {f"{block}.fuser.{k}": v for k, v in fuser.state_dict().items()}
         for i, (b, s) in enumerate(zip(module.scaleu_b, module.scaleu_s, strict=True)):
             found |= {f"scaleu_b_{i}": b.detach(), f"scaleu_s_{i}": s.detach()}
         return found
@@ -213,12 +218,13 @@ def _place(thing: Thing) -> Place:
 
 
 def _formats(rng: np.random.Generator) -> Collection[str]:
-    """What is shown of a batch ; as in the official recipe a mask comes with box and point."""
+    """What is shown of a batch. As in the official recipe a mask comes with box and point; boxes
+    and points alone come more often than there, for they are the last to be heeded."""
     u = rng.random()
-    if u < 0.45:
+    if u < 0.25:
         return FORMATS
-    if u < 0.65:
+    if u < 0.6:
         return BOX, POINT
-    if u < 0.8:
+    if u < 0.85:
         return (POINT,)
-    return (BOX, POINT, MASK) if u < 0.9 else (POINT, STROKE)
+    return (BOX, POINT, MASK) if u < 0.95 else (POINT, STROKE)

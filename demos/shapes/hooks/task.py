@@ -117,3 +117,18 @@ class Base:
             made = self.unet(noisy, t, states, return_dict=False)[0]
         error = (made.float() - v).square().mean((1, 2, 3))
         return error * (5.0 * (1 - a)).clamp(max=1.0).flatten()  # 5 / (snr + 1)
+
+
+def ldm_name(path: str, layers: int) -> str:
+    """The name that LDM has for what stands at a path in an attention block of a UNet.
+
+    layers: of a block of the UNet.
+    """
+    place, rest = path.split(".", 1)
+    if place == "mid_block":
+        return f"middle_block.1.{rest.removeprefix('attentions.0.')}"
+    block, _, layer, rest = rest.split(".", 3)
+    number = int(block) * (layers + 1) + int(layer)
+    if place == "down_blocks":
+        return f"input_blocks.{number + 1}.1.{rest}"
+    return f"output_blocks.{number}.1.{rest}"

@@ -98,11 +98,12 @@ class GatedSelfAttention(nn.Module):
         finer whatever x is: tanh of a half would lose a small gate.
         """
         wide = torch.promote_types(x.dtype, torch.float32)
-        strength = torch.as_tensor(gamma, dtype=wide, device=x.device).reshape(-1, 1, 1)
+        if isinstance(gamma, Tensor):
+            gamma = gamma.to(x.device, wide).reshape(-1, 1, 1)
 
         def added(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
-            gate = strength * torch.tanh(alpha.to(wide))
-            return x + (gate * y).to(x.dtype)
+            gate = gamma * torch.tanh(alpha.to(wide))
+            return x + (gate * y.to(wide)).to(x.dtype)
 
         u = self.norm1(torch.cat([x, self.linear(o)], dim=1))
         x = added(x, self.attn(u, x.shape[1], mask), self.alpha_attn)

@@ -47,7 +47,7 @@ class BoxText(nn.Module):
         self, text: int = WIDTH, hidden: int = HIDDEN, out: int = WIDTH, k: int = FREQUENCIES
     ) -> None:
         super().__init__()
-        self.frequencies = k
+        self.text, self.frequencies = text, k
         self.linears = mlp(text + 8 * k, hidden, out)
         self.null_positive_feature = nn.Parameter(torch.zeros(text))
         self.null_position_feature = nn.Parameter(torch.zeros(8 * k))
@@ -74,7 +74,7 @@ class BoxTextImage(nn.Module):
         self, text: int = WIDTH, hidden: int = HIDDEN, out: int = WIDTH, k: int = FREQUENCIES
     ) -> None:
         super().__init__()
-        self.frequencies = k
+        self.text, self.frequencies = text, k
         self.linears_text = mlp(text + 8 * k, hidden, out)
         self.linears_image = mlp(text + 8 * k, hidden, out)
         self.null_text_feature = nn.Parameter(torch.zeros(text))
@@ -203,7 +203,7 @@ class Downsampler(nn.Module):
 
     def __init__(self, channels: int = 1, hidden: int = 4, out: int = 8) -> None:
         super().__init__()
-        self.channels = channels
+        self.channels, self.out = channels, out
         self.layers = nn.Sequential(
             nn.Conv2d(channels, hidden, 4, 2, 1), nn.SiLU(), nn.Conv2d(hidden, out, 4, 2, 1)
         )

@@ -67,7 +67,8 @@ class UniFusion(nn.Module):
         features: int = WIDTHS[-1],
     ) -> None:
         super().__init__()
-        self.slots, self.frequencies, self.raster_tokens = slots, frequencies, raster_tokens
+        self.text, self.slots = text, slots
+        self.frequencies, self.raster_tokens = frequencies, raster_tokens
         self.scribble_points, self.mask_points = scribble_points, mask_points
         box, point, scribble, outline = (
             2 * frequencies * numbers for numbers in (4, 2, 2 * scribble_points, 2 * mask_points)

@@ -68,6 +68,17 @@ def contour_pixels(mask):
     return {(y - 1, x - 1) for y, x in np.argwhere(near & ~padded)}
 
 
+def lone_holes(mask):
+    """Holes of one pixel, whose contour is a point, and which no other contour passes."""
+    padded = np.pad(mask, 2)
+    found = set()
+    for y, x in contour_pixels(mask):
+        near = padded[y + 1 : y + 4, x + 1 : x + 4]
+        if near[0, 1] and near[2, 1] and near[1, 0] and near[1, 2] and near.sum() == 8:
+            found.add((y, x))
+    return found
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_contours_go_once_round_everything_closed_and_without_jumps(seed):
     mask = np.random.default_rng(seed).random((9, 12)) < 0.55
@@ -76,9 +87,9 @@ def test_contours_go_once_round_everything_closed_and_without_jumps(seed):
     for contour in found:
         assert np.array_equal(contour[0], contour[-1])
         steps = np.abs(np.diff(contour, axis=0)).max(1)
-        assert len(contour) == 1 or (steps == 1).all()  # a hole of one pixel has one point
+        assert (steps == 1).all()
         visited |= {(int(y), int(x)) for y, x in contour}
-    assert visited == contour_pixels(mask)
+    assert visited == contour_pixels(mask) - lone_holes(mask)
 
 
 def test_the_contour_of_a_rectangle():

@@ -11,7 +11,7 @@ from hookctl.cli.run import editors_by_name, inversions_by_name, programs_by_nam
 from hookctl.editor import Editor
 from hookctl.errors import InputError
 from hookctl.maps import Maps
-from hookctl.preset import EditorSpec, LoraSpec, Preset, dump_preset, load_preset
+from hookctl.preset import EditorSpec, HookSpec, LoraSpec, Preset, dump_preset, load_preset
 from hookctl.preset.signature import Mismatch, convert, describe
 from hookctl.recipes import PromptToPrompt
 
@@ -179,6 +179,37 @@ def test_loras(write: Write) -> None:
     ],
 )
 def test_what_is_wrong_with_a_lora_is_said(write: Write, text: str, says: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_preset(write(text + ANY), RECIPES)
+    assert says in str(caught.value)
+
+
+def test_hooks(write: Write, tmp_path: Path) -> None:
+    """What lies beside the file is meant, else a repository; they need no editor beside them."""
+    text = (
+        '[[hook]]\npath = "a.bin"\nstrength = 1\nboxes = [[0, 1]]\n[[hook]]\npath = "o/n/b.bin"\n'
+    )
+    (tmp_path / "a.bin").touch()
+    path = write(text)
+    preset = load_preset(path, RECIPES)
+    assert preset.specs == () and preset.hooks == (
+        HookSpec(str(path.parent / "a.bin"), 1.0, {"boxes": [[0, 1]]}, f"{path}: [[hook]] 1"),
+        HookSpec("o/n/b.bin", where=f"{path}: [[hook]] 2"),
+    )
+    assert load_preset(write(dump_preset(preset)), RECIPES).hooks == preset.hooks
+    assert len(load_preset(write(text + ANY), RECIPES).specs) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("hook = 3\n", "hook = 3; write a table for each"),
+        ("[[hook]]\nstrength = 1\n", "[[hook]] 1: needs path (a text)"),
+        ("[[hook]]\npath = 1\n", "[[hook]] 1 path = 1; give a text"),
+        ('[[hook]]\npath = "a"\nstrength = "b"\n', "[[hook]] 1 strength = 'b'; give a number"),
+    ],
+)
+def test_what_is_wrong_with_a_hook_is_said(write: Write, text: str, says: str) -> None:
     with pytest.raises(InputError) as caught:
         load_preset(write(text + ANY), RECIPES)
     assert says in str(caught.value)

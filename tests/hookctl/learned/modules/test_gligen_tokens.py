@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.embeddings import GLIGENTextBoundingboxProjection
 
 from hookctl.learned.modules.convnext import ConvNeXt
 from hookctl.learned.modules.fourier import fourier
@@ -73,6 +74,26 @@ def test_box_text_and_image(dtype, tolerance):
         for token, features, name in ((slot, text, "text"), (3 + slot, image, "image")):
             want = literal.mlp(torch.cat([features, box]), w, f"linears_{name}")
             torch.testing.assert_close(got[0, token], want, rtol=0, atol=tolerance)
+
+
+def test_diffusers_makes_the_same_tokens():
+    """Its networks for text and for text with images; its frequencies are in single precision."""
+    boxes, phrases, images = (draw(2, 4, n, seed=n + 1) for n in (4, 6, 6))
+    masks = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]], dtype=torch.float64)
+    texts, pictures = masks.roll(1, 0), masks.flip(1)
+    for kind, ours in (("text-only", BoxText(6, 512, 7)), ("text-image", BoxTextImage(6, 512, 7))):
+        theirs = GLIGENTextBoundingboxProjection(6, 7, kind).double()
+        literal.randomise(theirs, 0, torch.float64)
+        ours.double().load_state_dict(theirs.state_dict())
+        if kind == "text-only":
+            got, want = ours(boxes, masks, phrases), theirs(boxes, masks, phrases)
+        else:
+            got = ours(boxes, masks, phrases, images, texts, pictures)
+            want = theirs(
+                boxes, masks, phrases_masks=texts, image_masks=pictures,
+                phrases_embeddings=phrases, image_embeddings=images,
+            )  # fmt: skip
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype,tolerance", PRECISION)

@@ -1,0 +1,83 @@
+"""What CLIP says of phrases and images, in the form in which grounding modules were trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hookctl.arguments import refusal
+from hookctl.errors import InputError, UnsupportedError
+
+NORM = 28.7  # of a phrase's features; images' are brought to it
+_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images
+_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@torch.no_grad()
+def phrase_features(pipe: Any, phrases: Iterable[str], who: str) -> dict[str, Tensor]:
+    """The features of phrases by the pipeline's own first text encoder, float32 [width] each.
+
+    They are those of the end token after the final norm, before any projection (`pooler_output`).
+    Raises UnsupportedError without such an encoder, InputError for a phrase that is too long.
+    """
+    texts = list(dict.fromkeys(phrases))
+    encoder, tokenizer = (getattr(pipe, name, None) for name in ("text_encoder", "tokenizer"))
+    if not texts:
+        return {}
+    if encoder is None or tokenizer is None:
+        name = "a bare denoiser" if pipe is None else type(pipe).__name__
+        raise UnsupportedError(
+            f"{who}: {name} has no text encoder, so phrases can't be encoded; give "
+            "their features [width]"
+        )
+    longest = tokenizer.model_max_length
+    for text in texts:
+        tokens = len(tokenizer(text).input_ids)
+        if tokens > longest:
+            raise InputError(
+                f"{who}: the phrase {text!r} has {tokens} tokens; give one of {longest} at most"
+            )
+    ids = tokenizer(texts, padding="max_length", max_length=longest, return_tensors="pt").input_ids
+    out = encoder(ids.to(getattr(pipe, "_execution_device", encoder.device)))
+    pooled = getattr(out, "pooler_output", None)
+    if pooled is None:
+        raise UnsupportedError(
+            f"{who}: {type(encoder).__name__} gives no feature of a whole phrase (pooler_output); "
+            "give features [width] of your own"
+        )
+    return {text: feature.float() for text, feature in zip(texts, pooled, strict=True)}
+
+
+@torch.no_grad()
+def image_feature(image: Image.Image | Tensor, clip: Any, name: str) -> Tensor:
+    """The feature of an image in the space of phrases, float32 [width].
+
+    image: a crop, resized to CLIP's square as it is, or its CLIP embedding [width] after
+    projection. clip: a transformers CLIPModel, or its text projection [joint, text] for embeddings.
+    v = P^T e, at the length of a phrase's feature. Raises InputError.
+    """
+    if clip is None:
+        raise InputError(
+            f"{name}: images need clip=, a transformers CLIPModel (openai/clip-vit-large-patch14 "
+            "for the official checkpoints), or its text projection for embeddings"
+        )
+    projection = clip if isinstance(clip, Tensor) else clip.text_projection.weight
+    if isinstance(image, Image.Image):
+        if isinstance(clip, Tensor):
+            raise InputError(f"{name}: an image is given, and clip= is a matrix; give a CLIPModel")
+        side = clip.config.vision_config.image_size
+        pixels = np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC))
+        x = (torch.from_numpy(pixels / 255) - torch.tensor(_MEAN)) / torch.tensor(_STD)
+        x = x.permute(2, 0, 1)[None].to(projection)
+        embedding = clip.visual_projection(clip.vision_model(pixel_values=x).pooler_output)[0]
+    elif isinstance(image, Tensor) and image.shape == projection.shape[:1]:
+        embedding = image
+    else:
+        raise refusal(name, image, f"a PIL image or its CLIP embedding [{projection.shape[0]}]")
+    feature = projection.detach().float().T @ embedding.to(projection.device).float()
+    return NORM * feature / feature.norm()
