@@ -14,8 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hookctl.errors import InputError, UnsupportedError
+from hookctl.errors import InputError
+from hookctl.learned.fit import load_into
 from hookctl.learned.modules.image_projection import projection_of
+from hookctl.learned.names import adapter_layers
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -51,18 +53,8 @@ def adapter_of(
             raise InputError(f"IP-Adapter: the file has no {part}.*; it may be of another kind")
     image_proj = projection_of(parts["image_proj"], shortcut=shortcut, strength=strength)
     adapter = Adapter(image_proj, layers_of(parts["ip_adapter"]))
-    wanted = adapter.state_dict()
     own = {name: x for name, x in tensors.items() if name.split(".")[0] in parts}
-    for name, x in wanted.items():
-        if name not in own:
-            raise InputError(f"IP-Adapter: the file has no {name} {tuple(x.shape)}")
-        if own[name].shape != x.shape:
-            raise InputError(
-                f"IP-Adapter: {name} is {tuple(own[name].shape)}; beside the rest of the file it "
-                f"would be {tuple(x.shape)}"
-            )
-    values = {name: own[name].float() for name in wanted}
-    adapter.load_state_dict(values, assign=True)
+    load_into(adapter, own, who="IP-Adapter")
     return adapter
 
 
@@ -85,7 +77,7 @@ def layers_of(shapes: Shapes) -> nn.ModuleDict:
 def adapter_for(denoiser: nn.Module, image_proj: nn.Module) -> Adapter:
     """An untrained adapter of a UNet: W'_k and W'_v are copies of its own W_k and W_v."""
     layers = nn.ModuleDict()
-    for i, path in numbered_layers(denoiser).items():
+    for i, path in adapter_layers(denoiser).items():
         attention: Any = denoiser.get_submodule(path)
         if not attention.is_cross_attention:
             continue
@@ -109,30 +101,12 @@ def low_rank_of(adapter: Adapter) -> nn.ModuleDict:
     return found
 
 
-def numbered_layers(denoiser: nn.Module) -> dict[int, str]:
-    """The path of every attention layer that adapters of a UNet number, by number.
-
-    Raises UnsupportedError for a model that is numbered in no way that is known.
-    """
-    processors: Any = getattr(denoiser, "attn_processors", None)
-    blocks = ("down_blocks.", "up_blocks.", "mid_block.")
-    names = [name.removesuffix(".processor") for name in processors or ()]
-    paths = [name for name in names if name.startswith(blocks) and "motion_modules" not in name]
-    if not any(name.endswith(".attn2") for name in paths):
-        raise UnsupportedError(
-            f"IP-Adapter acts on the cross-attention of a UNet, and {type(denoiser).__name__} has "
-            "none that is known; use it with SD1.x or SDXL"
-        )
-    ordered = sorted(paths, key=lambda path: blocks.index(path.partition(".")[0] + "."))
-    return dict(enumerate(ordered))
-
-
 def check_fit(adapter: Adapter, denoiser: nn.Module, who: str) -> None:
     """Raise InputError unless an adapter is of a model like this one.
 
     The message has the first layer that does not fit, both shapes and the likely cause.
     """
-    layers = numbered_layers(denoiser)
+    layers = adapter_layers(denoiser)
     given = {name: tuple(x.shape) for name, x in adapter.ip_adapter.state_dict().items()}
     wanted: dict[str, tuple[int, ...]] = {}
     for i, path in layers.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from hookctl.arguments import number
+from hookctl.errors import InputError
 from hookctl.learned.adapter import Adapter, low_rank_of
 from hookctl.learned.faces import check_length
 from hookctl.learned.image_prompts import ImagePrompt
@@ -32,6 +33,8 @@ class FaceID(IPAdapter):
         self.lora_scale = number(lora_scale, f"{self.name}: lora_scale")
         super().__init__(adapter, images, **options)
         deltas = low_rank_of(adapter)
+        if not len(deltas):
+            raise InputError(f"{self.name}: the adapter has no low-rank deltas; use IPAdapter")
         self._deltas = Weights(deltas)
         self._names = {
             f"{i}.{name}"
@@ -65,15 +68,22 @@ def from_checkpoint(
     checkpoint: Any,
     pipe: Any,
     *,
-    images: Any = None,
+    images: Any,
     shortcut: bool | None = None,
     strength: float = 1.0,
+    lora_scale: float = 1.0,
     **options: Any,
-) -> FaceID:
-    """The editor of a file. shortcut: True for FaceID-Plus v2, False for its v1, which can't be
-    told apart by their files; strength: of what v2 reads in the picture. options: of `FaceID`."""
+) -> IPAdapter:
+    """The editor of a file.
+
+    shortcut: True for FaceID-Plus v2, False for its v1, which can't be told apart by their files;
+    strength: of what v2 reads in the picture. lora_scale: of the deltas, where the file has any
+    (that of FaceID-Portrait, which is shown several faces, has none). options: of `IPAdapter`.
+    """
     strength = number(strength, "FaceID: strength")
-    adapter = fitting(
-        checkpoint, pipe, FaceID.__name__, images, shortcut=shortcut, strength=strength
-    )
-    return FaceID(adapter, images, **options)
+    adapter = fitting(checkpoint, pipe, FaceID.__name__, shortcut=shortcut, strength=strength)
+    if len(low_rank_of(adapter)):
+        return FaceID(adapter, images, lora_scale=lora_scale, **options)
+    if lora_scale != 1.0:
+        raise InputError(f"FaceID: lora_scale={lora_scale}; this file has no low-rank deltas")
+    return IPAdapter(adapter, images, **options)

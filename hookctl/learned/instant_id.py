@@ -251,7 +251,7 @@ def from_checkpoint(
     checkpoint: Any,
     pipe: Any,
     *,
-    people: Any = None,
+    people: Any,
     identity_net: nn.Module | str | Path | None = None,
     **options: Any,
 ) -> InstantID:
@@ -260,7 +260,7 @@ def from_checkpoint(
     identity_net: the folder of IdentityNet (ControlNetModel), or the model. options: of
     `InstantID`. Raises InputError if one of them does not fit.
     """
-    adapter = fitting(checkpoint, pipe, InstantID.__name__, people, "people")
+    adapter = fitting(checkpoint, pipe, InstantID.__name__)
     if isinstance(identity_net, str | Path):
         identity_net = _loaded(identity_net, denoiser_of(pipe))
     return InstantID(adapter, people, identity_net, **options)

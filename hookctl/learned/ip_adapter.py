@@ -23,7 +23,7 @@ from hookctl.arguments import checked
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import WHOLE_IMAGE, Claim, Editor
 from hookctl.errors import InputError
-from hookctl.learned.adapter import Adapter, adapter_of, check_fit, numbered_layers
+from hookctl.learned.adapter import Adapter, adapter_of, check_fit
 from hookctl.learned.image_encoder import ImageEncoder
 from hookctl.learned.image_prompts import (
     ImagePrompt,
@@ -37,6 +37,7 @@ from hookctl.learned.image_prompts import (
     vectors,
 )
 from hookctl.learned.modules.resampler import Resampler
+from hookctl.learned.names import adapter_layers
 from hookctl.learned.strength import Strength
 from hookctl.learned.weights import Weights
 from hookctl.loop.state import State
@@ -101,6 +102,7 @@ class IPAdapter(Editor):
             at = self.reads.index("features")
             self._negative = self._tensor(negative, at, f"{self.name}: negative")
         self._projection = Weights(adapter.image_proj)
+        self._weights = tuple(adapter.image_proj.parameters())
         adapter.requires_grad_(False)
 
     # -- what is given -------------------------------------------------------------------------
@@ -133,7 +135,7 @@ class IPAdapter(Editor):
     def attach(self, target: Any) -> None:
         denoiser = denoiser_of(target)
         check_fit(self.adapter, denoiser, self.name)
-        self._layers = {path: str(i) for i, path in numbered_layers(denoiser).items()}
+        self._layers = {path: str(i) for i, path in adapter_layers(denoiser).items()}
         self.strength.check(site for site in sites_of(denoiser) if site.path in self._layers)
         model = self.image_encoder
         if model is None:
@@ -235,20 +237,24 @@ class IPAdapter(Editor):
             shown = [self._inputs[id(prompt)] for _, prompt in prompts] or [self._nothing()]
             return torch.cat([project(*(x.to(like) for x in inputs)) for inputs in shown], 1)
 
-        return self._kept(("tokens", id(part), like.device, like.dtype), made)
+        key = "tokens", id(part), like.device, like.dtype
+        return self._kept(key, made, *self._weights)
 
     def _keys_values(self, call: AttentionCall, part: Part | None) -> tuple[Tensor, Tensor]:
         """k and v of the tokens at a site, [heads, tokens, channels]."""
         like, path = call.q, call.site.path
+        layer = self.adapter.layer(self._layers[path])
+        weights = layer["to_k_ip"].weight, layer["to_v_ip"].weight
 
         def made() -> tuple[Tensor, Tensor]:
-            layer, tokens = self.adapter.layer(self._layers[path]), self.tokens(like, part)[0]
-            k, v = (F.linear(tokens, layer[n].weight.to(tokens)) for n in ("to_k_ip", "to_v_ip"))
+            tokens = self.tokens(like, part)[0]
+            k, v = (F.linear(tokens, weight.to(tokens)) for weight in weights)
             heads = like.shape[2]
             k, v = (x.unflatten(-1, (heads, -1)).transpose(0, 1).contiguous() for x in (k, v))
             return k, v
 
-        return self._kept((path, id(part), like.device, like.dtype), made)
+        key = path, id(part), like.device, like.dtype
+        return self._kept(key, made, *weights, *self._weights)
 
     def _share(self, place: Place, call: AttentionCall) -> Tensor:
         """How much a place is in at each query, [N]."""
@@ -261,9 +267,9 @@ class IPAdapter(Editor):
     def _share_on(self, place: Place, height: int, width: int) -> Tensor:
         return self._kept((id(place), height, width), lambda: place.share(height, width))
 
-    def _kept(self, key: Any, make: Callable[[], T]) -> T:
-        """What was made once: images and weights stay, so it holds for the whole session."""
-        if any(p.requires_grad for p in self.adapter.parameters()):  # it is being trained
+    def _kept(self, key: Any, make: Callable[[], T], *weights: Tensor) -> T:
+        """What was made once, of weights: images and weights stay, so it holds for the session."""
+        if any(w.requires_grad for w in weights):  # the adapter is being trained
             return make()
         if key not in self._found:
             with torch.inference_mode(False), torch.no_grad():
@@ -277,20 +283,16 @@ def is_unguided(row: Row) -> bool:
     return row.role in (UNCOND, IMAGE)
 
 
-def from_checkpoint(checkpoint: Any, pipe: Any, *, images: Any = None, **options: Any) -> IPAdapter:
+def from_checkpoint(checkpoint: Any, pipe: Any, *, images: Any, **options: Any) -> IPAdapter:
     """The editor of a file; options: of `IPAdapter`. Raises InputError if it does not fit."""
-    return IPAdapter(fitting(checkpoint, pipe, IPAdapter.__name__, images), images, **options)
+    return IPAdapter(fitting(checkpoint, pipe, IPAdapter.__name__), images, **options)
 
 
-def fitting(
-    checkpoint: Any, pipe: Any, who: str, images: Any, argument: str = "images", **options: Any
-) -> Adapter:
-    """The adapter in a file, for a pipeline; InputError if it does not fit, or nothing is shown.
+def fitting(checkpoint: Any, pipe: Any, who: str, **options: Any) -> Adapter:
+    """The adapter in a file, for a pipeline; InputError if it does not fit.
 
     options: of `adapter_of`.
     """
-    if images is None:
-        raise InputError(f"{who}: {argument}=None; give what it is to show, {argument}=...")
     adapter = adapter_of(checkpoint.tensors, **options)
     check_fit(adapter, denoiser_of(pipe), who)
     return adapter

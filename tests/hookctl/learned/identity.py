@@ -9,7 +9,7 @@ from diffusers import ControlNetModel
 from torch import Tensor, nn
 
 import hookctl
-from hookctl.learned.adapter import Adapter, adapter_of, numbered_layers
+from hookctl.learned.adapter import Adapter, adapter_of
 from hookctl.learned.modules.image_projection import (
     FacePlusProjection,
     FaceProjection,
@@ -17,6 +17,7 @@ from hookctl.learned.modules.image_projection import (
     ImageProjection,
 )
 from hookctl.learned.modules.resampler import Resampler
+from hookctl.learned.names import adapter_layers
 from tests.zoo.unets import build_sd15, build_sdxl
 
 Tensors = dict[str, Tensor]
@@ -73,7 +74,7 @@ def tensors(kind: str, unet: Any, seed: int = 0) -> Tensors:
         f"image_proj.{name}": random(*x.shape)
         for name, x in projection(kind, text).state_dict().items()
     }
-    for i, path in numbered_layers(unet).items():
+    for i, path in adapter_layers(unet).items():
         attention = unet.get_submodule(path)
         if attention.is_cross_attention:
             for part in ("k", "v"):

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import hookctl
 from hookctl.errors import HookctlWarning, InputError
-from hookctl.learned.adapter import numbered_layers
 from hookctl.learned.face_id import FaceID, from_checkpoint
 from hookctl.learned.image_prompts import ImagePrompt
+from hookctl.learned.names import adapter_layers
 from tests.hookctl.learned import identity
 from tests.hookctl.learned.identity import adapter, apart, drawn, embeds, load_into_diffusers
 from tests.hookctl.learned.test_ip_adapter import ROUNDING, File, vector
@@ -65,7 +65,7 @@ def test_deltas_are_the_formula() -> None:
     with hookctl.control(unet, edit, rows=("uncond", "cond")), torch.no_grad():
         ours = unet(*call).sample
     given = identity.tensors("faceid", unet)
-    for i, path in numbered_layers(unet).items():
+    for i, path in adapter_layers(unet).items():
         attention = unet.get_submodule(path)
         for part in ("q", "k", "v", "out"):
             layer = attention.to_out[0] if part == "out" else getattr(attention, f"to_{part}")
@@ -125,6 +125,20 @@ def test_from_checkpoint(pipe: Any) -> None:
         for shortcut in (False, True)
     )
     assert apart(drawn(pipe, first), drawn(pipe, second)) > 1e-3
+
+
+def test_several_faces_without_deltas(pipe: Any) -> None:
+    """FaceID-Portrait: the tokens of all faces share a softmax."""
+    given = {k: x for k, x in identity.tensors("faceid", pipe.unet).items() if "lora" not in k}
+    faces = [vector(0, 6), vector(1, 6)]
+    edit = from_checkpoint(File(given), pipe, images=faces)
+    theirs = identity.pipeline()
+    load_into_diffusers(theirs, given)
+    # diffusers' projection has a row for each image, and here an image is a face.
+    wanted = drawn(theirs, ip_adapter_image_embeds=[embeds(*faces)])
+    assert apart(drawn(pipe, edit), wanted) < ROUNDING
+    with pytest.raises(InputError, match="lora_scale=0.5; this file has no low-rank deltas"):
+        from_checkpoint(File(given), pipe, images=faces, lora_scale=0.5)
 
 
 def test_a_delta_of_another_shape(pipe: Any) -> None:
