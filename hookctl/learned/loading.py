@@ -31,12 +31,12 @@ BUILDERS: dict[str, str] = {
     "gligen keypoints": "hookctl.learned.gligen:build",
     "gligen spatial": "hookctl.learned.gligen:build",
     "instance-diffusion": "hookctl.learned.instance_diffusion:build",
-    "ip-adapter": "hookctl.learned.ip_adapter:from_checkpoint",
-    "ip-adapter full": "hookctl.learned.ip_adapter:from_checkpoint",
-    "ip-adapter plus": "hookctl.learned.ip_adapter:from_checkpoint",
-    "ip-adapter faceid": "hookctl.learned.face_id:from_checkpoint",
-    "ip-adapter faceid-plus": "hookctl.learned.face_id:from_checkpoint",
-    "instantid": "hookctl.learned.instant_id:from_checkpoint",
+    "ip-adapter": "hookctl.learned.ip_adapter:build",
+    "ip-adapter full": "hookctl.learned.ip_adapter:build",
+    "ip-adapter plus": "hookctl.learned.ip_adapter:build",
+    "ip-adapter faceid": "hookctl.learned.ip_adapter:build",
+    "ip-adapter faceid-plus": "hookctl.learned.ip_adapter:build",
+    "instantid": "hookctl.learned.instant_id:build",
     "collaborative": "hookctl.learned.collaborative:build",
 }
 
