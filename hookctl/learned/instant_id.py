@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from hookctl.address.clock import Window
-from hookctl.address.families import denoiser_of
+from hookctl.address.families import denoiser_of, uncompiled
 from hookctl.address.regions import RegionLike
 from hookctl.address.rows import Row
 from hookctl.arguments import number, refusal, shown
@@ -68,10 +68,10 @@ class InstantID(IPAdapter):
         edit = hookctl.learned.load("ip-adapter.bin", pipe, people=person, identity_net=folder)
 
     adapter: the trained modules, with a `Resampler`. people: a `Person`, a list of them, or a list
-    of lists, one for each prompt of the run. identity_net: diffusers' ControlNetModel, or None for
-    the tokens alone. scale: of the tokens, at every site or by site (`IPAdapter`).
-    control_scale: of IdentityNet; control_start, control_stop: when it acts, inside of start and
-    stop. The other options are `IPAdapter`'s.
+    of lists, one for each prompt of the run. identity_net: diffusers' ControlNetModel, which is
+    frozen, or None for the tokens alone. scale: of the tokens, at every site or by site
+    (`IPAdapter`). control_scale: of IdentityNet; control_start, control_stop: when it acts, inside
+    of start and stop. The other options are `IPAdapter`'s.
     """
 
     argument = "people"
@@ -135,7 +135,7 @@ class InstantID(IPAdapter):
     def attach(self, target: Any) -> None:
         super().attach(target)
         if self._net is not None:
-            _check_net(self._net.module, denoiser_of(target), self.name)
+            _check_net(self._net.module, uncompiled(denoiser_of(target)), self.name)
 
     # -- IdentityNet ---------------------------------------------------------------------------
 
@@ -262,7 +262,7 @@ def from_checkpoint(
     """
     adapter = fitting(checkpoint, pipe, InstantID.__name__)
     if isinstance(identity_net, str | Path):
-        identity_net = _loaded(identity_net, denoiser_of(pipe))
+        identity_net = _loaded(identity_net, uncompiled(denoiser_of(pipe)))
     return InstantID(adapter, people, identity_net, **options)
 
 

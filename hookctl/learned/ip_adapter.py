@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hookctl.address.families import denoiser_of, sites_of
+from hookctl.address.families import denoiser_of, sites_of, uncompiled
 from hookctl.address.rows import IMAGE, UNCOND, Row, Rows
 from hookctl.arguments import checked
 from hookctl.attention.call import AttentionCall
@@ -133,7 +133,7 @@ class IPAdapter(Editor):
         return [Claim(WHOLE_IMAGE, window=self.window(), shared=True)]
 
     def attach(self, target: Any) -> None:
-        denoiser = denoiser_of(target)
+        denoiser = uncompiled(denoiser_of(target))
         check_fit(self.adapter, denoiser, self.name)
         self._layers = {path: str(i) for i, path in adapter_layers(denoiser).items()}
         self.strength.check(site for site in sites_of(denoiser) if site.path in self._layers)
@@ -294,5 +294,5 @@ def fitting(checkpoint: Any, pipe: Any, who: str, **options: Any) -> Adapter:
     options: of `adapter_of`.
     """
     adapter = adapter_of(checkpoint.tensors, **options)
-    check_fit(adapter, denoiser_of(pipe), who)
+    check_fit(adapter, uncompiled(denoiser_of(pipe)), who)
     return adapter

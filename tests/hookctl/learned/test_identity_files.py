@@ -101,7 +101,7 @@ def test_instant_id(pipe: Any, tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({}, "needs the option images"),
-        ({"images": torch.ones(10), "sclae": 1}, "'sclae' is no option .* did you mean 'scale'"),
+        ({"images": torch.ones(10), "sclae": 1}, "'sclae' is no option .*did you mean 'scale'"),
         ({"images": torch.ones(11)}, r"a tensor \(11,\) given, but this adapter reads \[10\]"),
     ],
 )
