@@ -31,6 +31,7 @@ def native(kind: str, scale: float, **options: Any) -> Any:
     return pipe
 
 
+@pytest.mark.slow
 def test_face_id_is_diffusers(pipe: Any) -> None:
     edit = FaceID(adapter("faceid", pipe.unet), vector(0, 6), scale=0.7)
     ours = drawn(pipe, edit)
@@ -43,6 +44,7 @@ def test_face_id_is_diffusers(pipe: Any) -> None:
     assert apart(ours, without) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shortcut", [False, True], ids=["v1", "v2"])
 def test_face_id_plus_is_diffusers(pipe: Any, shortcut: bool) -> None:
     made = adapter("faceid-plus", pipe.unet, shortcut=shortcut)
@@ -75,11 +77,13 @@ def test_deltas_are_the_formula() -> None:
         assert apart(ours, unet(*call).sample) < 1e-10
 
 
+@pytest.mark.slow
 def test_zero_is_no_editor(pipe: Any) -> None:
     edit = FaceID(adapter("faceid", pipe.unet), vector(0, 6), scale=0)
     assert torch.equal(drawn(pipe, edit), drawn(pipe))
 
 
+@pytest.mark.slow
 def test_deltas_act_in_the_window_alone(pipe: Any) -> None:
     made = adapter("faceid", pipe.unet)
     edit = FaceID(made, vector(0, 6), scale={"mid": 0.3}, stop=0.5)
@@ -115,6 +119,7 @@ def test_what_is_refused(pipe: Any, kind: str, options: Any, images: Any, messag
         FaceID(adapter(kind, pipe.unet, **options), images)
 
 
+@pytest.mark.slow
 def test_from_checkpoint(pipe: Any) -> None:
     file = File(identity.tensors("faceid-plus", pipe.unet))
     shown = ImagePrompt(face=vector(0, 6), image=vector(1, 7, 10))
@@ -127,6 +132,7 @@ def test_from_checkpoint(pipe: Any) -> None:
     assert apart(drawn(pipe, first), drawn(pipe, second)) > 1e-3
 
 
+@pytest.mark.slow
 def test_several_faces_without_deltas(pipe: Any) -> None:
     """FaceID-Portrait: the tokens of all faces share a softmax."""
     given = {k: x for k, x in identity.tensors("faceid", pipe.unet).items() if "lora" not in k}

@@ -32,6 +32,7 @@ def with_projection(kind: str, unet: Any, module: torch.nn.Module) -> dict[str, 
     return layers | {f"image_proj.{k}": x for k, x in module.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_safetensors_and_pickles(pipe: Any, tmp_path: Path) -> None:
     given = tensors("base", pipe.unet)
     save_file(given, tmp_path / "a.safetensors")
@@ -47,6 +48,7 @@ def test_safetensors_and_pickles(pipe: Any, tmp_path: Path) -> None:
         assert torch.equal(drawn(pipe, edit), wanted)
 
 
+@pytest.mark.slow
 def test_as_training_leaves_it(pipe: Any, tmp_path: Path) -> None:
     """accelerate's safetensors: the layers by their places in the UNet alone."""
     given = tensors("base", pipe.unet)
@@ -66,6 +68,7 @@ def test_as_training_leaves_it(pipe: Any, tmp_path: Path) -> None:
     assert torch.equal(drawn(pipe, edit), wanted)
 
 
+@pytest.mark.slow
 def test_faces(pipe: Any, tmp_path: Path) -> None:
     face = vector(0, 512) / vector(0, 512).norm()
     save_file(
@@ -85,6 +88,7 @@ def test_faces(pipe: Any, tmp_path: Path) -> None:
     drawn(pipe, edit)
 
 
+@pytest.mark.slow
 def test_instant_id(pipe: Any, tmp_path: Path) -> None:
     module = Resampler(16, 32, 512, heads=1)
     save_file(with_projection("instantid", pipe.unet, module), tmp_path / "i.safetensors")

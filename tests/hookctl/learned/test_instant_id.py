@@ -100,6 +100,7 @@ def test_instant_id_is_diffusers_with_the_text_swapped(kind: str, stop: float) -
     assert apart(drawn(pipe, edit), wanted) < ROUNDING
 
 
+@pytest.mark.slow
 def test_beside_a_controlnet_of_the_pipeline(pipe: Any, net: Any) -> None:
     """Both add: of one net, with the text and with the face."""
     own = StableDiffusionControlNetPipeline(
@@ -173,6 +174,7 @@ def test_two_people_are_the_formula(dtype: torch.dtype, tolerance: float) -> Non
 # -- strength and rows -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_zero_is_no_editor(pipe: Any, net: Any) -> None:
     made = adapter("instantid", pipe.unet)
     plain = drawn(pipe)
@@ -180,6 +182,7 @@ def test_zero_is_no_editor(pipe: Any, net: Any) -> None:
     assert torch.equal(drawn(pipe, InstantID(made, [], net)), plain)
 
 
+@pytest.mark.slow
 def test_each_part_alone(pipe: Any, net: Any) -> None:
     made, plain = adapter("instantid", pipe.unet), drawn(pipe)
     tokens = drawn(pipe, InstantID(made, person()))
@@ -191,6 +194,7 @@ def test_each_part_alone(pipe: Any, net: Any) -> None:
     assert apart(free, points) > 1e-3
 
 
+@pytest.mark.slow
 def test_each_prompt_has_its_people(pipe: Any, net: Any) -> None:
     made, prompts = adapter("instantid", pipe.unet), ["a red circle", "a blue square"]
     two = [
@@ -207,11 +211,13 @@ def test_each_prompt_has_its_people(pipe: Any, net: Any) -> None:
     assert apart(both[1:], alone) < ROUNDING
 
 
+@pytest.mark.slow
 def test_an_image_that_is_not_square(pipe: Any, net: Any) -> None:
     edit = InstantID(adapter("instantid", pipe.unet), person(region="box:0,0,0.5,1"), net)
     assert drawn(pipe, edit, width=192).shape[-2:] == (16, 24)
 
 
+@pytest.mark.slow
 def test_gradients_reach_identity_net() -> None:
     unet = identity.pipeline().unet.requires_grad_(False)
     made, net = adapter("instantid", unet), identity_net(unet)
@@ -224,6 +230,7 @@ def test_gradients_reach_identity_net() -> None:
         assert all(p.grad is not None for p in module.parameters())
 
 
+@pytest.mark.slow
 def test_nothing_is_left(pipe: Any, net: Any) -> None:
     before = drawn(pipe)
     drawn(pipe, InstantID(adapter("instantid", pipe.unet), person(), net))
@@ -272,6 +279,7 @@ def test_a_net_of_another_model(pipe: Any) -> None:
         drawn(pipe, InstantID(made, person(), other))
 
 
+@pytest.mark.slow
 def test_from_checkpoint_and_the_official_folder(pipe: Any, net: Any, tmp_path: Path) -> None:
     net.save_pretrained(tmp_path, safe_serialization=True)
     file = File(identity.tensors("instantid", pipe.unet))
