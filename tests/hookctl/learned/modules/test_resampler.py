@@ -22,6 +22,7 @@ def with_random_values(module: nn.Module, dtype: torch.dtype, seed: int = 0) -> 
 
 
 def close(a: Tensor, b: Tensor) -> None:
+    a, b = a.detach(), b.detach()
     assert a.shape == b.shape
     assert float((a - b).abs().max()) <= TOLERANCE[a.dtype] * max(1.0, float(b.abs().max()))
 
