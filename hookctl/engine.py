@@ -8,20 +8,19 @@ whose call it caught. They come with the first session that wants them and go wi
 from __future__ import annotations
 
 import contextlib
-import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hookctl.address import families
 from hookctl.editor import check_conflicts, overrides
 from hookctl.errors import InputError, UnsupportedError, naming
 from hookctl.hooks.attention import SitePort
 from hookctl.hooks.patch import let_go
-from hookctl.hooks.pipeline import DenoiserPort, Inner, PipelinePort, SchedulerPort, is_compiled
+from hookctl.hooks.pipeline import DenoiserPort, Inner, forget_compiled, is_compiled
 from hookctl.hooks.processors import Exchange
 from hookctl.hooks.skips import concats
 from hookctl.loop import here
@@ -29,11 +28,10 @@ from hookctl.loop.attached import Attached, Entry, Modules, attach
 from hookctl.loop.attending import Attending, InsidePort, ports_inside
 from hookctl.loop.calls import calls
 from hookctl.loop.denoising import Denoising
+from hookctl.loop.pipeline_hooks import PipelineHooks, lock
 from hookctl.run_state import remembering
 
-_lock = threading.RLock()
 _engines: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
-_pipelines: weakref.WeakValueDictionary[int, PipelineHooks] = weakref.WeakValueDictionary()
 _attending = Attending()
 
 
@@ -42,7 +40,7 @@ def enter(entry: Entry, target: Any) -> None:
 
     On any error `leave` undoes what was done so far.
     """
-    entry.called = entry.elsewhere = False
+    entry.called = entry.elsewhere = entry.unseen = False
     entry.expected.clear()
     entry.ran.clear()
     place = here.denoising_of_target(target, entry.pipe)
@@ -83,7 +81,7 @@ def leave(entry: Entry, *, failed: bool = False, dropped: bool = False) -> None:
     entry.places.clear()
     here.forget_ended()
     if failed and not dropped and here.abandon():
-        let_go(_lock)
+        let_go(lock)
 
 
 def _nothing() -> None:
@@ -122,22 +120,38 @@ class Engine:
     @classmethod
     def of(cls, denoiser: nn.Module, name: str = "") -> Engine:
         """The owner of a denoiser's hooks; name: with which its sites' paths begin."""
-        with _lock:
+        with lock:
             key = id(families.uncompiled(denoiser))
             engine = _engines.get(key)
             if engine is None:
                 engine = _engines[key] = cls(denoiser, name)
+            engine.follow({engine.model: denoiser})
             return engine
+
+    def follow(self, held: Mapping[nn.Module, nn.Module]) -> None:
+        """held: by model, as its pipeline holds it now: compiled anew perhaps, or plain again."""
+        with lock:
+            denoiser = held.get(self.model, self.denoiser)
+            if denoiser is self.denoiser:
+                return
+            self.denoiser = denoiser
+            if self._installed:
+                self.port.remove()
+                self.port = DenoiserPort(denoiser, self._around)
+                self.port.install()
+                forget_compiled()
+            else:
+                self.port = DenoiserPort(denoiser, self._around)
 
     def add(self, entry: Entry, attached: tuple[Attached, ...]) -> None:
         """A session wants its editors to be shown this denoiser's calls."""
-        with _lock:
+        with lock:
             self._attached[entry] = attached
             self._sync(entry.pipe)
 
     def remove(self, entry: Entry, *, failed: bool = False) -> None:
         """A session has ended; failed: by an error."""
-        with _lock:
+        with lock:
             self._attached.pop(entry, None)
             self._sync(entry.pipe)
             if failed:
@@ -225,71 +239,3 @@ class Engine:
             caller = here.calling_pipeline(self.model, [entry.pipe for entry in waiting])
             for entry in waiting:
                 entry.elsewhere |= entry.pipe is None or caller is entry.pipe
-
-
-class PipelineHooks:
-    """Owner of the hooks on one pipeline and on the scheduler that it has."""
-
-    def __init__(self, pipe: Any) -> None:
-        self.pipe = pipe
-        self._entries: dict[Entry, None] = {}
-        self._port: PipelinePort | None = None
-        self._scheduler_port: SchedulerPort | None = None
-
-    @classmethod
-    def of(cls, pipe: Any) -> PipelineHooks:
-        """The owner of a pipeline's hooks."""
-        with _lock:
-            hooks = _pipelines.get(id(pipe))
-            if hooks is None:
-                hooks = _pipelines[id(pipe)] = cls(pipe)
-            return hooks
-
-    def add(self, entry: Entry) -> None:
-        with _lock:
-            self._entries[entry] = None
-            self.sync()
-
-    def remove(self, entry: Entry, *, failed: bool = False) -> None:
-        with _lock:
-            self._entries.pop(entry, None)
-            self.sync()
-
-    def sync(self) -> None:
-        """Hook the pipeline, and the scheduler that it has now, if a session is there."""
-        with _lock:
-            wanted = bool(self._entries)
-            if wanted and self._port is None:
-                self._port = PipelinePort(self.pipe, self._started, self._prepared, self._texts)
-                self._port.install()
-            if not wanted and self._port is not None:
-                self._port.remove()
-                self._port = None
-            scheduler = getattr(self.pipe, "scheduler", None) if wanted else None
-            port = self._scheduler_port
-            if port is not None and port.scheduler is not scheduler:
-                port.remove()
-                self._scheduler_port = port = None
-            if port is None and hasattr(scheduler, "step"):
-                self._scheduler_port = SchedulerPort(scheduler, self._around_step, self._scaled)
-                self._scheduler_port.install()
-
-    def _started(self, checked: dict[str, Any]) -> None:
-        if mine := here.denoising_of_pipeline(self.pipe):
-            mine.restarted(checked)
-
-    def _prepared(self) -> None:
-        if mine := here.denoising_of_pipeline(self.pipe):
-            mine.prepared()
-
-    def _texts(self, given: dict[str, Any]) -> None:
-        if mine := here.denoising_of_pipeline(self.pipe):
-            mine.run.texts(given)
-
-    def _around_step(self, step: Inner, arguments: dict[str, Any]) -> Any:
-        mine = here.denoising_of_step(self.pipe)
-        return step(**arguments) if mine is None else mine.around_step(step, arguments)
-
-    def _scaled(self, latents: Tensor, again: Callable[[Tensor], Tensor]) -> None:
-        if mine := here.denoising_of_step(self.pipe):
-            mine.run.scaled(latents, again)

@@ -126,6 +126,12 @@ class Session:
                 "the pipeline is called, or call it within a copy of this context: "
                 "contextvars.copy_context().run(pipe, ...) or asyncio.to_thread(pipe, ...)"
             )
+        elif entry.editors and entry.unseen and not entry.called:
+            self._tell(
+                f"the scheduler of this {type(self.target).__name__} took its steps, but no call "
+                "of the denoiser was seen: code compiled before control(...) may be calling it. "
+                "Call torch._dynamo.reset() after entering control(...), or compile before it"
+            )
         if entry.called:
             for editor, why in self.log.lost(entry.editors):
                 self._tell(f"{editor.name} changed nothing: {why}")

@@ -50,8 +50,9 @@ class Imagic:
 
     or all of it by `run()`.
 
-    image: PIL, mode RGB; prompt: of the wanted image. alphas, guidance, steps, inverted: of `draw`,
-        unless it is given others.
+    image: PIL, mode RGB; prompt: of the wanted image; embeddings: e_tgt in place of the prompt's,
+        [1, tokens, channels], for a model that is told something else.
+    alphas, guidance, steps, inverted: of `draw`, unless it is given others.
     text_steps, text_rate: of stage A; model_steps, model_rate: of stage B, both by Adam; rank,
         layers: of the low-rank change, layers as a pattern of paths. The published numbers for
         Stable Diffusion are 1000 steps at 2e-3 and 1500 at 5e-7 over all weights.
@@ -73,6 +74,7 @@ class Imagic:
         image: Any,
         prompt: str,
         *,
+        embeddings: Tensor | None = None,
         alphas: Sequence[float] = (0.6, 0.8, 1.0),
         guidance: float = 7.5,
         steps: int = 50,
@@ -105,6 +107,9 @@ class Imagic:
         if not alphas:
             raise arguments.refusal("Imagic: alphas", alphas, "a number for each image")
         arguments.check_image(image, "Imagic: image")
+        if embeddings is not None and (embeddings.dim() != 3 or len(embeddings) != 1):
+            wanted = "the embeddings of one text, [1, tokens, channels]"
+            raise arguments.refusal("Imagic: embeddings", embeddings, wanted)
         self.alphas, self.guidance, self.steps = tuple(alphas), float(guidance), steps
         self.inverted = inverted
         if checkpoint is not None:
@@ -114,9 +119,16 @@ class Imagic:
         self.size = {"height": height, "width": width}
         many = clean.repeat(noises, 1, 1, 1)
         levels = schedule_steps or steps
+        told: dict[str, Any] = {} if embeddings is None else {"prompt_embeds": embeddings}
         with _levels_within(pipe, levels):
             program = Trajectory(
-                pipe, prompt, steps=levels, images=noises, latents=many, **self.size
+                pipe,
+                prompt,
+                steps=levels,
+                images=noises,
+                latents=many,
+                **told,
+                **self.size,
             )
         self.clean = clean.to(program.latents)
         self.change = LowRank(program.denoiser, layers, rank, torch.Generator().manual_seed(seed))

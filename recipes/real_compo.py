@@ -31,16 +31,18 @@ from torch import Tensor
 from hookctl.address.rows import COND
 from hookctl.address.sites import Selector
 from hookctl.arguments import checked, number, share
+from hookctl.companions.denoiser import guided_as_the_pipeline
+from hookctl.companions.prediction import ModelPrediction
 from hookctl.errors import UnsupportedError
 from hookctl.kernels.latent_mixing import mix_predictions, update_difference
 from hookctl.loop.calls import prediction_of
 from hookctl.loop.energy import Energies, ImageMaps
 from hookctl.loop.solver import entries_of
 from hookctl.loop.state import Predictions, Proceed, State, split_branches
-from hookctl.recipes.common.energy.layout_models import guided_as_the_pipeline, layout_model
+from hookctl.recipes.common.energy.layout_models import layout_model
 from hookctl.recipes.common.energy.layout_pipeline import LayoutPipeline
 from hookctl.recipes.common.energy.map_functions import mean_map
-from hookctl.recipes.common.energy.mixture import MixedSteps, ModelPrediction, Part
+from hookctl.recipes.common.energy.mixture import MixedSteps, Part
 from hookctl.recipes.common.energy.word_energy import TEXT_SITES, Subject, WordEnergy, Words
 from hookctl.recipes.common.per_prompt import Regions
 from hookctl.recipes.layout_guidance import LayoutGuidance
@@ -160,6 +162,9 @@ class RealCompo(WordEnergy):
             return predictions.guided
         state, like = predictions.state, predictions.guided
         x, of = state.latents, self._predicted_of
+        predicted = {
+            k: predictions.handed(v, x if of is None else of) for k, v in predicted.items()
+        }
         if isinstance(self.layout, LayoutPipeline):
             layout = self.layout.prediction(state)
             if predictions.own is not None and like is not predictions.own:
@@ -167,7 +172,9 @@ class RealCompo(WordEnergy):
                 layout = replace(layout, guided=layout.guided + (like - predictions.own))
         else:
             of = x if of is None or torch.equal(of, x) else of.to(x)
-            guided = guided_as_the_pipeline(predictions, predicted)
+            guided = guided_as_the_pipeline(
+                predictions, predicted, editor=self.name, model="the layout model"
+            )
             layout = ModelPrediction(predicted[COND].to(like), guided, of)
         text = ModelPrediction(predictions[COND].to(like), like, x)
         self._update(state, layout, text)

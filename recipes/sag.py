@@ -132,20 +132,22 @@ class SAG(Editor):
             return guided
         branch = _branch(set(predictions.branches))
         x = state.latents
-        x0, eps = self._noise.split(x, predictions[branch].to(x), level)
+        # Further channels hold a variance, which no guidance changes.
+        own = partial(torch.narrow, dim=1, start=0, length=x.shape[1])
+        x0, eps = self._noise.split(x, own(predictions[branch]).to(x), level)
         shares = [share for share, _ in self._votes[branch].means().values()]
         mask = (torch.cat(shares) > 0.5).to(x)  # most of several sites decide
         self._votes, self.masks = {}, mask[:, 0].cpu()
         degraded = level.mix(torch.lerp(x0, self._blurred(x0), mask), eps)
         rows = state.rows.where(branch=branch)
-        again = predict(state, rows, latents=degraded)[:, : guided.shape[1]].to(x)
-        away = eps - self._noise.split(degraded, again, level)[1]
+        again = predictions.handed(predict(state, rows, latents=degraded), degraded)
+        away = eps - self._noise.split(degraded, own(again).to(x), level)[1]
         if self._noise.kind == "epsilon":
             return with_added(predictions, self.scale * away)
-        _, guided_eps = self._noise.split(x, guided.to(x), level)
+        _, guided_eps = self._noise.split(x, own(guided).to(x), level)
         new = guided_eps + self.scale * away
         joined = self._noise.join((x - level.noise * new) / level.signal, new, level)
-        return with_added(predictions, joined - guided.to(x))
+        return with_added(predictions, joined - own(guided).to(x))
 
     def _blurred(self, x0: Tensor) -> Tensor:
         rows, columns = (

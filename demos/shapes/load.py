@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging
+from transformers import CLIPTextModel
 from transformers.utils import logging as transformers_logging
 
 from hookctl.arguments import checked, refusal
+from hookctl.model_files import read_whole
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 
@@ -41,8 +43,10 @@ def load_shapes(
     for log in noisy:
         log.disable_progress_bar()
     try:
+        # Weights of one's own may have been saved by another version.
+        encoder = {} if weights is None else {"text_encoder": _text_encoder(folder)}
         pipe: StableDiffusionPipeline = StableDiffusionPipeline.from_pretrained(
-            str(folder), local_files_only=True
+            str(folder), local_files_only=True, **encoder
         )
     finally:
         for log in noisy:
@@ -51,3 +55,8 @@ def load_shapes(
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         torch.nn.Module.to(part, device, dtype)  # diffusers' own `to` warns without need
     return pipe
+
+
+def _text_encoder(folder: Path) -> CLIPTextModel:
+    encoder: CLIPTextModel = read_whole(CLIPTextModel, folder / "text_encoder")
+    return encoder

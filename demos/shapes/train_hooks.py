@@ -1,4 +1,5 @@
-"""Trains modules over the frozen embedded pipeline: `instances` (grounding and ScaleU).
+"""Trains modules over the frozen embedded pipeline: `instances` (grounding and ScaleU) and
+`collaboration` (a model that reads masks, and dynamic diffusers).
 
     python -m hookctl.demos.shapes.train_hooks instances --out out/hooks --minutes 90
     python -m hookctl.demos.shapes.train_hooks instances --out out/hooks --minutes 30 --resume
@@ -13,7 +14,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hookctl.demos.shapes.hooks.collaboration import CollaborationTask
 from hookctl.demos.shapes.hooks.instances import InstancesTask
 from hookctl.demos.shapes.hooks.task import Base, Task
 from hookctl.demos.shapes.muon import Muon
 from hookctl.demos.shapes.train import log
 
-TASKS = {"instances": InstancesTask}
+TASKS: dict[str, Callable[[Base], Task]] = {
+    "instances": InstancesTask,
+    "collaboration": CollaborationTask,
+}
 RATE, WARMUP, LOOK, SAVE = 2e-3, 100, 100, 50  # the last three in steps
 DECAY = 0.999  # of the averaged weights
 
@@ -39,7 +44,7 @@ class Training:
         self.folder, self.name = folder, name
         self.parameters = list(task.module.parameters())
         self.average = [p.detach().clone() for p in self.parameters]
-        self.optimizer = Muon(task.module, ("position_net", "scaleu"))
+        self.optimizer = Muon(task.module, task.others)
         self.step, self.spent = 0, 0.0
         self.looks: list[dict[str, float]] = []
 

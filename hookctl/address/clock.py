@@ -189,5 +189,6 @@ def _tolerance(timestep: Any) -> float:
 
 def _scalar(value: Any) -> float:
     if isinstance(value, torch.Tensor):
-        return float(value.flatten()[0]) if value.numel() else 0.0
+        # Where each token has its own, those of given images are 0.
+        return float(value.max()) if value.numel() else 0.0
     return float(value if value is not None else 0.0)

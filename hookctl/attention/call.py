@@ -247,12 +247,16 @@ class AttentionCall(TextCall):
         """Let every image token of `rows` see no other image token (PAG).
 
         The output of a self-attention site is then v; on a joint site image tokens attend to
-        themselves and to the text, and the text's own queries to everything.
+        themselves, to the text and to the references of an edit model, whose own queries attend to
+        everything.
         """
+        queries, keys = self.spans.image_queries, self.spans.image_keys
         if self.site.kind != "joint":
             self.skip(rows)
-        elif self.spans.image_keys != self.spans.image_queries:
-            raise UnsupportedError(f"isolate: {self.site.path} has other queries than keys")
+        elif keys is None or keys[1] - keys[0] != queries[1] - queries[0]:
+            raise UnsupportedError(
+                f"isolate: {self.site.path} has other queries than keys; leave it out with sites="
+            )
         else:
             targets = self._indices(rows, "rows")
             self._note(Stage.OVERRIDE, "isolate", targets, verbs.isolate(self.spans, self.mask))

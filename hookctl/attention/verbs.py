@@ -223,16 +223,17 @@ def probabilities(fn: Probabilities) -> Rewriting:
 
 
 def isolate(spans: Spans, mask: Tensor | None) -> Rewriting:
-    """Image tokens of a joint site see themselves and the text; what was added stays.
+    """Image tokens of a joint site see themselves and all that is not of the image.
 
     On a self-attention site the identity in place of the probabilities is the values themselves. On
     a joint site only the image's own block becomes the identity (Ahn et al., arXiv 2403.17377, in
-    the form of diffusers' joint processors): an image token attends to itself and to the text,
+    the form of diffusers' joint processors): an image token attends to itself, to the text and to
+    the references of an edit model,
 
         o_n = [exp(s_nn) v_n + sum_t exp(s_nt) v_t] / [exp(s_nn) + sum_t exp(s_nt)]
 
-    and the text's own queries attend to everything as before. Scores of the text's keys alone are
-    formed, [image tokens, text tokens].
+    and the queries of the others attend to everything as before. Scores of the others' keys alone
+    are formed, [image tokens, other tokens].
 
     mask: the model's own, as a stack [rows | 1, sub-batch | 1, heads | 1, N | 1, M].
     """
@@ -257,23 +258,31 @@ def isolate(spans: Spans, mask: Tensor | None) -> Rewriting:
 def _isolated(term: Term, spans: Spans, mask: Tensor | None) -> Tensor:
     """[sub-batch, heads, N, channels]"""
     q, k, v = term.q.tensor, term.own.k.tensor, term.own.v.tensor
-    assert spans.image_keys is not None and spans.text_keys is not None  # a joint site
-    image, text = slice(*spans.image_keys), slice(*spans.text_keys)
+    assert spans.image_keys is not None  # a joint site
+    (start, stop), (first, last) = spans.image_queries, spans.image_keys
     bias = None if mask is None else additive(mask, q)
-    out = F.scaled_dot_product_attention(
-        q[..., text, :], k, v, None if bias is None else _rows(bias, text), scale=term.scale
-    )
-    parts = []
-    for start in range(image.start, image.stop, _CHUNK):
-        at = slice(start, min(start + _CHUNK, image.stop))
-        scores = q[..., at, :] @ k[..., text, :].mT * term.scale
+    whole = [_plain(q, k, v, bias, slice(0, start), term.scale)]
+    others_k, others_v = (torch.cat([x[..., :first, :], x[..., last:, :]], -2) for x in (k, v))
+    for begin in range(start, stop, _CHUNK):
+        at = slice(begin, min(begin + _CHUNK, stop))
+        itself = slice(at.start - start + first, at.stop - start + first)
+        scores = q[..., at, :] @ others_k.mT * term.scale
+        alone = (q[..., at, :] * k[..., itself, :]).sum(-1, keepdim=True) * term.scale
         if bias is not None:
-            scores = scores + _rows(bias, at)[..., text]
-        alone = (q[..., at, :] * k[..., at, :]).sum(-1, keepdim=True) * term.scale
+            rows = _rows(bias, at)
+            scores = scores + torch.cat([rows[..., :first], rows[..., last:]], -1)
         p = torch.cat([alone, scores], -1).softmax(-1)
-        parts.append(p[..., :1] * v[..., at, :] + p[..., 1:] @ v[..., text, :])
-    whole = [out, *parts] if text.start < image.start else [*parts, out]
+        whole.append(p[..., :1] * v[..., itself, :] + p[..., 1:] @ others_v)
+    whole.append(_plain(q, k, v, bias, slice(stop, q.shape[-2]), term.scale))
     return torch.cat(whole, -2)
+
+
+def _plain(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, queries: slice, scale: float
+) -> Tensor:
+    """The attention of some queries to everything."""
+    mask = None if bias is None else _rows(bias, queries)
+    return F.scaled_dot_product_attention(q[..., queries, :], k, v, mask, scale=scale)
 
 
 def _rows(bias: Tensor, queries: slice) -> Tensor:

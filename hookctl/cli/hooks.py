@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -20,8 +20,13 @@ if TYPE_CHECKING:
     from hookctl.editor import Editor
     from hookctl.learned.loading import Source
 
-# Options of a kind that a run fills, where the file does not.
-_FILLED = ("prompts", "image")
+# The option of a kind that a run's image becomes; of others, but GLIGEN's, one of _USUAL.
+_IMAGES = {
+    "gligen spatial": "maps",
+    "gligen box+text": "inpaint",
+    "collaborative": "mask",
+}
+_USUAL = ("image", "images")
 
 
 @dataclass(frozen=True)
@@ -75,10 +80,10 @@ def attach_hooks(
     pipe: Any, hooks: Sequence[HookSpec], prompts: Sequence[str], image: Image | None
 ) -> list[Attached]:
     """The editors of weights; InputError for those that don't fit the pipeline."""
-    return [_attached(pipe, hook, {"prompts": list(prompts), "image": image}) for hook in hooks]
+    return [_attached(pipe, hook, list(prompts), image) for hook in hooks]
 
 
-def _attached(pipe: Any, spec: HookSpec, run: dict[str, Any]) -> Attached:
+def _attached(pipe: Any, spec: HookSpec, prompts: list[str], image: Image | None) -> Attached:
     from hookctl.learned.loading import attach, builder_of, open_source, options_of
 
     where = spec.where or f"--hook {spec.path}"
@@ -92,11 +97,13 @@ def _attached(pipe: Any, spec: HookSpec, run: dict[str, Any]) -> Attached:
             name: typed(value, hints.get(name, Any), f"{where} {name}")
             for name, value in given.items()
         }
-        for name in _FILLED:
-            if name in taken and name not in given and run[name] is not None:
-                given[name] = run[name]
-        if spec.strength is not None:
-            given["strength"] = spec.strength
+        if "prompts" in taken:
+            given.setdefault("prompts", prompts)
+        named = _image_option(source.kind.name, taken)
+        if image is not None and named is not None:
+            given.setdefault(named, image)
+        if spec.strength is not None:  # IP-Adapters call it their scale
+            given["scale" if "scale" in taken else "strength"] = spec.strength
         return Attached(spec, source, attach(source, pipe, **given))
     except InputError as error:
         if str(error).startswith(where):
@@ -108,4 +115,10 @@ def takes_image(attached: Sequence[Attached]) -> bool:
     """Whether weights read the run's image."""
     from hookctl.learned.loading import options_of
 
-    return any("image" in options_of(one.source.kind) for one in attached)
+    kinds = [one.source.kind for one in attached]
+    return any(_image_option(kind.name, options_of(kind)) for kind in kinds)
+
+
+def _image_option(kind: str, options: Collection[str]) -> str | None:
+    named = (_IMAGES.get(kind),) if kind.startswith("gligen") else (_IMAGES.get(kind), *_USUAL)
+    return next((name for name in named if name in options), None)

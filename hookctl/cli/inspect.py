@@ -35,7 +35,6 @@ A site is selected by kind, place, resolution relative to the latent, or path:
 """
 _EXAMPLES = """
 hookctl inspect shapes                        # the embedded pipeline
-hookctl inspect ./sd15                        # a pipeline folder (no weights are read)
 hookctl inspect ./sd15/unet --json            # one model of it, for programs
 hookctl inspect shapes --run                  # what is really caught
 hookctl inspect shapes --prove                # declared facts beside measured ones

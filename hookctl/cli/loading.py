@@ -20,20 +20,22 @@ from hookctl.cli.common import usable_device
 from hookctl.cli.models import SHAPES, class_name, find_model
 from hookctl.cli.trust import INDEX, LIBRARIES, check_folder, components, read_json
 from hookctl.errors import HookctlError, InputError
+from hookctl.model_files import read_whole
 
 _HEAVY = re.compile(r"text_encoder|vae|vqgan|image_encoder|safety_checker|prior|decoder")
 
 
+_MODELS = (diffusers.ModelMixin, transformers.PreTrainedModel)
 # What a pipeline folder may name: classes that only read their files.
 _LOADABLE = (
-    diffusers.ModelMixin,
+    *_MODELS,
     diffusers.SchedulerMixin,
     diffusers.DiffusionPipeline,
-    transformers.PreTrainedModel,
     transformers.PreTrainedTokenizerBase,
     transformers.FeatureExtractionMixin,
     transformers.ImageProcessingMixin,
     transformers.ProcessorMixin,
+    *([diffusers.BaseGuidance] if hasattr(diffusers, "BaseGuidance") else []),  # since 0.36
 )
 
 
@@ -47,7 +49,10 @@ def load_pipeline(model: str, device: str | None = None, dtype: str | None = Non
         return hookctl.load_shapes(device=where, dtype=getattr(torch, dtype or "float32"))
     folder = folder or _downloaded(model)
     check_classes(folder)
-    return _from_pretrained(model, folder, torch_dtype=_dtype(dtype, where, folder)).to(where)
+    kind = _dtype(dtype, where, folder)
+    with _saying(f"{model}: can't be loaded as a pipeline"):
+        parts = {name: read_whole(cls, path, kind) for name, cls, path in _models(folder)}
+    return _from_pretrained(model, folder, torch_dtype=kind, **parts).to(where)
 
 
 def load_for_survey(model: str) -> Any:
@@ -77,18 +82,36 @@ def check_classes(folder: Path) -> None:
             f"{index}: {said['_class_name']!r} is no pipeline of diffusers {diffusers.__version__}"
         )
     for name, library, named in components(said, index):
-        home = library if library in LIBRARIES else f"diffusers.pipelines.{library}"
-        found = getattr(import_module(home), named, None)
+        found = _class(library, named)
         # What is not there can't be run; diffusers knows successors of some.
         if found is not None and not _is_a(found, _LOADABLE):
             raise InputError(
-                f"{index}: {name!r} is {named} of {home}, which is no model, scheduler, tokenizer "
-                "or processor that could be loaded"
+                f"{index}: {name!r} is {named} of {_home(library)}, which is no model, scheduler, "
+                "tokenizer or processor that could be loaded"
             )
     if getattr(cls, "_load_connected_pipes", False):
         for further in _named_in(folder / "README.md"):
             check_folder(further)
             check_classes(further)
+
+
+def _models(folder: Path) -> Iterator[tuple[str, Any, Path]]:
+    """(name, class, folder) of each model with weights in a pipeline folder."""
+    index = folder / INDEX
+    for name, library, named in components(read_json(index), index):
+        cls = _class(library, named)
+        is_model = isinstance(cls, type) and issubclass(cls, _MODELS)
+        if is_model and (folder / name / "config.json").is_file():
+            yield name, cls, folder / name
+
+
+def _home(library: str) -> str:
+    return library if library in LIBRARIES else f"diffusers.pipelines.{library}"
+
+
+def _class(library: str, name: str) -> Any:
+    """A class that a pipeline folder names, None if it is not there."""
+    return getattr(import_module(_home(library)), name, None)
 
 
 def _is_a(cls: Any, bases: tuple[type, ...]) -> bool:

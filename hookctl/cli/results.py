@@ -45,6 +45,11 @@ class Results:
                 save_image(one, out / f"{name}-{i // self.images}{image}.png")
         reports = [session.report() for session in self.sessions if session.editors]
         write_text(out / "report.txt", "\n\n".join(reports) + "\n")
+        for editor in self.sessions[0].editors:
+            # What an editor has to show beside the attention maps, such as influence maps.
+            if sheets := getattr(editor, "sheets", None):
+                for name, sheet in sheets(self.edited).items():
+                    save_image(sheet, out / f"{name}.png")
         save_image(self.grid(), out / "grid.png")
 
     def grid(self) -> Image:

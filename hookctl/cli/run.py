@@ -53,12 +53,12 @@ writes to --out (default: out/run-STACK):
   grid.png          source, plain re-prompt, edited, and the maps of the words that changed
   plain-*.png       each prompt without the stack
   edited-*.png      each prompt under the stack
+  influence-*.png   of a collaboration: which model is trusted where, step by step
   report.txt        which editor touched which site at which steps, by which plan
   run.json          what was run: versions, seed, arguments, the stack's hash
 """
 _EXAMPLES = """
 hookctl run recolour                         # a stack that comes with hookctl (--list)
-hookctl run stack.toml --model shapes --prompt "a red circle" --edit "a blue circle"
 hookctl run stack.toml --model ./sd15 --lora style.safetensors:0.8 --prompt "a cat" --edit "a dog"
 hookctl run --model ./sd15 --hook ip-adapter_sd15.bin:0.6 --image face.png --prompt "a photo"
 hookctl run inverted_edit --image out/run-recolour/plain-0.png         # edits an image

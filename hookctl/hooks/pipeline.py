@@ -164,10 +164,19 @@ def is_compiled(port: DenoiserPort | None, *denoisers: nn.Module) -> bool:
         return True
     model = denoisers[0]
     return any(
-        getattr(module, _SLOT, None) is not None
+        hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+        or (module is not model and getattr(module, _SLOT, None) is not None)
         for module in model.modules()
-        if module is not model
     )
+
+
+def forget_compiled() -> bool:
+    """Have everything compiled anew at its next call; False if nothing was compiled so far."""
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    if frames is None or not getattr(frames, "cached_backends", True):
+        return False
+    torch._dynamo.reset()
+    return True
 
 
 class SchedulerPort(Port):

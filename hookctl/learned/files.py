@@ -10,7 +10,7 @@ from __future__ import annotations
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ from hookctl.learned.reading.pickles import HostileError, Reader
 _LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)[2:]  # torch before 1.6, without PROTO
 _HEADER = 100 * 2**20  # bytes of the header of a safetensors file, at most
 _DEPTH = 32  # tables within tables
-_COUNT = 1_000_000  # entries of all tables
+_NAME = 2000  # letters
+_LARGEST = 32 * 2**30  # bytes of all tensors, of a file that is smaller
+_COUNT = 200_000  # tables and tensors in all
 _KINDS = "a safetensors file or one of torch.save (.pth, .pt, .bin, .ckpt)"
 # How files are known that are none, and what they are.
 _OTHERS = (
@@ -211,40 +213,45 @@ def _skipped(reader: Reader) -> tuple[str, ...]:
 def _flat(path: Path, found: Any) -> dict[str, Tensor]:
     """The tensors in tables within tables, by joined names."""
     tensors: dict[str, Tensor] = {}
-    for count, (key, tensor) in enumerate(_entries(path, found, "", 0, [0])):
-        if key in tensors or count >= _COUNT:
-            raise InputError(f"{path}: holds {key!r} twice")
-        tensors[key] = tensor
+    seen = 0
+
+    def gather(found: Any, name: str, depth: int) -> None:
+        nonlocal seen
+        seen += 1  # a table may be held by itself, or a hundred times at each level
+        if depth > _DEPTH or seen > _COUNT or len(name) > _NAME:
+            raise InputError(f"{path}: its tables are nested too deeply to be those of weights")
+        if isinstance(found, Tensor):
+            if name in tensors:
+                raise InputError(f"{path}: holds {name!r} twice")
+            if found.layout is torch.strided and not found.is_quantized:
+                tensors[name or "tensor"] = found.detach()
+            return
+        for key, value in found.items() if isinstance(found, Mapping) else enumerate(found):
+            if isinstance(value, Tensor | Mapping | list | tuple):
+                part = str(key) if isinstance(key, str | int) else type(key).__name__
+                gather(value, f"{name}.{part}" if name else part, depth + 1)
+
+    if isinstance(found, Tensor | Mapping | list | tuple):
+        gather(found, "", 0)
     return tensors
 
 
-def _entries(
-    path: Path, found: Any, name: str, depth: int, seen: list[int]
-) -> Iterator[tuple[str, Tensor]]:
-    # A table may be held by itself, or a hundred times at each level.
-    seen[0] += 1
-    if depth > _DEPTH or seen[0] > _COUNT or len(name) > 2000:
-        raise InputError(f"{path}: its tables are nested too deeply to be those of weights")
-    if isinstance(found, Tensor):
-        if found.layout is torch.strided and not found.is_quantized:
-            yield name or "tensor", found.detach()
-        return
-    if isinstance(found, Mapping):
-        items: Iterator[tuple[Any, Any]] = iter(found.items())
-    elif isinstance(found, list | tuple):
-        items = iter(enumerate(found))
-    else:
-        return
-    for key, value in items:
-        if isinstance(value, Tensor | Mapping | list | tuple):
-            part = str(key) if isinstance(key, str | int) else type(key).__name__
-            yield from _entries(path, value, f"{name}.{part}" if name else part, depth + 1, seen)
-
-
 def _checked(checkpoint: Checkpoint) -> Checkpoint:
-    if not checkpoint.tensors:
+    """A file that was read, whose names can be printed and whose tensors can be held."""
+    path, tensors = checkpoint.path, checkpoint.tensors
+    if not tensors:
         more = "".join(f" ({note})" for note in checkpoint.notes)
-        raise InputError(f"{checkpoint.path}: holds no tensors{more}; give {_KINDS}")
+        raise InputError(f"{path}: holds no tensors{more}; give {_KINDS}")
+    odd = next((key for key in tensors if len(key) > _NAME or not key.isprintable()), None)
+    if odd is not None:
+        raise InputError(f"{path}: holds a tensor named {odd[:40]!r}, which is no name of a weight")
+    # Strides of 0 let a small file hold tensors of any size.
+    size = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+    if size > max(_LARGEST, 2 * path.stat().st_size):
+        raise InputError(
+            f"{path}: its tensors take {size / 2**30:,.0f} GiB, and the file has "
+            f"{path.stat().st_size / 2**20:,.1f} MiB; that is no file of weights"
+        )
     return checkpoint
 
 

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from hookctl.address.families import denoiser_of
 from hookctl.errors import InputError
@@ -31,13 +31,13 @@ BUILDERS: dict[str, str] = {
     "gligen keypoints": "hookctl.learned.gligen:build",
     "gligen spatial": "hookctl.learned.gligen:build",
     "instance-diffusion": "hookctl.learned.instance_diffusion:build",
-    "ip-adapter": "hookctl.learned.ip_adapter:build",
-    "ip-adapter full": "hookctl.learned.ip_adapter:build",
-    "ip-adapter plus": "hookctl.learned.ip_adapter:build",
-    "ip-adapter faceid": "hookctl.learned.ip_adapter:build",
-    "ip-adapter faceid-plus": "hookctl.learned.ip_adapter:build",
-    "instantid": "hookctl.learned.instant_id:build",
-    "collaborative": "hookctl.learned.collaborative:build",
+    "ip-adapter": "hookctl.learned.ip_adapter:from_checkpoint",
+    "ip-adapter full": "hookctl.learned.ip_adapter:from_checkpoint",
+    "ip-adapter plus": "hookctl.learned.ip_adapter:from_checkpoint",
+    "ip-adapter faceid": "hookctl.learned.face_id:from_checkpoint",
+    "ip-adapter faceid-plus": "hookctl.learned.face_id:from_checkpoint",
+    "instantid": "hookctl.learned.instant_id:from_checkpoint",
+    "collaborative": "hookctl.learned.collaborative:from_checkpoint",
 }
 
 
@@ -120,7 +120,7 @@ def builder_of(kind: Kind) -> Callable[..., Editor]:
     """The function that makes the editor of a kind; InputError for what is no hook."""
     named = BUILDERS.get(kind.name)
     if named is None:
-        use = f"; use: {kind.needs[0]}" if kind.needs and not kind.hook else ""
+        use = f"; it is for: {kind.needs[0]}" if kind.needs and not kind.hook else ""
         raise InputError(f"is of the kind {kind.name}, which can't be attached as a hook{use}")
     module, _, function = named.partition(":")
     if find_spec(module) is None:
@@ -130,15 +130,36 @@ def builder_of(kind: Kind) -> Callable[..., Editor]:
 
 
 def _parameters(builder: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The keyword parameters of a builder: all behind the checkpoint and the pipeline."""
-    return dict(list(inspect.signature(builder).parameters.items())[2:])
+    """The keyword parameters of a builder: all behind the checkpoint and the pipeline.
+
+    What goes on to the editor as **options are the keywords of the editor's class.
+    """
+    found: dict[str, inspect.Parameter] = {}
+    for name, one in list(inspect.signature(builder).parameters.items())[2:]:
+        if one.kind is one.VAR_KEYWORD:
+            found |= {k: v for k, v in _keywords(builder).items() if k not in found}
+        else:
+            found[name] = one
+    return found
+
+
+def _keywords(builder: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Those of the class that a builder says it returns, and of the bases that it hands on to."""
+    made = get_type_hints(builder)["return"]
+    found: dict[str, inspect.Parameter] = {}
+    for owner in made.__mro__:
+        if "__init__" not in vars(owner) or owner is object:
+            continue
+        taken = inspect.signature(owner.__init__).parameters
+        found = {k: v for k, v in taken.items() if v.kind is v.KEYWORD_ONLY} | found
+        if all(one.kind is not one.VAR_KEYWORD for one in taken.values()):
+            break
+    return found
 
 
 def _check_options(kind: Kind, builder: Callable[..., Any], options: dict[str, Any]) -> None:
     """InputError for an option that a kind lacks, or lacks a value."""
     known = _parameters(builder)
-    if any(one.kind is one.VAR_KEYWORD for one in known.values()):
-        return
     for name in options:
         if name not in known:
             near = get_close_matches(name, known, n=1)
@@ -163,7 +184,8 @@ def _check_base(kind: Kind, pipe: Any) -> None:
     text = getattr(getattr(denoiser, "config", None), "cross_attention_dim", None)
     if not isinstance(text, int):
         return
-    blocks = sum(path.endswith(".attn2") for path, _ in denoiser.named_modules())
+    paths = [path for path, _ in denoiser.named_modules() if path.endswith(".attn2")]
+    blocks = sum("motion_modules" not in path for path in paths)  # those between frames are added
     own = base_of(text, blocks)
     if own != kind.base:
         raise InputError(

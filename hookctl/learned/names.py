@@ -46,6 +46,7 @@ _SD1 = {
     "middle_block": (1,),
     "output_blocks": (3, 4, 5, 6, 7, 8, 9, 10, 11),
 }
+_BLOCKS = ("down_blocks.", "up_blocks.", "mid_block.")  # as they are registered
 _SPLIT = re.compile(r"(input_blocks|middle_block|output_blocks)\.(.+?)\.state\.(.+)")
 _ADAPTED = re.compile(r"unet\.(.+)\.processor\.(to_[kv]_ip|to_\w+_lora)\.(.+)")
 
@@ -107,16 +108,20 @@ def _inside(rest: list[str]) -> str:
 def adapter_layers(denoiser: Any) -> dict[int, str]:
     """The attention layers of a denoiser by the numbers that IP-Adapter gives them.
 
-    A layer's number is its place in the order in which the denoiser registered its attention: in a
-    UNet down, up and middle. UnsupportedError for a denoiser without such an order.
+    A layer's number is its place in the order in which a UNet registers its attention: down, up and
+    middle; attention between frames, which a video model adds, is not counted. UnsupportedError for
+    a denoiser without such layers.
     """
     named = getattr(denoiser, "attn_processors", None)
-    if not isinstance(named, Mapping) or not named:
+    paths = [path.removesuffix(".processor") for path in named or ()]
+    paths = [path for path in paths if path.startswith(_BLOCKS) and "motion_modules" not in path]
+    if not any(path.endswith(".attn2") for path in paths):
         raise UnsupportedError(
-            f"{type(denoiser).__name__} numbers no attention layers (it has no attn_processors), "
-            "so IP-Adapter weights can't be placed in it"
+            f"{type(denoiser).__name__} has no cross-attention that IP-Adapter numbers, so its "
+            "weights can't be placed; use a UNet such as those of SD1.x and SDXL"
         )
-    return {i: path.removesuffix(".processor") for i, path in enumerate(named)}
+    paths.sort(key=lambda path: _BLOCKS.index(f"{path.partition('.')[0]}."))
+    return dict(enumerate(paths))
 
 
 def official(

@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -272,7 +272,14 @@ def prediction_of(output: Any) -> Tensor | None:
 
 
 def _predicted(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+    if isinstance(output, tuple):
+        return output[0]
+    return getattr(output, _name(output)) if is_dataclass(output) else output
+
+
+def _name(output: Any) -> str:
+    """The field of an output object that holds the prediction."""
+    return "sample" if hasattr(output, "sample") else fields(output)[0].name
 
 
 def _predictions(output: Any) -> list[Tensor]:
@@ -287,4 +294,4 @@ def with_prediction(output: Any, prediction: Tensor) -> Any:
         return prediction
     if isinstance(output, tuple):
         return (prediction, *output[1:])
-    return replace(output, sample=prediction)
+    return replace(output, **{_name(output): prediction})

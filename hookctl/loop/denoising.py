@@ -14,7 +14,7 @@ from hookctl.editor import overrides, tell
 from hookctl.errors import UnsupportedError
 from hookctl.evaluate.one_call import EditedSite
 from hookctl.hooks.attention import SitePort, depth, unwind
-from hookctl.hooks.pipeline import DenoiserPort, Inner
+from hookctl.hooks.pipeline import DenoiserPort, Inner, forget_compiled
 from hookctl.loop import around
 from hookctl.loop.arguments import widen
 from hookctl.loop.attached import Attached, Entry
@@ -66,6 +66,7 @@ class Denoising:
         self._step, self._missed = Step(), Missed()
         self._stepping: State | None = None  # of the step whose end the editors are working on
         self._acting: dict[tuple[Any, ...], Acting] = {}
+        self._traced_anew: set[nn.Module] = set()
 
     # -- sessions ------------------------------------------------------------------------------
 
@@ -100,6 +101,7 @@ class Denoising:
 
     def _changed(self) -> None:
         self._acting = {}
+        self._traced_anew = set()
         given = [entry.rows for entry in self.entries if entry.rows is not None]
         self.run.branches = given[-1] if given else None
         stated = [entry.texts for entry in self.entries if entry.texts is not None]
@@ -169,6 +171,7 @@ class Denoising:
 
     def _begin(self, state: State) -> None:
         """The first denoiser call of a run."""
+        self._step.clear()  # of a run that ended between a call and its step
         check_latents(state.kwargs[state.sample])
         for entry in self.entries:
             entry.maps.clear()
@@ -208,15 +211,24 @@ class Denoising:
                 add_residuals(state, around.residuals(a, state))
         untouched = state.assigned is None and state.own_rows is None and state.residuals is None
         if not standing and not extra and untouched:
-            return _inner(hooked, inner, call, args, kwargs)
+            return self._inner(hooked, inner, call, args, kwargs)
 
         def proceed(rest: Sequence[Attached] = tuple(standing)) -> Any:
             if rest:
                 return around.denoise(rest[0], state, lambda: proceed(rest[1:]))
             changed = self.run.arguments(state)
-            return _inner(hooked, inner, call, *changed)
+            return self._inner(hooked, inner, call, *changed)
 
         return proceed()
+
+    def _inner(self, hooked: Hooked, inner: Inner, call: Call, args: Any, kwargs: Any) -> Any:
+        """The model itself; once more where compiled code of before the hooks left out them all."""
+        out = _model_called(hooked, inner, call, args, kwargs)
+        bypassed = call.by_site and not call.ran and hooked.model not in self._traced_anew
+        if bypassed and forget_compiled():
+            out = _model_called(hooked, inner, call, args, kwargs)
+        self._traced_anew.add(hooked.model)
+        return out
 
     def _acting_at(self, state: State, hooked: Hooked) -> Acting:
         """The editors that act now, and per site those that are shown its calls."""
@@ -247,6 +259,9 @@ class Denoising:
 
     def around_step(self, step: Inner, arguments: dict[str, Any]) -> Any:
         state, hooked = self._step.state, self._step.hooked
+        if state is None and self.run.fresh:
+            for entry in self.entries:
+                entry.unseen = True
         acting = self._acting_at(state, hooked)[0] if state is not None else ()
         self._stepping = state
         try:
@@ -258,7 +273,7 @@ class Denoising:
             self.run.stepped()
 
 
-def _inner(hooked: Hooked, inner: Inner, call: Call, args: Any, kwargs: Any) -> Any:
+def _model_called(hooked: Hooked, inner: Inner, call: Call, args: Any, kwargs: Any) -> Any:
     """The model itself; spelled-out attention, and a call that may end early, can be followed in
     uncompiled code only."""
     reading = call.state.reading

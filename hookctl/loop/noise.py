@@ -12,12 +12,15 @@ so that editors and programs convert predictions and renoise without knowing whi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hookctl.errors import InputError, UnsupportedError
+
+if TYPE_CHECKING:
+    from hookctl.loop.state import State
 
 # Schedulers whose every step goes back by the same number of training timesteps.
 _OF_ONE_LENGTH = ("DDIMScheduler", "DDIMParallelScheduler", "CogVideoXDDIMScheduler")
@@ -194,3 +197,9 @@ def noise_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 def _from_alpha(alpha_bar: float) -> Level:
     return Level(alpha_bar**0.5, max(1.0 - alpha_bar, 0.0) ** 0.5)
+
+
+def level_of(state: State) -> Level:
+    """Signal and noise of the latents of a call."""
+    scheduler = state.pipe.scheduler
+    return Noise(scheduler).level(scheduler.timesteps[state.clock.entry])

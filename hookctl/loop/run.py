@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -61,6 +62,7 @@ class Run:
     def texts(self, given: dict[str, Any]) -> None:
         """Note what the pipeline encodes; only the first of a run is its prompts."""
         if self.count is not None:
+            self._negatives(given)
             return
         self.encoding = given
         prompt = given.get("prompt")
@@ -85,6 +87,15 @@ class Run:
         told = [value for name, value in given.items() if name.startswith("num_")]
         self._told = bool(told)
         self.images_per_prompt = next((v for v in told if isinstance(v, int)), 1)
+
+    def _negatives(self, given: dict[str, Any]) -> None:
+        """Some pipelines encode the negative prompts by a call like that of the prompts."""
+        said = self._checked.get("negative_prompt")
+        told = any(name.startswith("negative") for name in self.encoding)
+        if said is None or told or not self.fresh or given.get("prompt") not in (said, [said]):
+            return
+        texts = {n: v for n, v in given.items() if re.fullmatch(r"prompt(_\d)?", n)}
+        self.encoding = self.encoding | {f"negative_{name}": v for name, v in texts.items()}
 
     def _follow(self, call: Driven | None) -> None:
         """A program's calls are a run of its own."""
@@ -156,6 +167,7 @@ class Run:
             extra_text={},
             residuals=None,
             assigned=None,
+            noisy=None,
             stepped=None,
         )
 

@@ -20,6 +20,7 @@ from hookctl.evaluate.one_call import Reader
 from hookctl.loop.driven import Reading, Scaling
 
 Proceed = Callable[[], Any]
+Handed = Callable[[Tensor, Tensor], Tensor]  # (a branch's prediction, the latents that it is of)
 
 # Denoisers that attend to the text by cross-attention alone, over projections of its tokens.
 _TOKEN_BY_TOKEN = (
@@ -60,7 +61,8 @@ class State:
     asking: the rows of a call that an editor makes inside this one, None for this one's.
     reading: whose maps the call is made for, None for an ordinary one (`energy`).
     residuals: what editors add to the encoder (`Residuals`), None for nothing.
-    assigned: latents that an editor gave the step, None for none; stepped: the step's result.
+    assigned: latents that an editor gave the step, None for none; noisy: those that the step is of,
+    once it is taken; stepped: its result.
     added_guidance: what editors have added to the step's guided sum, [images, ...], None for none.
     """
 
@@ -86,6 +88,7 @@ class State:
     maps: Any = None
     residuals: Any = None
     assigned: Tensor | None = None
+    noisy: Tensor | None = None
     stepped: Tensor | None = None
     added_guidance: Tensor | None = None
 
@@ -110,6 +113,8 @@ class State:
             return self.stepped
         if self.assigned is not None:
             return self.assigned
+        if self.noisy is not None:
+            return self.noisy
         first = self.rows[0].branch
         rows = [row.index for row in self.rows.where(branch=first)]
         source = self.kwargs[self.sample] if self.scaling is None else self.scaling.latents
@@ -139,7 +144,8 @@ class State:
     def model_input(self, latents: Tensor, like: Tensor) -> Tensor:
         """What the denoiser is given of some latents, [rows, ...], in the place of `like`."""
         rows = latents if self.scaling is None else self.scaling.again(latents)
-        return replace_channels(like, rows.to(like))
+        own = self.noisy if self.scaling is None else None
+        return replace_channels(like, rows.to(like), own)
 
     @property
     def images(self) -> Rows:
@@ -164,6 +170,8 @@ class Predictions:
     state: the denoiser call; the last one, where a step has several.
     own: what the pipeline alone made of the branches, None if unknown.
     options: of the scheduler's step that follows, by name, such as eta and generator.
+    handed: what the pipeline hands the scheduler of a branch's prediction, of those latents, which
+        is what `branches` has.
     """
 
     guided: Tensor
@@ -171,6 +179,7 @@ class Predictions:
     state: State
     own: Tensor | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    handed: Handed = lambda prediction, of: prediction
 
     def __getitem__(self, branch: str) -> Tensor:
         try:
@@ -189,13 +198,18 @@ class Predictions:
         return found
 
 
-def replace_channels(model_input: Tensor, rows: Tensor) -> Tensor:
-    """The model input with its first channels replaced; pipelines append images and masks."""
+def replace_channels(model_input: Tensor, rows: Tensor, own: Tensor | None = None) -> Tensor:
+    """The model input with the channels of the latents replaced, to which images and masks were
+    appended: the first ones, or the last ones if those are `own`, [images, ...]."""
     if rows.shape == model_input.shape:
         return rows
     dim = next(d for d, n in enumerate(rows.shape) if n != model_input.shape[d])
-    rest = model_input.shape[dim] - rows.shape[dim]
-    return torch.cat([rows, model_input.narrow(dim, rows.shape[dim], rest)], dim)
+    size, rest = rows.shape[dim], model_input.shape[dim] - rows.shape[dim]
+    if own is not None:
+        last = model_input[: len(own)].narrow(dim, rest, size)
+        if last.shape == own.shape and torch.equal(last, own.to(last)):
+            return torch.cat([model_input.narrow(dim, 0, rest), rows], dim)
+    return torch.cat([rows, model_input.narrow(dim, size, rest)], dim)
 
 
 def split_branches(rows: Rows, prediction: Tensor) -> dict[str, Tensor]:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from hookctl.address import families
+from hookctl.address.families import handing
 from hookctl.editor import overrides
+from hookctl.errors import UnsupportedError
 from hookctl.loop import around
 from hookctl.loop.around import Attached
 from hookctl.loop.calls import prediction_of
 from hookctl.loop.driven import adjusted
 from hookctl.loop.finite import PREDICTION, check_step
-from hookctl.loop.state import Predictions, State, split_branches
+from hookctl.loop.state import Handed, Predictions, State, split_branches
 
 _STEPPED = ("model_output", "timestep", "sample")  # what a step is of; the rest are its options
 
@@ -32,7 +34,14 @@ class Step:
         self._latents: Tensor | None = None
 
     def note(self, state: State, hooked: Any, output: Any, *, predictions: bool) -> None:
-        """A call of this denoiser in this step is done."""
+        """A call of this denoiser in this step is done; predictions: whether an editor combines
+        those of the step, which needs the step of the pipeline's own scheduler."""
+        if predictions and self.state is not None and self.state.clock.step != state.clock.step:
+            raise UnsupportedError(
+                f"{type(state.pipe).__name__} went on to step {state.clock.step} without a call of "
+                "pipe.scheduler.step, such as by a copy of its scheduler, so what editors make of "
+                "its predictions would be lost"
+            )
         self.state, self.hooked = state, hooked
         if state.assigned is not None:
             self._latents = state.assigned
@@ -57,18 +66,24 @@ class Step:
         if state is None:
             return step(**arguments)
         if latents is not None:
+            if latents.shape != arguments["sample"].shape:
+                raise UnsupportedError(
+                    f"state.latents {tuple(latents.shape)} were given to a step of "
+                    f"{tuple(arguments['sample'].shape)}: {type(state.pipe).__name__} joins images "
+                    "to its latents in a way unknown here, so they can't be changed before a "
+                    "step; change them in `after`"
+                )
             arguments["sample"] = latents.to(arguments["sample"])
         own = arguments["model_output"]
         options = {name: value for name, value in arguments.items() if name not in _STEPPED}
+        noisy = state.noisy = arguments["sample"][: len(state.images)]
+        handed = _handing(state, arguments["sample"], own)
         trail = [("the latents before the step", arguments["sample"]), (PREDICTION, own)]
         for one in acting:
             if overrides(one.editor, "combine"):
                 guided = arguments["model_output"]
-                parts = {
-                    name: _like(part, guided, state, arguments["sample"])
-                    for name, part in branches.items()
-                }
-                predictions = Predictions(guided, parts, state, own, options)
+                parts = {name: handed(part, noisy) for name, part in branches.items()}
+                predictions = Predictions(guided, parts, state, own, options, handed)
                 arguments["model_output"] = around.combine(one, predictions)
                 trail.append((f"{one.editor.name}.combine", arguments["model_output"]))
         out = _adjusted(step(**arguments))
@@ -80,25 +95,16 @@ class Step:
         return out
 
 
-def _like(prediction: Tensor, guided: Tensor, state: State, stepped: Tensor) -> Tensor:
-    """A branch as its pipeline cuts it for the scheduler, where that is known.
+def _handing(state: State, latents: Tensor, given: Tensor) -> Handed:
+    """What the pipeline makes of a branch's prediction for a step that is given this."""
+    declared = families.pipeline_of(state.pipe)
+    own = None if declared is None else declared.handing
 
-    Some models predict a variance in further channels; edit models predict the tokens of their
-    references too, behind those of the latents that are stepped, which begin the model input.
-    """
-    if prediction.shape[1:] == guided.shape[1:]:
-        return prediction
-    if prediction.dim() == 3 == guided.dim() and prediction.shape[2] == guided.shape[2]:
-        own, given = guided.shape[1], state.kwargs[state.sample]
-        if (
-            own < prediction.shape[1] == given.shape[1]
-            and stepped.shape[1:] == given[:, :own].shape[1:]
-            and torch.equal(given[: len(stepped), :own].to(stepped), stepped)
-        ):
-            return prediction[:, :own]
-        return prediction
-    channels = guided.shape[1] if guided.dim() > 1 else 0
-    return prediction[:, :channels] if prediction.shape[1] == 2 * channels else prediction
+    def handed(prediction: Tensor, of: Tensor) -> Tensor:
+        step = handing.Step(state.pipe, state.kwargs, state.sample, latents, given, of)
+        return handing.own_part(prediction if own is None else own(prediction, step), step)
+
+    return handed
 
 
 def _adjusted(out: Any) -> Any:

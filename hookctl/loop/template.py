@@ -133,6 +133,12 @@ def prepare(pipe: Any, arguments: Mapping[str, Any], prompts: int, images: int) 
             f"{name} combines its predictions in a way of its own; programs do classifier-free "
             "guidance, so use the plain text-to-image pipeline"
         )
+    declared = families.pipeline_of(pipe)
+    if declared is not None and declared.handing is not None:
+        raise UnsupportedError(
+            f"{name} hands its scheduler something else than its denoiser's prediction, which "
+            "programs don't do"
+        )
     if getattr(pipe, "controlnet", None) is not None or hasattr(pipe, "adapter"):
         raise UnsupportedError(
             f"{name} computes its control anew at every step, which programs don't do; use the "

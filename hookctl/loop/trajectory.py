@@ -41,7 +41,7 @@ class Trajectory:
     guidance; up to 1 there are no unconditional rows. negative: for the unconditional rows.
     generator, latents: as the pipeline takes them. eta: share of fresh noise in every step, for
     schedulers that have it. arguments: further ones of the pipeline's call (height, width,
-    prompt_embeds ...).
+    prompt_embeds in the prompts' place ...).
     latents: [images, channels, height, width] in the scheduler's space; level: the one they are
     at; levels: signal and noise of each, `steps` + 1 of them; size: (height, width) in px, or None;
     start: the level that the run begins at, from which windows count; assign it before.
@@ -71,7 +71,7 @@ class Trajectory:
                 [negative] * len(texts) if isinstance(negative, str) else list(negative)
             )
         arguments |= {
-            "prompt": texts,
+            "prompt": None if arguments.get("prompt_embeds") is not None else texts,
             "num_inference_steps": steps,
             "guidance_scale": guidance,
             "num_images_per_prompt": images,

@@ -154,7 +154,8 @@ class Maps(Editor):
         if not given:
             raise UnsupportedError(
                 f"Maps: {type(state.pipe).__name__} does not say what its negative prompt is, so "
-                "its words can't be found; give tokens="
+                "its words can't be found; call it with negative_prompt= and with guidance "
+                "(true_cfg_scale= above 1 where it has one), or give tokens="
             )
         found = prompts_given(state.pipe, given)
         return found if len(found) == len(state.prompts) else found[:1] * len(state.prompts)

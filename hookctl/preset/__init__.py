@@ -33,8 +33,9 @@
     at = [32, 0]
 
 The keys of an editor and their types are those of its `__init__`; those of a hook are its kind's
-options. A parameter `prompts` gets the prompts of the run, `image` its image; an inversion gets the
-run's steps too, and a program all of its settings (`SETTINGS`).
+options, and a text that names a file beside the stack is that file. A parameter `prompts` gets the
+prompts of the run, `image` its image; an inversion gets the run's steps too, and a program all of
+its settings (`SETTINGS`).
 
 No file can bring code of its own: a recipe is known by name, or a class of a package that was
 installed before, and never one that lies beside the file.

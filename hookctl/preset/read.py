@@ -141,9 +141,24 @@ def _hooks(tables: Any, path: Path) -> tuple[HookSpec, ...]:
         strength = given.pop("strength", None)
         if strength is not None:
             strength = typed(strength, float, f"{where} strength")
-        beside = path.parent / file  # else a file of a repository
-        found.append(HookSpec(str(beside) if beside.exists() else file, strength, given, where))
+        file = _beside(file, path.parent)  # else a file of a repository
+        given = {key: _beside(value, path.parent) for key, value in given.items()}
+        found.append(HookSpec(file, strength, given, where))
     return tuple(found)
+
+
+def _beside(value: Any, folder: Path) -> Any:
+    """A value, with every text in it that names a file beside the stack as that file's path."""
+    if isinstance(value, list):
+        return [_beside(one, folder) for one in value]
+    if isinstance(value, dict):
+        return {key: _beside(one, folder) for key, one in value.items()}
+    if not isinstance(value, str) or not Path(value).suffix:
+        return value
+    try:
+        return str(folder / value) if (folder / value).exists() else value
+    except (OSError, ValueError):  # a text that can be no path
+        return value
 
 
 def _run(table: Any, path: Path) -> dict[str, Any]:

@@ -23,12 +23,16 @@ CLOSE = 2e-2  # how far the pipeline's own result may be from R(guided), for hal
 def with_added(predictions: Predictions, added: Tensor) -> Tensor:
     """The step's prediction with a term [images, ...] more in the guided sum.
 
+    The term may lack the channels of a variance, the last ones of some predictions.
+
     Several editors may add to one step, in any order; what others changed stays as it is. Raises
     UnsupportedError for a pipeline that rescales otherwise than by R(u + g (c - u)).
     """
     guided, state = predictions.guided, predictions.state
     phi = float(getattr(state.pipe, "guidance_rescale", 0.0) or 0.0)
     added = added.to(guided)
+    if variance := guided.shape[1] - added.shape[1]:  # in the last channels
+        added = torch.cat([added, torch.zeros_like(guided[: len(added), :variance])], 1)
     if not phi or predictions.own is None or UNCOND not in predictions.branches:
         return guided + added
     u, c = predictions[UNCOND].to(guided), predictions[COND].to(guided)

@@ -30,7 +30,7 @@ STAGES = (
     ("hookctl.hooks", "hookctl.evaluate"),
     ("hookctl.editor", "hookctl.loop"),
     ("hookctl.engine",),
-    ("hookctl.session", "hookctl.maps", "hookctl.report"),
+    ("hookctl.session", "hookctl.maps", "hookctl.report", "hookctl.companions"),
     ("hookctl.recipes", "hookctl.learned"),
     ("hookctl.demos",),
     ("hookctl.cli",),

@@ -23,6 +23,8 @@ COMMANDS = (
     ["maps", "shapes", "--prompt", "a red cat", "--words", "dog"],
     ["run", "recolour", "--model", "no/such/folder"],
     ["run", "recolour", "--lora", "none.safetensors"],
+    ["run", "recolour", "--hook", "none.bin:0.5"],
+    ["inspect", "none.bin"],
     ["run", "inverted_edit", "--image", "none.png"],
     ["run", "recolour", "--words", "dog"],
     ["bench", "flight"],

@@ -18,11 +18,10 @@ from diffusers import (
 from torch import Tensor
 
 import hookctl
+from hookctl.companions.prediction import ModelPrediction
 from hookctl.errors import InputError
-from hookctl.loop.noise import Noise
+from hookctl.loop.noise import Noise, level_of
 from hookctl.loop.state import Predictions, State
-from hookctl.recipes.common.energy.energy_guidance import level_of
-from hookctl.recipes.common.energy.mixture import ModelPrediction
 from hookctl.recipes.layout_guidance import LayoutGuidance
 from hookctl.recipes.real_compo import RealCompo
 from tests import zoo

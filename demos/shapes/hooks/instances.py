@@ -93,6 +93,8 @@ class Fusing(Editor):
 class InstancesTask:
     """Learns to draw instances where they are said to be."""
 
+    others = ("position_net", "scaleu")
+
     def __init__(self, base: Base) -> None:
         self.base = base
         text = base.pipe.text_encoder.config.hidden_size

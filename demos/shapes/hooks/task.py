@@ -28,13 +28,17 @@ HELD_OUT = 10**9  # seeds of what is only looked at
 class Task(Protocol):
     """A module to be trained.
 
-    module: all that is learned, by its names; loss: of a batch drawn by a generator, at a step of
+    module: all that is learned, by its names; others: beginnings of the names of what is learned by
+    Adam, though matrices; loss: of a batch drawn by a generator, at a step of
     the training (the curriculum); look: figures that show whether it learns, of held-out data;
     state: the weights with the names of the official checkpoints.
     """
 
     @property
     def module(self) -> nn.Module: ...
+
+    @property
+    def others(self) -> tuple[str, ...]: ...
 
     def loss(self, rng: np.random.Generator, step: int) -> Tensor: ...
 

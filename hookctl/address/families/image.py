@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hookctl.address.families import text
+from hookctl.address.families import handing, text
 from hookctl.address.families.record import Pipeline, declare_pipelines
 from hookctl.address.rows import (
     ALONE,
@@ -37,7 +37,7 @@ declare_pipelines(
     """,
 )
 declare_pipelines(
-    Pipeline({UNET: BATCHED}, text.clip, cut="the latents' channels, of latents and image"),
+    Pipeline({UNET: BATCHED}, text.clip, handing=handing.preconditioned),
     "StableDiffusionLatentUpscalePipeline",
 )
 declare_pipelines(
@@ -112,7 +112,7 @@ declare_pipelines(
     "Kandinsky3Pipeline Kandinsky3Img2ImgPipeline",
 )
 declare_pipelines(
-    Pipeline({UNET: BATCHED}, text.padded(77), cut="the channels of the variance"),
+    Pipeline({UNET: BATCHED}, text.padded(77)),
     """
     IFPipeline IFImg2ImgPipeline IFInpaintingPipeline IFSuperResolutionPipeline
     IFImg2ImgSuperResolutionPipeline IFInpaintingSuperResolutionPipeline
@@ -135,25 +135,22 @@ declare_pipelines(
     Pipeline({TRANSFORMER: PAG}, text.sd3, _POOLED),
     "StableDiffusion3PAGPipeline StableDiffusion3PAGImg2ImgPipeline",
 )
-_VARIANCE = "the channels of the variance, where the model predicts one"
 declare_pipelines(
-    Pipeline({TRANSFORMER: BATCHED}, text.padded(120), {"mask": 1}, _VARIANCE),
+    Pipeline({TRANSFORMER: BATCHED}, text.padded(120), {"mask": 1}),
     "PixArtAlphaPipeline",
 )
 declare_pipelines(
-    Pipeline({TRANSFORMER: BATCHED}, text.padded(300), {"mask": 1}, _VARIANCE),
+    Pipeline({TRANSFORMER: BATCHED}, text.padded(300), {"mask": 1}),
     "PixArtSigmaPipeline",
 )
 declare_pipelines(
-    Pipeline({TRANSFORMER: PAG}, text.padded(300), {"mask": 1}, _VARIANCE), "PixArtSigmaPAGPipeline"
+    Pipeline({TRANSFORMER: PAG}, text.padded(300), {"mask": 1}), "PixArtSigmaPAGPipeline"
 )
 declare_pipelines(
-    Pipeline({TRANSFORMER: BATCHED}, text.SEVERAL, cut=_VARIANCE),
+    Pipeline({TRANSFORMER: BATCHED}, text.SEVERAL),
     "HunyuanDiTPipeline HunyuanDiTControlNetPipeline",
 )
-declare_pipelines(
-    Pipeline({TRANSFORMER: PAG}, text.SEVERAL, cut=_VARIANCE), "HunyuanDiTPAGPipeline"
-)
+declare_pipelines(Pipeline({TRANSFORMER: PAG}, text.SEVERAL), "HunyuanDiTPAGPipeline")
 declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.aura_flow), "AuraFlowPipeline")
 declare_pipelines(
     Pipeline({TRANSFORMER: BATCHED}, text.TEMPLATE, {"mask": 1}),
@@ -165,32 +162,44 @@ declare_pipelines(
 )
 declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.padded(128)), "BriaPipeline")
 declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.padded(224)), "CogView3PlusPipeline")
+declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.padded(256)), "PRXPipeline")
 declare_pipelines(
-    Pipeline({TRANSFORMER: BATCHED}, text.padded(256)), "PRXPipeline PRXPixelPipeline"
+    Pipeline({TRANSFORMER: BATCHED}, text.padded(256), handing=handing.velocity_of_image),
+    "PRXPixelPipeline",
 )
-declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.SEVERAL), "HiDreamImagePipeline")
+declare_pipelines(
+    Pipeline({TRANSFORMER: BATCHED}, text.SEVERAL, handing=handing.negated), "HiDreamImagePipeline"
+)
 declare_pipelines(
     Pipeline({TRANSFORMER: BATCHED}, text.padded(longest=True)),
     "BriaFiboPipeline BriaFiboEditPipeline ErnieImagePipeline",
 )
+declare_pipelines(Pipeline({TRANSFORMER: POSITIVE_FIRST}, text.NO_TEXT), "DiTPipeline")
 declare_pipelines(
-    Pipeline({TRANSFORMER: POSITIVE_FIRST}, text.NO_TEXT, cut=_VARIANCE), "DiTPipeline"
+    Pipeline({TRANSFORMER: POSITIVE_FIRST}, text.TEMPLATE, handing=handing.negated),
+    "LuminaPipeline",
 )
-declare_pipelines(Pipeline({TRANSFORMER: POSITIVE_FIRST}, text.TEMPLATE), "LuminaPipeline")
 declare_pipelines(
-    Pipeline({TRANSFORMER: POSITIVE_FIRST}, text.chat(True)),
+    Pipeline({TRANSFORMER: POSITIVE_FIRST}, text.chat(True), handing=handing.negated),
     """
     ZImagePipeline ZImageImg2ImgPipeline ZImageInpaintPipeline ZImageControlNetPipeline
     ZImageControlNetInpaintPipeline
     """,
 )
-declare_pipelines(Pipeline({TRANSFORMER: POSITIVE_FIRST}, text.EDIT_TEMPLATE), "ZImageOmniPipeline")
+declare_pipelines(
+    Pipeline({TRANSFORMER: POSITIVE_FIRST}, text.EDIT_TEMPLATE, handing=handing.negated),
+    "ZImageOmniPipeline",
+)
 _OMNIGEN = Layout({1: (COND,), 2: (COND, UNCOND), 3: (COND, IMAGE, UNCOND)})
 declare_pipelines(Pipeline({TRANSFORMER: _OMNIGEN}, text.EDIT_TEMPLATE), "OmniGenPipeline")
 declare_pipelines(Pipeline({"prior": BATCHED}, text.NO_TEXT), "ShapEPipeline ShapEImg2ImgPipeline")
 _DREAMLITE = Layout({2: (UNCOND, COND), 3: (UNCOND, IMAGE, COND)}, whole=True)
-declare_pipelines(Pipeline({UNET: _DREAMLITE}, text.TEMPLATE), "DreamLitePipeline")
-declare_pipelines(Pipeline({UNET: ALONE}, text.TEMPLATE), "DreamLiteMobilePipeline")
+declare_pipelines(
+    Pipeline({UNET: _DREAMLITE}, text.TEMPLATE, handing=handing.left_half), "DreamLitePipeline"
+)
+declare_pipelines(
+    Pipeline({UNET: ALONE}, text.TEMPLATE, handing=handing.left_half), "DreamLiteMobilePipeline"
+)
 _CASCADE = Pipeline({"prior": POSITIVE_FIRST}, text.clip)
 declare_pipelines(_CASCADE, "StableCascadePriorPipeline WuerstchenPriorPipeline")
 declare_pipelines(
@@ -205,13 +214,8 @@ declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, _T5, {"pooled": 1}),
     """
     FluxPipeline FluxImg2ImgPipeline FluxInpaintPipeline FluxControlNetPipeline
+    FluxKontextPipeline FluxKontextInpaintPipeline
     """,
-)
-declare_pipelines(
-    Pipeline(
-        {TRANSFORMER: SEQUENTIAL}, _T5, {"pooled": 1}, "the tokens of the target, the first ones"
-    ),
-    "FluxKontextPipeline FluxKontextInpaintPipeline",
 )
 declare_pipelines(
     Pipeline({TRANSFORMER: ALONE}, _T5, {"pooled": 1}),
@@ -220,16 +224,15 @@ declare_pipelines(
     FluxControlNetImg2ImgPipeline FluxControlNetInpaintPipeline VisualClozeGenerationPipeline
     """,
 )
-_FIRST = "the tokens of the target, the first ones"
 declare_pipelines(
-    Pipeline({TRANSFORMER: SEQUENTIAL}, text.chat(False), cut=_FIRST),
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.chat(False)),
     "Flux2KleinPipeline Flux2KleinInpaintPipeline",
 )
 declare_pipelines(
-    Pipeline({TRANSFORMER: ALONE}, text.chat(False), cut="the tokens of the target, the last ones"),
+    Pipeline({TRANSFORMER: ALONE}, text.chat(False)),
     "Flux2KleinKVPipeline",
 )
-declare_pipelines(Pipeline({TRANSFORMER: ALONE}, text.TEMPLATE, cut=_FIRST), "Flux2Pipeline")
+declare_pipelines(Pipeline({TRANSFORMER: ALONE}, text.TEMPLATE), "Flux2Pipeline")
 declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.templated),
     """
@@ -238,7 +241,7 @@ declare_pipelines(
     """,
 )
 declare_pipelines(
-    Pipeline({TRANSFORMER: SEQUENTIAL}, text.EDIT_TEMPLATE, cut=_FIRST),
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.EDIT_TEMPLATE),
     """
     QwenImageEditPipeline QwenImageEditPlusPipeline QwenImageEditInpaintPipeline
     LongCatImageEditPipeline JoyImageEditPipeline JoyImageEditPlusPipeline BriaFibo2Pipeline
@@ -248,9 +251,13 @@ declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE),
     """
     QwenImageLayeredPipeline QwenImage21Pipeline LongCatImagePipeline OvisImagePipeline
-    Lumina2Pipeline Krea2Pipeline NucleusMoEImagePipeline HunyuanImagePipeline
+    Krea2Pipeline HunyuanImagePipeline
     HunyuanImageRefinerPipeline Kandinsky5T2IPipeline Kandinsky5I2IPipeline
     """,
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE, handing=handing.negated),
+    "Lumina2Pipeline NucleusMoEImagePipeline",
 )
 declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.padded(512)),
@@ -270,6 +277,7 @@ declare_pipelines(
             "unconditional_transformer": Layout({1: (UNCOND,)}, whole=True),
         },
         text.TEMPLATE,
+        handing=handing.negated,
     ),
     "Ideogram4Pipeline",
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hookctl.address.families import text
+from hookctl.address.families import handing, text
 from hookctl.address.families.record import Pipeline, declare_pipelines
 from hookctl.address.rows import BATCHED, PAG, POSITIVE_FIRST, SEQUENTIAL
 
@@ -34,20 +34,30 @@ declare_pipelines(
 )
 declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.padded(128)), "LTXPipeline")
 declare_pipelines(
-    Pipeline(
-        {TRANSFORMER: BATCHED},
-        text.padded(128),
-        cut="the frames that are not given as images, where one is",
-    ),
-    "LTXImageToVideoPipeline LTXConditionPipeline LTXI2VLongMultiPromptPipeline",
+    Pipeline({TRANSFORMER: BATCHED}, text.padded(128), handing=handing.later_frames_of_tokens),
+    "LTXImageToVideoPipeline",
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: BATCHED}, text.padded(128), handing=handing.negated),
+    "LTXConditionPipeline",
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: BATCHED}, text.padded(128)), "LTXI2VLongMultiPromptPipeline"
 )
 declare_pipelines(
     Pipeline({TRANSFORMER: BATCHED}, text.TEMPLATE),
     """
-    LTX2Pipeline LTX2ConditionPipeline LTX2HDRPipeline LTX2ImageToVideoPipeline
-    LTX2InContextPipeline EasyAnimatePipeline EasyAnimateControlPipeline EasyAnimateInpaintPipeline
-    SanaVideoPipeline SanaImageToVideoPipeline
+    LTX2Pipeline LTX2ConditionPipeline LTX2HDRPipeline LTX2InContextPipeline EasyAnimatePipeline
+    EasyAnimateControlPipeline EasyAnimateInpaintPipeline SanaVideoPipeline
     """,
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: BATCHED}, text.TEMPLATE, handing=handing.later_frames_of_tokens),
+    "LTX2ImageToVideoPipeline",
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: BATCHED}, text.TEMPLATE, handing=handing.later_frames),
+    "SanaImageToVideoPipeline",
 )
 declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.padded(256)), "MochiPipeline")
 declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.padded(512)), "AnyFlowPipeline")
@@ -71,11 +81,19 @@ declare_pipelines(
 declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE),
     """
-    HunyuanVideoPipeline HunyuanVideoImageToVideoPipeline HunyuanSkyreelsImageToVideoPipeline
+    HunyuanVideoPipeline HunyuanSkyreelsImageToVideoPipeline
     HunyuanVideoFramepackPipeline HunyuanVideo15Pipeline HunyuanVideo15ImageToVideoPipeline
-    Kandinsky5T2VPipeline Kandinsky5I2VPipeline MotifVideoPipeline MotifVideoImage2VideoPipeline
+    Kandinsky5T2VPipeline MotifVideoPipeline MotifVideoImage2VideoPipeline
     Cosmos2_5_PredictBasePipeline Cosmos2_5_TransferPipeline
     """,
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE, handing=handing.later_frames),
+    "HunyuanVideoImageToVideoPipeline",
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE, handing=handing.later_frames_first),
+    "Kandinsky5I2VPipeline",
 )
 declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.padded(512)),

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
+from hookctl.address.families.handing import Handing
 from hookctl.address.rows import Layout
 
 T = TypeVar("T")
@@ -78,13 +79,14 @@ class Pipeline:
     text: how the text sequence that the attention sees is made up of tokenizers, or why words
         can't be addressed.
     encoded: where `encode_prompt` returns the pooled text and the mask of the tokens.
-    cut: what the pipeline takes of a prediction before its step, where not all.
+    handing: what the pipeline hands the scheduler of a branch's prediction, where it is neither
+        that nor its own part (`handing.own_part`).
     """
 
     calls: Mapping[str, Layout]
     text: Callable[[Any], tuple[TextStream, ...]] | str
     encoded: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
-    cut: str | None = None
+    handing: Handing | None = None
 
 
 MODELS: dict[str, Model] = {}

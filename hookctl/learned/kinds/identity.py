@@ -9,7 +9,7 @@ from hookctl.learned.kinds.kind import Kind, Shapes, base_of, has, length
 
 _IDENTITY_WIDTH = 512  # of an ArcFace vector
 _CLIP_WIDTHS = (1024, 1280, 1664)  # of CLIP's hidden states: ViT-L, ViT-H, ViT-bigG
-_FACE_CHOICE = "FaceID-Plus v1 and v2 have the same weights: say which it is when it is loaded"
+_FACE_CHOICE = "FaceID-Plus v1 and v2 have the same weights: say which it is, shortcut=True for v2"
 
 
 def adapter(shapes: Shapes) -> Kind | None:

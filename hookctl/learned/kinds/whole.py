@@ -15,13 +15,14 @@ def collaborative(shapes: Shapes) -> Kind | None:
     if not modalities:
         return None
     lacking = [one for one in modalities if not has(shapes, rf"(^|\.){one}_unet\.")]
-    if lacking:
+    if len(lacking) == len(modalities):
         raise InputError(
             f"looks like Collaborative Diffusion but has no {lacking[0]}_unet.*: only predictors; "
             "give the composed checkpoint"
         )
     text = length(shapes, r"_unet\..*attn2\.to_k\.weight$")
-    facts = (f"modalities: {', '.join(modalities)}", f"conditions of width {text}")
+    facts: tuple[str, ...] = (f"modalities: {', '.join(modalities)}", f"conditions of width {text}")
+    facts += tuple(f"{one}: of the pipeline's own model" for one in lacking)
     return Kind("collaborative", "its own, with its autoencoder", facts, ("a condition for each",))
 
 
@@ -41,7 +42,11 @@ def controlnet(shapes: Shapes) -> Kind | None:
             )
         base = base_of(length(shapes, r"attn2\.to_k\.weight$"))
         facts = ("IdentityNet of InstantID has this form too",) * (base == "SDXL")
-        return Kind(name, base, facts, ("a control image",))
+        needs = (
+            "a control image, in a pipeline with ControlNet; as an IdentityNet, to be given to the "
+            "editor of InstantID's ip-adapter.bin",
+        )
+        return Kind(name, base, facts, needs, hook=False)
     return None
 
 

@@ -57,10 +57,8 @@ class Companion:
     def step(self, predictions: Predictions, scale: float | None) -> None:
         """One step of the solver; scale: of the guidance (`guidance_scale_of`), None without."""
         like = predictions.guided
-        channels = like.shape[1]
         own = {
-            # Some models predict a variance in further channels.
-            name: part[:, :channels].to(like) if part.shape[1] == 2 * channels else part.to(like)
+            name: predictions.handed(part, self.latents).to(like)
             for name, part in self._predictions.items()
         }
         guided = own[COND]

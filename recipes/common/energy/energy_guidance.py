@@ -24,7 +24,7 @@ from hookctl.address.rows import COND
 from hookctl.arguments import checked, number
 from hookctl.errors import UnsupportedError
 from hookctl.loop.energy import Energies, ImageMaps
-from hookctl.loop.noise import Level, Noise
+from hookctl.loop.noise import Level, level_of
 from hookctl.loop.state import State
 from hookctl.recipes.common.energy.word_energy import Subject, WordEnergy, Words
 from hookctl.run_state import RunState
@@ -165,12 +165,6 @@ class EnergyGuidance(WordEnergy, ABC):
         rho = self.step_size(state.clock, level_of(state))
         gates = active.reshape(-1, *([1] * (x.dim() - 1)))
         return torch.where(gates, x - rho * found.gradient, x.to(found.gradient))
-
-
-def level_of(state: State) -> Level:
-    """Signal and noise of the latents of a call."""
-    scheduler = state.pipe.scheduler
-    return Noise(scheduler).level(scheduler.timesteps[state.clock.entry])
 
 
 def variance(level: Level) -> float:

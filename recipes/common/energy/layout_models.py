@@ -13,16 +13,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
-from hookctl.address.families import denoiser_of, uncompiled
-from hookctl.address.rows import COND, UNCOND, Rows
+from hookctl.address.rows import COND, Rows
+from hookctl.companions.denoiser import CompanionDenoiser
 from hookctl.errors import InputError
-from hookctl.loop.calls import EVERYONE, predict
-from hookctl.loop.driven import Driven, driving
+from hookctl.loop.calls import predict
+from hookctl.loop.driven import driving
 from hookctl.loop.energy import Energies, MapReader
-from hookctl.loop.state import Predictions, State
+from hookctl.loop.state import State
 from hookctl.recipes.common.energy.energy_guidance import EnergyGuidance
 from hookctl.recipes.common.energy.layout_pipeline import LayoutPipeline
 from hookctl.recipes.common.energy.word_energy import WordEnergy
@@ -50,38 +49,22 @@ class LayoutModel(Protocol):
         model."""
 
 
-class SecondModel:
+class SecondModel(CompanionDenoiser):
     """A bare denoiser that takes the same latents, times and text, and means the same by its
     predictions."""
 
     _reader: RunState[WordEnergy] = RunState()
-    _run: RunState[object] = RunState()
 
     def __init__(self, target: Any) -> None:
-        self.target, self.denoiser = target, denoiser_of(target)
+        super().__init__(target, label="layout", instead=", or a LayoutGuidance")
 
-    def attach(self, target: Any, reader: WordEnergy) -> None:
-        own = denoiser_of(target)
-        if uncompiled(self.denoiser) is uncompiled(own):
-            raise InputError(
-                "layout is the pipeline's own denoiser; give another one, or a LayoutGuidance"
-            )
-        theirs, ours = (next(model.parameters()).dtype for model in (self.denoiser, own))
-        if theirs != ours:
-            raise InputError(
-                f"layout is a model in {theirs}, and the pipeline's is in {ours}; give both in one "
-                f"dtype, as by .to({ours})"
-            )
+    def attach(self, target: Any, reader: WordEnergy | None = None) -> None:
+        super().attach(target)
+        assert reader is not None
         self._reader = reader
 
-    def begin(self, state: State) -> None:
-        self._run = object()
-
     def predict(self, state: State) -> tuple[Tensor, Tensor]:
-        rows = Rows(state.rows[: state.own_rows])
-        there = replace(state, denoiser=self.denoiser)
-        with driving(self._driven(state, rows)):
-            return predict(there, rows, reader=EVERYONE).detach(), state.latents
+        return self.predict_rows(state, Rows(state.rows[: state.own_rows])), state.latents
 
     def energies(self, state: State, measure: Measure) -> Energies:
         conditional = state.rows.where(branch=COND)
@@ -89,22 +72,10 @@ class SecondModel:
         there = replace(state, denoiser=self.denoiser, pipe=None)
         self._reader.reader = _OtherReader()  # the other model's calls are its own editors'
         try:
-            with control(self.target, self._reader.reader), driving(self._driven(state, rows)):
+            with control(self.target, self._reader.reader), driving(self.driven(state, rows)):
                 return measure(there)
         finally:
             self._reader.reader = None
-
-    def _driven(self, state: State, rows: Rows) -> Driven:
-        """What the hooks of the other model are told of a call."""
-        return Driven(
-            self._run,
-            uncompiled(self.denoiser),
-            state.prompts,
-            state.images_per_prompt,
-            dict(state.encoding),
-            rows,
-            state.clock,
-        )
 
 
 class _OtherReader(MapReader):
@@ -185,24 +156,3 @@ def _lasting(guidance: EnergyGuidance, start: float | None) -> EnergyGuidance:
             f"at alone={start:g}, where both models would be the same; give it a later stop="
         )
     return guidance
-
-
-def guided_as_the_pipeline(predictions: Predictions, own: Mapping[str, Tensor]) -> Tensor:
-    """A model's predictions by branch, guided as the pipeline guides its own, with what editors
-    before this one have added.
-
-    Raises InputError for a pipeline that guides otherwise than by u + scale (c - u).
-    """
-    like = predictions.guided
-    pipeline = like if predictions.own is None else predictions.own
-    if UNCOND not in own or UNCOND not in predictions.branches:
-        return own[COND].to(like) + (like - pipeline)
-    scale = float(getattr(predictions.state.pipe, "guidance_scale", 1.0))
-    u, c = predictions[UNCOND], predictions[COND]
-    if not torch.allclose(u + scale * (c - u), pipeline, rtol=1e-2, atol=1e-2):
-        raise InputError(
-            "RealCompo: the pipeline guides otherwise than by u + scale (c - u), which the layout "
-            "model can't follow; leave guidance_rescale 0"
-        )
-    u, c = own[UNCOND].to(like), own[COND].to(like)
-    return u + scale * (c - u) + (like - pipeline)

@@ -1,125 +1,43 @@
-"""Another pipeline as the layout model of a mixture, driven through its own call.
-
-What makes a pipeline a layout model is more than its denoiser: boxes and when they act (GLIGEN), a
-control image that another network reads anew at every step (ControlNet), guidance and the meaning
-of a prediction (v-prediction). So its own call runs beside the first pipeline's (`call_beside`):
-every step it predicts for the latents that the mixture came to.
-"""
+"""Another pipeline as the layout model of a mixture (`hookctl.companions.pipeline`)."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from hookctl.address.families import denoiser_of
 from hookctl.address.outlines import Box
 from hookctl.address.regions import Region
+from hookctl.companions.pipeline import CompanionPipeline
 from hookctl.errors import InputError
 from hookctl.loop.energy import Energies
-from hookctl.loop.noise import Level, Noise
 from hookctl.loop.state import State
-from hookctl.recipes.common.energy.call_beside import CallBeside, Predicted
-from hookctl.recipes.common.energy.energy_guidance import level_of
-from hookctl.recipes.common.energy.mixture import ModelPrediction
 from hookctl.recipes.common.energy.word_energy import WordEnergy
 from hookctl.run_state import RunState
 
-# The mixture's own affair.
-RESERVED = ("prompt", "latents", "num_inference_steps", "generator", "output_type", "return_dict")
-SAME = 1e-3  # levels of two schedulers that are one
 
-
-class LayoutPipeline:
+class LayoutPipeline(CompanionPipeline):
     """A pipeline of the same latent space and noise schedule as the one that is controlled.
 
-    arguments: of its own call, such as gligen_boxes or image. Prompts, negative prompts, number of
-    images and steps, scale of the guidance and size are the controlled pipeline's, unless they are
-    given.
-    For a GLIGEN pipeline without gligen_boxes the words and the regions' boxes are taken, in all
-    steps.
+    arguments: of its own call. For a GLIGEN pipeline without gligen_boxes the words and the
+    regions' boxes are taken, in all steps.
     """
 
     _reader: RunState[WordEnergy] = RunState()
-    _run: RunState[CallBeside | None] = RunState(None)
-    _now: RunState[tuple[int, Predicted] | None] = RunState(None)
 
     def __init__(self, pipe: Any, arguments: Mapping[str, Any] | None = None) -> None:
-        self.pipe, self.arguments = pipe, dict(arguments or {})
-        denoiser_of(pipe)  # or there is none
-        self._known = inspect.signature(type(pipe).__call__).parameters
-        for name in self.arguments:
-            if name in RESERVED or name not in self._known:
-                reason = "set by the mixture" if name in RESERVED else "none of its call's"
-                raise InputError(
-                    f"RealCompo: layout_arguments: {name!r} is {reason}; give arguments of "
-                    f"{type(pipe).__name__}'s call other than {', '.join(RESERVED)}"
-                )
+        super().__init__(
+            pipe,
+            arguments,
+            label="layout",
+            arguments_label="RealCompo: layout_arguments",
+            instead=", or a LayoutGuidance",
+        )
 
-    def attach(self, target: Any, reader: WordEnergy) -> None:
+    def attach(self, target: Any, reader: WordEnergy | None = None) -> None:
         """Check the pipeline; reader: the editor of the stack, which reads maps for the model."""
-        if self.pipe is target:
-            raise InputError(
-                "layout is the controlled pipeline itself; give another one, or a LayoutGuidance"
-            )
-        if Noise(self.pipe.scheduler).flow != Noise(target.scheduler).flow:
-            raise InputError(
-                f"layout: {type(self.pipe).__name__} and {type(target).__name__} do not share a "
-                "noise schedule (flow matching or not); give pipelines of one kind"
-            )
+        super().attach(target)
+        assert reader is not None
         self._reader = reader
-
-    def begin(self, state: State) -> None:
-        """Start the pipeline, and stop it before its first denoiser call.
-
-        Raises what its call raises, and InputError for other timesteps or levels.
-        """
-        self.close()
-        self._run, self._now = CallBeside(self.pipe, self._call(state)), None
-        try:
-            first = self._run.first()
-            ours, theirs = level_of(state), level_of(first)
-            if first.clock.timestep != state.clock.timestep or not _same(ours, theirs):
-                raise InputError(
-                    f"layout: {type(self.pipe).__name__} starts at timestep "
-                    f"{first.clock.timestep:g} and the controlled pipeline at "
-                    f"{state.clock.timestep:g}; give both one scheduler, such as pipe.scheduler = "
-                    "type(other.scheduler).from_config(other.scheduler.config)"
-                )
-            if first.latents.shape != state.latents.shape:
-                raise InputError(
-                    f"layout: {type(self.pipe).__name__} draws latents "
-                    f"{tuple(first.latents.shape)} and the controlled pipeline "
-                    f"{tuple(state.latents.shape)}; give pipelines of one latent space"
-                )
-        except BaseException:
-            self.close()
-            raise
-
-    def step(self, state: State) -> None:
-        """Let the pipeline predict for the latents of a step; once, however many calls it has."""
-        if self._now is None or self._now[0] != state.clock.step:
-            assert self._run is not None  # since `begin`
-            self._now = state.clock.step, self._run.predict(state.latents)
-
-    def prediction(self, state: State) -> ModelPrediction:
-        """What it predicted in this step, as the controlled pipeline's scheduler means it."""
-        assert self._now is not None  # since `step`
-        found, x = self._now[1], state.latents
-        of = x if torch.equal(found.latents.to(x), x) else found.latents.to(x)
-        theirs, ours = Noise(self.pipe.scheduler), Noise(state.pipe.scheduler)
-        level = level_of(state)
-
-        def meant(prediction: Tensor) -> Tensor:
-            prediction = prediction.to(x)
-            if theirs.kind == ours.kind:
-                return prediction
-            return ours.join(*theirs.split(of, prediction, level), level)
-
-        return ModelPrediction(meant(found.cond), meant(found.guided), of)
 
     def energies(self, state: State, measure: Callable[[State], Energies]) -> Energies:
         """`measure` of this model's maps in the step."""
@@ -132,40 +50,8 @@ class LayoutPipeline:
             self._reader.reader = None
         return found
 
-    def finish(self) -> None:
-        """The last step is over: let the pipeline end."""
-        run, self._run, self._now = self._run, None, None
-        if run is not None:
-            run.finish()
-
-    def close(self) -> None:
-        """Stop a run that nobody goes on with."""
-        run, self._run = self._run, None
-        if run is not None:
-            run.stop()
-
-    def _call(self, state: State) -> dict[str, Any]:
-        """The arguments of the pipeline's call."""
-        x, factor = state.latents, int(getattr(self.pipe, "vae_scale_factor", 8))
-        encoding = {k: v for k, v in state.encoding.items() if "embeds" not in k and k != "device"}
-        sigma = float(getattr(state.pipe.scheduler, "init_noise_sigma", 1.0))
-        given = {
-            **{k: v for k, v in encoding.items() if k != "prompt" and v is not None},
-            "height": x.shape[-2] * factor,
-            "width": x.shape[-1] * factor,
-            "num_images_per_prompt": state.images_per_prompt,
-            "guidance_scale": getattr(state.pipe, "guidance_scale", None),
-            **self._boxes(),
-            **self.arguments,
-            "prompt": list(state.prompts),
-            "latents": x / sigma,  # the pipeline multiplies by it
-            "num_inference_steps": state.pipe.scheduler.num_inference_steps,
-            "generator": torch.Generator().manual_seed(0),  # so that it draws from no other
-            "output_type": "latent",
-            "return_dict": False,
-        }
-        known = {n: v for n, v in given.items() if n in self._known and v is not None}
-        return known | self.arguments
+    def call(self, state: State) -> dict[str, Any]:
+        return super().call(state) | self._boxes() | self.arguments
 
     def _boxes(self) -> dict[str, Any]:
         """For a GLIGEN pipeline: words and boxes of the mixture."""
@@ -183,12 +69,6 @@ class LayoutPipeline:
             "gligen_boxes": [_box(region) for region in regions[0]],
             "gligen_scheduled_sampling_beta": 1.0,
         }
-
-
-def _same(one: Level, other: Level) -> bool:
-    return abs(one.signal - other.signal) < SAME and abs(one.noise - other.noise) < SAME * (
-        1 + other.noise
-    )
 
 
 def _box(region: Region) -> list[float]:

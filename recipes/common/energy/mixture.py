@@ -20,26 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hookctl.loop.noise import Noise
 from hookctl.loop.solver import OwnSolver
-from hookctl.loop.state import State
-from hookctl.recipes.common.energy.energy_guidance import level_of
-
-
-@dataclass(frozen=True, eq=False)
-class ModelPrediction:
-    """What a model predicts in a step, [images, ...]: conditional, guided, and of which latents."""
-
-    cond: Tensor
-    guided: Tensor
-    latents: Tensor
-
-    def trial_step(self, state: State) -> Tensor:
-        """Where the conditional prediction leads by a deterministic step of first order, in the
-        scheduler's space; no solver is touched."""
-        noise = Noise(state.pipe.scheduler)
-        there = noise.after(state.pipe.scheduler.timesteps[state.clock.entry])
-        return there.mix(*noise.split(self.latents, self.cond, level_of(state)))
 
 
 @dataclass(frozen=True, eq=False)

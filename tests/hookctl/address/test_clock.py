@@ -155,3 +155,11 @@ def test_windows() -> None:
     for bad in (1.2, -0.1, (0.6, 0.4), "a", (1, 2, 3)):
         with pytest.raises(InputError, match="x="):
             Window.of(bad, "x")
+
+
+def test_the_time_of_tokens_that_are_drawn() -> None:
+    """Of a timestep for each token, those of given images are 0 throughout."""
+    keeper, schedule = Timekeeper(), torch.tensor([999, 833])
+    for step, now in enumerate((999, 833)):
+        clock = keeper.read(torch.tensor([[0, now, now, 0]]), schedule)
+        assert (clock.step, clock.timestep) == (step, now)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import hookctl
 from hookctl import Editor
+from hookctl.address.sites import Grid, ImageTokens
 from hookctl.attention.call import AttentionCall
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.evaluate import plan
@@ -114,6 +115,22 @@ def test_isolated_under_the_models_mask(form: str) -> None:
     call = case.call()
     call.isolate(3)
     close(plan.evaluate(call)[0][3], under_mask(case, seen & hidden)[3], EXACT)
+
+
+@pytest.mark.parametrize("target", [0, 1])
+@pytest.mark.parametrize("kind", JOINT)
+def test_isolated_beside_references(kind: str, target: int) -> None:
+    """The image that is drawn sees the text and the reference, which see everything."""
+    case = make(kind)
+    call = case.call()
+    sides = [Grid(2, 4), Grid(1, 4)] if target == 0 else [Grid(1, 4), Grid(2, 4)]
+    call.sequence = TEXT, kind, ImageTokens(tuple(sides), target)
+    (start, stop), n = call.spans.image_queries, IMAGE + TEXT
+    assert stop - start == 8 and call.spans.references
+    seen = torch.ones(n, n, dtype=torch.bool)
+    seen[start:stop, start:stop] = torch.eye(8, dtype=torch.bool)
+    call.isolate(3)
+    close(plan.evaluate(call)[0][3], under_mask(case, seen)[3], EXACT)
 
 
 def test_isolated_after_substitution() -> None:

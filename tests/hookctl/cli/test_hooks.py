@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageChops
 
 from hookctl.cli import loading, main
-from hookctl.cli.hooks import _read
+from hookctl.cli.hooks import _image_option, _read
 from hookctl.editor import Editor
 from hookctl.learned.files import Checkpoint
 from hookctl.learned.loading import BUILDERS
@@ -100,6 +100,16 @@ def test_what_is_typed() -> None:
     assert _read("a.bin:nan") == HookSpec("a.bin:nan")
 
 
+def test_what_the_image_of_a_run_is_for() -> None:
+    gligen = ("boxes", "images", "maps", "inpaint")
+    assert _image_option("gligen spatial", gligen) == "maps"
+    assert _image_option("gligen box+text", gligen) == "inpaint"
+    assert _image_option("gligen box+text+image", gligen) is None
+    assert _image_option("ip-adapter plus", ("images", "scale")) == "images"
+    assert _image_option("collaborative", ("mask", "text")) == "mask"
+    assert _image_option("instance-diffusion", ("instances",)) is None
+
+
 @pytest.mark.slow
 def test_a_hook_acts_by_its_strength(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stack, path = str(files / "stack.toml"), str(files / "fits.bin")
@@ -152,7 +162,10 @@ def test_the_image_and_the_prompts_of_a_run(files: Path, monkeypatch: pytest.Mon
     [
         (["gone.bin"], "gone.bin: there is no such file; give weights"),
         (["none.bin"], "none.bin: none of the known kinds of weights: 1 tensors"),
-        (["lora.bin"], "lora.bin: is of the kind LoRA, which can't be attached as a hook; use: ho"),
+        (
+            ["lora.bin"],
+            "lora.bin: is of the kind LoRA, which can't be attached as a hook; it is for: ho",
+        ),
         (["halves.bin"], "looks like an IP-Adapter but its image tokens are"),
         (["stack.toml"], "stack.toml: is no file of weights"),
         (["fits.bin", "--image", "red.png"], "red.png: "),

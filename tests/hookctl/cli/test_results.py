@@ -13,6 +13,7 @@ from PIL import Image
 import hookctl
 from hookctl.cli.results import Results, _regions
 from hookctl.inspect import show
+from hookctl.learned.collaborative import CollaborativeDiffusion, Collaborator
 from hookctl.recipes import LayoutGuidance, RegionalPrompts
 from tests.recipes.images import pipeline
 
@@ -81,3 +82,12 @@ def test_a_region_of_several_editors_is_drawn_once() -> None:
     editors = [LayoutGuidance(["cat", "dog"], BOXES), RegionalPrompts(["a cat", "a dog"], BOXES)]
     session = hookctl.control(pipeline(), *editors)
     assert len(_regions(session, 0)) == 2
+
+
+def test_influence_maps_are_written(tmp_path: Path) -> None:
+    edit = CollaborativeDiffusion(
+        [Collaborator("one"), Collaborator("other", lambda x, *_: x[:, :1])]
+    )
+    results(["a red cat", "a red dog"], edit, words=[]).save(tmp_path)
+    sheets = [Image.open(tmp_path / f"influence-{i}.png") for i in range(2)]
+    assert sheets[0].tobytes() != sheets[1].tobytes()

@@ -19,6 +19,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import hookctl
 from hookctl import Editor
+from hookctl.address import families
+from hookctl.errors import HoleError
 
 UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)
 
@@ -121,3 +123,104 @@ def test_an_edit_never_replays_stale(editor: type[Editor]) -> None:
     torch._dynamo.reset()
     ours = [operator for graph in graphs for operator in graph.ours]
     assert ours and all(UNSAFE in operator.tags for operator in ours)
+
+
+# -- code that was compiled before the hooks came --------------------------------------------------
+
+
+class Skips(Editor):
+    sites = "self"
+
+    def attention(self, call: Any) -> None:
+        call.skip(call.rows)
+
+
+EAGERLY = {"backend": "eager"}
+
+
+def compile_whole(pipe: Pipeline) -> None:
+    pipe.unet = torch.compile(families.uncompiled(pipe.unet), **EAGERLY)
+
+
+def compile_blocks(pipe: Pipeline) -> None:
+    pipe.unet.compile_repeated_blocks(**EAGERLY)
+
+
+def compile_forwards(pipe: Pipeline) -> None:
+    for module in pipe.unet.modules():
+        if type(module).__name__ == "BasicTransformerBlock":
+            module.forward = torch.compile(module.forward, **EAGERLY)
+
+
+def nothing(pipe: Pipeline) -> None:
+    pass
+
+
+@pytest.mark.slow  # compiles
+@pytest.mark.parametrize(
+    ("before", "inside", "other"),  # other: whether another model of the class was compiled
+    [
+        (compile_whole, compile_whole, False),
+        (nothing, compile_blocks, True),
+        (compile_forwards, nothing, False),
+    ],
+)
+def test_code_compiled_before_is_not_taken_for_the_edited_one(
+    before: Callable[[Pipeline], None], inside: Callable[[Pipeline], None], other: bool
+) -> None:
+    torch._dynamo.reset()
+    with torch.no_grad():
+        want = Pipeline(unet())
+        plain = want()
+        with hookctl.control(want, Skips(), rows=("cond",)):
+            edited = want()
+        if other:
+            one = Pipeline(unet())
+            (inside if inside is not nothing else before)(one)
+            one()
+        got = Checked(unet())
+        before(got)
+        _close(got(), plain)
+        with hookctl.control(got, Skips(), rows=("cond",)):
+            inside(got)
+            _close(got(), edited)
+        _close(got(), plain)
+    torch._dynamo.reset()
+
+
+class Checked(Pipeline):
+    """Says that a run starts, as pipelines do."""
+
+    def check_inputs(self) -> None:
+        pass
+
+    def __call__(self) -> list[Tensor]:
+        self.check_inputs()
+        return super().__call__()
+
+
+def _close(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow  # compiles
+def test_calls_inside_code_compiled_before_are_told() -> None:
+    torch._dynamo.reset()
+    pipe = Pipeline(unet())
+
+    @torch.compile(**EAGERLY)
+    def denoise(model: UNet2DConditionModel, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        return model(x, t, text).sample
+
+    def draw() -> None:
+        x, text = torch.ones(1, 4, 8, 8), torch.ones(1, 5, 8)
+        for t in pipe.scheduler.timesteps:
+            pipe.scheduler.step(denoise(pipe.unet, x, t, text), t, x)
+
+    with torch.no_grad():
+        draw()
+        with pytest.raises(HoleError, match=r"no call of the denoiser was seen.*_dynamo\.reset"):
+            with hookctl.control(pipe, Skips(), rows=("cond",)):
+                draw()
+    torch._dynamo.reset()

@@ -22,11 +22,25 @@ def build(
     return Built(checkpoint, pipe, {"strength": strength, "boxes": boxes})
 
 
-def face(checkpoint: Checkpoint, pipe: Any, *, version: int, strength: float = 1.0) -> Editor:
-    if version not in (1, 2):
-        raise InputError(f"version={version}; give 1 or 2")
-    return Built(checkpoint, pipe, {"version": version})
+def face(checkpoint: Checkpoint, pipe: Any, *, shortcut: bool, strength: float = 1.0) -> Editor:
+    if not isinstance(shortcut, bool):
+        raise InputError(f"shortcut={shortcut}; give True or False")
+    return Built(checkpoint, pipe, {"shortcut": shortcut})
 
 
-def anything(checkpoint: Checkpoint, pipe: Any, **options: Any) -> Editor:
-    return Built(checkpoint, pipe, options)
+class Scaled(Built):
+    """Its keywords are what its builder hands on."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, pipe: Any, images: Any, *, scale: float = 1.0, **options: Any
+    ) -> None:
+        super().__init__(checkpoint, pipe, {"images": images, "scale": scale, **options})
+
+
+class Masked(Scaled):
+    def __init__(self, *given: Any, mask: Any = None, **options: Any) -> None:
+        super().__init__(*given, **options)
+
+
+def handing_on(checkpoint: Checkpoint, pipe: Any, *, images: Any = None, **options: Any) -> Masked:
+    return Masked(checkpoint, pipe, images, **options)

@@ -281,6 +281,22 @@ def test_the_same_name_twice(tmp_path: Path) -> None:
         read(tmp_path / "a")
 
 
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31mred", "\u202etxet", "x" * 3000])
+def test_names_that_are_none(name: str, tmp_path: Path) -> None:
+    save_file({name: torch.ones(2)}, tmp_path / "a.safetensors")
+    torch.save({name: torch.ones(2)}, tmp_path / "a.bin")
+    for path in (tmp_path / "a.safetensors", tmp_path / "a.bin"):
+        with pytest.raises(InputError, match="no name of a weight|nested too deeply") as raised:
+            read(path)
+        assert str(raised.value).isprintable() and len(str(raised.value)) < 300
+
+
+def test_a_small_file_of_large_tensors(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(()).expand(2**20, 2**20)}, tmp_path / "a.bin")
+    with pytest.raises(InputError, match="its tensors take 4,096 GiB, and the file has 0.0 MiB"):
+        read(tmp_path / "a.bin")
+
+
 # -- damaged or something else ---------------------------------------------------------------------
 
 

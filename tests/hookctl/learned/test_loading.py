@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNetMotionModel
 from safetensors.torch import save_file
 
 from hookctl.errors import InputError
@@ -26,7 +26,7 @@ def builders(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in BUILDERS:
         function = "face" if name == "ip-adapter faceid-plus" else "build"
         monkeypatch.setitem(BUILDERS, name, f"{HERE}:{function}")
-    monkeypatch.setitem(BUILDERS, "collaborative", f"{HERE}:anything")
+    monkeypatch.setitem(BUILDERS, "collaborative", f"{HERE}:handing_on")
 
 
 def denoiser(text: int = 768, blocks: int = 16) -> Any:
@@ -45,8 +45,14 @@ def denoiser(text: int = 768, blocks: int = 16) -> Any:
 
 
 def saved(path: Path, shapes: ldm.Shapes, **more: Any) -> Path:
-    """A file of small numbers in place of official ones: the first of each length is kept."""
-    torch.save({key: torch.zeros(()).expand(shape) for key, shape in shapes.items()} | more, path)
+    """A file of zeros, in the tables of the official ones."""
+    parts: dict[str, Any] = {}
+    for key, shape in shapes.items():
+        top, _, rest = key.partition(".")
+        nested = top in ("image_proj", "ip_adapter")
+        at = parts.setdefault(top, {}) if nested else parts
+        at[rest if nested else key] = torch.zeros(()).expand(shape)
+    torch.save(parts | more, path)
     return path
 
 
@@ -153,14 +159,24 @@ def test_options(adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError) as raised:
         load(face, pipe)
     assert str(raised.value) == (
-        f"{face}: ip-adapter faceid-plus needs the option version (FaceID-Plus v1 and v2 have the "
-        "same weights: say which it is when it is loaded)"
+        f"{face}: ip-adapter faceid-plus needs the option shortcut (FaceID-Plus v1 and v2 have "
+        "the same weights: say which it is, shortcut=True for v2)"
     )
-    with pytest.raises(InputError, match=r"face.bin: version=3; give 1 or 2"):
-        load(face, pipe, version=3)
-    assert isinstance(load(face, pipe, version=2), Built)
+    with pytest.raises(InputError, match=r"face.bin: shortcut=3; give True or False"):
+        load(face, pipe, shortcut=3)
+    assert isinstance(load(face, pipe, shortcut=True), Built)
+
+
+@pytest.mark.slow
+def test_options_that_go_on_to_an_editor(tmp_path: Path) -> None:
+    pipe = denoiser()
     many = saved(tmp_path / "many.ckpt", ldm.collaborative())
-    assert isinstance(load(many, pipe, whatever=1), Built)
+    made = load(many, pipe, images=3, scale=0.5)
+    assert isinstance(made, Built) and made.options == {"images": 3, "scale": 0.5}
+    with pytest.raises(
+        InputError, match="'sclae' is no option .* there are: images, scale, mask, "
+    ):
+        load(many, pipe, sclae=0.5)
 
 
 def test_another_base_model(adapter: Path, tmp_path: Path) -> None:
@@ -178,12 +194,37 @@ def test_another_base_model(adapter: Path, tmp_path: Path) -> None:
         load(adapter, object())
 
 
+def test_a_video_model_of_the_same_base(adapter: Path) -> None:
+    """What it has between frames is no layer of its base."""
+    with torch.device("meta"):
+        unet = UNetMotionModel(
+            block_out_channels=(8, 8, 8, 8),
+            norm_num_groups=4,
+            cross_attention_dim=768,
+            down_block_types=("CrossAttnDownBlockMotion",) * 3 + ("DownBlockMotion",),
+            up_block_types=("UpBlockMotion", *("CrossAttnUpBlockMotion",) * 3),
+            num_attention_heads=2,
+            motion_norm_num_groups=4,
+            motion_num_attention_heads=2,
+        )
+    assert isinstance(load(adapter, unet), Built)
+
+
+def test_a_kind_without_a_builder(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BUILDERS, "ip-adapter", "hookctl.learned.nowhere:build")
+    with pytest.raises(InputError, match="ip-adapter, which can't be attached yet"):
+        load(adapter, denoiser())
+    monkeypatch.delitem(BUILDERS, "ip-adapter")
+    with pytest.raises(InputError, match="ip-adapter, which can't be attached as a hook$"):
+        load(adapter, denoiser())
+
+
 @pytest.mark.parametrize(
     ("shapes", "says"),
     [
         (
             {"a.lora_A.weight": (4, 8)},
-            "is of the kind LoRA, which can't be attached as a hook; use:",
+            "is of the kind LoRA, which can't be attached as a hook; it is for:",
         ),
         ({"a": (4, 8)}, "none of the known kinds of weights: 1 tensors"),
         (ldm.unet(TINY), "is of the kind UNet, which can't be attached as a hook"),

@@ -6,7 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel, UNetMotionModel
+from diffusers.loaders.single_file_utils import (
+    convert_controlnet_checkpoint,
+    convert_ldm_unet_checkpoint,
+)
 
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.learned.names import adapter_layers, ldm_to_diffusers, official
@@ -102,6 +106,21 @@ def test_every_weight_at_full_size(name: str) -> None:
     assert {ldm_to_diffusers(key) for key in named} == set(named)
 
 
+@pytest.mark.parametrize("name", ["SD1.5", "SDXL", "ControlNet of SD1.5"])
+def test_the_same_as_diffusers_own_conversion(name: str) -> None:
+    """Shapes alone would not tell to_q from to_k, or one norm from another."""
+    given, make, _ = CASES[name]
+    made = tensors(given)
+    convert = convert_ldm_unet_checkpoint
+    prefix = "model.diffusion_model."
+    if name.startswith("ControlNet"):
+        convert, prefix = convert_controlnet_checkpoint, "control_model."
+    theirs = convert({f"{prefix}{key}": tensor for key, tensor in made.items()}, make().config)
+    ours = {ldm_to_diffusers(key): tensor for key, tensor in made.items()}
+    assert set(ours) == set(theirs)
+    assert all(ours[key] is tensor for key, tensor in theirs.items())
+
+
 def test_another_number_of_layers() -> None:
     of = ldm.Layout(64, (1, 2), (1, 0), 1, 96, layers=3)
     unet = empty(
@@ -174,8 +193,26 @@ def test_layers_have_the_widths_of_the_adapter(name: str) -> None:
             assert file[f"ip_adapter.{i}.to_k_ip.weight"] == shape, path
 
 
+def test_layers_of_a_video_model() -> None:
+    """Those of frames are not counted."""
+    unet = empty(
+        UNetMotionModel,
+        block_out_channels=(32, 64),
+        cross_attention_dim=96,
+        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
+        num_attention_heads=2,
+    )
+    layers = adapter_layers(unet)
+    at = "attentions.{}.transformer_blocks.0.attn"
+    wanted = [f"down_blocks.0.{at.format(j)}{n}" for j in (0, 1) for n in (1, 2)]
+    wanted += [f"up_blocks.1.{at.format(j)}{n}" for j in (0, 1, 2) for n in (1, 2)]
+    wanted += [f"mid_block.{at.format(0)}{n}" for n in (1, 2)]
+    assert layers == dict(enumerate(wanted))
+
+
 def test_a_denoiser_without_numbers() -> None:
-    with pytest.raises(UnsupportedError, match="Linear numbers no attention layers"):
+    with pytest.raises(UnsupportedError, match="Linear has no cross-attention that IP-Ad"):
         adapter_layers(torch.nn.Linear(2, 2))
 
 

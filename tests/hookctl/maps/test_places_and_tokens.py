@@ -151,7 +151,7 @@ def test_negative_prompts_without_words() -> None:
     with pytest.raises(InputError, match="no row sees the negative prompt; raise guidance_scale"):
         run("sd15", Maps("blurry", negative=True), guidance=1.0)
     with pytest.raises(UnsupportedError, match="does not say what its negative prompt is"):
-        run("flux", Maps("blurry", negative=True), true_cfg_scale=3.0, negative_prompt="blurry")
+        run("flux", Maps("blurry", negative=True))
 
 
 # -- arguments -------------------------------------------------------------------------------------

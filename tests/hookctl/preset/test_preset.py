@@ -186,14 +186,13 @@ def test_what_is_wrong_with_a_lora_is_said(write: Write, text: str, says: str) -
 
 def test_hooks(write: Write, tmp_path: Path) -> None:
     """What lies beside the file is meant, else a repository; they need no editor beside them."""
-    text = (
-        '[[hook]]\npath = "a.bin"\nstrength = 1\nboxes = [[0, 1]]\n[[hook]]\npath = "o/n/b.bin"\n'
-    )
+    text = '[[hook]]\npath = "a.bin"\nstrength = 1\nfaces = [["a.bin", "b.bin", "a"]]\n'
+    text += '[[hook]]\npath = "o/n/b.bin"\n'
     (tmp_path / "a.bin").touch()
     path = write(text)
-    preset = load_preset(path, RECIPES)
+    preset, file = load_preset(path, RECIPES), str(path.parent / "a.bin")
     assert preset.specs == () and preset.hooks == (
-        HookSpec(str(path.parent / "a.bin"), 1.0, {"boxes": [[0, 1]]}, f"{path}: [[hook]] 1"),
+        HookSpec(file, 1.0, {"faces": [[file, "b.bin", "a"]]}, f"{path}: [[hook]] 1"),
         HookSpec("o/n/b.bin", where=f"{path}: [[hook]] 2"),
     )
     assert load_preset(write(dump_preset(preset)), RECIPES).hooks == preset.hooks

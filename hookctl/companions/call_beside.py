@@ -47,17 +47,18 @@ class _Stop(BaseException):
 class CallBeside:
     """One call of a pipeline, in a thread that works only while another waits for it.
 
+    label: what errors call the pipeline's place, such as "layout".
     It ends with its last step (`finish`), by `stop`, or when nobody holds this object any more.
     """
 
-    def __init__(self, pipe: Any, arguments: Mapping[str, Any]) -> None:
-        self._name = type(pipe).__name__
+    def __init__(self, pipe: Any, arguments: Mapping[str, Any], label: str = "layout") -> None:
+        self._name, self._label = type(pipe).__name__, label
         self.tap = _LastEditor()
         # The thread must not hold this object, or nothing would end it.
         work = partial(
             copy_context().run, _call, pipe, dict(arguments), self.tap, _of_threads(pipe)
         )
-        self._thread = threading.Thread(target=work, name="layout model", daemon=True)
+        self._thread = threading.Thread(target=work, name=f"{label} model", daemon=True)
         self._thread.start()
 
     def first(self) -> State:
@@ -103,8 +104,8 @@ class CallBeside:
             raise value
         if kind != expected:
             raise InputError(
-                f"layout: {self._name} takes another number of steps than the controlled pipeline; "
-                "give both one scheduler"
+                f"{self._label}: {self._name} takes another number of steps than the controlled "
+                "pipeline; give both one scheduler"
             )
         return value
 
