@@ -11,6 +11,7 @@ recognise, kinds   what a file is, by its names and shapes
 fit                weights into modules, or what does not fit and why
 modules            the networks themselves, with their official names and shapes
 gligen, instance_diffusion      editors that ground; grounding: what they share
+ip_adapter, face_id, instant_id     editors that show images and faces; adapter: their weights
 """
 
 from __future__ import annotations
@@ -19,18 +20,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hookctl.learned.face_id import FaceID
+    from hookctl.learned.faces import face_analysis, find_face
     from hookctl.learned.gligen import GLIGEN
+    from hookctl.learned.image_prompts import ImagePrompt
     from hookctl.learned.instance_diffusion import InstanceDiffusion
     from hookctl.learned.instances import Instance
+    from hookctl.learned.instant_id import InstantID, Person
+    from hookctl.learned.ip_adapter import IPAdapter
     from hookctl.learned.loading import load
 
-__all__ = ["GLIGEN", "Instance", "InstanceDiffusion", "load"]
+__all__ = [
+    "FaceID",
+    "GLIGEN",
+    "IPAdapter",
+    "ImagePrompt",
+    "Instance",
+    "InstanceDiffusion",
+    "InstantID",
+    "Person",
+    "face_analysis",
+    "find_face",
+    "load",
+]
 
 # Where each name is defined: torch need not be imported to know where weights are.
 _HOMES = {
+    "FaceID": "hookctl.learned.face_id",
     "GLIGEN": "hookctl.learned.gligen",
+    "IPAdapter": "hookctl.learned.ip_adapter",
+    "ImagePrompt": "hookctl.learned.image_prompts",
     "Instance": "hookctl.learned.instances",
     "InstanceDiffusion": "hookctl.learned.instance_diffusion",
+    "InstantID": "hookctl.learned.instant_id",
+    "Person": "hookctl.learned.instant_id",
+    "face_analysis": "hookctl.learned.faces",
+    "find_face": "hookctl.learned.faces",
     "load": "hookctl.learned.loading",
 }
 

@@ -1,0 +1,70 @@
+"""A CLIP image encoder, and an image as it reads one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from hookctl.errors import InputError
+
+# Of the images that CLIP was trained on.
+_MEAN, _DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class ImageEncoder:
+    """A CLIP image encoder of the user's, such as `pipe.image_encoder`.
+
+    crop: resize the shorter side and cut out the middle, as CLIP was trained; without it the whole
+    image is squeezed into the square, so that nothing at its ends is lost.
+    """
+
+    def __init__(self, model: nn.Module, *, crop: bool = True) -> None:
+        self.model, self.crop = model, crop
+        self._config: Any = getattr(model, "config", None)
+        self.size = int(getattr(self._config, "image_size", 224))
+
+    def check(self, kind: str, channels: int, name: str) -> None:
+        """Raise InputError if it can't give what an adapter reads.
+
+        kind: "embedding" or "features".
+        """
+        wanted = "projection_dim" if kind == "embedding" else "hidden_size"
+        width = getattr(self._config, wanted, None)
+        if width is not None and width != channels:
+            raise InputError(
+                f"{name}: the image encoder gives {kind} of {width} channels, but this adapter "
+                f"reads {channels}: it was trained with another encoder (of the published ones "
+                "ViT-H has embeddings of 1024 and features of 1280 channels, ViT-bigG embeddings "
+                "of 1280); give image_encoder="
+            )
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """An image as the encoder reads it, [1, 3, size, size]."""
+        image, size = image.convert("RGB"), self.size
+        if self.crop:
+            short = min(image.size)
+            width, height = (int(size * side / short) for side in image.size)
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+            left, top = (width - size) // 2, (height - size) // 2
+            image = image.crop((left, top, left + size, top + size))
+        else:
+            image = image.resize((size, size), Image.Resampling.BICUBIC)
+        x = torch.from_numpy(np.asarray(image).astype(np.float32) / 255)
+        return ((x - torch.tensor(_MEAN)) / torch.tensor(_DEVIATION)).permute(2, 0, 1)[None]
+
+    def read(self, pixels: Tensor, kind: str) -> Tensor:
+        """The embedding [1, channels] or the features [1, tokens, channels], float32."""
+        parameter = next(self.model.parameters())
+        hook: Any = getattr(self.model, "_hf_hook", None)  # of a model that is offloaded
+        device = getattr(hook, "execution_device", None) or parameter.device
+        with torch.inference_mode(False), torch.no_grad():
+            found: Any = self.model(
+                pixels.to(device, parameter.dtype), output_hidden_states=kind == "features"
+            )
+        # The last layer's are turned to the embedding; those before it still hold the places.
+        read: Tensor = found.hidden_states[-2] if kind == "features" else found.image_embeds
+        return read.float()
