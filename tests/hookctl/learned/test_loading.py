@@ -204,7 +204,6 @@ def test_a_video_model_of_the_same_base(adapter: Path) -> None:
             down_block_types=("CrossAttnDownBlockMotion",) * 3 + ("DownBlockMotion",),
             up_block_types=("UpBlockMotion", *("CrossAttnUpBlockMotion",) * 3),
             num_attention_heads=2,
-            motion_norm_num_groups=4,
             motion_num_attention_heads=2,
         )
     assert isinstance(load(adapter, unet), Built)
