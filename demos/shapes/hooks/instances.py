@@ -48,7 +48,7 @@ POOLS: tuple[tuple[int, int | None], ...] = ((0, 32), (300, 128), (800, 1024), (
 NO_CAPTION, NO_INSTANCES = 0.3, 0.1
 # Weight of what makes places look at the tokens of their instance. Without it the match of places
 # and tokens is what takes longest to be found.
-ATTENDED = 0.05
+ATTENDED = 0.2
 
 
 class Modules(nn.Module):
@@ -212,6 +212,8 @@ class InstancesTask:
     def look(self) -> dict[str, float]:
         """The loss x 1000 of 32 held-out scenes with their captions at strong noise: with true
         boxes and points, without any, and with mirrored ones; where these part, places are heeded.
+        unseen: how little cells in boxes attend to the tokens of their instance (-log of the
+        share).
         """
         rng = np.random.default_rng(HELD_OUT)
         pairs = self.base.scenes(rng, 32, None)
@@ -219,11 +221,14 @@ class InstancesTask:
         t = torch.linspace(EARLY, 999, 32).long().to(self.base.device)
         noise = torch.from_numpy(rng.standard_normal(batch.latents.shape, np.float32))
         true, none = self.given(batch.scenes, rng), self.given(batch.scenes, rng, keep=0.0)
-        found = {}
+        found, formats = {}, (BOX, POINT)
+        self.fusing.inside, self.fusing.own = self._inside(true), self._own(formats)
+        self.fusing.missed = []
         for name, given in {"true": true, "null": none, "mirrored": _mirrored(true)}.items():
-            error = self._error(batch, t, noise.to(batch.latents), given, (BOX, POINT))
+            error = self._error(batch, t, noise.to(batch.latents), given, formats)
             found[name] = round(1000 * float(error.mean()), 2)
-        return found
+            self.fusing.inside = None
+        return {**found, "unseen": round(float(torch.stack(self.fusing.missed).mean()), 3)}
 
     def state(self) -> dict[str, Tensor]:
         """The weights by the names of the official checkpoint."""
