@@ -40,7 +40,8 @@ class Weights(Generic[M]):
         return found  # type: ignore[return-value]
 
     def _copied(self, x: Tensor) -> M:
-        made = copy.deepcopy(self.module).to(x.device, x.dtype)
+        made = copy.deepcopy(self.module)
+        nn.Module.to(made, x.device, x.dtype)  # diffusers' own `to` warns without need
         given = dict(self.module.named_parameters())
         for name, parameter in made.named_parameters():
             if self._keeps(name):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +209,13 @@ def test_a_video_model_of_the_same_base(adapter: Path) -> None:
             motion_num_attention_heads=2,
         )
     assert isinstance(load(adapter, unet), Built)
+
+
+@pytest.mark.parametrize("named", sorted(set(BUILDERS.values())))
+def test_every_builder_is_there(named: str) -> None:
+    module, _, function = named.partition(":")
+    parameters = inspect.signature(getattr(import_module(module), function)).parameters
+    assert list(parameters)[:2] == ["checkpoint", "pipe"]
 
 
 def test_a_kind_without_a_builder(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
