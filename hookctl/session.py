@@ -126,7 +126,7 @@ class Session:
                 "the pipeline is called, or call it within a copy of this context: "
                 "contextvars.copy_context().run(pipe, ...) or asyncio.to_thread(pipe, ...)"
             )
-        elif entry.editors and entry.unseen and not entry.called:
+        elif entry.editors and entry.unseen and not entry.seen:
             self._tell(
                 f"the scheduler of this {type(self.target).__name__} took its steps, but no call "
                 "of the denoiser was seen: code compiled before control(...) may be calling it. "

@@ -29,8 +29,8 @@ class Entry:
     strict: an edited site that does not run is an error; check_finite: whether NaN and infinity are
     looked for at every step; texts: what embeddings in place of prompts say, None if untold.
     clock: of the last denoiser call, None before the first. called, elsewhere: whether the pipeline
-    called its denoiser where the session was entered, and in another thread or task; unseen:
-    whether its scheduler took steps before any such call.
+    called its denoiser where the session was entered, and in another thread or task; seen: whether
+    any call was made there, those of programs too; unseen: whether the scheduler stepped before.
     expected, ran: the sites whose calls an editor was to be shown, and those that ran.
     places: where it is entered (`Denoising`); hooks: what is installed for it; refresh: looks after
     the hooks of its pipeline.
@@ -48,6 +48,7 @@ class Entry:
     clock: Clock | None = None
     called: bool = False
     elsewhere: bool = False
+    seen: bool = False
     unseen: bool = False
     expected: set[str] = field(default_factory=set)
     ran: set[str] = field(default_factory=set)

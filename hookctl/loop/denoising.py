@@ -146,6 +146,7 @@ class Denoising:
         hooked.refresh()
         for entry in self.entries:
             entry.refresh()
+            entry.seen = True
         if self.run.fresh and nesting is None:
             self._begin(state)
         if not state.nested:
