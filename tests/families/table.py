@@ -88,7 +88,8 @@ def of_wild(path: str, *names: str) -> int:
 def _page(lines: list[list[str]]) -> str:
     whole = sum(line[1:] == ["✓"] * len(wild.PROMISES) for line in lines)
     refused = sum(any(cell.startswith("refused") for cell in line) for line in lines)
-    later = sum("not run yet" in line for line in lines)
+    count = sum("not run yet" in line for line in lines)
+    later = f"; of {count} some promises were not run yet" if count else ""
     out = [(name, why) for name, why in wild.LEFT_OUT.items()]
     return "\n".join(
         [
@@ -97,8 +98,8 @@ def _page(lines: list[list[str]]) -> str:
             f"{diffusers.__version__}, tiny random\nweights; the names of pipelines behind it run "
             "those alone). Refusals name the reason; the promises are functions\nof "
             "`tests/families/wild.py`. "
-            f"Of {len(lines)} pipelines {whole} keep every promise, {refused} are\nrefused, and "
-            f"of {later} some promises were not run yet.\n",
+            f"Of {len(lines)} pipelines {whole} keep every promise and {refused}\nare refused"
+            f"{later}.\n",
             markdown_table(lines, ["pipeline", *wild.PROMISES]),
             "\nNot built offline:\n",
             markdown_table(out, ["pipeline", "why"]),
