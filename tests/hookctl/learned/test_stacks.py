@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionGLIGENPipeline
 
 import hookctl
 from hookctl import Editor
+from hookctl.learned.gligen import GLIGEN
 from hookctl.learned.instance_diffusion import InstanceDiffusion
 from hookctl.learned.ip_adapter import IPAdapter
-from hookctl.recipes import FreeU, PromptToPrompt, RegionalPrompts
+from hookctl.recipes import FreeU, PromptToPrompt, RealCompo, RegionalPrompts
 from tests.families.subjects import error
 from tests.hookctl.drawing import SD15, TWO
+from tests.hookctl.learned.gated_models import gated_unet, network_of
 from tests.hookctl.learned.identity import adapter
 from tests.hookctl.learned.test_instance_diffusion import CAT, DOG, network
 
@@ -62,3 +65,34 @@ def test_two_of_a_kind_add() -> None:
         one, _ = run(pipe, name)
         two, _ = run(pipe, name, name)
         assert error(two, one) > 1e-4
+
+
+@pytest.mark.slow
+def test_real_compo_with_a_learned_layout_model() -> None:
+    """The paper's own setting, a grounded model and a text model: learned hooks over the text
+    model's own UNet do what diffusers' grounded pipeline does as a layout model."""
+    gated = gated_unet()
+    box = (0.1, 0.1, 0.5, 0.6)
+    parts = SD15.make().components | {"unet": gated}
+    del parts["image_encoder"]
+    native = StableDiffusionGLIGENPipeline(**parts, requires_safety_checker=False)
+    native.set_progress_bar_config(disable=True)
+    arguments = {
+        "gligen_phrases": ["cat"],
+        "gligen_boxes": [list(box)],
+        "gligen_scheduled_sampling_beta": 0.5,
+    }
+    pipe, layout = SD15.make(), SD15.make()
+    layout.unet = pipe.unet
+    grounding = GLIGEN(network_of(gated), boxes=[box], phrases=["cat"], stop=0.5)
+
+    def mixed(layout: Any, **options: Any) -> torch.Tensor:
+        with hookctl.control(pipe, RealCompo(["cat"], [box], layout, alone=0.25, **options)):
+            return SD15.run(pipe, ["a red cat"], steps=4)
+
+    plain = SD15.run(pipe, ["a red cat"], steps=4)
+    want = mixed(native, layout_arguments=arguments)
+    with hookctl.control(layout, grounding):
+        assert error(mixed(layout), want) < 1e-4
+        assert torch.equal(SD15.run(pipe, ["a red cat"], steps=4), plain)
+    assert error(mixed(layout), want) > 1e-3
