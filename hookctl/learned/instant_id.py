@@ -90,6 +90,11 @@ class InstantID(IPAdapter):
         control_stop: float = 1.0,
         **options: Any,
     ) -> None:
+        if not isinstance(adapter, Adapter):
+            raise refusal(f"{self.name}: adapter", adapter, "an Adapter (hookctl.learned.load)")
+        if identity_net is not None and not isinstance(identity_net, nn.Module):
+            wanted = "a ControlNetModel, or None; hookctl.learned.load reads its folder, too"
+            raise refusal(f"{self.name}: identity_net", identity_net, wanted)
         if not isinstance(adapter.image_proj, Resampler):
             raise InputError(
                 f"{self.name}: the adapter has a {type(adapter.image_proj).__name__}; InstantID's "
