@@ -181,7 +181,7 @@ class Grounding(Editor):
         denoiser = uncompiled(denoiser_of(target))
         every = sites_of(target)
         chosen = select(every, self._chosen, who=self.name)
-        acting = [site for site in chosen if self.sites(site)]
+        acting = [site for site in chosen if site.kind == "self" and self.sites(site)]
         if every and not acting:
             raise InputError(
                 f"{self.name}: sites={shown(self._chosen)} holds none of the self-attention that "
