@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -300,3 +301,11 @@ def test_what_is_no_adapter_or_net_is_refused(pipe: Any) -> None:
         InstantID(adapter("instantid", pipe.unet), person(), "folder")  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"people=\[\]; give at least one"):
         InstantID(adapter("instantid", pipe.unet), [])
+
+
+def test_a_copy_knows_the_points(pipe: Any, net: Any) -> None:
+    edit = InstantID(adapter("instantid", pipe.unet), person(), net)
+    made = copy.deepcopy(edit)
+    with hookctl.control(pipe, edit):
+        pictures = [one._hint(one.parts[0][0], 8, 8, torch.zeros(())) for one in (edit, made)]
+    assert torch.equal(*pictures)
