@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hookctl.arguments import refusal
+from hookctl.arguments import refusal, shown
 from hookctl.errors import InputError, UnsupportedError
 
 NORM = 28.7  # of a phrase's features; images' are brought to it
@@ -40,7 +40,8 @@ def phrase_features(pipe: Any, phrases: Iterable[str], who: str) -> dict[str, Te
         tokens = len(tokenizer(text).input_ids)
         if tokens > longest:
             raise InputError(
-                f"{who}: the phrase {text!r} has {tokens} tokens; give one of {longest} at most"
+                f"{who}: the phrase {shown(text)} has {tokens} tokens; give one of {longest} at "
+                "most"
             )
     ids = tokenizer(texts, padding="max_length", max_length=longest, return_tensors="pt").input_ids
     out = encoder(ids.to(getattr(pipe, "_execution_device", encoder.device)))
@@ -66,7 +67,10 @@ def image_feature(image: Image.Image | Tensor, clip: Any, name: str) -> Tensor:
             f"{name}: images need clip=, a transformers CLIPModel (openai/clip-vit-large-patch14 "
             "for the official checkpoints), or its text projection for embeddings"
         )
-    projection = clip if isinstance(clip, Tensor) else clip.text_projection.weight
+    projection = clip if isinstance(clip, Tensor) else getattr(clip, "text_projection", None)
+    projection = getattr(projection, "weight", projection)
+    if not isinstance(projection, Tensor) or projection.dim() != 2:
+        raise refusal(f"{name}: clip", clip, "a transformers CLIPModel, or a matrix [joint, text]")
     if isinstance(image, Image.Image):
         if isinstance(clip, Tensor):
             raise InputError(f"{name}: an image is given, and clip= is a matrix; give a CLIPModel")
@@ -79,5 +83,7 @@ def image_feature(image: Image.Image | Tensor, clip: Any, name: str) -> Tensor:
         embedding = image
     else:
         raise refusal(name, image, f"a PIL image or its CLIP embedding [{projection.shape[0]}]")
+    if not bool(embedding.isfinite().all() and embedding.any()):
+        raise InputError(f"{name}: zeros, NaN or infinity in the CLIP embedding; give another")
     feature = projection.detach().float().T @ embedding.to(projection.device).float()
     return NORM * feature / feature.norm()

@@ -44,7 +44,8 @@ class FaceID(IPAdapter):
 
     def _read(self, given: Any, name: str) -> ImagePrompt:
         prompt = super()._read(given, name)
-        check_length(prompt.face, name, normalised=True)
+        if prompt.face is not None:
+            check_length(prompt.face, name, normalised=True)
         return prompt
 
     def linears(self, path: str) -> bool:

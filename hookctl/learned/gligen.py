@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hookctl.address.families import denoiser_of, uncompiled
 from hookctl.address.rows import Row, Rows
 from hookctl.address.sites import Selector
-from hookctl.arguments import checked, whole
+from hookctl.arguments import checked, shown, whole
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.learned.files import Checkpoint
 from hookctl.learned.gligen_inputs import Inputs, Maps, Objects, Persons
@@ -141,7 +141,7 @@ class GLIGEN(Grounding):
                 boxes=boxes, phrases=phrases, images=images, style=style, clip=clip,
             )  # fmt: skip
             if not objects.boxes.items and style is None:
-                raise InputError(f"{self.name}: boxes={boxes!r}; give at least one")
+                raise InputError(f"{self.name}: boxes={shown(boxes)}; give at least one")
             if network.stem is not None:
                 self.channels = Inpainting(self.name, inpaint, objects, seed)
                 self.start, self.stop = 0.0, 1.0  # what is known is kept in every step

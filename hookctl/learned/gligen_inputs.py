@@ -44,10 +44,19 @@ class Inputs(Protocol):
 def phrase_of(given: Any, name: str) -> str | Tensor:
     """A text that is not empty, or features [width]. Raises InputError."""
     if isinstance(given, Tensor) and given.dim() == 1:
-        return given
+        return finite(given, name)
     if isinstance(given, str) and given.strip():
         return given
     raise refusal(name, given, "a phrase, or its features [width]")
+
+
+def finite(given: Tensor, name: str) -> Tensor:
+    """Real numbers, none of them NaN or infinite. Raises InputError."""
+    if given.dtype == torch.bool or given.is_complex() or not given.numel():
+        raise refusal(name, given, f"real numbers, not {given.dtype}" if given.numel() else "some")
+    if not bool(given.isfinite().all()):
+        raise InputError(f"{name}={shown(given)} holds NaN or infinity; give finite numbers")
+    return given
 
 
 def features_of(
@@ -130,6 +139,9 @@ class Objects:
     def begin(self, pipe: Any) -> None:
         texts = [phrase for phrase in self.phrases.items if isinstance(phrase, str)]
         self._encoded = phrase_features(pipe, texts, self.who)
+        for phrase in self.phrases.items:
+            if phrase is not None:
+                features_of(phrase, self._encoded, self.net.text, self.who)
 
     def arguments(self, layout: Layout, like: Tensor) -> tuple[Tensor, ...]:
         width = self.net.text
@@ -165,6 +177,8 @@ class Persons:
         self.persons, width = net.person_embeddings.shape
         self.joints = net.keypoint_embeddings.shape[0]
         self.keypoints = PerPrompt(keypoints, f"{who}: keypoints", self._person, _is_person)
+        if not self.keypoints.items:
+            raise refusal(f"{who}: keypoints", keypoints, "at least one person")
         most = max(map(len, self.keypoints.lists))
         if most > self.persons:
             raise InputError(
@@ -214,7 +228,10 @@ class Maps:
         """[3 | classes, height, width], from -1 to 1, or one-hot."""
         channels = self.classes or 3
         if isinstance(given, Tensor) and given.dim() == 3 and given.shape[0] == channels:
-            return given.float()
+            found = finite(given, name).float()
+            if found.abs().max() > 2:  # what was resized may overshoot 1; bytes go to 255
+                raise refusal(name, given, f"values from -1 to 1; its largest is {found.max():g}")
+            return found
         if self.classes is not None:
             given = _numbers_in(given) if isinstance(given, str | Path) else given
             ids = np.array(given) if isinstance(given, Image.Image | np.ndarray) else np.zeros(0)

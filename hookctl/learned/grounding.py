@@ -20,7 +20,7 @@ from hookctl.address.clock import Clock
 from hookctl.address.families import denoiser_of, sites_of, uncompiled
 from hookctl.address.rows import COND, Row, Rows
 from hookctl.address.sites import Selector, Site, matcher, select
-from hookctl.arguments import is_list, number
+from hookctl.arguments import is_list, number, refusal, shown
 from hookctl.editor import WHOLE_IMAGE, Claim, Editor
 from hookctl.errors import InputError
 from hookctl.learned.modules.gated_attention import GatedSelfAttention
@@ -92,7 +92,7 @@ class PerPrompt(Generic[T]):
         is_item: Callable[[Any], bool] = lambda item: not is_list(item),
     ) -> None:
         if not is_list(given):
-            raise InputError(f"{name}={given!r}; give a list, or a list for each prompt")
+            raise refusal(name, given, "a list, or a list for each prompt")
         self.name = name
         self.shared = not given or any(is_item(item) for item in given)
         lists = [given] if self.shared else given
@@ -140,6 +140,8 @@ class Grounding(Editor):
         fade: Fade = Fade(),
         sites: Selector = None,
     ) -> None:
+        for share in ("decay", "back"):
+            number(getattr(fade, share), f"{self.name}: {share}", low=0, high=1)
         if fade.stop + fade.decay > 1 + 1e-9 or fade.back < min(fade.stop + fade.decay, 1) - 1e-9:
             raise InputError(
                 f"{self.name}: stop={fade.stop:g}, decay={fade.decay:g}, back={fade.back:g}; give "
@@ -157,9 +159,11 @@ class Grounding(Editor):
             (matcher(where), number(factor, f"{self.name}: blocks[{where!r}]", low=0))
             for where, factor in (blocks or {}).items()
         ]
+        self._selectors = list(blocks or {})
         self.fade = fade
         self.start, self.stop = fade.start, fade.end
-        chosen = matcher("self" if sites is None else sites)
+        self._chosen = "self" if sites is None else sites
+        chosen = matcher(self._chosen)
         self.sites = lambda site: chosen(site) and block_of(site) in self.fusers
 
     def neutral(self) -> bool | None:
@@ -175,7 +179,16 @@ class Grounding(Editor):
     def attach(self, target: Any) -> None:
         """Check that the layers fit the blocks of a model."""
         denoiser = uncompiled(denoiser_of(target))
-        select(sites_of(target), self.sites, who=self.name)
+        every = sites_of(target)
+        chosen = select(every, self._chosen, who=self.name)
+        acting = [site for site in chosen if site.kind == "self" and self.sites(site)]
+        if every and not acting:
+            raise InputError(
+                f"{self.name}: sites={shown(self._chosen)} holds none of the self-attention that "
+                f"the checkpoint has layers for: {', '.join(list(self.fusers)[:3])}, ..."
+            )
+        for selector in self._selectors:
+            select(acting, selector, who=f"{self.name}: blocks")
         modules = dict(denoiser.named_modules())
         for path, weights in self.fusers.items():
             check_fit(path, weights.module, modules.get(path), f"{self.name}: {path}")

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from hookctl.arguments import refusal
 from hookctl.errors import InputError
 
 # Of the images that CLIP was trained on.
@@ -23,6 +24,8 @@ class ImageEncoder:
     """
 
     def __init__(self, model: nn.Module, *, crop: bool = True) -> None:
+        if not isinstance(model, nn.Module):
+            raise refusal("image_encoder", model, "a CLIPVisionModelWithProjection")
         self.model, self.crop = model, crop
         self._config: Any = getattr(model, "config", None)
         self.size = int(getattr(self._config, "image_size", 224))
@@ -34,7 +37,9 @@ class ImageEncoder:
         """
         wanted = "projection_dim" if kind == "embedding" else "hidden_size"
         width = getattr(self._config, wanted, None)
-        if width is not None and width != channels:
+        if width is None:
+            raise refusal(f"{name}: image_encoder", self.model, "a CLIPVisionModelWithProjection")
+        if width != channels:
             raise InputError(
                 f"{name}: the image encoder gives {kind} of {width} channels, but this adapter "
                 f"reads {channels}: it was trained with another encoder (of the published ones "
@@ -64,6 +69,11 @@ class ImageEncoder:
         with torch.inference_mode(False), torch.no_grad():
             found: Any = self.model(
                 pixels.to(device, parameter.dtype), output_hidden_states=kind == "features"
+            )
+        if kind != "features" and getattr(found, "image_embeds", None) is None:
+            raise InputError(
+                f"image_encoder: {type(self.model).__name__} gives no embedding of an image "
+                "(image_embeds); give a CLIPVisionModelWithProjection"
             )
         # The last layer's are turned to the embedding; those before it still hold the places.
         read: Tensor = found.hidden_states[-2] if kind == "features" else found.image_embeds

@@ -112,6 +112,8 @@ def for_each_prompt(
     for p, own in enumerate(items if nested else [items]):
         names = [f"{name}[{p}][{i}]" if nested else f"{name}[{i}]" for i in range(len(own))]
         found.append([(n, read(item, n)) for n, item in zip(names, own, strict=True)])
+    if not any(found):
+        raise refusal(name, given, "at least one")
     return found
 
 
@@ -151,6 +153,16 @@ def read_prompt(given: Any, name: str, reads: Sequence[str]) -> ImagePrompt:
     return prompt
 
 
+def features_at(reads: Sequence[str], name: str) -> int:
+    """Which input of an adapter is an image's features; InputError if it reads none."""
+    if "features" not in reads:
+        raise InputError(
+            f"{name} is given, but it stands for features, and this adapter reads "
+            f"{' and '.join(_WORDS[kind] for kind in reads)}; leave it out"
+        )
+    return list(reads).index("features")
+
+
 def image_in(value: Any, name: str) -> Image.Image | None:
     """The PIL image that a value is, None if it is a tensor; InputError for anything else."""
     if isinstance(value, Image.Image):
@@ -175,7 +187,7 @@ def vectors(given: Any, name: str, channels: int, *, several: bool) -> Tensor:
         raise refusal(name, given, f"a tensor {wanted} of numbers")
     while x.dim() > 1 + several and x.shape[0] == 1:  # as pipelines have it: a row for each image
         x = x[0]
-    if not 1 <= x.dim() <= 1 + several or x.shape[-1] != channels:
+    if not 1 <= x.dim() <= 1 + several or x.shape[-1] != channels or not x.numel():
         raise InputError(
             f"{name}: {shown(given)} given, but this adapter reads {wanted}; another width is of "
             "another encoder"

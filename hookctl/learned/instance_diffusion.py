@@ -22,7 +22,7 @@ from torch import Tensor
 from hookctl.address.families import denoiser_of, sites_of, uncompiled
 from hookctl.address.regions import bit_sets
 from hookctl.address.sites import Selector, matcher
-from hookctl.arguments import checked, refusal
+from hookctl.arguments import checked, refusal, shown
 from hookctl.errors import InputError
 from hookctl.hooks.skips import concats
 from hookctl.learned.clip_features import phrase_features
@@ -107,7 +107,7 @@ class InstanceDiffusion(Grounding):
                     f"with {slots} at most"
                 )
         if not self.instances.items:
-            raise InputError(f"{self.name}: instances={instances!r}; give at least one")
+            raise InputError(f"{self.name}: instances={shown(instances)}; give at least one")
         self.formats = self._formats(formats)
         if masked:
             for one in self.instances.items:
@@ -120,8 +120,8 @@ class InstanceDiffusion(Grounding):
     def _formats(self, formats: Collection[str] | None) -> tuple[str, ...] | None:
         if formats is None:
             return None
-        known = not isinstance(formats, str) and bool(formats) and set(formats) <= set(FORMATS)
-        if not known:
+        several = isinstance(formats, Collection) and not isinstance(formats, str)
+        if not several or not formats or any(one not in FORMATS for one in formats):
             raise refusal(f"{self.name}: formats", formats, f"some of {', '.join(FORMATS)}")
         return tuple(formats)
 
@@ -146,6 +146,8 @@ class InstanceDiffusion(Grounding):
         self.instances.check_prompts(state.rows)
         captions = [one.caption for one in self.instances.items if isinstance(one.caption, str)]
         self._encoded = phrase_features(state.pipe, captions, self.name)
+        for one in self.instances.items:
+            features_of(one.caption, self._encoded, self.network.tokenizer.text, self.name)
         self._masks = {}
 
     def features(self, call: FeatureCall) -> None:

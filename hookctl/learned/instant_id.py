@@ -60,6 +60,13 @@ class Person:
     scale: float = 1.0
 
 
+@dataclass(frozen=True, eq=False)
+class _Placed(ImagePrompt):
+    """A face with its five points, [5, 2]; None leaves its place free."""
+
+    points: Tensor | None = None
+
+
 class InstantID(IPAdapter):
     """Draw people whose faces are known.
 
@@ -90,6 +97,11 @@ class InstantID(IPAdapter):
         control_stop: float = 1.0,
         **options: Any,
     ) -> None:
+        if not isinstance(adapter, Adapter):
+            raise refusal(f"{self.name}: adapter", adapter, "an Adapter (hookctl.learned.load)")
+        if identity_net is not None and not isinstance(identity_net, nn.Module):
+            wanted = "a ControlNetModel, or None; hookctl.learned.load reads its folder, too"
+            raise refusal(f"{self.name}: identity_net", identity_net, wanted)
         if not isinstance(adapter.image_proj, Resampler):
             raise InputError(
                 f"{self.name}: the adapter has a {type(adapter.image_proj).__name__}; InstantID's "
@@ -100,7 +112,6 @@ class InstantID(IPAdapter):
         self.control = Window.of(
             (control_start, control_stop), f"{self.name}: control_start, control_stop"
         )
-        self._points: dict[int, Tensor | None] = {}  # of each image prompt, by id
         super().__init__(adapter, people, scale=scale, **options)
         self._check_regions()
         self.identity_net = identity_net
@@ -109,10 +120,10 @@ class InstantID(IPAdapter):
     def _read(self, given: Any, name: str) -> ImagePrompt:
         if not isinstance(given, Person):
             raise refusal(name, given, "a Person(embedding, keypoints, region)")
-        face = ImagePrompt(face=given.embedding, region=given.region, scale=given.scale)
+        points = _points(given.keypoints, f"{name}.keypoints")
+        face = _Placed(face=given.embedding, region=given.region, scale=given.scale, points=points)
         prompt = super()._read(face, name)
         check_length(given.embedding, name, normalised=False)
-        self._points[id(prompt)] = _points(given.keypoints, f"{name}.keypoints")
         return prompt
 
     def _check_regions(self) -> None:
@@ -184,7 +195,7 @@ class InstantID(IPAdapter):
         """The picture of a person's points, [3, height, width] from 0 to 1."""
         key = id(part), height, width, like.device, like.dtype
         if key not in self._hints:
-            points = None if part is None else self._points[id(part.prompts[0][1])]
+            points = None if part is None else getattr(part.prompts[0][1], "points", None)
             size = torch.tensor([width, height], dtype=torch.float64)
             faces = [] if points is None else [(points * size).tolist()]
             picture = np.array(draw_keypoints(faces, width, height))

@@ -30,6 +30,7 @@ from hookctl.learned.image_prompts import (
     Part,
     Place,
     check_prompts,
+    features_at,
     for_each_prompt,
     image_in,
     parts_of,
@@ -98,9 +99,9 @@ class IPAdapter(Editor):
         self.prompts = for_each_prompt(images, self._read, f"{self.name}: {self.argument}")
         self.parts = [list(parts_of(own)) for own in self.prompts]
         self._negative = None
-        if negative is not None and "features" in self.reads:
-            at = self.reads.index("features")
-            self._negative = self._tensor(negative, at, f"{self.name}: negative")
+        if negative is not None:
+            name = f"{self.name}: negative"
+            self._negative = self._tensor(negative, features_at(self.reads, name), name)
         self._projection = Weights(adapter.image_proj)
         self._weights = tuple(adapter.image_proj.parameters())
         adapter.requires_grad_(False)

@@ -29,10 +29,13 @@ _BEYOND = ((-1, 0), (0, 1), (1, 0), (0, -1))
 
 def box_of(given: Any, name: str) -> Box:
     """(x0, y0, x1, y1) of a box, however it is written. Raises InputError."""
+    wanted = "a box (x0, y0, x1, y1), fractions of the canvas"
+    if getattr(given, "ndim", 2) == 1:  # no mask, as arrays are elsewhere
+        raise refusal(name, given, wanted)
     region = region_of(given, name)
     outline = region.outline
     if not isinstance(outline, BoxOutline):
-        raise refusal(name, given, "a box (x0, y0, x1, y1), fractions of the canvas")
+        raise refusal(name, given, wanted)
     return outline.x0, outline.y0, outline.x1, outline.y1
 
 

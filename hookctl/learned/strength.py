@@ -22,6 +22,8 @@ class Strength:
     ) -> None:
         if schedule is not None and not schedule:
             raise InputError(f"{name}: schedule=[]; give one factor or more")
+        if isinstance(scale, Mapping) and not scale:
+            raise InputError(f"{name}: scale={{}}; give a number, or one site selector or more")
         scales = scale if isinstance(scale, Mapping) else {"all": scale}
         self._scales = [(matcher(sites), float(value)) for sites, value in scales.items()]
         self._selectors, self._name = list(scales), name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path, PurePosixPath
 
+from hookctl.arguments import refusal
 from hookctl.errors import InputError
 
 ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
@@ -17,6 +18,8 @@ def located(given: Path | str) -> Path:
     Nothing is downloaded: of a repository, what is in the cache of huggingface_hub is used. Raises
     InputError that says how to get it if it is not there, FileNotFoundError for a path.
     """
+    if not isinstance(given, str | Path) or not str(given).strip():
+        raise refusal("path_or_repo_id", given, "the path of a file, or owner/name/FILE")
     path = Path(given).expanduser()
     if path.exists():
         return path

@@ -162,3 +162,8 @@ def test_length_of_an_embedding() -> None:
         check_length(torch.ones(512), "images[0]", normalised=True)
     with pytest.warns(HookctlWarning, match="InstantID was trained on embeddings as the network"):
         check_length(torch.ones(512) / 512**0.5, "people[0]", normalised=False)
+
+
+def test_an_adapter_without_deltas_is_refused(pipe: Any) -> None:
+    with pytest.raises(InputError, match="the adapter has no low-rank deltas; use IPAdapter"):
+        FaceID(adapter("base", pipe.unet), vector(0))

@@ -501,3 +501,30 @@ def test_in_half_precision_the_stream_stays_half():
     whole = draw(SD15, SD15.make(), objects())
     assert half.dtype == torch.bfloat16
     assert error(half.float(), whole) < 0.1 < error(SD15.run(SD15.make(), TWO), whole)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (torch.full((3, 4, 4), 255.0), "give values from -1 to 1; its largest is 255"),
+        (torch.full((3, 4, 4), torch.nan), r"maps=a tensor \(3, 4, 4\) holds NaN"),
+        (torch.zeros(3, 0, 4), r"maps=a tensor \(3, 0, 4\); give some"),
+    ],
+)
+def test_maps_out_of_range_are_refused(given, said):
+    with pytest.raises(InputError, match=said):
+        GLIGEN(spatial(1), maps=given)
+
+
+def test_odd_phrases_persons_and_clip_are_refused():
+    persons = GLIGENNetwork(randomise(Keypoints(3, 17, 32, 16, WIDTH), 5), fusers_of(gated()))
+    with pytest.raises(InputError, match=r"keypoints=\[\]; give at least one person"):
+        GLIGEN(persons, keypoints=[])
+    images = GLIGENNetwork(randomise(BoxTextImage(WIDTH, 16, WIDTH), 5), fusers_of(gated()))
+    with pytest.raises(InputError, match=r"phrases\[0\]=a tensor .* holds NaN"):
+        GLIGEN(images, boxes=BOXES[:1], phrases=[torch.full((WIDTH,), torch.nan)])
+    with pytest.raises(InputError, match="clip='vit'; give a transformers CLIPModel"):
+        GLIGEN(images, boxes=BOXES[:1], images=[torch.ones(12)], clip="vit")
+    bad, matrix = torch.full((12,), torch.nan), torch.ones(12, WIDTH)
+    with pytest.raises(InputError, match="zeros, NaN or infinity in the CLIP embedding"):
+        GLIGEN(images, boxes=BOXES[:1], images=[bad], clip=matrix)

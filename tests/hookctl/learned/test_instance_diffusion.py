@@ -361,3 +361,66 @@ def test_the_rows_of_a_batch_have_layouts_by_their_branch():
     assert Layout.of(Row(0, "perturbed", 1, 0, COND)) == Layout(1)
     assert Layout.of(Row(0, "instance 3", 1, 0)) == Layout(1, 3)
     assert Layout.of(Row(0, "instance 3 uncond", 1, 0)) == Layout()
+
+
+@pytest.mark.parametrize(
+    ("caption", "said"),
+    [
+        (torch.full((WIDTH,), torch.nan), r"caption=a tensor \(32,\) holds NaN"),
+        (torch.ones(WIDTH, dtype=torch.bool), "real numbers, not torch.bool"),
+        (torch.ones(WIDTH, dtype=torch.complex64), "real numbers, not torch.complex64"),
+    ],
+)
+def test_features_of_captions_are_finite_numbers(caption, said):
+    with pytest.raises(InputError, match=said):
+        edit([Instance(caption, box=BOX)])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"decay": -0.5}, "decay=-0.5; give a number from 0 to 1"),
+        ({"back": 2.0}, "back=2.0; give a number from 0 to 1"),
+        ({"formats": 3}, "formats=3; give some of"),
+        ({"formats": [["box"]]}, r"formats=\[\['box'\]\]; give some of"),
+    ],
+)
+def test_odd_options_are_refused(options, said):
+    with pytest.raises(InputError, match=said):
+        edit(**options)
+
+
+def test_a_tensor_for_instances_is_not_printed():
+    with pytest.raises(InputError, match=r"instances=a tensor \(50, 50\); give a list"):
+        InstanceDiffusion(network(), torch.zeros(50, 50))
+
+
+def test_an_array_is_no_box():
+    with pytest.raises(InputError, match=r"box=an array \(4,\); give a box"):
+        edit([Instance("a cat", box=np.array(BOX))])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"blocks": {"nowhere": 0.5}}, "InstanceDiffusion: blocks: sites='nowhere' matches none"),
+        ({"blocks": {"cross": 0.5}}, "InstanceDiffusion: blocks: sites='cross' matches none"),
+        ({"sites": "nowhere"}, "InstanceDiffusion: sites='nowhere' matches none"),
+        ({"sites": "cross"}, "sites='cross' holds none of the self-attention"),
+    ],
+)
+def test_selectors_that_match_nothing_are_refused(options, said):
+    with pytest.raises(InputError, match=said):
+        edit(**options).attach(SD15.make())
+
+
+def test_features_of_another_width_are_refused_before_the_first_step():
+    """Also where the layers act late, or not at all."""
+    pipe, steps = SD15.make(), []
+    wide = edit([Instance(torch.ones(WIDTH + 1), box=BOX)], start=0.5)
+    handle = pipe.unet.register_forward_hook(lambda *_: steps.append(1))
+    with pytest.raises(InputError, match="33 features and the checkpoint was trained with 32"):
+        with hookctl.control(pipe, wide):
+            SD15.run(pipe, TWO)
+    handle.remove()
+    assert not steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -291,3 +292,20 @@ def test_from_checkpoint_and_the_official_folder(pipe: Any, net: Any, tmp_path: 
     with pytest.raises(InputError, match="give the folder ControlNetModel"):
         from_checkpoint(file, pipe, people=person(), identity_net=tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "ControlNetModel"
+
+
+def test_what_is_no_adapter_or_net_is_refused(pipe: Any) -> None:
+    with pytest.raises(InputError, match="adapter=None; give an Adapter"):
+        InstantID(None, person())  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="identity_net='folder'; give a ControlNetModel"):
+        InstantID(adapter("instantid", pipe.unet), person(), "folder")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"people=\[\]; give at least one"):
+        InstantID(adapter("instantid", pipe.unet), [])
+
+
+def test_a_copy_knows_the_points(pipe: Any, net: Any) -> None:
+    edit = InstantID(adapter("instantid", pipe.unet), person(), net)
+    made = copy.deepcopy(edit)
+    with hookctl.control(pipe, edit):
+        pictures = [one._hint(one.parts[0][0], 8, 8, torch.zeros(())) for one in (edit, made)]
+    assert torch.equal(*pictures)

@@ -476,3 +476,29 @@ def test_another_base_model(pipe: Any) -> None:
 def test_no_unet() -> None:
     with pytest.raises(UnsupportedError, match="^Linear"):
         adapter_layers(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "said"),
+    [
+        ([], {}, r"images=\[\]; give at least one"),
+        ([[], []], {}, r"images=\[\[\], \[\]\]; give at least one"),
+        (vector(0), {"scale": {}}, r"scale=\{\}; give a number"),
+        (vector(0), {"negative": vector(1)}, "negative is given, but it stands for features"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(pipe: Any, images: Any, options: Any, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        IPAdapter(adapter("base", pipe.unet), images, **options)
+
+
+def test_features_of_no_token_are_refused(pipe: Any) -> None:
+    with pytest.raises(InputError, match=r"a tensor \(0, 10\) given"):
+        IPAdapter(adapter("plus", pipe.unet), torch.zeros(0, 10), negative=vector(1, 1, 10))
+
+
+@pytest.mark.parametrize("model", ["openai/clip", torch.nn.Linear(2, 2)])
+def test_what_is_no_image_encoder_is_refused(pipe: Any, model: Any) -> None:
+    edit = IPAdapter(adapter("base", pipe.unet), Image.new("RGB", (8, 8)), image_encoder=model)
+    with pytest.raises(InputError, match="image_encoder=.*; give a CLIPVisionModelWithProjection"):
+        edit.attach(pipe)

@@ -65,3 +65,9 @@ def test_paths(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             located(gone)
     with pytest.raises(FileNotFoundError, match="there is no such file"):
         located(Path("owner/name"))
+
+
+@pytest.mark.parametrize("given", [None, 3, ""])
+def test_what_is_no_path_is_refused(given: Any) -> None:
+    with pytest.raises(InputError, match=f"path_or_repo_id={given!r}; give the path of a file"):
+        located(given)
