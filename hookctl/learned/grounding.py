@@ -178,10 +178,12 @@ class Grounding(Editor):
 
     def attach(self, target: Any) -> None:
         """Check that the layers fit the blocks of a model."""
-        denoiser = uncompiled(denoiser_of(target))
+        modules = dict(uncompiled(denoiser_of(target)).named_modules())
+        for path, weights in self.fusers.items():
+            check_fit(path, weights.module, modules.get(path), f"{self.name}: {path}")
         every = sites_of(target)
         chosen = select(every, self._chosen, who=self.name)
-        acting = [site for site in chosen if site.kind == "self" and self.sites(site)]
+        acting = [s for s in chosen if s.kind == "self" and block_of(s) in self.fusers]
         if every and not acting:
             raise InputError(
                 f"{self.name}: sites={shown(self._chosen)} holds none of the self-attention that "
@@ -189,9 +191,6 @@ class Grounding(Editor):
             )
         for selector in self._selectors:
             select(acting, selector, who=f"{self.name}: blocks")
-        modules = dict(denoiser.named_modules())
-        for path, weights in self.fusers.items():
-            check_fit(path, weights.module, modules.get(path), f"{self.name}: {path}")
 
     def begin(self, state: State) -> None:
         drawn = len({row.prompt for row in state.rows})

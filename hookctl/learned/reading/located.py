@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path, PurePosixPath
 
-from hookctl.arguments import refusal
 from hookctl.errors import InputError
 
 ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
@@ -19,7 +18,7 @@ def located(given: Path | str) -> Path:
     InputError that says how to get it if it is not there, FileNotFoundError for a path.
     """
     if not isinstance(given, str | Path) or not str(given).strip():
-        raise refusal("path_or_repo_id", given, "the path of a file, or owner/name/FILE")
+        raise InputError(f"path_or_repo_id={given!r}; give the path of a file, or owner/name/FILE")
     path = Path(given).expanduser()
     if path.exists():
         return path

@@ -212,7 +212,7 @@ def test_layers_of_another_model_are_refused():
     network = network_of(gated())
     path, layer = next(iter(network.fusers.items()))
     for fusers, message in (
-        ({"down_blocks.7.attentions.0.transformer_blocks.0": layer}, "matches none"),
+        ({"down_blocks.7.attentions.0.transformer_blocks.0": layer}, "no such transformer block"),
         ({**network.fusers, "down_blocks.7.attn": layer}, "no such transformer block"),
         ({"mid_block.attentions.0.transformer_blocks.0": layer}, "for 16 channels"),
     ):
