@@ -123,6 +123,7 @@ def test_bad_input(say: Say, arguments: list[str], says: str) -> None:
     assert says in said.err
 
 
+@pytest.mark.slow
 def test_a_stack_without_prompts(say: Say, stack: Path) -> None:
     assert "which prompt? Give --prompt" in say("run", stack).err
     said = say("run", stack, "--prompt", "a cat")

@@ -259,6 +259,7 @@ def test_run_twice_is_the_same(say: Say, folder: Folder, stack: Path, tmp_path: 
     assert made[0] == made[1]
 
 
+@pytest.mark.slow
 def test_run_from_the_command_line(say: Say, folder: Folder, stack: Path, tmp_path: Path) -> None:
     """Several edits; what is said there goes before the file."""
     stack.write_text(STACK.replace('blend = ["cat", "dog"]', ""), "utf-8")

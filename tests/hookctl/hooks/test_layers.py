@@ -241,6 +241,7 @@ def test_residuals_are_those_of_a_controlnet() -> None:
     assert error(twice, plain) > 1e-4
 
 
+@pytest.mark.slow
 def test_residuals_without_a_controlnet_and_of_two_editors() -> None:
     pipe = SD15.make()
     skips, middle = shapes_of_skips(pipe.unet)

@@ -198,6 +198,7 @@ def test_strength_0_and_one_model_are_the_plain_pipeline() -> None:
     assert relative(half, (one + whole) / 2) < 1e-4 < relative(whole, one)
 
 
+@pytest.mark.slow
 def test_maps_sum_to_one_and_are_kept_by_step() -> None:
     pipe = SD15.make()
     models = [
@@ -323,6 +324,7 @@ def one(*given: Any, **more: Any) -> Callable[[], Any]:
     return lambda: CollaborativeDiffusion([Collaborator("mask", *given, **more)])
 
 
+@pytest.mark.slow
 def test_bad_input() -> None:
     pipe = SD15.make()
     refused(

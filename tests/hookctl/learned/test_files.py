@@ -259,6 +259,7 @@ def test_torch_is_as_it_was(tmp_path: Path) -> None:
     assert before == (dict(vars(rebuild)), dict(vars(OrderedDict)))
 
 
+@pytest.mark.slow
 def test_tables_in_themselves(tmp_path: Path) -> None:
     own: dict[str, Any] = {"x": torch.ones(2)}
     own["own"] = own

@@ -121,6 +121,7 @@ def test_no_strength_is_bit_identical():
     assert torch.equal(draw(SD15, SD15.make(), objects(blocks={"self": 0.0})), plain)
 
 
+@pytest.mark.slow
 def test_closed_gates_are_bit_identical():
     network = network_of(gated())
     for layer in network.fusers.values():
