@@ -26,6 +26,7 @@ SIZES = {"heads": 4, "groups": 16, "classes": 1 + len(SHAPES)}
 MODEL, INFLUENCE = (48, 80, 96), (16, 32, 32)  # channels: 7 MB and 1 MB in half precision
 BATCH = 24
 TOGETHER = 1500  # from this step on the dynamic diffusers learn
+AT_EARLY = 0.5  # share of timesteps where places are decided; the others are for edges
 EMPTY = 0.1  # masks left empty, for guidance
 
 
@@ -72,7 +73,9 @@ class CollaborationTask:
         batch = self.base.batch(pairs, [text for _, text in pairs])
         maps = self.maps(batch.scenes)
         maps[torch.from_numpy(rng.random(BATCH) < EMPTY)] = 0
-        errors = self._errors(batch, maps, self.base.times(rng, BATCH), rng, step >= TOGETHER)
+        errors = self._errors(
+            batch, maps, self.base.times(rng, BATCH, AT_EARLY), rng, step >= TOGETHER
+        )
         return errors["mask"].mean() + (errors["mixture"].mean() if step >= TOGETHER else 0)
 
     def _errors(

@@ -46,9 +46,11 @@ BATCH = 16
 # From which step on how many scenes there are; None: fresh ones.
 POOLS: tuple[tuple[int, int | None], ...] = ((0, 32), (300, 128), (800, 1024), (1600, None))
 NO_CAPTION, NO_INSTANCES = 0.3, 0.1
+# Modules that say where learn nothing once it is decided.
+AT_EARLY = 0.85
 # Weight of what makes places look at the tokens of their instance. Without it the match of places
 # and tokens is what takes longest to be found.
-ATTENDED = 0.2
+ATTENDED = 1.0
 
 
 class Modules(nn.Module):
@@ -136,7 +138,7 @@ class InstancesTask:
         texts = [self._silent(text, scene, rng) for scene, text in pairs]
         batch = self.base.batch(pairs, texts)
         given = self.given(batch.scenes, rng, keep=1 - NO_INSTANCES)
-        t = self.base.times(rng, BATCH)
+        t = self.base.times(rng, BATCH, AT_EARLY)
         noise = torch.from_numpy(rng.standard_normal(batch.latents.shape, np.float32))
         formats = _formats(rng)
         self.fusing.inside, self.fusing.own = self._inside(given), self._own(formats)

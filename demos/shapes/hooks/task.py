@@ -19,9 +19,8 @@ from ..render import render
 from ..text import Words
 from ..world import Scene
 
-# Where objects lie is decided in strong noise: most times are drawn from there (a module that says
-# where learns nothing from the others).
-EARLY, SHARE_EARLY = 550, 0.85
+# From here on noise is so strong that where objects lie is still to be decided.
+EARLY = 700
 HELD_OUT = 10**9  # seeds of what is only looked at
 
 
@@ -105,8 +104,9 @@ class Base:
         found: Tensor = self.pipe.text_encoder(ids).pooler_output
         return found
 
-    def times(self, rng: np.random.Generator, count: int) -> Tensor:
-        early = rng.random(count) < SHARE_EARLY
+    def times(self, rng: np.random.Generator, count: int, early_share: float) -> Tensor:
+        """Timesteps [count], that share of them EARLY or later."""
+        early = rng.random(count) < early_share
         u = rng.random(count)
         times = np.where(early, EARLY + u * (1000 - EARLY), u * EARLY)
         return torch.from_numpy(times).long().clamp(max=999).to(self.device)
