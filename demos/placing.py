@@ -55,15 +55,20 @@ def boxes(cases: Sequence[LayoutCase]) -> list[list[Any]]:
     return [list(case.boxes) for case in cases]
 
 
-def draw(pipe: Any, cases: Sequence[LayoutCase], stack: Stack, seed: int) -> Drawn:
-    """Every case once; case i starts from the noise of seed + i."""
+def draw(
+    pipe: Any, cases: Sequence[LayoutCase], stack: Stack, seed: int, *, read: bool = True
+) -> Drawn:
+    """Every case once; case i starts from the noise of seed + i.
+
+    read: the attention of the nouns too, which the prompts must name then.
+    """
     made, guided, shares, weakest, partial = [], [], [], [], 0
     with counted(pipe.unet) as cost:
         for i in range(0, len(cases), BATCH):
             some, editors = cases[i : i + BATCH], stack(cases[i : i + BATCH])
             nouns = sorted({word for one in words(some) for word in one})
-            reading = hookctl.Maps(*nouns, sites="cross @1")
-            with hookctl.control(pipe, *editors, reading) as session:
+            reading = [hookctl.Maps(*nouns, sites="cross @1")] if read else []
+            with hookctl.control(pipe, *editors, *reading) as session:
                 made += pipe(
                     [case.prompt for case in some],
                     num_inference_steps=STEPS,
@@ -72,9 +77,10 @@ def draw(pipe: Any, cases: Sequence[LayoutCase], stack: Stack, seed: int) -> Dra
                         torch.Generator().manual_seed(seed + i + j) for j in range(len(some))
                     ],
                 ).images
-            guided += in_box(session.maps, some, GUIDED)
-            shares += in_box(session.maps, some, AFTER)
-            weakest += least_peaks(session.maps, some, GUIDED)
+            if read:
+                guided += in_box(session.maps, some, GUIDED)
+                shares += in_box(session.maps, some, AFTER)
+                weakest += least_peaks(session.maps, some, GUIDED)
             partial += len(some) * sum(len(calls_of(editor)) for editor in editors)
     rows = cost.rows / len(cases)
     return Drawn(made, guided, shares, weakest, rows, partial / len(cases))
@@ -175,49 +181,81 @@ def compare(
 
     boxed: whether the methods know the boxes; without, boxes are neither measured nor shown, but
     the attention that the least attended noun gets is."""
-    out.mkdir(parents=True, exist_ok=True)
     pipe, started = hookctl.load_shapes(), time.perf_counter()
     drawn: dict[str, Drawn] = {}
     for done, (name, stack) in enumerate(methods.items(), 1):
         drawn[name] = draw(pipe, cases, stack, seed)
         if progress is not None:
             progress(done, len(methods))
+    figures = {
+        name: (in_boxes(cases, one) if boxed else attended(one)) | named(cases, one.images)
+        for name, one in drawn.items()
+    }
+    costs = {name: cost_of(one, theory(name)) for name, one in drawn.items()}
+    for name, cost in costs.items():
+        cost["peak_mib_of_a_image"] = peak(pipe, cases[0], methods[name])
+    report = write_up(demo, out, seed, len(cases), figures, costs, started)
+    sheet(out, cases, {name: one.images for name, one in drawn.items()}, layout if boxed else None)
+    return report
+
+
+def cost_of(drawn: Drawn, whole: float) -> dict[str, float]:
+    """Rows of an image, beside those that theory wants; whole: of whole calls."""
+    return {
+        "rows_per_image": round(drawn.rows, 1),
+        "of_them_partial": round(drawn.partial, 1),
+        "rows_in_theory": round(whole + drawn.partial, 1),
+    }
+
+
+def peak(pipe: Any, case: LayoutCase, stack: Stack) -> float:
+    """Most live memory while one image is drawn, MiB."""
+    return drawing_mib(pipe, case.prompt, *stack([case]), guidance=GUIDANCE)
+
+
+def write_up(
+    demo: str,
+    out: Path,
+    seed: int,
+    cases: int,
+    figures: Mapping[str, Any],
+    costs: Mapping[str, Any],
+    started: float,
+) -> dict[str, Any]:
+    """Write report.json, and return it."""
     report = {
         "demo": demo,
         "seed": seed,
-        "cases": len(cases),
+        "cases": cases,
         "steps": STEPS,
         "guidance_scale": GUIDANCE,
-        "methods": {
-            name: (in_boxes(cases, one) if boxed else attended(one)) | named(cases, one.images)
-            for name, one in drawn.items()
-        },
-        "cost": {
-            name: {
-                "rows_per_image": round(one.rows, 1),
-                "of_them_partial": round(one.partial, 1),
-                "rows_in_theory": round(theory(name) + one.partial, 1),
-                "peak_mib_of_a_image": drawing_mib(
-                    pipe, cases[0].prompt, *methods[name](cases[:1]), guidance=GUIDANCE
-                ),
-            }
-            for name, one in drawn.items()
-        },
+        "methods": dict(figures),
+        "cost": dict(costs),
         "wall_seconds": round(time.perf_counter() - started, 1),
     }
+    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "report.json", report)
+    return report
+
+
+def sheet(
+    out: Path,
+    cases: Sequence[LayoutCase],
+    images: Mapping[str, Sequence[Image.Image]],
+    picture: Callable[[LayoutCase], Image.Image] | None,
+) -> None:
+    """Write grid.png: what is asked for (picture), then every method, a case a row."""
     rows = [
-        [*([layout(case)] if boxed else []), *(one.images[i] for one in drawn.values())]
+        [*([picture(case)] if picture else []), *(made[i] for made in images.values())]
         for i, case in enumerate(cases[:SHOWN])
     ]
-    sheet = show.grid(
+    grid = show.grid(
         rows,
-        column_titles=[*(["layout"] if boxed else []), *drawn],
+        column_titles=[*(["layout"] if picture else []), *images],
         row_titles=[case.prompt for case in cases[:SHOWN]],
         cell=(140, 140),
     )
-    save_image(sheet, out / "grid.png")
-    return report
+    save_image(grid, out / "grid.png")
 
 
 def theory(name: str) -> float:

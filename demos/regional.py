@@ -20,22 +20,21 @@ from PIL import Image
 
 import hookctl
 from hookctl import Editor
-from hookctl.demos.cost import drawing_mib
 from hookctl.demos.layouts import LayoutCase, draw_layout
 from hookctl.demos.placing import (
     BATCH,
-    GUIDANCE,
-    SHOWN,
     STEPS,
     Progress,
     Stack,
+    cost_of,
     draw,
+    peak,
+    sheet,
     words,
+    write_up,
 )
 from hookctl.demos.shapes.detect import detect
 from hookctl.demos.shapes.world import BACKGROUNDS, COLOURS, IMAGE_SIZE
-from hookctl.inspect import show
-from hookctl.inspect.files import save_image, write_json
 from hookctl.recipes import (
     LayoutGuidance,
     MaskedSelfAttention,
@@ -128,38 +127,21 @@ def run(
     out: Path, seed: int = 0, seeds: int = 4, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Run the demo; writes grid.png and report.json to `out` and returns the report."""
-    out.mkdir(parents=True, exist_ok=True)
-    pipe = hookctl.load_shapes()
+    pipe, started = hookctl.load_shapes(), time.perf_counter()
     rng = np.random.default_rng([seed, 4])
     cases = [draw_layout(rng, 2 + i % 2) for i in range(seeds)]
-    started = time.perf_counter()
-    drawn: dict[str, list[Image.Image]] = {}
+    drawn: dict[str, Sequence[Image.Image]] = {}
     costs: dict[str, Any] = {}
     for done, (name, stack) in enumerate(METHODS.items(), 1):
         made = draw(pipe, cases, stack, seed)
         drawn[name] = made.images
-        costs[name] = {
-            "rows_per_image": round(made.rows, 1),
-            "of_them_partial": round(made.partial, 1),
-            "rows_in_theory": round(theory(name, cases) + made.partial, 1),
-            "peak_mib_of_a_image": drawing_mib(
-                pipe, cases[0].prompt, *stack(cases[:1]), guidance=GUIDANCE
-            ),
-        }
+        costs[name] = cost_of(made, theory(name, cases))
+        costs[name]["peak_mib_of_a_image"] = peak(pipe, cases[0], stack)
         if progress is not None:
             progress(done, len(METHODS))
-    report = {
-        "demo": "regional",
-        "seed": seed,
-        "cases": len(cases),
-        "steps": STEPS,
-        "guidance_scale": GUIDANCE,
-        "methods": {name: figures(cases, images) for name, images in drawn.items()},
-        "cost": costs,
-        "wall_seconds": round(time.perf_counter() - started, 1),
-    }
-    write_json(out / "report.json", report)
-    save_image(image(cases, drawn), out / "grid.png")
+    measured = {name: figures(cases, images) for name, images in drawn.items()}
+    report = write_up("regional", out, seed, len(cases), measured, costs, started)
+    sheet(out, cases, drawn, layout)
     return report
 
 
@@ -212,14 +194,3 @@ def layout(case: LayoutCase) -> Image.Image:
         x0, y0, x1, y1 = (int(side) for side in thing.box)
         tints[y0:y1, x0:x1] = COLOURS[thing.colour]
     return Image.fromarray(tints)
-
-
-def image(cases: Sequence[LayoutCase], drawn: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
-    """The grid: the layout, then every method, a case a row."""
-    rows = [[layout(case), *(made[i] for made in drawn.values())] for i, case in enumerate(cases)]
-    return show.grid(
-        rows[:SHOWN],
-        column_titles=["layout", *drawn],
-        row_titles=[case.prompt for case in cases[:SHOWN]],
-        cell=(140, 140),
-    )

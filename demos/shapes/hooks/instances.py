@@ -30,9 +30,6 @@ from hookctl.learned.modules.unifusion import (
     Instances,
     UniFusion,
 )
-from hookctl.learned.modules.unifusion import (
-    SCRIBBLE as STROKE,
-)
 from hookctl.recipes import ScaleU
 
 from ..captions import describe
@@ -50,7 +47,7 @@ NO_CAPTION, NO_INSTANCES = 0.3, 0.1
 AT_EARLY = 0.85
 # Weight of what makes places look at the tokens of their instance. Without it the match of places
 # and tokens is what takes longest to be found.
-ATTENDED = 1.0
+ATTENDED = 0.3
 
 
 class Modules(nn.Module):
@@ -137,13 +134,13 @@ class InstancesTask:
         pairs = self.base.scenes(rng, BATCH, pool)
         texts = [self._silent(text, scene, rng) for scene, text in pairs]
         batch = self.base.batch(pairs, texts)
-        given = self.given(batch.scenes, rng, keep=1 - NO_INSTANCES)
+        way = _way(rng)
+        given = self.given(batch.scenes, rng, way, keep=1 - NO_INSTANCES)
         t = self.base.times(rng, BATCH, AT_EARLY)
         noise = torch.from_numpy(rng.standard_normal(batch.latents.shape, np.float32))
-        formats = _formats(rng)
-        self.fusing.inside, self.fusing.own = self._inside(given), self._own(formats)
+        self.fusing.inside, self.fusing.own = self._inside(given), self._own(way.formats)
         self.fusing.missed = []
-        error = self._error(batch, t, noise.to(batch.latents), given, formats).mean()
+        error = self._error(batch, t, noise.to(batch.latents), given, way.formats).mean()
         self.fusing.inside = None
         return error + ATTENDED * torch.stack(self.fusing.missed).mean()
 
@@ -178,9 +175,9 @@ class InstancesTask:
         return "" if rng.random() < 0.5 else f"a {scene.background} background"
 
     def given(
-        self, scenes: Sequence[Scene], rng: np.random.Generator, keep: float = 1.0
+        self, scenes: Sequence[Scene], rng: np.random.Generator, way: Way, keep: float = 1.0
     ) -> Instances:
-        """The instances of scenes in slots of any order; rows without any by chance."""
+        """The instances of scenes in slots of any order; rows without any by chance, 1 - keep."""
         n, side = len(scenes), RASTER
         masks, located = np.zeros((n, SLOTS), np.float32), np.zeros((n, SLOTS), np.float32)
         boxes, points = np.zeros((n, SLOTS, 4)), np.zeros((n, SLOTS, 2))
@@ -196,10 +193,10 @@ class InstancesTask:
                 place = _place(thing)
                 masks[at], texts[at] = 1, describe(thing)
                 boxes[at], points[at] = place.box, place.point
-                located[at] = rng.random() < 0.8
-                if rng.random() < 0.7:
+                located[at] = rng.random() < way.box
+                if rng.random() < way.stroke:
                     scribbles[at] = place.scribble
-                if rng.random() < 0.7:
+                if rng.random() < way.mask:
                     outlines[at], rasters[at] = place.outline, place.raster
         device = self.base.device
         phrases = torch.zeros(n, SLOTS, self.base.pipe.text_encoder.config.hidden_size)
@@ -222,8 +219,10 @@ class InstancesTask:
         batch = self.base.batch(pairs, [text for _, text in pairs])
         t = torch.linspace(EARLY, 999, 32).long().to(self.base.device)
         noise = torch.from_numpy(rng.standard_normal(batch.latents.shape, np.float32))
-        true, none = self.given(batch.scenes, rng), self.given(batch.scenes, rng, keep=0.0)
-        found, formats = {}, (BOX, POINT)
+        way = Way((BOX, POINT))
+        true = self.given(batch.scenes, rng, way)
+        none = self.given(batch.scenes, rng, way, keep=0.0)
+        found, formats = {}, way.formats
         self.fusing.inside, self.fusing.own = self._inside(true), self._own(formats)
         self.fusing.missed = []
         for name, given in {"true": true, "null": none, "mirrored": _mirrored(true)}.items():
@@ -275,14 +274,25 @@ def _place(thing: Thing) -> Place:
     )
 
 
-def _formats(rng: np.random.Generator) -> Collection[str]:
-    """What is shown of a batch. As in the official recipe a mask comes with box and point; boxes
-    and points alone come more often than there, for they are the last to be heeded."""
-    u = rng.random()
-    if u < 0.25:
-        return FORMATS
-    if u < 0.6:
-        return BOX, POINT
-    if u < 0.85:
-        return (POINT,)
-    return (BOX, POINT, MASK) if u < 0.95 else (POINT, STROKE)
+class Way(NamedTuple):
+    """How the instances of a batch are given: what the model is shown, and which shares of them
+    have a box, a stroke and a mask (all have a point)."""
+
+    formats: Collection[str]
+    box: float = 1.0
+    stroke: float = 0.0
+    mask: float = 0.0
+
+
+# As `learned.InstanceDiffusion` shows them to the model by default, with a share of the batches.
+WAYS: tuple[tuple[float, Way], ...] = (
+    (0.3, Way((BOX, POINT), box=0.9)),
+    (0.2, Way((POINT,))),
+    (0.25, Way(FORMATS, box=0.4, stroke=0.9, mask=0.3)),
+    (0.25, Way((BOX, POINT, MASK), mask=0.9)),
+)
+
+
+def _way(rng: np.random.Generator) -> Way:
+    shares, ways = zip(*WAYS, strict=True)
+    return ways[int(rng.choice(len(ways), p=shares))]
