@@ -7,8 +7,7 @@ it learn in thousands of steps what the papers' recipes take hundreds of thousan
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,32 +16,28 @@ from torch import Tensor, nn
 import hookctl
 from hookctl import Editor, InsertCall
 from hookctl.address.families import plain_blocks
-from hookctl.address.outlines import Array
 from hookctl.hooks.skips import concats
-from hookctl.learned.locations import points_of_mask, scribble_of_mask
 from hookctl.learned.modules.convnext import ConvNeXt
 from hookctl.learned.modules.gated_attention import GatedSelfAttention
 from hookctl.learned.modules.unifusion import (
     BOX,
     FORMATS,
-    MASK,
     POINT,
     Instances,
     UniFusion,
 )
 from hookctl.recipes import ScaleU
 
-from ..captions import describe
 from ..latents import CELL
-from ..world import IMAGE_SIZE, Scene, Thing
+from ..world import Scene
 from .task import EARLY, HELD_OUT, Base, Batch, ldm_name
+from .ways import OUTLINE_POINTS, SCRIBBLE_POINTS, SLOTS, Way, draw_way, in_slots, mirrored
 
-SLOTS, SCRIBBLE, OUTLINE, RASTER = 6, 8, 32, 64  # of a row; numbers of points; px of a raster
 OPEN = 0.5  # where the gates begin
 BATCH = 16
 # From which step on how many scenes there are; None: fresh ones.
 POOLS: tuple[tuple[int, int | None], ...] = ((0, 32), (300, 128), (800, 1024), (1600, None))
-NO_CAPTION, NO_INSTANCES = 0.3, 0.1
+NO_CAPTION, NO_INSTANCES = 0.6, 0.1
 # Modules that say where learn nothing once it is decided.
 AT_EARLY = 0.85
 # Weight of what makes places look at the tokens of their instance. Without it the match of places
@@ -57,8 +52,8 @@ class Modules(nn.Module):
         super().__init__()
         self.position_net = UniFusion(
             ConvNeXt((1, 1, 1), (24, 48, 64)), text=text, hidden=192, out=text, slots=SLOTS,
-            frequencies=8, scribble_points=SCRIBBLE, mask_points=OUTLINE, raster_tokens=16,
-            features=64,
+            frequencies=8, scribble_points=SCRIBBLE_POINTS, mask_points=OUTLINE_POINTS,
+            raster_tokens=16, features=64,
         )  # fmt: skip
         blocks = plain_blocks(unet)
         places = {module: path for path, module in unet.named_modules()}
@@ -134,7 +129,7 @@ class InstancesTask:
         pairs = self.base.scenes(rng, BATCH, pool)
         texts = [self._silent(text, scene, rng) for scene, text in pairs]
         batch = self.base.batch(pairs, texts)
-        way = _way(rng)
+        way = draw_way(rng)
         given = self.given(batch.scenes, rng, way, keep=1 - NO_INSTANCES)
         t = self.base.times(rng, BATCH, AT_EARLY)
         noise = torch.from_numpy(rng.standard_normal(batch.latents.shape, np.float32))
@@ -169,7 +164,7 @@ class InstancesTask:
             return self.base.error(batch.latents, t, noise, batch.states)
 
     def _silent(self, text: str, scene: Scene, rng: np.random.Generator) -> str:
-        """Half of the captions leave the instances to the grounding: empty, or the background."""
+        """Many captions leave the instances to the grounding: empty, or the background."""
         if rng.random() >= NO_CAPTION:
             return text
         return "" if rng.random() < 0.5 else f"a {scene.background} background"
@@ -177,35 +172,10 @@ class InstancesTask:
     def given(
         self, scenes: Sequence[Scene], rng: np.random.Generator, way: Way, keep: float = 1.0
     ) -> Instances:
-        """The instances of scenes in slots of any order; rows without any by chance, 1 - keep."""
-        n, side = len(scenes), RASTER
-        masks, located = np.zeros((n, SLOTS), np.float32), np.zeros((n, SLOTS), np.float32)
-        boxes, points = np.zeros((n, SLOTS, 4)), np.zeros((n, SLOTS, 2))
-        scribbles = np.zeros((n, SLOTS, 2 * SCRIBBLE))
-        outlines = np.zeros((n, SLOTS, 2 * OUTLINE))
-        rasters = np.zeros((n, SLOTS, side, side), np.float32)
-        texts: dict[tuple[int, int], str] = {}
-        for i, scene in enumerate(scenes):
-            if rng.random() >= keep:
-                continue
-            for slot, thing in zip(rng.permutation(SLOTS), scene.things, strict=False):
-                at = i, int(slot)
-                place = _place(thing)
-                masks[at], texts[at] = 1, describe(thing)
-                boxes[at], points[at] = place.box, place.point
-                located[at] = rng.random() < way.box
-                if rng.random() < way.stroke:
-                    scribbles[at] = place.scribble
-                if rng.random() < way.mask:
-                    outlines[at], rasters[at] = place.outline, place.raster
-        device = self.base.device
-        phrases = torch.zeros(n, SLOTS, self.base.pipe.text_encoder.config.hidden_size)
-        if texts:
-            rows, slots = zip(*texts, strict=True)
-            phrases[list(rows), list(slots)] = self.base.pooled(list(texts.values())).cpu()
-        made = [torch.from_numpy(x).float().to(device) for x in
-                (masks, boxes, points, scribbles, outlines, rasters, located)]  # fmt: skip
-        return Instances(made[0], phrases.to(device), *made[1:])
+        """The instances of scenes; rows without any by chance, 1 - keep."""
+        width = int(self.base.pipe.text_encoder.config.hidden_size)
+        kept = [scene.things if rng.random() < keep else () for scene in scenes]
+        return in_slots(kept, rng, way, self.base.pooled, width, self.base.device)
 
     @torch.no_grad()
     def look(self) -> dict[str, float]:
@@ -225,7 +195,7 @@ class InstancesTask:
         found, formats = {}, way.formats
         self.fusing.inside, self.fusing.own = self._inside(true), self._own(formats)
         self.fusing.missed = []
-        for name, given in {"true": true, "null": none, "mirrored": _mirrored(true)}.items():
+        for name, given in {"true": true, "null": none, "mirrored": mirrored(true)}.items():
             error = self._error(batch, t, noise.to(batch.latents), given, formats)
             found[name] = round(1000 * float(error.mean()), 2)
             self.fusing.inside = None
@@ -241,58 +211,3 @@ class InstancesTask:
         for i, (b, s) in enumerate(zip(module.scaleu_b, module.scaleu_s, strict=True)):
             found |= {f"scaleu_b_{i}": b.detach(), f"scaleu_s_{i}": s.detach()}
         return found
-
-
-def _mirrored(given: Instances) -> Instances:
-    """The same instances, each in the place opposite to its own."""
-    used = given.masks[..., None]
-    x0, y0, x1, y1 = given.boxes.unbind(-1)
-    boxes = torch.stack([1 - x1, 1 - y1, 1 - x0, 1 - y0], -1) * used
-    return replace(given, boxes=boxes, points=(1 - given.points) * used)
-
-
-class Place(NamedTuple):
-    """Where a thing is, in every format; fractions of the canvas."""
-
-    box: Array
-    point: Array
-    scribble: Array
-    outline: Array
-    raster: Array
-
-
-def _place(thing: Thing) -> Place:
-    mask = thing.mask()
-    raster = mask.reshape(RASTER, IMAGE_SIZE // RASTER, RASTER, -1).mean((1, 3)) >= 0.5
-    x0, y0, x1, y1 = (side / IMAGE_SIZE for side in thing.box)
-    return Place(
-        np.array([x0, y0, x1, y1]),
-        np.array([(x0 + x1) / 2, (y0 + y1) / 2]),
-        scribble_of_mask(mask, SCRIBBLE).ravel(),
-        points_of_mask(mask, OUTLINE).ravel(),
-        raster,
-    )
-
-
-class Way(NamedTuple):
-    """How the instances of a batch are given: what the model is shown, and which shares of them
-    have a box, a stroke and a mask (all have a point)."""
-
-    formats: Collection[str]
-    box: float = 1.0
-    stroke: float = 0.0
-    mask: float = 0.0
-
-
-# As `learned.InstanceDiffusion` shows them to the model by default, with a share of the batches.
-WAYS: tuple[tuple[float, Way], ...] = (
-    (0.3, Way((BOX, POINT), box=0.9)),
-    (0.2, Way((POINT,))),
-    (0.25, Way(FORMATS, box=0.4, stroke=0.9, mask=0.3)),
-    (0.25, Way((BOX, POINT, MASK), mask=0.9)),
-)
-
-
-def _way(rng: np.random.Generator) -> Way:
-    shares, ways = zip(*WAYS, strict=True)
-    return ways[int(rng.choice(len(ways), p=shares))]
