@@ -9,8 +9,9 @@ learned. With the strength at 0 the layers are as if they were not there.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -163,8 +164,7 @@ class Grounding(Editor):
         self.fade = fade
         self.start, self.stop = fade.start, fade.end
         self._chosen = "self" if sites is None else sites
-        chosen = matcher(self._chosen)
-        self.sites = lambda site: chosen(site) and block_of(site) in self.fusers
+        self.sites = partial(_acts_at, matcher(self._chosen), frozenset(fusers))
 
     def neutral(self) -> bool | None:
         if not any(self.strengths) or self.fade.start >= self.fade.end:
@@ -252,6 +252,10 @@ class Grounding(Editor):
                         self._made[layout] = self._tokens(layout, like)
             self._batches[key] = torch.stack([self._made[one] for one in layouts]).to(x.dtype)
         return self._batches[key]
+
+
+def _acts_at(chosen: Callable[[Site], bool], blocks: Collection[str], site: Site) -> bool:
+    return chosen(site) and block_of(site) in blocks
 
 
 def block_of(site: Site) -> str:
