@@ -12,16 +12,16 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hookctl.address.clock import Clock
 from hookctl.address.families import denoiser_of, sites_of, uncompiled
-from hookctl.address.rows import COND, Row, Rows
+from hookctl.address.rows import COND, Row
 from hookctl.address.sites import Selector, Site, matcher, select
-from hookctl.arguments import is_list, number, refusal, shown
+from hookctl.arguments import number, shown
 from hookctl.editor import WHOLE_IMAGE, Claim, Editor
 from hookctl.errors import InputError
 from hookctl.learned.modules.gated_attention import GatedSelfAttention
@@ -29,8 +29,6 @@ from hookctl.learned.weights import Weights
 from hookctl.loop.inserting import InsertCall
 from hookctl.loop.state import State
 from hookctl.run_state import RunState
-
-T = TypeVar("T")
 
 GATES = ("alpha_attn", "alpha_dense")
 # The branch in which `MultiInstanceSampler` draws one instance alone.
@@ -80,44 +78,6 @@ class Layout:
         if alone:
             return cls(row.prompt, int(alone[1]))
         return cls(row.prompt) if row.role == COND else cls()
-
-
-class PerPrompt(Generic[T]):
-    """A list for every prompt of a run, or one for each."""
-
-    def __init__(
-        self,
-        given: Any,
-        name: str,
-        read: Callable[[Any, str], T],
-        is_item: Callable[[Any], bool] = lambda item: not is_list(item),
-    ) -> None:
-        if not is_list(given):
-            raise refusal(name, given, "a list, or a list for each prompt")
-        self.name = name
-        self.shared = not given or any(is_item(item) for item in given)
-        lists = [given] if self.shared else given
-        at = "[{i}]" if self.shared else "[{p}][{i}]"
-        self.lists = [
-            [read(item, name + at.format(p=p, i=i)) for i, item in enumerate(items)]
-            for p, items in enumerate(lists)
-        ]
-
-    def __getitem__(self, prompt: int) -> list[T]:
-        return self.lists[0 if self.shared else prompt]
-
-    @property
-    def items(self) -> list[T]:
-        return [item for items in self.lists for item in items]
-
-    def check_prompts(self, rows: Rows) -> None:
-        """Raise InputError unless there is a list for each prompt of a run."""
-        drawn = len({row.prompt for row in rows})
-        if not self.shared and len(self.lists) != drawn:
-            raise InputError(
-                f"{self.name} is for {len(self.lists)} prompts, but the pipeline draws {drawn}; "
-                "give one list for all, or one for each"
-            )
 
 
 class Grounding(Editor):
