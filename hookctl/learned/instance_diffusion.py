@@ -24,6 +24,7 @@ from hookctl.address.per_prompt import PerPrompt
 from hookctl.address.regions import bit_sets
 from hookctl.address.sites import Selector, matcher
 from hookctl.arguments import checked, refusal, shown
+from hookctl.editor import Claim
 from hookctl.errors import InputError
 from hookctl.hooks.skips import concats
 from hookctl.learned.clip_features import phrase_features
@@ -128,6 +129,13 @@ class InstanceDiffusion(Grounding):
 
     def neutral(self) -> bool | None:
         return bool(super().neutral()) and not self._scales
+
+    def claims(self) -> Sequence[Claim]:
+        found = list(super().claims())
+        if self._scales:  # twice would be another model than was trained
+            cure = "The checkpoint brings them: leave the other out, or give one all instances"
+            found.append(Claim("gains of ScaleU", window=self.window(), cure=cure))
+        return found
 
     def attach(self, target: Any) -> None:
         super().attach(target)
