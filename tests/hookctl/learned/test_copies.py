@@ -16,8 +16,9 @@ from hookctl.address.families import sites_of
 from hookctl.address.sites import matcher
 from hookctl.learned.collaborative import CollaborativeDiffusion, Collaborator
 from hookctl.learned.face_id import FaceID
-from hookctl.learned.instant_id import InstantID, Person
+from hookctl.learned.instant_id import InstantID
 from hookctl.learned.ip_adapter import IPAdapter
+from hookctl.learned.people import Person
 from tests.hookctl.drawing import SD15, TWO
 from tests.hookctl.learned.gated_models import gated_unet, network_of
 from tests.hookctl.learned.identity import adapter, identity_net
