@@ -63,6 +63,14 @@ class Fade:
             return 1.0
         return max(0.0, 1 - (step - stop + 1) / decay) if step >= stop and decay else 0.0
 
+    def check_steps(self, steps: int, name: str) -> None:
+        """Raise InputError if it is 0 in all of so many steps: the shares are rounded down."""
+        if steps and not any(self.at(Clock(step, steps, 0.0)) for step in range(steps)):
+            raise InputError(
+                f"{name}: start={self.start:g}, stop={self.stop:g} hold none of the run's {steps} "
+                f"steps; give stop={self.start + 1 / steps:.2g} or more, or draw in more steps"
+            )
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -159,6 +167,8 @@ class Grounding(Editor):
                 f"{self.name}: strength has {len(self.strengths)} numbers, but the pipeline draws "
                 f"{drawn} prompts; give one for all, or one for each"
             )
+        if not Grounding.neutral(self):
+            self.fade.check_steps(state.clock.steps, self.name)
         self._made, self._batches = {}, {}
 
     def insert(self, call: InsertCall) -> None:
