@@ -94,8 +94,8 @@ def _person(table: Mapping[str, Any], faces: _Faces, name: str) -> Person:
     points, region = given.get("keypoints"), given.get("region")
     if isinstance(points, str | Path):
         given["keypoints"] = faces.find(points, f"{name}.keypoints").keypoints
-    if isinstance(region, str | Path) and Path(region).is_file():
-        given["region"] = opened(region, f"{name}.region")
+    if isinstance(region, str | Path) and _is_file(region):
+        given["region"] = f"mask:{region}"
     return Person(**given)
 
 
@@ -120,13 +120,20 @@ class _Faces:
             raise InputError(f"{name}: {error}") from None
 
 
+def _is_file(text: str | Path) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # a text that can be no path
+        return False
+
+
 def _vector(file: Path, name: str) -> Any:
     """The embedding in a file."""
     try:
         if file.suffix == ".npy":
             return np.load(file, allow_pickle=False)
         tensors = list(read(file).tensors.values())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{name}: {shown(str(file))} can't be read: {error}") from None
     if len(tensors) != 1:
         raise InputError(f"{name}: {file} holds {len(tensors)} tensors; give a file of one")

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from hookctl.address.regions import region_of
 from hookctl.cli.hooks import attach_hooks
 from hookctl.errors import InputError
 from hookctl.learned.instant_id import InstantID
@@ -36,6 +37,7 @@ def files(tmp_path: Path) -> Path:
     save_file({"face": torch.full((512,), 3.0)}, tmp_path / "cy.safetensors")
     save_file({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / "two.safetensors")
     (tmp_path / "broken.npy").write_text("none")
+    (tmp_path / "empty.npy").touch()
     return tmp_path
 
 
@@ -55,7 +57,8 @@ def test_tables_become_people(files: Path) -> None:
     assert anna.embedding[0] == 4.0 and anna.scale == 0.5 and anna.region is None
     assert anna.keypoints[0].tolist() == pytest.approx([0.25, 0.1])
     assert bo.embedding[0] == 2.0 and bo.keypoints == POINTS and bo.region == "box:0,0,0.5,1"
-    assert cy.embedding[0] == 3.0 and cy.keypoints is None and cy.region.size == (64, 64)
+    assert region_of(cy.region, "region").coverage(4, 4).sum() == 16
+    assert cy.embedding[0] == 3.0 and cy.keypoints is None
 
 
 def test_lists_of_each_prompt_and_people_as_they_are() -> None:
@@ -64,6 +67,7 @@ def test_lists_of_each_prompt_and_people_as_they_are() -> None:
     [[first], [second]] = read([[one], [{"embedding": [1.0, 2.0]}]])
     assert first is one and second.embedding == [1.0, 2.0]
     assert read({"embedding": [1.0]}).embedding == [1.0]
+    assert read({"embedding": [1.0], "region": "x" * 5000}).region == "x" * 5000  # refused later
 
 
 @pytest.mark.parametrize(
@@ -77,6 +81,7 @@ def test_lists_of_each_prompt_and_people_as_they_are() -> None:
         ({"image": "anna.png", "embedding": "bo.npy"}, r"people\[0\]: give either image"),
         ({"embedding": "gone.npy"}, r"people\[0\].embedding: .*gone.npy' can't be read"),
         ({"embedding": "broken.npy"}, r"people\[0\].embedding: .*broken.npy' can't be read"),
+        ({"embedding": "empty.npy"}, r"people\[0\].embedding: .*empty.npy' can't be read"),
         ({"embedding": "two.safetensors"}, "two.safetensors holds 2 tensors; give a file of one"),
         ({"image": "bo.npy"}, r"people\[0\].image"),
         ({"image": "anna.png"}, r"people\[0\].image: find_face: no face found"),
