@@ -1,4 +1,4 @@
-"""Trained modules follow their model: in its precision, offloaded, compiled, and on SDXL."""
+"""Trained modules follow their model: in its precision and where it is offloaded to."""
 
 from __future__ import annotations
 
@@ -13,23 +13,13 @@ from torch import Tensor
 
 import hookctl
 from hookctl import Editor
-from hookctl.learned.instant_id import InstantID
 from hookctl.learned.ip_adapter import IPAdapter
 from hookctl.learned.modules.gated_attention import GatedSelfAttention
-from hookctl.learned.people import Person
 from tests.families.subjects import error
 from tests.hookctl.drawing import SD15, TWO
 from tests.hookctl.learned import identity
-from tests.hookctl.learned.identity import (
-    adapter,
-    apart,
-    drawn,
-    embeds,
-    identity_net,
-    load_into_diffusers,
-)
-from tests.hookctl.learned.test_copies import LEARNED, POINTS
-from tests.hookctl.learned.test_ip_adapter import ROUNDING, vector
+from tests.hookctl.learned.test_copies import LEARNED
+from tests.hookctl.learned.test_ip_adapter import vector
 
 CPU = torch.device("cpu")
 
@@ -84,12 +74,6 @@ def test_precision_is_the_models_and_copies_end_with_the_session(wanted: Tensor)
 # -- offloading ------------------------------------------------------------------------------------
 
 
-def by_model(pipe: Any, folder: Path) -> None:
-    from accelerate import cpu_offload_with_hook
-
-    cpu_offload_with_hook(pipe.unet, CPU)
-
-
 def by_layer(pipe: Any, folder: Path) -> None:
     """Parameters are on the meta device until a layer runs."""
     from accelerate import cpu_offload
@@ -117,7 +101,6 @@ def to_disk(pipe: Any, folder: Path) -> None:
 
 
 OFFLOADS: dict[str, Callable[[Any, Path], None]] = {
-    "model": by_model,
     "sequential": by_layer,
     "group": by_group,
     "disk": to_disk,
@@ -145,51 +128,3 @@ def test_made_for_an_offloaded_model(tmp_path: Path) -> None:
     by_layer(pipe, tmp_path)
     got = run(pipe, [hookctl.learned.load(tmp_path / "ip-adapter.bin", pipe, images=face)])
     assert torch.equal(got, want)
-
-
-# -- torch.compile ---------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["FaceID", "InstanceDiffusion", "InstantID"])
-def test_a_compiled_model(name: str) -> None:
-    pipe = SD15.make()
-    editor = LEARNED[name](pipe)
-    want = run(pipe, [editor])
-    pipe.unet = torch.compile(pipe.unet, backend="aot_eager")
-    try:
-        assert error(run(pipe, [editor]), want) < 1e-5
-    finally:
-        torch._dynamo.reset()
-
-
-# -- SDXL ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_an_adapter_of_sdxl_is_diffusers() -> None:
-    pipe = identity.pipeline("sdxl")
-    ours = drawn(pipe, IPAdapter(adapter("base", pipe.unet), vector(0, 10), scale=0.7))
-    theirs = identity.pipeline("sdxl")
-    load_into_diffusers(theirs, identity.tensors("base", theirs.unet))
-    theirs.set_ip_adapter_scale(0.7)
-    wanted = drawn(theirs, ip_adapter_image_embeds=[embeds(vector(0, 10)[None])])
-    assert apart(ours, wanted) < ROUNDING
-
-
-@pytest.mark.slow
-def test_an_image_and_a_person_on_sdxl() -> None:
-    """Together each keeps its effect; in float64 and offloaded they draw the same."""
-    pipe = identity.pipeline("sdxl")
-    unet = pipe.unet
-    editors = [
-        IPAdapter(adapter("base", unet), vector(0, 10), scale=0.7),
-        InstantID(adapter("instantid", unet), Person(vector(1, 6), POINTS), identity_net(unet)),
-    ]
-    both = drawn(pipe, *editors, latents=noise(1))
-    assert all(apart(drawn(pipe, one, latents=noise(1)), both) > 1e-3 for one in editors)
-    by_layer(pipe, Path())
-    assert torch.equal(drawn(pipe, *editors, latents=noise(1)), both)
-    again = identity.pipeline("sdxl").to(torch.float64)
-    got = drawn(again, *editors, latents=noise(1, torch.float64))
-    assert apart(got, both.double()) < 1e-4
