@@ -90,7 +90,10 @@ class LearnedRuns(Runs):
             Checkpoint(Path("gligen"), own), self.pipe, boxes=BOXES, phrases=PHRASES, stop=1.0
         )
         pipe = self._pipeline(StableDiffusionGLIGENPipeline, unet=gated)
-        given = {"gligen_boxes": [list(box) for box in BOXES], "gligen_phrases": PHRASES}
+        given: dict[str, Any] = {
+            "gligen_boxes": [list(box) for box in BOXES],
+            "gligen_phrases": PHRASES,
+        }
         return self._compared(
             "GLIGEN (insert)",
             "diffusers",
@@ -145,7 +148,7 @@ class LearnedRuns(Runs):
         )
         side = self.side * self.pipe.vae_scale_factor
         hint = draw_keypoints([[(x * side, y * side) for x, y in POINTS]], side, side)
-        options = {"image": hint, "controlnet_conditioning_scale": SCALE}
+        options: dict[str, Any] = {"image": hint, "controlnet_conditioning_scale": SCALE}
         return self._compared(
             "InstantID (term, residuals)",
             "diffusers",
