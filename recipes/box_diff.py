@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hookctl.address.per_prompt import Regions
 from hookctl.arguments import checked, share, whole
 from hookctl.loop.energy import ImageMaps
 from hookctl.recipes.common.energy.energy_guidance import Stage
 from hookctl.recipes.common.energy.excited_maps import ExcitedMaps
 from hookctl.recipes.common.energy.map_functions import top_mean
 from hookctl.recipes.common.energy.word_energy import Subject, Words
-from hookctl.recipes.common.per_prompt import Regions
 
 
 class BoxDiff(ExcitedMaps):

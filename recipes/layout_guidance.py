@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from hookctl.address.clock import Clock
+from hookctl.address.per_prompt import Regions
 from hookctl.address.sites import Site
 from hookctl.arguments import checked, number, one_of, whole
 from hookctl.loop.energy import ImageMaps
@@ -32,7 +33,6 @@ from hookctl.loop.state import State
 from hookctl.recipes.common.energy.energy_guidance import EnergyGuidance, Stage, variance
 from hookctl.recipes.common.energy.map_functions import inside_share, top_mean
 from hookctl.recipes.common.energy.word_energy import Subject, Words
-from hookctl.recipes.common.per_prompt import Regions
 from hookctl.run_state import RunState
 
 TOP = 0.2  # share of the cells that form="top-k" looks at

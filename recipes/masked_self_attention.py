@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hookctl.address import per_prompt
+from hookctl.address.per_prompt import Regions
 from hookctl.address.regions import BACKGROUND, BITS, bit_sets
 from hookctl.address.sites import Grid, Selector, select
 from hookctl.arguments import checked, one_of
@@ -31,8 +33,6 @@ from hookctl.attention.call import AttentionCall
 from hookctl.editor import WHOLE_IMAGE, Claim, Editor
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.state import State
-from hookctl.recipes.common import per_prompt
-from hookctl.recipes.common.per_prompt import Regions
 from hookctl.recipes.common.sites import IMAGE_KINDS, grid_of, image_sites, sites_of
 from hookctl.run_state import RunState
 

@@ -27,8 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hookctl.address import per_prompt
 from hookctl.address.clock import Window
 from hookctl.address.families import denoiser_of
+from hookctl.address.per_prompt import Regions, Texts
 from hookctl.address.rows import COND
 from hookctl.arguments import checked, pair, refusal, share, whole
 from hookctl.editor import WHOLE_IMAGE, Claim, Editor
@@ -37,10 +39,8 @@ from hookctl.loop.calls import prediction_of, with_prediction
 from hookctl.loop.images import decode
 from hookctl.loop.prompts import EncodedTexts, check_texts
 from hookctl.loop.state import Proceed, State
-from hookctl.recipes.common import per_prompt
 from hookctl.recipes.common.canvas.plain_colours import Bootstrapping
 from hookctl.recipes.common.canvas.tiles import Tile, tiles_of
-from hookctl.recipes.common.per_prompt import Regions, Texts
 from hookctl.recipes.common.real_images.diffusion_paths import DiffusionPath, paths_of
 from hookctl.run_state import RunState
 from hookctl.session import control

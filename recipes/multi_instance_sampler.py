@@ -33,7 +33,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hookctl.address import per_prompt
 from hookctl.address.latent import over_latent
+from hookctl.address.per_prompt import Regions, Texts
 from hookctl.address.rows import COND, Row, Rows
 from hookctl.address.sites import Grid, Selector
 from hookctl.arguments import Colour, checked, colours, one_of
@@ -46,11 +48,9 @@ from hookctl.kernels.latent_mixing import merge_instances
 from hookctl.loop.noise import Noise
 from hookctl.loop.prompts import EncodedTexts, Text, check_texts
 from hookctl.loop.state import Predictions, State
-from hookctl.recipes.common import per_prompt
 from hookctl.recipes.common.canvas.companion import Companion, guidance_scale_of
 from hookctl.recipes.common.canvas.plain_colours import Surface
 from hookctl.recipes.common.canvas.region_shares import region_shares
-from hookctl.recipes.common.per_prompt import Regions, Texts
 from hookctl.recipes.common.sites import grid_of, text_sites
 from hookctl.run_state import RunState
 

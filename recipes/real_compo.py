@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hookctl.address.per_prompt import Regions
 from hookctl.address.rows import COND
 from hookctl.address.sites import Selector
 from hookctl.arguments import checked, number, share
@@ -44,7 +45,6 @@ from hookctl.recipes.common.energy.layout_pipeline import LayoutPipeline
 from hookctl.recipes.common.energy.map_functions import mean_map
 from hookctl.recipes.common.energy.mixture import MixedSteps, Part
 from hookctl.recipes.common.energy.word_energy import TEXT_SITES, Subject, WordEnergy, Words
-from hookctl.recipes.common.per_prompt import Regions
 from hookctl.recipes.layout_guidance import LayoutGuidance
 from hookctl.run_state import RunState
 

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hookctl.address import per_prompt
+from hookctl.address.per_prompt import Numbers, Regions, Texts
 from hookctl.address.rows import COND
 from hookctl.address.sites import Grid, Selector
 from hookctl.arguments import checked, share
@@ -33,9 +35,7 @@ from hookctl.attention.division import Division
 from hookctl.editor import WHOLE_IMAGE, Claim, Editor
 from hookctl.loop.prompts import EncodedTexts, check_texts
 from hookctl.loop.state import State
-from hookctl.recipes.common import per_prompt
 from hookctl.recipes.common.canvas.region_shares import region_shares
-from hookctl.recipes.common.per_prompt import Numbers, Regions, Texts
 from hookctl.recipes.common.sites import grid_of, text_sites
 from hookctl.run_state import RunState
 

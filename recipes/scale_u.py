@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hookctl.address.families import denoiser_of
 from hookctl.arguments import checked, refusal
-from hookctl.editor import Editor
+from hookctl.editor import Claim, Editor
 from hookctl.errors import InputError
 from hookctl.hooks.skips import Concat, concats
 from hookctl.kernels.fourier_gain import fourier_gain
@@ -81,6 +81,11 @@ class ScaleU(Editor):
 
     def neutral(self) -> bool:
         return all(_is_zero(gain) for gain in (*self.backbone.values(), *self.skip.values()))
+
+    def claims(self) -> Sequence[Claim]:
+        return (
+            [] if self.neutral() else [Claim("gains of ScaleU", window=self.window(), shared=True)]
+        )
 
     def attach(self, target: Any) -> None:
         found = {concat.order: concat for concat in concats(denoiser_of(target))}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import fnmatch
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -49,9 +49,11 @@ class Site:
         return f"{self.place}{self.block}.{self.kind}{self.depth}{at}"
 
 
-Selector = str | Callable[[Site], bool] | Sequence[str] | None
+Test = Callable[[Site], bool]
+Compare = Callable[[Any, Any], bool]
+Selector = str | Test | Sequence[str] | None
 
-_COMPARE: dict[str, Callable[[Any, Any], bool]] = {
+_COMPARE: dict[str, Compare] = {
     "<=": operator.le,
     ">=": operator.ge,
     "<": operator.lt,
@@ -61,8 +63,8 @@ _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
 }
 
 
-def matcher(selector: Selector) -> Callable[[Site], bool]:
-    """Turn a selector into a predicate.
+def matcher(selector: Selector) -> Test:
+    """Turn a selector into a predicate, which can be pickled if the selector can.
 
     A selector is a predicate, a list of paths or globs, None (every site of the image), or text:
     words joined by spaces must all hold, alternatives are split by commas. Sites of the kind
@@ -77,7 +79,7 @@ def matcher(selector: Selector) -> Callable[[Site], bool]:
     if isinstance(selector, list | tuple) and selector:
         tests = [matcher(one) for one in selector if one is not None]
         if len(tests) == len(selector):
-            return lambda site: any(test(site) for test in tests)
+            return partial(_any_of, tests)
     if not isinstance(selector, str):
         raise SelectorError(
             f"sites={selector!r}; give a text such as 'cross' or 'self up @<=1/2', a list of "
@@ -86,19 +88,25 @@ def matcher(selector: Selector) -> Callable[[Site], bool]:
     alternatives = [_alternative(part.split()) for part in selector.split(",") if part.strip()]
     if not alternatives:
         raise SelectorError(f"sites={selector!r} is empty; give e.g. 'cross', 'self up @<=1/2'")
-    return lambda site: any(test(site) for test in alternatives)
+    return partial(_any_of, alternatives)
 
 
 def _of_image(site: Site) -> bool:
     return site.kind not in NAMED_ONLY
 
 
-def _alternative(words: Sequence[str]) -> Callable[[Site], bool]:
+def _any_of(tests: Sequence[Test], site: Site) -> bool:
+    return any(test(site) for test in tests)
+
+
+def _all_of(tests: Sequence[Test], site: Site) -> bool:
+    return all(test(site) for test in tests)
+
+
+def _alternative(words: Sequence[str]) -> Test:
     """A predicate of words that must all hold."""
     tests = [_word(word) for word in words]
-    if any(map(_names, words)):
-        return lambda site: all(test(site) for test in tests)
-    return lambda site: _of_image(site) and all(test(site) for test in tests)
+    return partial(_all_of, tests if any(map(_names, words)) else [_of_image, *tests])
 
 
 def _names(word: str) -> bool:
@@ -109,7 +117,7 @@ def _names(word: str) -> bool:
     return word in NAMED_ONLY or path
 
 
-def _asked(selector: Callable[[Site], bool], site: Site) -> bool:
+def _asked(selector: Test, site: Site) -> bool:
     """What a user's own function says of a site."""
     try:
         return bool(selector(site))
@@ -120,19 +128,17 @@ def _asked(selector: Callable[[Site], bool], site: Site) -> bool:
         ) from error
 
 
-def _word(word: str) -> Callable[[Site], bool]:
+def _word(word: str) -> Test:
     if word.startswith("!"):
-        positive = _word(word[1:])
-        return lambda site: not positive(site)
+        return partial(_is_not, _word(word[1:]))
     if word in ("all", "*"):
-        return lambda site: True
+        return partial(_all_of, ())
     if word in KINDS:
-        return lambda site: site.kind == word
+        return partial(_has, {"kind": word})
     if word in PLACES:
-        return lambda site: site.place == word
+        return partial(_has, {"place": word})
     if placed := re.fullmatch(rf"({'|'.join(PLACES)})(\d+)", word):
-        place, block = placed[1], int(placed[2])
-        return lambda site: site.place == place and site.block == block
+        return partial(_has, {"place": placed[1], "block": int(placed[2])})
     if word.startswith("@"):
         parsed = re.fullmatch(r"@(<=|>=|<|>|=|)(\d+(?:/\d+)?)", word)
         if not parsed:
@@ -142,9 +148,24 @@ def _word(word: str) -> Callable[[Site], bool]:
             )
         if parsed[2].endswith("/0") or len(parsed[2]) > 20:
             raise SelectorError(f"{word!r} is no resolution; give e.g. @1/4")
-        compare, value = _COMPARE[parsed[1]], Fraction(parsed[2])
-        return lambda site: site.resolution is not None and compare(site.resolution, value)
-    return lambda site: fnmatch.fnmatchcase(site.path, word)
+        return partial(_is_of_resolution, _COMPARE[parsed[1]], Fraction(parsed[2]))
+    return partial(_is_at, word)
+
+
+def _is_not(test: Test, site: Site) -> bool:
+    return not test(site)
+
+
+def _has(wanted: Mapping[str, Any], site: Site) -> bool:
+    return all(getattr(site, name) == value for name, value in wanted.items())
+
+
+def _is_of_resolution(compare: Compare, value: Fraction, site: Site) -> bool:
+    return site.resolution is not None and compare(site.resolution, value)
+
+
+def _is_at(path: str, site: Site) -> bool:
+    return fnmatch.fnmatchcase(site.path, path)
 
 
 def select(sites: Iterable[Site], selector: Selector, *, who: str = "") -> tuple[Site, ...]:

@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     import torch
 
 GROUPS = ("calls", "kernels", "steps", "scaling")
-PEERS, DEVICE = "peers", "device"
+PEERS, LEARNED, DEVICE = "peers", "learned", "device"
 _EXAMPLES = """
 hookctl bench --quick                        # two minutes on one core of a CPU
 hookctl bench                                # every shape; on a GPU, the kernels too
 hookctl bench calls --only regions --flex    # one kind of edit, also against FlexAttention
 hookctl bench peers                          # beside what else a user might take
+hookctl bench learned                        # trained modules, beside diffusers' own pipelines
 hookctl bench device                         # on a GPU: all that waits for one, in 12 minutes
 hookctl bench --tune                         # on a GPU: the fastest tiles into the launch tables
 hookctl bench --wins                         # then: where the kernels are taken in place of SDPA
@@ -52,7 +53,7 @@ def add(commands: Any) -> None:
         nargs="*",
         default=[],
         metavar="GROUP",
-        help=f"of {', '.join(GROUPS)}, {PEERS} (default: all but {PEERS}); or {DEVICE} alone",
+        help=f"of {', '.join(GROUPS)} (default: all these), {PEERS}, {LEARNED}; or {DEVICE} alone",
     )
     command.add_argument("--quick", action="store_true", help="small shapes and few rounds")
     tables = command.add_mutually_exclusive_group()
@@ -84,10 +85,10 @@ def add(commands: Any) -> None:
 def main(options: Any) -> None:
     if DEVICE in options.groups and len(options.groups) > 1:
         raise InputError(f"group {DEVICE!r} given with others; give it alone")
-    unknown = set(options.groups) - {*GROUPS, PEERS, DEVICE}
+    every = (*GROUPS, PEERS, LEARNED, DEVICE)
+    unknown = set(options.groups) - set(every)
     if unknown:
-        every = ", ".join((*GROUPS, PEERS, DEVICE))
-        raise InputError(f"group {min(unknown)!r} given; give some of {every}")
+        raise InputError(f"group {min(unknown)!r} given; give some of {', '.join(every)}")
     import torch
 
     device = usable_device(options.device)
@@ -188,3 +189,7 @@ def _cases(bench: Any, options: Any) -> Iterator[Any]:
         yield from bench_peers.cases(bench, options.quick)
         for package in bench_peers.absent():
             print(f"\nnot installed, so not compared: {package}", file=sys.stderr)
+    if LEARNED in groups:
+        from hookctl.cli import bench_learned
+
+        yield from bench_learned.cases(bench, options.quick)

@@ -48,11 +48,11 @@ def cases(bench: Bench, quick: bool) -> Iterator[Case]:
             "peers", "masked self-attention", one.shape, kept, one.truth, one.sample,
             one.tolerance, one.flops, one.traffic,
         )  # fmt: skip
-    wide = Runs(_wide(bench, 32 if quick else 64), bench)
-    yield wide.prompt_to_prompt()
+    large = Runs(wide(bench, 32 if quick else 64), bench)
+    yield large.prompt_to_prompt()
     for count in REGIONS:
-        yield wide.regional_prompts(count)
-    yield wide.maps()
+        yield large.regional_prompts(count)
+    yield large.maps()
     small = Runs(_shapes(bench), bench)
     yield small.perturbed_attention()
     yield small.freeu()
@@ -65,8 +65,11 @@ def _shapes(bench: Bench) -> Any:
     return pipe
 
 
-def _wide(bench: Bench, side: int) -> Any:
-    """The embedded pipeline with a UNet of the size that a CPU can draw with; random weights."""
+def wide(bench: Bench, side: int, **other: Any) -> Any:
+    """The embedded pipeline with a UNet of the size that a CPU can draw with; random weights.
+
+    other: options of the UNet in place of its own.
+    """
     from diffusers import UNet2DConditionModel
 
     pipe = _shapes(bench)
@@ -80,6 +83,7 @@ def _wide(bench: Bench, side: int) -> Any:
             "in_channels": given.in_channels,
             "out_channels": given.out_channels,
             "cross_attention_dim": given.cross_attention_dim,
+            **other,
         }
     )
     unet = unet.to(bench.device, bench.dtype).eval().requires_grad_(False)
@@ -88,6 +92,8 @@ def _wide(bench: Bench, side: int) -> Any:
 
 class Runs:
     """Runs of one pipeline as forms of cases."""
+
+    group = "peers"
 
     def __init__(self, pipe: Any, bench: Bench) -> None:
         self.pipe, self.bench = pipe, bench
@@ -100,16 +106,19 @@ class Runs:
         """Latents that a run ends with; every image starts from the same noise."""
         pipe = pipe or self.pipe
         count = 1 if isinstance(prompts, str) else len(prompts)
-        shape = (1, pipe.unet.config.in_channels, self.side, width or self.side)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        latents = noise.to(self.bench.device, self.bench.dtype).repeat(count, 1, 1, 1)
-        sides = (side * pipe.vae_scale_factor for side in shape[2:])
-        height, across = sides
+        latents = self.noise(count, width)
+        height, across = (side * pipe.vae_scale_factor for side in latents.shape[2:])
         images: Tensor = pipe(
             prompts, height=height, width=across, num_inference_steps=STEPS, latents=latents,
             output_type="latent", **more,
         ).images  # fmt: skip
         return images
+
+    def noise(self, count: int, width: int = 0) -> Tensor:
+        """What a run starts from, alike for every image."""
+        shape = (1, self.pipe.unet.config.in_channels, self.side, width or self.side)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        return noise.to(self.bench.device, self.bench.dtype).repeat(count, 1, 1, 1)
 
     def case(
         self,
@@ -127,7 +136,7 @@ class Runs:
 
         slack = self.bench.tolerance / 2e-5
         return Case(
-            "peers", name, {"latent": self.side, **shape}, forms, truth,
+            self.group, name, {"latent": self.side, **shape}, forms, truth,
             tolerance=TOLERANCE * slack, inside=inside, whole=True,
         )  # fmt: skip
 

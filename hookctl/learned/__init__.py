@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from hookctl.learned.image_prompts import ImagePrompt
     from hookctl.learned.instance_diffusion import InstanceDiffusion
     from hookctl.learned.instances import Instance
-    from hookctl.learned.instant_id import InstantID, Person
+    from hookctl.learned.instant_id import InstantID
     from hookctl.learned.ip_adapter import IPAdapter
     from hookctl.learned.loading import load
+    from hookctl.learned.people import Person
 
 __all__ = [
     "FaceID",
@@ -53,7 +54,7 @@ _HOMES = {
     "Instance": "hookctl.learned.instances",
     "InstanceDiffusion": "hookctl.learned.instance_diffusion",
     "InstantID": "hookctl.learned.instant_id",
-    "Person": "hookctl.learned.instant_id",
+    "Person": "hookctl.learned.people",
     "face_analysis": "hookctl.learned.faces",
     "find_face": "hookctl.learned.faces",
     "load": "hookctl.learned.loading",

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from hookctl.arguments import refusal, shown
 from hookctl.errors import InputError, UnsupportedError
+from hookctl.learned.image_encoder import pixels
 
 NORM = 28.7  # of a phrase's features; images' are brought to it
-_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images
-_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @torch.no_grad()
@@ -75,9 +73,7 @@ def image_feature(image: Image.Image | Tensor, clip: Any, name: str) -> Tensor:
         if isinstance(clip, Tensor):
             raise InputError(f"{name}: an image is given, and clip= is a matrix; give a CLIPModel")
         side = clip.config.vision_config.image_size
-        pixels = np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC))
-        x = (torch.from_numpy(pixels / 255) - torch.tensor(_MEAN)) / torch.tensor(_STD)
-        x = x.permute(2, 0, 1)[None].to(projection)
+        x = pixels(image, side, crop=False).to(projection)
         embedding = clip.visual_projection(clip.vision_model(pixel_values=x).pooler_output)[0]
     elif isinstance(image, Tensor) and image.shape == projection.shape[:1]:
         embedding = image

@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from hookctl.address.per_prompt import PerPrompt, is_box
 from hookctl.address.rows import Rows
 from hookctl.arguments import is_list, opened, refusal
-from hookctl.arguments.values import is_number, shown
+from hookctl.arguments.values import shown
 from hookctl.errors import InputError
 from hookctl.learned import locations
 from hookctl.learned.clip_features import image_feature, phrase_features
-from hookctl.learned.grounding import Layout, PerPrompt
+from hookctl.learned.grounding import Layout
 from hookctl.learned.modules.gligen_tokens import BoxText, BoxTextImage, Keypoints, SpatialMap
 from hookctl.run_state import RunState
 
@@ -95,7 +96,7 @@ class Objects:
             raise InputError(
                 f"{who}: this checkpoint reads boxes with phrases; leave images= and style= out"
             )
-        self.boxes = PerPrompt(boxes, f"{who}: boxes", locations.box_of, _is_box)
+        self.boxes = PerPrompt(boxes, f"{who}: boxes", locations.box_of, is_box)
         self.phrases = self._beside(phrases, f"{who}: phrases", phrase_of)
         self.images = self._beside(images, f"{who}: images", self._image)
         self.style = None if style is None else self._image(style, f"{who}: style")
@@ -179,7 +180,7 @@ class Persons:
         self.keypoints = PerPrompt(keypoints, f"{who}: keypoints", self._person, _is_person)
         if not self.keypoints.items:
             raise refusal(f"{who}: keypoints", keypoints, "at least one person")
-        most = max(map(len, self.keypoints.lists))
+        most = self.keypoints.longest
         if most > self.persons:
             raise InputError(
                 f"{who}: {most} persons of a prompt; the checkpoint was trained with "
@@ -275,16 +276,11 @@ def _numbers_in(file: str | Path) -> Any:
         return file
 
 
-def _is_box(item: Any) -> bool:
-    """A box is no list, or one that begins with a number; a list of others is a prompt's."""
-    return not is_list(item) or bool(len(item) and is_number(item[0]))
-
-
 def _is_person(item: Any) -> bool:
     """A person is a list of joints, not of persons."""
     if not is_list(item):
         return True
-    return any(joint is None or (is_list(joint) and _is_box(joint)) for joint in item)
+    return any(joint is None or (is_list(joint) and is_box(joint)) for joint in item)
 
 
 def _sizes(lists: PerPrompt[Any]) -> str:

@@ -9,18 +9,19 @@ learned. With the strength at 0 the layers are as if they were not there.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hookctl.address.clock import Clock
 from hookctl.address.families import denoiser_of, sites_of, uncompiled
-from hookctl.address.rows import COND, Row, Rows
+from hookctl.address.rows import COND, Row
 from hookctl.address.sites import Selector, Site, matcher, select
-from hookctl.arguments import is_list, number, refusal, shown
+from hookctl.arguments import number, shown
 from hookctl.editor import WHOLE_IMAGE, Claim, Editor
 from hookctl.errors import InputError
 from hookctl.learned.modules.gated_attention import GatedSelfAttention
@@ -28,8 +29,6 @@ from hookctl.learned.weights import Weights
 from hookctl.loop.inserting import InsertCall
 from hookctl.loop.state import State
 from hookctl.run_state import RunState
-
-T = TypeVar("T")
 
 GATES = ("alpha_attn", "alpha_dense")
 # The branch in which `MultiInstanceSampler` draws one instance alone.
@@ -64,6 +63,14 @@ class Fade:
             return 1.0
         return max(0.0, 1 - (step - stop + 1) / decay) if step >= stop and decay else 0.0
 
+    def check_steps(self, steps: int, name: str) -> None:
+        """Raise InputError if it is 0 in all of so many steps: the shares are rounded down."""
+        if steps and not any(self.at(Clock(step, steps, 0.0)) for step in range(steps)):
+            raise InputError(
+                f"{name}: start={self.start:g}, stop={self.stop:g} hold none of the run's {steps} "
+                f"steps; give stop={self.start + 1 / steps:.2g} or more, or draw in more steps"
+            )
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -79,44 +86,6 @@ class Layout:
         if alone:
             return cls(row.prompt, int(alone[1]))
         return cls(row.prompt) if row.role == COND else cls()
-
-
-class PerPrompt(Generic[T]):
-    """A list for every prompt of a run, or one for each."""
-
-    def __init__(
-        self,
-        given: Any,
-        name: str,
-        read: Callable[[Any, str], T],
-        is_item: Callable[[Any], bool] = lambda item: not is_list(item),
-    ) -> None:
-        if not is_list(given):
-            raise refusal(name, given, "a list, or a list for each prompt")
-        self.name = name
-        self.shared = not given or any(is_item(item) for item in given)
-        lists = [given] if self.shared else given
-        at = "[{i}]" if self.shared else "[{p}][{i}]"
-        self.lists = [
-            [read(item, name + at.format(p=p, i=i)) for i, item in enumerate(items)]
-            for p, items in enumerate(lists)
-        ]
-
-    def __getitem__(self, prompt: int) -> list[T]:
-        return self.lists[0 if self.shared else prompt]
-
-    @property
-    def items(self) -> list[T]:
-        return [item for items in self.lists for item in items]
-
-    def check_prompts(self, rows: Rows) -> None:
-        """Raise InputError unless there is a list for each prompt of a run."""
-        drawn = len({row.prompt for row in rows})
-        if not self.shared and len(self.lists) != drawn:
-            raise InputError(
-                f"{self.name} is for {len(self.lists)} prompts, but the pipeline draws {drawn}; "
-                "give one list for all, or one for each"
-            )
 
 
 class Grounding(Editor):
@@ -163,8 +132,7 @@ class Grounding(Editor):
         self.fade = fade
         self.start, self.stop = fade.start, fade.end
         self._chosen = "self" if sites is None else sites
-        chosen = matcher(self._chosen)
-        self.sites = lambda site: chosen(site) and block_of(site) in self.fusers
+        self.sites = partial(_acts_at, matcher(self._chosen), frozenset(fusers))
 
     def neutral(self) -> bool | None:
         if not any(self.strengths) or self.fade.start >= self.fade.end:
@@ -199,6 +167,8 @@ class Grounding(Editor):
                 f"{self.name}: strength has {len(self.strengths)} numbers, but the pipeline draws "
                 f"{drawn} prompts; give one for all, or one for each"
             )
+        if not Grounding.neutral(self):
+            self.fade.check_steps(state.clock.steps, self.name)
         self._made, self._batches = {}, {}
 
     def insert(self, call: InsertCall) -> None:
@@ -252,6 +222,10 @@ class Grounding(Editor):
                         self._made[layout] = self._tokens(layout, like)
             self._batches[key] = torch.stack([self._made[one] for one in layouts]).to(x.dtype)
         return self._batches[key]
+
+
+def _acts_at(chosen: Callable[[Site], bool], blocks: Collection[str], site: Site) -> bool:
+    return chosen(site) and block_of(site) in blocks
 
 
 def block_of(site: Site) -> str:

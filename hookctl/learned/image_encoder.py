@@ -16,6 +16,25 @@ from hookctl.errors import InputError
 _MEAN, _DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
+def pixels(image: Image.Image, size: int, *, crop: bool) -> Tensor:
+    """An image as CLIP reads it, float32 [1, 3, size, size].
+
+    crop: cut out the middle, as it was trained; without it the whole image is squeezed into the
+    square.
+    """
+    image = image.convert("RGB")
+    if crop:
+        short = min(image.size)
+        width, height = (int(size * side / short) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.crop((left, top, left + size, top + size))
+    else:
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    x = torch.from_numpy(np.asarray(image).astype(np.float32) / 255)
+    return ((x - torch.tensor(_MEAN)) / torch.tensor(_DEVIATION)).permute(2, 0, 1)[None]
+
+
 class ImageEncoder:
     """A CLIP image encoder of the user's, such as `pipe.image_encoder`.
 
@@ -49,17 +68,7 @@ class ImageEncoder:
 
     def pixels(self, image: Image.Image) -> Tensor:
         """An image as the encoder reads it, [1, 3, size, size]."""
-        image, size = image.convert("RGB"), self.size
-        if self.crop:
-            short = min(image.size)
-            width, height = (int(size * side / short) for side in image.size)
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-            left, top = (width - size) // 2, (height - size) // 2
-            image = image.crop((left, top, left + size, top + size))
-        else:
-            image = image.resize((size, size), Image.Resampling.BICUBIC)
-        x = torch.from_numpy(np.asarray(image).astype(np.float32) / 255)
-        return ((x - torch.tensor(_MEAN)) / torch.tensor(_DEVIATION)).permute(2, 0, 1)[None]
+        return pixels(image, self.size, crop=self.crop)
 
     def read(self, pixels: Tensor, kind: str) -> Tensor:
         """The embedding [1, channels] or the features [1, tokens, channels], float32."""

@@ -20,15 +20,17 @@ import torch
 from torch import Tensor
 
 from hookctl.address.families import denoiser_of, sites_of, uncompiled
+from hookctl.address.per_prompt import PerPrompt
 from hookctl.address.regions import bit_sets
 from hookctl.address.sites import Selector, matcher
 from hookctl.arguments import checked, refusal, shown
+from hookctl.editor import Claim
 from hookctl.errors import InputError
 from hookctl.hooks.skips import concats
 from hookctl.learned.clip_features import phrase_features
 from hookctl.learned.files import Checkpoint
 from hookctl.learned.gligen_inputs import features_of
-from hookctl.learned.grounding import Fade, Grounding, Layout, PerPrompt
+from hookctl.learned.grounding import Fade, Grounding, Layout
 from hookctl.learned.instances import Instance, Located, as_row, located
 from hookctl.learned.modules.gated_attention import GatedSelfAttention
 from hookctl.learned.modules.scale_u import ScaleU
@@ -128,6 +130,13 @@ class InstanceDiffusion(Grounding):
     def neutral(self) -> bool | None:
         return bool(super().neutral()) and not self._scales
 
+    def claims(self) -> Sequence[Claim]:
+        found = list(super().claims())
+        if self._scales:  # twice would be another model than was trained
+            cure = "The checkpoint brings them: leave the other out, or give one all instances"
+            found.append(Claim("gains of ScaleU", window=self.window(), cure=cure))
+        return found
+
     def attach(self, target: Any) -> None:
         super().attach(target)
         found = [site for site in sites_of(target) if matcher(self.sites)(site)]
@@ -157,11 +166,11 @@ class InstanceDiffusion(Grounding):
 
     # -- tokens ------------------------------------------------------------------------------------
 
-    def _of(self, layout: Layout) -> list[Located]:
+    def _of(self, layout: Layout) -> Sequence[Located]:
         """The instances of a layout."""
         if layout.prompt is None:
-            return []
-        found = self.instances[layout.prompt]
+            return ()
+        found: Sequence[Located] = self.instances[layout.prompt]
         if layout.instance is None:
             return found
         return found[layout.instance : layout.instance + 1]

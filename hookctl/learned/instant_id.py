@@ -24,9 +24,8 @@ from torch import Tensor, nn
 
 from hookctl.address.clock import Window
 from hookctl.address.families import denoiser_of, uncompiled
-from hookctl.address.regions import RegionLike
 from hookctl.address.rows import Row
-from hookctl.arguments import number, refusal, shown
+from hookctl.arguments import flag, number, refusal, shown
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.learned.adapter import Adapter
 from hookctl.learned.faces import check_length
@@ -34,30 +33,11 @@ from hookctl.learned.image_prompts import ImagePrompt, Part
 from hookctl.learned.ip_adapter import IPAdapter, fitting, is_unguided
 from hookctl.learned.keypoints import draw_keypoints
 from hookctl.learned.modules.resampler import Resampler
+from hookctl.learned.people import Person, people_of, points_of
 from hookctl.learned.weights import Weights
 from hookctl.loop.inserting import Residuals
 from hookctl.loop.state import State
 from hookctl.run_state import RunState
-
-POINTS = 5
-
-
-@dataclass(frozen=True, eq=False)
-class Person:
-    """Somebody to be drawn.
-
-    embedding: of the face, as the network gives it (not normalised) [channels], or several of one
-        face [n, channels].
-    keypoints: where both eyes, the nose and both corners of the mouth are to be, (x, y) as
-        fractions of the image [5, 2]; None leaves the place free.
-    region: where the person is, None for everywhere; of several people each needs one.
-    scale: factor of this person's tokens beside the editor's own.
-    """
-
-    embedding: Any
-    keypoints: Any = None
-    region: RegionLike | None = None
-    scale: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +58,8 @@ class InstantID(IPAdapter):
     of lists, one for each prompt of the run. identity_net: diffusers' ControlNetModel, which is
     frozen, or None for the tokens alone. scale: of the tokens, at every site or by site
     (`IPAdapter`). control_scale: of IdentityNet; control_start, control_stop: when it acts, inside
-    of start and stop. The other options are `IPAdapter`'s.
+    of start and stop. guess: IdentityNet adds to the rows with the prompt alone, and the less the
+    finer the level (diffusers' guess_mode). The other options are `IPAdapter`'s.
     """
 
     argument = "people"
@@ -95,6 +76,7 @@ class InstantID(IPAdapter):
         control_scale: float = 0.8,
         control_start: float = 0.0,
         control_stop: float = 1.0,
+        guess: bool = False,
         **options: Any,
     ) -> None:
         if not isinstance(adapter, Adapter):
@@ -112,6 +94,7 @@ class InstantID(IPAdapter):
         self.control = Window.of(
             (control_start, control_stop), f"{self.name}: control_start, control_stop"
         )
+        self.guess = flag(guess, f"{self.name}: guess")
         super().__init__(adapter, people, scale=scale, **options)
         self._check_regions()
         self.identity_net = identity_net
@@ -120,7 +103,7 @@ class InstantID(IPAdapter):
     def _read(self, given: Any, name: str) -> ImagePrompt:
         if not isinstance(given, Person):
             raise refusal(name, given, "a Person(embedding, keypoints, region)")
-        points = _points(given.keypoints, f"{name}.keypoints")
+        points = points_of(given.keypoints, f"{name}.keypoints")
         face = _Placed(face=given.embedding, region=given.region, scale=given.scale, points=points)
         prompt = super()._read(face, name)
         check_length(given.embedding, name, normalised=False)
@@ -182,9 +165,15 @@ class InstantID(IPAdapter):
             encoder_hidden_states=torch.cat(context),
             controlnet_cond=torch.stack(hints),
             conditioning_scale=self.control_scale,
+            guess_mode=self.guess,
             return_dict=False,
             **{name: kwargs[name] for name in optional if kwargs.get(name) is not None},
         )
+        if self.guess:
+            people = [
+                None if is_unguided(row) else part
+                for row, part in zip(state.rows, people, strict=True)
+            ]
         return Residuals([self._within(x, people) for x in skips], self._within(middle, people))
 
     def _person(self, row: Row, j: int) -> Part | None:
@@ -219,25 +208,6 @@ class InstantID(IPAdapter):
         return x * torch.stack(shares).to(x)[:, None]
 
 
-def _points(given: Any, name: str) -> Tensor | None:
-    """Five points (x, y) as float64 [5, 2]; InputError for anything else."""
-    if given is None:
-        return None
-    wanted = "five points (x, y) as fractions of the image: both eyes, nose, corners of the mouth"
-    try:
-        points = torch.as_tensor(np.asarray(given)).double()
-    except (TypeError, ValueError):
-        raise refusal(name, given, wanted) from None
-    if tuple(points.shape) != (POINTS, 2) or not bool(points.isfinite().all()):
-        raise refusal(name, given, wanted)
-    if bool((points < -1).any()) or bool((points > 2).any()):
-        raise InputError(
-            f"{name}: points from {float(points.min()):g} to {float(points.max()):g} given; give "
-            "fractions of the image, x / width and y / height"
-        )
-    return points
-
-
 def _check_net(net: nn.Module, denoiser: nn.Module, who: str) -> None:
     """Raise InputError unless a ControlNet is of a model like this one."""
     own: Any = getattr(net, "config", None)
@@ -264,13 +234,17 @@ def from_checkpoint(
     *,
     people: Any,
     identity_net: nn.Module | str | Path | None = None,
+    analysis: Any = None,
     **options: Any,
 ) -> InstantID:
     """The editor of a file (ip-adapter.bin).
 
-    identity_net: the folder of IdentityNet (ControlNetModel), or the model. options: of
-    `InstantID`. Raises InputError if one of them does not fit.
+    people: also tables of a file (`people.people_of`), whose pictures analysis finds the faces in:
+    the folder of insightface's models, or what is made of it. identity_net: the folder of
+    IdentityNet (ControlNetModel), or the model. options: of `InstantID`. Raises InputError if one
+    of them does not fit.
     """
+    people = people_of(people, analysis, f"{InstantID.__name__}: people")
     adapter = fitting(checkpoint, pipe, InstantID.__name__)
     if isinstance(identity_net, str | Path):
         identity_net = _loaded(identity_net, uncompiled(denoiser_of(pipe)))

@@ -153,7 +153,8 @@ def _beside(value: Any, folder: Path) -> Any:
         return [_beside(one, folder) for one in value]
     if isinstance(value, dict):
         return {key: _beside(one, folder) for key, one in value.items()}
-    if not isinstance(value, str) or not Path(value).suffix:
+    # Others are words that a file or folder may happen to have for a name.
+    if not isinstance(value, str) or not (Path(value).suffix or "/" in value):
         return value
     try:
         return str(folder / value) if (folder / value).exists() else value

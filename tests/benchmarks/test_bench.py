@@ -13,7 +13,7 @@ from hookctl.bench.calls import Bench
 from hookctl.bench.edits import cross, density, regions_of, self_replacement
 from hookctl.bench.limits import Limits
 from hookctl.bench.measure import OURS, PLAIN, Case, DisagreementError, Held, check, measure
-from hookctl.cli import bench_peers, bench_steps
+from hookctl.cli import bench_learned, bench_peers, bench_steps
 from hookctl.evaluate import plan
 
 CPU = torch.device("cpu")
@@ -160,3 +160,23 @@ def test_the_peers_agree(monkeypatch: pytest.MonkeyPatch) -> None:
         "maps": set(), "PAG": {"diffusers"}, "FreeU": {"diffusers"}, "panorama": {"diffusers"},
     }  # fmt: skip
     assert set(bench_peers.absent()) <= {"attention-map-diffusers", "daam"}
+
+
+@pytest.mark.slow  # whole runs of four pairs
+def test_trained_modules_agree_with_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = dict(bench_steps.OPTIONS["reduced SD1.5"], block_out_channels=(32, 32, 32, 32))
+    monkeypatch.setitem(bench_steps.OPTIONS, "reduced SD1.5", tiny)
+    peers = {}
+    with torch.no_grad():
+        for case in bench_learned.cases(bench(), quick=True):
+            [peers[case.name]] = set(case.forms) - {OURS, PLAIN}
+            assert check(case) < 1e-4
+            with case.within(PLAIN):
+                plain = case.forms[PLAIN]()
+            assert float((plain - case.truth()).norm() / plain.norm()) > 1e-3, "it does nothing"
+    assert peers == {
+        "GLIGEN (insert)": "diffusers",
+        "IP-Adapter (term)": "diffusers",
+        "InstantID (term, residuals)": "diffusers",
+        "Collaborative Diffusion": "by hand",
+    }

@@ -58,6 +58,8 @@ def _instance_diffusion(shapes: Shapes, widths: list[int], facts: list[str]) -> 
 def _gligen(shapes: Shapes, stem: int | None) -> tuple[str, list[str], tuple[str, ...]]:
     """The form of a GLIGEN by its tokenizer and its first convolution."""
     inner = length(shapes, r"^position_net\.linears\.0\.weight$")
+    phrase = length(shapes, r"^position_net\.null_positive_feature$", 0) or 768
+    place = length(shapes, r"^position_net\.null_position_feature$", 0) or 64
     facts: list[str] = []
     needs: tuple[str, ...]
     if has(shapes, r"^position_net\.linears_text\."):
@@ -73,12 +75,12 @@ def _gligen(shapes: Shapes, stem: int | None) -> tuple[str, list[str], tuple[str
     elif has(shapes, r"^position_net\.person_embeddings$"):
         people = length(shapes, r"^position_net\.person_embeddings$", 0)
         name, needs = "gligen keypoints", (f"key points of at most {people} people",)
-    elif inner == 832:
+    elif inner == phrase + place:
         name, needs = "gligen box+text", ("boxes with phrases",)
     else:
         raise InputError(
             f"looks like GLIGEN but its position net reads {inner} numbers per token; known are "
-            "832 (box and text), 800 (key points) and 768 (maps)"
+            f"{phrase + place} (box and text of its null features), 800 (key points), 768 (maps)"
         )
     if stem == 9:
         facts.append("stem: 9 channels (inpainting: latents, masked image, mask)")

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from hookctl.address import per_prompt
 from hookctl.address.families import denoiser_of
+from hookctl.address.per_prompt import PerPrompt, Regions
 from hookctl.address.regions import Region
 from hookctl.address.sites import Selector, Site, select
 from hookctl.address.text import PromptText, TextLayout
@@ -17,9 +19,7 @@ from hookctl.editor import WHOLE_IMAGE, Claim
 from hookctl.errors import InputError, SelectorError
 from hookctl.loop.energy import Energies, MapReader, energies
 from hookctl.loop.state import State
-from hookctl.recipes.common import per_prompt
 from hookctl.recipes.common.energy.box_cells import Rounding, box_cells
-from hookctl.recipes.common.per_prompt import PerPrompt, Regions
 from hookctl.recipes.common.sites import TEXT_KINDS, layout_resolution, sites_of
 from hookctl.run_state import RunState
 

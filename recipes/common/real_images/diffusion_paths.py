@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hookctl.address.per_prompt import PerPrompt
 from hookctl.address.regions import Region
 from hookctl.recipes.common.canvas.region_shares import region_shares
 from hookctl.recipes.common.canvas.tiles import Tile
-from hookctl.recipes.common.per_prompt import PerPrompt
 
 
 @dataclass(frozen=True, eq=False)

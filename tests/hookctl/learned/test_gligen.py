@@ -8,13 +8,15 @@ import pytest
 import torch
 from diffusers import StableDiffusionGLIGENPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import save_file
 
 import hookctl
 from hookctl.errors import InputError
 from hookctl.learned.files import Checkpoint
 from hookctl.learned.gligen import GLIGEN, GLIGENNetwork, build
 from hookctl.learned.gligen_stem import Stem
-from hookctl.learned.grounding import Layout
+from hookctl.learned.grounding import Fade, Layout
+from hookctl.learned.loading import load
 from hookctl.learned.modules.convnext import ConvNeXt
 from hookctl.learned.modules.gated_attention import GatedSelfAttention
 from hookctl.learned.modules.gligen_tokens import (
@@ -457,6 +459,30 @@ def test_the_tokenizer_is_told_by_the_names(network, given):
     own = editor.network.tokenizer.state_dict()
     for name, value in made.tokenizer.state_dict().items():
         assert torch.equal(own[name], value)
+
+
+def test_a_file_of_other_widths_than_the_official(tmp_path):
+    """A small model's own GLIGEN loads as the published ones do."""
+    pipe, path = SD15.make(), tmp_path / "tiny.safetensors"
+    save_file(held(network_of(gated())).tensors, path)
+    editor = load(path, pipe, boxes=BOXES, phrases=PHRASES)
+    assert editor.tokenizer.module.linears[0].in_features not in (832, 800, 768)
+    got, want = editor.tokenizer.module.state_dict(), gated().position_net.state_dict()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_share_that_holds_no_step_is_told_before_the_first(steps):
+    """Of the published share, 0.3, nothing is left in three steps: it is rounded down."""
+    pipe, ran = SD15.make(), []
+    pipe.unet.conv_in.register_forward_hook(lambda *_: ran.append(1))
+    with pytest.raises(InputError, match=rf"stop=0.3 hold none of the run's {steps} steps; give"):
+        with hookctl.control(pipe, objects(stop=None)):
+            SD15.run(pipe, TWO[:1], steps=steps)
+    assert not ran
+    Fade(0.0, 0.3).check_steps(4, "GLIGEN")
+    Fade(0.0, 0.3, decay=0.7).check_steps(3, "GLIGEN")
+    Fade(0.0, 0.0, back=0.5).check_steps(2, "GLIGEN")
 
 
 def test_the_options_of_a_checkpoint_are_the_editors():

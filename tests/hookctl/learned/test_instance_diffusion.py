@@ -9,8 +9,8 @@ import torch
 from diffusers.utils.torch_utils import fourier_filter
 
 import hookctl
-from hookctl import COND, Row
-from hookctl.errors import InputError
+from hookctl import COND, Row, recipes
+from hookctl.errors import ConflictError, InputError
 from hookctl.kernels.fourier_gain import reference as low_frequencies
 from hookctl.learned import locations
 from hookctl.learned.files import Checkpoint
@@ -219,6 +219,19 @@ def test_no_strength_is_the_model_with_its_gains():
     assert error(got, draw(SD15, SD15.make(), Gains())) < 1e-5 and error(got, plain) > 1e-3
     late = edit(scaled=True, stop=0.5)
     assert late.start == 0.0 and late.stop == 1.0  # gains in every step
+
+
+@pytest.mark.parametrize("other", [lambda: recipes.ScaleU([0.3]), lambda: edit(scaled=True)])
+def test_gains_are_not_applied_twice(other):
+    pipe = SD15.make()
+    with pytest.raises(ConflictError, match="InstanceDiffusion both claim the gains of ScaleU"):
+        with hookctl.control(pipe, other(), edit(scaled=True)):
+            pass
+    twice = [recipes.ScaleU([0.3]), recipes.ScaleU([0.2])]
+    with hookctl.control(pipe, edit(), edit(), *twice, strict=False):
+        pass  # without gains of their own
+    with hookctl.control(pipe, recipes.ScaleU([0.0]), edit(scaled=True), strict=False):
+        pass
 
 
 def test_gains_at_zero_are_exactly_the_identity():

@@ -15,8 +15,9 @@ from torch import Tensor
 
 import hookctl
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.learned.instant_id import InstantID, Person, from_checkpoint
+from hookctl.learned.instant_id import InstantID, from_checkpoint
 from hookctl.learned.keypoints import draw_keypoints
+from hookctl.learned.people import Person
 from tests.hookctl.learned import identity
 from tests.hookctl.learned.identity import (
     PIXELS,
@@ -75,7 +76,8 @@ def of_controlnet_pipeline(kind: str, scale: float, **options: Any) -> Tensor:
         tokens = project(given[:, 0])
 
     def swap(module: Any, args: Any, kwargs: Any) -> Any:
-        return args, {**kwargs, "encoder_hidden_states": tokens}
+        rows = len(args[0])  # in guess mode those with the prompt alone
+        return args, {**kwargs, "encoder_hidden_states": tokens[-rows:]}
 
     net.register_forward_pre_hook(swap, with_kwargs=True)
     return drawn(pipe, image=hint(POINTS), ip_adapter_image_embeds=[given], **options)
@@ -99,6 +101,17 @@ def test_instant_id_is_diffusers_with_the_text_swapped(kind: str, stop: float) -
         kind, 0.6, controlnet_conditioning_scale=0.7, control_guidance_end=stop
     )
     assert apart(drawn(pipe, edit), wanted) < ROUNDING
+
+
+@pytest.mark.slow
+def test_guess_mode_is_diffusers(pipe: Any, net: Any) -> None:
+    made = adapter("instantid", pipe.unet)
+    edit = InstantID(made, person(), net, scale=0.6, control_scale=0.7, guess=True)
+    wanted = of_controlnet_pipeline("sd15", 0.6, controlnet_conditioning_scale=0.7, guess_mode=True)
+    found = drawn(pipe, edit)
+    assert apart(found, wanted) < ROUNDING
+    usual = InstantID(made, person(), net, scale=0.6, control_scale=0.7)
+    assert apart(drawn(pipe, usual), found) > 1e-3
 
 
 @pytest.mark.slow

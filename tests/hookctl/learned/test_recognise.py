@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hookctl.errors import InputError
+from hookctl.learned.modules.gligen_tokens import BoxText
 from hookctl.learned.names import official
 from hookctl.learned.recognise import base_of, recognise
 from tests.hookctl.learned import ldm
@@ -117,6 +118,16 @@ def test_the_same_by_the_names_in_the_file(name: str) -> None:
     found = recognise(make())
     assert found.name == kind and says in "\n".join(found.summary)
     assert found.base in (base, "SD1.x")
+
+
+def test_a_gligen_of_other_widths() -> None:
+    """As one that was trained for a small model: by what is there, not by how wide it is."""
+    net = BoxText(text=48, hidden=40, out=48, k=4)
+    layers = {"a.fuser.linear.weight": (16, 48)}
+    file = {f"position_net.{k}": tuple(v.shape) for k, v in net.state_dict().items()} | layers
+    assert recognise(file).name == "gligen box+text"
+    with pytest.raises(InputError, match="reads 80 numbers per token; known are 72"):
+        recognise(file | {"position_net.null_position_feature": (24,)})
 
 
 def test_ldm_names() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from hookctl.address.per_prompt import regions
 from hookctl.recipes.common.canvas.region_shares import region_shares
-from hookctl.recipes.common.per_prompt import regions
 
 FULL, LEFT = (0, 0, 1, 1), "box:0,0,0.5,1"
 

@@ -1,4 +1,4 @@
-"""Lists of regions, texts or numbers: one for every prompt of a run, or one for each."""
+"""Lists of regions, texts or whatever else: one for every prompt of a run, or one for each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hookctl.address.regions import Region, RegionLike, region_of
 from hookctl.address.rows import Rows
-from hookctl.arguments import number, refusal, text_or_embeddings
+from hookctl.arguments.values import is_list, is_number, number, refusal, text_or_embeddings
 from hookctl.errors import InputError
 
 T = TypeVar("T")
@@ -20,47 +20,49 @@ Texts = Sequence[str | Tensor] | Sequence[Sequence[str | Tensor]]
 Numbers = Sequence[float] | Sequence[Sequence[float]]
 
 
+def _is_no_list(item: Any) -> bool:
+    return not is_list(item)
+
+
 class PerPrompt(Sequence[tuple[T, ...]]):
     """A list for every prompt, or a list for each: item p is that of prompt p.
 
-    Made by `regions`, `texts` or `numbers`. shared: one list is for every prompt; name: of the
-    argument, for errors.
+    name: of the argument, for errors. one: reads an item, given the name of its place, or raises
+    InputError. is_item: tells an item from a prompt's list. shared: one list is for every prompt.
     """
 
-    def __init__(self, lists: Sequence[Sequence[T]], shared: bool, name: str) -> None:
-        self._lists = [tuple(items) for items in lists]
-        self.shared, self.name = shared, name
-
-    @classmethod
-    def read(
-        cls, given: Any, name: str, *, one: Callable[[Any, str], T], is_list: Callable[[Any], bool]
-    ) -> PerPrompt[T]:
-        """one: reads an item or raises InputError; is_list: tells a prompt's list from an item."""
-        if isinstance(given, str | Tensor) or not isinstance(given, Sequence):
+    def __init__(
+        self,
+        given: Any,
+        name: str,
+        one: Callable[[Any, str], T],
+        is_item: Callable[[Any], bool] = _is_no_list,
+    ) -> None:
+        if not is_list(given):
             raise refusal(name, given, "a list, or a list for each prompt")
-        nested = bool(given) and all(is_list(item) for item in given)
-        lists = given if nested else [given]
-        return cls(
-            [[one(item, f"{name}[{i}]") for i, item in enumerate(items)] for items in lists],
-            not nested,
-            name,
-        )
+        self.name = name
+        self.shared = not given or any(is_item(item) for item in given)
+        at = "[{i}]" if self.shared else "[{p}][{i}]"
+        self.lists = [
+            tuple(one(item, name + at.format(p=p, i=i)) for i, item in enumerate(items))
+            for p, items in enumerate([given] if self.shared else given)
+        ]
 
     def __len__(self) -> int:
-        return len(self._lists)
+        return len(self.lists)
 
     def __getitem__(self, prompt: Any) -> Any:
-        return self._lists[0 if self.shared else prompt]
+        return self.lists[0 if self.shared else prompt]
 
     @property
     def items(self) -> list[T]:
         """All items of all prompts."""
-        return [item for items in self._lists for item in items]
+        return [item for items in self.lists for item in items]
 
     @property
     def longest(self) -> int:
         """How many items the prompt with the most has."""
-        return max(map(len, self._lists), default=0)
+        return max(map(len, self.lists), default=0)
 
     def check_prompts(self, rows: Rows) -> None:
         """Raise InputError unless there is a list for each prompt of a run."""
@@ -73,7 +75,7 @@ class PerPrompt(Sequence[tuple[T, ...]]):
 
     def check_lengths(self, other: PerPrompt[Any]) -> None:
         """Raise InputError unless both have as many items for each prompt."""
-        own, others = ([len(items) for items in lists._lists] for lists in (self, other))
+        own, others = ([len(items) for items in lists.lists] for lists in (self, other))
         if own != others:
             raise InputError(
                 f"{self.name} has {_shown(own)} items and {other.name} has {_shown(others)}; give "
@@ -83,26 +85,23 @@ class PerPrompt(Sequence[tuple[T, ...]]):
 
 def regions(given: Regions, name: str) -> PerPrompt[Region]:
     """Regions, boxes, texts of `parse_region` or masks; or a list of such for each prompt."""
-    return PerPrompt.read(given, name, one=region_of, is_list=_is_list_of_regions)
+    return PerPrompt(given, name, region_of, is_box)
 
 
 def texts(given: Texts, name: str) -> PerPrompt[str | Tensor]:
     """Texts, or their embeddings [tokens, channels]; or a list of such for each prompt."""
-    return PerPrompt.read(given, name, one=text_or_embeddings, is_list=_is_list)
+    return PerPrompt(given, name, text_or_embeddings)
 
 
 def numbers(given: Numbers, name: str) -> PerPrompt[float]:
     """Numbers of 0 or more; or a list of such for each prompt."""
-    return PerPrompt.read(given, name, one=partial(number, low=0), is_list=_is_list)
+    return PerPrompt(given, name, partial(number, low=0))
 
 
-def _is_list(item: Any) -> bool:
-    return isinstance(item, Sequence) and not isinstance(item, str)
-
-
-def _is_list_of_regions(item: Any) -> bool:
-    """A box is a list of numbers; a list of anything else is a prompt's."""
-    return _is_list(item) and not (item and isinstance(item[0], int | float))
+def is_box(item: Any) -> bool:
+    """Whether a value is no list, or one of numbers, as a box is; a list of anything else is a
+    prompt's."""
+    return not is_list(item) or bool(len(item) and is_number(item[0]))
 
 
 def _shown(lengths: list[int]) -> str:
