@@ -204,6 +204,7 @@ JUDGES: Mapping[str, Judge] = {
     "ddim_inversion": edited_in_place,
     "edit_friendly_ddpm": edited_in_place,
     "freeu": said,
+    "grounding": in_boxes((0.11, 0.11, 0.39, 0.39), (0.625, 0.625, 0.875, 0.875)),
     "imagic": by_degrees,
     "instances": in_regions(*HALVES),
     "inverted_edit": edited_in_place,
