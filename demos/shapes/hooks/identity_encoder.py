@@ -3,10 +3,13 @@
 It learns on rendered pictures by themselves. Two pictures of one look (other shape, size, place
 and background) are to be nearer to one another than to those of other looks, and a linear reading
 of the embedding is to be the look.
+
+    python -m hookctl.demos.shapes.hooks.identity_encoder picture.png embedding.npy
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,6 +87,7 @@ class IdentityEncoderTask:
     """Learns what makes two pictures show the same look."""
 
     others: tuple[str, ...] = ("layers.0", "attend", "read")
+    rate = 2e-3
 
     def __init__(self, base: Base) -> None:
         self.base = base
@@ -140,3 +144,19 @@ class IdentityEncoderTask:
 
     def state(self) -> dict[str, Tensor]:
         return dict(self.module.state_dict())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the embedding of a picture's object to a file, for presets and other programs."""
+    name = "python -m hookctl.demos.shapes.hooks.identity_encoder"
+    parser = argparse.ArgumentParser(prog=name)
+    parser.add_argument("picture", type=Path, help="of 128 x 128 px")
+    parser.add_argument("embedding", type=Path, help="file to be written (.npy)")
+    options = parser.parse_args(arguments)
+    with Image.open(options.picture) as picture:
+        np.save(options.embedding, embedding_of(picture).numpy())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
