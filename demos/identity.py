@@ -49,7 +49,8 @@ def run(
     }
     write_json(out / "report.json", report)
     titles = [
-        f"{text} ({colour})" for text, colour in zip(cases.prompts(), cases.colours, strict=True)
+        f"{text} (any colour: {colour})"
+        for text, colour in zip(cases.prompts(), cases.colours, strict=True)
     ]
     sheet = show.grid(
         [

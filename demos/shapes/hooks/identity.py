@@ -66,8 +66,8 @@ class Showing:
             (attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)),
             (self.layer["to_k_ip"](tokens), self.layer["to_v_ip"](tokens)),
         )
-        found = sum(F.scaled_dot_product_attention(q, heads(k), heads(v)) for k, v in pairs)
-        return attn.to_out[0](found.transpose(1, 2).flatten(2))
+        text, face = (F.scaled_dot_product_attention(q, heads(k), heads(v)) for k, v in pairs)
+        return attn.to_out[0]((text + face).transpose(1, 2).flatten(2))
 
 
 def show(adapter: Adapter, unet: Any) -> dict[str, Tensor]:
