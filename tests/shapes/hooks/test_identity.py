@@ -120,13 +120,16 @@ def test_the_trainer_takes_steps_and_resumes(
     monkeypatch.setattr(train_hooks, "LOOK", 10**9)
     given = [name, "--out", str(tmp_path), "--device", "cpu"]
 
-    def steps(*further: str) -> int:
-        assert train_hooks.main([*given, *further]) == 0
-        return int(torch.load(tmp_path / f"{name}.pt", weights_only=True)["step"])
+    def train(minutes: float, *further: str) -> dict[str, Any]:
+        assert train_hooks.main([*given, "--minutes", str(minutes), *further]) == 0
+        kept: dict[str, Any] = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        return kept
 
-    first = steps("--minutes", "0.005")
-    assert first >= 1
-    assert steps("--minutes", "0.02", "--resume") > first
+    first = train(1e-6)
+    assert first["step"] == 1
+    then = train(first["spent"] / 60 + 1e-6, "--resume")
+    assert then["step"] == 2 and then["spent"] > first["spent"]
+    assert any(not torch.equal(w, first["module"][n]) for n, w in then["module"].items())
     assert (tmp_path / f"{name}.safetensors").stat().st_size < LARGEST
     assert json.loads((tmp_path / f"{name}.json").read_text()) == []
 
