@@ -102,10 +102,10 @@ class IdentityEncoderTask:
 
     def _pictures(self, looks: Sequence[Look], rng: np.random.Generator) -> Tensor:
         pictures = render_looks(*references(looks, rng)).to(self.base.device)
-        blurred = torch.from_numpy(rng.random(len(looks)) < BLURRED)
         basis = self.base.basis
-        pictures[blurred] = basis.decode(basis.encode(pictures[blurred])).clamp(-1, 1)
-        return pictures
+        seen = basis.decode(basis.encode(pictures)).clamp(-1, 1)
+        blurred = torch.from_numpy(rng.random(len(looks)) < BLURRED).to(self.base.device)
+        return torch.where(blurred[:, None, None, None], seen, pictures)
 
     def _apart(self, first: Tensor, second: Tensor) -> Tensor:
         """Each picture is to find the other of its look among all."""
