@@ -18,10 +18,12 @@ from hookctl.demos.placing import IN_PLACE
 from hookctl.demos.shapes.captions import parse
 from hookctl.demos.shapes.detect import Detection, Found, detect
 from hookctl.demos.shapes.evaluate import relation_holds
+from hookctl.demos.shapes.hooks.looks import Look, hue_apart, read_look
 from hookctl.demos.shapes.world import BACKGROUNDS, IMAGE_SIZE
 
 SAME_PLACE = 22.0  # dB, from which on a given image is still there; the autoencoder alone: 33
 WHOLE = 0.88  # intersection over union with its shape of an object that nobody would call broken
+NEAR_HUE, NEAR_DEPTH = 20.0, 0.2  # degrees; depth of bars
 Box = tuple[float, float, float, float]
 
 
@@ -192,6 +194,23 @@ def by_degrees(drawn: Drawn) -> bool:
     return whole and there and _in_place(given, others[-1], drawn.prompts)
 
 
+def shown(shape: str, look: Look, box: Box) -> Judge:
+    """One object of this shape and look, whatever the prompt says of its colour, in a box."""
+
+    def judge(drawn: Drawn) -> bool:
+        seen = read_look(drawn.edited[0])
+        return (
+            seen is not None
+            and seen.found.shape == shape
+            and seen.found.fit >= WHOLE
+            and hue_apart(seen.look, look) <= NEAR_HUE
+            and abs(seen.look.depth - look.depth) <= NEAR_DEPTH
+            and overlap(seen.found, box) >= IN_PLACE
+        )
+
+    return judge
+
+
 HALVES: tuple[Box, Box] = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
 THIRDS: tuple[Box, ...] = tuple((i / 3, 0.0, (i + 1) / 3, 1.0) for i in range(3))
 BOXES: tuple[Box, Box] = ((0.1, 0.1, 0.4, 0.4), (0.55, 0.55, 0.9, 0.9))
@@ -205,6 +224,7 @@ JUDGES: Mapping[str, Judge] = {
     "edit_friendly_ddpm": edited_in_place,
     "freeu": said,
     "grounding": in_boxes((0.11, 0.11, 0.39, 0.39), (0.625, 0.625, 0.875, 0.875)),
+    "identity": shown("circle", Look(185, 0.5), (0.1, 0.6, 0.4, 0.9)),
     "imagic": by_degrees,
     "instances": in_regions(*HALVES),
     "inverted_edit": edited_in_place,

@@ -23,6 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hookctl.demos.shapes.hooks.collaboration import CollaborationTask
+from hookctl.demos.shapes.hooks.identity import IdentityTask
+from hookctl.demos.shapes.hooks.identity_encoder import IdentityEncoderTask
+from hookctl.demos.shapes.hooks.identity_net import IdentityNetTask
 from hookctl.demos.shapes.hooks.instances import InstancesTask
 from hookctl.demos.shapes.hooks.task import Base, Task
 from hookctl.demos.shapes.muon import Muon
@@ -31,6 +34,9 @@ from hookctl.demos.shapes.train import log
 TASKS: dict[str, Callable[[Base], Task]] = {
     "instances": InstancesTask,
     "collaboration": CollaborationTask,
+    "identity_encoder": IdentityEncoderTask,
+    "identity": IdentityTask,
+    "identity_net": IdentityNetTask,
 }
 RATE, WARMUP, LOOK, SAVE = 2e-3, 100, 100, 50  # the last three in steps
 DECAY = 0.999  # of the averaged weights
