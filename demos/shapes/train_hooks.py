@@ -32,7 +32,7 @@ TASKS: dict[str, Callable[[Base], Task]] = {
     "instances": InstancesTask,
     "collaboration": CollaborationTask,
 }
-RATE, WARMUP, LOOK, SAVE = 2e-3, 100, 100, 50  # the last three in steps
+WARMUP, LOOK, SAVE = 100, 100, 50  # in steps
 DECAY = 0.999  # of the averaged weights
 
 
@@ -103,7 +103,7 @@ class Training:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             warm = min(1.0, (self.step + 1) / WARMUP)
-            self.optimizer.step(RATE * warm * max(fall, 0.01))
+            self.optimizer.step(self.task.rate * warm * max(fall, 0.01))
             ramp = min(DECAY, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - ramp)
             losses.append(float(loss.detach()))

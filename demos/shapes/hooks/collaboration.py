@@ -9,6 +9,7 @@ the mixture's error they alone learn, as in the paper.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,13 +21,15 @@ from ..latents import CELL
 from ..text import WIDTH
 from ..world import IMAGE_SIZE, SHAPES, Scene
 from .task import EARLY, HELD_OUT, Base, Batch
+from .places import fit_places, reserve_places, set_tokens
 
 # What a file does not say of its networks, for `hookctl.learned.load`.
-SIZES = {"heads": 4, "groups": 16, "classes": 1 + len(SHAPES)}
-MODEL, INFLUENCE = (48, 80, 96), (16, 32, 32)  # channels: 7 MB and 1 MB in half precision
+SIZES = {"heads": 2, "groups": 16, "classes": 1 + len(SHAPES)}
+MODEL, INFLUENCE = (32, 64, 64), (16, 32, 32)  # channels: 3.5 MB and 1.9 MB in half precision
 BATCH = 24
-TOGETHER = 1500  # from this step on the dynamic diffusers learn
-AT_EARLY = 0.5  # share of timesteps where places are decided; the others are for edges
+TOGETHER = 600  # from this step on the dynamic diffusers learn,
+PART = 6  # of as many samples of a batch
+AT_EARLY = 0.6  # share of timesteps where places are decided; the others are for edges
 EMPTY = 0.1  # masks left empty, for guidance
 
 
@@ -35,6 +38,7 @@ def build_network(channels: int, out: int, widths: tuple[int, int, int]) -> UNet
     return UNet2DConditionModel(
         sample_size=CELL, in_channels=channels, out_channels=out, layers_per_block=1,
         block_out_channels=widths, cross_attention_dim=WIDTH, norm_num_groups=SIZES["groups"],
+        use_linear_projection=True,
         attention_head_dim=SIZES["heads"],  # the number of heads, by an old slip
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -58,25 +62,44 @@ class Modules(nn.Module):
 class CollaborationTask:
     """Learns to draw after masks, and when to trust whom."""
 
+    rate = 4e-3
     others = tuple(
         f"{network}.{layer}"
         for network in ("mask_unet", "of_mask", "of_text")
         for layer in ("conv_in", "conv_out")
-    ) + ("linear",)
+    )
 
     def __init__(self, base: Base) -> None:
         self.base = base
-        self.module = Modules(base.unet.config.in_channels).to(base.device)
+        self.module = Modules(base.unet.config.in_channels)
+        self.module.to(base.device)
+        self._begin()
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        """Let the networks that are told masks find them."""
+        module, rng = self.module, np.random.default_rng(0)
+        set_tokens(module.linear)
+        module.linear.requires_grad_(False)
+        pairs = self.base.scenes(rng, 64, None)
+        batch = self.base.batch(pairs, [text for _, text in pairs])
+        t = self.base.times(rng, len(pairs), 1.0)
+        noisy, _ = self._noisy(batch.latents, t, rng)
+        tokens = module.linear(self.maps(batch.scenes))
+        for network in (module.mask_unet, module.of_mask):
+            run = partial(network, noisy, t, tokens)
+            reserve_places(network, run)
+            for _ in range(2):  # what is found changes the features
+                self.found = fit_places(network, module.linear.in_features, run)
 
     def loss(self, rng: np.random.Generator, step: int) -> Tensor:
         pairs = self.base.scenes(rng, BATCH, None)
         batch = self.base.batch(pairs, [text for _, text in pairs])
         maps = self.maps(batch.scenes)
         maps[torch.from_numpy(rng.random(BATCH) < EMPTY)] = 0
-        errors = self._errors(
-            batch, maps, self.base.times(rng, BATCH, AT_EARLY), rng, step >= TOGETHER
-        )
-        return errors["mask"].mean() + (errors["mixture"].mean() if step >= TOGETHER else 0)
+        together = PART if step >= TOGETHER else 0
+        errors = self._errors(batch, maps, self.base.times(rng, BATCH, AT_EARLY), rng, together)
+        return errors["mask"].mean() + (errors["mixture"].mean() if together else 0)
 
     def _errors(
         self,
@@ -84,15 +107,13 @@ class CollaborationTask:
         maps: Tensor,
         t: Tensor,
         rng: np.random.Generator,
-        together: bool,
+        together: int,
     ) -> dict[str, Tensor]:
-        """The errors of every sample [batch]: of the mask's model, the text's, their mean and, as
-        the dynamic diffusers have it, their mixture."""
-        base, z = self.base, batch.latents
-        noise = torch.from_numpy(rng.standard_normal(z.shape, np.float32)).to(z)
-        a = base.alphas[t].view(-1, 1, 1, 1)
-        noisy, v = a.sqrt() * z + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * z
-        weight = (5.0 * (1 - a)).clamp(max=1.0).flatten()  # 5 / (snr + 1)
+        """The errors of every sample [batch] of the mask's model, and of the first `together` ones
+        those of the text's, of their mean and, as the dynamic diffusers have it, their mixture."""
+        base = self.base
+        noisy, v = self._noisy(batch.latents, t, rng)
+        weight = (5.0 * (1 - base.alphas[t])).clamp(max=1.0)  # 5 / (snr + 1)
 
         def error(made: Tensor) -> Tensor:
             return (made.float() - v).square().mean((1, 2, 3)) * weight
@@ -103,22 +124,27 @@ class CollaborationTask:
             found = {"mask": error(by_mask)}
             if not together:
                 return found
+            by_mask, noisy, v, weight, t, tokens, states = (
+                x[:together] for x in (by_mask.detach(), noisy, v, weight, t, tokens, batch.states)
+            )
             with torch.no_grad():
-                by_text = base.unet(noisy, t, batch.states, return_dict=False)[0]
+                by_text = base.unet(noisy, t, states, return_dict=False)[0]
             logits = [
-                network(noisy, t, told, return_dict=False)[0]
-                for network, told in (
-                    (self.module.of_mask, tokens.detach()),
-                    (self.module.of_text, batch.states),
-                )
+                self.module.of_mask(noisy, t, tokens, return_dict=False)[0],
+                self.module.of_text(noisy, t, states, return_dict=False)[0],
             ]
         share = torch.cat(logits, 1).float().softmax(1)
-        by_mask = by_mask.detach()
         found["text"] = error(by_text)
         found["mean"] = error((by_mask + by_text) / 2)
         found["mixture"] = error(share[:, :1] * by_mask + share[:, 1:] * by_text)
         found["share"] = share[:, 0].mean((1, 2))
         return found
+
+    def _noisy(self, z: Tensor, t: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Latents with noise, and what is to be predicted of them."""
+        noise = torch.from_numpy(rng.standard_normal(z.shape, np.float32)).to(z)
+        a = self.base.alphas[t].view(-1, 1, 1, 1)
+        return a.sqrt() * z + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * z
 
     def maps(self, scenes: Sequence[Scene]) -> Tensor:
         """Where each class is, one-hot: [scenes, classes, cells]."""
@@ -138,13 +164,13 @@ class CollaborationTask:
         strong = torch.linspace(EARLY, 999, 32).long().to(self.base.device)
         found: dict[str, float] = {}
         for name, given in (("", maps), (" swapped", maps.roll(1, 0))):
-            errors = self._errors(batch, given, strong, np.random.default_rng(1), not name)
+            errors = self._errors(batch, given, strong, np.random.default_rng(1), 0 if name else 32)
             share = errors.pop("share", None)
             found |= {f"{k}{name}": round(1000 * float(e.mean()), 2) for k, e in errors.items()}
             if share is not None:
                 found["share early"] = round(float(share.mean()), 3)
         weak = torch.linspace(50, 350, 32).long().to(self.base.device)
-        late = self._errors(batch, maps, weak, np.random.default_rng(1), True)["share"]
+        late = self._errors(batch, maps, weak, np.random.default_rng(1), 32)["share"]
         return found | {"share late": round(float(late.mean()), 3)}
 
     def state(self) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ class Task(Protocol):
     """A module to be trained.
 
     module: all that is learned, by its names; others: beginnings of the names of what is learned by
-    Adam, though matrices; loss: of a batch drawn by a generator, at a step of
+    Adam, though matrices; rate: of learning, the highest; loss: of a batch drawn by a generator, at a step of
     the training (the curriculum); look: figures that show whether it learns, of held-out data;
     state: the weights with the names of the official checkpoints.
     """
@@ -38,6 +38,9 @@ class Task(Protocol):
 
     @property
     def others(self) -> tuple[str, ...]: ...
+
+    @property
+    def rate(self) -> float: ...
 
     def loss(self, rng: np.random.Generator, step: int) -> Tensor: ...
 
