@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ..latents import CELL
 from ..text import WIDTH
 from ..world import IMAGE_SIZE, SHAPES, Scene
-from .task import EARLY, HELD_OUT, Base, Batch
 from .places import fit_places, reserve_places, set_tokens
+from .task import EARLY, HELD_OUT, Base, Batch
 
 # What a file does not say of its networks, for `hookctl.learned.load`.
 SIZES = {"heads": 2, "groups": 16, "classes": 1 + len(SHAPES)}
