@@ -23,9 +23,9 @@ import hookctl
 from hookctl.demos.cost import counted, drawing_mib
 from hookctl.demos.layouts import draw_layout
 from hookctl.demos.placing import GUIDANCE, STEPS
+from hookctl.demos.shapes.hooks.collaboration import caption_of
 from hookctl.demos.shapes.hooks.measure_collaboration import (
     Drawn,
-    caption_of,
     collaboration,
     draw,
     figures,

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from ..captions import describe
 from ..latents import CELL
 from ..text import WIDTH
 from ..world import IMAGE_SIZE, SHAPES, Scene
@@ -27,10 +28,11 @@ from .task import EARLY, HELD_OUT, Base, Batch
 SIZES = {"heads": 2, "groups": 16, "classes": 1 + len(SHAPES)}
 MODEL, INFLUENCE = (32, 64, 64), (16, 32, 32)  # channels: 3.5 MB and 1.9 MB in half precision
 BATCH = 24
-TOGETHER = 600  # from this step on the dynamic diffusers learn,
-PART = 6  # of as many samples of a batch
+TOGETHER = 1300  # from this step on the dynamic diffusers learn,
+PART = 8  # of as many samples of a batch
 AT_EARLY = 0.6  # share of timesteps where places are decided; the others are for edges
 EMPTY = 0.1  # masks left empty, for guidance
+PLAIN = 0.7  # captions that say nothing of places nor of the background
 
 
 def build_network(channels: int, out: int, widths: tuple[int, int, int]) -> UNet2DConditionModel:
@@ -94,7 +96,11 @@ class CollaborationTask:
 
     def loss(self, rng: np.random.Generator, step: int) -> Tensor:
         pairs = self.base.scenes(rng, BATCH, None)
-        batch = self.base.batch(pairs, [text for _, text in pairs])
+        plain = rng.random(BATCH) < PLAIN
+        texts = [
+            caption_of(scene) if p else text for p, (scene, text) in zip(plain, pairs, strict=True)
+        ]
+        batch = self.base.batch(pairs, texts)
         maps = self.maps(batch.scenes)
         maps[torch.from_numpy(rng.random(BATCH) < EMPTY)] = 0
         together = PART if step >= TOGETHER else 0
@@ -159,7 +165,7 @@ class CollaborationTask:
         the mask's share early and late."""
         rng = np.random.default_rng(HELD_OUT)
         pairs = self.base.scenes(rng, 32, None)
-        batch = self.base.batch(pairs, [text for _, text in pairs])
+        batch = self.base.batch(pairs, [caption_of(scene) for scene, _ in pairs])
         maps = self.maps(batch.scenes)
         strong = torch.linspace(EARLY, 999, 32).long().to(self.base.device)
         found: dict[str, float] = {}
@@ -188,6 +194,11 @@ class CollaborationTask:
             found |= {f"model.{name}.diffusion_model.{k}": v for k, v in named.items()}
         condition = "cond_stage_model.seg_mask_cond_stage_model.linear"
         return found | {f"{condition}.{k}": v for k, v in module.linear.state_dict().items()}
+
+
+def caption_of(scene: Scene) -> str:
+    """What is in a scene, and nothing of where."""
+    return " and ".join(describe(thing) for thing in scene.things)
 
 
 def class_ids(scene: Scene) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:

@@ -23,10 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import hookctl
-from hookctl.demos.shapes.captions import describe
 from hookctl.demos.shapes.detect import Detection, detect
 from hookctl.demos.shapes.evaluate import generate
-from hookctl.demos.shapes.hooks.collaboration import SIZES, class_ids
+from hookctl.demos.shapes.hooks.collaboration import SIZES, caption_of, class_ids
 from hookctl.demos.shapes.load import load_shapes
 from hookctl.demos.shapes.world import Scene, sample_scene
 from hookctl.learned import load
@@ -98,11 +97,6 @@ def measure(
         name: figures(draw(pipe, models, scenes, steps, guidance), scenes)
         for name, models in ways(edit).items()
     }
-
-
-def caption_of(scene: Scene) -> str:
-    """What is in a scene, and nothing of where."""
-    return " and ".join(describe(thing) for thing in scene.things)
 
 
 def _of(models: Sequence[Collaborator], first: int) -> list[Collaborator]:
