@@ -96,6 +96,8 @@ class Training:
         while self.spent < budget:
             part = self.spent / budget
             fall = 1.0 if part < 0.6 else 0.5 + 0.5 * math.cos(math.pi * (part - 0.6) / 0.4)
+            if self.step in self.task.stages:
+                self._take(self.average)
             rng = np.random.default_rng((self.seed, self.step))
             torch.manual_seed(self.step)
             loss = self.task.loss(rng, self.step)

@@ -2,8 +2,8 @@
 
 A model that reads masks, and two dynamic diffusers that weigh it against the embedded one, which
 reads text. A mask says where which shape is and nothing of colours; a caption says what is there
-and little of where. The mask's model learns from the start, the dynamic diffusers once it draws: of
-the mixture's error they alone learn, as in the paper.
+and little of where. The mask's model learns first, then the dynamic diffusers alone, as in the
+paper: of the error of the mixture.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from ..latents import CELL
 from ..text import WIDTH
 from ..world import IMAGE_SIZE, SHAPES, Scene
 from .places import fit_places, reserve_places, set_tokens
-from .task import EARLY, HELD_OUT, Base, Batch
+from .task import HELD_OUT, Base, Batch
 
 # What a file does not say of its networks, for `hookctl.learned.load`.
 SIZES = {"heads": 2, "groups": 16, "classes": 1 + len(SHAPES)}
 MODEL, INFLUENCE = (32, 64, 64), (16, 32, 32)  # channels: 3.5 MB and 1.9 MB in half precision
 BATCH = 24
-TOGETHER = 1300  # from this step on the dynamic diffusers learn,
-PART = 8  # of as many samples of a batch
-AT_EARLY = 0.6  # share of timesteps where places are decided; the others are for edges
+TOGETHER = 1500  # from this step on the dynamic diffusers learn, and they alone
+UNDECIDED = 800  # from this timestep on the embedded model does not see yet where objects are;
+AT_EARLY = 0.75  # this share of the timesteps lies there, the others are for edges
 EMPTY = 0.1  # masks left empty, for guidance
 PLAIN = 0.7  # captions that say nothing of places nor of the background
 
@@ -64,12 +64,8 @@ class Modules(nn.Module):
 class CollaborationTask:
     """Learns to draw after masks, and when to trust whom."""
 
-    rate = 4e-3
-    others = tuple(
-        f"{network}.{layer}"
-        for network in ("mask_unet", "of_mask", "of_text")
-        for layer in ("conv_in", "conv_out")
-    )
+    rate, stages = 4e-3, (TOGETHER,)
+    others = ("mask_unet.conv_in", "mask_unet.conv_out", "of_mask", "of_text")
 
     def __init__(self, base: Base) -> None:
         self.base = base
@@ -103,9 +99,9 @@ class CollaborationTask:
         batch = self.base.batch(pairs, texts)
         maps = self.maps(batch.scenes)
         maps[torch.from_numpy(rng.random(BATCH) < EMPTY)] = 0
-        together = PART if step >= TOGETHER else 0
-        errors = self._errors(batch, maps, self.base.times(rng, BATCH, AT_EARLY), rng, together)
-        return errors["mask"].mean() + (errors["mixture"].mean() if together else 0)
+        if step < TOGETHER:
+            return self._errors(batch, maps, self._times(rng), rng, False)["mask"].mean()
+        return self._errors(batch, maps, self._times(rng), rng, True)["mixture"].mean()
 
     def _errors(
         self,
@@ -113,10 +109,11 @@ class CollaborationTask:
         maps: Tensor,
         t: Tensor,
         rng: np.random.Generator,
-        together: int,
+        together: bool,
     ) -> dict[str, Tensor]:
-        """The errors of every sample [batch] of the mask's model, and of the first `together` ones
-        those of the text's, of their mean and, as the dynamic diffusers have it, their mixture."""
+        """The errors of every sample [batch] of the mask's model; `together`, of the text's too, of
+        their mean and, as the dynamic diffusers have it, of their mixture, which they alone learn
+        from."""
         base = self.base
         noisy, v = self._noisy(batch.latents, t, rng)
         weight = (5.0 * (1 - base.alphas[t])).clamp(max=1.0)  # 5 / (snr + 1)
@@ -126,18 +123,16 @@ class CollaborationTask:
 
         with torch.autocast(base.device, dtype=torch.bfloat16, enabled=base.device != "cpu"):
             tokens = self.module.linear(maps)
-            by_mask = self.module.mask_unet(noisy, t, tokens, return_dict=False)[0]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not together):
+                by_mask = self.module.mask_unet(noisy, t, tokens, return_dict=False)[0]
             found = {"mask": error(by_mask)}
             if not together:
                 return found
-            by_mask, noisy, v, weight, t, tokens, states = (
-                x[:together] for x in (by_mask.detach(), noisy, v, weight, t, tokens, batch.states)
-            )
             with torch.no_grad():
-                by_text = base.unet(noisy, t, states, return_dict=False)[0]
+                by_text = base.unet(noisy, t, batch.states, return_dict=False)[0]
             logits = [
                 self.module.of_mask(noisy, t, tokens, return_dict=False)[0],
-                self.module.of_text(noisy, t, states, return_dict=False)[0],
+                self.module.of_text(noisy, t, batch.states, return_dict=False)[0],
             ]
         share = torch.cat(logits, 1).float().softmax(1)
         found["text"] = error(by_text)
@@ -145,6 +140,11 @@ class CollaborationTask:
         found["mixture"] = error(share[:, :1] * by_mask + share[:, 1:] * by_text)
         found["share"] = share[:, 0].mean((1, 2))
         return found
+
+    def _times(self, rng: np.random.Generator) -> Tensor:
+        early, u = rng.random(BATCH) < AT_EARLY, rng.random(BATCH)
+        times = np.where(early, UNDECIDED + u * (1000 - UNDECIDED), u * UNDECIDED)
+        return torch.from_numpy(times).long().to(self.base.device)
 
     def _noisy(self, z: Tensor, t: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Latents with noise, and what is to be predicted of them."""
@@ -167,16 +167,16 @@ class CollaborationTask:
         pairs = self.base.scenes(rng, 32, None)
         batch = self.base.batch(pairs, [caption_of(scene) for scene, _ in pairs])
         maps = self.maps(batch.scenes)
-        strong = torch.linspace(EARLY, 999, 32).long().to(self.base.device)
+        strong = torch.linspace(UNDECIDED, 999, 32).long().to(self.base.device)
         found: dict[str, float] = {}
         for name, given in (("", maps), (" swapped", maps.roll(1, 0))):
-            errors = self._errors(batch, given, strong, np.random.default_rng(1), 0 if name else 32)
+            errors = self._errors(batch, given, strong, np.random.default_rng(1), not name)
             share = errors.pop("share", None)
             found |= {f"{k}{name}": round(1000 * float(e.mean()), 2) for k, e in errors.items()}
             if share is not None:
                 found["share early"] = round(float(share.mean()), 3)
         weak = torch.linspace(50, 350, 32).long().to(self.base.device)
-        late = self._errors(batch, maps, weak, np.random.default_rng(1), 32)["share"]
+        late = self._errors(batch, maps, weak, np.random.default_rng(1), True)["share"]
         return found | {"share late": round(float(late.mean()), 3)}
 
     def state(self) -> dict[str, Tensor]:

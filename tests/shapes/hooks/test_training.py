@@ -16,7 +16,7 @@ from hookctl.demos.shapes.train_hooks import Training
 class Sums:
     """Learns the sum of four numbers."""
 
-    others, rate = ("last",), 0.01
+    others, rate, stages = ("last",), 0.01, (2,)
 
     def __init__(self) -> None:
         torch.manual_seed(0)
