@@ -25,10 +25,12 @@ from .places import fit_places, reserve_places, set_tokens
 from .task import HELD_OUT, Base, Batch
 
 # What a file does not say of its networks, for `hookctl.learned.load`.
-SIZES = {"heads": 2, "groups": 16, "classes": 1 + len(SHAPES)}
+# Norms over one or two channels each would take out what is even over an image: its time, and how
+# far a model is trusted at that time.
+SIZES = {"heads": 2, "groups": 4, "classes": 1 + len(SHAPES)}
 MODEL, INFLUENCE = (32, 64, 64), (16, 32, 32)  # channels: 3.5 MB and 1.9 MB in half precision
 BATCH = 24
-TOGETHER = 1500  # from this step on the dynamic diffusers learn, and they alone
+TOGETHER = 2500  # from this step on the dynamic diffusers learn, and they alone
 UNDECIDED = 800  # from this timestep on the embedded model does not see yet where objects are;
 AT_EARLY = 0.75  # this share of the timesteps lies there, the others are for edges
 EMPTY = 0.1  # masks left empty, for guidance
@@ -54,8 +56,7 @@ class Modules(nn.Module):
         super().__init__()
         self.mask_unet = build_network(channels, channels, MODEL)
         self.linear = nn.Linear(CELL * CELL, WIDTH)
-        self.of_mask = build_network(channels, 1, INFLUENCE)
-        self.of_text = build_network(channels, 1, INFLUENCE)
+        self.of_mask, self.of_text = (build_network(channels, 1, INFLUENCE) for _ in range(2))
         for one in (self.of_mask, self.of_text):
             nn.init.zeros_(one.conv_out.weight)
             nn.init.zeros_(one.conv_out.bias)
@@ -65,7 +66,11 @@ class CollaborationTask:
     """Learns to draw after masks, and when to trust whom."""
 
     rate, stages = 4e-3, (TOGETHER,)
-    others = ("mask_unet.conv_in", "mask_unet.conv_out", "of_mask", "of_text")
+    others = tuple(
+        f"{network}.{layer}"
+        for network in ("mask_unet", "of_mask", "of_text")
+        for layer in ("conv_in", "conv_out")
+    )
 
     def __init__(self, base: Base) -> None:
         self.base = base

@@ -33,7 +33,11 @@ def squares() -> Tensor:
 def test_attention_finds_the_mask_over_a_place() -> None:
     """Whatever the noise, places in a square look at its token first."""
     torch.manual_seed(0)
-    unet, linear, maps = build_network(4, 1, (16, 32, 32)), nn.Linear(SIDE * SIDE, 128), squares()
+    unet, linear, maps = (
+        build_network(4, 1, (16, 32, 32)),
+        nn.Linear(SIDE * SIDE, 128),
+        squares(),
+    )
     set_tokens(linear)
     tokens = linear(maps).detach()
 
