@@ -2,7 +2,6 @@
 
 DEMOS = {
     "attend_and_excite": "three objects and none left out: Attend-and-Excite",
-    "collaboration": "colours from a text, places from a mask: Collaborative Diffusion",
     "guidance": "FreeU, ScaleU, PAG, SAG and SEG against plain sampling with the same noise",
     "imagic": "an image fitted to a text, then changed by degrees: Imagic",
     "inversion": "real images inverted, drawn again and recoloured, by six methods",
