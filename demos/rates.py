@@ -23,13 +23,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import hookctl
-from hookctl import recipes
+from hookctl import Editor, recipes
 from hookctl.demos.judges import JUDGES, Drawn, plain_right
 from hookctl.demos.shapes.render import drawn as rendered
 from hookctl.demos.shapes.world import Scene, Thing
 from hookctl.demos.stacked_edits import striping
 from hookctl.inspect import markdown_table
 from hookctl.inspect.files import save_image, write_json
+from hookctl.learned import load
 from hookctl.preset import Preset, load_preset
 
 PRESETS = Path(__file__).parent / "presets"
@@ -90,11 +91,20 @@ class Presets:
         if preset.inversion is not None:
             return self._inverted(preset, prompts, plain)
         image = rendered([STAR])[0] if preset.takes_image else None
-        with hookctl.control(self.pipe, *preset.editors(prompts, image)):
+        editors = [*self._hooks(preset), *preset.editors(prompts, image)]
+        with hookctl.control(self.pipe, *editors):
             images = self._call(preset, prompts, seeds)
         n = len(seeds)
         striped = bool(preset.loras)
         return [Drawn(prompts, plain[j], images[j::n], None, striped) for j in range(n)]
+
+    def _hooks(self, preset: Preset) -> list[Editor]:
+        """The learned weights of a preset, which say all that they are given."""
+        found = []
+        for hook in preset.hooks:
+            strength = {} if hook.strength is None else {"strength": hook.strength}
+            found.append(load(hook.path, self.pipe, **hook.arguments, **strength))
+        return found
 
     def _call(self, preset: Preset, prompts: list[str], seeds: Sequence[int]) -> list[Image.Image]:
         """The images of one call, prompt by prompt."""

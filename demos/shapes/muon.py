@@ -46,10 +46,18 @@ class Muon:
             group["lr"] = rate
         self.adam.step()
         ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.matrices]
-        torch._foreach_lerp_(self.buffers, grads, 1.0 - self.momentum)
+        # What is not learned yet has no gradient, and costs nothing.
+        learned = [
+            (p, p.grad, m)
+            for p, m in zip(self.matrices, self.buffers, strict=True)
+            if p.grad is not None
+        ]
+        if not learned:
+            return
+        matrices, grads, buffers = zip(*learned, strict=True)
+        torch._foreach_lerp_(buffers, grads, 1.0 - self.momentum)
         updates = []
-        for i, (p, g, m) in enumerate(zip(self.matrices, grads, self.buffers, strict=True)):
+        for i, (p, g, m) in enumerate(learned):
             if i % ranks != rank:
                 updates.append(torch.zeros_like(p))
                 continue
@@ -58,10 +66,10 @@ class Muon:
         if ranks > 1:
             flat = torch.cat([u.flatten() for u in updates])
             dist.all_reduce(flat)
-            parts = flat.split([p.numel() for p in self.matrices])
-            updates = [f.view_as(p) for f, p in zip(parts, self.matrices, strict=True)]
-        torch._foreach_mul_(self.matrices, 1.0 - rate * self.decay)
-        torch._foreach_add_(self.matrices, updates, alpha=-rate)
+            parts = flat.split([p.numel() for p in matrices])
+            updates = [f.view_as(p) for f, p in zip(parts, matrices, strict=True)]
+        torch._foreach_mul_(matrices, 1.0 - rate * self.decay)
+        torch._foreach_add_(matrices, updates, alpha=-rate)
 
     def state_dict(self) -> dict[str, object]:
         """Everything needed to go on."""

@@ -38,7 +38,7 @@ TASKS: dict[str, Callable[[Base], Task]] = {
     "identity": IdentityTask,
     "identity_net": IdentityNetTask,
 }
-RATE, WARMUP, LOOK, SAVE = 2e-3, 100, 100, 50  # the last three in steps
+WARMUP, LOOK, SAVE = 100, 100, 50  # in steps
 DECAY = 0.999  # of the averaged weights
 
 
@@ -102,6 +102,8 @@ class Training:
         while self.spent < budget:
             part = self.spent / budget
             fall = 1.0 if part < 0.6 else 0.5 + 0.5 * math.cos(math.pi * (part - 0.6) / 0.4)
+            if self.step in self.task.stages:
+                self._take(self.average)
             rng = np.random.default_rng((self.seed, self.step))
             torch.manual_seed(self.step)
             loss = self.task.loss(rng, self.step)
@@ -109,7 +111,7 @@ class Training:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             warm = min(1.0, (self.step + 1) / WARMUP)
-            self.optimizer.step(RATE * warm * max(fall, 0.01))
+            self.optimizer.step(self.task.rate * warm * max(fall, 0.01))
             ramp = min(DECAY, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - ramp)
             losses.append(float(loss.detach()))

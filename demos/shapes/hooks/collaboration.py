@@ -2,13 +2,14 @@
 
 A model that reads masks, and two dynamic diffusers that weigh it against the embedded one, which
 reads text. A mask says where which shape is and nothing of colours; a caption says what is there
-and little of where. The mask's model learns from the start, the dynamic diffusers once it draws: of
-the mixture's error they alone learn, as in the paper.
+and little of where. The mask's model learns first, then the dynamic diffusers alone, as in the
+paper: of the error of the mixture.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,18 +17,24 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from ..captions import describe
 from ..latents import CELL
 from ..text import WIDTH
 from ..world import IMAGE_SIZE, SHAPES, Scene
-from .task import EARLY, HELD_OUT, Base, Batch
+from .places import fit_places, reserve_places, set_tokens
+from .task import HELD_OUT, Base, Batch
 
 # What a file does not say of its networks, for `hookctl.learned.load`.
-SIZES = {"heads": 4, "groups": 16, "classes": 1 + len(SHAPES)}
-MODEL, INFLUENCE = (48, 80, 96), (16, 32, 32)  # channels: 7 MB and 1 MB in half precision
+# Norms over one or two channels each would take out what is even over an image: its time, and how
+# far a model is trusted at that time.
+SIZES = {"heads": 2, "groups": 4, "classes": 1 + len(SHAPES)}
+MODEL, INFLUENCE = (32, 64, 64), (16, 32, 32)  # channels: 3.5 MB and 1.9 MB in half precision
 BATCH = 24
-TOGETHER = 1500  # from this step on the dynamic diffusers learn
-AT_EARLY = 0.5  # share of timesteps where places are decided; the others are for edges
+TOGETHER = 2500  # from this step on the dynamic diffusers learn, and they alone
+UNDECIDED = 800  # from this timestep on the embedded model does not see yet where objects are;
+AT_EARLY = 0.75  # this share of the timesteps lies there, the others are for edges
 EMPTY = 0.1  # masks left empty, for guidance
+PLAIN = 0.7  # captions that say nothing of places nor of the background
 
 
 def build_network(channels: int, out: int, widths: tuple[int, int, int]) -> UNet2DConditionModel:
@@ -35,6 +42,7 @@ def build_network(channels: int, out: int, widths: tuple[int, int, int]) -> UNet
     return UNet2DConditionModel(
         sample_size=CELL, in_channels=channels, out_channels=out, layers_per_block=1,
         block_out_channels=widths, cross_attention_dim=WIDTH, norm_num_groups=SIZES["groups"],
+        use_linear_projection=True,
         attention_head_dim=SIZES["heads"],  # the number of heads, by an old slip
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -48,8 +56,7 @@ class Modules(nn.Module):
         super().__init__()
         self.mask_unet = build_network(channels, channels, MODEL)
         self.linear = nn.Linear(CELL * CELL, WIDTH)
-        self.of_mask = build_network(channels, 1, INFLUENCE)
-        self.of_text = build_network(channels, 1, INFLUENCE)
+        self.of_mask, self.of_text = (build_network(channels, 1, INFLUENCE) for _ in range(2))
         for one in (self.of_mask, self.of_text):
             nn.init.zeros_(one.conv_out.weight)
             nn.init.zeros_(one.conv_out.bias)
@@ -58,25 +65,48 @@ class Modules(nn.Module):
 class CollaborationTask:
     """Learns to draw after masks, and when to trust whom."""
 
+    rate, stages = 4e-3, (TOGETHER,)
     others = tuple(
         f"{network}.{layer}"
         for network in ("mask_unet", "of_mask", "of_text")
         for layer in ("conv_in", "conv_out")
-    ) + ("linear",)
+    )
 
     def __init__(self, base: Base) -> None:
         self.base = base
-        self.module = Modules(base.unet.config.in_channels).to(base.device)
+        self.module = Modules(base.unet.config.in_channels)
+        self.module.to(base.device)
+        self._begin()
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        """Let the networks that are told masks find them."""
+        module, rng = self.module, np.random.default_rng(0)
+        set_tokens(module.linear)
+        module.linear.requires_grad_(False)
+        pairs = self.base.scenes(rng, 64, None)
+        batch = self.base.batch(pairs, [text for _, text in pairs])
+        t = self.base.times(rng, len(pairs), 1.0)
+        noisy, _ = self._noisy(batch.latents, t, rng)
+        tokens = module.linear(self.maps(batch.scenes))
+        for network in (module.mask_unet, module.of_mask):
+            run = partial(network, noisy, t, tokens)
+            reserve_places(network, run)
+            for _ in range(2):  # what is found changes the features
+                self.found = fit_places(network, module.linear.in_features, run)
 
     def loss(self, rng: np.random.Generator, step: int) -> Tensor:
         pairs = self.base.scenes(rng, BATCH, None)
-        batch = self.base.batch(pairs, [text for _, text in pairs])
+        plain = rng.random(BATCH) < PLAIN
+        texts = [
+            caption_of(scene) if p else text for p, (scene, text) in zip(plain, pairs, strict=True)
+        ]
+        batch = self.base.batch(pairs, texts)
         maps = self.maps(batch.scenes)
         maps[torch.from_numpy(rng.random(BATCH) < EMPTY)] = 0
-        errors = self._errors(
-            batch, maps, self.base.times(rng, BATCH, AT_EARLY), rng, step >= TOGETHER
-        )
-        return errors["mask"].mean() + (errors["mixture"].mean() if step >= TOGETHER else 0)
+        if step < TOGETHER:
+            return self._errors(batch, maps, self._times(rng), rng, False)["mask"].mean()
+        return self._errors(batch, maps, self._times(rng), rng, True)["mixture"].mean()
 
     def _errors(
         self,
@@ -86,39 +116,46 @@ class CollaborationTask:
         rng: np.random.Generator,
         together: bool,
     ) -> dict[str, Tensor]:
-        """The errors of every sample [batch]: of the mask's model, the text's, their mean and, as
-        the dynamic diffusers have it, their mixture."""
-        base, z = self.base, batch.latents
-        noise = torch.from_numpy(rng.standard_normal(z.shape, np.float32)).to(z)
-        a = base.alphas[t].view(-1, 1, 1, 1)
-        noisy, v = a.sqrt() * z + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * z
-        weight = (5.0 * (1 - a)).clamp(max=1.0).flatten()  # 5 / (snr + 1)
+        """The errors of every sample [batch] of the mask's model; `together`, of the text's too, of
+        their mean and, as the dynamic diffusers have it, of their mixture, which they alone learn
+        from."""
+        base = self.base
+        noisy, v = self._noisy(batch.latents, t, rng)
+        weight = (5.0 * (1 - base.alphas[t])).clamp(max=1.0)  # 5 / (snr + 1)
 
         def error(made: Tensor) -> Tensor:
             return (made.float() - v).square().mean((1, 2, 3)) * weight
 
         with torch.autocast(base.device, dtype=torch.bfloat16, enabled=base.device != "cpu"):
             tokens = self.module.linear(maps)
-            by_mask = self.module.mask_unet(noisy, t, tokens, return_dict=False)[0]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not together):
+                by_mask = self.module.mask_unet(noisy, t, tokens, return_dict=False)[0]
             found = {"mask": error(by_mask)}
             if not together:
                 return found
             with torch.no_grad():
                 by_text = base.unet(noisy, t, batch.states, return_dict=False)[0]
             logits = [
-                network(noisy, t, told, return_dict=False)[0]
-                for network, told in (
-                    (self.module.of_mask, tokens.detach()),
-                    (self.module.of_text, batch.states),
-                )
+                self.module.of_mask(noisy, t, tokens, return_dict=False)[0],
+                self.module.of_text(noisy, t, batch.states, return_dict=False)[0],
             ]
         share = torch.cat(logits, 1).float().softmax(1)
-        by_mask = by_mask.detach()
         found["text"] = error(by_text)
         found["mean"] = error((by_mask + by_text) / 2)
         found["mixture"] = error(share[:, :1] * by_mask + share[:, 1:] * by_text)
         found["share"] = share[:, 0].mean((1, 2))
         return found
+
+    def _times(self, rng: np.random.Generator) -> Tensor:
+        early, u = rng.random(BATCH) < AT_EARLY, rng.random(BATCH)
+        times = np.where(early, UNDECIDED + u * (1000 - UNDECIDED), u * UNDECIDED)
+        return torch.from_numpy(times).long().to(self.base.device)
+
+    def _noisy(self, z: Tensor, t: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Latents with noise, and what is to be predicted of them."""
+        noise = torch.from_numpy(rng.standard_normal(z.shape, np.float32)).to(z)
+        a = self.base.alphas[t].view(-1, 1, 1, 1)
+        return a.sqrt() * z + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * z
 
     def maps(self, scenes: Sequence[Scene]) -> Tensor:
         """Where each class is, one-hot: [scenes, classes, cells]."""
@@ -133,9 +170,9 @@ class CollaborationTask:
         the mask's share early and late."""
         rng = np.random.default_rng(HELD_OUT)
         pairs = self.base.scenes(rng, 32, None)
-        batch = self.base.batch(pairs, [text for _, text in pairs])
+        batch = self.base.batch(pairs, [caption_of(scene) for scene, _ in pairs])
         maps = self.maps(batch.scenes)
-        strong = torch.linspace(EARLY, 999, 32).long().to(self.base.device)
+        strong = torch.linspace(UNDECIDED, 999, 32).long().to(self.base.device)
         found: dict[str, float] = {}
         for name, given in (("", maps), (" swapped", maps.roll(1, 0))):
             errors = self._errors(batch, given, strong, np.random.default_rng(1), not name)
@@ -162,6 +199,11 @@ class CollaborationTask:
             found |= {f"model.{name}.diffusion_model.{k}": v for k, v in named.items()}
         condition = "cond_stage_model.seg_mask_cond_stage_model.linear"
         return found | {f"{condition}.{k}": v for k, v in module.linear.state_dict().items()}
+
+
+def caption_of(scene: Scene) -> str:
+    """What is in a scene, and nothing of where."""
+    return " and ".join(describe(thing) for thing in scene.things)
 
 
 def class_ids(scene: Scene) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:

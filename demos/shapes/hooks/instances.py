@@ -116,6 +116,7 @@ class InstancesTask:
     """Learns to draw instances where they are said to be."""
 
     others = ("position_net", "scaleu")
+    rate, stages = 2e-3, ()
 
     def __init__(self, base: Base) -> None:
         self.base = base

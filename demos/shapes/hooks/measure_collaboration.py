@@ -13,26 +13,47 @@ import argparse
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 import hookctl
-from hookctl.demos.shapes.captions import describe
 from hookctl.demos.shapes.detect import Detection, detect
 from hookctl.demos.shapes.evaluate import generate
-from hookctl.demos.shapes.hooks.collaboration import SIZES, class_ids
+from hookctl.demos.shapes.hooks.collaboration import SIZES, caption_of, class_ids
 from hookctl.demos.shapes.load import load_shapes
 from hookctl.demos.shapes.world import Scene, sample_scene
-from hookctl.learned.collaborative import CollaborativeDiffusion, Collaborator, from_checkpoint
-from hookctl.learned.loading import open_source
+from hookctl.learned import load
+from hookctl.learned.collaborative import CollaborativeDiffusion, Collaborator
 
 SEED = 5 * 10**8  # of scenes that no training drew
 BATCH = 8
 Figures = dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """What one way drew of every scene.
+
+    images: uint8 [scenes, 128, 128, 3]; influence: the mask's share at every step and place,
+    [steps, scenes, 16, 16], of a collaboration of both.
+    """
+
+    images: NDArray[np.uint8]
+    influence: Tensor | None
+
+
+def collaboration(path: Path, pipe: Any, scenes: Sequence[Scene]) -> CollaborativeDiffusion:
+    """The editor that a file is, told the masks of scenes."""
+    masks = [class_ids(scene) for scene in scenes]
+    edit = load(path, pipe, mask=masks, guided=True, **SIZES)
+    assert isinstance(edit, CollaborativeDiffusion)
+    return edit
 
 
 def ways(edit: CollaborativeDiffusion) -> dict[str, list[Collaborator]]:
@@ -40,6 +61,27 @@ def ways(edit: CollaborativeDiffusion) -> dict[str, list[Collaborator]]:
     mask, text = edit.models
     even = [replace(one, influence=None) for one in (mask, text)]
     return {"text": [], "mask": even[:1], "mean": even, "collaboration": [mask, text]}
+
+
+def draw(
+    pipe: Any,
+    models: Sequence[Collaborator],
+    scenes: Sequence[Scene],
+    steps: int,
+    guidance: float,
+    seed: int = 0,
+) -> Drawn:
+    """Every scene by some models, or by the pipeline alone; scene i from the noise of seed + i."""
+    images, maps = [], []
+    texts = [caption_of(scene) for scene in scenes]
+    for i in range(0, len(scenes), BATCH):
+        editors = [CollaborativeDiffusion(_of(models, i))] if models else []
+        with hookctl.control(pipe, *editors) if editors else nullcontext():
+            made, _ = generate(pipe, texts[i : i + BATCH], steps, guidance, seed + i)
+        images.append(made)
+        if len(models) > 1:
+            maps.append(editors[0].influence["mask"].float().cpu())
+    return Drawn(np.concatenate(images), torch.cat(maps, 1) if maps else None)
 
 
 def measure(
@@ -50,35 +92,11 @@ def measure(
     pipe = load_shapes(device)
     rng = np.random.default_rng(SEED)
     scenes = [sample_scene(rng) for _ in range(count)]
-    texts = [_caption(scene) for scene in scenes]
-    masks = [class_ids(scene) for scene in scenes]
-    checkpoint = open_source(path, pipe).checkpoint
-    options: dict[str, Any] = {"mask": masks, "guided": True, **SIZES}
-    edit = from_checkpoint(checkpoint, pipe, **options)
-    figures = {}
-    for name, models in ways(edit).items():
-        found: list[Detection] = []
-        shares: list[torch.Tensor] = []
-        for i in range(0, count, BATCH):
-            editors = [CollaborativeDiffusion(_of(models, i))] if models else []
-            with hookctl.control(pipe, *editors) if editors else nullcontext():
-                images, _ = generate(pipe, texts[i : i + BATCH], steps, guidance, seed=i)
-            found += [detect(image) for image in images]
-            if len(models) > 1:
-                shares.append(editors[0].influence["mask"].mean((1, 2, 3)).cpu())
-        figures[name] = _figures(found, scenes)
-        if shares:
-            by_step = torch.stack(shares).mean(0)
-            few = max(1, len(by_step) // 5)
-            figures[name] |= {
-                "share early": round(float(by_step[:few].mean()), 3),
-                "share late": round(float(by_step[-few:].mean()), 3),
-            }
-    return figures
-
-
-def _caption(scene: Scene) -> str:
-    return " and ".join(describe(thing) for thing in scene.things)
+    edit = collaboration(path, pipe, scenes)
+    return {
+        name: figures(draw(pipe, models, scenes, steps, guidance), scenes)
+        for name, models in ways(edit).items()
+    }
 
 
 def _of(models: Sequence[Collaborator], first: int) -> list[Collaborator]:
@@ -89,6 +107,19 @@ def _of(models: Sequence[Collaborator], first: int) -> list[Collaborator]:
         else replace(one, condition=one.condition[first : first + BATCH])
         for one in models
     ]
+
+
+def figures(drawn: Drawn, scenes: Sequence[Scene]) -> Figures:
+    """Shares of the objects that have their colour, their place, and both at once."""
+    found = _figures([detect(image) for image in drawn.images], scenes)
+    if drawn.influence is not None:
+        by_step = drawn.influence.mean((1, 2, 3))
+        few = max(1, len(by_step) // 5)
+        found |= {
+            "share early": round(float(by_step[:few].mean()), 3),
+            "share late": round(float(by_step[-few:].mean()), 3),
+        }
+    return found
 
 
 def _figures(found: Sequence[Detection], scenes: Sequence[Scene]) -> Figures:
@@ -102,7 +133,8 @@ def _figures(found: Sequence[Detection], scenes: Sequence[Scene]) -> Figures:
         places += bool(there)
         both += any((o.shape, o.colour) == (thing.shape, thing.colour) for o in there)
     total = len(things)
-    return {"colour": colours / total, "place": places / total, "both": both / total}
+    shares = {"colour": colours / total, "place": places / total, "both": both / total}
+    return {name: round(share, 3) for name, share in shares.items()}
 
 
 def _overlap(a: Any, b: Any) -> float:
@@ -120,11 +152,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default=None)
     parser.add_argument("--json", type=Path, help="file for the figures")
     options = parser.parse_args(arguments)
-    figures = measure(options.weights, options.count, steps=options.steps, device=options.device)
-    for name, one in figures.items():
+    found = measure(options.weights, options.count, steps=options.steps, device=options.device)
+    for name, one in found.items():
         print(name, " ".join(f"{k} {v:.3f}" for k, v in one.items()))
     if options.json is not None:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
+        options.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     return 0
 
 

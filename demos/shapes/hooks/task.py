@@ -28,9 +28,10 @@ class Task(Protocol):
     """A module to be trained.
 
     module: all that is learned, by its names; others: beginnings of the names of what is learned by
-    Adam, though matrices; loss: of a batch drawn by a generator, at a step of
-    the training (the curriculum); look: figures that show whether it learns, of held-out data;
-    state: the weights with the names of the official checkpoints.
+    Adam, though matrices; rate: the highest one of learning; stages: steps from which on others
+    learn, on the averages of what was learned before; loss: of a batch drawn by a generator, at a
+    step of the training (the curriculum); look: figures that show whether it learns, of held-out
+    data; state: the weights with the names of the official checkpoints.
     """
 
     @property
@@ -38,6 +39,12 @@ class Task(Protocol):
 
     @property
     def others(self) -> tuple[str, ...]: ...
+
+    @property
+    def rate(self) -> float: ...
+
+    @property
+    def stages(self) -> tuple[int, ...]: ...
 
     def loss(self, rng: np.random.Generator, step: int) -> Tensor: ...
 
