@@ -301,11 +301,11 @@ def test_stacks_that_come_along(path: Path) -> None:
     edits = preset.run.get("edit", [])
     edits = [edits] if isinstance(edits, str) else edits
     image = Image.new("RGB", (8, 8)) if preset.takes_image else None
-    assert preset.editors([preset.run["prompt"], *edits], image) or preset.program
+    assert preset.editors([preset.run["prompt"], *edits], image) or preset.program or preset.hooks
     assert preset.model == "shapes" and path.read_text("utf-8").startswith("# ")
     assert all(lora.path.is_file() for lora in preset.loras)
     written = dump_preset(preset)
-    assert "[[editor]]" in written or "[program]" in written
+    assert any(table in written for table in ("[[editor]]", "[program]", "[[hook]]"))
 
 
 @pytest.mark.parametrize(
