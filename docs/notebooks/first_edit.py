@@ -1,9 +1,9 @@
 # %% [markdown]
 # # A first edit
 #
-# A word of the prompt is changed, and the image stays what it was. This notebook is a plain script
-# (`python docs/notebooks/first_edit.py`), and an editor that knows cells (`# %%`) runs it cell by cell.
-# It needs no download: `shapes` is a small pipeline that comes along.
+# A word of the prompt is changed, and the image stays what it was. This notebook is a plain
+# script (`python docs/notebooks/first_edit.py`), and an editor that knows cells (`# %%`) runs it
+# cell by cell. It needs no download: `shapes` is a small pipeline that comes along.
 
 # %%
 import hookctl
@@ -23,8 +23,8 @@ options = {"num_inference_steps": 25, "guidance_scale": 3.0}
 source, anew = pipe(prompts, generator=edit.generators(seed=0), **options).images
 
 # %% [markdown]
-# Under control it takes over the source's attention for a part of the schedule: what looks where stays,
-# what is there changes. The blend keeps all places that neither circle looks at.
+# Under control it takes over the source's attention for a part of the schedule: what looks where
+# stays, what is there changes. The blend keeps all places that neither circle looks at.
 
 # %%
 with hookctl.control(pipe, edit) as session:

@@ -16,7 +16,8 @@ pipe.set_progress_bar_config(disable=True)
 prompt = "a striped red circle left of a blue square"
 
 # %% [markdown]
-# What is there to edit? The attention layers, their kind, and their resolution relative to the latent.
+# What is there to edit? The attention layers, their kind, and their resolution relative to the
+# latent.
 
 # %%
 with hookctl.control(pipe) as session:
@@ -24,8 +25,8 @@ with hookctl.control(pipe) as session:
         print(site.label)
 
 # %% [markdown]
-# The editor: what is left of a line does not look at what is right of it. A region is a bit of a number;
-# a query sees keys with which it shares a bit. No mask is made.
+# The editor: what is left of a line does not look at what is right of it. A region is a bit of a
+# number; a query sees keys with which it shares a bit. No mask is made.
 
 
 # %%
@@ -50,17 +51,20 @@ def draw(seed, *editors):
         return pipe(prompt, num_inference_steps=25, guidance_scale=3.0, generator=noise).images[0]
 
 
-pairs = [(draw(seed), draw(seed, Wall())) for seed in range(3)]
-grid(list(zip(*pairs, strict=True)), row_titles=["plain", "wall"]).save("own_editor.png")
+walls = {"plain": (), "to 0.3": (Wall(stop=0.3),), "to the end": (Wall(),)}
+rows = [[draw(seed, *editors) for seed in range(3)] for editors in walls.values()]
+grid(rows, row_titles=list(walls)).save("own_editor.png")
 
 # %% [markdown]
-# ![three pairs, plain and with the wall](../pictures/own_editor.png)
+# ![plain, with the wall to 0.3, and to the end](../pictures/own_editor.png)
 #
-# A picture is an anecdote. On this pipeline the truth can be read off: which objects, where, in which
-# colour. (Three seeds are an anecdote too; the recipes are measured on 32.)
+# A picture is an anecdote. On this pipeline the truth can be read off: which objects, where, in
+# which colour. Here is what it says of the wall: for the first steps it does no harm, and to the
+# end the square is lost, since this model's images are of one scene. Windows matter. (Three seeds
+# are an anecdote too; the recipes are measured on up to 32.)
 
 # %%
-for name, images in zip(("plain", "wall"), zip(*pairs, strict=True), strict=True):
+for name, images in zip(walls, rows, strict=True):
     found = [detect(image) for image in images]
     print(name, [[f"{o.colour} {o.shape}" for o in one.objects] for one in found])
 
@@ -72,9 +76,7 @@ for name, images in zip(("plain", "wall"), zip(*pairs, strict=True), strict=True
 def latents(backend):
     noise = torch.Generator().manual_seed(0)
     with hookctl.control(pipe, Wall(), backend=backend):
-        return pipe(
-            prompt, num_inference_steps=5, generator=noise, output_type="latent"
-        ).images
+        return pipe(prompt, num_inference_steps=5, generator=noise, output_type="latent").images
 
 
 difference = float((latents("auto") - latents("reference")).abs().max())
@@ -82,4 +84,5 @@ print(f"largest difference of the latents: {difference:.1e}")
 assert difference < 1e-3
 
 # %% [markdown]
-# Next: [all verbs](../verbs.md), [all hooks](../hooks.md), [a published method in one file](../method.md).
+# Next: [all verbs](../verbs.md), [all hooks](../hooks.md), [a published method in one
+# file](../method.md).

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import links
 import notebooks
-import recipes
+import recipe_pages
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -80,13 +80,12 @@ def pages() -> dict[str, str]:
     """Every page's text by its name."""
     made = {path.relative_to(DOCS).as_posix(): path for path in sorted(DOCS.glob("*.md"))}
     found = {
-        name: links.moved(included(path), path.parent, name, moves())
-        for name, path in made.items()
+        name: links.moved(included(path), path.parent, name, moves()) for name, path in made.items()
     }
     for source, name in ELSEWHERE.items():
         path = ROOT / source
         found[name] = links.moved(path.read_text("utf-8"), path.parent, name, moves())
-    for recipe in recipes.every():
+    for recipe in recipe_pages.every():
         found[recipe.page] = recipe.text()
     for name in NOTEBOOKS:
         path = DOCS / f"notebooks/{name}.py"
@@ -101,7 +100,7 @@ def moves() -> dict[Path, str]:
     """Where what a page can point to is on the site: path in the checkout -> name of the page."""
     found = {path: path.relative_to(DOCS).as_posix() for path in DOCS.glob("*.md")}
     found |= {ROOT / source: name for source, name in ELSEWHERE.items()}
-    found |= {ROOT / recipe.source: recipe.page for recipe in recipes.every()}
+    found |= {ROOT / recipe.source: recipe.page for recipe in recipe_pages.every()}
     found |= {DOCS / f"notebooks/{name}.py": f"notebooks/{name}.md" for name in NOTEBOOKS}
     found |= {ROOT / source: name for source, name in DOORS.items()}
     found[ROOT / "README.md"] = "index.md"
@@ -139,6 +138,13 @@ def reference() -> Iterator[tuple[str, str]]:
     yield "api/more.md", _page_of("Further doors", MORE)
 
 
+# Its verbs stand in its bases, beside what the library alone uses.
+OPTIONS = {
+    "hookctl.AttentionCall": """
+    options:
+      inherited_members: true
+      filters: ["!^_", "!^(fold|show_to|set_context_source|sequence|operations|read_outs)$"]"""
+}
 BRANCHES = ("COND", "UNCOND")
 MORE = (
     "hookctl.loop.calls.predict",
@@ -180,7 +186,9 @@ def _page_of(title: str, names: Sequence[str]) -> str:
     constants = [f"`{name}`" for name in names if name.rpartition(".")[2] in BRANCHES]
     if constants:
         parts.append(f"{', '.join(constants)}: the branches that see the prompt, and that do not.")
-    parts += [f"::: {name}" for name in names if f"`{name}`" not in constants]
+    for name in names:
+        if f"`{name}`" not in constants:
+            parts.append(f"::: {name}" + OPTIONS.get(name, ""))
     return "\n\n".join(parts) + "\n"
 
 
@@ -189,7 +197,7 @@ def _page_of(title: str, names: Sequence[str]) -> str:
 
 def navigation() -> Navigation:
     methods: list[object] = ["recipes.md"]
-    for group, members in recipes.grouped().items():
+    for group, members in recipe_pages.grouped().items():
         methods.append({group: [{one.name: one.page} for one in members]})
     return [
         {"Home": "index.md"},

@@ -1,8 +1,8 @@
 """The small pictures of the verbs, as SVG: `python docs/site/diagrams.py` writes docs/pictures.
 
-A map is a grid, a row for each query and a column for each key; the darker, the more the one looks at
-the other. Colours say whose it is, and stay apart for colour-blind eyes (Okabe and Ito's); strokes are
-of a grey that is seen on light and on dark pages.
+A map is a grid, a row for each query and a column for each key; the darker, the more the one looks
+at the other. Colours say whose it is, and stay apart for colour-blind eyes (Okabe and Ito's);
+strokes are of a grey that is seen on light and on dark pages.
 """
 
 from __future__ import annotations
@@ -115,17 +115,13 @@ def _grown(columns: Iterable[int]) -> Map:
 def verbs() -> dict[str, str]:
     """File name -> SVG of every verb's picture."""
     wider = [[*line, *(s * 0.8 for s in other)] for line, other in zip(BASE, THEIRS, strict=True)]
-    routed = [
-        [(THEIRS if m in (1, 2) else BASE)[n][m] for m in range(6)] for n in range(6)
-    ]
+    routed = [[(THEIRS if m in (1, 2) else BASE)[n][m] for m in range(6)] for n in range(6)]
     shown = {
         "borrow": [after(THEIRS, OTHER, OWN, "another row's map")],
         "replace": [after(BASE, OWN, NEW, "other values")],
         "extend": [after(wider, lambda n, m: OWN if m < 6 else OTHER, None, "further keys")],
         "map_queries": [after(FLAT, OWN, OWN, "of other queries")],
-        "restrict": [
-            after(_without(lambda n, m: _half(n) == _half(m)), OWN, OWN, "regions apart")
-        ],
+        "restrict": [after(_without(lambda n, m: _half(n) == _half(m)), OWN, OWN, "regions apart")],
         "bias": [after(_grown((1, 2)), OWN, OWN, "raised keys")],
         "route": [
             after(routed, lambda n, m: OTHER if m in (1, 2) else OWN, OWN, "words of another row")
@@ -150,9 +146,7 @@ def verbs() -> dict[str, str]:
         ],
         "read_queries": [after(_without(lambda n, m: n == 2), NEW, None, "a place's line")],
         "marginals": [
-            after(
-                [[sum(line[m] for line in BASE) / 3 for m in range(6)]], NEW, None, ""
-            ),
+            after([[sum(line[m] for line in BASE) / 3 for m in range(6)]], NEW, None, ""),
             word(260, 70, "sums of the columns", middle=True),
         ],
     }

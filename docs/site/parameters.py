@@ -29,8 +29,7 @@ class ParameterLines(griffe.Extension):
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         for one in _every(pkg):
             if one.docstring is not None:
-                names, section = _names(one)
-                one.docstring.value = rewritten(one.docstring.value, names, section)
+                one.docstring.value = rewritten(one.docstring.value, *_names(one))
 
 
 def _every(one: griffe.Object) -> Iterator[griffe.Object]:
@@ -40,19 +39,19 @@ def _every(one: griffe.Object) -> Iterator[griffe.Object]:
             yield from _every(member)
 
 
-def _names(one: griffe.Object) -> tuple[set[str], str]:
-    """What may be explained, and under which heading."""
+def _names(one: griffe.Object) -> tuple[set[str], str, set[str]]:
+    """What may be explained, under which heading, and what further arguments may be."""
     if isinstance(one, griffe.Function):
-        return {p.name for p in one.parameters}, "Parameters"
+        return {p.name for p in one.parameters}, "Parameters", set()
     if isinstance(one, griffe.Class):
         dataclass = any("dataclass" in str(d.value) for d in one.decorators)
         attributes = {name for name, member in one.members.items() if member.is_attribute}
         init = one.members.get("__init__")
         given = {p.name for p in init.parameters} if isinstance(init, griffe.Function) else set()
         if dataclass or one.name in _HANDED or not given:
-            return attributes | given | _at_line_starts(one.docstring), "Attributes"
-        return given | _PASSED_ON, "Parameters"
-    return set(), ""
+            return attributes | given | _at_line_starts(one.docstring), "Attributes", set()
+        return given, "Parameters", _PASSED_ON - given
+    return set(), "", set()
 
 
 def _at_line_starts(docstring: griffe.Docstring | None) -> set[str]:
@@ -62,26 +61,31 @@ def _at_line_starts(docstring: griffe.Docstring | None) -> set[str]:
     return {one.strip() for names in found for one in names.split(",")}
 
 
-def rewritten(text: str, names: set[str], section: str) -> str:
-    """A docstring with its `name: text` paragraphs as one section, at their first place."""
+def rewritten(text: str, names: set[str], section: str, further: set[str]) -> str:
+    """A docstring with its `name: text` paragraphs as one section, at their first place.
+
+    further: names whose defaults the signature does not show, which get a section of their own.
+    """
     if not names:
         return text
     kept: list[str] = []
     rows: list[tuple[str, str]] = []
     place = None
     for paragraph in re.split(r"\n[ \t]*\n", text):
-        found = None if paragraph.startswith("    ") else _rows(paragraph, names)
+        found = None if paragraph.startswith("    ") else _rows(paragraph, names | further)
         if found is None:
             kept.append(paragraph)
             continue
         if place is None:
             place = len(kept)
             kept.append("")
-        rows += found
-    if place is None:
-        return text
-    lines = [f"    {name}: {said}" for name, said in dict(reversed(rows)).items()]
-    kept[place] = "\n".join([f"{section}:", *reversed(lines)])
+        rows += [row for row in found if row[0] not in dict(rows)]
+    if place is not None:
+        tables = []
+        for title, known in ((section, names), ("Other Parameters", further)):
+            lines = [f"    {name}: {said}" for name, said in rows if name in known]
+            tables += ["\n".join([f"{title}:", *lines])] if lines else []
+        kept[place] = "\n\n".join(tables)
     return "\n\n".join(kept)
 
 

@@ -35,8 +35,8 @@ def blocks(page: Path, language: str) -> list[str]:
 def paste(page: Path) -> dict[str, Any]:
     """Run the Python of a page, block after block; the names that it defines.
 
-    A block whose title says that it raises must do that, with the message of the block behind it. One
-    that needs a model from the hub is left out.
+    A block whose title says that it raises must do that, with the message of the block behind it.
+    One that needs a model from the hub is left out.
     """
     names = dict[str, Any]()
     found = blocks_of(page)

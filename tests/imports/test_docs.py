@@ -1,4 +1,4 @@
-"""What the documents say can be pasted, what they name is there, and the site's pages fit together."""
+"""What the documents say can be pasted, what they name is there, and the site fits together."""
 
 from __future__ import annotations
 
@@ -36,9 +36,7 @@ WITH_PYTHON = [
     for page in (*PAGES, ROOT / "CONTRIBUTING.md")
     if any(b.language == "python" and b.title != HUB for b in blocks_of(page))
 ]
-ON_THE_HUB = [
-    (page, block) for page in PAGES for block in blocks_of(page) if block.title == HUB
-]
+ON_THE_HUB = [(page, block) for page in PAGES for block in blocks_of(page) if block.title == HUB]
 NOTEBOOKS = sorted(ROOT.glob("docs/notebooks/*.py"))
 # The zoo's tiny pipeline in the place of each that is named.
 STAND_INS = {

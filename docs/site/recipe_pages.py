@@ -17,6 +17,10 @@ from typing import Any
 import links
 
 ROOT = Path(__file__).resolve().parents[2]
+# What a caller uses of the bases.
+OPTIONS = """
+    options:
+      inherited_members: [run, generators, edit]"""
 NOTES = Path(__file__).with_name("recipes.toml")
 
 
@@ -42,7 +46,7 @@ class Recipe:
     def text(self) -> str:
         tree = ast.parse((ROOT / self.source).read_text("utf-8"))
         parts = [*_method(self.name, ast.get_docstring(tree) or ""), *self._shown(), *self._use()]
-        parts += ["## Parameters", f"::: hookctl.recipes.{self.module}.{self.name}"]
+        parts += ["## Parameters", f"::: hookctl.recipes.{self.module}.{self.name}{OPTIONS}"]
         return "\n\n".join([*parts, *self._measured(), *self._limits()]) + "\n"
 
     def _shown(self) -> Iterator[str]:
@@ -73,8 +77,8 @@ class Recipe:
         if rates:
             yield "\n".join([*_head_of_rates(), *rates])
             yield (
-                "Of the seeds for which the plain model draws the prompt right, how many the preset "
-                "does what it is for. [How this is judged](../measured.md#the-presets)."
+                "Of the seeds for which the plain model draws the prompt right, how many the "
+                "preset does what it is for. [How this is judged](../measured.md#the-presets)."
             )
         if demo := self.notes.get("demo"):
             text = (ROOT / "demos/gallery.md").read_text("utf-8")
@@ -190,4 +194,8 @@ def _where_it_works(column: str) -> list[str]:
     ]
     (index,) = [i for i, head in enumerate(rows[0]) if head.startswith(column)]
     kept = [row[0] for row in rows[2:]], [row[index] or " " for row in rows[2:]]
-    return ["| " + " | ".join(kept[0]) + " |", "|" + "---|" * len(kept[0]), "| " + " | ".join(kept[1]) + " |"]
+    return [
+        "| " + " | ".join(kept[0]) + " |",
+        "|" + "---|" * len(kept[0]),
+        "| " + " | ".join(kept[1]) + " |",
+    ]
