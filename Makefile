@@ -29,6 +29,7 @@ bench: $(VENV)/.installed
 docs: $(DOCS)/.installed
 	$(DOCS)/bin/python docs/site/build.py --to out/docs
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict -q -f out/docs/mkdocs.yml
+	@echo "out/docs/site/index.html; with its search: $(PYTHON) -m http.server -d out/docs/site"
 
 # What is skipped is counted, and run by a target further down.
 unit: $(VENV)/.installed-dev
