@@ -117,7 +117,7 @@ def test_it_runs_with_a_tiny_model_in_its_place(
     monkeypatch.setattr(kind, "from_pretrained", lambda *_, **__: pipe)
     monkeypatch.setattr(kind, "to", lambda self, *_: self)
     monkeypatch.setattr(kind, "enable_model_cpu_offload", lambda self: None)
-    text = re.sub(r"\b(height|width)=\d+", r"\1=32", block.text)
+    text = re.sub(r"\b(height|width)=\d+", r"\1=64", block.text)
     text = re.sub(r"\bnum_frames=\d+", "num_frames=5", text)
     text = re.sub(r"\b(num_inference_steps)=\d+", r"\1=4", text)
     exec(compile(text, f"{page.name}, block {block.number}", "exec"), {})
