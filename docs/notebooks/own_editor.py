@@ -59,9 +59,9 @@ grid(rows, row_titles=list(walls)).save("own_editor.png")
 # ![plain, with the wall to 0.3, and to the end](../pictures/own_editor.png)
 #
 # A picture is an anecdote. On this pipeline the truth can be read off: which objects, where, in
-# which colour. Here is what it says of the wall: for the first steps it does no harm, and to the
-# end the square is lost, since this model's images are of one scene. Windows matter. (Three seeds
-# are an anecdote too; the recipes are measured on up to 32.)
+# which colour. Here is what it says of the wall: for the first steps it does no harm; to the end
+# the square is spoilt or lost, since this model's images are of one scene. Windows matter. (Three
+# seeds are an anecdote too; the recipes are measured on up to 32.)
 
 # %%
 for name, images in zip(walls, rows, strict=True):
