@@ -191,7 +191,7 @@ def stages() -> str:
         x, y = 10 + (i % 4) * 182, 14 + (i // 4) * 74
         parts.append(
             f"<rect x='{x}' y='{y}' width='148' height='50' rx='8' fill='{OWN}' "
-            f"fill-opacity='{0.12 + 0.05 * i:g}' stroke='{OWN}'/>"
+            f"fill-opacity='.08' stroke='{OWN}'/>"
         )
         parts.append(word(x + 74, y + 21, f"{i + 1}  {name}", middle=True))
         parts.append(word(x + 74, y + 39, what, middle=True))
