@@ -9,8 +9,11 @@ TESTS := $(CALM) PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist
 # The oldest versions that are supported, in an environment of their own.
 MINIMUM ?= .venv-minimum
 SOURCES := pyproject.toml setup.py constraints.txt
+# The builder of the site, in an environment of its own: it needs no torch, and tests do not need it.
+DOCS ?= .venv-docs
+BUILDER := mkdocs mkdocs-material mkdocstrings mkdocstrings-python griffelib
 
-.PHONY: demo gallery bench unit test long minimum conformance aot check format clean
+.PHONY: demo gallery bench docs unit test long minimum conformance aot check format clean
 
 demo: $(VENV)/.installed
 	$(CALM) $(BIN)/hookctl demo --out out
@@ -21,6 +24,12 @@ gallery: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/hookctl bench --out out/bench
+
+# A static site in out/docs/site, which loads nothing from elsewhere.
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/python docs/site/build.py --to out/docs
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict -q -f out/docs/mkdocs.yml
+	@echo "out/docs/site/index.html; with its search: $(PYTHON) -m http.server -d out/docs/site"
 
 # What is skipped is counted, and run by a target further down.
 unit: $(VENV)/.installed-dev
@@ -59,7 +68,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(MINIMUM) out build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(MINIMUM) $(DOCS) out build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -68,6 +77,11 @@ $(MINIMUM)/.installed: $(SOURCES) constraints-minimum.txt
 	$(PYTHON) -m venv $(MINIMUM)
 	$(MINIMUM)/bin/python -m pip install --disable-pip-version-check -q \
 		-c constraints-minimum.txt -e ".[gpu]" peft pytest
+	touch $@
+
+$(DOCS)/.installed: constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt $(BUILDER)
 	touch $@
 
 $(VENV)/.installed: $(SOURCES) | $(BIN)/python

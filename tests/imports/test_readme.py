@@ -13,26 +13,10 @@ import hookctl
 from hookctl.cli import parser
 from hookctl.errors import ConflictError
 from hookctl.recipes import MasaCtrl, PromptToPrompt
+from tests.imports.pages import ROOT, blocks, check_links, paste
 
-ROOT = Path(__file__).parents[2]
 README, CARD = ROOT / "README.md", ROOT / "demos/shapes/weights/README.md"
 PAGES = [README, CARD, ROOT / "CHANGELOG.md", ROOT / "demos/gallery.md", *ROOT.glob("docs/*.md")]
-STEPS = 2  # in place of the README's: what is drawn does not matter here
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    """The fenced blocks of a page in a language, "" for none."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
-    return [text for name, text in found if name == language]
-
-
-def paste(page: Path) -> dict[str, Any]:
-    """Run the Python of a page, block after block; the names that it defines."""
-    names = dict[str, Any]()
-    for number, text in enumerate(blocks(page, "python"), 1):
-        text = re.sub(r"\b((?:num_inference_)?steps)=\d+", rf"\1={STEPS}", text)
-        exec(compile(text, f"{page.name}, block {number}", "exec"), names)
-    return names
 
 
 def commands() -> list[list[str]]:
@@ -92,17 +76,4 @@ def test_targets_are_there() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
-        if re.match(r"\w+:", link):
-            continue
-        name, _, anchor = link.partition("#")
-        path = page.parent / name if name else page
-        assert path.exists(), link
-        if anchor:
-            assert anchor in anchors(path), link
-
-
-def anchors(page: Path) -> set[str]:
-    """What a page's headings are called in links."""
-    heads = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", head).strip().lower().replace(" ", "-") for head in heads}
+    check_links(page)
