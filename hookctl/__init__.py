@@ -134,7 +134,13 @@ _HOMES = {
 }
 
 
+# Packages that users reach as attributes, and that nothing imports before.
+_PACKAGES = ("learned", "recipes")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, _, own_name = _HOMES[name].partition(":")

@@ -56,6 +56,11 @@ assert not loaded, loaded
     assert done.returncode == 0, done.stderr
 
 
+def test_packages_are_reached_as_attributes() -> None:
+    for name in ("learned", "recipes"):
+        assert hookctl.__getattr__(name) is sys.modules[f"hookctl.{name}"]
+
+
 def test_every_name_is_there() -> None:
     for name in hookctl.__all__:
         assert getattr(hookctl, name) is not None
