@@ -63,9 +63,10 @@ def _sha256(file: Path) -> str:
 def description(job: Job, preset: Preset, model: str, *, device: str, dtype: str) -> dict[str, Any]:
     """All that determines what a task of a job makes, beside its pair and its seed.
 
-    model: the fingerprint; device: its kind, such as "cuda"; dtype: of the weights.
+    model: the fingerprint; device: its kind, such as "cuda"; dtype: of the weights. What is
+    returned is as JSON would give it back.
     """
-    return {
+    said = {
         "model": model,
         "device": device,
         "dtype": dtype,
@@ -73,6 +74,7 @@ def description(job: Job, preset: Preset, model: str, *, device: str, dtype: str
         "editors": [{"recipe": one.recipe, **one.arguments} for one in preset.specs],
         "loras": [[fingerprint(one.path), one.weight] for one in preset.loras],
         "hooks": [[_file(one.path), one.strength, _files(one.arguments)] for one in preset.hooks],
+        "words": job.words,
         "run": dict(job.run),
         "seeds": "of the pair" if isinstance(job.seeds, int) else "given",
         "vary": {
@@ -84,6 +86,8 @@ def description(job: Job, preset: Preset, model: str, *, device: str, dtype: str
         "maps": job.maps,
         "versions": versions(),
     }
+    found: dict[str, Any] = json.loads(json.dumps(said, default=str))
+    return found
 
 
 def _files(values: Mapping[str, Any]) -> dict[str, Any]:

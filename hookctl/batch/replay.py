@@ -62,6 +62,6 @@ def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
                 for name in names
                 if then[key].get(name) != now[key].get(name)
             ]
-        elif then[key] != json.loads(json.dumps(now.get(key), default=str)):
+        elif then[key] != now.get(key):
             found.append(key)
     return found

@@ -19,11 +19,15 @@ from hookctl.errors import InputError, UnsupportedError
 from hookctl.preset import Drawing, Preset
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from PIL.Image import Image
 
     from hookctl.batch.filters.drawn import Drawn
+    from hookctl.batch.job.pairs import Pair
     from hookctl.batch.job.spec import Job
     from hookctl.editor import Editor
+    from hookctl.maps import WordMaps
 
 Attach = Callable[[Any, Sequence[str]], "list[Editor]"]
 
@@ -117,17 +121,42 @@ def draw(task: Task, one: Draw, pipe: Any, work: Work) -> tuple[Drawn, dict[str,
     editors = preset.editors(prompts)
     if work.attach is not None:
         editors += work.attach(pipe, prompts)
-    words = changed(pipe, prompts) if work.reads_maps else ([], [])
+    words = words_of(task.pair, pipe, work)
     every = list(dict.fromkeys([*words[0], *words[1]]))
     maps = [hookctl.Maps(*every, mean=True)] if every else []
     with hookctl.control(pipe, *editors, *maps) as session:
         images = _images(pipe, drawing.arguments(pipe, prompts))
     source, edited = (
-        {w: session.maps[w].where(prompt=n).mean().detach().float().cpu().numpy() for w in found}
+        {word: _map(session.maps[word].where(prompt=n)) for word in found}
         for n, found in enumerate(words)
     )
     drawn = Drawn(task.pair.prompts, images, (source, edited), task.pair.columns, one.seed)
     return drawn, settings
+
+
+def words_of(pair: Pair, pipe: Any, work: Work) -> tuple[list[str], list[str]]:
+    """The words of either prompt whose places may change: of its columns, else those that differ;
+    none if nobody asks."""
+    if not work.reads_maps:
+        return [], []
+    if work.job.words is None:
+        return changed(pipe, pair.prompts)
+    source, edited = (
+        [given] if isinstance(given, str) else list(given)
+        for given in map(pair.columns.__getitem__, work.job.words)
+    )
+    return source, edited
+
+
+def _map(maps: WordMaps) -> NDArray[np.float32]:
+    """The mean over the sites that hold the layout: those of coarser ones are of other things."""
+    from hookctl.address.latent import LAYOUT_CELLS, LAYOUT_RESOLUTION
+
+    side = max(max(grid) for grid in maps.grids)
+    bound = max(side * LAYOUT_RESOLUTION, min(side, LAYOUT_CELLS))
+    fitting = [grid for grid in maps.grids if max(grid) <= bound]
+    grid = max(fitting) if fitting else min(maps.grids)
+    return maps.where(grid=grid).mean().detach().float().cpu().numpy()
 
 
 def changed(pipe: Any, prompts: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -189,7 +218,7 @@ def files_of(drawn: Drawn, job: Job) -> dict[str, bytes]:
 
 
 def _places(drawn: Drawn) -> dict[str, bytes]:
-    """The mask of the changed words, and their maps as an array [words, h, w] of float16, those
+    """The mask of the words, and their maps as an array [words, h, w] of float16, those
     of the source first."""
     import numpy as np
     from PIL import Image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from hookctl.batch.job.spec import Job, read_job
 from hookctl.batch.plan import Plan, task_of
 from hookctl.batch.ray_engine import RayEngine, check_ray
 from hookctl.batch.replay import Found, differing, find, replay
-from hookctl.batch.run import Work
+from hookctl.batch.run import Work, calm
 from hookctl.batch.settings import check_vary, settled
 from hookctl.cli import common
 from hookctl.cli.batch_shown import Progress, preview, say, say_cost
@@ -34,6 +35,7 @@ from hookctl.preset.read import RawStack
 if TYPE_CHECKING:
     from hookctl.editor import Editor
 
+_OF_REPLAY = ("model", "device", "dtype", "versions", "loras", "hooks")
 _TRIED = 8  # pairs, of which one must fit the stack
 _TEXT = """
 Make a data set of paired edits: prompt pairs x seeds x candidates with sampled settings, drawn
@@ -152,14 +154,25 @@ def _run(job: Job, pairs: Pairs, out: Path, options: Any) -> None:
         "job": job.path.name,
         "model": load.model,
         "maps": job.maps,
+        "words": job.words,
         "threads": job.threads,
-        "stack": dump_preset(preset),
+        "stack": dump_preset(_placed(preset)),
     }
     asked = {"verify": options.verify, "retry": options.retry}
     with Progress(job.path.stem, options.progress) as watch:
         manifest = run_job(plan, work, out, load, engine=engine, watch=watch, about=about, **asked)
     preview(plan, out)
     say(manifest, watch, out)
+
+
+def _placed(preset: Preset) -> Preset:
+    """The stack, with whole paths: it will be read from another folder."""
+    loras = tuple(replace(one, path=one.path.resolve()) for one in preset.loras)
+    hooks = tuple(
+        replace(one, path=str(Path(one.path).resolve())) if Path(one.path).exists() else one
+        for one in preset.hooks
+    )
+    return replace(preset, loras=loras, hooks=hooks)
 
 
 def _check_editors(job: Job, pairs: Pairs, preset: Preset) -> None:
@@ -262,24 +275,18 @@ def _replay(options: Any) -> None:
 
 def _drawn_again(found: Found, options: Any) -> tuple[dict[str, bytes], list[str]]:
     """The files of a record, and what has changed since it was made."""
-    import tomllib
-
     said = read_json(found.folder / JOB)
     path = found.folder / JOB
     raw = stack_of(RawStack(path, tomllib.loads(said["stack"]), ""))
     preset = preset_of(raw, editors_by_name())
     core = said["core"]
-    run = {
-        k: v for k, v in found.data["run"].items() if k not in found.data["settings"].get("run", {})
-    }
-    job = Job(path, raw, said["model"], path, run=run, maps=said["maps"], threads=said["threads"])
+    words = said["words"] and (said["words"][0], said["words"][1])
+    kept = {key: said[key] for key in ("maps", "threads")}
+    job = Job(path, raw, said["model"], path, run=found.data["run"], words=words, **kept)
     options.device = options.device or core["device"]
     options.dtype = options.dtype or core["dtype"]
     load, now = _loader(options.model or said["model"], preset, job, options)
-    kept = ("model", "device", "dtype", "versions", "loras", "hooks")
-    changes = differing({k: core[k] for k in kept}, now)
-    from hookctl.batch.run import calm
-
+    changes = differing({key: core[key] for key in _OF_REPLAY}, now)
     pipe = load()
     with calm(pipe, job.threads):
         work = Work(job, preset, found.data["job"], attach=_attach(preset.hooks))

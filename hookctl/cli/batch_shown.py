@@ -114,7 +114,7 @@ def say(manifest: Mapping[str, Any], watch: Progress, out: Path) -> None:
 
 
 def preview(plan: Plan, out: Path) -> None:
-    """A sheet of the first records: source, edited, and where the changed words are."""
+    """A sheet of the first records: source, edited, and the places that may differ."""
     from PIL import Image
 
     from hookctl.inspect import show
@@ -135,7 +135,7 @@ def preview(plan: Plan, out: Path) -> None:
             break
     if not rows:
         return
-    columns = ["source", "edited", "changed words"]
+    columns = ["source", "edited", "places"]
     if not any(row[2] for row in rows):
         rows, columns = [row[:2] for row in rows], columns[:2]
     sheet = show.grid(rows, column_titles=columns, row_titles=titles)

@@ -1,4 +1,4 @@
-"""What one draw made: two images from one noise, and where the words that differ looked."""
+"""What one draw made: two images from one noise, and the places that may differ."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ THRESHOLD = 0.3  # of a map's maximum, from which on a place is the word's
 class Drawn:
     """A pair of images.
 
-    prompts, images: of the source and of its edit; maps: for both, by each word that the other
-    prompt has not, its mean map [h, w] (shares of attention); columns: what else the pair's row
+    prompts, images: of the source and of its edit; maps: for both, by each word whose places may
+    change, its mean map [h, w] (shares of attention); columns: what else the pair's row
     says; seed: of the noise.
     """
 
@@ -44,7 +44,7 @@ class Drawn:
 
     @cached_property
     def masks(self) -> tuple[Mask | None, Mask | None]:
-        """Where the changed words of either prompt are, [height, width]; None if it has none."""
+        """Where these words of either prompt are, [height, width]; None if it has none."""
         source, edited = (
             _mask(maps, image.size) for maps, image in zip(self.maps, self.images, strict=True)
         )

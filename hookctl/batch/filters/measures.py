@@ -12,27 +12,27 @@ EQUAL = 99.0  # dB, of images that do not differ at all
 
 
 def background(drawn: Drawn) -> float:
-    """PSNR in dB of what lies outside the places of the changed words: the rest must stay."""
+    """PSNR in dB of what lies outside the places of the words: the rest must stay."""
     mask = drawn.mask
     if mask is None:
-        raise Unmeasured("no changed word has a map")
+        raise Unmeasured("no map of a word")
     if mask.all():
-        raise Unmeasured("the changed words are everywhere")
+        raise Unmeasured("the words are everywhere")
     source, edited = _pixels(drawn)
     error = float(((source - edited)[~mask] ** 2).mean())
     return min(EQUAL, -10 * float(np.log10(max(error, 1e-30))))
 
 
 def overlap(drawn: Drawn) -> float:
-    """Intersection over union, 0 to 1, of the places of the changed words in both images."""
+    """Intersection over union, 0 to 1, of the places of the words in both images."""
     source, edited = drawn.masks
     if source is None or edited is None:
-        raise Unmeasured("no changed word has a map in both prompts")
+        raise Unmeasured("no map of a word in both prompts")
     return float((source & edited).sum() / max(int((source | edited).sum()), 1))
 
 
 def change(drawn: Drawn) -> float:
-    """Mean difference of the images, 0 to 1, at the places of the changed words, or anywhere."""
+    """Mean difference of the images, 0 to 1, at the places of the words, or anywhere."""
     source, edited = _pixels(drawn)
     difference = np.abs(source - edited).mean(-1)
     mask = drawn.mask

@@ -6,6 +6,7 @@
     file = "pairs.jsonl"            # or .csv, .parquet; beside this file
     source = "source"               # its columns
     edited = "edited"
+    words = "object"                # a column: whose places may change (default: words that differ)
     seeds = 2                       # how many noises a pair; or a list, the same for all pairs
 
     [candidates]
@@ -48,7 +49,13 @@ from hookctl.preset.check import check_keys, shown, typed
 
 _OF_STACK = ("model", "lora", "hook", "run", "inversion", "program", "editor")
 _OF_JOB = ("stack", "pairs", "candidates", "shards", "vary", "filter")
-_PAIRS: Mapping[str, Any] = {"file": str, "source": str, "edited": str, "seeds": int | list[int]}
+_PAIRS: Mapping[str, Any] = {
+    "file": str,
+    "source": str,
+    "edited": str,
+    "words": str | list[str],
+    "seeds": int | list[int],
+}
 _CANDIDATES: Mapping[str, Any] = {"count": int, "keep": int, "best": str}
 _SHARDS: Mapping[str, Any] = {"tasks": int, "maps": bool, "near": bool | int, "threads": int}
 _RUN_OF_PAIRS = {
@@ -69,6 +76,7 @@ class Job:
     pairs: Path
     source: str = "source"
     edited: str = "edited"
+    words: tuple[str, str] | None = None
     seeds: int | tuple[int, ...] = 1
     candidates: int = 1
     keep: int = 1
@@ -83,9 +91,10 @@ class Job:
 
     @property
     def columns(self) -> list[str]:
-        """The columns that settings are read from."""
+        """The columns that words and settings are read from."""
         every = [varied for table in self.vary.values() for varied in table.values()]
-        return [name for varied in every for name in varied.columns()]
+        named = [name for varied in every for name in varied.columns()]
+        return [*dict.fromkeys([*(self.words or ()), *named])]
 
 
 def read_job(
@@ -160,8 +169,17 @@ def _pairs(job: Job, table: Any) -> Job:
             f"{where} seeds = {shown(seeds)}; give how many, a whole number >= 1, or a list of "
             "seeds, each once"
         )
+    words = said.get("words")
+    if isinstance(words, str):
+        words = [words, words]
+    if words is not None and len(words) != 2:
+        raise InputError(
+            f"{where} words = {shown(words)}; give the column of the words whose places may "
+            "change, or a list of two: of the source's and of the edited prompt's"
+        )
     return replace(
         job,
+        words=None if words is None else (words[0], words[1]),
         pairs=job.path.parent / said["file"],
         source=said.get("source", job.source),
         edited=said.get("edited", job.edited),
