@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 import hookctl
-from hookctl.batch import Plan, Work, run_job
+from hookctl.batch import Outcome, Plan, Task, Work, run_job
 from hookctl.batch.files import samples
-from tests.hookctl.batch.jobs import PAIRS, planned, tars, write_job
+from tests.hookctl.batch.jobs import PAIRS, planned, tars, unlike_any, write_job
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="forks, which Linux alone does well"
@@ -58,11 +58,12 @@ def killed(plan: Plan, work: Work, out: Path, pipe: Any, after: int, wait: float
 def check_kills(
     tmp_path: Path, pipe: Any, kills: int, pairs: list[dict[str, Any]], seeds: int, tasks: int
 ) -> None:
-    draw = random.Random(kills)
-    plan, work = planned(write_job(tmp_path, pairs, seeds=seeds, tasks=tasks))
+    draw, wait = random.Random(kills), 0.01 if pipe is None else 0.1
+    path = write_job(tmp_path, pairs, seeds=seeds, tasks=tasks, shards="maps = false")
+    plan, work = planned(path)
     out = tmp_path / "killed"
     for _ in range(kills):
-        assert killed(plan, work, out, pipe, draw.randint(1, 2 * tasks - 1), draw.uniform(0, 0.1))
+        assert killed(plan, work, out, pipe, draw.randint(1, 2 * tasks - 1), draw.uniform(0, wait))
         assert not (out / "manifest.json").exists()
     manifest = run_job(plan, work, out, lambda: pipe)
     whole = run_job(plan, work, tmp_path / "whole", lambda: pipe)
@@ -71,6 +72,21 @@ def check_kills(
     keys = [key for shard in manifest["shards"] for key, _ in samples(out / shard["file"])]
     made = manifest["records"] + manifest["duplicates"]["images"]
     assert len(set(keys)) == len(keys) == manifest["records"] and made == len(plan)
+
+
+def slowly(task: Task, pipe: Any, work: Work) -> Outcome:
+    """In place of `run`: a record of noise, after a while."""
+    time.sleep(0.004)
+    return unlike_any(task, pipe, work)
+
+
+@pytest.mark.slow
+def test_twenty_kills_of_a_job_that_draws_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most of its time goes into writing, so that kills fall there too."""
+    monkeypatch.setattr("hookctl.batch.shard.run", slowly)
+    check_kills(tmp_path, None, 20, PAIRS[:5], seeds=40, tasks=10)
 
 
 @pytest.mark.slow
