@@ -21,6 +21,9 @@ from hookctl.batch.shard import Line, Told, make_shard
 from hookctl.errors import InputError
 
 
+_STORE = 200 * 2**20  # bytes: workers hand over no images
+
+
 @dataclass(frozen=True)
 class RayEngine:
     """An engine for `run_job`.
@@ -50,7 +53,6 @@ class RayEngine:
                 log_to_driver=False,
                 logging_level="error",
                 runtime_env={"env_vars": given},
-                # Workers never hand over images; where Ray is started here, cores are its own.
                 **({} if "RAY_ADDRESS" in os.environ else self._here()),
             )
         try:
@@ -62,7 +64,8 @@ class RayEngine:
     def _here(self) -> dict[str, Any]:
         cores = os.cpu_count() or 1
         # Ray's own tasks need a core beside those of the workers, or all wait for ever.
-        return {"num_cpus": max(cores, int(self.workers * self.cpus + 1.5))}
+        needed = int(self.workers * self.cpus + 1.5)
+        return {"num_cpus": max(cores, needed), "object_store_memory": _STORE}
 
     def _made(self, shards: Sequence[Shard], work: Work, out: Path, load: Load) -> Iterator[Line]:
         import ray.data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import threading
 import time
@@ -15,16 +16,32 @@ from typing import Any
 import pytest
 
 import hookctl
-from hookctl.batch import ray_engine, run_job
+from hookctl.batch import make_shard, ray_engine, run_job
 from hookctl.batch.ray_engine import RayEngine
 from hookctl.errors import InputError
-from tests.hookctl.batch.jobs import PAIRS, planned, tars, write_job
+from tests.hookctl.batch.jobs import PAIRS, planned, tars, unlike_any, write_job
 
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_engine, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"extra \[ray\]; pip install 'hookctl\[ray\]', or"):
         ray_engine.check_ray()
+
+
+def test_a_worker_makes_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Ray calls, called here: nothing but text and numbers comes back."""
+    monkeypatch.setattr("hookctl.batch.shard.run", unlike_any)
+    plan, work = planned(write_job(tmp_path, PAIRS, tasks=2))
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    worker = ray_engine.Worker(work, tmp_path / "there", lambda: None)
+    for rank in range(plan.shards):
+        made = worker({"shard": pickle.dumps(plan.shard(rank))})
+        line = pickle.loads(made["line"])
+        assert (line["rank"], line["tasks"], line["records"]) == (rank, 2, 2)
+        make_shard(plan.shard(rank), work, tmp_path / "here", None)
+        name = f"{plan.shard(rank).name}.tar"
+        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
 
 
 @dataclass(frozen=True)
@@ -45,6 +62,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_agent_register_timeout_ms", "300000")  # on a busy machine
     yield tmp_path
 
 
