@@ -94,13 +94,13 @@ def prepare(plan: Plan, out: Path, about: Mapping[str, Any]) -> None:
     check_folder(plan, out)
     out.mkdir(parents=True, exist_ok=True)
     sweep(out)
-    if not (out / JOB).exists():
+    if not (out / JOB).exists() or read_json(out / JOB).get("plan") != plan.id:
         commit_json(out / JOB, {"plan": plan.id, "core": dict(plan.core), **about})
 
 
 def check_folder(plan: Plan, out: Path) -> None:
-    """InputError for a folder that holds another plan's files."""
-    if not (out / JOB).exists():
+    """InputError for a folder that holds another plan's shards."""
+    if not (out / JOB).exists() or not any(out.glob("*-of-*.json")):
         return
     there = read_json(out / JOB)
     if there.get("plan") == plan.id:

@@ -20,7 +20,6 @@ from hookctl.batch.run import Work, calm
 from hookctl.batch.shard import Line, Told, make_shard
 from hookctl.errors import InputError
 
-
 _STORE = 200 * 2**20  # bytes: workers hand over no images
 
 

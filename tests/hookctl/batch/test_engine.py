@@ -127,6 +127,18 @@ def test_another_jobs_folder_is_refused(tmp_path: Path, counted: Counted) -> Non
         everything(write_job(tmp_path, tasks=2, count=2), out)
 
 
+def test_a_folder_without_shards_is_anyones(tmp_path: Path, counted: Counted) -> None:
+    def unloadable() -> Any:
+        raise InputError("no model")
+
+    out = tmp_path / "out"
+    plan, work = planned(write_job(tmp_path, tasks=2))
+    with pytest.raises(InputError, match="no model"):
+        run_job(plan, work, out, unloadable)
+    assert everything(write_job(tmp_path, tasks=3), out)["records"] == 6
+    assert json.loads((out / "job.json").read_text())["plan"] != plan.id
+
+
 def poisoned(task: Task, pipe: Any, work: Work) -> Outcome:
     """In place of `run`: every third task fails, every second that does not is rejected."""
     if task.number % 3 == 1:
