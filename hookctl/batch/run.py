@@ -153,7 +153,7 @@ def _map(maps: WordMaps) -> NDArray[np.float32]:
     from hookctl.address.latent import LAYOUT_CELLS, LAYOUT_RESOLUTION
 
     side = max(max(grid) for grid in maps.grids)
-    bound = max(side * LAYOUT_RESOLUTION, min(side, LAYOUT_CELLS))
+    bound = max(float(side * LAYOUT_RESOLUTION), float(min(side, LAYOUT_CELLS)))
     fitting = [grid for grid in maps.grids if max(grid) <= bound]
     grid = max(fitting) if fitting else min(maps.grids)
     return maps.where(grid=grid).mean().detach().float().cpu().numpy()

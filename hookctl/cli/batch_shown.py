@@ -146,7 +146,7 @@ def _title(data: bytes) -> str:
     import json
 
     said = json.loads(data)
-    return f"{said['source']} → {said['edited']}"
+    return f"{said['source']}, then {said['edited']}"
 
 
 def say_cost(
