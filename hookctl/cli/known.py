@@ -1,4 +1,4 @@
-"""The recipes that a stack may name, by what they are for."""
+"""The recipes that a stack may name, by what they are for, and the measures of a batch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import hookctl
 
 if TYPE_CHECKING:
+    from hookctl.batch.filters.drawn import Drawn
+    from hookctl.batch.filters.specs import Measure
     from hookctl.editor import Editor
 
 
@@ -36,3 +38,17 @@ def programs_by_name() -> dict[str, type[Any]]:
     known = [getattr(recipes, name) for name in recipes.__all__]
     programs = (CyclicOneWay, Imagic)
     return {c.__name__: c for c in known if isinstance(c, type) and issubclass(c, programs)}
+
+
+def measures_by_name() -> dict[str, Measure]:
+    """What a batch may filter by besides its own measures."""
+    return {"shapes": shapes}
+
+
+def shapes(drawn: Drawn) -> bool:
+    """Whether the detector of the embedded pipeline's world sees in both images what their prompts
+    say, and the edited objects where the source has them."""
+    from hookctl.demos import judges
+
+    pair = judges.Drawn(drawn.prompts, drawn.source, drawn.images)
+    return judges.as_said(drawn.source, drawn.prompts[0]) and judges.edited_in_place(pair)

@@ -47,9 +47,9 @@ def load_pipeline(model: str, device: str | None = None, dtype: str | None = Non
     folder, where = find_model(model), usable_device(device)
     if model == SHAPES:
         return hookctl.load_shapes(device=where, dtype=getattr(torch, dtype or "float32"))
-    folder = folder or _downloaded(model)
+    folder = folder or downloaded(model)
     check_classes(folder)
-    kind = _dtype(dtype, where, folder)
+    kind = usual_dtype(dtype, where, folder)
     with _saying(f"{model}: can't be loaded as a pipeline"):
         parts = {name: read_whole(cls, path, kind) for name, cls, path in _models(folder)}
     return _from_pretrained(model, folder, torch_dtype=kind, **parts).to(where)
@@ -60,7 +60,7 @@ def load_for_survey(model: str) -> Any:
     folder = find_model(model, whole=False)
     if model == SHAPES:
         return hookctl.load_shapes(device="cpu")
-    folder = folder or _downloaded(model)
+    folder = folder or downloaded(model)
     if not (folder / INDEX).is_file():
         return _empty(folder)
     check_classes(folder)
@@ -141,7 +141,7 @@ def _empty(folder: Path) -> nn.Module:
     return model
 
 
-def _downloaded(model: str) -> Path:
+def downloaded(model: str) -> Path:
     """The folder of a model id, whose files are fetched, and checked like those of any folder."""
     with _saying(f"{model}: can't be had"):
         folder = Path(diffusers.DiffusionPipeline.download(model))
@@ -169,7 +169,8 @@ def _saying(lead: str) -> Iterator[None]:
         raise InputError(f"{lead}: {reason[:400]}") from error
 
 
-def _dtype(dtype: str | None, device: torch.device, folder: Path) -> torch.dtype:
+def usual_dtype(dtype: str | None, device: torch.device, folder: Path) -> torch.dtype:
+    """The dtype that was asked for, else what the family of a folder is used with there."""
     if dtype is not None:
         return getattr(torch, dtype)
     if device.type == "cpu":

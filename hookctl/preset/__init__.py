@@ -41,8 +41,17 @@ No file can bring code of its own: a recipe is known by name, or a class of a pa
 installed before, and never one that lies beside the file.
 """
 
+from hookctl.preset.drawing import Drawing
 from hookctl.preset.outline import Outline, check_early, outline
-from hookctl.preset.read import RawStack, existing, load_preset, read_stack
+from hookctl.preset.read import (
+    RawStack,
+    existing,
+    load_preset,
+    parsed,
+    preset_of,
+    read_stack,
+    stack_of,
+)
 from hookctl.preset.settings import SETTINGS, Setting
 from hookctl.preset.signature import parameters
 from hookctl.preset.stack import FILLED, EditorSpec, HookSpec, ImageSpec, LoraSpec, Preset
@@ -51,6 +60,7 @@ from hookctl.preset.write import dump_preset
 __all__ = [
     "FILLED",
     "SETTINGS",
+    "Drawing",
     "EditorSpec",
     "HookSpec",
     "ImageSpec",
@@ -65,5 +75,8 @@ __all__ = [
     "load_preset",
     "outline",
     "parameters",
+    "parsed",
+    "preset_of",
     "read_stack",
+    "stack_of",
 ]

@@ -37,7 +37,16 @@ def load_preset(
     Raises FileNotFoundError if there is no such file, and InputError, with the file, the key and
     what would do, for anything in it that is wrong.
     """
-    raw = read_stack(path)
+    return preset_of(read_stack(path), recipes, inversions, programs)
+
+
+def preset_of(
+    raw: RawStack,
+    recipes: Mapping[str, type[Editor]],
+    inversions: Mapping[str, type[Any]] | None = None,
+    programs: Mapping[str, type[Any]] | None = None,
+) -> Preset:
+    """The stack of a file that is read; arguments and errors as those of `load_preset`."""
     data, path = raw.data, raw.path
     with raw.naming():
         inversion = _of_image(data, "inversion", inversions or {}, path)
@@ -78,18 +87,29 @@ class RawStack:
 
 def read_stack(path: Path | str) -> RawStack:
     """Read a file as far as that needs no recipe; raises as `load_preset` does."""
-    path = existing(Path(path))
+    return stack_of(parsed(existing(Path(path))))
+
+
+def parsed(path: Path, wanted: str = "a stack of editors") -> RawStack:
+    """A file with its data as they stand, of which nothing is checked; wanted: what it should be.
+
+    Raises InputError for what is no TOML.
+    """
     content = path.read_bytes()
     raw = RawStack(path, {}, hashlib.sha256(content).hexdigest())
     with raw.naming():
         try:
-            data = tomllib.loads(content.decode("utf-8"))
+            return replace(raw, data=tomllib.loads(content.decode("utf-8")))
         except UnicodeDecodeError:
-            raise InputError(
-                f"{path}: is not text in UTF-8; give a stack of editors in TOML"
-            ) from None
+            raise InputError(f"{path}: is not text in UTF-8; give {wanted} in TOML") from None
         except tomllib.TOMLDecodeError as error:
             raise InputError(f"{path}: is not TOML: {error}") from None
+
+
+def stack_of(raw: RawStack) -> RawStack:
+    """The stack in the data of a file, as far as that needs no recipe; raises InputError."""
+    path, data = raw.path, raw.data
+    with raw.naming():
         check_keys(data, _TOP_KEYS, str(path), "a stack")
         model = data.get("model")
         if model is not None:
@@ -98,13 +118,13 @@ def read_stack(path: Path | str) -> RawStack:
             raise InputError(f"{path}: both [inversion] and [program] take the image; give one")
         loras, hooks = _loras(data.get("lora", []), path), _hooks(data.get("hook", []), path)
         run = _run(data.get("run", {}), path)
-    return replace(raw, data=data, model=model, loras=loras, hooks=hooks, run=run)
+    return replace(raw, model=model, loras=loras, hooks=hooks, run=run)
 
 
-def existing(path: Path) -> Path:
-    """The path, if there is such a file; else FileNotFoundError."""
+def existing(path: Path, wanted: str = "a stack of editors") -> Path:
+    """The path, if there is such a file; else FileNotFoundError. wanted: what it should be."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file; give a stack of editors in TOML")
+        raise FileNotFoundError(f"{path}: there is no such file; give {wanted} in TOML")
     return path
 
 

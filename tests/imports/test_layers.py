@@ -31,7 +31,7 @@ STAGES = (
     ("hookctl.editor", "hookctl.loop"),
     ("hookctl.engine",),
     ("hookctl.session", "hookctl.maps", "hookctl.report", "hookctl.companions"),
-    ("hookctl.recipes", "hookctl.learned"),
+    ("hookctl.recipes", "hookctl.learned", "hookctl.batch"),
     ("hookctl.demos",),
     ("hookctl.cli",),
 )

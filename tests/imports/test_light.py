@@ -27,6 +27,8 @@ COMMANDS = (
     ["inspect", "none.bin"],
     ["run", "inverted_edit", "--image", "none.png"],
     ["run", "recolour", "--words", "dog"],
+    ["batch", "none.toml"],
+    ["batch", "replay"],
     ["bench", "flight"],
 )
 

@@ -22,7 +22,7 @@ from hookctl.cli.run import _telling
 from hookctl.demos.shapes import load
 from hookctl.preset import SETTINGS, EditorSpec, Preset
 
-COMMANDS = ("demo", "run", "inspect", "maps")
+COMMANDS = ("demo", "run", "inspect", "maps", "batch")
 EDITOR = '[[editor]]\nrecipe = "PromptToPrompt"\n'
 
 

@@ -1,0 +1,1 @@
+"""Which draws are kept: what a draw is, how it is measured, and which images are there already."""
