@@ -5,7 +5,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constr
 # The embedded model is small: a second thread gains nothing, and on busy cores it waits for the first.
 CALM := OMP_NUM_THREADS=1
 # Bytecode of tests, assertions written out, is kept: to make it anew takes a worker seconds.
-TESTS := $(CALM) PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist worksteal
+TESTS := $(CALM) PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist worksteal --durations 20 --durations-min 5
 # The oldest versions that are supported, in an environment of their own.
 MINIMUM ?= .venv-minimum
 SOURCES := pyproject.toml setup.py constraints.txt

@@ -17,8 +17,9 @@ from hookctl.demos.shapes.world import Scene, Thing
 
 # Presets whose energies, tiles, fits or cycles take as long as many images.
 DEAR = {
-    "attend_and_excite", "box_diff", "cyclic_one_way", "imagic", "instances", "layout_guidance",
-    "multi_diffusion", "null_text", "real_compo", "selective_one_way", "stack_excite_pag",
+    "attend_and_excite", "box_diff", "cyclic_one_way", "ddim_inversion", "imagic", "instances",
+    "layout_guidance", "multi_diffusion", "negative_prompt_inversion", "null_text",
+    "proximal_guidance", "real_compo", "selective_one_way", "stack_excite_pag",
     "stack_real_compo_freeu",
 }  # fmt: skip
 
