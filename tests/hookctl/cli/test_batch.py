@@ -161,7 +161,7 @@ def test_a_run_and_a_replay(
     status, out, _ = say("replay", rows[1]["id"])
     assert status == 0 and "source.png, edited.png, mask.png, maps.npy are bit-equal" in out
     job = json.loads((folder / "job.json").read_text())
-    job["stack"] = job["stack"].replace("self_replace = 0.4", "self_replace = 0.0")
+    job["stack"] = job["stack"].replace("self_replace = 0.4", "self_replace = 1.0")
     job["core"]["versions"]["torch"] = "0.1"
     (folder / "job.json").write_text(json.dumps(job))
     status, _, err = say("replay", rows[1]["id"], "--out", folder)
