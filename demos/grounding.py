@@ -104,7 +104,7 @@ def mixed(cases: Sequence[LayoutCase], seed: int) -> Drawn:
     layout_model = type(pipe)(**pipe.components, requires_safety_checker=False)
     layout_model.set_progress_bar_config(disable=True)
     images: list[Image.Image] = []
-    rows = 0.0
+    rows = part = 0.0
     for i in range(0, len(cases), BATCH):
         some = cases[i : i + BATCH]
 
@@ -114,8 +114,10 @@ def mixed(cases: Sequence[LayoutCase], seed: int) -> Drawn:
         with hookctl.control(layout_model, *grounded(some)):
             made = draw(pipe, some, stack, seed + i, read=False)
         images += made.images
-        rows += made.rows * len(some) / len(cases)
-    return Drawn(images, [], [], [], rows, 0.0)
+        share = len(some) / len(cases)
+        # An update reads the maps of both models.
+        rows, part = rows + share * made.rows, part + share * 2 * made.partial
+    return Drawn(images, [], [], [], rows, part)
 
 
 METHODS: Mapping[str, Stack] = {
