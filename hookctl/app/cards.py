@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from html import escape
@@ -66,7 +67,7 @@ def _card(
         card.on = not card.on
 
     with gr.Column(elem_classes=["card"] + ["off"] * (not card.on), elem_id=f"card-{place + 1}"):
-        with gr.Row():
+        with gr.Row(elem_classes="head"):
             gr.HTML(
                 f"<div class='name'>{escape(form.name)}<small>{escape(form.summary)}</small></div>"
             )
@@ -108,7 +109,7 @@ def _card(
 def _widget(card: Card, field: Field, words: Sequence[str]) -> None:
     """The widget of a field; what is typed goes to the card at once."""
     value = card.values.get(field.name, field.default)
-    common = {"label": field.title, "info": _short(field.help), "interactive": True}
+    common = {"label": field.title.capitalize(), "info": _short(field.help), "interactive": True}
     made: Any
     if field.kind == "switch":
         made = gr.Checkbox(value, **common)
@@ -139,6 +140,6 @@ def _short(help: str) -> str | None:
     """The first clause of a help, which is what fits under a widget."""
     if not help:
         return None
-    first = help.partition("; ")[0] if len(help) > 160 else help
-    first = first if len(first) <= 200 else first[:197].rsplit(" ", 1)[0] + " …"
-    return (first[:1].upper() + first[1:]).rstrip(".")
+    first = help if help[0] in "{\"'" else re.split(r"[:;.(](?=\s|[^)]{40})", help)[0].strip()
+    first = first if len(first) <= 140 else first[:140].rsplit(" ", 1)[0] + " …"
+    return (first[:1].upper() + first[1:]).rstrip(".,")

@@ -117,7 +117,7 @@ def draw(
         with hookctl.control(pipe, *every, strict=False) as session:
             after = make()
     notes = _notes(wanted, kinds, session, editors)
-    maps = step_maps(session, len(prompts) - 1)
+    maps = step_maps(session, len(prompts) - 1, words(pipe, prompts[-1]))
     rows = [*session.log.rows(), *session.log.hook_rows()]
     rows = [row for row in rows if reader is None or row[0] != reader.name]
     return Made(wanted, preset, before[0], after[len(prompts) - 1], maps, notes, rows)
@@ -238,12 +238,12 @@ def words_of(pipe: Any) -> Callable[[str, str], bool]:
     return has
 
 
-def step_maps(session: Session, prompt: int) -> dict[str, Tensor]:
+def step_maps(session: Session, prompt: int, words: Sequence[str]) -> dict[str, Tensor]:
     """Of each word of a prompt its maps, averaged over sites: [steps, height, width]."""
     import torch
 
     found = {}
-    for word in session.maps.words:
+    for word in (word for word in words if word in session.maps):
         maps = session.maps[word]
         if prompt not in maps.prompts:
             continue

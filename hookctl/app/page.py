@@ -1,7 +1,4 @@
-"""The page: what is on it, and what its buttons do. It needs gradio, the extra "app".
-
-What gradio is told by its environment has to stand there before it is imported.
-"""
+"""The page: what its buttons do, and how it is served. It needs gradio, the extra "app"."""
 
 from __future__ import annotations
 
@@ -10,25 +7,20 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+from hookctl.app.layout import ASK, CSS, Layout, canvas_of  # isort: skip  (before gradio)
 
-import gradio as gr  # noqa: E402
+import gradio as gr
 
-from hookctl.app import cards, copying, drawing, pictures, worker  # noqa: E402
-from hookctl.app.person import Desk, Person, examples, looked_over  # noqa: E402
-from hookctl.app.stack import Wanted  # noqa: E402
-from hookctl.app.telling import bar, failed, stopped, summed, waiting  # noqa: E402
-from hookctl.cli.stacks import PRESETS  # noqa: E402
-from hookctl.errors import HookctlError  # noqa: E402
-from hookctl.report import HEADERS  # noqa: E402
+from hookctl.app import cards, copying, drawing, pictures, worker
+from hookctl.app.person import Desk, Person, examples, looked_over
+from hookctl.app.telling import bar, failed, stopped, summed, waiting
+from hookctl.cli.stacks import PRESETS
+from hookctl.errors import HookctlError
 
-_STATIC = Path(__file__).parent / "static"
 _FIRST = "A word swapped, and nothing outside the named object may change (local blend)"
-_KEPT = 3600  # s that the server keeps what belongs to a page that is gone
-_ALL = "all steps"
+_TRIES = 5  # of asking the server whether it runs, 3 s each: on a busy machine it takes longer
 
 
 def serve(desk: Desk, *, port: int | None = None, browser: bool = True) -> None:
@@ -52,19 +44,32 @@ def launched(page: gr.Blocks, *, port: int | None = None, browser: bool = False)
     font = ["system-ui", "sans-serif"]
     theme = gr.themes.Default(
         primary_hue="blue", font=font, font_mono=["ui-monospace", "monospace"]
+    ).set(
+        body_text_color_subdued="*neutral_500",
+        body_text_color_subdued_dark="*neutral_300",
+        block_info_text_color="*neutral_500",
+        block_info_text_color_dark="*neutral_300",
     )
-    page.queue(default_concurrency_limit=20).launch(
-        server_name="127.0.0.1",
-        server_port=port,
-        share=False,
-        inbrowser=browser,
-        prevent_thread_lock=True,
-        quiet=True,
-        footer_links=[],
-        ssr_mode=False,
-        theme=theme,
-        css=(_STATIC / "page.css").read_text("utf-8"),
-    )
+    page.queue(default_concurrency_limit=20)
+    for left in reversed(range(_TRIES)):
+        try:
+            page.launch(
+                server_name="127.0.0.1",
+                server_port=port,
+                share=False,
+                inbrowser=browser,
+                prevent_thread_lock=True,
+                quiet=True,
+                footer_links=[],
+                run_history=False,
+                ssr_mode=False,
+                theme=theme,
+                css=CSS,
+            )
+            break
+        except ValueError as error:  # it answered late: it runs, and is asked again
+            if not left or "localhost" not in str(error):
+                raise
     return str(page.local_url)
 
 
@@ -73,144 +78,13 @@ def build(desk: Desk) -> gr.Blocks:
     return _Page(desk).blocks
 
 
-class _Page:
-    """The widgets, and the handlers that know them."""
+class _Page(Layout):
+    """The widgets, and what is done with them."""
 
     def __init__(self, desk: Desk) -> None:
-        self.desk = desk
-        self.examples = examples(PRESETS, desk.kinds)
-        self.first = self.examples.get(_FIRST) or Wanted("")
-        with gr.Blocks(title="hookctl", analytics_enabled=False, fill_width=True) as self.blocks:
-            self._layout()
+        super().__init__(desk, examples(PRESETS, desk.kinds), _FIRST)
+        with self.blocks:
             self._wire()
-
-    # -- what is on it -----------------------------------------------------------------------------
-
-    def _layout(self) -> None:
-        self.person = gr.State(Person(), time_to_live=_KEPT)
-        self.tick = gr.State(0)
-        gr.HTML(
-            f"<h1>hookctl</h1><p>Edit what {_named(self.desk.model)} pays attention to, and see "
-            "what it changes.</p>",
-            elem_id="head",
-        )
-        with gr.Row():
-            with gr.Column(scale=5, min_width=340):
-                self._left()
-            with gr.Column(scale=7, min_width=340):
-                self._right()
-
-    def _left(self) -> None:
-        first = self.first
-        self.example = gr.Dropdown(
-            list(self.examples), value=_FIRST, label="Start from an example", elem_id="example"
-        )
-        self.prompt = gr.Textbox(
-            first.prompt, label="Prompt", elem_id="prompt", max_lines=4,
-            info="What the picture shows",
-        )  # fmt: skip
-        self.edit = gr.Textbox(
-            first.edit, label="Edited prompt", elem_id="edit", max_lines=4,
-            info="What it shall show instead; empty: editors alone change the picture",
-        )  # fmt: skip
-        with gr.Row():
-            self.seed = gr.Number(
-                first.seed, label="Seed", precision=0, minimum=0, elem_id="seed", min_width=90
-            )
-            self.steps = gr.Slider(1, 100, first.steps, step=1, label="Steps", elem_id="steps")
-            self.guidance = gr.Slider(
-                0, 15, first.guidance or 7.5, step=0.5, label="Guidance", elem_id="guidance"
-            )
-        with gr.Row():
-            self.kind = gr.Dropdown(
-                [(f"{name}: {form.summary}", name) for name, form in self.desk.kinds.forms.items()],
-                value=None, label="Add an editor", elem_id="kind", scale=5,
-            )  # fmt: skip
-        self.cards = gr.Column(elem_id="cards")
-        with gr.Accordion("Your own picture", open=False, elem_id="own"):
-            gr.HTML(
-                "<small>It is cut to the middle and brought to the model’s size. The prompt says "
-                "what it shows, the edited prompt what it shall show.</small>"
-            )
-            self.upload = gr.Image(
-                type="pil", image_mode="RGB", sources=["upload", "clipboard"], format="png",
-                height=220, show_label=False, elem_id="upload",
-            )  # fmt: skip
-
-    def _right(self) -> None:
-        with gr.Row(elem_id="go"):
-            self.run = gr.Button("Draw", variant="primary", elem_id="run", scale=4)
-            self.stop = gr.Button("Stop", elem_id="stop", scale=1, interactive=False, min_width=90)
-        self.status = gr.HTML(elem_id="status")
-        with gr.Row():
-            self.source, self.edited = (
-                gr.Image(
-                    label=label,
-                    elem_id=name,
-                    format="png",
-                    interactive=False,
-                    elem_classes="picture",
-                    buttons=["download", "fullscreen"],
-                    min_width=150,
-                )  # fmt: skip
-                for label, name in (("Source", "source"), ("Edited", "edited"))
-            )
-        with gr.Tabs(elem_id="tabs"):
-            with gr.Tab("Places", id="places"):
-                gr.HTML(
-                    "<small>Drag boxes on the picture, and write what belongs in each. Editors "
-                    "with places (RegionalPrompts, LayoutGuidance …) use them all.</small>"
-                )
-                self.canvas = gr.HTML(
-                    self._canvas(Person()),
-                    html_template=(_STATIC / "canvas.html").read_text("utf-8"),
-                    js_on_load=(_STATIC / "canvas.js").read_text("utf-8"),
-                    colours=list(pictures.COLOURS),
-                    elem_id="canvas",
-                    apply_default_css=False,
-                )
-            with gr.Tab("Where words act", id="maps"):
-                self._maps()
-            with gr.Tab("What was done", id="report"):
-                self.report = gr.Dataframe(
-                    headers=[name.capitalize() for name in HEADERS],
-                    interactive=False, wrap=True, show_label=False, elem_id="report",
-                )  # fmt: skip
-            with gr.Tab("Take it along", id="copy"):
-                gr.HTML("<small>Each of these draws the edited picture again, bit for bit.</small>")
-                languages = {"TOML": None, "Python": "python", "Command line": "shell"}
-                self.texts = {
-                    name: gr.Code(
-                        label=name,
-                        language=language,
-                        interactive=False,
-                        elem_id=f"copy-{name.split()[0].lower()}",
-                    )  # fmt: skip
-                    for name, language in languages.items()
-                }
-
-    def _maps(self) -> None:
-        self.no_maps = gr.HTML(
-            "<div class='empty-state'>Draw a picture; then click a word to see where it acts.</div>"
-        )
-        with gr.Column(visible=False) as self.of_maps:
-            self.word = gr.Radio([], label="Word", elem_id="word", show_label=False)
-            with gr.Row():
-                with gr.Column(scale=3, min_width=240):
-                    self.map = gr.Image(
-                        format="png", interactive=False, show_label=False, elem_id="map",
-                        elem_classes="picture", buttons=["download"],
-                    )  # fmt: skip
-                with gr.Column(scale=2, min_width=200):
-                    self.step = gr.Slider(
-                        0, 25, 0, step=1, label="Step", elem_id="step",
-                        info="0 is the mean of all steps; the colours mean the same throughout",
-                    )  # fmt: skip
-                    self.looks = gr.HTML(
-                        "<p>Click the picture: what does that place look at?</p>", elem_id="looks"
-                    )
-
-    # -- what its buttons do -----------------------------------------------------------------------
 
     def _wire(self) -> None:
         self.inputs = [
@@ -263,7 +137,7 @@ class _Page:
         guidance = wanted.guidance or 7.5
         return [
             person, wanted.prompt, wanted.edit, wanted.seed, wanted.steps, guidance,
-            self._canvas(person), tick + 1,
+            canvas_of(person), tick + 1,
         ]  # fmt: skip
 
     def _add(self, kind: str, person: Person, tick: int, *values: Any) -> tuple[None, int]:
@@ -288,16 +162,6 @@ class _Page:
     def _boxes(self, value: Any, person: Person, *values: Any) -> None:
         person.set_boxes((value or {}).get("boxes"))
 
-    def _canvas(self, person: Person, picture: Any = None) -> dict[str, Any]:
-        """What the canvas holds."""
-        boxes = [
-            {"x0": b.x0, "y0": b.y0, "x1": b.x1, "y1": b.y1, "text": b.text} for b in person.boxes
-        ]
-        words = [] if person.made is None else list(person.made.maps)
-        if picture is None and person.made is not None:
-            picture = person.made.edited
-        return {"boxes": boxes, "words": words, "picture": pictures.data_url(picture)}
-
     def _fitted(self, image: Any) -> Any:
         return None if image is None else pictures.fitted(image, drawing.size_of(self.desk.pipe))
 
@@ -307,7 +171,7 @@ class _Page:
             stop.set()
 
     def _run(
-        self, person: Person, tick: int, *values: Any, request: gr.Request
+        self, request: gr.Request, person: Person, tick: int, *values: Any
     ) -> Iterator[dict[Any, Any]]:
         """Draw, and tell of it. Whatever happens, the page lives on."""
         last: worker.Step | None = None
@@ -345,10 +209,10 @@ class _Page:
             self.status: summed(made),
             self.source: made.source,
             self.edited: made.edited,
-            self.canvas: self._canvas(person),
+            self.canvas: canvas_of(person),
             self.report: [list(row) for row in made.rows],
             self.no_maps: gr.update(visible=not words),
-            self.of_maps: gr.update(visible=bool(words)),
+            self.of_maps: gr.update(visible=True if words else "hidden"),
             **{self.texts[name]: text for name, text in texts.items()},
         }
         if words:
@@ -359,7 +223,7 @@ class _Page:
                 self.map: pictures.map_picture(
                     made.edited, made.maps, word, None, made.wanted.boxes
                 ),
-                self.looks: "<p>Click the picture: what does that place look at?</p>",
+                self.looks: ASK,
             }
             person.place = None
         return found
@@ -392,7 +256,3 @@ class _Page:
 def _at(step: float, steps: int) -> int | None:
     """Which step a slider means; None for the mean of all."""
     return None if step < 1 else min(int(step), steps) - 1
-
-
-def _named(model: str) -> str:
-    return "a small model of shapes" if model == "shapes" else Path(model).name

@@ -28,6 +28,8 @@ COMMANDS = (
     ["run", "inverted_edit", "--image", "none.png"],
     ["run", "recolour", "--words", "dog"],
     ["bench", "flight"],
+    ["app", "no/such/folder"],
+    ["app", "shapes", "--hook", "none.bin:0.5"],
 )
 
 
