@@ -91,25 +91,30 @@ def _card(
         late = [field for field in form.fields if not field.early]
         if form.has_areas:
             gr.HTML("<small>Uses the boxes under “Places”, and the text of each.</small>")
-        window = [field for field in early if field.name in ("start", "stop")]
+        window = sorted((f for f in early if f.name in ("start", "stop")), key=lambda f: f.name)
         for field in early:
             if field not in window and field.kind not in ("areas", "labels"):
-                _widget(card, field, words)
+                _widget(place, card, field, words)
         if window:
             with gr.Row():
                 for field in window:
-                    _widget(card, field, words)
+                    _widget(place, card, field, words)
         late += [field for field in early if field.kind in ("areas", "labels")]
         if late:
             with gr.Accordion("More", open=False):
                 for field in late:
-                    _widget(card, field, words)
+                    _widget(place, card, field, words)
 
 
-def _widget(card: Card, field: Field, words: Sequence[str]) -> None:
+def _widget(place: int, card: Card, field: Field, words: Sequence[str]) -> None:
     """The widget of a field; what is typed goes to the card at once."""
     value = card.values.get(field.name, field.default)
-    common = {"label": field.title.capitalize(), "info": _short(field.help), "interactive": True}
+    common: dict[str, Any] = {
+        "label": field.title.capitalize(),
+        "info": _short(field.help),
+        "interactive": True,
+    }
+    common["elem_id"] = f"card-{place + 1}-{field.name}"
     made: Any
     if field.kind == "switch":
         made = gr.Checkbox(value, **common)

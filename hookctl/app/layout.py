@@ -13,7 +13,7 @@ import gradio as gr  # noqa: E402
 from hookctl.app import pictures  # noqa: E402
 from hookctl.app.person import Desk, Person  # noqa: E402
 from hookctl.app.stack import Wanted  # noqa: E402
-from hookctl.report import HEADERS  # noqa: E402
+from hookctl.app.telling import NOTHING_DONE  # noqa: E402
 
 _STATIC = Path(__file__).parent / "static"
 _KEPT = 3600  # s that the server keeps what belongs to a page that is gone
@@ -120,10 +120,7 @@ class Layout:
             with gr.Tab("Where words act", id="maps"):
                 self._maps()
             with gr.Tab("What was done", id="report"):
-                self.report = gr.Dataframe(
-                    headers=[name.capitalize() for name in HEADERS],
-                    interactive=False, wrap=True, show_label=False, elem_id="report",
-                )  # fmt: skip
+                self.report = gr.HTML(NOTHING_DONE, elem_id="report")
             with gr.Tab("Take it along", id="copy"):
                 gr.HTML("<small>Each of these draws the edited picture again, bit for bit.</small>")
                 languages = {"TOML": None, "Python": "python", "Command line": "shell"}

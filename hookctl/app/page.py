@@ -15,7 +15,7 @@ import gradio as gr
 
 from hookctl.app import cards, copying, drawing, pictures, worker
 from hookctl.app.person import Desk, Person, examples, looked_over
-from hookctl.app.telling import bar, failed, stopped, summed, waiting
+from hookctl.app.telling import bar, failed, report, stopped, summed, waiting
 from hookctl.cli.stacks import PRESETS
 from hookctl.errors import HookctlError
 
@@ -100,7 +100,11 @@ class _Page(Layout):
         self.example.input(
             self._take, [self.example, self.person, self.tick], self._taken(), **quiet
         )
-        self.kind.input(self._add, [self.kind, *every], [self.kind, self.tick], **quiet)
+        self.kind.select(self._add, [self.kind, *every], [self.kind, self.tick], **quiet)
+        for text in (self.prompt, self.edit):  # cards offer their words
+            text.blur(
+                self._reword, [self.person, self.tick, self.prompt, self.edit], self.tick, **quiet
+            )
         self.upload.upload(self._fitted, self.upload, self.upload, **quiet)
         self.canvas.input(
             self._boxes, [self.canvas, self.person, *self.inputs], None, queue=False, **quiet
@@ -152,10 +156,18 @@ class _Page(Layout):
         except HookctlError as error:
             person.note(error)
 
+    def _reword(self, person: Person, tick: int, prompt: str, edit: str) -> int:
+        """The cards are drawn anew if the words that they offer are others now."""
+        return tick + (person.words != self._words(prompt, edit))
+
+    def _words(self, *prompts: str) -> list[str]:
+        found = [word for text in prompts for word in drawing.words(self.desk.pipe, text)]
+        return list(dict.fromkeys(found))
+
     def _show_cards(self, person: Person, prompt: str, edit: str) -> None:
-        words = [word for text in (prompt, edit) for word in drawing.words(self.desk.pipe, text)]
+        person.words = self._words(prompt, edit)
         cards.show(
-            person, self.desk.kinds.forms, list(dict.fromkeys(words)), self.person, self.tick,
+            person, self.desk.kinds.forms, person.words, self.person, self.tick,
             self._look_over, self.inputs,
         )  # fmt: skip
 
@@ -210,7 +222,7 @@ class _Page(Layout):
             self.source: made.source,
             self.edited: made.edited,
             self.canvas: canvas_of(person),
-            self.report: [list(row) for row in made.rows],
+            self.report: report(made.rows),
             self.no_maps: gr.update(visible=not words),
             self.of_maps: gr.update(visible=True if words else "hidden"),
             **{self.texts[name]: text for name, text in texts.items()},

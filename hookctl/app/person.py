@@ -44,7 +44,8 @@ class Desk:
 @dataclass
 class Person:
     """cards, boxes: as they stand on the page; notes: what is said on cards, by their place; kept,
-    made: of the last runs; place: of the picture that was clicked, (x, y) from 0 to 1."""
+    made: of the last runs; place: of the picture that was clicked, (x, y) from 0 to 1; words: that
+    the cards offer."""
 
     cards: list[Card] = field(default_factory=list)
     boxes: list[Box] = field(default_factory=list)
@@ -52,6 +53,7 @@ class Person:
     kept: drawing.Kept = field(default_factory=drawing.Kept)
     made: drawing.Made | None = None
     place: tuple[float, float] | None = None
+    words: list[str] = field(default_factory=list)
 
     def take(self, wanted: Wanted) -> None:
         """An example: its cards and boxes in place of one's own."""

@@ -8,6 +8,7 @@ from html import escape
 from io import BytesIO
 from typing import TYPE_CHECKING
 
+import torch
 from PIL import Image, ImageDraw, ImageOps
 from PIL.Image import Resampling
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's, which stay apart for people who see fewer colours; black is left out.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 SIDE = 512  # px, to which maps of small pictures are enlarged, so that lines on them are fine
+BRIGHT = 0.02  # share of all cells of all maps that have the last colour
 
 
 def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -59,9 +61,11 @@ def map_picture(
 ) -> Image.Image:
     """A word's map over the picture, all words and steps on one scale; step: None for their mean.
 
-    maps: [steps, height, width] by word.
+    maps: [steps, height, width] by word. The scale ends where the strongest `BRIGHT` begin: single
+    cells that look at one word alone would leave everything else dark.
     """
-    scale = show.scale_of(one for by_step in maps.values() for one in by_step)
+    every = torch.stack([*maps.values()]).flatten()
+    scale = 0.0, float(every.kthvalue(max(1, round((1 - BRIGHT) * len(every)))).values)
     map = maps[word].mean(0) if step is None else maps[word][step]
     return boxed(show.overlay(_enlarged(image), map, scale=scale), boxes)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,16 @@ import torch
 
 from hookctl.app.person import said
 from hookctl.errors import HookctlError
+from hookctl.report import HEADERS
 
 if TYPE_CHECKING:
     from hookctl.app.drawing import Made
     from hookctl.app.worker import Step
 
+NOTHING_DONE = (
+    "<div class='empty-state'>Draw a picture; then see which editor touched which layer, and "
+    "how.</div>"
+)
 _FULL = (
     "There is not enough memory for this. Fewer boxes or cards need less; so does a smaller model, "
     "or another program that is closed. The page goes on."
@@ -66,3 +72,15 @@ def summed(made: Made) -> str:
     if not silent:
         return "<p>Done.</p>"
     return f"<p>Done. {silent} card{'s' * (silent > 1)} changed nothing; see there why.</p>"
+
+
+def report(rows: Sequence[tuple[str, ...]]) -> str:
+    """What every card did, as a table."""
+    if not rows:
+        return "<div class='empty-state'>No card touched anything.</div>"
+    head = "".join(f"<th>{escape(name.capitalize())}</th>" for name in HEADERS)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    table = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f"<div class='report'><table>{table}</table></div>"

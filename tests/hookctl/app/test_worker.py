@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hookctl.app.drawing import Stopped
-from hookctl.app.telling import bar, failed, stopped, summed, waiting
+from hookctl.app.telling import bar, failed, report, stopped, summed, waiting
 from hookctl.app.worker import Done, Say, Shown, Step, Waiting, worked
 from hookctl.errors import InputError
 
@@ -115,3 +115,5 @@ def test_messages(capsys: pytest.CaptureFixture[str]) -> None:
     assert "ZeroDivisionError" in capsys.readouterr().err  # whole, in the terminal
     made: Any = type("Made", (), {"notes": {1: "x"}})
     assert "1 card changed nothing" in summed(made)
+    assert "<td>PAG</td><td>&lt;down&gt;</td>" in report([("PAG", "<down>", "", "0-1", "sdpa", "")])
+    assert "No card touched" in report([])
