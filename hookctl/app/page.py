@@ -106,9 +106,7 @@ class _Page(Layout):
                 self._reword, [self.person, self.tick, self.prompt, self.edit], self.tick, **quiet
             )
         self.upload.upload(self._fitted, self.upload, self.upload, **quiet)
-        self.canvas.input(
-            self._boxes, [self.canvas, self.person, *self.inputs], None, queue=False, **quiet
-        )
+        self.canvas.input(self._boxes, [self.canvas, *every], self.tick, queue=False, **quiet)
         self.run.click(
             self._run,
             every,
@@ -171,8 +169,13 @@ class _Page(Layout):
             self._look_over, self.inputs,
         )  # fmt: skip
 
-    def _boxes(self, value: Any, person: Person, *values: Any) -> None:
+    def _boxes(self, value: Any, person: Person, tick: int, *values: Any) -> int:
+        """What was drawn; cards that missed a box are looked over again."""
         person.set_boxes((value or {}).get("boxes"))
+        before = person.notes
+        if before:
+            self._look_over(person, *values)
+        return tick + (before != person.notes)
 
     def _fitted(self, image: Any) -> Any:
         return None if image is None else pictures.fitted(image, drawing.size_of(self.desk.pipe))
