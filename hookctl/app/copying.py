@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from hookctl.preset import FILLED, EditorSpec, Preset, dump_preset, parameters
+from hookctl.preset import FILLED, EditorSpec, HookSpec, Preset, dump_preset, parameters
 
 PICTURE = "picture.png"  # what a text calls the picture that was given
 _SHAPES = "shapes"
@@ -64,7 +63,7 @@ def _pipeline(model: str, device: str, dtype: str) -> list[str]:
     ]
 
 
-def _drawn(run: Mapping[str, Any]) -> list[str]:
+def _drawn(run: Mapping[str, object]) -> list[str]:
     guidance = f"guidance_scale={run['guidance']!r}, " if "guidance" in run else ""
     return [
         f'noise = [torch.Generator("cpu").manual_seed({run["seed"]}) for _ in prompts]',
@@ -98,11 +97,8 @@ def _editor(spec: EditorSpec) -> str:
     return f"{spec.recipe}({', '.join(given)})"
 
 
-def _hook(hook: Any) -> str:
-    given = dict(hook.arguments)
-    if hook.strength is not None:
-        given["strength"] = hook.strength
-    said = "".join(f", {name}={value!r}" for name, value in given.items())
+def _hook(hook: HookSpec) -> str:
+    said = "".join(f", {name}={value!r}" for name, value in hook.arguments.items())
     return f"hookctl.learned.load({hook.path!r}, pipe{said})"
 
 

@@ -119,8 +119,9 @@ def _field(parameter: inspect.Parameter, hint: Any, help: str, areas: bool) -> F
         return Field(name, "switch", given, help)
     if choices := _choices(hint, given, help):
         return Field(name, "choice", OWN if given is None else given, help, choices=choices)
-    if float in hints or int in hints:
-        return _number(name, given, help, float not in hints)
+    if float in hints or int in hints or isinstance(given, int | float):
+        whole = float not in hints and not isinstance(given, float)
+        return _number(name, given, help, whole)
     if isinstance(given, str):
         return Field(name, "text", given, help)
     if name == "sites":
@@ -222,7 +223,7 @@ def argument(field: Field, value: Any, context: Context, where: str) -> Any:
     if field.kind == "words":
         return _words(field, list(value or ()), context)
     if field.kind == "value":
-        return _read(value, where)
+        return None if value == field.default else _read(value, where)
     if field.kind == "number" and value is None:
         raise InputError(f"{where}: is empty; give a number, such as {field.default:g}")
     if field.whole and isinstance(value, float) and value.is_integer():

@@ -33,9 +33,10 @@ def options_by_name(
         while name in named:
             name = f"{name} (again)"
         taken = {key: one for key, one in options_of(kind).items() if key not in _OF_RUN}
-        if hook.strength is not None and "strength" in taken:
-            taken["strength"] = taken["strength"].replace(default=hook.strength)
-        doc = f"Learned weights: {kind.name}.\n\n{inspect.getdoc(_editor_of(builder)) or ''}"
+        strength = "scale" if "scale" in taken else "strength"  # IP-Adapters call it so
+        if hook.strength is not None and strength in taken:
+            taken[strength] = taken[strength].replace(default=hook.strength)
+        doc = f"Learned weights of the kind {kind.name}.\n\n{inspect.getdoc(_editor_of(builder)) or ''}"
         named[name], options[name] = hook, (taken, hints, doc)
     return named, options
 

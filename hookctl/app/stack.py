@@ -120,8 +120,10 @@ def preset_of(
         table = arguments_of(kinds.forms[card.kind], card.values, context, where)
         if card.kind in kinds.hooks:
             given = kinds.hooks[card.kind]
-            strength = table.pop("strength", given.strength)
-            hooks.append(HookSpec(given.path, strength, table, where))
+            if given.strength is not None:  # IP-Adapters call it their scale
+                scaled = any(one.name == "scale" for one in kinds.forms[card.kind].fields)
+                table.setdefault("scale" if scaled else "strength", given.strength)
+            hooks.append(HookSpec(given.path, None, table, where))
             continue
         cls = kinds.recipes[card.kind]
         checked = check_arguments(table, cls, where, "editor")

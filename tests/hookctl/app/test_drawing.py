@@ -224,7 +224,7 @@ def test_learned_weights_are_cards(tmp_path: Path, pipe: Any) -> None:
     assert list(named) == ["ip.bin"] and "ip.bin" in kinds.forms
     fields = {field.name for field in kinds.forms["ip.bin"].fields}
     assert "scale" in fields and not fields & {"image", "prompts", "weights"}
-    assert kinds.forms["ip.bin"].summary.startswith("Learned weights: ip-adapter")
+    assert kinds.forms["ip.bin"].summary == "Learned weights of the kind ip-adapter."
 
 
 # -- pictures --------------------------------------------------------------------------------------

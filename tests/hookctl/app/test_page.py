@@ -114,11 +114,13 @@ def choose(page: Any, where: str, text: str) -> None:
 
 
 def draw(page: Any) -> None:
+    """Press the button, and wait for how it ends."""
+    page.evaluate("document.querySelector('#status p')?.setAttribute('data-before', '')")
     page.click("#run")
     page.wait_for_function(
         "() => !document.querySelector('#run').disabled"
         " && !document.querySelector('#status .bar')"
-        " && document.querySelector('#status p')"
+        " && document.querySelector('#status p:not([data-before])')"
     )
 
 

@@ -54,7 +54,8 @@ def test_without_cards_a_stack_only_reads_maps(kinds: Kinds) -> None:
 def test_learned_weights_are_named_by_who_started_the_page(kinds: Kinds) -> None:
     found = preset(kinds, Card("tint.bin", {"rounds": 5}))
     assert not found.specs
-    assert found.hooks == (HookSpec("folder/tint.bin", 0.5, {"rounds": 5}, "card 1 (tint.bin)"),)
+    said = {"rounds": 5, "scale": 0.5}
+    assert found.hooks == (HookSpec("folder/tint.bin", None, said, "card 1 (tint.bin)"),)
     with pytest.raises(InputError, match="is not known"):
         preset(kinds, Card("folder/other.bin"))
 
@@ -150,7 +151,7 @@ def test_the_program_is_a_program(kinds: Kinds) -> None:
     text = as_python(made, "cuda", "float16")
     compile(text, "copied.py", "exec")
     assert "PAG(sites='self')" in text and 'device="cuda", dtype=torch.float16' in text
-    assert "hookctl.learned.load('folder/tint.bin', pipe, strength=0.5)" in text
+    assert "hookctl.learned.load('folder/tint.bin', pipe, scale=0.5)" in text
     assert "guidance_scale=3.0" in text
     own = as_python(preset(kinds, image=Image.new("RGB", (8, 8))))
     compile(own, "copied.py", "exec")
