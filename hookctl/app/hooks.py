@@ -36,7 +36,8 @@ def options_by_name(
         strength = "scale" if "scale" in taken else "strength"  # IP-Adapters call it so
         if hook.strength is not None and strength in taken:
             taken[strength] = taken[strength].replace(default=hook.strength)
-        doc = f"Learned weights of the kind {kind.name}.\n\n{inspect.getdoc(_editor_of(builder)) or ''}"
+        more = inspect.getdoc(_editor_of(builder)) or ""
+        doc = f"Learned weights of the kind {kind.name}.\n\n{more}"
         named[name], options[name] = hook, (taken, hints, doc)
     return named, options
 

@@ -96,11 +96,11 @@ def _note_elsewhere(url: str, wrong: list[str]) -> None:
         wrong.append(f"asked {url}")
 
 
-def shot(page: Any, name: str, **options: Any) -> None:
+def shot(page: Any, name: str) -> None:
     if SHOTS:
         page.mouse.move(2, 2)
         page.wait_for_timeout(700)
-        page.screenshot(path=Path(SHOTS, f"{name}.png"), **options)
+        page.screenshot(path=Path(SHOTS, f"{name}.png"), full_page=True)
 
 
 def set_number(page: Any, where: str, value: Any) -> None:
@@ -276,7 +276,7 @@ def test_a_narrow_screen_in_the_dark(opened: Callable[..., Any], desk: Any) -> N
     page = opened(390, 844, color_scheme="dark", has_touch=True)
     wide = page.evaluate("document.documentElement.scrollWidth")
     assert wide <= 390
-    shot(page, "narrow", full_page=True)
+    shot(page, "narrow")
 
 
 def test_own_picture(opened: Callable[..., Any], tmp_path: Path) -> None:
