@@ -133,8 +133,8 @@ def _widget(place: int, card: Card, field: Field, words: Sequence[str]) -> None:
     else:
         empty = "the boxes’" if field.kind in ("areas", "labels") else "the method’s own"
         made = gr.Textbox(value, placeholder=empty, max_lines=4, **common)
-    # A slider's keys and a number's arrows tell `change` alone.
-    made.change(partial(_keep, card, field.name), made, None, queue=False, show_progress="hidden")
+    # Not `change`, which widgets tell that are on their way out.
+    made.input(partial(_keep, card, field.name), made, None, queue=False, show_progress="hidden")
 
 
 def _keep(card: Card, name: str, value: Any) -> None:

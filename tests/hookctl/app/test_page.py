@@ -79,7 +79,7 @@ def opened(browser: Any, address: str) -> Iterator[Callable[..., Any]]:
         page = context.new_page()
         pages.append(page)
         page.set_default_timeout(PATIENCE)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("pageerror", lambda error: _note_error(str(error), wrong))
         page.on("request", lambda asked: _note_elsewhere(asked.url, wrong))
         page.goto(address)
         page.wait_for_selector("#card-1")
@@ -89,6 +89,16 @@ def opened(browser: Any, address: str) -> Iterator[Callable[..., Any]]:
     for page in pages:
         page.context.close()
     assert not wrong, wrong
+
+
+# Of gradio 6.31, when cards change their order: for a moment a group of checkboxes is given the value
+# of the widget that had its place, and then its own.
+_KNOWN = "props.value.includes is not a function"
+
+
+def _note_error(message: str, wrong: list[str]) -> None:
+    if _KNOWN not in message:
+        wrong.append(message)
 
 
 def _note_elsewhere(url: str, wrong: list[str]) -> None:
@@ -202,6 +212,9 @@ def test_boxes_say_what_is_where(opened: Callable[..., Any]) -> None:
     circle, square = found.find("circle"), found.find("square")
     assert circle is not None and square is not None, found
     assert circle.centre[0] < 64 < square.centre[0]
+    page.get_by_role("tab", name="Take it along").click()
+    page.wait_for_selector("#copy-toml .cm-content")
+    assert {"base = 0.4", "stop = 0.5"} < {*page.inner_text("#copy-toml").split("\n")}
 
 
 def drag(page: Any, x0: int, y0: int, x1: int, y1: int) -> None:
