@@ -91,8 +91,8 @@ def opened(browser: Any, address: str) -> Iterator[Callable[..., Any]]:
     assert not wrong, wrong
 
 
-# Of gradio 6.31, when cards change their order: for a moment a group of checkboxes is given the value
-# of the widget that had its place, and then its own.
+# Of gradio 6.31, when cards change their order: for a moment a group of checkboxes is given the
+# value of the widget that had its place, and then its own.
 _KNOWN = "props.value.includes is not a function"
 
 
