@@ -43,9 +43,9 @@ class Layout:
             elem_id="head",
         )
         with gr.Row():
-            with gr.Column(scale=5, min_width=340):
+            with gr.Column(scale=5, min_width=290):
                 self._left()
-            with gr.Column(scale=7, min_width=340):
+            with gr.Column(scale=7, min_width=290):
                 self._right()
 
     def _left(self) -> None:

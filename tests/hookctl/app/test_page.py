@@ -305,7 +305,7 @@ def test_own_picture(opened: Callable[..., Any], tmp_path: Path) -> None:
     page.get_by_text("Your own picture").click()
     page.locator("#upload input[type=file]").set_input_files(str(file))
     page.wait_for_selector("#upload img")
-    set_number(page, "#steps", STEPS)
+    set_number(page, "#steps", 25)  # with fewer an inversion is not exact
     set_number(page, "#guidance", 3)
     draw(page)
     assert "Done" in status(page), status(page)
