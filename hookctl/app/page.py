@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -169,13 +170,14 @@ class _Page(Layout):
             self._look_over, self.inputs,
         )  # fmt: skip
 
-    def _boxes(self, value: Any, person: Person, tick: int, *values: Any) -> int:
+    def _boxes(self, value: Any, person: Person, tick: int, *values: Any) -> Any:
         """What was drawn; cards that missed a box are looked over again."""
         person.set_boxes((value or {}).get("boxes"))
         before = person.notes
         if before:
             self._look_over(person, *values)
-        return tick + (before != person.notes)
+        # Two of these may run at once: a number of its own, or the later would change nothing.
+        return time.monotonic_ns() if before != person.notes else gr.skip()
 
     def _fitted(self, image: Any) -> Any:
         return None if image is None else pictures.fitted(image, drawing.size_of(self.desk.pipe))
