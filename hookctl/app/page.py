@@ -107,7 +107,8 @@ class _Page(Layout):
                 self._reword, [self.person, self.tick, self.prompt, self.edit], self.tick, **quiet
             )
         self.upload.upload(self._fitted, self.upload, self.upload, **quiet)
-        self.canvas.input(self._boxes, [self.canvas, *every], self.tick, queue=False, **quiet)
+        self.canvas.input(self._boxes, [self.canvas, self.person], None, queue=False, **quiet)
+        self.canvas.input(self._mended, [*every[:2], self.canvas, *self.inputs], self.tick, **quiet)
         self.run.click(
             self._run,
             every,
@@ -170,11 +171,15 @@ class _Page(Layout):
             self._look_over, self.inputs,
         )  # fmt: skip
 
-    def _boxes(self, value: Any, person: Person, tick: int, *values: Any) -> Any:
-        """What was drawn; cards that missed a box are looked over again."""
+    def _boxes(self, value: Any, person: Person) -> None:
+        """What was drawn; at once, so that a press of the button finds it."""
         person.set_boxes((value or {}).get("boxes"))
+
+    def _mended(self, person: Person, tick: int, value: Any, *values: Any) -> Any:
+        """Cards that missed a box are looked over again."""
         before = person.notes
         if before:
+            self._boxes(value, person)
             self._look_over(person, *values)
         # Two of these may run at once: a number of its own, or the later would change nothing.
         return time.monotonic_ns() if before != person.notes else gr.skip()
