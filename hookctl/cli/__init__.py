@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 import hookctl
-from hookctl.cli import batch, bench, demo, inspect, maps, run
+from hookctl.cli import app, batch, bench, demo, inspect, maps, run
 from hookctl.cli.common import Formatter
 from hookctl.errors import HookctlError, InputError
 
@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"hookctl {hookctl.__version__}")
     commands = top.add_subparsers(metavar="COMMAND", required=True, dest="command")
-    for module in (demo, run, inspect, maps, batch, bench):
+    for module in (demo, run, inspect, maps, app, batch, bench):
         module.add(commands)
     return top
 

@@ -30,6 +30,8 @@ COMMANDS = (
     ["batch", "none.toml"],
     ["batch", "replay"],
     ["bench", "flight"],
+    ["app", "no/such/folder"],
+    ["app", "shapes", "--hook", "none.bin:0.5"],
 )
 
 

@@ -1,0 +1,295 @@
+"""Forms of editors, made from their signatures, type hints and docstrings.
+
+A form holds a `Field` for each argument that a file may give (`FILLED` are the run's). A field
+holds what its widget does: a number, a truth value, words or a text; `argument` makes of it what a
+preset's table holds.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args, get_origin
+
+from hookctl.errors import InputError
+from hookctl.preset import FILLED, parameters
+from hookctl.preset.check import near
+from hookctl.preset.signature import hints_of
+from hookctl.preset.write import text as toml
+
+Kind = Literal["switch", "slider", "number", "choice", "words", "areas", "labels", "text", "value"]
+
+# No form can hold these: tensors, generators, models and the paths of files.
+_NOT_HERE = ("path", "generator", "layout", "layout_arguments", "clip", "maps")
+# Fractions, whatever recipe they are of.
+_FRACTIONS = frozenset(
+    "start stop base edge share fidelity threshold decay alone rate quantile top cross_replace "
+    "self_replace self_resolution blend_start blend_threshold path_start path_stop bootstrap "
+    "back".split()
+)
+_GAINS = ("scale", "strength", "rho", "sigma")
+_FIRST = ("strength", "scale", "start", "stop")  # what is seen before "More" is opened
+OWN = "the method's own"
+
+
+@dataclass(frozen=True)
+class Field:
+    """One argument as a widget.
+
+    default: what the widget holds at first; help: of the docstring; low, high: of a slider;
+    choices: of a choice; needed: the argument has no default; whole: a number without fractions;
+    named: boxes under their texts; early: it is shown before "More" is opened.
+    """
+
+    name: str
+    kind: Kind
+    default: Any
+    help: str = ""
+    low: float = 0.0
+    high: float = 1.0
+    choices: tuple[str, ...] = ()
+    needed: bool = False
+    whole: bool = False
+    named: bool = False
+    early: bool = False
+
+    @property
+    def title(self) -> str:
+        return {"start": "from", "stop": "until"}.get(self.name, self.name.replace("_", " "))
+
+
+@dataclass(frozen=True)
+class Form:
+    """Of one editor. summary: the first sentence of its docstring."""
+
+    name: str
+    summary: str
+    fields: tuple[Field, ...]
+
+    @property
+    def has_areas(self) -> bool:
+        return any(field.kind == "areas" for field in self.fields)
+
+
+def form_of(cls: type, doc: str | None = None) -> Form:
+    """The form of a recipe."""
+    return form(cls.__name__, parameters(cls), hints_of(cls), _docs(cls) if doc is None else doc)
+
+
+def form(
+    name: str,
+    taken: Mapping[str, inspect.Parameter],
+    hints: Mapping[str, Any],
+    doc: str,
+) -> Form:
+    """A form of parameters, their hints and what a docstring says of them."""
+    skipped = (*FILLED["editor"], *_NOT_HERE)
+    helps = helps_of(doc, list(taken))
+    areas = any(part in taken for part in ("regions", "boxes"))
+    fields = [
+        _field(parameter, hints.get(key, Any), helps.get(key, ""), areas)
+        for key, parameter in taken.items()
+        if key not in skipped
+    ]
+    early = [field for field in fields if field.needed or field.name in _FIRST]
+    if not any(field.name in _GAINS[:2] for field in early):  # what else says how strong it is
+        early += [f for f in fields if f.kind in ("slider", "number") and f not in early][:1]
+    if "blend" in taken:
+        early += [field for field in fields if field.name == "blend"]
+    return Form(name, summary(doc), tuple(replace(f, early=f in early) for f in fields))
+
+
+def _field(parameter: inspect.Parameter, hint: Any, help: str, areas: bool) -> Field:
+    name, default = parameter.name, parameter.default
+    needed = default is inspect.Parameter.empty
+    several = parameter.kind is parameter.VAR_POSITIONAL
+    given = None if needed else default
+    hints = get_args(hint) or (hint,)
+    if name in ("regions", "boxes"):
+        named = isinstance(get_origin(hint), type) and issubclass(get_origin(hint), Mapping)
+        return Field(name, "areas", "", help, needed=needed, named=named)
+    if areas and name in ("texts", "words", "phrases"):
+        return Field(name, "labels", "", help, needed=needed)
+    if name in ("words", "blend", "subtract"):
+        return Field(name, "words", [], help, needed=needed and not several)
+    if isinstance(given, bool):
+        return Field(name, "switch", given, help)
+    if choices := _choices(hint, given, help):
+        return Field(name, "choice", OWN if given is None else given, help, choices=choices)
+    if float in hints or int in hints or isinstance(given, int | float):
+        whole = float not in hints and not isinstance(given, float)
+        return _number(name, given, help, whole)
+    if isinstance(given, str):
+        return Field(name, "text", given, help)
+    if name == "sites":
+        return Field(name, "text", "", help)
+    return Field(name, "value", "" if given in (None, ()) else toml(given), help, needed=needed)
+
+
+def _number(name: str, given: Any, help: str, whole: bool) -> Field:
+    if given is None or isinstance(given, list | tuple) or given in (float("inf"),):
+        return Field(name, "value", "" if given is None else toml(given), help)
+    if name in _FRACTIONS:
+        return Field(name, "slider", float(given), help)
+    if name in _GAINS and not whole:
+        return Field(name, "slider", float(given), help, high=10.0 if given <= 5 else 5.0 * given)
+    return Field(name, "number", given, help, whole=whole)
+
+
+def _choices(hint: Any, given: Any, help: str) -> tuple[str, ...]:
+    """The texts that will do: of the hint, else those in quotes in the docstring."""
+    for part in (hint, *get_args(hint)):
+        if get_origin(part) is Literal:
+            own = (OWN,) if given is None else ()
+            return (*own, *map(str, get_args(part)))
+    if isinstance(given, str) and str in (hint, *get_args(hint)):
+        quoted = dict.fromkeys(re.findall(r'"([\w-]+)"', help))
+        if given in quoted and len(quoted) > 1:
+            return tuple(quoted)
+    return ()
+
+
+# -- what docstrings say ---------------------------------------------------------------------------
+
+
+def _docs(cls: type) -> str:
+    """Of a class and of those that it hands its **options to."""
+    return "\n\n".join(
+        inspect.cleandoc(one.__doc__) for one in cls.__mro__ if one.__doc__ and one is not object
+    )
+
+
+def summary(doc: str) -> str:
+    """The first sentence."""
+    first = " ".join(doc.strip().partition("\n\n")[0].split())
+    return re.split(r"(?<=[.:])\s", first)[0].rstrip(":")
+
+
+def helps_of(doc: str, names: Sequence[str]) -> dict[str, str]:
+    """name -> what a docstring says of it, in lines such as "scale, shift: of the mask"."""
+    if not names:
+        return {}
+    any_name = "|".join(map(re.escape, names))
+    listed = re.compile(rf"(?:(?<=^)|(?<=[.;\n] )|(?<=\n))((?:{any_name})(?:, (?:{any_name}))*): ")
+    found: dict[str, str] = {}
+    for paragraph in re.split(r"\n\s*\n", doc):
+        text = "\n".join(line.strip() for line in paragraph.splitlines())
+        marks = list(listed.finditer(text))
+        for mark, after in zip(marks, [*marks[1:], None], strict=False):
+            said = " ".join(text[mark.end() : after.start() if after else None].split())
+            for name in mark[1].split(", "):
+                found.setdefault(name, said.rstrip(";"))
+    return found
+
+
+# -- what a preset's table holds -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Context:
+    """What fields are about: the boxes that were drawn ("box:0,0,0.5,1"), their texts, and which
+    words each prompt has."""
+
+    areas: Sequence[str] = ()
+    labels: Sequence[str] = ()
+    prompts: Sequence[str] = ()
+    has: Callable[[str, str], bool] = lambda prompt, word: word in prompt.split()
+
+
+def arguments_of(form: Form, values: Mapping[str, Any], context: Context, where: str) -> dict:
+    """The table of an editor; what is as by default is left out.
+
+    InputError, led by `where`, for a field whose value can't be read.
+    """
+    fields = {field.name: field for field in form.fields}
+    for name in values:
+        if name not in fields:
+            raise InputError(f"{where}: has no {name!r}{near(name, fields)}")
+    found = {}
+    for name, field in fields.items():
+        value = argument(field, values.get(name, field.default), context, f"{where} {name}")
+        if value is not None:
+            found[name] = value
+    return found
+
+
+def argument(field: Field, value: Any, context: Context, where: str) -> Any:
+    """What a field's value is in a table; None for what is left to the recipe."""
+    if field.kind in ("areas", "labels"):
+        return _drawn(field, value, context, where)
+    if field.kind == "words":
+        return _words(field, list(value or ()), context)
+    if field.kind == "value":
+        return None if value == field.default else _read(value, where)
+    if field.kind == "number" and value is None:
+        raise InputError(f"{where}: is empty; give a number, such as {field.default:g}")
+    if field.whole and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if value == field.default or (field.kind == "choice" and value == OWN):
+        return None
+    return value
+
+
+def _drawn(field: Field, value: Any, context: Context, where: str) -> Any:
+    """The boxes or their texts, unless the field says others itself."""
+    if (own := _read(value, where)) is not None:
+        return own
+    found = context.areas if field.kind == "areas" else context.labels
+    if not found:
+        if field.needed:
+            raise InputError(f"{where}: there is no box yet; draw one on the picture")
+        return None
+    if field.name == "boxes":  # of learned weights, which take numbers
+        return [[float(x) for x in area.removeprefix("box:").split(",")] for area in found]
+    if (field.kind == "labels" or field.named) and not all(context.labels):
+        number = [*map(bool, context.labels)].index(False) + 1
+        raise InputError(f"{where}: box {number} has no text; write what belongs there beside it")
+    return dict(zip(context.labels, found, strict=True)) if field.named else list(found)
+
+
+def _words(field: Field, words: list[str], context: Context) -> Any:
+    """Words, for a local blend those of each prompt."""
+    if not words:
+        return None
+    if field.name in ("blend", "subtract") and len(context.prompts) > 1:
+        return [[w for w in words if context.has(prompt, w)] for prompt in context.prompts]
+    return words
+
+
+def _read(value: Any, where: str) -> Any:
+    """A value as TOML writes it; None if there is none."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        found = tomllib.loads(f"value = {value.strip()}")["value"]
+    except (tomllib.TOMLDecodeError, RecursionError, ValueError):
+        wanted = 'a number, true, "a text", [a, list] or {a = 1}'
+        raise InputError(f"{where}: {value!r} can't be read; write {wanted}") from None
+    if any(re.match(r"\s*([^:=]+=)?\s*mask\s*:", text) for text in _texts(found)):
+        raise InputError(f"{where}: files are not read for a page; draw a box instead")
+    return found
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
+
+
+def held(field: Field, value: Any) -> Any:
+    """What a field's widget holds for a value of a table: the reverse of `argument`."""
+    if field.kind == "words":
+        flat: list[str] = []
+        for item in [value] if isinstance(value, str) else value:
+            flat += [item] if isinstance(item, str) else item or []
+        return list(dict.fromkeys(flat))
+    if field.kind in ("areas", "labels", "value"):
+        return toml(value)
+    return value

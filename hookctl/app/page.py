@@ -1,0 +1,280 @@
+"""The page: what its buttons do, and how it is served. It needs gradio, the extra "app"."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from hookctl.app.layout import ASK, CSS, Layout, canvas_of  # isort: skip  (before gradio)
+
+import gradio as gr
+
+from hookctl.app import cards, copying, drawing, pictures, worker
+from hookctl.app.person import Desk, Person, examples, looked_over
+from hookctl.app.telling import bar, failed, report, stopped, summed, waiting
+from hookctl.cli.stacks import PRESETS
+from hookctl.errors import HookctlError
+
+_FIRST = "A word swapped, and nothing outside the named object may change (local blend)"
+_TRIES = 5  # of asking the server whether it runs, 3 s each: on a busy machine it takes longer
+
+
+def serve(desk: Desk, *, port: int | None = None, browser: bool = True) -> None:
+    """Serve the page to this machine until it is interrupted."""
+    folder = tempfile.mkdtemp(prefix="hookctl-app-")
+    os.environ["GRADIO_TEMP_DIR"] = folder
+    page = build(desk)
+    try:
+        launched(page, port=port, browser=browser)
+        print(f"hookctl: the page is at {page.local_url} (Ctrl-C ends it)", file=sys.stderr)
+        page.block_thread()
+    finally:
+        for stop in list(desk.stops.values()):
+            stop.set()
+        page.close(verbose=False)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def launched(page: gr.Blocks, *, port: int | None = None, browser: bool = False) -> str:
+    """Serve the page in threads of its own; its address."""
+    font = ["system-ui", "sans-serif"]
+    theme = gr.themes.Default(
+        primary_hue="blue", font=font, font_mono=["ui-monospace", "monospace"]
+    ).set(
+        body_text_color_subdued="*neutral_500",
+        body_text_color_subdued_dark="*neutral_300",
+        block_info_text_color="*neutral_500",
+        block_info_text_color_dark="*neutral_300",
+    )
+    page.queue(default_concurrency_limit=20)
+    for left in reversed(range(_TRIES)):
+        try:
+            page.launch(
+                server_name="127.0.0.1",
+                server_port=port,
+                share=False,
+                inbrowser=browser,
+                prevent_thread_lock=True,
+                quiet=True,
+                footer_links=[],
+                run_history=False,
+                ssr_mode=False,
+                theme=theme,
+                css=CSS,
+            )
+            break
+        except ValueError as error:  # it answered late: it runs, and is asked again
+            if not left or "localhost" not in str(error):
+                raise
+    return str(page.local_url)
+
+
+def build(desk: Desk) -> gr.Blocks:
+    """The page of a pipeline."""
+    return _Page(desk).blocks
+
+
+class _Page(Layout):
+    """The widgets, and what is done with them."""
+
+    def __init__(self, desk: Desk) -> None:
+        super().__init__(desk, examples(PRESETS, desk.kinds), _FIRST)
+        with self.blocks:
+            self._wire()
+
+    def _wire(self) -> None:
+        self.inputs = [
+            self.prompt, self.edit, self.seed, self.steps, self.guidance, self.upload,
+        ]  # fmt: skip
+        quiet = {"show_progress": "hidden"}
+        with self.cards:
+            gr.render([self.person, self.prompt, self.edit], triggers=[self.tick.change], **quiet)(
+                self._show_cards
+            )
+        every = [self.person, self.tick, *self.inputs]
+        self.blocks.load(self._take, [self.example, self.person, self.tick], self._taken(), **quiet)
+        self.example.input(
+            self._take, [self.example, self.person, self.tick], self._taken(), **quiet
+        )
+        self.kind.select(self._add, [self.kind, *every], [self.kind, self.tick], **quiet)
+        for text in (self.prompt, self.edit):  # cards offer their words
+            text.blur(
+                self._reword, [self.person, self.tick, self.prompt, self.edit], self.tick, **quiet
+            )
+        self.upload.upload(self._fitted, self.upload, self.upload, **quiet)
+        self.canvas.input(self._boxes, [self.canvas, self.person], None, queue=False, **quiet)
+        self.canvas.input(self._mended, [*every[:2], self.canvas, *self.inputs], self.tick, **quiet)
+        self.run.click(
+            self._run,
+            every,
+            [
+                self.run, self.stop, self.status, self.source, self.edited, self.canvas, self.tick,
+                self.no_maps, self.of_maps, self.word, self.step, self.map, self.looks,
+                self.report, *self.texts.values(),
+            ],
+            concurrency_limit=20,
+            **quiet,
+        )  # fmt: skip
+        self.stop.click(self._stop, None, None, queue=False, **quiet)
+        seen = [self.person, self.word, self.step]
+        for changed in (self.word.input, self.step.change):
+            changed(self._look, seen, [self.map, self.looks], trigger_mode="always_last", **quiet)
+        self.map.select(self._point, seen, self.looks, **quiet)
+        self.blocks.unload(self._stop)
+
+    def _taken(self) -> list[Any]:
+        return [
+            self.person, self.prompt, self.edit, self.seed, self.steps, self.guidance, self.canvas,
+            self.tick,
+        ]  # fmt: skip
+
+    def _take(self, name: str, person: Person, tick: int) -> list[Any]:
+        """An example in place of what was there."""
+        wanted = self.examples.get(name) or self.first
+        person = person or Person()
+        person.take(wanted)
+        guidance = wanted.guidance or 7.5
+        return [
+            person, wanted.prompt, wanted.edit, wanted.seed, wanted.steps, guidance,
+            canvas_of(person), tick + 1,
+        ]  # fmt: skip
+
+    def _add(self, kind: str, person: Person, tick: int, *values: Any) -> tuple[None, int]:
+        if kind in self.desk.kinds.forms:
+            person.cards.append(cards.Card(kind))
+            self._look_over(person, *values)
+        return None, tick + 1
+
+    def _look_over(self, person: Person, *values: Any) -> None:
+        try:
+            looked_over(self.desk, person, person.wanted(*values))
+        except HookctlError as error:
+            person.note(error)
+
+    def _reword(self, person: Person, tick: int, prompt: str, edit: str) -> int:
+        """The cards are drawn anew if the words that they offer are others now."""
+        return tick + (person.words != self._words(prompt, edit))
+
+    def _words(self, *prompts: str) -> list[str]:
+        found = [word for text in prompts for word in drawing.words(self.desk.pipe, text)]
+        return list(dict.fromkeys(found))
+
+    def _show_cards(self, person: Person, prompt: str, edit: str) -> None:
+        person.words = self._words(prompt, edit)
+        cards.show(
+            person, self.desk.kinds.forms, person.words, self.person, self.tick,
+            self._look_over, self.inputs,
+        )  # fmt: skip
+
+    def _boxes(self, value: Any, person: Person) -> None:
+        """What was drawn; at once, so that a press of the button finds it."""
+        person.set_boxes((value or {}).get("boxes"))
+
+    def _mended(self, person: Person, tick: int, value: Any, *values: Any) -> Any:
+        """Cards that missed a box are looked over again."""
+        before = person.notes
+        if before:
+            self._boxes(value, person)
+            self._look_over(person, *values)
+        # Two of these may run at once: a number of its own, or the later would change nothing.
+        return time.monotonic_ns() if before != person.notes else gr.skip()
+
+    def _fitted(self, image: Any) -> Any:
+        return None if image is None else pictures.fitted(image, drawing.size_of(self.desk.pipe))
+
+    def _stop(self, request: gr.Request) -> None:
+        stop = self.desk.stops.get(str(request.session_hash))
+        if stop is not None:
+            stop.set()
+
+    def _run(
+        self, request: gr.Request, person: Person, tick: int, *values: Any
+    ) -> Iterator[dict[Any, Any]]:
+        """Draw, and tell of it. Whatever happens, the page lives on."""
+        last: worker.Step | None = None
+        notes = dict(person.notes)
+        yield {self.run: gr.update(interactive=False), self.stop: gr.update(interactive=True),
+               self.status: bar("getting ready", 0, 1)}  # fmt: skip
+        for said in worker.drawn(self.desk, person, values, str(request.session_hash)):
+            if isinstance(said, worker.Step):
+                last = said
+                yield {self.status: bar(said.title, said.done, said.total)}
+            elif isinstance(said, worker.Waiting):
+                yield {self.status: waiting()}
+            elif isinstance(said, worker.Shown):
+                yield {self.source: said.value}
+            elif isinstance(said.error, drawing.Stopped):
+                yield {self.status: stopped(last)}
+            elif said.error is not None:
+                if isinstance(said.error, HookctlError):
+                    person.note(said.error)
+                yield {self.status: failed(said.error)}
+            else:
+                yield self._made(person)
+        changed = {self.tick: tick + 1} if person.notes != notes else {}
+        yield {self.run: gr.update(interactive=True), self.stop: gr.update(interactive=False),
+               **changed}  # fmt: skip
+
+    def _made(self, person: Person) -> dict[Any, Any]:
+        """What a run changes on the page."""
+        made = person.made
+        assert made is not None
+        texts = copying.as_texts(made.preset, self.desk.device, self.desk.dtype)
+        words = list(made.maps)
+        word = drawing.telling(made)
+        found: dict[Any, Any] = {
+            self.status: summed(made),
+            self.source: made.source,
+            self.edited: made.edited,
+            self.canvas: canvas_of(person),
+            self.report: report(made.rows),
+            self.no_maps: gr.update(visible=not words),
+            self.of_maps: gr.update(visible=True if words else "hidden"),
+            **{self.texts[name]: text for name, text in texts.items()},
+        }
+        if words:
+            steps = len(made.maps[word])
+            found |= {
+                self.word: gr.update(choices=words, value=word),
+                self.step: gr.update(maximum=steps, value=0),
+                self.map: pictures.map_picture(
+                    made.edited, made.maps, word, None, made.wanted.boxes
+                ),
+                self.looks: ASK,
+            }
+            person.place = None
+        return found
+
+    def _look(self, person: Person, word: str, step: float) -> tuple[Any, Any]:
+        """The map of a word at a step, and what the place that was clicked looks at then."""
+        made = person.made
+        if made is None or word not in made.maps:
+            return gr.skip(), gr.skip()
+        at = _at(step, len(made.maps[word]))
+        drawn = pictures.map_picture(made.edited, made.maps, word, at, made.wanted.boxes)
+        return drawn, self._attended(person, at)
+
+    def _point(self, person: Person, word: str, step: float, event: gr.SelectData) -> Any:
+        made = person.made
+        if made is None or word not in made.maps:
+            return gr.skip()
+        width, height = pictures.map_size(made.edited)
+        x, y = event.index
+        person.place = min(max(x / width, 0.0), 1.0), min(max(y / height, 0.0), 1.0)
+        return self._attended(person, _at(step, len(made.maps[word])))
+
+    def _attended(self, person: Person, at: int | None) -> Any:
+        if person.place is None or person.made is None:
+            return gr.skip()
+        found = pictures.attended(person.made.maps, *person.place, at)
+        return pictures.bars(found, *person.place)
+
+
+def _at(step: float, steps: int) -> int | None:
+    """Which step a slider means; None for the mean of all."""
+    return None if step < 1 else min(int(step), steps) - 1
