@@ -83,7 +83,7 @@ class IdentityTask:
     """Learns to draw a look that a picture shows."""
 
     others: tuple[str, ...] = ("image_proj.latents", "image_proj.proj_in", "ip_adapter")
-    rate = 2e-3
+    rate, stages = 2e-3, ()
 
     def __init__(self, base: Base) -> None:
         self.base = base

@@ -87,7 +87,7 @@ class IdentityEncoderTask:
     """Learns what makes two pictures show the same look."""
 
     others: tuple[str, ...] = ("layers.0", "attend", "read")
-    rate = 2e-3
+    rate, stages = 2e-3, ()
 
     def __init__(self, base: Base) -> None:
         self.base = base
