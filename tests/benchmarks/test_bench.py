@@ -145,7 +145,7 @@ def test_what_lets_nothing_watch_it_is_timed_all_the_same() -> None:
     assert "flex" in report.text([one])
 
 
-@pytest.mark.slow  # whole runs of nine pairs
+@pytest.mark.long  # whole runs of every peer
 def test_the_peers_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = dict(bench_steps.OPTIONS["reduced SD1.5"], block_out_channels=(32, 32, 32, 32))
     monkeypatch.setitem(bench_steps.OPTIONS, "reduced SD1.5", tiny)

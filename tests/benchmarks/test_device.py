@@ -23,7 +23,7 @@ def few(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long  # every stage, each small
 def test_every_stage_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few(
         monkeypatch, "kernels: region attention, 128", "steps: tiny regions", "compiled: tiny P2P",

@@ -46,7 +46,7 @@ def test_the_path_is_that_of_the_published_code() -> None:
         torch.testing.assert_close(given.double(), expected, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long  # many rounds a step
 def test_refined_it_is_exact_on_a_trained_model() -> None:
     """The fixed point needs a model that does not change wildly with its input."""
     pipe = hookctl.load_shapes()

@@ -249,7 +249,7 @@ def test_images_are_resized() -> None:
     assert drawn.pasted.images[0].size == (64, 64) and drawn.pasted.cells == (1, 0, 8, 8)
 
 
-@pytest.mark.slow
+@pytest.mark.long  # several whole runs
 def test_the_flow_carries_the_background_of_an_image() -> None:
     """On the embedded pipeline: into the scene with it, and not when it is turned about."""
     pipe = hookctl.load_shapes()

@@ -250,7 +250,7 @@ def drawn(pipe: Any, *edits: hookctl.Editor) -> Drawn:
     return torch.stack(maps).mean(0), float((left - right).mean())
 
 
-@pytest.mark.slow
+@pytest.mark.long  # an energy a step
 def test_attention_and_objects_go_where_the_boxes_are() -> None:
     pipe = hookctl.load_shapes()
     plain, side = drawn(pipe)
