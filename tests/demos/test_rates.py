@@ -15,8 +15,8 @@ from hookctl.demos.judges import JUDGES, Drawn
 from hookctl.demos.shapes.render import drawn as rendered
 from hookctl.demos.shapes.world import Scene, Thing
 
-# Presets whose energies, tiles, fits, cycles or inversions take as long as many images, and those that
-# are much like another one.
+# Presets whose energies, tiles, fits, cycles or inversions take as long as many images, and those
+# that are much like another one.
 DEAR = {
     "attend_and_excite", "box_diff", "cyclic_one_way", "ddim_inversion", "edit_friendly_ddpm",
     "imagic", "instances", "layout_guidance", "multi_diffusion", "multi_instance_sampler",
