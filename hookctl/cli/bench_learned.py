@@ -181,7 +181,7 @@ class LearnedRuns(Runs):
                 mixed = torch.zeros_like(x)
                 for i, (unet, told, nothing) in enumerate(models):
                     both = unet(torch.cat([seen, seen]), t, torch.cat([nothing, told])).sample
-                    u, c = both.chunk(2)
+                    u, c = both.split(len(seen))
                     mixed += shares[:, i : i + 1] * (u + GUIDANCE * (c - u))
                 x = scheduler.step(mixed, t, x).prev_sample
             return x
