@@ -162,7 +162,7 @@ def test_the_peers_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(bench_peers.absent()) <= {"attention-map-diffusers", "daam"}
 
 
-@pytest.mark.slow  # whole runs of four pairs
+@pytest.mark.long  # whole runs of four pairs, whose numbers tests/hookctl/learned compares too
 def test_trained_modules_agree_with_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = dict(bench_steps.OPTIONS["reduced SD1.5"], block_out_channels=(32, 32, 32, 32))
     monkeypatch.setitem(bench_steps.OPTIONS, "reduced SD1.5", tiny)

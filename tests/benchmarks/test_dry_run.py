@@ -24,6 +24,7 @@ from hookctl.kernels.common import launch_tables
 from hookctl.kernels.common.launch import Launch
 from hookctl.kernels.common.launch_tables import SINGLE
 from tests.benchmarks.pretended import ARCHS, DEVICE, Seen, pretended
+from tests.marks import examples
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU needs no pretence"),
@@ -31,6 +32,8 @@ pytestmark = [
 ]
 
 FUSED = (OURS, "plan triton", "kernel")
+# The others differ by their tables alone, whose every entry is compiled by tests/kernels.
+EVERY_ARCH = pytest.mark.parametrize("arch", examples(ARCHS, ["sm_90"]))
 
 
 def bench() -> Bench:
@@ -83,7 +86,7 @@ def test_every_kernel_beside_attention(arch: str, monkeypatch: pytest.MonkeyPatc
     assert {"_long", "_forward", "_of_keys", "_of_queries", *mixing} == seen.kernels
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@EVERY_ARCH
 def test_launches_for_every_head(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the kernels are given, for heads of every width, in the tiles of every chip."""
     monkeypatch.setattr(Bench, "given", given)
@@ -127,6 +130,7 @@ def test_calls_alike_launch_alike(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert runs[0] == runs[1], (case.name, name)
 
 
+@pytest.mark.long
 def test_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of an SDXL UNet with its largest attention alone: edits in every form, with the gradient."""
     fewer = {
@@ -154,7 +158,7 @@ def test_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"_short", "_forward"} <= seen.kernels
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@EVERY_ARCH
 def test_every_entry_can_be_tuned(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for those that no call can take, since another table has nothing for it."""
     monkeypatch.setattr(tuning, "candidates", lambda tile, work: [tile])

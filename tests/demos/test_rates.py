@@ -19,10 +19,9 @@ from hookctl.demos.shapes.world import Scene, Thing
 # that are much like another one.
 DEAR = {
     "attend_and_excite", "box_diff", "cyclic_one_way", "ddim_inversion", "edit_friendly_ddpm",
-    "imagic", "instances", "layout_guidance", "multi_diffusion", "multi_instance_sampler",
-    "negative_prompt_inversion", "null_text", "proximal_guidance", "real_compo", "recolour",
-    "selective_one_way", "stack_excite_pag", "stack_inverted_prompt_to_prompt",
-    "stack_masactrl_lora", "stack_real_compo_freeu", "stack_regions", "style_aligned",
+    "imagic", "instances", "layout_guidance", "multi_diffusion", "negative_prompt_inversion",
+    "null_text", "proximal_guidance", "real_compo", "selective_one_way", "stack_excite_pag",
+    "stack_inverted_prompt_to_prompt", "stack_masactrl_lora", "stack_real_compo_freeu",
 }  # fmt: skip
 
 RED, BLUE = Thing("circle", "red", centre=(32, 32)), Thing("square", "blue", centre=(96, 96))

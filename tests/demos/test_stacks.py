@@ -15,6 +15,7 @@ import hookctl
 from hookctl.cli.run import PRESETS
 from hookctl.demos import placing, stacked_edits, stacks, striped
 from hookctl.demos.layouts import draw_layout
+from tests.marks import examples
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +69,10 @@ def test_the_adapter_that_comes_along(pipe: Any) -> None:
         assert (found - wanted).norm() < 5e-3 * wanted.norm()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["Prompt-to-Prompt + FreeU", "MasaCtrl + LoRA"])
+STACKED = ["Prompt-to-Prompt + FreeU", "MasaCtrl + LoRA"]
+
+
+@pytest.mark.parametrize("name", examples(STACKED, STACKED[:1]))
 def test_costs(pipe: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every member of a stack is drawn alone and together, by the trained model."""
     monkeypatch.setitem(stacked_edits.COMMON, "num_inference_steps", 4)

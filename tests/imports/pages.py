@@ -52,8 +52,12 @@ def paste(page: Path) -> dict[str, Any]:
 
 
 def compiled(block: Block, page: Path) -> Any:
-    text = re.sub(r"\b((?:num_inference_)?steps)=\d+", rf"\1={STEPS}", block.text)
-    return compile(text, f"{page.name}, block {block.number}", "exec")
+    return compile(shortened(block.text), f"{page.name}, block {block.number}", "exec")
+
+
+def shortened(text: str, steps: int = STEPS) -> str:
+    """Code with fewer steps."""
+    return re.sub(r"\b((?:num_inference_)?steps\"?)( ?[=:] ?)\d+", rf"\1\g<2>{steps}", text)
 
 
 def error_of(block: Block, page: Path, names: dict[str, Any]) -> str:

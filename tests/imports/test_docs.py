@@ -28,6 +28,7 @@ from tests.imports.pages import (
     blocks_of,
     check_links,
     paste,
+    shortened,
 )
 
 PAGES = sorted(ROOT.glob("docs/*.md"))
@@ -126,10 +127,19 @@ def test_it_runs_with_a_tiny_model_in_its_place(
     exec(compile(text, f"{page.name}, block {block.number}", "exec"), {})
 
 
-@pytest.mark.slow  # drawn to the end
+@pytest.mark.parametrize(
+    "whole",
+    [
+        pytest.param(False, marks=pytest.mark.slow),
+        pytest.param(True, marks=pytest.mark.long),  # drawn to the end
+    ],
+    ids=["shortened", "whole"],
+)
 @pytest.mark.parametrize("script", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_run(script: Path, here: Path) -> None:
-    exec(compile(script.read_text("utf-8"), script.name, "exec"), {"__name__": "__main__"})
+def test_notebooks_run(script: Path, whole: bool, here: Path) -> None:
+    text = script.read_text("utf-8")
+    code = text if whole else shortened(text, 4)  # so that a window of 0.3 holds a step
+    exec(compile(code, script.name, "exec"), {"__name__": "__main__"})
     assert list(here.glob("*.png"))
 
 

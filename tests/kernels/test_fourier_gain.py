@@ -24,7 +24,7 @@ def by_transform(x: Tensor, gain: Tensor) -> Tensor:
     return torch.fft.ifftn(shifted, dim=(-2, -1)).real
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 7, 9), (1, 3, 2, 5), (1, 2, 2, 2), (1, 1, 33, 20)])
+@pytest.mark.parametrize("shape", [(2, 5, 7, 9), (1, 3, 2, 5), (1, 2, 2, 2), (1, 1, 17, 20)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_output_and_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, grad = random(*shape, dtype=dtype), random(*shape, seed=1, dtype=dtype)

@@ -13,6 +13,7 @@ from hookctl import control
 from hookctl.address.regions import Region
 from hookctl.address.text import TextLayout
 from hookctl.recipes import AttendAndExcite, BoxDiff, LayoutGuidance
+from tests.marks import examples
 from tests.recipes import literal_energies as literal
 from tests.recipes.runs import SD15, made, relative, with_scheduler
 
@@ -37,8 +38,10 @@ def drawn(pipe: Any, *editors: Any, steps: int = STEPS) -> Tensor:
 
 
 # Step 5 lies beyond max_iter = 3, where no step is updated any more.
-@pytest.mark.slow
-@pytest.mark.parametrize("thresholds", [{}, {0: 0.05, 2: 0.2, 5: 0.2}, {0: 0.99}])
+SOME = {0: 0.05, 2: 0.2, 5: 0.2}
+
+
+@pytest.mark.parametrize("thresholds", examples([{}, SOME, {0: 0.99}], [SOME]))
 def test_attend_and_excite(thresholds: dict[int, float]) -> None:
     pipe = made("sd15", torch.float64)
     shares = {(step + 0.5) / STEPS: value for step, value in thresholds.items()}
@@ -56,11 +59,11 @@ def test_attend_and_excite(thresholds: dict[int, float]) -> None:
         assert any(1 < n < 7 for n in taken)  # a threshold was reached
 
 
+OF_BOXES = {0: 0.03, 2: 0.06, 5: 0.2}
 BOXES = [[(0.1, 0.2, 0.7, 0.9), (0.4, 0.0, 1.0, 0.6)], [(0.05, 0.3, 0.9, 0.95)]]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("thresholds", [{}, {0: 0.03, 2: 0.06, 5: 0.2}])
+@pytest.mark.parametrize("thresholds", examples([{}, OF_BOXES], [OF_BOXES]))
 def test_box_diff(thresholds: dict[int, float]) -> None:
     pipe = made("sd15", torch.float64)
     shares = {(step + 0.5) / STEPS: value for step, value in thresholds.items()}

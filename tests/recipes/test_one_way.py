@@ -25,6 +25,7 @@ from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes import CyclicOneWay, OneWayFlow, SelectiveOneWay
 from hookctl.recipes.cyclic_one_way import DIVERSE, NEGATIVE, SUPPRESS
 from tests import zoo
+from tests.marks import examples
 from tests.recipes.literal_appearance import Call, Literal
 from tests.recipes.literal_one_way import Cow
 from tests.recipes.runs import made, relative
@@ -137,8 +138,10 @@ def test_cost_and_rows_of_the_suppression() -> None:
     assert rows == [2] * 7 + [2] * 5 + [4] * 2 + [2] * 5
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("texts", [{}, {"negative": "", "suppress": "", "diverse": "a dog"}])
+FURTHER = {"negative": "", "suppress": "", "diverse": "a dog"}
+
+
+@pytest.mark.parametrize("texts", examples([{}, FURTHER], [FURTHER]))
 def test_paper_is_the_official_code(texts: dict[str, str]) -> None:
     """In float64: a mask that cuts cells, two images, one generator for all noise."""
     pipe = SD15.make().to(torch.float64)

@@ -20,6 +20,7 @@ from hookctl.errors import ConflictError, InputError
 from hookctl.recipes.common.source_and_edits import SourceAndEdits
 from tests import zoo
 from tests.families.subjects import error
+from tests.marks import examples
 from tests.recipes.images import image
 
 SD15 = zoo.PIPELINES["sd15"]
@@ -185,9 +186,12 @@ def program_alone(name: str) -> Tensor:
     return PROGRAMS[name][0]()
 
 
-@pytest.mark.slow  # several runs for each of fifty pairs
-@pytest.mark.parametrize("name", PROGRAMS)
-@pytest.mark.parametrize("other", NAMES)
+# One of each kind: an energy, features, maps of a source, regions, a guidance.
+EVERYDAY = ("AttendAndExcite", "FreeU", "PromptToPrompt", "RegionalPrompts", "SAG")
+
+
+@pytest.mark.parametrize("name", PROGRAMS)  # several runs for each of fifty pairs
+@pytest.mark.parametrize("other", examples(NAMES, EVERYDAY))
 def test_programs_under_editors(name: str, other: str) -> None:
     act, without = PROGRAMS[name]
     if name == "Imagic" and isinstance(RECIPES[other](recipes), SourceAndEdits):

@@ -13,6 +13,7 @@ from torch import Tensor
 from hookctl import control
 from hookctl.recipes import PromptToPrompt
 from tests import zoo
+from tests.marks import examples
 from tests.recipes.literal_prompt_to_prompt import (
     TOKENS,
     Controller,
@@ -170,10 +171,12 @@ CASES: dict[str, tuple[list[str], list[str], dict[str, Any], dict[str, Any]]] = 
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "case"), [(name, key) for key, case in CASES.items() for name in case[0]]
-)
-@pytest.mark.slow  # float64 runs against the literal code on every family
+# float64 runs against the literal code on every family
+ON_FAMILIES = [(name, key) for key, case in CASES.items() for name in case[0]]
+TWICE = [(name, key) for name, key in ON_FAMILIES if name == "sd15" or key == "several edits"]
+
+
+@pytest.mark.parametrize(("name", "case"), examples(ON_FAMILIES, TWICE))
 def test_equals_the_official_matrices(name: str, case: str) -> None:
     _, prompts, ours, theirs = CASES[case]
     edit = PromptToPrompt(prompts, paper=True, **ours)

@@ -11,6 +11,7 @@ from torch import Tensor
 from hookctl.errors import InputError
 from hookctl.loop.images import encode
 from hookctl.recipes import MasaCtrl, NegativePromptInversion, ProximalGuidance
+from tests.marks import examples
 from tests.recipes.images import PROMPT, TARGET, image
 from tests.recipes.literal_appearance import Call, Literal
 from tests.recipes.literal_prox_edit import Loop
@@ -54,8 +55,7 @@ def pipe() -> Any:
     return pipe
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("prox", ["l0", "l1"])
+@pytest.mark.parametrize("prox", examples(["l0", "l1"], ["l1"]))
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_official_loop(pipe: Any, case: str, prox: str) -> None:
     prompts = [PROMPT, TARGET, OTHER]
@@ -96,11 +96,11 @@ class Injected:
         return torch.cat(out)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("uncond", "cond", "interp"),
-    [("joint", "src", 1.0), ("none", "src", 0.4), ("src", "joint", 0.0), ("src", "src", 1.0)],
-)
+WITH_MASACTRL = [("joint", "src", 1.0), ("none", "src", 0.4), ("src", "joint", 0.0),
+                 ("src", "src", 1.0)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("uncond", "cond", "interp"), examples(WITH_MASACTRL, WITH_MASACTRL[1:3]))
 def test_with_masactrl(pipe: Any, uncond: str, cond: str, interp: float) -> None:
     prompts = [PROMPT, TARGET]
     names = {"src": "source"}

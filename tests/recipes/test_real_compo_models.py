@@ -23,6 +23,7 @@ from hookctl.address.text import TextLayout
 from hookctl.errors import InputError
 from hookctl.recipes import FreeU, LayoutGuidance, RealCompo
 from tests import zoo
+from tests.marks import examples
 from tests.recipes.literal_real_compo import RealCompoLoop
 from tests.recipes.runs import SD15, TWO, relative
 from tests.recipes.test_real_compo import other
@@ -39,8 +40,7 @@ TOLERANCE = 1e-10  # float64; gradients count a million times
 # -- the official loop -----------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("plms", [False, True])
+@pytest.mark.parametrize("plms", examples([False, True], [True]))
 def test_paper_is_the_official_code(plms: bool) -> None:
     """In float64, of boxes that cut cells; each image of a batch as if alone."""
     pipe = SD15.make().to(torch.float64)

@@ -13,10 +13,10 @@ from hookctl.demos.shapes.world import Scene, Thing, sample_scene
 
 
 @pytest.mark.parametrize("lattice, seed", [(8, 0), (1, 1)])
-@pytest.mark.slow  # hundreds of renderings
+@pytest.mark.slow  # many renderings
 def test_reads_every_attribute_of_renderings(lattice: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    scenes = [sample_scene(rng, lattice=lattice) for _ in range(300)]
+    scenes = [sample_scene(rng, lattice=lattice) for _ in range(150)]
     found = [detect(p) for p in to_uint8(render(scenes))]
     assert np.mean([matches(d, s) for d, s in zip(found, scenes, strict=True)]) >= 0.99
     assert np.mean([reads_all(d, s) for d, s in zip(found, scenes, strict=True)]) >= 0.99

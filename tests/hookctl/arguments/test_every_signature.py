@@ -35,7 +35,7 @@ from hookctl.preset.signature import parameters
 from tests import zoo
 
 SECONDS, GIBIBYTE = 5.0, 2**30
-EACH = 6  # values for an argument in the short form
+EACH = 3  # values for an argument in the short form
 
 SIDE = 16  # px of the tiny pipeline's images
 TWO = ["a red cat", "a red dog"]

@@ -89,7 +89,7 @@ def test_twenty_kills_of_a_job_that_draws_nothing(
     check_kills(tmp_path, None, 20, PAIRS[:5], seeds=40, tasks=10)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_three_kills(tmp_path: Path, pipe: Any) -> None:
     check_kills(tmp_path, pipe, 3, PAIRS, seeds=4, tasks=4)
 

@@ -284,7 +284,7 @@ def everything() -> list[Any]:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.long  # a whole UNet is compiled twice
 def test_compiled_code_calls_them_at_every_step() -> None:
     pipe = SD15.make()
     with hookctl.control(pipe, *everything()):

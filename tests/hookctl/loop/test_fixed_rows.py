@@ -75,7 +75,7 @@ class Starts(Editor):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: AttendAndExcite(["cat", "square"]),
+        lambda: AttendAndExcite(["cat", "square"], refinements=2),
         lambda: LayoutGuidance(["cat"], [(0, 0, 0.5, 0.5)]),
     ],
 )

@@ -32,6 +32,7 @@ from hookctl.demos.shapes.hooks.task import Base
 from hookctl.demos.shapes.render import drawn, render, to_uint8
 from hookctl.demos.shapes.world import SHADE, SHAPES, Scene, Thing
 from hookctl.learned import Person, load
+from tests.marks import examples
 
 LARGEST = 10_000_000  # bytes of a file that ships
 
@@ -110,8 +111,9 @@ def test_a_picture_is_embedded_as_faces_are() -> None:
     assert found.shape == (512,) and found.norm() == pytest.approx(20, rel=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["identity_encoder", "identity", "identity_net"])
+@pytest.mark.parametrize(
+    "name", examples(["identity_encoder", "identity", "identity_net"], ["identity"])
+)
 def test_the_trainer_takes_steps_and_resumes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,7 +223,7 @@ def test_shipped_weights_load_and_at_no_strength_change_nothing() -> None:
     assert not torch.equal(made(edit(0.0, 1.0)), plain)
 
 
-@pytest.mark.slow
+@pytest.mark.long  # five ways of 25 steps; the preset of it is drawn by `make test`
 def test_the_demo_of_one_seed(tmp_path: Path) -> None:
     report = demo.run(tmp_path, seed=0, seeds=1)
     assert json.loads((tmp_path / "report.json").read_text()) == report

@@ -19,7 +19,7 @@ import json
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class Wild:
     @cached_property
     def _mould(self) -> Mould | None:
         try:
-            return Mould(self._built())
+            return Mould(_original(self))
         except (AttributeError, TypeError, pickle.PicklingError):  # it holds a function
             return None
 
@@ -68,6 +68,11 @@ class Wild:
     def form(self) -> str:
         """What a prompt stands in."""
         return str(self._entry.get("form", "{}"))
+
+    @property
+    def original(self) -> Any:
+        """The pipeline that others are copies of: to be looked at only."""
+        return _original(self)
 
     def make(self) -> Any:
         """A new pipeline, the same at each call."""
@@ -126,6 +131,11 @@ class Wild:
         ):
             torch.manual_seed(0)
             return pipe(**call)
+
+
+@lru_cache(maxsize=1)  # the tests of one pipeline follow each other
+def _original(wild: Wild) -> Any:
+    return wild._built()
 
 
 def _fit(pipe: Any) -> None:
