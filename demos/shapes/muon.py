@@ -21,11 +21,11 @@ def orthogonalise(g: Tensor, steps: int = 5, half: bool = False) -> Tensor:
     x = g.float() / (torch.linalg.matrix_norm(g.float(), keepdim=True) + 1e-7)
     x = x.bfloat16() if half or g.is_cuda else x
     tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
+    shape, x = g.shape, (x.mT if tall else x).reshape(-1, *sorted(x.shape[-2:]))
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).float()
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(shape).float()
 
 
 class Muon:

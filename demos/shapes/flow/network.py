@@ -86,8 +86,14 @@ class CountedZeros:
             return torch.cat([image, text], 2).flatten(0, 1)
 
         x, c = hidden_states, encoder_hidden_states
-        q = joined(attn.norm_q(split(attn.to_q(x))), attn.norm_added_q(split(attn.add_q_proj(c))))
-        k = joined(attn.norm_k(split(attn.to_k(x))), attn.norm_added_k(split(attn.add_k_proj(c))))
+        q = joined(
+            normed(split(attn.to_q(x)), attn.norm_q),
+            normed(split(attn.add_q_proj(c)), attn.norm_added_q),
+        )
+        k = joined(
+            normed(split(attn.to_k(x)), attn.norm_k),
+            normed(split(attn.add_k_proj(c)), attn.norm_added_k),
+        )
         v = joined(split(attn.to_v(x)), split(attn.add_v_proj(c)))
         bias = q.new_zeros(batch, 1, 1, q.shape[1])
         if self.log_counts is not None:
@@ -101,6 +107,8 @@ class CountedZeros:
         return attn.to_out[0](image), text
 
 
-def counted(network: SD3Transformer2DModel, log_counts: Tensor | None) -> None:
-    """Let the last text token stand for as many as said, in all blocks (see `CountedZeros`)."""
-    network.set_attn_processor(CountedZeros(log_counts))
+def normed(x: Tensor, norm: nn.Module) -> Tensor:
+    """RMSNorm over the last dimension by one norm in float32, in half the time of diffusers'."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    scale = (length.square() / x.shape[-1] + norm.eps).rsqrt().to(x.dtype)
+    return x * scale * norm.weight

@@ -75,7 +75,7 @@ class Parts:
 
 @dataclass
 class Plan:
-    """How to train: wall-clock `minutes`, peak learning rate and the rest."""
+    """How to train: `minutes` of the `clock`, peak learning rate and the rest."""
 
     minutes: float
     folder: Path
