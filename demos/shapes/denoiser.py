@@ -17,11 +17,12 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from .captions import sample
+from .haunting import haunted
 from .latents import CELL, Basis
 from .muon import Muon
 from .render import render
 from .text import WIDTH, Words
-from .world import IMAGE_SIZE, Scene, ghost, mistake
+from .world import IMAGE_SIZE, Scene
 
 Mix = tuple[float, float, float]
 
@@ -30,11 +31,6 @@ Mix = tuple[float, float, float]
 TIMES = (0.0, 250.0, 500.0, 750.0, 1000.0)
 SHARES = (0.0, 0.08, 0.25, 0.57, 1.0)
 
-# The shares of the samples that show a weaker copy of one object beside it, and one object mixed
-# with another in its place. Sampling passes through such states wherever two places, or two
-# objects in a place, are as likely, and clean images never teach how to leave them.
-GHOSTED = 0.3
-MISTAKEN = 0.35
 HAZY = 350  # the time from which on: later there is nothing left to decide
 
 
@@ -141,7 +137,7 @@ class Trainer:
         texts = ["" if rng.random() < self.plan.drop else text for _, text in pairs]
         scenes = [scene for scene, _ in pairs]
         z = self.encode(scenes, stage.side)
-        seen = self.haunted(scenes, z, rng) if stage.side == IMAGE_SIZE else z
+        seen = haunted(scenes, z, self.encode, rng) if stage.side == IMAGE_SIZE else z
         with torch.no_grad():
             states = self.text(self.words(texts).to(self.plan.device)).last_hidden_state
         return z, seen, states
@@ -150,30 +146,6 @@ class Trainer:
         """Latents of the top left `side` px of scenes."""
         images = render(scenes, self.plan.device)
         return self.basis.encode(images[:, :, :side, :side].contiguous())
-
-    def haunted(self, scenes: Sequence[Scene], z: Tensor, rng: np.random.Generator) -> Tensor:
-        """Latents in which some scenes show one object at a strength p and, at q, what is wrong:
-        a copy of it elsewhere or another object in its place."""
-        found: dict[int, tuple[Scene, Scene, float, float]] = {}
-        for i, scene in enumerate(scenes):
-            u = rng.random()
-            if u < GHOSTED and (made := ghost(scene, rng)) is not None:
-                p = rng.uniform(0.4, 1.0)
-                # Where the two overlap they share one object's strength.
-                q = min(p * rng.uniform(0.0, 0.9), p if made[2] else 1.0 - p)
-                found[i] = made[0], made[1], p, q
-            elif u > 1.0 - MISTAKEN and (swapped := mistake(scene, rng)) is not None:
-                p = rng.uniform(0.1, 1.0)
-                found[i] = *swapped, p, (1.0 - p) * rng.uniform(0.3, 1.0)
-        if not found:
-            return z
-        at = list(found)
-        without, wrong, *strengths = zip(*found.values(), strict=True)
-        rest, other = self.encode([*without, *wrong]).chunk(2)
-        own, false = (torch.tensor(x, device=z.device)[:, None, None, None] for x in strengths)
-        seen = z.clone()
-        seen[at] = rest + own * (z[at] - rest) + false * (other - rest)
-        return seen
 
     def loss(self, z: Tensor, seen: Tensor, states: Tensor) -> Tensor:
         """v-prediction loss with stratified times, most of them where the layout is decided.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from diffusers.utils import logging
 from transformers import CLIPTextModel
 from transformers.utils import logging as transformers_logging
@@ -39,22 +41,58 @@ def load_shapes(
         )
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    noisy = [log for log in (logging, transformers_logging) if log.is_progress_bar_enabled()]
-    for log in noisy:
-        log.disable_progress_bar()
-    try:
+    with _quiet():
         # Weights of one's own may have been saved by another version.
         encoder = {} if weights is None else {"text_encoder": _text_encoder(folder)}
         pipe: StableDiffusionPipeline = StableDiffusionPipeline.from_pretrained(
             str(folder), local_files_only=True, **encoder
         )
-    finally:
-        for log in noisy:
-            log.enable_progress_bar()
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         torch.nn.Module.to(part, device, dtype)  # diffusers' own `to` warns without need
     return pipe
+
+
+def load_flow(
+    weights: Path | str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> StableDiffusion3Pipeline:
+    """Load the flow-matching sibling, a `StableDiffusion3Pipeline` without a T5.
+
+    Receives: the folder that `train_flow` wrote, a device (None: CUDA when there is one, else CPU)
+    and the dtype of all parts. Returns: the pipeline, without progress bars; images are 128 x 128.
+    """
+    folder = Path(weights)
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"load_flow: weights={folder} holds no pipeline (model_index.json is missing); train "
+            "one with `python -m hookctl.demos.shapes.train_flow --out out/flow` and pass "
+            "weights='out/flow/weights'"
+        )
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with _quiet():
+        pipe: StableDiffusion3Pipeline = StableDiffusion3Pipeline.from_pretrained(
+            str(folder), local_files_only=True, text_encoder_3=None, tokenizer_3=None
+        )
+    pipe.set_progress_bar_config(disable=True)
+    for part in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+        torch.nn.Module.to(part, device, dtype)
+    return pipe
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bars of loading meanwhile."""
+    noisy = [log for log in (logging, transformers_logging) if log.is_progress_bar_enabled()]
+    for log in noisy:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in noisy:
+            log.enable_progress_bar()
 
 
 def _text_encoder(folder: Path) -> CLIPTextModel:

@@ -15,6 +15,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,25 +90,35 @@ TEXT_PREFIX = "text_model."
 
 
 def export(out: Path, unet: UNet2DConditionModel) -> Path:
-    """Write the pipeline as fp16 safetensors to `out`/weights; replaced file by file."""
+    """Write the pipeline to `out`/weights."""
     tokenizer = CLIPTokenizer.from_pretrained(str(out / "tokenizer"))
     pipe = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(out / "vae"), tokenizer=tokenizer, unet=unet,
         text_encoder=CLIPTextModel.from_pretrained(out / "text"), scheduler=build_scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
+    return write_half(pipe, out)
+
+
+def write_half(pipe: Any, out: Path) -> Path:
+    """Write a pipeline as fp16 safetensors to `out`/weights; replaced file by file.
+
+    Receives: a pipeline of this world, which is left in fp16. Returns: the folder.
+    """
     made, final = out / "weights.tmp", out / "weights"
     shutil.rmtree(made, ignore_errors=True)
     pipe.to(dtype=torch.float16).save_pretrained(made, safe_serialization=True)
-    config = made / "text_encoder" / "config.json"  # its dtype is what a plain load would use
-    config.write_text(config.read_text("utf-8").replace('"float16"', '"float32"'), "utf-8")
+    for path in made.glob("text_encoder*"):
+        config = path / "config.json"  # its dtype is what a plain load would use
+        config.write_text(config.read_text("utf-8").replace('"float16"', '"float32"'), "utf-8")
+        as_every_version_reads(path / "model.safetensors")
     for config in made.glob("*/config.json"):  # whence the parts came is nobody's business
         said = json.loads(config.read_text("utf-8"))
         said.pop("_name_or_path", None)
         config.write_text(json.dumps(said, indent=2) + "\n", "utf-8")
-    as_every_version_reads(made / "text_encoder" / "model.safetensors")
-    shutil.rmtree(made / "tokenizer")
-    write_tokenizer(made / "tokenizer")
+    for path in list(made.glob("tokenizer*")):
+        shutil.rmtree(path)
+        write_tokenizer(path)
     publish(made, final)
     return final
 
@@ -119,8 +130,13 @@ def as_every_version_reads(path: Path) -> None:
     ones, says so in a log, and goes on with random weights.
     """
     held = load_file(path)
-    full = {f"{TEXT_PREFIX}{name.removeprefix(TEXT_PREFIX)}": value for name, value in held.items()}
+    full = {_full(name): value for name, value in held.items()}
     save_file(full, path, metadata={"format": "pt"})
+
+
+def _full(name: str) -> str:
+    bare = name.removeprefix(TEXT_PREFIX)
+    return bare if bare.startswith("text_projection") else f"{TEXT_PREFIX}{bare}"
 
 
 def publish(made: Path, final: Path) -> None:

@@ -195,8 +195,10 @@ def sample_scene(
             return Scene(tuple(things), background)
 
 
-def ghost(scene: Scene, rng: np.random.Generator) -> tuple[Scene, Scene, bool] | None:
-    """One thing of a scene taken away, and a copy of it elsewhere instead.
+def ghost(
+    scene: Scene, rng: np.random.Generator, beside: bool = False
+) -> tuple[Scene, Scene, bool] | None:
+    """One thing of a scene taken away, and a copy of it elsewhere instead, or one place beside.
 
     Returns: the scene without the thing; with its copy in another place that the rest leaves free;
     and whether that place is clear of the old one. None where no place was free.
@@ -205,7 +207,10 @@ def ghost(scene: Scene, rng: np.random.Generator) -> tuple[Scene, Scene, bool] |
     thing = scene.things[which]
     others = tuple(other for i, other in enumerate(scene.things) if i != which)
     for t in rng.random((12, 2)):
-        x, y = (SPACING * int(1 + v * (IMAGE_SIZE // SPACING - 1)) for v in t)
+        if beside:  # one of the eight neighbours, or the place itself, which is refused below
+            x, y = (c + SPACING * (int(3 * v) - 1) for c, v in zip(thing.centre, t, strict=True))
+        else:
+            x, y = (SPACING * int(1 + v * (IMAGE_SIZE // SPACING - 1)) for v in t)
         copy = replace(thing, centre=(x, y))
         box = copy.box
         inside = min(box[:2]) >= 2 and max(box[2:]) <= IMAGE_SIZE - 2
