@@ -29,13 +29,13 @@ from hookctl.demos.shapes.hooks.measure_collaboration import (
     collaboration,
     draw,
     figures,
+    together,
     ways,
 )
 from hookctl.demos.shapes.load import WEIGHTS
 from hookctl.demos.shapes.world import Scene
 from hookctl.inspect import show
 from hookctl.inspect.files import save_image, write_json
-from hookctl.learned.collaborative import CollaborativeDiffusion
 
 FILE = WEIGHTS / "hooks" / "collaboration.safetensors"
 TITLES = {
@@ -69,7 +69,7 @@ def run(
         rows[name] = cost.rows / seeds
         if progress is not None:
             progress(done, len(every))
-    both = CollaborativeDiffusion(ways(collaboration(FILE, pipe, scenes[:1]))["collaboration"])
+    both = together(ways(collaboration(FILE, pipe, scenes[:1]))["collaboration"])
     report = {
         "demo": "collaboration",
         "seed": seed,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 from diffusers.utils import logging
 from transformers import CLIPTextModel
 from transformers.utils import logging as transformers_logging
@@ -16,6 +17,7 @@ from hookctl.arguments import checked, refusal
 from hookctl.model_files import read_whole
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
+AnyPipeline = TypeVar("AnyPipeline", bound=DiffusionPipeline)
 
 
 @checked()
@@ -30,29 +32,22 @@ def load_shapes(
     folder in the diffusers layout than the embedded one. Returns: the pipeline, whose images are
     128 x 128 px and whose latents are [batch, 12, 16, 16].
     """
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise refusal("load_shapes: dtype", dtype, "torch.float32, torch.float16 or torch.bfloat16")
     folder = Path(weights) if weights is not None else WEIGHTS
-    if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(
-            f"load_shapes: weights={folder} holds no pipeline (model_index.json is missing); "
-            "reinstall hookctl, or train one with `python -m hookctl.demos.shapes.train --out "
-            "out/shapes` and pass weights='out/shapes/weights'"
-        )
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    hint = (
+        "reinstall hookctl, or train one with `python -m hookctl.demos.shapes.train --out "
+        "out/shapes` and pass weights='out/shapes/weights'"
+    )
+    check_folder("load_shapes", folder, dtype, hint)
     with _quiet():
         # Weights of one's own may have been saved by another version.
         encoder = {} if weights is None else {"text_encoder": _text_encoder(folder)}
         pipe: StableDiffusionPipeline = StableDiffusionPipeline.from_pretrained(
             str(folder), local_files_only=True, **encoder
         )
-    pipe.set_progress_bar_config(disable=True)
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-        torch.nn.Module.to(part, device, dtype)  # diffusers' own `to` warns without need
-    return pipe
+    return placed(pipe, device, dtype)
 
 
+@checked()
 def load_flow(
     weights: Path | str,
     device: torch.device | str | None = None,
@@ -64,21 +59,36 @@ def load_flow(
     and the dtype of all parts. Returns: the pipeline, without progress bars; images are 128 x 128.
     """
     folder = Path(weights)
-    if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(
-            f"load_flow: weights={folder} holds no pipeline (model_index.json is missing); train "
-            "one with `python -m hookctl.demos.shapes.train_flow --out out/flow` and pass "
-            "weights='out/flow/weights'"
-        )
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    hint = (
+        "train one with `python -m hookctl.demos.shapes.train_flow --out out/flow` and pass "
+        "weights='out/flow/weights'"
+    )
+    check_folder("load_flow", folder, dtype, hint)
     with _quiet():
         pipe: StableDiffusion3Pipeline = StableDiffusion3Pipeline.from_pretrained(
             str(folder), local_files_only=True, text_encoder_3=None, tokenizer_3=None
         )
+    return placed(pipe, device, dtype)
+
+
+def check_folder(who: str, folder: Path, dtype: torch.dtype, hint: str) -> None:
+    """Raises InputError for another dtype than a float's, FileNotFoundError for no pipeline."""
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise refusal(f"{who}: dtype", dtype, "torch.float32, torch.float16 or torch.bfloat16")
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"{who}: weights={folder} holds no pipeline (model_index.json is missing); {hint}"
+        )
+
+
+def placed(pipe: AnyPipeline, device: torch.device | str | None, dtype: torch.dtype) -> AnyPipeline:
+    """The pipeline without progress bars, its parts on the device (None: CUDA if there is one)."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe.set_progress_bar_config(disable=True)
-    for part in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
-        torch.nn.Module.to(part, device, dtype)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            torch.nn.Module.to(part, device, dtype)  # diffusers' own `to` warns without need
     return pipe
 
 

@@ -30,7 +30,7 @@ from .task import HELD_OUT, Base, Batch
 SIZES = {"heads": 2, "groups": 4, "classes": 1 + len(SHAPES)}
 MODEL, INFLUENCE = (32, 64, 64), (16, 32, 32)  # channels: 3.5 MB and 1.9 MB in half precision
 BATCH = 24
-TOGETHER = 2500  # from this step on the dynamic diffusers learn, and they alone
+TOGETHER = 7500  # from this step on the dynamic diffusers learn, and they alone
 UNDECIDED = 800  # from this timestep on the embedded model does not see yet where objects are;
 AT_EARLY = 0.75  # this share of the timesteps lies there, the others are for edges
 EMPTY = 0.1  # masks left empty, for guidance

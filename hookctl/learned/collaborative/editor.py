@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hookctl.address.clock import Clock, Window
 from hookctl.address.rows import COND
-from hookctl.arguments import checked, share
+from hookctl.arguments import checked, number, share
 from hookctl.arguments.values import is_list
 from hookctl.editor import Editor
 from hookctl.errors import InputError, UnsupportedError
@@ -50,8 +50,9 @@ class CollaborativeDiffusion(Editor):
     models: any number of `Collaborator`. strength: 1 for the mixture, 0 for the pipeline's own
     prediction (bit for bit), between them a share of both. start, stop: fractions of the schedule.
     paper: the official sampler's schedule, in which one model leads early and fades
-    (`influence.led`), whatever the maps say; leader: its name, by default the first one's. (The
-    official code also draws with eta = 1, an argument of the pipeline's call.)
+    (`influence.led`), whatever the maps say; leader: its name, by default the first one's; factor:
+    how far it leads, 2 as published. (The official code also draws with eta = 1, an argument of
+    the pipeline's call.)
 
     Costs, in a step, each model's call and each D's for the conditional rows. A whole pipeline as a
     model also runs, unused, before `start`: it draws step by step. `influence` has the maps of the
@@ -70,6 +71,7 @@ class CollaborativeDiffusion(Editor):
         strength: float = 1.0,
         paper: bool = False,
         leader: str | None = None,
+        factor: float = 2.0,
         start: float = 0.0,
         stop: float = 1.0,
     ) -> None:
@@ -87,6 +89,9 @@ class CollaborativeDiffusion(Editor):
             raise InputError(f"{self.name}: leader={leader!r}; give one of {', '.join(self.names)}")
         if paper and len(self.models) == 1:
             raise InputError(f"{self.name}: paper=True is of one model and the rest; give two")
+        if factor != 2.0 and not paper:
+            raise InputError(f"{self.name}: factor={factor!r} is of the schedule of paper=True")
+        self.factor = number(factor, f"{self.name}: factor", above=0)
         self.strength, self.paper = share(strength, f"{self.name}: strength"), paper
         self.leader, self.start, self.stop = leader, start, stop
         self._models: dict[str, Model] = {one.name: model_of(one) for one in models}
@@ -154,7 +159,7 @@ class CollaborativeDiffusion(Editor):
         if self.paper:
             trained = state.pipe.scheduler.config.get("num_train_timesteps", 1000)
             passed = state.clock.timestep / trained
-            shares = led(logits, self.names.index(self.leader), passed)
+            shares = led(logits, self.names.index(self.leader), passed, self.factor)
         self.influence.note(state.clock.step, state.clock.timestep, shares)
         mixed: Tensor | None = None
         for m, (name, model) in enumerate(self._models.items()):

@@ -242,6 +242,8 @@ def test_led_for_two_and_more() -> None:
     first, last = led(logits, 1, 1.0), led(logits, 1, 0.0)
     share = shares_of(logits)[:, 1]
     assert torch.allclose(first[:, 1], 2 * share / (1 + share))
+    far = led(logits, 1, 1.0, factor=100.0)[:, 1]
+    assert torch.allclose(far, 100 * share / (1 + 99 * share)) and bool((far > first[:, 1]).all())
     assert float(last[:, 1].abs().max()) < 1e-12
     assert torch.allclose(last[:, [0, 2]], shares_of(logits[:, [0, 2]]))
 
@@ -364,7 +366,7 @@ def test_bad_arguments() -> None:
         hookctl.control(
             SD15.make().unet, CollaborativeDiffusion([Collaborator("text")])
         ).__enter__()
-    text = Collaborator("text")
+    text, mask = Collaborator("text"), Collaborator("mask")
     for match, given in (
         ("give a list of Collaborator", {"models": []}),
         (r"models\[0\]='x'; give Collaborator", {"models": ["x"]}),
@@ -372,6 +374,8 @@ def test_bad_arguments() -> None:
         ("leader='mask'; give one of text", {"models": [text], "leader": "mask"}),
         ("paper=True is of one model and the rest", {"models": [text], "paper": True}),
         ("strength=2", {"models": [text], "strength": 2.0}),
+        ("factor=5.0 is of the schedule of paper=True", {"models": [text], "factor": 5.0}),
+        ("factor=0", {"models": [text, mask], "factor": 0, "paper": True}),
         ("start=0.5, stop=0.2", {"models": [text], "start": 0.5, "stop": 0.2}),
     ):
         with pytest.raises(InputError, match=match):
