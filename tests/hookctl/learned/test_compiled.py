@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -38,5 +40,9 @@ def test_a_compiled_model(name: str, in_place: bool) -> None:
     try:
         assert torch.equal(run(pipe, editor), want)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+        held = weakref.ref(editor)
+        del editor
+        gc.collect()
+        assert held() is None  # compiled code does not keep it
     finally:
         torch._dynamo.reset()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import hookctl
 from hookctl import Editor
@@ -24,6 +25,7 @@ from tests.hookctl.drawing import SD15, TWO
 from tests.hookctl.learned import identity
 from tests.hookctl.learned.identity import adapter, identity_net
 from tests.hookctl.learned.test_copies import LEARNED, POINTS
+from tests.hookctl.learned.test_instance_diffusion import parts
 from tests.hookctl.learned.test_ip_adapter import encoder, picture, vector
 
 CPU = torch.device("cpu")
@@ -93,6 +95,39 @@ def test_half_precision(name: str, dtype: torch.dtype, tolerance: float) -> None
     got = run(pipe, [editor], dtype)
     assert got.dtype == dtype
     assert error(got.float(), full) < tolerance < error(plain, full)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEARNED)
+def test_an_editor_and_its_weights_are_freed(name: str) -> None:
+    """With the last that the user holds, though the pipeline lives on."""
+    pipe = SD15.make()
+    editor = LEARNED[name](pipe)
+    run(pipe, [editor])
+    held = [weakref.ref(editor), *(weakref.ref(p) for p in parameters_of(editor))]
+    assert len(held) > 1
+    del editor
+    parts.cache_clear()  # of InstanceDiffusion's tests
+    gc.collect()
+    assert not any(one() is not None for one in held)
+
+
+def parameters_of(editor: Editor) -> Iterator[Any]:
+    """Those of the modules that an editor holds, also in lists, tables and records."""
+    waiting, seen = [vars(editor)], set[int]()
+    while waiting:
+        one: Any = waiting.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, nn.Module):
+            yield from one.parameters()
+        elif isinstance(one, dict):
+            waiting += one.values()
+        elif isinstance(one, list | tuple):
+            waiting += one
+        elif type(one).__module__.startswith("hookctl.learned"):
+            waiting.append(vars(one))
 
 
 # -- offloading ------------------------------------------------------------------------------------
