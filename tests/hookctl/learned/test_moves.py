@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import hookctl
 from hookctl import Editor
 from hookctl.errors import InputError
+from hookctl.learned.collaborative import CollaborativeDiffusion, Collaborator
 from hookctl.learned.instant_id import InstantID
 from hookctl.learned.ip_adapter import IPAdapter
 from hookctl.learned.modules.gated_attention import GatedSelfAttention
@@ -24,6 +25,7 @@ from tests.families.subjects import error
 from tests.hookctl.drawing import SD15, TWO
 from tests.hookctl.learned import identity
 from tests.hookctl.learned.identity import adapter, identity_net
+from tests.hookctl.learned.test_collaborative import network
 from tests.hookctl.learned.test_copies import LEARNED, POINTS
 from tests.hookctl.learned.test_instance_diffusion import parts
 from tests.hookctl.learned.test_ip_adapter import encoder, picture, vector
@@ -198,17 +200,18 @@ def test_made_for_an_offloaded_model(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_networks_of_the_users_that_are_offloaded() -> None:
-    """IdentityNet and an image encoder, whose weights are away while they are not asked."""
+    """IdentityNet, an image encoder, a dynamic diffuser, another pipeline: away until asked."""
     from accelerate import cpu_offload
 
     pipe = SD15.make()
-    net, seeing = identity_net(pipe.unet), encoder()
+    net, seeing, diffuser, beside = identity_net(pipe.unet), encoder(), network(1), SD15.make()
     editors: list[Editor] = [
         InstantID(adapter("instantid", pipe.unet), Person(vector(0, 6), POINTS), net),
         IPAdapter(adapter("base", pipe.unet), picture(40, 28), image_encoder=seeing),
+        CollaborativeDiffusion([Collaborator("text", diffuser), Collaborator("two", None, beside)]),
     ]
     want = run(pipe, editors)
-    for model in (net, seeing):
+    for model in (net, seeing, diffuser, beside.unet):
         cpu_offload(model, CPU, offload_buffers=True)
         assert any(p.is_meta for p in model.parameters())
     assert torch.equal(run(pipe, editors), want)
