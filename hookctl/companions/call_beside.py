@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hookctl.address.families import denoiser_of
+from hookctl.address.families import denoiser_of, uncompiled
 from hookctl.address.rows import COND
 from hookctl.errors import InputError
+from hookctl.hooks.offloading import device_of
 from hookctl.hooks.patch import Patch
 from hookctl.loop.energy import MapReader
 from hookctl.loop.state import Predictions, State
@@ -112,7 +113,7 @@ class CallBeside:
 
 def _of_threads(pipe: Any) -> list[AbstractContextManager[Any]]:
     """What torch keeps for each thread, as it is in this one."""
-    device = next(denoiser_of(pipe).parameters()).device
+    device = device_of(uncompiled(denoiser_of(pipe)))
     kind = device.type
     stream = torch.cuda.current_stream(device) if kind == "cuda" else None
     autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))

@@ -70,6 +70,7 @@ class DenoiserPort(Port):
 
     def install(self) -> None:
         module = self.module
+        self.compiled = module.__dict__.get(_SLOT)  # perhaps since the port was made
         self._patch(module, _SLOT, self._caught())
         self._patch(module, "compile", self._compile)
         if hasattr(module, "cache_context"):

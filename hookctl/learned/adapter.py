@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hookctl.address.families import denoiser_of, uncompiled
 from hookctl.errors import InputError
 from hookctl.learned.fit import load_into
 from hookctl.learned.modules.image_projection import projection_of
@@ -89,6 +90,16 @@ def adapter_for(denoiser: nn.Module, image_proj: nn.Module) -> Adapter:
             pair[f"to_{name}_ip"] = copied
         layers[str(i)] = pair
     return Adapter(image_proj, layers)
+
+
+def fitting(checkpoint: Any, pipe: Any, who: str, **options: Any) -> Adapter:
+    """The adapter in a file, for a pipeline; InputError if it does not fit.
+
+    options: of `adapter_of`.
+    """
+    adapter = adapter_of(checkpoint.tensors, **options)
+    check_fit(adapter, uncompiled(denoiser_of(pipe)), who)
+    return adapter
 
 
 def low_rank_of(adapter: Adapter) -> nn.ModuleDict:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -83,3 +83,34 @@ def image_feature(image: Image.Image | Tensor, clip: Any, name: str) -> Tensor:
         raise InputError(f"{name}: zeros, NaN or infinity in the CLIP embedding; give another")
     feature = projection.detach().float().T @ embedding.to(projection.device).float()
     return NORM * feature / feature.norm()
+
+
+def phrase_of(given: Any, name: str) -> str | Tensor:
+    """A text that is not empty, or features [width]. Raises InputError."""
+    if isinstance(given, Tensor) and given.dim() == 1:
+        return finite(given, name)
+    if isinstance(given, str) and given.strip():
+        return given
+    raise refusal(name, given, "a phrase, or its features [width]")
+
+
+def finite(given: Tensor, name: str) -> Tensor:
+    """Real numbers, none of them NaN or infinite. Raises InputError."""
+    if given.dtype == torch.bool or given.is_complex() or not given.numel():
+        raise refusal(name, given, f"real numbers, not {given.dtype}" if given.numel() else "some")
+    if not bool(given.isfinite().all()):
+        raise InputError(f"{name}={shown(given)} holds NaN or infinity; give finite numbers")
+    return given
+
+
+def features_of(
+    phrase: str | Tensor, encoded: Mapping[str, Tensor], width: int, name: str
+) -> Tensor:
+    """Features of a phrase, [width]; InputError if they are of another encoder."""
+    found = encoded[phrase] if isinstance(phrase, str) else phrase
+    if found.shape != (width,):
+        raise InputError(
+            f"{name}: the phrase {shown(phrase)} has {found.numel()} features and the checkpoint "
+            f"was trained with {width}; use a pipeline of the model that it was trained for"
+        )
+    return found

@@ -10,10 +10,11 @@ from typing import Any
 
 from hookctl.arguments import number
 from hookctl.errors import InputError
-from hookctl.learned.adapter import Adapter, low_rank_of
+from hookctl.learned.adapter import Adapter, fitting, low_rank_of
 from hookctl.learned.faces import check_length
-from hookctl.learned.image_prompts import ImagePrompt
-from hookctl.learned.ip_adapter import IPAdapter, fitting
+from hookctl.learned.image_prompts import ImagePrompt, image_prompts_of
+from hookctl.learned.ip_adapter import IPAdapter
+from hookctl.learned.tables import with_files
 from hookctl.learned.weights import Weights
 from hookctl.loop.inserting import LinearCall
 
@@ -73,16 +74,23 @@ def from_checkpoint(
     shortcut: bool | None = None,
     strength: float = 1.0,
     lora_scale: float = 1.0,
+    analysis: Any = None,
     **options: Any,
 ) -> IPAdapter:
     """The editor of a file.
 
+    images: also tables of a file, and files (`image_prompts_of`), in whose pictures analysis finds
+    faces: the folder of insightface's models, or what is made of it.
     shortcut: True for FaceID-Plus v2, False for its v1, which can't be told apart by their files;
     strength: of what v2 reads in the picture. lora_scale: of the deltas, where the file has any
-    (that of FaceID-Portrait, which is shown several faces, has none). options: of `IPAdapter`.
+    (that of FaceID-Portrait, which is shown several faces, has none). options: of `IPAdapter`, with
+    files as there.
     """
+    who = FaceID.__name__
     strength = number(strength, "FaceID: strength")
-    adapter = fitting(checkpoint, pipe, FaceID.__name__, shortcut=shortcut, strength=strength)
+    adapter = fitting(checkpoint, pipe, who, shortcut=shortcut, strength=strength)
+    images = image_prompts_of(images, adapter.image_proj.reads, analysis, f"{who}: images")
+    options = with_files(options, who)
     if len(low_rank_of(adapter)):
         return FaceID(adapter, images, lora_scale=lora_scale, **options)
     if lora_scale != 1.0:

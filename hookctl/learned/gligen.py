@@ -22,7 +22,7 @@ from hookctl.address.sites import Selector
 from hookctl.arguments import checked, shown, whole
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.learned.files import Checkpoint
-from hookctl.learned.gligen_inputs import Inputs, Maps, Objects, Persons
+from hookctl.learned.gligen_inputs import Given, Inputs, Maps, Objects, Persons
 from hookctl.learned.gligen_stem import Inpainting, MapChannels, Stem
 from hookctl.learned.grounding import Fade, Grounding, Layout
 from hookctl.learned.modules.gated_attention import GatedSelfAttention
@@ -120,10 +120,7 @@ class GLIGEN(Grounding):
         )
         self.network = network
         self.tokenizer = Weights[nn.Module](network.tokenizer)
-        given = dict(
-            boxes=boxes, phrases=phrases, images=images, style=style, clip=clip,
-            keypoints=keypoints, maps=maps, inpaint=inpaint,
-        )  # fmt: skip
+        given = Given(boxes, phrases, images, style, clip, keypoints, maps, inpaint)
         self._check_given(given)
         whole(slots, f"{self.name}: slots", least=1, most=1000)
         net = network.tokenizer
@@ -136,17 +133,14 @@ class GLIGEN(Grounding):
             if network.stem is not None:
                 self.channels = MapChannels(of_maps, network.downsampler)
         else:
-            self.inputs = objects = Objects(
-                self.name, net, slots,
-                boxes=boxes, phrases=phrases, images=images, style=style, clip=clip,
-            )  # fmt: skip
+            self.inputs = objects = Objects(self.name, net, slots, given)
             if not objects.boxes.items and style is None:
                 raise InputError(f"{self.name}: boxes={shown(boxes)}; give at least one")
             if network.stem is not None:
                 self.channels = Inpainting(self.name, inpaint, objects, seed)
                 self.start, self.stop = 0.0, 1.0  # what is known is kept in every step
 
-    def _check_given(self, given: dict[str, Any]) -> None:
+    def _check_given(self, given: Given) -> None:
         """Raise InputError unless the arguments are those that the checkpoint reads."""
         net = self.network.tokenizer
         if isinstance(net, Keypoints):
@@ -160,7 +154,7 @@ class GLIGEN(Grounding):
             what, needed, optional = "boxes with phrases", {"boxes", "phrases"}, set[str]()
         if self.network.stem is not None and not isinstance(net, SpatialMap):
             what, needed = f"{what}, and an image to inpaint", needed | {"inpaint"}
-        present = {name for name, value in given.items() if value is not None}
+        present = given.present
         for name in sorted(needed - present):
             raise InputError(f"{self.name}: {name} is missing; this checkpoint reads {what}")
         for name in sorted(present - needed - optional):

@@ -6,7 +6,7 @@ its tokenizer, one row [1, ...] for a layout. An empty layout is all zeros.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,10 +19,15 @@ from torch import Tensor
 from hookctl.address.per_prompt import PerPrompt, is_box
 from hookctl.address.rows import Rows
 from hookctl.arguments import is_list, opened, refusal
-from hookctl.arguments.values import shown
 from hookctl.errors import InputError
 from hookctl.learned import locations
-from hookctl.learned.clip_features import image_feature, phrase_features
+from hookctl.learned.clip_features import (
+    features_of,
+    finite,
+    image_feature,
+    phrase_features,
+    phrase_of,
+)
 from hookctl.learned.grounding import Layout
 from hookctl.learned.modules.gligen_tokens import BoxText, BoxTextImage, Keypoints, SpatialMap
 from hookctl.run_state import RunState
@@ -42,39 +47,28 @@ class Inputs(Protocol):
         """Of the tokenizer, for one row."""
 
 
-def phrase_of(given: Any, name: str) -> str | Tensor:
-    """A text that is not empty, or features [width]. Raises InputError."""
-    if isinstance(given, Tensor) and given.dim() == 1:
-        return finite(given, name)
-    if isinstance(given, str) and given.strip():
-        return given
-    raise refusal(name, given, "a phrase, or its features [width]")
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What `GLIGEN` is given to draw by, unchecked; None for what it is not given."""
 
+    boxes: Any = None
+    phrases: Any = None
+    images: Any = None
+    style: Any = None
+    clip: Any = None
+    keypoints: Any = None
+    maps: Any = None
+    inpaint: Any = None
 
-def finite(given: Tensor, name: str) -> Tensor:
-    """Real numbers, none of them NaN or infinite. Raises InputError."""
-    if given.dtype == torch.bool or given.is_complex() or not given.numel():
-        raise refusal(name, given, f"real numbers, not {given.dtype}" if given.numel() else "some")
-    if not bool(given.isfinite().all()):
-        raise InputError(f"{name}={shown(given)} holds NaN or infinity; give finite numbers")
-    return given
-
-
-def features_of(
-    phrase: str | Tensor, encoded: Mapping[str, Tensor], width: int, name: str
-) -> Tensor:
-    """Features of a phrase, [width]; InputError if they are of another encoder."""
-    found = encoded[phrase] if isinstance(phrase, str) else phrase
-    if found.shape != (width,):
-        raise InputError(
-            f"{name}: the phrase {shown(phrase)} has {found.numel()} features and the checkpoint "
-            f"was trained with {width}; use a pipeline of the model that it was trained for"
-        )
-    return found
+    @property
+    def present(self) -> set[str]:
+        """The names of what is given."""
+        return {name for name, value in vars(self).items() if value is not None}
 
 
 class Objects:
-    """Boxes, each with a phrase, an image or both."""
+    """Boxes, each with a phrase, an image or both: of all that is given boxes, phrases, images,
+    style and clip."""
 
     _encoded: RunState[dict[str, Tensor]] = RunState(factory=dict)
 
@@ -83,23 +77,19 @@ class Objects:
         who: str,
         net: BoxText | BoxTextImage,
         slots: int,
-        *,
-        boxes: Any,
-        phrases: Any,
-        images: Any = None,
-        style: Any = None,
-        clip: Any = None,
+        given: Given,
     ) -> None:
-        self.who, self.net, self.slots, self.clip = who, net, slots, clip
-        with_images = isinstance(net, BoxTextImage)
-        if not with_images and (images is not None or style is not None):
+        self.who, self.net, self.slots, self.clip = who, net, slots, given.clip
+        if not isinstance(net, BoxTextImage) and given.present & {"images", "style"}:
             raise InputError(
                 f"{who}: this checkpoint reads boxes with phrases; leave images= and style= out"
             )
-        self.boxes = PerPrompt(boxes, f"{who}: boxes", locations.box_of, is_box)
-        self.phrases = self._beside(phrases, f"{who}: phrases", phrase_of)
-        self.images = self._beside(images, f"{who}: images", self._image)
-        self.style = None if style is None else self._image(style, f"{who}: style")
+        self.boxes = PerPrompt(given.boxes, f"{who}: boxes", locations.box_of, is_box)
+        self.phrases = self._beside(given.phrases, f"{who}: phrases", phrase_of)
+        self.images = self._beside(given.images, f"{who}: images", self._image)
+        self.style = None
+        if given.style is not None:
+            self.style = self._image(given.style, f"{who}: style")
         most = slots - (self.style is not None)
         for p, boxes_of_prompt in enumerate(self.boxes.lists):
             if len(boxes_of_prompt) > most:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from hookctl.arguments import refusal
+from hookctl.arguments import refusal, shown
 from hookctl.errors import InputError
+from hookctl.hooks.offloading import device_of
 
 # Of the images that CLIP was trained on.
 _MEAN, _DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -72,13 +74,9 @@ class ImageEncoder:
 
     def read(self, pixels: Tensor, kind: str) -> Tensor:
         """The embedding [1, channels] or the features [1, tokens, channels], float32."""
-        parameter = next(self.model.parameters())
-        hook: Any = getattr(self.model, "_hf_hook", None)  # of a model that is offloaded
-        device = getattr(hook, "execution_device", None) or parameter.device
+        place = device_of(self.model), next(self.model.parameters()).dtype
         with torch.inference_mode(False), torch.no_grad():
-            found: Any = self.model(
-                pixels.to(device, parameter.dtype), output_hidden_states=kind == "features"
-            )
+            found: Any = self.model(pixels.to(*place), output_hidden_states=kind == "features")
         if kind != "features" and getattr(found, "image_embeds", None) is None:
             raise InputError(
                 f"image_encoder: {type(self.model).__name__} gives no embedding of an image "
@@ -87,3 +85,29 @@ class ImageEncoder:
         # The last layer's are turned to the embedding; those before it still hold the places.
         read: Tensor = found.hidden_states[-2] if kind == "features" else found.image_embeds
         return read.float()
+
+
+def encoder_in(given: Any, name: str) -> Any:
+    """What was given as an image encoder, or the one in a folder, by safetensors alone.
+
+    Raises InputError if a folder holds none.
+    """
+    if not isinstance(given, str | Path):
+        return given
+    if not (Path(given) / "config.json").is_file():
+        raise InputError(
+            f"{name}={str(given)!r}: there is no config.json; give the folder image_encoder of "
+            "IP-Adapter, with config.json and model.safetensors"
+        )
+    from transformers import CLIPVisionModelWithProjection
+
+    try:
+        found = CLIPVisionModelWithProjection.from_pretrained(
+            str(given), use_safetensors=True, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{name}={str(given)!r}: {shown(str(error))}; give the folder image_encoder of "
+            "IP-Adapter, with config.json and model.safetensors"
+        ) from None
+    return found.eval().requires_grad_(False)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ from torch import Tensor
 from hookctl.address.pixels import mask_values
 from hookctl.address.regions import Region, RegionLike, region_of
 from hookctl.address.rows import Rows
-from hookctl.arguments import is_list, number, refusal, shown
+from hookctl.arguments import is_list, number, opened, refusal, shown
 from hookctl.errors import InputError
+from hookctl.learned.tables import Faces, names_tensor, region_in, tensor_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +38,66 @@ class ImagePrompt:
     face: Any = None
     scale: float = 1.0
     region: RegionLike | None = None
+
+
+# -- tables of a file ------------------------------------------------------------------------------
+
+_KEYS = ("image", "embedding", "face", "scale", "region")
+
+
+def image_prompts_of(given: Any, reads: Sequence[str], analysis: Any, name: str) -> Any:
+    """What was given as images, in lists or not, with an `ImagePrompt` for every table and file.
+
+    A table has the keys of `ImagePrompt`: image, the file of a picture, or in its place embedding,
+    what the adapter reads of one; face, an embedding, or a picture in which analysis finds the face
+    (`tables.Faces`); scale; region, also the file of a mask. Embeddings are numbers, or a file of
+    them (`tables.tensor_in`). A file alone is the first of what the adapter reads. Raises
+    InputError.
+    """
+    return _with_prompts(given, reads, Faces(analysis), name)
+
+
+def _with_prompts(given: Any, reads: Sequence[str], faces: Faces, name: str) -> Any:
+    if isinstance(given, str | Path):
+        word = "embedding" if names_tensor(given) else "image"
+        return _prompt({"face" if reads[0] == "face" else word: given}, faces, name)
+    if isinstance(given, Mapping):
+        return _prompt(given, faces, name)
+    if not is_list(given):
+        return given
+    return [_with_prompts(one, reads, faces, f"{name}[{i}]") for i, one in enumerate(given)]
+
+
+def _prompt(table: Mapping[str, Any], faces: Faces, name: str) -> ImagePrompt:
+    if not set(table) <= set(_KEYS):
+        raise refusal(name, dict(table), f"a table of {', '.join(_KEYS)}")
+    given = dict(table)
+    if "image" in given and "embedding" in given:
+        raise InputError(f"{name}: give either image, a picture, or embedding")
+    if "image" in given:
+        given["image"] = opened(given["image"], f"{name}.image")
+    elif "embedding" in given:
+        given["image"] = _tensor(given.pop("embedding"), f"{name}.embedding")
+    face = given.get("face")
+    if isinstance(face, str | Path) and not names_tensor(face):
+        found = faces.find(face, f"{name}.face").embedding
+        given["face"] = F.normalize(found, dim=0)  # as FaceID was trained
+    elif face is not None:
+        given["face"] = _tensor(face, f"{name}.face")
+    given["region"] = region_in(given.get("region"))
+    return ImagePrompt(**given)
+
+
+def _tensor(given: Any, name: str) -> Tensor:
+    """Numbers, or those in a file, as a tensor."""
+    found = tensor_in(given, name)
+    try:
+        return found if isinstance(found, Tensor) else torch.as_tensor(np.asarray(found))
+    except (TypeError, ValueError):
+        raise refusal(name, given, "a list of numbers, or a file of one tensor") from None
+
+
+# -- where they act --------------------------------------------------------------------------------
 
 
 class Place:
@@ -97,6 +159,9 @@ def parts_of(prompts: Sequence[tuple[str, ImagePrompt]]) -> Iterator[Part]:
             yield Part(((name, prompt),), place, float(prompt.scale))
     for scale, together in shared.items():
         yield Part(tuple(together), None, scale)
+
+
+# -- one by one ------------------------------------------------------------------------------------
 
 
 def for_each_prompt(

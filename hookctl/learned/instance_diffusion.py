@@ -27,9 +27,8 @@ from hookctl.arguments import checked, refusal, shown
 from hookctl.editor import Claim
 from hookctl.errors import InputError
 from hookctl.hooks.skips import concats
-from hookctl.learned.clip_features import phrase_features
+from hookctl.learned.clip_features import features_of, phrase_features
 from hookctl.learned.files import Checkpoint
-from hookctl.learned.gligen_inputs import features_of
 from hookctl.learned.grounding import Fade, Grounding, Layout
 from hookctl.learned.instances import Instance, Located, as_row, located
 from hookctl.learned.modules.gated_attention import GatedSelfAttention

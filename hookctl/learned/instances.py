@@ -15,7 +15,7 @@ from hookctl.address.regions import Region, RegionLike
 from hookctl.arguments import refusal
 from hookctl.errors import InputError
 from hookctl.learned import locations
-from hookctl.learned.gligen_inputs import phrase_of
+from hookctl.learned.clip_features import phrase_of
 from hookctl.learned.modules.unifusion import Instances, UniFusion
 
 

@@ -13,7 +13,7 @@ finds counts in the region:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,15 @@ from hookctl.address.families import denoiser_of, uncompiled
 from hookctl.address.rows import Row
 from hookctl.arguments import flag, number, refusal, shown
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.learned.adapter import Adapter
+from hookctl.learned.adapter import Adapter, fitting
 from hookctl.learned.faces import check_length
 from hookctl.learned.image_prompts import ImagePrompt, Part
-from hookctl.learned.ip_adapter import IPAdapter, fitting, is_unguided
+from hookctl.learned.ip_adapter import IPAdapter, is_unguided
 from hookctl.learned.keypoints import draw_keypoints
 from hookctl.learned.modules.resampler import Resampler
 from hookctl.learned.people import Person, people_of, points_of
 from hookctl.learned.weights import Weights
+from hookctl.loop.arguments import take_rows
 from hookctl.loop.inserting import Residuals
 from hookctl.loop.state import State
 from hookctl.run_state import RunState
@@ -136,28 +137,39 @@ class InstantID(IPAdapter):
     def residuals(self, state: State) -> Residuals | None:
         if not self.controls or not self.control.holds(state.clock):
             return None
-        most = max(map(len, self.parts))
         total: Residuals | None = None
-        for j in range(most):
+        for j in range(max(map(len, self.parts))):
             found = self._found_of(j, state)
-            total = found if total is None else total + found
+            if found is not None:
+                total = found if total is None else total + found
         return total
 
-    def _found_of(self, j: int, state: State) -> Residuals:
-        """What IdentityNet finds of person j of every row's prompt."""
+    def _found_of(self, j: int, state: State) -> Residuals | None:
+        """What IdentityNet finds of person j of every row's prompt, None if there is none in any.
+
+        It is asked about the rows that have one, in guess mode about those with the prompt alone.
+        """
         assert self._net is not None  # `controls` looked
-        kwargs = state.kwargs
+        people: dict[int, Part] = {}
+        for i, row in enumerate(state.rows):
+            part = self._person(row, j)
+            if part is not None and not (self.guess and is_unguided(row)):
+                people[i] = part
+        if not people:
+            return None
+        every = len(people) == len(state.rows)
+        kwargs = state.kwargs if every else take_rows(state, [(i, i + 1) for i in people])
         sample: Tensor = kwargs[state.sample]
-        people = [self._person(row, j) for row in state.rows]
         net: Any = self._net.like(sample)
         channels = net.config.in_channels
         context = [
-            self.tokens(sample, None if is_unguided(row) else part)
-            for row, part in zip(state.rows, people, strict=True)
+            self.tokens(sample, None if is_unguided(state.rows[i]) else part)
+            for i, part in people.items()
         ]
         height, width = state.grid[-2:]
         factor = 2 ** (len(net.config.conditioning_embedding_out_channels) - 1)
-        hints = [self._hint(part, height * factor, width * factor, sample) for part in people]
+        size = height * factor, width * factor
+        hints = [self._hint(part, *size, sample) for part in people.values()]
         optional = ("class_labels", "timestep_cond", "added_cond_kwargs")
         skips, middle = net(
             sample[:, :channels],
@@ -169,22 +181,21 @@ class InstantID(IPAdapter):
             return_dict=False,
             **{name: kwargs[name] for name in optional if kwargs.get(name) is not None},
         )
-        if self.guess:
-            people = [
-                None if is_unguided(row) else part
-                for row, part in zip(state.rows, people, strict=True)
-            ]
-        return Residuals([self._within(x, people) for x in skips], self._within(middle, people))
+        skips, middle = [self._within(x, people) for x in skips], self._within(middle, people)
+        if not every:
+            skips = [_spread(x, people, len(state.rows)) for x in skips]
+            middle = _spread(middle, people, len(state.rows))
+        return Residuals(skips, middle)
 
     def _person(self, row: Row, j: int) -> Part | None:
         parts = self.parts[self.prompt_of(row)]
         return parts[j] if j < len(parts) else None
 
-    def _hint(self, part: Part | None, height: int, width: int, like: Tensor) -> Tensor:
+    def _hint(self, part: Part, height: int, width: int, like: Tensor) -> Tensor:
         """The picture of a person's points, [3, height, width] from 0 to 1."""
         key = id(part), height, width, like.device, like.dtype
         if key not in self._hints:
-            points = None if part is None else getattr(part.prompts[0][1], "points", None)
+            points = getattr(part.prompts[0][1], "points", None)
             size = torch.tensor([width, height], dtype=torch.float64)
             faces = [] if points is None else [(points * size).tolist()]
             picture = np.array(draw_keypoints(faces, width, height))
@@ -193,19 +204,23 @@ class InstantID(IPAdapter):
                 self._hints[key] = drawn.to(like)
         return self._hints[key]
 
-    def _within(self, x: Tensor, people: Sequence[Part | None]) -> Tensor:
+    def _within(self, x: Tensor, people: Mapping[int, Part]) -> Tensor:
         """Residuals [rows, channels, height, width] where each row's person is."""
-        if all(part is not None and part.place is None for part in people):
+        if all(part.place is None for part in people.values()):
             return x
         shares = []
-        for part in people:
-            if part is None:
-                shares.append(torch.zeros(x.shape[-2:]))
-            elif part.place is None:
+        for part in people.values():
+            if part.place is None:
                 shares.append(torch.ones(x.shape[-2:]))
             else:
                 shares.append(self._share_on(part.place, x.shape[-2], x.shape[-1]))
         return x * torch.stack(shares).to(x)[:, None]
+
+
+def _spread(x: Tensor, rows: Iterable[int], count: int) -> Tensor:
+    """Residuals of some rows among all of a call, with zeros for the others."""
+    at = torch.tensor(list(rows), device=x.device)
+    return x.new_zeros(count, *x.shape[1:]).index_copy(0, at, x)
 
 
 def _check_net(net: nn.Module, denoiser: nn.Module, who: str) -> None:

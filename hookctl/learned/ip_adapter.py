@@ -23,7 +23,7 @@ from hookctl.arguments import checked
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import WHOLE_IMAGE, Claim, Editor
 from hookctl.errors import InputError
-from hookctl.learned.adapter import Adapter, adapter_of, check_fit
+from hookctl.learned.adapter import Adapter, check_fit, fitting
 from hookctl.learned.image_encoder import ImageEncoder
 from hookctl.learned.image_prompts import (
     ImagePrompt,
@@ -33,6 +33,7 @@ from hookctl.learned.image_prompts import (
     features_at,
     for_each_prompt,
     image_in,
+    image_prompts_of,
     parts_of,
     read_prompt,
     vectors,
@@ -40,6 +41,7 @@ from hookctl.learned.image_prompts import (
 from hookctl.learned.modules.resampler import Resampler
 from hookctl.learned.names import adapter_layers
 from hookctl.learned.strength import Strength
+from hookctl.learned.tables import with_files
 from hookctl.learned.weights import Weights
 from hookctl.loop.state import State
 from hookctl.run_state import RunState
@@ -285,15 +287,11 @@ def is_unguided(row: Row) -> bool:
 
 
 def from_checkpoint(checkpoint: Any, pipe: Any, *, images: Any, **options: Any) -> IPAdapter:
-    """The editor of a file; options: of `IPAdapter`. Raises InputError if it does not fit."""
-    return IPAdapter(fitting(checkpoint, pipe, IPAdapter.__name__), images, **options)
+    """The editor of a file. Raises InputError if it does not fit.
 
-
-def fitting(checkpoint: Any, pipe: Any, who: str, **options: Any) -> Adapter:
-    """The adapter in a file, for a pipeline; InputError if it does not fit.
-
-    options: of `adapter_of`.
+    images: also tables of a file, and files (`image_prompts_of`). options: of `IPAdapter`, whose
+    image_encoder is also a folder of one, and negative a file of one tensor.
     """
-    adapter = adapter_of(checkpoint.tensors, **options)
-    check_fit(adapter, uncompiled(denoiser_of(pipe)), who)
-    return adapter
+    adapter, who = fitting(checkpoint, pipe, IPAdapter.__name__), IPAdapter.__name__
+    images = image_prompts_of(images, adapter.image_proj.reads, None, f"{who}: images")
+    return IPAdapter(adapter, images, **with_files(options, who))

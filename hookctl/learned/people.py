@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from hookctl.address.regions import RegionLike
-from hookctl.arguments import is_list, opened, refusal, shown
+from hookctl.arguments import is_list, refusal
 from hookctl.errors import InputError
-from hookctl.learned.faces import Face, face_analysis, find_face
-from hookctl.learned.files import read
+from hookctl.learned.tables import Faces, region_in, tensor_in
 
 POINTS = 5
 
@@ -70,10 +69,10 @@ def people_of(given: Any, analysis: Any, name: str) -> Any:
     which the face is where it is to be, region also a picture of a mask. analysis: what finds faces
     in pictures (`find_face`), or the folder of its models (`face_analysis`). Raises InputError.
     """
-    return _with_people(given, _Faces(analysis), name)
+    return _with_people(given, Faces(analysis), name)
 
 
-def _with_people(given: Any, faces: _Faces, name: str) -> Any:
+def _with_people(given: Any, faces: Faces, name: str) -> Any:
     if isinstance(given, Mapping):
         return _person(given, faces, name)
     if not is_list(given):
@@ -81,7 +80,7 @@ def _with_people(given: Any, faces: _Faces, name: str) -> Any:
     return [_with_people(one, faces, f"{name}[{i}]") for i, one in enumerate(given)]
 
 
-def _person(table: Mapping[str, Any], faces: _Faces, name: str) -> Person:
+def _person(table: Mapping[str, Any], faces: Faces, name: str) -> Person:
     if not set(table) <= set(_KEYS):
         raise refusal(name, dict(table), f"a table of {', '.join(_KEYS)}")
     if ("image" in table) == ("embedding" in table):
@@ -89,52 +88,10 @@ def _person(table: Mapping[str, Any], faces: _Faces, name: str) -> Person:
     given = dict(table)
     if "image" in given:
         given["embedding"] = faces.find(given.pop("image"), f"{name}.image").embedding
-    elif isinstance(given["embedding"], str | Path):
-        given["embedding"] = _vector(Path(given["embedding"]), f"{name}.embedding")
-    points, region = given.get("keypoints"), given.get("region")
+    else:
+        given["embedding"] = tensor_in(given["embedding"], f"{name}.embedding")
+    points = given.get("keypoints")
     if isinstance(points, str | Path):
         given["keypoints"] = faces.find(points, f"{name}.keypoints").keypoints
-    if isinstance(region, str | Path) and _is_file(region):
-        given["region"] = f"mask:{region}"
+    given["region"] = region_in(given.get("region"))
     return Person(**given)
-
-
-class _Faces:
-    """Finds faces in files of pictures; the analysis is opened once, when the first needs it."""
-
-    def __init__(self, analysis: Any) -> None:
-        self._analysis = analysis
-
-    def find(self, picture: Any, name: str) -> Face:
-        if self._analysis is None:
-            raise InputError(
-                f"{name}: to find a face in a picture takes analysis=, the folder of insightface's "
-                "models; or give the embedding and key points"
-            )
-        if isinstance(self._analysis, str | Path):
-            self._analysis = face_analysis(self._analysis)
-        image = opened(picture, name)
-        try:
-            return find_face(image, self._analysis)
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from None
-
-
-def _is_file(text: str | Path) -> bool:
-    try:
-        return Path(text).is_file()
-    except (OSError, ValueError):  # a text that can be no path
-        return False
-
-
-def _vector(file: Path, name: str) -> Any:
-    """The embedding in a file."""
-    try:
-        if file.suffix == ".npy":
-            return np.load(file, allow_pickle=False)
-        tensors = list(read(file).tensors.values())
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{name}: {shown(str(file))} can't be read: {error}") from None
-    if len(tensors) != 1:
-        raise InputError(f"{name}: {file} holds {len(tensors)} tensors; give a file of one")
-    return tensors[0]

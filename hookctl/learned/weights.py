@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from hookctl.hooks.offloading import check_held, is_offloaded
 from hookctl.run_state import RunState
 
 M = TypeVar("M", bound=nn.Module)
@@ -29,7 +30,12 @@ class Weights(Generic[M]):
         self.precise = frozenset(precise)
 
     def like(self, x: Tensor) -> M:
-        """The module for a tensor's device and precision."""
+        """The module for a tensor's device and precision; itself if hooks bring its weights there.
+
+        Raises InputError if it is on the meta device.
+        """
+        if is_offloaded(self.module):
+            return self.module
         own = next((p for n, p in self.module.named_parameters() if not self._keeps(n)), None)
         if own is None or (own.device == x.device and own.dtype == x.dtype):
             return self.module
@@ -40,6 +46,7 @@ class Weights(Generic[M]):
         return found  # type: ignore[return-value]
 
     def _copied(self, x: Tensor) -> M:
+        check_held(self.module, type(self.module).__name__)
         made = copy.deepcopy(self.module)
         nn.Module.to(made, x.device, x.dtype)  # diffusers' own `to` warns without need
         given = dict(self.module.named_parameters())

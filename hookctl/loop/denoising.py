@@ -14,6 +14,7 @@ from hookctl.editor import overrides, tell
 from hookctl.errors import UnsupportedError
 from hookctl.evaluate.one_call import EditedSite
 from hookctl.hooks.attention import SitePort, depth, unwind
+from hookctl.hooks.offloading import check_held
 from hookctl.hooks.pipeline import DenoiserPort, Inner, forget_compiled
 from hookctl.loop import around
 from hookctl.loop.arguments import widen
@@ -141,6 +142,8 @@ class Denoising:
             return cut_branches(state, self._within(call, hooked, inner, args, kwargs))
         outer = calls.open
         nesting = outer.state if outer is not None and outer.owner is self else self._stepping
+        if self.run.fresh:
+            check_held(hooked.model, type(hooked.model).__name__)
         branch = hooked.port.branch
         state = self.run.state(hooked.denoiser, args, kwargs, branch, nesting)
         hooked.refresh()

@@ -1,12 +1,15 @@
-"""Collaborative editing: unfitted it is the collaboration, fitting moves each modality alone."""
+"""Collaborative editing: unfitted it is the collaboration, fitted the paper's stages by hand."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.func import functional_call
 
 import hookctl
 from hookctl.errors import InputError
@@ -24,10 +27,17 @@ FEW: dict[str, Any] = {
     "model_rate": 1e-2,
     "schedule_steps": 4,
 }
+LITERAL: dict[str, Any] = {
+    **FEW,
+    "text_rate": 1e-2,
+    "rank": 2,
+    "layers": "attn2.to_k",
+}
 NONE = {**FEW, "text_steps": 0, "model_steps": 0}
 
 
 def models(pipe: Any, weights: bool = False) -> list[Collaborator]:
+    """One of its own condition, and the pipeline's own."""
     second: Any = other(pipe)
     if weights:
         second = Weights(second)
@@ -80,6 +90,89 @@ def test_each_modality_is_fitted_and_nothing_is_left(weights: bool, tmp_path: Pa
     assert {p.name for p in tmp_path.iterdir()} == {"fit-mask.safetensors", "fit-text.safetensors"}
     assert all(torch.equal(a, b) for a, b in zip(own, second.parameters(), strict=True))
     assert not differences(before, fingerprint(pipe))
+
+
+def _noisy(pipe: Any, clean: Tensor, step: int, stage: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The image at the level of a training step: its latents, their timestep and their noise."""
+    generator = torch.Generator().manual_seed(2 * step + stage)
+    share = float(torch.rand((), generator=generator))
+    noise = torch.randn(clean.shape, generator=generator)
+    pipe.scheduler.set_timesteps(FEW["schedule_steps"])
+    t = pipe.scheduler.timesteps[int(share * FEW["schedule_steps"])]
+    kept = pipe.scheduler.alphas_cumprod[t]
+    return kept.sqrt() * clean + (1 - kept).sqrt() * noise, t, noise
+
+
+def by_hand(
+    pipe: Any, unet: Any, clean: Tensor, wanted: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Stages A and B of one model: its fitted embedding, and its changed weights."""
+    fitted = wanted.clone().requires_grad_(True)
+    adam = torch.optim.Adam([fitted], lr=LITERAL["text_rate"])
+    for step in range(LITERAL["text_steps"]):
+        x, t, noise = _noisy(pipe, clean, step, 0)
+        adam.zero_grad()
+        (unet(x, t, fitted).sample - noise).square().mean().backward()
+        adam.step()
+    fitted = fitted.detach()
+    generator, pairs = torch.Generator().manual_seed(0), {}
+    for path, module in unet.named_modules():
+        if path.endswith(LITERAL["layers"]):
+            a = torch.randn(2, module.in_features, generator=generator) / 2  # by the rank
+            pairs[path] = a, torch.zeros(module.out_features, 2)
+    leaves = [x.requires_grad_(True) for pair in pairs.values() for x in pair]
+    adam = torch.optim.Adam(leaves, lr=LITERAL["model_rate"])
+
+    def weights() -> dict[str, Tensor]:
+        own = dict(unet.named_parameters())
+        return {f"{p}.weight": own[f"{p}.weight"] + b @ a for p, (a, b) in pairs.items()}
+
+    for step in range(LITERAL["model_steps"]):
+        x, t, noise = _noisy(pipe, clean, step, 1)
+        adam.zero_grad()
+        predicted = functional_call(unet, weights(), (x, t, fitted)).sample
+        (predicted - noise).square().mean().backward()
+        adam.step()
+    return fitted, {name: x.detach() for name, x in weights().items()}
+
+
+@pytest.mark.slow
+def test_all_stages_are_the_paper_by_hand() -> None:
+    """Written out in torch and diffusers alone: embeddings, weights, and what is drawn of them."""
+    pipe, alphas = pipeline(), torch.tensor([0.0, 0.7, 1.5]).reshape(3, 1, 1)
+    given = models(pipe)
+    edit = CollaborativeImagic(pipe, given, image(), TARGET, **LITERAL).fit()
+    drawn = edit.draw(alphas.flatten().tolist(), steps=3, seed=4, output_type="latent")
+
+    pixels = torch.from_numpy(np.array(image())).permute(2, 0, 1)[None].float() / 127.5 - 1
+    with torch.no_grad():
+        clean = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
+        prompt = pipe.encode_prompt(TARGET, "cpu", 1, False)[0]
+    told, changed = {}, {}
+    for one, unet, wanted in ((given[0], given[0].model, tokens(1)), (given[1], pipe.unet, prompt)):
+        fitted, changed[one.name] = by_hand(pipe, unet, clean, wanted)
+        ours = edit.fitted[one.name]
+        torch.testing.assert_close(ours.fitted, fitted, rtol=1e-4, atol=1e-5)
+        for path, (a, b) in ours.change.factors.items():
+            own = unet.get_submodule(path).weight
+            weight = changed[one.name][f"{path}.weight"]
+            torch.testing.assert_close(own + b @ a, weight, rtol=1e-4, atol=1e-5)
+            assert not torch.equal(own, weight)
+        told[one.name] = alphas * wanted + (1 - alphas) * fitted
+    x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(4)).repeat(3, 1, 1, 1)
+    pipe.scheduler.set_timesteps(3)
+    for t in pipe.scheduler.timesteps:
+        with torch.no_grad():
+            asked = [one.influence(x, t, told[one.name]).sample for one in given]  # type: ignore
+            each = [
+                functional_call(unet, changed[one.name], (x, t, told[one.name])).sample
+                for one, unet in zip(given, (given[0].model, pipe.unet), strict=True)
+            ]
+        shares = torch.cat(asked, 1).softmax(1)
+        mixed = shares[:, :1] * each[0] + shares[:, 1:] * each[1]
+        x = pipe.scheduler.step(mixed, t, x).prev_sample
+    torch.testing.assert_close(drawn, x, rtol=1e-4, atol=1e-4)
+    assert (drawn[0] - drawn[2]).abs().max() > 1e-2
 
 
 def test_bad_input() -> None:

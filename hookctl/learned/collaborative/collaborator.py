@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hookctl.address.families import denoiser_of, uncompiled
 from hookctl.errors import InputError
+from hookctl.hooks.offloading import device_of
 from hookctl.learned.weights import Weights
 from hookctl.loop.state import State
 
@@ -85,9 +86,10 @@ class Collaborator:
         if not isinstance(network, nn.Module):
             assert network is not None
             return network(x, timestep, condition)
-        like = next(network.parameters(), x)  # a network of the user's may stand elsewhere
-        t = torch.tensor(timestep, device=like.device)
-        return network(x.to(like), t, None if condition is None else condition.to(like))
+        # A network of the user's may stand elsewhere.
+        like = device_of(network), next(network.parameters(), x).dtype
+        t = torch.tensor(timestep, device=like[0])
+        return network(x.to(*like), t, None if condition is None else condition.to(*like))
 
     def check_images(self, state: State) -> None:
         """InputError for conditions of another number of images than the run draws."""

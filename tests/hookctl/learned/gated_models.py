@@ -35,6 +35,17 @@ def gated_unet(in_channels: int = 4) -> UNet2DConditionModel:
     assert not unexpected
     learned = [name for name in missing if "fuser" in name or name.startswith("position_net")]
     assert learned and len(learned) + (in_channels != 4) == len(missing)
+    return _random(net)
+
+
+def gated_like(plain: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A gated one of another's layout and weights."""
+    net = UNet2DConditionModel.from_config(plain.config, attention_type="gated")
+    assert not net.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
+    return _random(net)
+
+
+def _random(net: UNet2DConditionModel) -> UNet2DConditionModel:
     randomise(net.position_net, 1)
     for i, (_, fuser) in enumerate(sorted(fusers_in(net).items())):
         randomise(fuser, 2 + i)

@@ -14,7 +14,7 @@ from diffusers import StableDiffusionControlNetPipeline, StableDiffusionXLContro
 from torch import Tensor
 
 import hookctl
-from hookctl.errors import InputError, UnsupportedError
+from hookctl.errors import HookctlWarning, InputError, UnsupportedError
 from hookctl.learned.instant_id import InstantID, from_checkpoint
 from hookctl.learned.keypoints import draw_keypoints
 from hookctl.learned.people import Person
@@ -104,10 +104,12 @@ def test_instant_id_is_diffusers_with_the_text_swapped(kind: str, stop: float) -
 
 
 @pytest.mark.slow
-def test_guess_mode_is_diffusers(pipe: Any, net: Any) -> None:
-    made = adapter("instantid", pipe.unet)
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_guess_mode_is_diffusers(kind: str) -> None:
+    pipe = identity.pipeline(kind)
+    made, net = adapter("instantid", pipe.unet), identity_net(pipe.unet)
     edit = InstantID(made, person(), net, scale=0.6, control_scale=0.7, guess=True)
-    wanted = of_controlnet_pipeline("sd15", 0.6, controlnet_conditioning_scale=0.7, guess_mode=True)
+    wanted = of_controlnet_pipeline(kind, 0.6, controlnet_conditioning_scale=0.7, guess_mode=True)
     found = drawn(pipe, edit)
     assert apart(found, wanted) < ROUNDING
     usual = InstantID(made, person(), net, scale=0.6, control_scale=0.7)
@@ -183,6 +185,49 @@ def test_two_people_are_the_formula(dtype: torch.dtype, tolerance: float) -> Non
         mid_block_additional_residual=total[-1],
     )
     assert apart(ours, wanted) < tolerance
+
+
+# -- rows that it is not asked about ---------------------------------------------------------------
+
+
+def test_guess_mode_leaves_out_what_it_would_drop() -> None:
+    """As all rows asked and the unguided set to zero, to rounding in the guided ones alone."""
+    unet = identity.pipeline().unet
+    net = identity_net(unet)
+    call = vector(0, 2, 4, 16, 16), 500, vector(1, 2, 9, 32)
+    edit = InstantID(adapter("instantid", unet), person(), net, scale=0, guess=True)
+    asked: list[int] = []
+    counting = net.register_forward_pre_hook(lambda _, args: asked.append(len(args[0])))
+    with hookctl.control(unet, edit, rows=("uncond", "cond")), torch.no_grad():
+        ours = unet(*call).sample
+    alone = call[0][:1], 500, call[2][:1]
+    told = pytest.warns(HookctlWarning, match="InstantID changed nothing")
+    with told, hookctl.control(unet, edit, rows=("uncond",), strict=False), torch.no_grad():
+        nothing = unet(*alone).sample
+    assert asked == [1]
+    counting.remove()
+
+    given = identity.tensors("instantid", unet)
+    own = {k.removeprefix("image_proj."): x for k, x in given.items() if k.startswith("image")}
+    faces = torch.stack([torch.zeros_like(FACE), FACE])[:, None]
+    shown = torch.from_numpy(np.array(hint(POINTS))).permute(2, 0, 1)[None].float() / 255
+    with torch.no_grad():
+        skips, middle = net(
+            *call[:2],
+            encoder_hidden_states=literal_resampler(own, faces, 1, 4),
+            controlnet_cond=shown.expand(2, -1, -1, -1),
+            conditioning_scale=0.8,
+            guess_mode=True,
+            return_dict=False,
+        )
+        for x in (*skips, middle):
+            x[0] = 0
+        wanted = unet(
+            *call, down_block_additional_residuals=skips, mid_block_additional_residual=middle
+        ).sample
+        assert torch.equal(nothing, unet(*alone).sample)
+    assert torch.equal(ours[0], wanted[0])
+    assert apart(ours, wanted) < ROUNDING
 
 
 # -- strength and rows -----------------------------------------------------------------------------
