@@ -16,11 +16,9 @@ from hookctl.demos.layouts import draw_layout
 from hookctl.demos.placing import Progress, Stack, compare, words
 from hookctl.recipes import AttendAndExcite
 
-# Before that nothing of a scene of this model is decided, and so nothing missing.
-SETTINGS: Mapping[str, Any] = {"scale": 10.0, "start": 0.12, "refinements": 10}
 METHODS: Mapping[str, Stack] = {
     "plain": lambda cases: [],
-    "Attend-and-Excite": lambda cases: [AttendAndExcite(words(cases), **SETTINGS)],
+    "Attend-and-Excite": lambda cases: [AttendAndExcite(words(cases), refinements=10)],
 }
 
 
