@@ -16,8 +16,20 @@ from hookctl.app import drawing
 from hookctl.app.copying import as_command, as_python, as_toml
 from hookctl.app.hooks import options_by_name
 from hookctl.app.person import Desk, Person, looked_over
-from hookctl.app.pictures import attended, bars, boxed, data_url, fitted, map_picture, map_size
-from hookctl.app.stack import Box, Card, Kinds, Wanted
+from hookctl.app.pictures import (
+    attended,
+    bars,
+    data_url,
+    fitted,
+    hues,
+    looks_picture,
+    map_picture,
+    map_size,
+    outlined,
+)  # fmt: skip
+from hookctl.app.places import GRID, Box, Painted
+from hookctl.app.reading import PLACES
+from hookctl.app.stack import Card, Kinds, Wanted
 from hookctl.app.worker import Done, Shown, Step, drawn
 from hookctl.cli import loading, main
 from hookctl.cli.known import editors_by_name, inversions_by_name
@@ -71,6 +83,9 @@ def test_a_run_tells_its_steps_and_shows_the_source_first(pipe: Any, kinds: Kind
     assert made.maps["blue"].shape[0] == 2 and made.notes == {}
     assert {row[0] for row in made.rows} == {"PromptToPrompt", "PAG"}
     assert drawing.telling(made) == "blue"
+    # Of every place, the shares of its attention to all others; the tiny model's grids differ.
+    assert made.looks is not None and made.looks.shape[0] == PLACES * PLACES
+    assert made.looks.min() >= 0 and bool((made.looks.sum((1, 2)) > 0).all())
 
 
 def test_what_did_not_change_is_not_drawn_again(pipe: Any, kinds: Kinds) -> None:
@@ -147,13 +162,19 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+HALF = (0, *[GRID // 2] * (2 * GRID))  # the left one
 STACKS = {
     "edit": wanted(*EDIT),
     "places": wanted(
         Card("RegionalPrompts", {"base": 0.3}),
         Card("MaskedSelfAttention"),
         edit="",
-        boxes=(Box(0, 0, 0.5, 1, "a cat"), Box(0.5, 0, 1, 1, "a dog")),
+        places=(Box(0, 0, 0.5, 1, "a cat"), Box(0.5, 0, 1, 1, "a dog")),
+    ),
+    "painted": wanted(
+        Card("RegionalPrompts", {"base": 0.3}),
+        edit="",
+        places=(Painted(HALF, "a cat"), Box(0.5, 0, 1, 1, "a dog")),
     ),
     "nothing": wanted(seed=3),
     "own": wanted(*EDIT, image=image(size=(64, 64))),
@@ -245,10 +266,31 @@ def test_maps_are_on_one_scale_and_boxes_in_their_colours() -> None:
     assert "<th>cat</th>" in bars([("cat", 1.0)], 0.6, 0.3) and "100.0%" in bars([("c", 1)], 0, 0)
 
 
+def test_painted_places_are_outlined_too() -> None:
+    picture = outlined(Image.new("RGB", (128, 128), "gray"), [Box(0, 0, 0.1, 0.1), Painted(HALF)])
+    blue, black, gray = (86, 180, 233), (0, 0, 0), (128, 128, 128)
+    assert [picture.getpixel((x, 64)) for x in (63, 60, 30, 90)] == [blue, black, gray, gray]
+
+
+def test_what_a_place_looks_at() -> None:
+    picture, looks = Image.new("RGB", (64, 64), "gray"), torch.zeros(PLACES * PLACES, 4, 4)
+    looks[PLACES * PLACES - 1, 0, 0] = 1.0  # the last place, at the first
+    last, first = (looks_picture(picture, looks, at, at) for at in (1.0, 0.0))
+    assert last.getpixel((20, 20)) != first.getpixel((100, 20))
+    assert last.getpixel((300, 300)) == first.getpixel((300, 300))
+
+
+def test_words_have_the_colours_of_their_places() -> None:
+    places = Box(0, 0, 1, 1, "a red Circle"), Box(0, 0, 1, 1, "a red square")
+    style = hues(["a", "circle", "square", "cat"], places)
+    assert "nth-child(2)::after{background:linear-gradient(90deg,#E69F00 0% 100%)}" in style
+    assert "nth-child(3)" in style and "nth-child(1)" not in style and "nth-child(4)" not in style
+
+
 def test_pictures_for_the_canvas() -> None:
     assert data_url(None) == ""
     assert data_url(Image.new("RGB", (8, 8))).startswith("data:image/png;base64,")
     assert data_url(Image.new("RGB", (513, 8))).startswith("data:image/jpeg;base64,")
     wide = Image.new("RGBA", (300, 100), "red")
     assert fitted(wide, (64, 64)).size == (64, 64) and fitted(wide, (64, 64)).mode == "RGB"
-    assert boxed(Image.new("RGB", (64, 64)), []).size == (64, 64)
+    assert outlined(Image.new("RGB", (64, 64)), []).size == (64, 64)
