@@ -87,10 +87,14 @@ def map_picture(
 
 
 def looks_picture(image: Image.Image, looks: Tensor, x: float, y: float) -> Image.Image:
-    """What the place (x, y), from 0 to 1, looks at in the picture, the place ringed; all places on
-    one scale. looks: [PLACES * PLACES, height, width]."""
+    """What the place (x, y), from 0 to 1, looks at in the picture, the place ringed.
+
+    looks: [PLACES * PLACES, height, width]. All places are on one scale, which begins at the
+    median: much of every place's attention goes everywhere.
+    """
     column, row = (min(int(at * PLACES), PLACES - 1) for at in (x, y))
-    drawn = show.overlay(_enlarged(image), looks[row * PLACES + column], scale=_scale(looks))
+    scale = _scale(looks, float(looks.median()))
+    drawn = show.overlay(_enlarged(image), looks[row * PLACES + column], scale=scale)
     draw = ImageDraw.Draw(drawn)
     middle = [drawn.width * (column + 0.5) / PLACES, drawn.height * (row + 0.5) / PLACES]
     for radius, colour, wide in ((13, "black", 6), (12, "white", 3)):
@@ -99,10 +103,11 @@ def looks_picture(image: Image.Image, looks: Tensor, x: float, y: float) -> Imag
     return drawn
 
 
-def _scale(maps: Tensor) -> tuple[float, float]:
-    """Of maps that are to be compared: from 0 to where the strongest `BRIGHT` begin."""
+def _scale(maps: Tensor, low: float = 0.0) -> tuple[float, float]:
+    """Of maps that are to be compared: to where the strongest `BRIGHT` begin."""
     every = maps.flatten()
-    return 0.0, float(every.kthvalue(max(1, round((1 - BRIGHT) * len(every)))).values)
+    high = float(every.kthvalue(max(1, round((1 - BRIGHT) * len(every)))).values)
+    return low, max(high, low + 1e-6)
 
 
 def hues(words: Sequence[str], places: Sequence[Place]) -> str:

@@ -14,8 +14,8 @@ from PIL import Image, ImageChops
 import hookctl
 from hookctl.app import drawing
 from hookctl.app.copying import as_command, as_python, as_toml
-from hookctl.app.hooks import options_by_name
-from hookctl.app.person import Desk, Person, looked_over
+from hookctl.app.hooks import options_by_name, shipped
+from hookctl.app.person import Desk, Person, examples, looked_over
 from hookctl.app.pictures import (
     attended,
     bars,
@@ -29,12 +29,13 @@ from hookctl.app.pictures import (
 )  # fmt: skip
 from hookctl.app.places import GRID, Box, Painted
 from hookctl.app.reading import PLACES
-from hookctl.app.stack import Card, Kinds, Wanted
+from hookctl.app.stack import Card, Kinds, Wanted, preset_of
 from hookctl.app.worker import Done, Shown, Step, drawn
 from hookctl.cli import loading, main
 from hookctl.cli.known import editors_by_name, inversions_by_name
+from hookctl.cli.stacks import PRESETS
 from hookctl.errors import ConflictError, WordError
-from hookctl.preset import HookSpec
+from hookctl.preset import HookSpec, load_preset
 from tests.recipes.images import PROMPT, TARGET, image, pipeline
 
 
@@ -248,6 +249,29 @@ def test_learned_weights_are_cards(tmp_path: Path, pipe: Any) -> None:
     assert kinds.forms["ip.bin"].summary == "Learned weights of the kind ip-adapter."
 
 
+def test_weights_that_come_along(tmp_path: Path, pipe: Any) -> None:
+    """Their presets are examples: on the page and back, they are the same stacks."""
+    named, options = options_by_name(pipe, [], shipped())
+    kinds = Kinds(editors_by_name(), inversions_by_name(), named, options)
+    assert list(named) == ["Grounding", "Identity"]
+    fields = {field.name for name in named for field in kinds.forms[name].fields}
+    assert {"instances", "people", "scale"} < fields and not fields & {"identity_net", "images"}
+    found = {asked.cards[0].kind: asked for asked in examples(PRESETS, kinds).values()}
+    for name, hook in named.items():
+        made = preset_of(found[name], kinds, "shapes")
+        (tmp_path / "stack.toml").write_text(as_toml(made), "utf-8")
+        [again] = load_preset(tmp_path / "stack.toml", kinds.recipes, kinds.inversions).hooks
+        [own] = load_preset(PRESETS / f"{name.lower()}.toml", {}).hooks
+        assert again.path == hook.path and Path(own.path).samefile(hook.path)
+        assert again.arguments.get("instances") == own.arguments.get("instances")
+        for one, its in zip(
+            again.arguments.get("people", ()), own.arguments.get("people", ()), strict=True
+        ):
+            assert Path(one["embedding"]).samefile(its["embedding"])
+            for point, wanted_point in zip(one["keypoints"], its["keypoints"], strict=True):
+                assert point == pytest.approx(wanted_point)
+
+
 # -- pictures --------------------------------------------------------------------------------------
 
 
@@ -274,10 +298,11 @@ def test_painted_places_are_outlined_too() -> None:
 
 def test_what_a_place_looks_at() -> None:
     picture, looks = Image.new("RGB", (64, 64), "gray"), torch.zeros(PLACES * PLACES, 4, 4)
-    looks[PLACES * PLACES - 1, 0, 0] = 1.0  # the last place, at the first
+    looks[:, 3, 3] = 1.0  # all look at the last cell
+    looks[PLACES * PLACES - 1, 0, 0] = 1.0  # and the last place at the first
     last, first = (looks_picture(picture, looks, at, at) for at in (1.0, 0.0))
-    assert last.getpixel((20, 20)) != first.getpixel((100, 20))
-    assert last.getpixel((300, 300)) == first.getpixel((300, 300))
+    assert last.getpixel((60, 40)) == last.getpixel((460, 440)) == first.getpixel((460, 440))
+    assert first.getpixel((60, 40)) != last.getpixel((60, 40))
 
 
 def test_words_have_the_colours_of_their_places() -> None:

@@ -67,7 +67,7 @@ def test_a_picture_is_inverted_unless_a_card_takes_it(kinds: Kinds) -> None:
     assert found.inversion is not None
     assert (found.inversion.recipe, found.inversion.arguments) == (
         "DirectInversion",
-        {"guidance": 3.0},
+        {"unit_noise": True, "guidance": 3.0},
     )
     assert preset(kinds, Card("ReferenceOnly"), image=image).inversion is None
 
@@ -156,7 +156,7 @@ def test_the_program_is_a_program(kinds: Kinds) -> None:
     assert "guidance_scale=3.0" in text
     own = as_python(preset(kinds, image=Image.new("RGB", (8, 8))))
     compile(own, "copied.py", "exec")
-    assert "DirectInversion(pipe, image, prompts[0], steps=25)" in own
+    assert "DirectInversion(pipe, image, prompts[0], steps=25, unit_noise=True)" in own
     assert set(as_texts(made, "cpu", "float32")) == {"TOML", "Python", "Command line"}
 
 
