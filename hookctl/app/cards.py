@@ -108,13 +108,13 @@ def _tools(deck: Deck, at: str, card: Card) -> None:
 def _widget(deck: Deck, at: str, card: Card, field: Field) -> None:
     """The widget of a field; what is typed goes to the card at once."""
     value = card.values.get(field.name, field.default)
+    if field.kind == "words":
+        return _words(deck, at, card, field)
     common: dict[str, Any] = {
         "label": field.title.capitalize(),
         "info": _short(field.help),
         "interactive": True,
         "elem_id": f"{at}-{field.name}",
-        # Without it the page takes a widget for that which had its place before, of whatever kind.
-        "key": (card.key, field.name),
     }
     made: Any
     if field.kind == "switch":
@@ -128,14 +128,36 @@ def _widget(deck: Deck, at: str, card: Card, field: Field) -> None:
         made = gr.Number(value, precision=0 if field.whole else None, **common)
     elif field.kind == "choice":
         made = gr.Radio(list(field.choices), value=value, **common)
-    elif field.kind == "words":
-        known = list(dict.fromkeys([*deck.words, *value]))
-        made = gr.CheckboxGroup(known, value=value, **common)
     else:
         empty = "as drawn" if field.kind in ("areas", "labels") else "the method’s own"
         made = gr.Textbox(value, placeholder=empty, max_lines=4, **common)
     # Not `change`, which widgets tell that are on their way out.
     made.input(partial(_keep, card, field.name), made, None, queue=False, show_progress="hidden")
+
+
+def _words(deck: Deck, at: str, card: Card, field: Field) -> None:
+    """A box to check for each word.
+
+    Not one group of them: where cards change, gradio 6 hands the values of the new widgets to those
+    that had their positions before, and a group fails at what is no list.
+    """
+    chosen = list(card.values.get(field.name, field.default))
+    help = _short(field.help)
+    with gr.Column(elem_classes="words", elem_id=f"{at}-{field.name}"):
+        said = f"<small>{escape(help)}</small>" if help else ""
+        gr.HTML(f"<div>{escape(field.title.capitalize())}{said}</div>")
+        with gr.Row():
+            for word in dict.fromkeys([*deck.words, *chosen]):
+                box = gr.Checkbox(
+                    word in chosen, label=word, container=False, min_width=10, interactive=True
+                )
+                tick = partial(_choose, card, field, word)
+                box.input(tick, box, None, queue=False, show_progress="hidden")
+
+
+def _choose(card: Card, field: Field, word: str, chosen: bool) -> None:
+    others = [one for one in card.values.get(field.name, field.default) if one != word]
+    card.values[field.name] = [*others, word] if chosen else others
 
 
 def _keep(card: Card, name: str, value: Any) -> None:

@@ -239,8 +239,8 @@ def test_a_trained_module_is_a_card(opened: Callable[..., Any]) -> None:
 
     page = opened()
     choose(page, "#example", "Objects at their places by a trained module")
+    page.wait_for_selector("#card-1 .name:text-is('Grounding')")
     page.wait_for_function("() => document.querySelectorAll('#canvas .list li').length == 2")
-    assert page.inner_text("#card-1 .name") == "Grounding"
     set_number(page, "#steps", 12)
     drag(page, (25, 25), (75, 25))  # the circle's box, from the left to the right
     page.wait_for_timeout(1000)
