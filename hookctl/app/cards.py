@@ -169,7 +169,7 @@ def _short(help: str) -> str | None:
     if not help:
         return None
     first = help if help[0] in "{\"'" else re.split(r"[:;.(](?=\s|[^)]{40})", help)[0].strip()
-    if len(first) < 3:  # the paper's letter for it
+    if len(first) < 3 or first.startswith("as for "):  # the paper's letter, another's docstring
         return None
     first = first if len(first) <= 140 else first[:140].rsplit(" ", 1)[0] + " …"
     return (first[:1].upper() + first[1:]).rstrip(".,")

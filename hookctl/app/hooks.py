@@ -49,10 +49,19 @@ def options_by_name(
         while name in named:
             name = f"{name} (again)"
         named[name] = hook
-    return named, {name: _options(pipe, hook) for name, hook in named.items()}
+    options = {}
+    for name, hook in named.items():
+        title = title_of(PRESETS / f"{name.lower()}.toml") if name in (known or {}) else ""
+        options[name] = _options(pipe, hook, title)
+    return named, options
 
 
-def _options(pipe: Any, hook: HookSpec) -> Options:
+def title_of(preset: Path) -> str:
+    """What a stack does: its first line."""
+    return preset.read_text("utf-8").partition("\n")[0].lstrip("# ").rstrip(".")
+
+
+def _options(pipe: Any, hook: HookSpec, title: str) -> Options:
     kind = open_source(hook.path, pipe).kind
     builder, hints = builder_of(kind), dict[str, Any]()
     with suppress(NameError):  # types that are imported for checks only
@@ -63,7 +72,7 @@ def _options(pipe: Any, hook: HookSpec) -> Options:
     for key in taken.keys() & given.keys():
         taken[key] = taken[key].replace(default=given[key])
     more = inspect.getdoc(_editor_of(builder)) or ""
-    return taken, hints, f"Learned weights of the kind {kind.name}.\n\n{more}"
+    return taken, hints, f"{title or f'Learned weights of the kind {kind.name}.'}\n\n{more}"
 
 
 def _editor_of(builder: Any) -> Any:

@@ -8,7 +8,7 @@ from threading import Event, Lock
 from typing import TYPE_CHECKING, Any
 
 from hookctl.app import drawing
-from hookctl.app.hooks import options_by_name, shipped
+from hookctl.app.hooks import options_by_name, shipped, title_of
 from hookctl.app.places import MOST, Place, place_of
 from hookctl.app.stack import Card, Kinds, Wanted, wanted_of
 from hookctl.cli.known import editors_by_name, inversions_by_name
@@ -157,8 +157,7 @@ def examples(folder: Path, kinds: Kinds) -> dict[str, Wanted]:
         except HookctlError:  # a program, which has a loop of its own
             continue
         if _showable(preset, kinds):
-            title = path.read_text("utf-8").partition("\n")[0].lstrip("# ").rstrip(".")
-            found[title] = wanted_of(preset, kinds)
+            found[title_of(path)] = wanted_of(preset, kinds)
     return found
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -15,7 +17,7 @@ import hookctl
 from hookctl.app import drawing
 from hookctl.app.copying import as_command, as_python, as_toml
 from hookctl.app.hooks import options_by_name, shipped
-from hookctl.app.person import Desk, Person, examples, looked_over
+from hookctl.app.person import Desk, Person, desk_of, examples, looked_over
 from hookctl.app.pictures import (
     attended,
     bars,
@@ -209,6 +211,32 @@ def test_copies_draw_the_same(name: str, here: Path, pipe: Any, kinds: Kinds) ->
     assert same(Image.open(f"out/page/edited-{last}.png"), made.edited)
     if asked.image is None:
         assert same(Image.open("file/plain-0.png"), made.source)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Grounding", "Identity"])
+def test_copies_of_trained_modules_draw_the_same(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the model that they were trained for."""
+    shapes = _shapes()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loading, "load_pipeline", lambda *_: shapes)
+    monkeypatch.setattr(hookctl, "load_shapes", lambda **_: shapes)
+    kinds = desk_of(shapes, "shapes").kinds
+    [asked] = [one for one in examples(PRESETS, kinds).values() if one.cards[0].kind == name]
+    made = draw(shapes, kinds, replace(asked, steps=2))
+    assert not same(made.source, made.edited) and made.notes == {}
+    Path("stack.toml").write_text(as_toml(made.preset), "utf-8")
+    assert main(["run", "stack.toml", "--out", "file"]) == 0
+    assert same(Image.open("file/edited-0.png"), made.edited)
+    exec(compile(as_python(made.preset), "copied.py", "exec"), {})
+    assert same(Image.open("edited.png"), made.edited)
+
+
+@cache
+def _shapes() -> Any:
+    return hookctl.load_shapes()
 
 
 def test_an_own_picture_is_inverted_once(pipe: Any, kinds: Kinds) -> None:
