@@ -7,10 +7,13 @@ point and the width of a scribble are fractions of the shorter side, and stay ro
 
 from __future__ import annotations
 
+import binascii
 import math
 import re
+from base64 import b64decode
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from io import BytesIO
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -26,6 +29,7 @@ from hookctl.errors import InputError
 
 BITS = 64
 BACKGROUND = -(1 << 63)  # bit 63, the sign
+INLINE = "data:image/png;base64,"  # before a mask that is written out (RFC 2397)
 SLACK = 1e-6  # rounding that is forgiven in coordinates and thresholds
 FORMS = (
     "full, box:x0,y0,x1,y1, point:x,y[,radius], scribble:x,y;x,y;..[@width],"
@@ -215,7 +219,8 @@ def parse_region(text: str) -> Region:
 
     `full`, `box:0.1,0.2,0.5,0.6`, `point:0.5,0.5` or `point:0.5,0.5,0.1` (radius),
     `scribble:0.1,0.1;0.5,0.6` or `...@0.08` (width), `polygon:0.1,0.1;0.9,0.1;0.5,0.8`,
-    `mask:path.png`; with `name=` before it, the region has that name.
+    `mask:path.png`, or `mask:data:image/png;base64,...` with the image itself; with `name=` before
+    it, the region has that name.
     """
     match = re.fullmatch(r"\s*(?:([^:=]+)=)?\s*(\w+)\s*(?::(.*))?", text, re.DOTALL)
     if match is None:
@@ -223,10 +228,10 @@ def parse_region(text: str) -> Region:
     name, kind, body = match[1].strip() if match[1] else None, match[2], (match[3] or "").strip()
     if kind == "mask" and body:
         try:
-            with Image.open(body) as image:
+            with Image.open(_inline(body) if body.startswith("data:") else body) as image:
                 return Region.mask(image, name=name)
         except (OSError, SyntaxError) as error:
-            raise InputError(f"region: {text!r} given; a readable image expected") from error
+            raise InputError(f"region: {shown(text)} given; a readable image expected") from error
     body, _, width = body.partition("@") if kind == "scribble" else (body, "", "")
     try:
         points = [[float(v) for v in point.split(",")] for point in body.split(";") if point]
@@ -245,6 +250,16 @@ def parse_region(text: str) -> Region:
         case "polygon", [_, *_]:
             return Region.polygon(points, name=name)
     raise InputError(f"region: {text!r} given; expected {FORMS}")
+
+
+def _inline(text: str) -> BytesIO:
+    """The image that a text holds."""
+    try:
+        if text.startswith(INLINE):
+            return BytesIO(b64decode(text.removeprefix(INLINE).encode("ascii"), validate=True))
+    except (binascii.Error, UnicodeEncodeError):
+        pass
+    raise InputError(f"region: {shown(text)} given; mask:{INLINE}... expected, in base64")
 
 
 def _number(value: float, argument: str) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from html import escape
 from typing import Any
@@ -18,103 +19,103 @@ _EMPTY = (
     "<div class='empty-state'>No editor yet: both pictures are the same.<br>"
     "Choose one above, or start from an example.</div>"
 )
-Changed = Callable[[Person], Any]
 
 
-def show(
-    person: Person,
-    forms: dict[str, Form],
-    words: Sequence[str],
-    state: gr.State,
-    tick: gr.State,
-    after: Callable[..., Any],
-    inputs: Sequence[Any],
-) -> None:
-    """Build the cards of a person.
+@dataclass(frozen=True)
+class Deck:
+    """What the cards of a person are built from.
 
-    words: of the prompts; tick: the number that is raised when cards are to be drawn anew; after:
-    looks the stack over, of (person, *inputs).
+    words: of the prompts; state, tick: the widgets that hold the person, and the number that is
+    raised when cards are to be drawn anew; after: looks the stack over, of (person, *inputs).
     """
-    if not person.cards:
-        gr.HTML(_EMPTY)
-    for place, card in enumerate(person.cards):
-        _card(person, place, card, forms[card.kind], words, state, tick, after, inputs)
 
+    person: Person
+    forms: Mapping[str, Form]
+    words: Sequence[str]
+    state: gr.State
+    tick: gr.State
+    after: Callable[..., Any]
+    inputs: Sequence[Any]
 
-def _card(
-    person: Person,
-    place: int,
-    card: Card,
-    form: Form,
-    words: Sequence[str],
-    state: gr.State,
-    tick: gr.State,
-    after: Callable[..., Any],
-    inputs: Sequence[Any],
-) -> None:
-    def changing(change: Callable[[Person], None]) -> Callable[..., int]:
-        """A handler that changes the stack and has it drawn anew."""
+    def on_click(self, button: gr.Button, card: Card, change: Callable[[Person], None]) -> None:
+        """A press changes the stack, which is drawn anew."""
 
         def handler(person: Person, number: int, *values: Any) -> int:
             if any(one is card for one in person.cards):
                 change(person)
-            after(person, *values)
+            self.after(person, *values)
             return number + 1
 
-        return handler
+        given = [self.state, self.tick, *self.inputs]
+        button.click(handler, given, self.tick, show_progress="hidden")
+
+
+def show(deck: Deck) -> None:
+    """Build the cards of a person."""
+    if not deck.person.cards:
+        gr.HTML(_EMPTY)
+    for number, card in enumerate(deck.person.cards):
+        _card(deck, number, card)
+
+
+def _card(deck: Deck, number: int, card: Card) -> None:
+    form, at = deck.forms[card.kind], f"card-{number + 1}"
+    with gr.Column(elem_classes=["card"] + ["off"] * (not card.on), elem_id=at):
+        with gr.Row(elem_classes="head"):
+            gr.HTML(f"<div class='name'>{escape(form.name)}</div>")
+            with gr.Row(elem_classes="tools"):
+                _tools(deck, at, card)
+        gr.HTML(f"<div class='summary'>{escape(form.summary)}</div>")
+        if number in deck.person.notes:
+            note = escape(deck.person.notes[number])
+            gr.HTML(f"<div class='note' role='alert'>{note}</div>")
+        if form.has_areas:
+            gr.HTML("<small>Uses what is drawn under “Places”, and the text of each.</small>")
+        drawn = [field for field in form.fields if field.kind in ("areas", "labels")]
+        early = [field for field in form.fields if field.early and field not in drawn]
+        window = sorted((f for f in early if f.name in ("start", "stop")), key=lambda f: f.name)
+        for field in early:
+            if field not in window:
+                _widget(deck, at, card, field)
+        if window:
+            with gr.Row():
+                for field in window:
+                    _widget(deck, at, card, field)
+        late = [field for field in form.fields if not field.early and field not in drawn]
+        late += [field for field in drawn if field.name != "people"]
+        if late:
+            with gr.Accordion("More", open=False):
+                for field in late:
+                    _widget(deck, at, card, field)
+
+
+def _tools(deck: Deck, at: str, card: Card) -> None:
+    """The buttons that switch a card, move it and take it away."""
 
     def switched(_: Person) -> None:
         card.on = not card.on
 
-    with gr.Column(elem_classes=["card"] + ["off"] * (not card.on), elem_id=f"card-{place + 1}"):
-        with gr.Row(elem_classes="head"):
-            gr.HTML(
-                f"<div class='name'>{escape(form.name)}<small>{escape(form.summary)}</small></div>"
-            )
-            with gr.Row(elem_classes="tools"):
-                buttons = [
-                    ("On" if card.on else "Off", "switch", switched),
-                    ("↑", "up", lambda person: person.move(card, -1)),
-                    ("↓", "down", lambda person: person.move(card, 1)),
-                    ("✕", "remove", lambda person: person.remove(card)),
-                ]
-                for label, name, change in buttons:
-                    button = gr.Button(
-                        label, size="sm", elem_id=f"card-{place + 1}-{name}", min_width=30
-                    )
-                    button.click(
-                        changing(change), [state, tick, *inputs], tick, show_progress="hidden"
-                    )
-        if place in person.notes:
-            gr.HTML(f"<div class='note' role='alert'>{escape(person.notes[place])}</div>")
-        early = [field for field in form.fields if field.early]
-        late = [field for field in form.fields if not field.early]
-        if form.has_areas:
-            gr.HTML("<small>Uses the boxes under “Places”, and the text of each.</small>")
-        window = sorted((f for f in early if f.name in ("start", "stop")), key=lambda f: f.name)
-        for field in early:
-            if field not in window and field.kind not in ("areas", "labels"):
-                _widget(place, card, field, words)
-        if window:
-            with gr.Row():
-                for field in window:
-                    _widget(place, card, field, words)
-        late += [field for field in early if field.kind in ("areas", "labels")]
-        if late:
-            with gr.Accordion("More", open=False):
-                for field in late:
-                    _widget(place, card, field, words)
+    for label, name, change in (
+        ("On" if card.on else "Off", "switch", switched),
+        ("↑", "up", lambda person: person.move(card, -1)),
+        ("↓", "down", lambda person: person.move(card, 1)),
+        ("✕", "remove", lambda person: person.remove(card)),
+    ):
+        button = gr.Button(label, size="sm", elem_id=f"{at}-{name}", min_width=30)
+        deck.on_click(button, card, change)
 
 
-def _widget(place: int, card: Card, field: Field, words: Sequence[str]) -> None:
+def _widget(deck: Deck, at: str, card: Card, field: Field) -> None:
     """The widget of a field; what is typed goes to the card at once."""
     value = card.values.get(field.name, field.default)
+    if field.kind == "words":
+        return _words(deck, at, card, field)
     common: dict[str, Any] = {
         "label": field.title.capitalize(),
         "info": _short(field.help),
         "interactive": True,
+        "elem_id": f"{at}-{field.name}",
     }
-    common["elem_id"] = f"card-{place + 1}-{field.name}"
     made: Any
     if field.kind == "switch":
         made = gr.Checkbox(value, **common)
@@ -127,14 +128,36 @@ def _widget(place: int, card: Card, field: Field, words: Sequence[str]) -> None:
         made = gr.Number(value, precision=0 if field.whole else None, **common)
     elif field.kind == "choice":
         made = gr.Radio(list(field.choices), value=value, **common)
-    elif field.kind == "words":
-        known = list(dict.fromkeys([*words, *value]))
-        made = gr.CheckboxGroup(known, value=value, **common)
     else:
-        empty = "the boxes’" if field.kind in ("areas", "labels") else "the method’s own"
+        empty = "as drawn" if field.kind in ("areas", "labels") else "the method’s own"
         made = gr.Textbox(value, placeholder=empty, max_lines=4, **common)
     # Not `change`, which widgets tell that are on their way out.
     made.input(partial(_keep, card, field.name), made, None, queue=False, show_progress="hidden")
+
+
+def _words(deck: Deck, at: str, card: Card, field: Field) -> None:
+    """A box to check for each word.
+
+    Not one group of them: where cards change, gradio 6 hands the values of the new widgets to those
+    that had their positions before, and a group fails at what is no list.
+    """
+    chosen = list(card.values.get(field.name, field.default))
+    help = _short(field.help)
+    with gr.Column(elem_classes="words", elem_id=f"{at}-{field.name}"):
+        said = f"<small>{escape(help)}</small>" if help else ""
+        gr.HTML(f"<div>{escape(field.title.capitalize())}{said}</div>")
+        with gr.Row():
+            for word in dict.fromkeys([*deck.words, *chosen]):
+                box = gr.Checkbox(
+                    word in chosen, label=word, container=False, min_width=10, interactive=True
+                )
+                tick = partial(_choose, card, field, word)
+                box.input(tick, box, None, queue=False, show_progress="hidden")
+
+
+def _choose(card: Card, field: Field, word: str, chosen: bool) -> None:
+    others = [one for one in card.values.get(field.name, field.default) if one != word]
+    card.values[field.name] = [*others, word] if chosen else others
 
 
 def _keep(card: Card, name: str, value: Any) -> None:
@@ -146,5 +169,7 @@ def _short(help: str) -> str | None:
     if not help:
         return None
     first = help if help[0] in "{\"'" else re.split(r"[:;.(](?=\s|[^)]{40})", help)[0].strip()
+    if len(first) < 3 or first.startswith("as for "):  # the paper's letter, another's docstring
+        return None
     first = first if len(first) <= 140 else first[:140].rsplit(" ", 1)[0] + " …"
     return (first[:1].upper() + first[1:]).rstrip(".,")

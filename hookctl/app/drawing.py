@@ -14,13 +14,12 @@ from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import hookctl
-from hookctl.address.text import TextLayout
+from hookctl.app.reading import Looks, readers_of, step_maps, words, words_of
 from hookctl.app.stack import Kinds, Wanted, preset_of
-from hookctl.cli.draw import Drawing
+from hookctl.cli.draw import Drawing, images
 from hookctl.cli.hooks import attach_hooks
 from hookctl.cli.inverting import check_fits
 from hookctl.editor import Editor
-from hookctl.errors import InputError, UnsupportedError, WordError
 from hookctl.loop.state import State
 
 if TYPE_CHECKING:
@@ -69,8 +68,9 @@ class Made:
     """What a run made.
 
     source, edited: the pictures side by side; maps: of each word its share of attention
-    [steps, height, width], of the edited picture; notes: what is to be said on the cards that are
-    on, by their place among all; rows: of the report; preset: what was run.
+    [steps, height, width], of the edited picture; looks: what its places look at (`Looks`); notes:
+    what is to be said on the cards that are on, by their number from 0; rows: of the report;
+    preset: what was run.
     """
 
     wanted: Wanted
@@ -78,6 +78,7 @@ class Made:
     source: Image
     edited: Image
     maps: Mapping[str, Tensor] = field(default_factory=dict)
+    looks: Tensor | None = None
     notes: Mapping[int, str] = field(default_factory=dict)
     rows: Sequence[tuple[str, ...]] = ()
 
@@ -97,30 +98,22 @@ def draw(
 
     Raises Stopped once `stop` is set; InputError and its kin for what can't be done.
     """
-    kept = Kept() if kept is None else kept
     preset = preset_of(wanted, kinds, model, words_of(pipe))
-    prompts, image = wanted.prompts, wanted.image
-    drawing = Drawing(wanted.seed, wanted.steps, wanted.guidance)
-    editors = preset.editors(prompts, image)
-    attached = attach_hooks(pipe, preset.hooks, prompts, image)
-    editors += [one.editor for one in attached]
-    plain = _plain(pipe, preset, drawing, prompts, image, kept, tell, stop)
-    reader = hookctl.Maps(mean=False) if _has_words(pipe) else None
+    run = _Run(pipe, wanted, preset, Kept() if kept is None else kept, tell, stop)
+    editors = run.editors()
+    readers = readers_of(pipe, len(run.prompts) - 1)
     # Control comes first: it refuses what can't be done before anything is drawn.
-    with hookctl.control(pipe, *editors, *([reader] if reader else []), strict=False):
-        pass
-    before = plain("source")
+    with hookctl.control(pipe, *editors, *readers, strict=False):
+        run.check()
+    before = run.plain()
     shown(before[0])
-    every = [*editors, *([reader] if reader else [])]
-    make = _maker(pipe, preset, drawing, prompts, image, kept, tell, stop)
-    with _told(pipe, tell, stop, "edited picture"):
-        with hookctl.control(pipe, *every, strict=False) as session:
-            after = make()
+    after, session = run.edited([*editors, *readers])
     notes = _notes(wanted, kinds, session, editors)
-    maps = step_maps(session, len(prompts) - 1, words(pipe, prompts[-1]))
-    rows = [*session.log.rows(), *session.log.hook_rows()]
-    rows = [row for row in rows if reader is None or row[0] != reader.name]
-    return Made(wanted, preset, before[0], after[len(prompts) - 1], maps, notes, rows)
+    maps = step_maps(session, len(run.prompts) - 1, words(pipe, run.prompts[-1]))
+    own = {reader.name for reader in readers}
+    rows = [row for row in [*session.log.rows(), *session.log.hook_rows()] if row[0] not in own]
+    looks = next((reader.looks() for reader in readers if isinstance(reader, Looks)), None)
+    return Made(wanted, preset, before[0], after[len(run.prompts) - 1], maps, looks, notes, rows)
 
 
 def check(pipe: Any, wanted: Wanted, kinds: Kinds, model: str) -> None:
@@ -131,68 +124,82 @@ def check(pipe: Any, wanted: Wanted, kinds: Kinds, model: str) -> None:
         pass
 
 
-def _plain(
-    pipe: Any,
-    preset: Preset,
-    drawing: Drawing,
-    prompts: list[str],
-    image: Image | None,
-    kept: Kept,
-    tell: Tell,
-    stop: Event,
-) -> Callable[[str], list[Image]]:
-    """What gives the pictures without the cards: kept ones, if nothing that decides them changed.
+@dataclass(frozen=True)
+class _Run:
+    """One press of the button."""
 
-    The picture of a person's own stands for itself.
-    """
-    if preset.inversion is not None and image is not None:
-        check_fits(pipe, image, drawing)
-        own: Image = image
-        return lambda title: [own]
-    key = (tuple(prompts), drawing)
+    pipe: Any
+    wanted: Wanted
+    preset: Preset
+    kept: Kept
+    tell: Tell
+    stop: Event
 
-    def make(title: str) -> list[Image]:
-        if kept.plain is None or kept.plain[0] != key:
-            with _told(pipe, tell, stop, title):
-                kept.plain = key, _images(pipe, drawing, prompts)
-        return kept.plain[1]
+    @property
+    def prompts(self) -> list[str]:
+        return self.wanted.prompts
 
-    return make
+    @property
+    def drawing(self) -> Drawing:
+        return Drawing(self.wanted.seed, self.wanted.steps, self.wanted.guidance)
 
+    @property
+    def own(self) -> Image | None:
+        """The picture that is inverted, if one is."""
+        return self.wanted.image if self.preset.inversion is not None else None
 
-def _maker(
-    pipe: Any,
-    preset: Preset,
-    drawing: Drawing,
-    prompts: list[str],
-    image: Image | None,
-    kept: Kept,
-    tell: Tell,
-    stop: Event,
-) -> Callable[[], list[Image]]:
-    """What draws the pictures under control; an image is inverted first, once."""
-    if preset.inversion is None or image is None:
-        return lambda: _images(pipe, drawing, prompts)
-    key = (fingerprint(image), prompts[0], drawing.steps, dict(preset.inversion.arguments))
-    if kept.inverted is None or kept.inverted[0] != key:
-        inversion = preset.inversion.make(pipe, image, prompts[0], steps=drawing.steps)
+    def editors(self) -> list[Editor]:
+        """Recipes first, then learned weights."""
+        image = self.wanted.image
+        attached = attach_hooks(self.pipe, self.preset.hooks, self.prompts, image)
+        return [*self.preset.editors(self.prompts, image), *(one.editor for one in attached)]
 
-        def progress(done: int, total: int) -> None:
-            tell("your picture, step by step back to noise", done, total)
-            if stop.is_set():
-                raise Stopped
+    def check(self) -> None:
+        if self.own is not None:
+            check_fits(self.pipe, self.own, self.drawing)
 
-        kept.inverted = key, inversion.run(progress)
-    inverted = kept.inverted[1]
-    return lambda: list(inverted.edit(pipe, prompts=prompts, guidance=drawing.guidance))
+    def plain(self) -> list[Image]:
+        """The pictures without the cards: kept ones, if nothing that decides them changed.
 
+        The picture of a person's own stands for itself.
+        """
+        if self.own is not None:
+            return [self.own]
+        key = (tuple(self.prompts), self.drawing)
+        if self.kept.plain is None or self.kept.plain[0] != key:
+            with _told(self.pipe, self.tell, self.stop, "source"):
+                self.kept.plain = key, self._images()
+        return self.kept.plain[1]
 
-def _images(pipe: Any, drawing: Drawing, prompts: list[str]) -> list[Image]:
-    pipe.set_progress_bar_config(disable=True)
-    found = getattr(pipe(**drawing.arguments(pipe, prompts)), "images", None)
-    if found is None:
-        raise UnsupportedError(f"{type(pipe).__name__} makes no images; the page can't show it")
-    return list(found)
+    def edited(self, editors: Sequence[Editor]) -> tuple[list[Image], Session]:
+        """The pictures under control; one of a person's own is inverted first, once."""
+        inverted = None if self.own is None else self._inverted(self.own)
+        with _told(self.pipe, self.tell, self.stop, "edited picture"):
+            with hookctl.control(self.pipe, *editors, strict=False) as session:
+                if inverted is None:
+                    return self._images(), session
+                guidance = self.drawing.guidance
+                return list(
+                    inverted.edit(self.pipe, prompts=self.prompts, guidance=guidance)
+                ), session
+
+    def _inverted(self, image: Image) -> Any:
+        inversion = self.preset.inversion
+        assert inversion is not None
+        steps = self.drawing.steps
+        key = (fingerprint(image), self.prompts[0], steps, dict(inversion.arguments))
+        if self.kept.inverted is None or self.kept.inverted[0] != key:
+            made = inversion.make(self.pipe, image, self.prompts[0], steps=steps)
+            self.kept.inverted = key, made.run(self._progress)
+        return self.kept.inverted[1]
+
+    def _progress(self, done: int, total: int) -> None:
+        self.tell("your picture, step by step back to noise", done, total)
+        if self.stop.is_set():
+            raise Stopped
+
+    def _images(self) -> list[Image]:
+        return images(self.pipe, self.drawing, self.prompts, "", progress=False)
 
 
 @contextmanager
@@ -204,54 +211,6 @@ def _told(pipe: Any, tell: Tell, stop: Event, title: str) -> Iterator[None]:
 def fingerprint(image: Image) -> str:
     """Of what an image shows."""
     return hashlib.sha256(repr((image.size, image.mode)).encode() + image.tobytes()).hexdigest()
-
-
-# -- words and maps --------------------------------------------------------------------------------
-
-
-def _has_words(pipe: Any) -> bool:
-    try:
-        TextLayout(pipe)
-    except UnsupportedError:
-        return False
-    return True
-
-
-def words(pipe: Any, prompt: str) -> list[str]:
-    """The words of a prompt, whatever number of tokens each has; none without a text encoder."""
-    try:
-        found = TextLayout(pipe).read(prompt).streams[0][1].words
-    except (UnsupportedError, InputError):
-        return []
-    return list(dict.fromkeys(word.text for word in found))
-
-
-def words_of(pipe: Any) -> Callable[[str, str], bool]:
-    """Whether a prompt has a word or phrase."""
-
-    def has(prompt: str, word: str) -> bool:
-        try:
-            return bool(TextLayout(pipe).read(prompt).find(word))
-        except (WordError, UnsupportedError):
-            return False
-
-    return has
-
-
-def step_maps(session: Session, prompt: int, words: Sequence[str]) -> dict[str, Tensor]:
-    """Of each word of a prompt its maps, averaged over sites: [steps, height, width]."""
-    import torch
-
-    found = {}
-    for word in (word for word in words if word in session.maps):
-        maps = session.maps[word]
-        if prompt not in maps.prompts:
-            continue
-        maps = maps.where(prompt=prompt)
-        size = max(maps.grids, key=lambda grid: grid[0] * grid[1])
-        by_step = [maps.where(steps=[step]).mean(size) for step in maps.steps]
-        found[word] = torch.stack(by_step).detach().float().cpu()
-    return found
 
 
 def _notes(

@@ -1,7 +1,7 @@
 """Forms of editors, made from their signatures, type hints and docstrings.
 
 A form holds a `Field` for each argument that a file may give (`FILLED` are the run's). A field
-holds what its widget does: a number, a truth value, words or a text; `argument` makes of it what a
+holds what its widget does: a number, a truth value, words or a text; `tables` makes of it what a
 preset's table holds.
 """
 
@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import inspect
 import re
-import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_origin
 
-from hookctl.errors import InputError
 from hookctl.preset import FILLED, parameters
-from hookctl.preset.check import near
 from hookctl.preset.signature import hints_of
 from hookctl.preset.write import text as toml
 
@@ -31,6 +28,8 @@ _FRACTIONS = frozenset(
     "back".split()
 )
 _GAINS = ("scale", "strength", "rho", "sigma")
+# What places on the picture become: areas, or tables of learned weights, one for each.
+_AREAS = ("regions", "boxes", "instances", "people")
 _FIRST = ("strength", "scale", "start", "stop")  # what is seen before "More" is opened
 OWN = "the method's own"
 
@@ -41,7 +40,7 @@ class Field:
 
     default: what the widget holds at first; help: of the docstring; low, high: of a slider;
     choices: of a choice; needed: the argument has no default; whole: a number without fractions;
-    named: boxes under their texts; early: it is shown before "More" is opened.
+    named: places under their texts; early: it is shown before "More" is opened.
     """
 
     name: str
@@ -108,7 +107,7 @@ def _field(parameter: inspect.Parameter, hint: Any, help: str, areas: bool) -> F
     several = parameter.kind is parameter.VAR_POSITIONAL
     given = None if needed else default
     hints = get_args(hint) or (hint,)
-    if name in ("regions", "boxes"):
+    if name in _AREAS:
         named = isinstance(get_origin(hint), type) and issubclass(get_origin(hint), Mapping)
         return Field(name, "areas", "", help, needed=needed, named=named)
     if areas and name in ("texts", "words", "phrases"):
@@ -183,113 +182,3 @@ def helps_of(doc: str, names: Sequence[str]) -> dict[str, str]:
             for name in mark[1].split(", "):
                 found.setdefault(name, said.rstrip(";"))
     return found
-
-
-# -- what a preset's table holds -------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Context:
-    """What fields are about: the boxes that were drawn ("box:0,0,0.5,1"), their texts, and which
-    words each prompt has."""
-
-    areas: Sequence[str] = ()
-    labels: Sequence[str] = ()
-    prompts: Sequence[str] = ()
-    has: Callable[[str, str], bool] = lambda prompt, word: word in prompt.split()
-
-
-def arguments_of(form: Form, values: Mapping[str, Any], context: Context, where: str) -> dict:
-    """The table of an editor; what is as by default is left out.
-
-    InputError, led by `where`, for a field whose value can't be read.
-    """
-    fields = {field.name: field for field in form.fields}
-    for name in values:
-        if name not in fields:
-            raise InputError(f"{where}: has no {name!r}{near(name, fields)}")
-    found = {}
-    for name, field in fields.items():
-        value = argument(field, values.get(name, field.default), context, f"{where} {name}")
-        if value is not None:
-            found[name] = value
-    return found
-
-
-def argument(field: Field, value: Any, context: Context, where: str) -> Any:
-    """What a field's value is in a table; None for what is left to the recipe."""
-    if field.kind in ("areas", "labels"):
-        return _drawn(field, value, context, where)
-    if field.kind == "words":
-        return _words(field, list(value or ()), context)
-    if field.kind == "value":
-        return None if value == field.default else _read(value, where)
-    if field.kind == "number" and value is None:
-        raise InputError(f"{where}: is empty; give a number, such as {field.default:g}")
-    if field.whole and isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if value == field.default or (field.kind == "choice" and value == OWN):
-        return None
-    return value
-
-
-def _drawn(field: Field, value: Any, context: Context, where: str) -> Any:
-    """The boxes or their texts, unless the field says others itself."""
-    if (own := _read(value, where)) is not None:
-        return own
-    found = context.areas if field.kind == "areas" else context.labels
-    if not found:
-        if field.needed:
-            raise InputError(f"{where}: there is no box yet; draw one on the picture")
-        return None
-    if field.name == "boxes":  # of learned weights, which take numbers
-        return [[float(x) for x in area.removeprefix("box:").split(",")] for area in found]
-    if (field.kind == "labels" or field.named) and not all(context.labels):
-        number = [*map(bool, context.labels)].index(False) + 1
-        raise InputError(f"{where}: box {number} has no text; write what belongs there beside it")
-    return dict(zip(context.labels, found, strict=True)) if field.named else list(found)
-
-
-def _words(field: Field, words: list[str], context: Context) -> Any:
-    """Words, for a local blend those of each prompt."""
-    if not words:
-        return None
-    if field.name in ("blend", "subtract") and len(context.prompts) > 1:
-        return [[w for w in words if context.has(prompt, w)] for prompt in context.prompts]
-    return words
-
-
-def _read(value: Any, where: str) -> Any:
-    """A value as TOML writes it; None if there is none."""
-    if not isinstance(value, str):
-        return value
-    if not value.strip():
-        return None
-    try:
-        found = tomllib.loads(f"value = {value.strip()}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError, ValueError):
-        wanted = 'a number, true, "a text", [a, list] or {a = 1}'
-        raise InputError(f"{where}: {value!r} can't be read; write {wanted}") from None
-    if any(re.match(r"\s*([^:=]+=)?\s*mask\s*:", text) for text in _texts(found)):
-        raise InputError(f"{where}: files are not read for a page; draw a box instead")
-    return found
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list | dict):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _texts(item)
-
-
-def held(field: Field, value: Any) -> Any:
-    """What a field's widget holds for a value of a table: the reverse of `argument`."""
-    if field.kind == "words":
-        flat: list[str] = []
-        for item in [value] if isinstance(value, str) else value:
-            flat += [item] if isinstance(item, str) else item or []
-        return list(dict.fromkeys(flat))
-    if field.kind in ("areas", "labels", "value"):
-        return toml(value)
-    return value

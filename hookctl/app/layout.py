@@ -12,13 +12,17 @@ import gradio as gr  # noqa: E402
 
 from hookctl.app import pictures  # noqa: E402
 from hookctl.app.person import Desk, Person  # noqa: E402
+from hookctl.app.places import GRID  # noqa: E402
 from hookctl.app.stack import Wanted  # noqa: E402
 from hookctl.app.telling import NOTHING_DONE  # noqa: E402
 
 _STATIC = Path(__file__).parent / "static"
 _KEPT = 3600  # s that the server keeps what belongs to a page that is gone
 CSS = (_STATIC / "page.css").read_text("utf-8")
-ASK = "<p>Click the picture: what does that place look at?</p>"
+ASK = (
+    "<div class='empty-state'>Click the picture: which words does that place look at, and which "
+    "other places?</div>"
+)
 
 
 class Layout:
@@ -106,14 +110,16 @@ class Layout:
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Places", id="places"):
                 gr.HTML(
-                    "<small>Drag boxes on the picture, and write what belongs in each. Editors "
-                    "with places (RegionalPrompts, LayoutGuidance …) use them all.</small>"
+                    "<small>Drag boxes on the picture or paint, and write what belongs in each "
+                    "place. Editors with places (RegionalPrompts, LayoutGuidance …) use them all."
+                    "</small>"
                 )
                 self.canvas = gr.HTML(
                     canvas_of(Person()),
                     html_template=(_STATIC / "canvas.html").read_text("utf-8"),
                     js_on_load=(_STATIC / "canvas.js").read_text("utf-8"),
                     colours=list(pictures.COLOURS),
+                    grid=GRID,
                     elem_id="canvas",
                     apply_default_css=False,
                 )
@@ -140,27 +146,31 @@ class Layout:
         )
         with gr.Column(visible="hidden") as self.of_maps:
             self.word = gr.Radio([], label="Word", elem_id="word", show_label=False)
+            self.hues = gr.HTML(elem_id="hues", apply_default_css=False)
             with gr.Row():
-                with gr.Column(scale=3, min_width=240):
+                with gr.Column(scale=1, min_width=240):
                     self.map = gr.Image(
                         format="png", interactive=False, show_label=False, elem_id="map",
                         elem_classes="picture", buttons=["download"],
                     )  # fmt: skip
-                with gr.Column(scale=2, min_width=200):
                     self.step = gr.Slider(
                         0, 25, 0, step=1, label="Step", elem_id="step",
                         info="0 is the mean of all steps; the colours mean the same throughout",
+                    )  # fmt: skip
+                with gr.Column(scale=1, min_width=240):
+                    self.seen = gr.Image(
+                        format="png", interactive=False, show_label=False, elem_id="seen",
+                        elem_classes="picture", buttons=["download"], visible="hidden",
                     )  # fmt: skip
                     self.looks = gr.HTML(ASK, elem_id="looks")
 
 
 def canvas_of(person: Person) -> dict[str, Any]:
-    """What the canvas holds: a person's boxes over the last picture."""
-    boxes = [{"x0": b.x0, "y0": b.y0, "x1": b.x1, "y1": b.y1, "text": b.text} for b in person.boxes]
+    """What the canvas holds: a person's places over the last picture."""
     made = person.made
     words = [] if made is None else list(made.maps)
     picture = pictures.data_url(None if made is None else made.edited)
-    return {"boxes": boxes, "words": words, "picture": picture}
+    return {"places": [one.data() for one in person.places], "words": words, "picture": picture}
 
 
 def _named(model: str) -> str:

@@ -107,24 +107,30 @@ class _Page(Layout):
                 self._reword, [self.person, self.tick, self.prompt, self.edit], self.tick, **quiet
             )
         self.upload.upload(self._fitted, self.upload, self.upload, **quiet)
-        self.canvas.input(self._boxes, [self.canvas, self.person], None, queue=False, **quiet)
+        self.canvas.input(self._places, [self.canvas, self.person], None, queue=False, **quiet)
         self.canvas.input(self._mended, [*every[:2], self.canvas, *self.inputs], self.tick, **quiet)
-        self.run.click(
+        drawn = self.run.click(
             self._run,
             every,
             [
                 self.run, self.stop, self.status, self.source, self.edited, self.canvas, self.tick,
-                self.no_maps, self.of_maps, self.word, self.step, self.map, self.looks,
-                self.report, *self.texts.values(),
+                self.no_maps, self.of_maps, self.report, *self.texts.values(),
             ],
             concurrency_limit=20,
             **quiet,
         )  # fmt: skip
+        # By itself: a picture for a place that the same answer brings on the page is lost.
+        drawn.then(
+            self._mapped,
+            self.person,
+            [self.word, self.hues, self.step, self.map, self.seen, self.looks],
+            **quiet,
+        )
         self.stop.click(self._stop, None, None, queue=False, **quiet)
         seen = [self.person, self.word, self.step]
         for changed in (self.word.input, self.step.change):
             changed(self._look, seen, [self.map, self.looks], trigger_mode="always_last", **quiet)
-        self.map.select(self._point, seen, self.looks, **quiet)
+        self.map.select(self._point, seen, [self.seen, self.looks], **quiet)
         self.blocks.unload(self._stop)
 
     def _taken(self) -> list[Any]:
@@ -166,20 +172,21 @@ class _Page(Layout):
 
     def _show_cards(self, person: Person, prompt: str, edit: str) -> None:
         person.words = self._words(prompt, edit)
-        cards.show(
-            person, self.desk.kinds.forms, person.words, self.person, self.tick,
-            self._look_over, self.inputs,
+        deck = cards.Deck(
+            person, self.desk.kinds.forms, person.words, self.person, self.tick, self._look_over,
+            self.inputs,
         )  # fmt: skip
+        cards.show(deck)
 
-    def _boxes(self, value: Any, person: Person) -> None:
+    def _places(self, value: Any, person: Person) -> None:
         """What was drawn; at once, so that a press of the button finds it."""
-        person.set_boxes((value or {}).get("boxes"))
+        person.set_places((value or {}).get("places"))
 
     def _mended(self, person: Person, tick: int, value: Any, *values: Any) -> Any:
-        """Cards that missed a box are looked over again."""
+        """Cards that missed a place are looked over again."""
         before = person.notes
         if before:
-            self._boxes(value, person)
+            self._places(value, person)
             self._look_over(person, *values)
         # Two of these may run at once: a number of its own, or the later would change nothing.
         return time.monotonic_ns() if before != person.notes else gr.skip()
@@ -225,30 +232,34 @@ class _Page(Layout):
         made = person.made
         assert made is not None
         texts = copying.as_texts(made.preset, self.desk.device, self.desk.dtype)
-        words = list(made.maps)
-        word = drawing.telling(made)
         found: dict[Any, Any] = {
             self.status: summed(made),
             self.source: made.source,
             self.edited: made.edited,
             self.canvas: canvas_of(person),
             self.report: report(made.rows),
-            self.no_maps: gr.update(visible=not words),
-            self.of_maps: gr.update(visible=True if words else "hidden"),
+            self.no_maps: gr.update(visible=not made.maps),
+            self.of_maps: gr.update(visible=True if made.maps else "hidden"),
             **{self.texts[name]: text for name, text in texts.items()},
         }
-        if words:
-            steps = len(made.maps[word])
-            found |= {
-                self.word: gr.update(choices=words, value=word),
-                self.step: gr.update(maximum=steps, value=0),
-                self.map: pictures.map_picture(
-                    made.edited, made.maps, word, None, made.wanted.boxes
-                ),
-                self.looks: ASK,
-            }
-            person.place = None
         return found
+
+    def _mapped(self, person: Person) -> dict[Any, Any]:
+        """The maps of a run, once."""
+        made = person.made
+        if made is None or not made.maps or made is person.mapped:
+            return {}
+        person.point, person.mapped = None, made
+        word, words = drawing.telling(made), list(made.maps)
+        places = made.wanted.places
+        return {
+            self.word: gr.update(choices=words, value=word),
+            self.hues: pictures.hues(words, places),
+            self.step: gr.update(maximum=len(made.maps[word]), value=0),
+            self.map: pictures.map_picture(made.edited, made.maps, word, None, places),
+            self.looks: ASK,
+            self.seen: gr.update(visible="hidden"),
+        }
 
     def _look(self, person: Person, word: str, step: float) -> tuple[Any, Any]:
         """The map of a word at a step, and what the place that was clicked looks at then."""
@@ -256,23 +267,28 @@ class _Page(Layout):
         if made is None or word not in made.maps:
             return gr.skip(), gr.skip()
         at = _at(step, len(made.maps[word]))
-        drawn = pictures.map_picture(made.edited, made.maps, word, at, made.wanted.boxes)
+        drawn = pictures.map_picture(made.edited, made.maps, word, at, made.wanted.places)
         return drawn, self._attended(person, at)
 
     def _point(self, person: Person, word: str, step: float, event: gr.SelectData) -> Any:
+        """What the place that is clicked looks at: in the picture, and of the words."""
         made = person.made
         if made is None or word not in made.maps:
-            return gr.skip()
+            return gr.skip(), gr.skip()
         width, height = pictures.map_size(made.edited)
         x, y = event.index
-        person.place = min(max(x / width, 0.0), 1.0), min(max(y / height, 0.0), 1.0)
-        return self._attended(person, _at(step, len(made.maps[word])))
+        person.point = min(max(x / width, 0.0), 1.0), min(max(y / height, 0.0), 1.0)
+        found = self._attended(person, _at(step, len(made.maps[word])))
+        if made.looks is None:
+            return gr.skip(), found
+        drawn = pictures.looks_picture(made.edited, made.looks, *person.point)
+        return gr.update(value=drawn, visible=True), found
 
     def _attended(self, person: Person, at: int | None) -> Any:
-        if person.place is None or person.made is None:
+        if person.point is None or person.made is None:
             return gr.skip()
-        found = pictures.attended(person.made.maps, *person.place, at)
-        return pictures.bars(found, *person.place)
+        found = pictures.attended(person.made.maps, *person.point, at)
+        return pictures.bars(found, *person.point)
 
 
 def _at(step: float, steps: int) -> int | None:

@@ -8,17 +8,18 @@ from threading import Event, Lock
 from typing import TYPE_CHECKING, Any
 
 from hookctl.app import drawing
-from hookctl.app.stack import Box, Card, Kinds, Wanted, wanted_of
+from hookctl.app.hooks import options_by_name, shipped, title_of
+from hookctl.app.places import MOST, Place, place_of
+from hookctl.app.stack import Card, Kinds, Wanted, wanted_of
+from hookctl.cli.known import editors_by_name, inversions_by_name
+from hookctl.cli.models import SHAPES
 from hookctl.errors import HookctlError, InputError
-from hookctl.preset import SETTINGS, Preset, load_preset
+from hookctl.preset import SETTINGS, HookSpec, Preset, load_preset
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from PIL.Image import Image
-
-LEAST = 0.01  # of the canvas: a box with a shorter side is a slip of the hand
-MOST_BOXES = 16
 
 
 @dataclass
@@ -41,24 +42,31 @@ class Desk:
         return str(self.pipe.dtype).removeprefix("torch.")
 
 
+def desk_of(pipe: Any, model: str, hooks: Sequence[HookSpec] = ()) -> Desk:
+    """With all recipes, the learned weights given, and those that the embedded model has."""
+    named, options = options_by_name(pipe, hooks, shipped() if model == SHAPES else None)
+    return Desk(pipe, model, Kinds(editors_by_name(), inversions_by_name(), named, options))
+
+
 @dataclass
 class Person:
-    """cards, boxes: as they stand on the page; notes: what is said on cards, by their place; kept,
-    made: of the last runs; place: of the picture that was clicked, (x, y) from 0 to 1; words: that
-    the cards offer."""
+    """cards, places: as they stand on the page; notes: what is said on cards, by their number from
+    0; kept, made: of the last runs; mapped: whose maps are shown; point: of the picture that was
+    clicked, (x, y) from 0 to 1; words: that the cards offer."""
 
     cards: list[Card] = field(default_factory=list)
-    boxes: list[Box] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)
     notes: dict[int, str] = field(default_factory=dict)
     kept: drawing.Kept = field(default_factory=drawing.Kept)
     made: drawing.Made | None = None
-    place: tuple[float, float] | None = None
+    mapped: drawing.Made | None = None
+    point: tuple[float, float] | None = None
     words: list[str] = field(default_factory=list)
 
     def take(self, wanted: Wanted) -> None:
-        """An example: its cards and boxes in place of one's own."""
+        """An example: its cards and places instead of one's own."""
         self.cards = [Card(card.kind, dict(card.values), card.on) for card in wanted.cards]
-        self.boxes, self.notes = list(wanted.boxes), {}
+        self.places, self.notes = list(wanted.places), {}
 
     def move(self, card: Card, by: int) -> None:
         """Up (-1) or down (1) in the stack, as far as that goes."""
@@ -71,20 +79,11 @@ class Person:
         self.cards.remove(card)
         self.notes = {}
 
-    def set_boxes(self, drawn: Any) -> None:
-        """What the canvas says: [{x0, y0, x1, y1, text}]; what is no box is left out."""
-        found = []
-        for one in drawn if isinstance(drawn, list) else ():
-            try:
-                x0, y0, x1, y1 = (
-                    min(max(float(one[k]), 0.0), 1.0) for k in ("x0", "y0", "x1", "y1")
-                )
-                text = str(one.get("text") or "")[:200]
-            except (KeyError, TypeError, ValueError, AttributeError):
-                continue
-            if x1 - x0 >= LEAST and y1 - y0 >= LEAST:
-                found.append(Box(x0, y0, x1, y1, text))
-        self.boxes = found[:MOST_BOXES]
+    def set_places(self, drawn: Any) -> None:
+        """What the canvas says, [{x0, y0, x1, y1, text}, {runs, text}]; what is no place is left
+        out."""
+        found = map(place_of, drawn if isinstance(drawn, list) else ())
+        self.places = [place for place in found if place is not None][:MOST]
 
     def wanted(
         self, prompt: str, edit: str, seed: Any, steps: Any, guidance: Any, image: Image | None
@@ -100,7 +99,7 @@ class Person:
         scale = None if guidance is None else float(guidance)
         return Wanted(
             prompt or "", edit or "", numbers["seed"] or 0, numbers["steps"] or 1, scale, cards,
-            tuple(self.boxes), image,
+            tuple(self.places), image,
         )  # fmt: skip
 
     def note(self, error: HookctlError) -> None:
@@ -158,8 +157,7 @@ def examples(folder: Path, kinds: Kinds) -> dict[str, Wanted]:
         except HookctlError:  # a program, which has a loop of its own
             continue
         if _showable(preset, kinds):
-            title = path.read_text("utf-8").partition("\n")[0].lstrip("# ").rstrip(".")
-            found[title] = wanted_of(preset, kinds)
+            found[title_of(path)] = wanted_of(preset, kinds)
     return found
 
 
@@ -168,6 +166,7 @@ def _showable(preset: Preset, kinds: Kinds) -> bool:
     edits: Sequence[str] = (
         [run["edit"]] if isinstance(run.get("edit"), str) else run.get("edit", ())
     )
-    plain = not (preset.takes_image or preset.loras or preset.hooks or preset.program)
+    plain = not (preset.takes_image or preset.loras or preset.program)
     known = all(spec.recipe in kinds.forms for spec in preset.specs)
+    known = known and all(kinds.hook_at(hook.path) for hook in preset.hooks)
     return plain and known and len(edits) < 2 and not {"width", "height", "negative"} & {*run}

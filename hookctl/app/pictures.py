@@ -1,4 +1,4 @@
-"""What the page shows as pictures: maps over what was drawn, boxes in their colours."""
+"""What the page shows as pictures: maps over what was drawn, places in their colours."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from io import BytesIO
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 from PIL.Image import Resampling
 
-from hookctl.app.stack import Box
+from hookctl.app.places import Box, Place
+from hookctl.app.reading import PLACES
 from hookctl.inspect import show
 
 if TYPE_CHECKING:
@@ -39,16 +40,32 @@ def data_url(image: Image.Image | None) -> str:
     return f"data:image/{kind};base64,{b64encode(file.getvalue()).decode()}"
 
 
-def boxed(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
-    """The picture with the outlines of boxes, each in its colour."""
+def outlined(image: Image.Image, places: Sequence[Place]) -> Image.Image:
+    """The picture with the outlines of places, each in its colour."""
     image = image.convert("RGB")
-    draw = ImageDraw.Draw(image)
     line = max(2, min(image.size) // 128)
-    for n, box in enumerate(boxes):
-        corners = [box.x0 * image.width, box.y0 * image.height]
-        corners += [box.x1 * image.width - 1, box.y1 * image.height - 1]
-        draw.rectangle(corners, outline="black", width=line + 2)
-        draw.rectangle(corners, outline=COLOURS[n % len(COLOURS)], width=line)
+    for n, place in enumerate(places):
+        inside = _filled(place, image.size)
+        for colour, wide in (("black", line + 2), (COLOURS[n % len(COLOURS)], line)):
+            inner = inside.filter(ImageFilter.MinFilter(2 * wide + 1))
+            # Beyond the picture is outside.
+            inner = ImageOps.expand(ImageOps.crop(inner, wide), wide)
+            image.paste(colour, mask=ImageChops.subtract(inside, inner))
+    return image
+
+
+def _filled(place: Place, size: tuple[int, int]) -> Image.Image:
+    """White inside of a place, of mode "L"."""
+    if not isinstance(place, Box):
+        return (
+            place.mask.convert("L")
+            .resize(size, Resampling.BILINEAR)
+            .point(lambda v: 255 * (v > 127))
+        )
+    image = Image.new("L", size)
+    corners = [place.x0 * size[0], place.y0 * size[1]]
+    corners += [place.x1 * size[0] - 1, place.y1 * size[1] - 1]
+    ImageDraw.Draw(image).rectangle(corners, fill="white")
     return image
 
 
@@ -57,17 +74,58 @@ def map_picture(
     maps: Mapping[str, Tensor],
     word: str,
     step: int | None,
-    boxes: Sequence[Box] = (),
+    places: Sequence[Place] = (),
 ) -> Image.Image:
     """A word's map over the picture, all words and steps on one scale; step: None for their mean.
 
     maps: [steps, height, width] by word. The scale ends where the strongest `BRIGHT` begin: single
     cells that look at one word alone would leave everything else dark.
     """
-    every = torch.stack([*maps.values()]).flatten()
-    scale = 0.0, float(every.kthvalue(max(1, round((1 - BRIGHT) * len(every)))).values)
+    scale = _scale(torch.stack([*maps.values()]))
     map = maps[word].mean(0) if step is None else maps[word][step]
-    return boxed(show.overlay(_enlarged(image), map, scale=scale), boxes)
+    return outlined(show.overlay(_enlarged(image), map, scale=scale), places)
+
+
+def looks_picture(image: Image.Image, looks: Tensor, x: float, y: float) -> Image.Image:
+    """What the place (x, y), from 0 to 1, looks at in the picture, the place ringed.
+
+    looks: [PLACES * PLACES, height, width]. All places are on one scale, which begins at the
+    median: much of every place's attention goes everywhere.
+    """
+    column, row = (min(int(at * PLACES), PLACES - 1) for at in (x, y))
+    scale = _scale(looks, float(looks.median()))
+    drawn = show.overlay(_enlarged(image), looks[row * PLACES + column], scale=scale)
+    draw = ImageDraw.Draw(drawn)
+    middle = [drawn.width * (column + 0.5) / PLACES, drawn.height * (row + 0.5) / PLACES]
+    for radius, colour, wide in ((13, "black", 6), (12, "white", 3)):
+        corners = [at + sign * radius for sign in (-1, 1) for at in middle]
+        draw.ellipse(corners, outline=colour, width=wide)
+    return drawn
+
+
+def _scale(maps: Tensor, low: float = 0.0) -> tuple[float, float]:
+    """Of maps that are to be compared: to where the strongest `BRIGHT` begin."""
+    every = maps.flatten()
+    high = float(every.kthvalue(max(1, round((1 - BRIGHT) * len(every)))).values)
+    return low, max(high, low + 1e-6)
+
+
+def hues(words: Sequence[str], places: Sequence[Place]) -> str:
+    """HTML: a style that underlines each word, the nth of a list, in the colour of the places
+    whose text has it."""
+    rules = []
+    for n, word in enumerate(words, 1):
+        of = [COLOURS[k % len(COLOURS)] for k, one in enumerate(places) if _says(one.text, word)]
+        if of and (len(of) < len(places) or len(places) == 1):  # what all have tells nothing
+            share = 100 / len(of)
+            stops = [f"{hue} {share * k:.0f}% {share * (k + 1):.0f}%" for k, hue in enumerate(of)]
+            line = f"background:linear-gradient(90deg,{','.join(stops)})"
+            rules.append(f"#word label:nth-child({n})::after{{{line}}}")
+    return f"<style>{''.join(rules)}</style>"
+
+
+def _says(text: str, word: str) -> bool:
+    return f" {word.lower()} " in f" {' '.join(text.lower().split())} "
 
 
 def map_size(image: Image.Image) -> tuple[int, int]:

@@ -5,33 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hookctl.app.forms import Context, Form, arguments_of, form, form_of, held
+from hookctl.app.forms import Form, form, form_of
+from hookctl.app.places import Place, read_place
+from hookctl.app.tables import Context, arguments_of, held
 from hookctl.errors import InputError
 from hookctl.preset import EditorSpec, HookSpec, ImageSpec, Preset
 from hookctl.preset.check import check_arguments
+
+_GIVEN = ("strength", "scale", "control_scale")  # of a hook's options that a card shows
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from hookctl.editor import Editor
-
-
-@dataclass(frozen=True)
-class Box:
-    """A box on the picture, in fractions of its sides, and what belongs there."""
-
-    x0: float
-    y0: float
-    x1: float
-    y1: float
-    text: str = ""
-
-    @property
-    def area(self) -> str:
-        """As `hookctl.Region` reads it, to a thousandth."""
-        return "box:" + ",".join(f"{round(x, 3):g}" for x in (self.x0, self.y0, self.x1, self.y1))
 
 
 @dataclass
@@ -60,6 +49,15 @@ class Kinds:
         default_factory=dict
     )
 
+    def hook_at(self, path: str) -> str | None:
+        """The name of the card of the weights in a file; None if the page has none."""
+        same = (
+            name
+            for name, hook in self.hooks.items()
+            if Path(hook.path).resolve() == Path(path).resolve()
+        )
+        return next(same, None)
+
     @cached_property
     def forms(self) -> dict[str, Form]:
         """By name, recipes first."""
@@ -79,7 +77,7 @@ class Wanted:
     steps: int = 25
     guidance: float | None = None
     cards: tuple[Card, ...] = ()
-    boxes: tuple[Box, ...] = ()
+    places: tuple[Place, ...] = ()
     image: Image | None = None
 
     @property
@@ -88,7 +86,8 @@ class Wanted:
         return [self.prompt, self.edit] if self.edit.strip() else [self.prompt]
 
     def context(self, has: Callable[[str, str], bool] | None = None) -> Context:
-        areas, labels = [box.area for box in self.boxes], [box.text.strip() for box in self.boxes]
+        areas = [place.area for place in self.places]
+        labels = [place.text.strip() for place in self.places]
         return Context(areas, labels, self.prompts, *([] if has is None else [has]))
 
     def run(self) -> dict[str, Any]:
@@ -119,11 +118,7 @@ def preset_of(
             raise InputError(f"{where}: is not known; take a card from the list")
         table = arguments_of(kinds.forms[card.kind], card.values, context, where)
         if card.kind in kinds.hooks:
-            given = kinds.hooks[card.kind]
-            if given.strength is not None:  # IP-Adapters call it their scale
-                scaled = any(one.name == "scale" for one in kinds.forms[card.kind].fields)
-                table.setdefault("scale" if scaled else "strength", given.strength)
-            hooks.append(HookSpec(given.path, None, table, where))
+            hooks.append(_hook(kinds, card.kind, table, where))
             continue
         cls = kinds.recipes[card.kind]
         checked = check_arguments(table, cls, where, "editor")
@@ -134,6 +129,19 @@ def preset_of(
     return Preset(
         tuple(specs), wanted.run(), model, hooks=tuple(hooks), inversion=_inversion(wanted, kinds)
     )
+
+
+def _hook(kinds: Kinds, kind: str, table: dict[str, Any], where: str) -> HookSpec:
+    """Learned weights with what their card says and what they were given at the start."""
+    given = kinds.hooks[kind]
+    if given.strength is not None:  # IP-Adapters call it their scale
+        scaled = any(one.name == "scale" for one in kinds.forms[kind].fields)
+        table.setdefault("scale" if scaled else "strength", given.strength)
+    if "people" in table:  # who they are, the page does not say; where they are, it does
+        whose = given.arguments.get("people") or [{}]
+        who = {k: v for k, v in whose[0].items() if k not in ("keypoints", "region")}
+        table["people"] = [{**who, **where_} for where_ in table["people"]]
+    return HookSpec(given.path, None, {**given.arguments, **table}, where)
 
 
 def _check_prompts(wanted: Wanted, specs: Sequence[EditorSpec]) -> None:
@@ -151,31 +159,38 @@ def _inversion(wanted: Wanted, kinds: Kinds) -> ImageSpec | None:
     on = [kinds.recipes[c.kind] for c in wanted.cards if c.on and c.kind in kinds.recipes]
     if wanted.image is None or any(EditorSpec("", cls, {}).takes_image for cls in on):
         return None
-    guidance = {} if wanted.guidance is None else {"guidance": float(wanted.guidance)}
-    return ImageSpec("DirectInversion", kinds.inversions["DirectInversion"], guidance)
+    # Edits start from the noise of an inverted picture, which is none that the model knows: under
+    # guidance blotches come of it (a white background is enough); see DirectInversion.
+    given: dict[str, Any] = {"unit_noise": True}
+    given |= {} if wanted.guidance is None else {"guidance": float(wanted.guidance)}
+    return ImageSpec("DirectInversion", kinds.inversions["DirectInversion"], given)
 
 
 def wanted_of(preset: Preset, kinds: Kinds) -> Wanted:
-    """The page's form of a stack that comes along: its cards, boxes and settings.
+    """The page's form of a stack that comes along: its cards, places and settings.
 
-    Boxes are those of the first editor that has some; another's own stay with its card.
+    Places are those of the first editor that has some; another's own stay with its card.
     """
-    boxes: list[Box] = []
+    places: list[Place] = []
     cards = []
+    for hook in preset.hooks:
+        kind = kinds.hook_at(hook.path)
+        assert kind is not None
+        places = places or _places_of_hook(hook.arguments)
+        cards.append(_card(kinds, kind, {k: v for k, v in hook.arguments.items() if k in _GIVEN}))
     for spec in preset.specs:
         fields = {one.name: one for one in kinds.forms[spec.recipe].fields}
         table = dict(spec.arguments)
-        found = _boxes(table)
-        if found and not boxes:
-            boxes = found
-        if found and found == boxes:
+        found = _places(table)
+        if found and not places:
+            places = found
+        if found and found == places:
             for name in ("regions", "texts", "words"):
                 if fields.get(name) is not None and fields[name].kind in ("areas", "labels"):
                     table.pop(name, None)
-        elif found and [b.area for b in found] == [b.area for b in boxes]:
+        elif found and [p.area for p in found] == [p.area for p in places]:
             table.pop("regions")
-        values = {name: held(fields[name], value) for name, value in table.items()}
-        cards.append(Card(spec.recipe, values))
+        cards.append(_card(kinds, spec.recipe, table))
     run = preset.run
     edit = run.get("edit", "")
     return Wanted(
@@ -185,25 +200,33 @@ def wanted_of(preset: Preset, kinds: Kinds) -> Wanted:
         run.get("steps", 25),
         run.get("guidance"),
         tuple(cards),
-        tuple(boxes),
+        tuple(places),
     )
 
 
-def _boxes(table: Mapping[str, Any]) -> list[Box]:
-    """The boxes of an editor's table, with their texts; none if they are of another form."""
+def _card(kinds: Kinds, kind: str, table: Mapping[str, Any]) -> Card:
+    fields = {one.name: one for one in kinds.forms[kind].fields}
+    return Card(kind, {name: held(fields[name], value) for name, value in table.items()})
+
+
+def _places_of_hook(table: Mapping[str, Any]) -> list[Place]:
+    """Those of tables of learned weights: a thing's box, or the corners of somebody's."""
+    boxes: list[tuple[Any, str]] = []
+    for one in table.get("instances", ()):
+        boxes.append((one.get("box"), one.get("caption", "")))
+    for one in table.get("people", ()):
+        x, y = zip(*one.get("keypoints") or [(0, 0)], strict=True)
+        boxes.append(((min(x), min(y), max(x), max(y)), ""))
+    found = [read_place(*pair) for pair in boxes]
+    return [place for place in found if place is not None]
+
+
+def _places(table: Mapping[str, Any]) -> list[Place]:
+    """The places of an editor's table, with their texts; none if they are of another form."""
     regions = table.get("regions")
     if isinstance(regions, Mapping):
         labels, regions = list(regions), list(regions.values())
     else:
         labels = table.get("texts") or table.get("words") or [""] * len(regions or ())
-    found = []
-    for region, label in zip(regions or (), labels, strict=False):
-        numbers = region
-        if isinstance(region, str):
-            numbers = region.removeprefix("box:").split(",")
-        try:
-            x0, y0, x1, y1 = (float(x) for x in numbers)
-        except (TypeError, ValueError):
-            return []
-        found.append(Box(x0, y0, x1, y1, label if isinstance(label, str) else ""))
-    return found
+    found = [read_place(*pair) for pair in zip(regions or (), labels, strict=False)]
+    return [] if None in found else [place for place in found if place is not None]

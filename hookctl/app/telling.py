@@ -23,8 +23,8 @@ NOTHING_DONE = (
     "how.</div>"
 )
 _FULL = (
-    "There is not enough memory for this. Fewer boxes or cards need less; so does a smaller model, "
-    "or another program that is closed. The page goes on."
+    "There is not enough memory for this. Fewer places or cards need less; so does a smaller "
+    "model, or another program that is closed. The page goes on."
 )
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from hookctl.cli import common
 from hookctl.cli.hooks import add_hook, check_hooks
-from hookctl.cli.known import editors_by_name, inversions_by_name
 from hookctl.cli.models import SHAPES, find_model
 from hookctl.cli.quiet import quiet
 from hookctl.errors import InputError
@@ -64,13 +63,10 @@ def main(options: Any) -> None:
 
 @quiet()
 def _serve(options: Any) -> None:
-    from hookctl.app.hooks import options_by_name
     from hookctl.app.page import serve
-    from hookctl.app.person import Desk
-    from hookctl.app.stack import Kinds
+    from hookctl.app.person import desk_of
     from hookctl.cli.loading import load_pipeline
 
     pipe = load_pipeline(options.model, options.device, options.dtype)
-    named, taken = options_by_name(pipe, options.hook)
-    kinds = Kinds(editors_by_name(), inversions_by_name(), named, taken)
-    serve(Desk(pipe, options.model, kinds), port=options.port, browser=options.open)
+    desk = desk_of(pipe, options.model, options.hook)
+    serve(desk, port=options.port, browser=options.open)

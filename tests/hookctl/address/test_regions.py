@@ -1,6 +1,8 @@
 """Regions: areas are right on every grid, thin ones survive, sets are sets, errors speak."""
 
 import math
+from base64 import b64encode
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -170,6 +172,22 @@ def test_parse_a_mask(tmp_path) -> None:
     assert region.name == "right" and region.coverage(1, 2).tolist() == [[0, 1]]
     with pytest.raises(InputError, match="a readable image expected"):
         parse_region(f"mask:{tmp_path / 'none.png'}")
+
+
+def test_parse_a_mask_that_is_written_out() -> None:
+    file = BytesIO()
+    Image.fromarray(np.array([[0, 255]], dtype=np.uint8)).convert("1").save(file, "PNG")
+    text = "mask:data:image/png;base64," + b64encode(file.getvalue()).decode()
+    region = parse_region(f"right={text}")
+    assert region.name == "right" and region.coverage(1, 2).tolist() == [[0, 1]]
+    for broken, message in (
+        (text[:-3], "expected, in base64"),
+        (text + "é", "expected, in base64"),
+        ("mask:data:image/gif;base64,AAAA", "expected, in base64"),
+        ("mask:data:image/png;base64,AAAA", "a readable image expected"),
+    ):
+        with pytest.raises(InputError, match=message):
+            parse_region(broken)
 
 
 @pytest.mark.parametrize(

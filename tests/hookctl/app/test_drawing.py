@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -14,15 +16,28 @@ from PIL import Image, ImageChops
 import hookctl
 from hookctl.app import drawing
 from hookctl.app.copying import as_command, as_python, as_toml
-from hookctl.app.hooks import options_by_name
-from hookctl.app.person import Desk, Person, looked_over
-from hookctl.app.pictures import attended, bars, boxed, data_url, fitted, map_picture, map_size
-from hookctl.app.stack import Box, Card, Kinds, Wanted
+from hookctl.app.hooks import options_by_name, shipped
+from hookctl.app.person import Desk, Person, desk_of, examples, looked_over
+from hookctl.app.pictures import (
+    attended,
+    bars,
+    data_url,
+    fitted,
+    hues,
+    looks_picture,
+    map_picture,
+    map_size,
+    outlined,
+)  # fmt: skip
+from hookctl.app.places import GRID, Box, Painted
+from hookctl.app.reading import PLACES
+from hookctl.app.stack import Card, Kinds, Wanted, preset_of
 from hookctl.app.worker import Done, Shown, Step, drawn
 from hookctl.cli import loading, main
 from hookctl.cli.known import editors_by_name, inversions_by_name
+from hookctl.cli.stacks import PRESETS
 from hookctl.errors import ConflictError, WordError
-from hookctl.preset import HookSpec
+from hookctl.preset import HookSpec, load_preset
 from tests.recipes.images import PROMPT, TARGET, image, pipeline
 
 
@@ -71,6 +86,9 @@ def test_a_run_tells_its_steps_and_shows_the_source_first(pipe: Any, kinds: Kind
     assert made.maps["blue"].shape[0] == 2 and made.notes == {}
     assert {row[0] for row in made.rows} == {"PromptToPrompt", "PAG"}
     assert drawing.telling(made) == "blue"
+    # Of every place, the shares of its attention to all others; the tiny model's grids differ.
+    assert made.looks is not None and made.looks.shape[0] == PLACES * PLACES
+    assert made.looks.min() >= 0 and bool((made.looks.sum((1, 2)) > 0).all())
 
 
 def test_what_did_not_change_is_not_drawn_again(pipe: Any, kinds: Kinds) -> None:
@@ -147,13 +165,19 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+HALF = (0, *[GRID // 2] * (2 * GRID))  # the left one
 STACKS = {
     "edit": wanted(*EDIT),
     "places": wanted(
         Card("RegionalPrompts", {"base": 0.3}),
         Card("MaskedSelfAttention"),
         edit="",
-        boxes=(Box(0, 0, 0.5, 1, "a cat"), Box(0.5, 0, 1, 1, "a dog")),
+        places=(Box(0, 0, 0.5, 1, "a cat"), Box(0.5, 0, 1, 1, "a dog")),
+    ),
+    "painted": wanted(
+        Card("RegionalPrompts", {"base": 0.3}),
+        edit="",
+        places=(Painted(HALF, "a cat"), Box(0.5, 0, 1, 1, "a dog")),
     ),
     "nothing": wanted(seed=3),
     "own": wanted(*EDIT, image=image(size=(64, 64))),
@@ -187,6 +211,32 @@ def test_copies_draw_the_same(name: str, here: Path, pipe: Any, kinds: Kinds) ->
     assert same(Image.open(f"out/page/edited-{last}.png"), made.edited)
     if asked.image is None:
         assert same(Image.open("file/plain-0.png"), made.source)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Grounding", "Identity"])
+def test_copies_of_trained_modules_draw_the_same(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the model that they were trained for."""
+    shapes = _shapes()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loading, "load_pipeline", lambda *_: shapes)
+    monkeypatch.setattr(hookctl, "load_shapes", lambda **_: shapes)
+    kinds = desk_of(shapes, "shapes").kinds
+    [asked] = [one for one in examples(PRESETS, kinds).values() if one.cards[0].kind == name]
+    made = draw(shapes, kinds, replace(asked, steps=2))
+    assert not same(made.source, made.edited) and made.notes == {}
+    Path("stack.toml").write_text(as_toml(made.preset), "utf-8")
+    assert main(["run", "stack.toml", "--out", "file"]) == 0
+    assert same(Image.open("file/edited-0.png"), made.edited)
+    exec(compile(as_python(made.preset), "copied.py", "exec"), {})
+    assert same(Image.open("edited.png"), made.edited)
+
+
+@cache
+def _shapes() -> Any:
+    return hookctl.load_shapes()
 
 
 def test_an_own_picture_is_inverted_once(pipe: Any, kinds: Kinds) -> None:
@@ -227,6 +277,29 @@ def test_learned_weights_are_cards(tmp_path: Path, pipe: Any) -> None:
     assert kinds.forms["ip.bin"].summary == "Learned weights of the kind ip-adapter."
 
 
+def test_weights_that_come_along(tmp_path: Path, pipe: Any) -> None:
+    """Their presets are examples: on the page and back, they are the same stacks."""
+    named, options = options_by_name(pipe, [], shipped())
+    kinds = Kinds(editors_by_name(), inversions_by_name(), named, options)
+    assert list(named) == ["Grounding", "Identity"]
+    fields = {field.name for name in named for field in kinds.forms[name].fields}
+    assert {"instances", "people", "scale"} < fields and not fields & {"identity_net", "images"}
+    found = {asked.cards[0].kind: asked for asked in examples(PRESETS, kinds).values()}
+    for name, hook in named.items():
+        made = preset_of(found[name], kinds, "shapes")
+        (tmp_path / "stack.toml").write_text(as_toml(made), "utf-8")
+        [again] = load_preset(tmp_path / "stack.toml", kinds.recipes, kinds.inversions).hooks
+        [own] = load_preset(PRESETS / f"{name.lower()}.toml", {}).hooks
+        assert again.path == hook.path and Path(own.path).samefile(hook.path)
+        assert again.arguments.get("instances") == own.arguments.get("instances")
+        for one, its in zip(
+            again.arguments.get("people", ()), own.arguments.get("people", ()), strict=True
+        ):
+            assert Path(one["embedding"]).samefile(its["embedding"])
+            for point, wanted_point in zip(one["keypoints"], its["keypoints"], strict=True):
+                assert point == pytest.approx(wanted_point)
+
+
 # -- pictures --------------------------------------------------------------------------------------
 
 
@@ -245,10 +318,32 @@ def test_maps_are_on_one_scale_and_boxes_in_their_colours() -> None:
     assert "<th>cat</th>" in bars([("cat", 1.0)], 0.6, 0.3) and "100.0%" in bars([("c", 1)], 0, 0)
 
 
+def test_painted_places_are_outlined_too() -> None:
+    picture = outlined(Image.new("RGB", (128, 128), "gray"), [Box(0, 0, 0.1, 0.1), Painted(HALF)])
+    blue, black, gray = (86, 180, 233), (0, 0, 0), (128, 128, 128)
+    assert [picture.getpixel((x, 64)) for x in (63, 60, 30, 90)] == [blue, black, gray, gray]
+
+
+def test_what_a_place_looks_at() -> None:
+    picture, looks = Image.new("RGB", (64, 64), "gray"), torch.zeros(PLACES * PLACES, 4, 4)
+    looks[:, 3, 3] = 1.0  # all look at the last cell
+    looks[PLACES * PLACES - 1, 0, 0] = 1.0  # and the last place at the first
+    last, first = (looks_picture(picture, looks, at, at) for at in (1.0, 0.0))
+    assert last.getpixel((60, 40)) == last.getpixel((460, 440)) == first.getpixel((460, 440))
+    assert first.getpixel((60, 40)) != last.getpixel((60, 40))
+
+
+def test_words_have_the_colours_of_their_places() -> None:
+    places = Box(0, 0, 1, 1, "a red Circle"), Box(0, 0, 1, 1, "a red square")
+    style = hues(["a", "circle", "square", "cat"], places)
+    assert "nth-child(2)::after{background:linear-gradient(90deg,#E69F00 0% 100%)}" in style
+    assert "nth-child(3)" in style and "nth-child(1)" not in style and "nth-child(4)" not in style
+
+
 def test_pictures_for_the_canvas() -> None:
     assert data_url(None) == ""
     assert data_url(Image.new("RGB", (8, 8))).startswith("data:image/png;base64,")
     assert data_url(Image.new("RGB", (513, 8))).startswith("data:image/jpeg;base64,")
     wide = Image.new("RGBA", (300, 100), "red")
     assert fitted(wide, (64, 64)).size == (64, 64) and fitted(wide, (64, 64)).mode == "RGB"
-    assert boxed(Image.new("RGB", (64, 64)), []).size == (64, 64)
+    assert outlined(Image.new("RGB", (64, 64)), []).size == (64, 64)

@@ -8,7 +8,9 @@ from typing import Any, Literal
 import pytest
 
 from hookctl.address.regions import Region
-from hookctl.app.forms import OWN, Context, argument, arguments_of, form_of, held, helps_of, summary
+from hookctl.app.forms import OWN, form_of, helps_of, summary
+from hookctl.app.places import GRID, Painted
+from hookctl.app.tables import Context, argument, arguments_of, held
 from hookctl.cli.known import editors_by_name
 from hookctl.errors import InputError
 from hookctl.preset.check import check_arguments
@@ -100,6 +102,24 @@ def test_boxes_and_their_texts_become_regions() -> None:
     assert own == {"regions": ["full"], "texts": ["x"]}
 
 
+class Things:
+    """Draw things, and people, at their places."""
+
+    def __init__(self, instances: Sequence[Any], people: Any = None) -> None: ...
+
+
+def test_places_become_tables_of_learned_weights() -> None:
+    mask = Painted((GRID * GRID // 2, GRID * GRID // 2)).area
+    given = arguments_of(form_of(Things), {}, Context([TWO.areas[0], mask], TWO.labels), "it")
+    assert given["instances"] == [
+        {"caption": "a cat", "box": [0, 0, 0.5, 1]}, {"caption": "a dog", "mask": mask},
+    ]  # fmt: skip
+    assert [one["region"] for one in given["people"]] == [TWO.areas[0], mask]
+    assert given["people"][0]["keypoints"] == [[0, 0], [0.5, 0], [0.25, 0.5], [0, 1], [0.5, 1]]
+    alone = arguments_of(form_of(Things), {"people": '[{embedding = "/x.npy"}]'}, TWO, "it")
+    assert "/x.npy" not in repr(alone)  # whose tables may name files
+
+
 def test_words_of_a_blend_are_those_of_each_prompt() -> None:
     cls = editors_by_name()["PromptToPrompt"]
     context = Context(prompts=["a red cat", "a green cat"])
@@ -115,6 +135,7 @@ def test_words_of_a_blend_are_those_of_each_prompt() -> None:
         (Tint, {"gains": "{a = "}, TWO, "it gains: '{a = ' can't be read; write a number"),
         (Tint, {"gains": '{a = "mask:/x.png"}'}, TWO, "files are not read for a page"),
         (Tint, {"gains": '"a=mask: x.png"'}, TWO, "files are not read for a page"),
+        (Tint, {"gains": '"mask: data:x"'}, TWO, "files are not read for a page"),
         (Tint, {"rounds": None}, TWO, "it rounds: is empty; give a number, such as 3"),
         (Tint, {"scal": 1}, TWO, "it: has no 'scal'; did you mean 'scale'?"),
     ],

@@ -12,7 +12,8 @@ from PIL import Image
 
 from hookctl.app.copying import as_command, as_python, as_texts, as_toml
 from hookctl.app.person import Person, examples
-from hookctl.app.stack import Box, Card, Kinds, Wanted, preset_of, wanted_of
+from hookctl.app.places import Box
+from hookctl.app.stack import Card, Kinds, Wanted, preset_of, wanted_of
 from hookctl.cli.known import editors_by_name, inversions_by_name
 from hookctl.cli.stacks import PRESETS
 from hookctl.errors import ConflictError, InputError
@@ -66,7 +67,7 @@ def test_a_picture_is_inverted_unless_a_card_takes_it(kinds: Kinds) -> None:
     assert found.inversion is not None
     assert (found.inversion.recipe, found.inversion.arguments) == (
         "DirectInversion",
-        {"guidance": 3.0},
+        {"unit_noise": True, "guidance": 3.0},
     )
     assert preset(kinds, Card("ReferenceOnly"), image=image).inversion is None
 
@@ -127,7 +128,7 @@ def test_the_file_is_read_back_as_the_stack(kinds: Kinds, tmp_path: Path) -> Non
         kinds,
         Card("RegionalPrompts", {"base": 0.4}),
         Card("PromptToPrompt", {"blend": ["circle"]}),
-        boxes=(Box(0, 0, 0.5, 1, "a cat"), Box(0.5, 0, 1, 1, 'a "dog"\n')),
+        places=(Box(0, 0, 0.5, 1, "a cat"), Box(0.5, 0, 1, 1, 'a "dog"\n')),
         guidance=3.0,
     )
     path = tmp_path / "stack.toml"
@@ -155,7 +156,7 @@ def test_the_program_is_a_program(kinds: Kinds) -> None:
     assert "guidance_scale=3.0" in text
     own = as_python(preset(kinds, image=Image.new("RGB", (8, 8))))
     compile(own, "copied.py", "exec")
-    assert "DirectInversion(pipe, image, prompts[0], steps=25)" in own
+    assert "DirectInversion(pipe, image, prompts[0], steps=25, unit_noise=True)" in own
     assert set(as_texts(made, "cpu", "float32")) == {"TOML", "Python", "Command line"}
 
 
@@ -164,7 +165,7 @@ def test_the_program_is_a_program(kinds: Kinds) -> None:
 
 def test_boxes_of_the_canvas() -> None:
     person = Person()
-    person.set_boxes(
+    person.set_places(
         [
             {"x0": -0.2, "y0": 0, "x1": 0.5, "y1": 2, "text": "a cat"},
             {"x0": 0.5, "y0": 0.5, "x1": 0.5, "y1": 0.9, "text": "thin"},
@@ -172,9 +173,9 @@ def test_boxes_of_the_canvas() -> None:
             None,
         ]
     )
-    assert person.boxes == [Box(0, 0, 0.5, 1, "a cat")]
-    person.set_boxes("no list")
-    assert person.boxes == []
+    assert person.places == [Box(0, 0, 0.5, 1, "a cat")]
+    person.set_places("no list")
+    assert person.places == []
 
 
 def test_numbers_of_the_page_are_checked() -> None:
