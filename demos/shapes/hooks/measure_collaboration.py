@@ -35,7 +35,7 @@ SEED = 5 * 10**8  # of scenes that no training drew
 BATCH = 8
 # How far the mask leads early. Without it the mixture of the least error trusts it by 0.6 where
 # objects find their places, and guidance, which it has not seen, then follows the text.
-FACTOR = 300.0
+FACTOR = 100.0
 Figures = dict[str, float]
 
 
