@@ -214,13 +214,11 @@ def shown(shape: str, look: Look, box: Box) -> Judge:
 HALVES: tuple[Box, Box] = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
 THIRDS: tuple[Box, ...] = tuple((i / 3, 0.0, (i + 1) / 3, 1.0) for i in range(3))
 BOXES: tuple[Box, Box] = ((0.1, 0.1, 0.4, 0.4), (0.55, 0.55, 0.9, 0.9))
-MASKED: tuple[Box, Box] = ((0.11, 0.61, 0.39, 0.89), (0.625, 0.125, 0.875, 0.375))
 TOP = (32, 0, 96, 64)  # px: where the one-way presets put their image
 
 JUDGES: Mapping[str, Judge] = {
     "attend_and_excite": said,
     "box_diff": in_boxes(*BOXES),
-    "collaboration": in_boxes(*MASKED),
     "cyclic_one_way": grown_round(TOP, "gray"),
     "ddim_inversion": edited_in_place,
     "edit_friendly_ddpm": edited_in_place,
