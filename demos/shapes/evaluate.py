@@ -87,7 +87,8 @@ def generate(
     """Images [prompts, 128, 128, 3], uint8, prompt i from seed + i; and seconds per image."""
     made: list[NDArray[np.uint8]] = []
     began = time.perf_counter()
-    for i in tqdm(range(0, len(prompts), batch), desc=f"guidance {guidance:g}", leave=False):
+    starts, one = range(0, len(prompts), batch), len(prompts) <= batch
+    for i in tqdm(starts, desc=f"guidance {guidance:g}", leave=False, disable=one):
         part = prompts[i : i + batch]
         seeds = [torch.Generator("cpu").manual_seed(seed + i + k) for k in range(len(part))]
         out = pipe(
