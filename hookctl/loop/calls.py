@@ -236,7 +236,7 @@ def predict(
     asked_before, state.asking = state.asking, asking
     try:
         with nullcontext() if opened else reading_in(Reading(uncompiled(denoiser), reader)):
-            found = prediction_of(_called(denoiser, arguments))
+            found = prediction_of(called(denoiser, arguments))
     finally:
         state.asking = asked_before
     if found is None:
@@ -258,7 +258,7 @@ def _set_text(
     arguments[name] = torch.cat([part for part in parts if len(part)])
 
 
-def _called(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Any:
+def called(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Any:
     """What a denoiser returns for arguments by name."""
     bound = inspect.signature(type(uncompiled(denoiser)).forward).bind_partial(None)
     bound.arguments.update(arguments)
@@ -269,6 +269,14 @@ def prediction_of(output: Any) -> Tensor | None:
     """The prediction in what a denoiser returns: a tensor, a tuple or an output object."""
     found = _predicted(output)
     return found if isinstance(found, Tensor) else None
+
+
+def stacked(output: Any) -> Tensor | None:
+    """As `prediction_of`, also of a denoiser that returns a list of images of one size."""
+    found = _predicted(output)
+    if isinstance(found, list) and all(isinstance(one, Tensor) for one in found):
+        return torch.stack(found) if len({one.shape for one in found}) == 1 else None
+    return prediction_of(output)
 
 
 def _predicted(output: Any) -> Any:

@@ -13,7 +13,7 @@ from hookctl.editor import overrides
 from hookctl.errors import UnsupportedError
 from hookctl.loop import around
 from hookctl.loop.around import Attached
-from hookctl.loop.calls import prediction_of
+from hookctl.loop.calls import stacked
 from hookctl.loop.driven import adjusted
 from hookctl.loop.finite import PREDICTION, check_step
 from hookctl.loop.state import Handed, Predictions, State, split_branches
@@ -45,7 +45,7 @@ class Step:
         self.state, self.hooked = state, hooked
         if state.assigned is not None:
             self._latents = state.assigned
-        found = prediction_of(output) if predictions else None
+        found = stacked(output) if predictions else None
         if found is not None:
             self._branches |= split_branches(state.rows, found)
 
