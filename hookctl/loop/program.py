@@ -223,7 +223,7 @@ class Program:
             guidance = self.guidance
             second = loop.second_scale and self._arguments.get(loop.second_scale)
             if second is not None and self._calls.denoiser(moment) is not self.denoiser:
-                guidance = float(second)
+                guidance = float(second) if UNCOND in self.template.branches else 1.0
         scales = guidance_scales(guidance, x, self.template.branches)
         return loop.at(scales, time, self.template.settings)
 

@@ -68,7 +68,7 @@ class Family:
         if self.embedded:
             given["guidance_scale"] = 2.5
         return pipe(
-            prompt=prompts,
+            prompt=list(prompts),  # into which Z-Image writes
             num_inference_steps=steps,
             generator=generators(len(prompts)),
             output_type=output_type,
@@ -116,7 +116,7 @@ _EVERY = [
     Family("WanPipeline of two denoisers", more={"guidance_scale_2": 2.0}),
     Family("LTXPipeline"),
     Family("HunyuanVideoPipeline", "true_cfg_scale", embedded=True),
-    Family("FluxKontextPipeline", "true_cfg_scale", embedded=True),
+    Family("FluxKontextPipeline", "true_cfg_scale"),
 ]
 FAMILIES = [one for one in _EVERY if one.name in WILD or one.name in zoo.PIPELINES]
 
