@@ -27,6 +27,7 @@ from torch import Tensor
 
 from hookctl.errors import UnsupportedError
 
+
 class _Code:
     """samples: whether image-to-image draws from the encoder's distribution; frames: the
     autoencoder takes and gives videos; wide: latents are decoded in their own dtype up to the
@@ -111,9 +112,7 @@ class Buffered(_Code):
     ) -> tuple[Tensor, tuple[Any, ...]]:
         if not pipe.vae.config.timestep_conditioning:
             return z, (None,)
-        time, scale = (
-            options.get(name) for name in ("decode_timestep", "decode_noise_scale")
-        )
+        time, scale = (options.get(name) for name in ("decode_timestep", "decode_noise_scale"))
         times, scales = (
             torch.tensor(one if isinstance(one, list) else [one] * len(z)).to(z)
             for one in (time or 0.0, (time if scale is None else scale) or 0.0)

@@ -92,7 +92,7 @@ def decode(
         )
     code = code_of(pipe)
     assert vae is not None  # `code_of` has refused
-    if output_type == "latent" and not hasattr(pipe, "_unpack_latents_with_ids"):
+    if output_type == "latent" and not _shows_decoded(pipe):
         return latents
     if latents.dim() == 3:
         latents = unpacked(pipe, latents, cells_of(pipe, latents.shape[1], size, frames))
@@ -104,6 +104,14 @@ def decode(
         z, conditions = code.conditioned(pipe, z, options)
         pixels = vae.decode(z, *conditions, return_dict=False)[0]
     return _shown(pipe, _finite_pixels(pixels, vae), output_type, size, name)
+
+
+def _shows_decoded(pipe: Any) -> bool:
+    """Whether output_type="latent" gives latents as the autoencoder takes them."""
+    loop = families.loop_of(pipe)
+    if loop is not None:
+        return loop.shows == "decoded"
+    return hasattr(pipe, "_unpack_latents_with_ids")
 
 
 def _shown(pipe: Any, pixels: Tensor, output_type: str, size: Size | None, name: str) -> Any:

@@ -178,7 +178,9 @@ class Program:
         prompt: int | None = None,
     ) -> Question:
         if prompt is not None and not 0 <= prompt < len(self.prompts):
-            raise InputError(f"prompt={prompt}; this run has the prompts 0 to {len(self.prompts)-1}")
+            raise InputError(
+                f"prompt={prompt}; this run has the prompts 0 to {len(self.prompts) - 1}"
+            )
         scale = None if embedded is None else per_image(embedded, x, "embedded")
         return Question(x, moment, names, contexts, scale, prompt)
 

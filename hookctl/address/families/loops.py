@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -134,6 +134,8 @@ class Loop:
     wrap: how the model takes its images, where not as a tensor.
     references: images may stand behind the target in the sequence; the prediction begins with it.
     takes: the form of latents that the call takes, where it packs: "packed" or "unpacked".
+    shows: the form that output_type="latent" gives them in: "stepped", as the scheduler has them,
+        or "decoded", as the autoencoder takes them.
     asks_negative: without a negative prompt there is no guidance, whatever the scale.
     """
 
@@ -148,14 +150,13 @@ class Loop:
     denoiser: Callable[[Any, float], str | None] = first
     wrap: Callable[[Tensor], Any] | None = None
     references: bool = False
-    takes: str = "packed"
+    takes: Literal["packed", "unpacked"] = "packed"
+    shows: Literal["stepped", "decoded"] = "stepped"
     asks_negative: bool = False
 
 
 PLAIN = Loop()  # of pipelines that guide in one call, as Stable Diffusion does
-_FLUX = Loop(
-    scale="true_cfg_scale", embedded=1.0, time=sigma, settings=(), asks_negative=True
-)
+_FLUX = Loop(scale="true_cfg_scale", embedded=1.0, time=sigma, settings=(), asks_negative=True)
 _QWEN = replace(_FLUX, combine=of_length_of_cond)
 
 LOOPS: dict[str, Loop] = {
@@ -164,7 +165,9 @@ LOOPS: dict[str, Loop] = {
     "Flux2Pipeline": Loop(
         scale=None, embedded=1.0, time=sigma, references=True, takes="unpacked", settings=()
     ),
-    "Flux2KleinPipeline": Loop(time=sigma, references=True, takes="unpacked", settings=()),
+    "Flux2KleinPipeline": Loop(
+        time=sigma, references=True, takes="unpacked", shows="decoded", settings=()
+    ),
     "QwenImagePipeline": _QWEN,
     "QwenImageEditPipeline": replace(_QWEN, references=True),
     "QwenImageEditPlusPipeline": replace(_QWEN, references=True),

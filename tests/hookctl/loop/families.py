@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hookctl.loop.trajectory import Trajectory
 from tests import zoo
 from tests.zoo.case import Asked
 from tests.zoo.wild import WILD
+from tests.zoo.wild.around import smaller
 from tests.zoo.wild.parts import value
 
-TEXTS = ["a red cat", "a blue dog"]
 # What a program says in other words than the pipeline's call.
 _SAID = (
     "prompt",
@@ -37,6 +36,7 @@ class Family:
     unguided: float = 1.0
     embedded: bool = False
     takes_negative: bool = True
+    prompts: tuple[str, ...] = ("a red cat", "a blue dog")
     more: dict[str, Any] = field(default_factory=dict)
 
     def make(self) -> Any:
@@ -47,7 +47,7 @@ class Family:
         if self.name in WILD:
             given = {n: value(one) for n, one in WILD[self.name]._entry["call"].items()}
         else:
-            given = zoo.PIPELINES[self.name].inputs(Asked(TEXTS, TEXTS, 1.0, 1))
+            given = zoo.PIPELINES[self.name].inputs(Asked([], [], 1.0, 1))
         return {n: one for n, one in given.items() if n not in _SAID} | self.more
 
     def drawn(
@@ -56,10 +56,11 @@ class Family:
         guidance: float,
         steps: int = 3,
         output_type: str = "latent",
-        prompts: list[str] = TEXTS,
+        prompts: Sequence[str] | None = None,
         **more: Any,
     ) -> Any:
         """By the pipeline itself."""
+        prompts = list(prompts or self.prompts)  # Z-Image writes into its list
         given: dict[str, Any] = {}
         if self.scale is not None:
             given[self.scale] = guidance - 1 + self.unguided
@@ -67,32 +68,36 @@ class Family:
             given["negative_prompt"] = ["blurry"] * len(prompts)
         if self.embedded:
             given["guidance_scale"] = 2.5
-        return pipe(
-            prompt=list(prompts),  # into which Z-Image writes
-            num_inference_steps=steps,
-            generator=generators(len(prompts)),
-            output_type=output_type,
-            return_dict=False,
-            **given,
-            **self.arguments() | more,
-        )[0]
+        with smaller(type(pipe)):
+            found = pipe(
+                prompt=prompts,
+                num_inference_steps=steps,
+                generator=generators(len(prompts)),
+                output_type=output_type,
+                return_dict=False,
+                **given,
+                **self.arguments() | more,
+            )[0]
+        return found
 
     def program(
         self,
         pipe: Any,
         guidance: float,
         steps: int = 3,
-        prompts: list[str] = TEXTS,
+        prompts: Sequence[str] | None = None,
         **more: Any,
     ) -> Trajectory:
+        prompts = list(prompts or self.prompts)
         if guidance > 1 and self.takes_negative:
             more.setdefault("negative", "blurry")
         if self.embedded:
             more.setdefault("embedded", 2.5)
         more.setdefault("generator", generators(len(prompts)))
-        return Trajectory(
-            pipe, prompts, steps=steps, guidance=guidance, **self.arguments() | more
-        )
+        with smaller(type(pipe)):
+            return Trajectory(
+                pipe, prompts, steps=steps, guidance=guidance, **self.arguments() | more
+            )
 
     @property
     def guides(self) -> bool:
@@ -117,13 +122,11 @@ _EVERY = [
     Family("LTXPipeline"),
     Family("HunyuanVideoPipeline", "true_cfg_scale", embedded=True),
     Family("FluxKontextPipeline", "true_cfg_scale"),
+    Family("QwenImageEditPipeline", "true_cfg_scale", prompts=("a red cat",)),
+    Family("QwenImageEditPlusPipeline", "true_cfg_scale", prompts=("a red cat",)),
+    Family("Flux2Pipeline", None, embedded=True, takes_negative=False),
 ]
 FAMILIES = [one for one in _EVERY if one.name in WILD or one.name in zoo.PIPELINES]
 
 
-def size_of(latents: Tensor) -> tuple[int, ...]:
-    return tuple(latents.shape)
-
-
-def takes(pipe: Any, name: str) -> bool:
-    return name in inspect.signature(type(pipe).__call__).parameters
+BY_NAME = {one.name: one for one in FAMILIES}
