@@ -30,7 +30,12 @@ class Solver:
         self.scheduler = scheduler
         self.timesteps = list(scheduler.timesteps)
         self.entries = entries_of([float(t) for t in self.timesteps])
-        self._accepted = frozenset(inspect.signature(scheduler.step).parameters)
+        # Of the class too: what somebody put in the place of its step may take any arguments.
+        self._accepted = frozenset(
+            name
+            for step in (scheduler.step, type(scheduler).step)
+            for name in inspect.signature(step).parameters
+        )
         self._fresh = _copied(scheduler)
         if "_step_index" in self._fresh:
             # Counted from the first model input, which the pipeline has made already.

@@ -23,7 +23,8 @@ from hookctl.address.latent import latent_grid
 from hookctl.address.rows import COND, UNCOND, resolve_rows
 from hookctl.errors import HookctlError, InputError, UnsupportedError
 from hookctl.hooks.patch import Patch
-from hookctl.hooks.pipeline import DenoiserPort, PipelinePort, SchedulerPort
+from hookctl.hooks.pipeline import DenoiserPort, PipelinePort
+from hookctl.hooks.scheduler import SchedulerPort
 from hookctl.loop.driven import Scaling
 from hookctl.loop.pattern import Pattern, Template
 
