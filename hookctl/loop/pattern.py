@@ -154,9 +154,9 @@ class Template:
                     )
                 own = text.to(own).expand_as(own)
             parts.append(own)
-        whole = torch.cat(parts)
-        listed = isinstance(call.pattern.arguments[str(self.text_name)], list)
-        return list(whole.unbind(0)) if listed else whole
+        if isinstance(call.pattern.arguments[str(self.text_name)], list):
+            return [text for part in parts for text in part]
+        return torch.cat(parts)
 
 
 def _time(time: Tensor, pattern: Any, rows: int) -> Any:

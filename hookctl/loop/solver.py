@@ -19,6 +19,12 @@ from hookctl.errors import UnsupportedError
 from hookctl.loop.driven import Scaling
 
 
+_NOISY = (
+    "DPMSolverMultistepScheduler (for flow matching with use_flow_sigmas=True, "
+    "prediction_type='flow_prediction', algorithm_type='sde-dpmsolver++')"
+)
+
+
 class Solver:
     """The steps of a scheduler whose timesteps are set.
 
@@ -87,7 +93,7 @@ class Solver:
         if eta and noise is None:
             self._require("eta", "DDIMScheduler")
         if noise is not None:
-            self._require("variance_noise", "DDIMScheduler or DPMSolverMultistepScheduler")
+            self._require("variance_noise", f"DDIMScheduler or {_NOISY}")
             given |= {"variance_noise": noise.to(latents), "generator": None}
         known = {name: value for name, value in given.items() if name in self._accepted}
         out = self.scheduler.step(
