@@ -236,7 +236,7 @@ def predict(
     asked_before, state.asking = state.asking, asking
     try:
         with nullcontext() if opened else reading_in(Reading(uncompiled(denoiser), reader)):
-            found = prediction_of(called(denoiser, arguments))
+            found = prediction_of(_called(denoiser, arguments))
     finally:
         state.asking = asked_before
     if found is None:
@@ -258,7 +258,7 @@ def _set_text(
     arguments[name] = torch.cat([part for part in parts if len(part)])
 
 
-def called(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Any:
+def _called(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Any:
     """What a denoiser returns for arguments by name."""
     bound = inspect.signature(type(uncompiled(denoiser)).forward).bind_partial(None)
     bound.arguments.update(arguments)

@@ -14,7 +14,7 @@ from hookctl.address import families, pipelines
 from hookctl.address.families import handing
 from hookctl.address.rows import COND
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.loop.calls import called, stacked
+from hookctl.loop.calls import stacked
 from hookctl.loop.driven import Adjust, Driven, Scaling, driving
 from hookctl.loop.moments import Moment
 from hookctl.loop.pattern import EMBEDDED, Chosen, Template, Texts
@@ -115,7 +115,7 @@ class ProgramCalls:
             self._embedded(question.embedded, x, groups),
         )
         with driving(call), _named(self._pipe, denoiser, call):
-            prediction = stacked(called(denoiser, arguments))
+            prediction = stacked(denoiser(**arguments))
         assert prediction is not None  # every family's denoiser returns one
         branches = split_branches(call.rows, prediction)
         return {name: self._handed(part, arguments, x) for name, part in branches.items()}

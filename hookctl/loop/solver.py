@@ -20,8 +20,8 @@ from hookctl.loop.driven import Scaling
 
 
 _NOISY = (
-    "DPMSolverMultistepScheduler (for flow matching with use_flow_sigmas=True, "
-    "prediction_type='flow_prediction', algorithm_type='sde-dpmsolver++')"
+    "DPMSolverMultistepScheduler (for flow matching, where the pipeline takes it, with "
+    "use_flow_sigmas=True, prediction_type='flow_prediction', algorithm_type='sde-dpmsolver++')"
 )
 
 

@@ -130,7 +130,13 @@ _EVERY = [
     Family("FluxKontextPipeline", "true_cfg_scale"),
     Family("QwenImageEditPipeline", "true_cfg_scale", prompts=("a red cat",)),
     Family("QwenImageEditPlusPipeline", "true_cfg_scale", prompts=("a red cat",)),
-    Family("Flux2Pipeline", None, embedded=True, takes_negative=False),
+    Family(
+        "Flux2Pipeline",
+        None,
+        embedded=True,
+        takes_negative=False,
+        more={"max_sequence_length": 64},  # behind its template
+    ),
 ]
 FAMILIES = [one for one in _EVERY if one.name in WILD or one.name in zoo.PIPELINES]
 
