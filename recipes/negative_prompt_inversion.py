@@ -95,7 +95,7 @@ class NegativePromptInversion(Inversion):
             if empty.shape[1:] != own.shape[1:]:
                 raise UnsupportedError(
                     f"npi_interp={self.npi_interp}: the prompt has {own.shape[1]} tokens and the "
-                    f"empty text {empty.shape[1]}, between which there is nothing; give npi_interp=0"
+                    f"empty text {empty.shape[1]}, with nothing between; give npi_interp=0"
                 )
             between = great_circle(own, empty.to(own).expand_as(own), self.npi_interp)
             fields["corrections"] = [Correction({UNCOND: between})] * program.steps

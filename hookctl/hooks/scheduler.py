@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hookctl.hooks.pipeline import Inner, Port
 
+
 class SchedulerPort(Port):
     """Hands every step to `around(step, arguments)`, and the latents of every model input that it
     makes to `scaled`, with what does the same to others."""
@@ -54,7 +55,9 @@ def step_arguments(
     its parameters otherwise, or take any. A class with names of its own is given the usual ones.
     """
     own = list(inspect.signature(type(scheduler).step).parameters.values())[1:]
-    names = [one.name for one in own if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    names = [
+        one.name for one in own if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
+    ]
     usual = {"model_output", "sample"} <= set(names)
     renamed = {} if usual else dict(zip(names, _STEPPED, strict=False))
     names = names if usual else [*_STEPPED, *names[len(_STEPPED) :]]

@@ -134,25 +134,22 @@ class ProgramCalls:
         factor, given = self._template.loop.embedded, self._template.arguments.get(EMBEDDED)
         if factor is None or given is None:
             raise UnsupportedError(
-                f"embedded={scale!r}: {type(self.denoiser_of_pipe).__name__} was taught no scale "
+                f"embedded={scale!r}: the model of {type(self._pipe).__name__} was taught no scale "
                 "of guidance; give guidance="
             )
         each = torch.as_tensor(scale, dtype=torch.float32).flatten().expand(len(x))
         return (each * factor).repeat(groups)
 
-    @property
-    def denoiser_of_pipe(self) -> nn.Module:
-        return families.uncompiled(families.denoiser_of(self._pipe))
-
 
 @contextmanager
 def _named(pipe: Any, denoiser: nn.Module, call: Driven) -> Iterator[None]:
     """What the pipeline calls its call, for the caches of a denoiser that keep one for each."""
-    if not hasattr(denoiser, "cache_context"):
+    caching: Any = denoiser
+    if not hasattr(caching, "cache_context"):
         yield
         return
     one_of_several = bool(pipelines.layout_of(pipe).sequential)
     branch = call.rows[0].branch
     name = ("cond" if branch == COND else "uncond") if one_of_several else "cond_uncond"
-    with denoiser.cache_context(name):
+    with caching.cache_context(name):
         yield

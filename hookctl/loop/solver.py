@@ -18,7 +18,6 @@ from torch import Tensor
 from hookctl.errors import UnsupportedError
 from hookctl.loop.driven import Scaling
 
-
 _NOISY = (
     "DPMSolverMultistepScheduler (for flow matching, where the pipeline takes it, with "
     "use_flow_sigmas=True, prediction_type='flow_prediction', algorithm_type='sde-dpmsolver++')"

@@ -39,7 +39,11 @@ class Step:
         """A call of this denoiser in this step is done; predictions: whether an editor combines
         those of the step, awaited: or works on its result, which needs the step of the pipeline's
         own scheduler."""
-        if (predictions or awaited) and self.state is not None and self.state.clock.step != state.clock.step:
+        if (
+            (predictions or awaited)
+            and self.state is not None
+            and self.state.clock.step != state.clock.step
+        ):
             raise UnsupportedError(
                 f"{type(state.pipe).__name__} went on to step {state.clock.step} without a call of "
                 "pipe.scheduler.step, such as by a copy of its scheduler, so what editors make of "

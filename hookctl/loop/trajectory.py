@@ -14,6 +14,7 @@ they do when the pipeline runs itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ class Trajectory(Program):
             branches = needed_branches(scales, self.template.branches)
             parts, call = self._calls.ask(
                 self._question(x, moment, branches, contexts, embedded),
-                lambda rows, entry=entry: self.solver.scaling(rows, entry),
+                partial(self.solver.scaling, entry=entry),
                 stepping=True,
                 adjust=adjust if last else None,
             )

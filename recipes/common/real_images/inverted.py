@@ -26,11 +26,12 @@ class Inverted:
     prompt: that describes it; path: its latents at every level, noisiest first, [1, channels,
     height, width] each or as the pipeline's scheduler has them; corrections: of each step;
     guidance: scale for the source's rows; embedded: likewise the scale that its model was taught,
-    None for the pipeline's; edit_guidance: for those of its edits, unless `edit` is given another; size: (height, width) in
-    px; timesteps: that it was inverted at; start: the level that sampling starts from; negative:
-    prompt of the unconditional rows; eta: share of fresh noise in the scheduler's steps; editors:
-    that belong to the method; arguments: further ones of the pipeline's call; source_contexts:
-    texts of the source's rows where they are not the corrections', branch -> [1, tokens, channels].
+    None for the pipeline's; edit_guidance: for those of its edits, unless `edit` is given another;
+    size: (height, width) in px; timesteps: that it was inverted at; start: the level that sampling
+    starts from; negative: prompt of the unconditional rows; eta: share of fresh noise in the
+    scheduler's steps; editors: that belong to the method; arguments: further ones of the
+    pipeline's call; source_contexts: texts of the source's rows where they are not the
+    corrections', branch -> [1, tokens, channels].
     """
 
     prompt: str

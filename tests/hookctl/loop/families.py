@@ -135,7 +135,7 @@ _EVERY = [
         None,
         embedded=True,
         takes_negative=False,
-        more={"max_sequence_length": 64},  # behind its template
+        more={"max_sequence_length": 512},  # behind its template
     ),
 ]
 FAMILIES = [one for one in _EVERY if one.name in WILD or one.name in zoo.PIPELINES]

@@ -17,6 +17,7 @@ from hookctl.loop.trajectory import Trajectory
 from tests.families.fingerprint import unchanged
 from tests.hookctl.loop.families import BY_NAME, FAMILIES, Family, generators
 
+
 def marks(family: Family) -> Any:
     return pytest.mark.slow if family.name in ("sd15", "sdxl") or "Edit" in family.name else ()
 
