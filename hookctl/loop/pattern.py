@@ -1,4 +1,4 @@
-"""The pattern of a program's denoiser calls: those that the pipeline was about to make in a step."""
+"""The pattern of a program's denoiser calls: those that the pipeline was about to make."""
 
 from __future__ import annotations
 

@@ -14,9 +14,9 @@ from hookctl.address import families, pipelines
 from hookctl.address.families import handing
 from hookctl.address.rows import COND
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.loop.calls import stacked
 from hookctl.loop.driven import Adjust, Driven, Scaling, driving
 from hookctl.loop.moments import Moment
+from hookctl.loop.outputs import stacked
 from hookctl.loop.pattern import EMBEDDED, Chosen, Template, Texts
 from hookctl.loop.state import split_branches
 

@@ -13,9 +13,9 @@ from hookctl.editor import overrides
 from hookctl.errors import UnsupportedError
 from hookctl.loop import around
 from hookctl.loop.around import Attached
-from hookctl.loop.calls import stacked
 from hookctl.loop.driven import adjusted
 from hookctl.loop.finite import PREDICTION, check_step
+from hookctl.loop.outputs import stacked
 from hookctl.loop.state import Handed, Predictions, State, split_branches
 
 _STEPPED = ("model_output", "timestep", "sample")  # what a step is of; the rest are its options

@@ -1,10 +1,10 @@
-"""What a pipeline's loop does between the latents and the scheduler's step, for programs to do alike.
+"""What a pipeline's loop does between the latents and the scheduler's step.
 
     x  ->  what the denoiser is given, at a time of its own  ->  its predictions, branch by branch
        ->  as the scheduler wants them (`handing`)  ->  one, by guidance  ->  the scheduler's step
 
-Scales of guidance are counted alike for all families: 1 is none. Every formula is in the order of
-operations of the pipelines, so that results agree bit for bit.
+Programs do alike. Scales of guidance are counted alike for all families: 1 is none. Every formula
+is in the order of operations of the pipelines, so that results agree bit for bit.
 """
 
 from __future__ import annotations
