@@ -156,7 +156,7 @@ class Trajectory(Program):
         here, there, x = self.levels[i + 1], self.levels[i], self.latents
         if timestep == "source":
             prediction = self.predict(x, i + 1, guidance, contexts, embedded=embedded)
-            found = there.mix(*self.noise.split(x, prediction, here))
+            found = there.mix(*self.noise.split(_wide(x), _wide(prediction), here)).to(x.dtype)
         else:
             found = x if self.noise.flow else x * (there.size / here.size)
             for _ in range(refine + 1):
@@ -244,4 +244,9 @@ class Trajectory(Program):
             raise InputError(
                 f"step {i} can't be undone, it keeps nothing of its latents; take more steps"
             )
-        return (x - beta * prediction) / alpha
+        return ((_wide(x) - beta * _wide(prediction)) / alpha).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In single precision at least: half has too few bits for the difference of two latents."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
