@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from hookctl.errors import UnsupportedError
+from hookctl.loop.noise import noise_like
 
 
 class _Code:
@@ -117,7 +117,12 @@ class Buffered(_Code):
             torch.tensor(one if isinstance(one, list) else [one] * len(z)).to(z)
             for one in (time or 0.0, (time if scale is None else scale) or 0.0)
         )
-        noise = randn_tensor(z.shape, options.get("generator"), z.device, z.dtype)
+        generator = options.get("generator")
+        if isinstance(generator, list | tuple):  # one for each image
+            pairs = zip(z.split(1), generator, strict=True)
+            noise = torch.cat([noise_like(one, own) for one, own in pairs])
+        else:
+            noise = noise_like(z, generator)
         scales = scales[:, None, None, None, None]
         return (1 - scales) * z + scales * noise, (times,)
 
