@@ -35,8 +35,8 @@ from hookctl.address.rows import COND
 from hookctl.arguments import checked, pair, refusal, share, whole
 from hookctl.editor import WHOLE_IMAGE, Claim, Editor
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.loop.calls import prediction_of, with_prediction
 from hookctl.loop.images import decode
+from hookctl.loop.outputs import prediction_of, with_prediction
 from hookctl.loop.prompts import EncodedTexts, check_texts
 from hookctl.loop.state import Proceed, State
 from hookctl.recipes.common.canvas.plain_colours import Bootstrapping

@@ -18,6 +18,7 @@ guidance of the edits is limited to where it is strong (`ProximalGuidance`; Han 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from hookctl.address.rows import COND, UNCOND
 from hookctl.arguments import checked, share
+from hookctl.errors import UnsupportedError
 from hookctl.loop import prompts
 from hookctl.loop.inversion import Correction, Progress, ddim_path, require_first_order
 from hookctl.loop.trajectory import Trajectory
@@ -72,16 +74,29 @@ class NegativePromptInversion(Inversion):
     def run(self, progress: Progress | None = None) -> Any:
         inverted = super().run(progress)
         images = [inverted] if self.single else inverted
-        images = [replace(image, negative=image.prompt) for image in images]
+        if self._takes_negative:
+            images = [replace(image, negative=image.prompt) for image in images]
         return images[0] if self.single else images
+
+    @property
+    def _takes_negative(self) -> bool:
+        """Whether the pipeline takes negative prompts; FLUX.2 klein has the empty one alone."""
+        return "negative_prompt" in inspect.signature(type(self.pipe).__call__).parameters
 
     def _invert(self, program: Trajectory, progress: Progress | None) -> Inverted:
         require_first_order(program, type(self).__name__)
         path = ddim_path(program, self.clean, refine=self.refine, progress=progress)
         fields: dict[str, Any] = {"edit_guidance": self.guidance, "editors": self.limits}
+        own = program.template.text(COND)
+        if not self._takes_negative:
+            fields["corrections"] = [Correction({UNCOND: own})] * program.steps
         if self.npi_interp:
-            own = program.template.text(COND)
             empty = prompts.encode(self.pipe, [""], program.template.encoding).sequence
+            if empty.shape[1:] != own.shape[1:]:
+                raise UnsupportedError(
+                    f"npi_interp={self.npi_interp}: the prompt has {own.shape[1]} tokens and the "
+                    f"empty text {empty.shape[1]}, with nothing between; give npi_interp=0"
+                )
             between = great_circle(own, empty.to(own).expand_as(own), self.npi_interp)
             fields["corrections"] = [Correction({UNCOND: between})] * program.steps
             if not self.interp_source:

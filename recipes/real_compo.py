@@ -36,8 +36,8 @@ from hookctl.companions.denoiser import guided_as_the_pipeline
 from hookctl.companions.prediction import ModelPrediction
 from hookctl.errors import UnsupportedError
 from hookctl.kernels.latent_mixing import mix_predictions, update_difference
-from hookctl.loop.calls import prediction_of
 from hookctl.loop.energy import Energies, ImageMaps
+from hookctl.loop.outputs import prediction_of
 from hookctl.loop.solver import entries_of
 from hookctl.loop.state import Predictions, Proceed, State, split_branches
 from hookctl.recipes.common.energy.layout_models import layout_model

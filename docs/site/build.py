@@ -205,6 +205,7 @@ def navigation() -> Navigation:
             "Start": [
                 "start.md",
                 {"Models": "families.md"},
+                {"Programs": "programs.md"},
                 {"First edit": "notebooks/first_edit.md"},
                 {"Real picture": "notebooks/real_picture.md"},
                 {"Servers": "servers.md"},

@@ -14,8 +14,13 @@ from hookctl.errors import InputError
 Colour = tuple[int, int, int]
 
 
-def images_and_prompts(image: Any, prompt: Any, name: str) -> tuple[list[Any], list[str]]:
-    """Images and as many prompts, of one prompt and its image or of a list of each."""
+def images_and_prompts(
+    image: Any, prompt: Any, name: str, *, videos: bool = False
+) -> tuple[list[Any], list[str]]:
+    """Images and as many prompts, of one prompt and its image or of a list of each.
+
+    videos: an image may be a list of frames.
+    """
     single = is_text(prompt)
     check_order(image, prompt, name)
     if not single and not is_list(prompt):
@@ -31,7 +36,9 @@ def images_and_prompts(image: Any, prompt: Any, name: str) -> tuple[list[Any], l
             f"{name}: {len(images)} images and {len(prompts)} prompts; give as many of both"
         )
     for i, one in enumerate(images):
-        check_image(one, f"{name}: image" if single else f"{name}: image[{i}]")
+        said = f"{name}: image" if single else f"{name}: image[{i}]"
+        for frame in one if videos and is_list(one) and len(one) else [one]:
+            check_image(frame, said)
     return images, prompts
 
 

@@ -1,4 +1,4 @@
-"""The hooks round the attention: the denoiser call, the scheduler, the pipeline's own words.
+"""The hooks round the attention: the denoiser call and the pipeline's own words.
 
 Each port only catches and hands over; what happens then is the owner's affair. The denoiser is
 caught in the slot that torch keeps for compiled calls (`Module._compiled_call_impl`), the
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._C._dynamo.eval_frame import set_eval_frame
 
 from hookctl.address.pipelines import inner_pipelines
@@ -179,40 +179,6 @@ def forget_compiled() -> bool:
         return False
     torch._dynamo.reset()
     return True
-
-
-class SchedulerPort(Port):
-    """Hands every step to `around(step, arguments)`, and the latents of every model input that it
-    makes to `scaled`, with what does the same to others."""
-
-    def __init__(
-        self,
-        scheduler: Any,
-        around: Callable[[Inner, dict[str, Any]], Any],
-        scaled: Callable[[Tensor, Callable[[Tensor], Tensor]], None],
-    ) -> None:
-        super().__init__()
-        self.scheduler, self._around, self._scaled = scheduler, around, scaled
-
-    def install(self) -> None:
-        scheduler = self.scheduler
-        self._hook(scheduler, "step", self._step)
-        if hasattr(scheduler, "scale_model_input"):
-            self._hook(scheduler, "scale_model_input", self._scale)
-
-    def _step(self, original: Inner, args: Any, kwargs: Any) -> Any:
-        bound = inspect.signature(original).bind(*args, **kwargs)
-        arguments = dict(bound.arguments)
-        arguments |= arguments.pop("kwargs", {})
-        if "args" in arguments or not {"model_output", "sample"} <= set(arguments):
-            return original(*args, **kwargs)
-        return self._around(original, arguments)
-
-    def _scale(self, original: Inner, args: Any, kwargs: Any) -> Any:
-        out = original(*args, **kwargs)
-        latents, rest = (args[0], args[1:]) if args else (kwargs.pop("sample"), args)
-        self._scaled(latents, lambda x: original(x, *rest, **kwargs))
-        return out
 
 
 class _Method:

@@ -131,6 +131,11 @@ _PAIRED = re.compile(r"^encoder_hidden_states_image$")  # Wan: the first and the
 Spans = Sequence[tuple[int, int]]
 
 
+def is_shared(name: str) -> bool:
+    """Whether an argument of this name says the same of every row."""
+    return _SHARED.search(name) is not None
+
+
 def take_rows(state: State, spans: Spans) -> dict[str, Any]:
     """The arguments of a call for the rows start <= index < stop of each span, one after another.
 
@@ -149,7 +154,7 @@ def take_rows(state: State, spans: Spans) -> dict[str, Any]:
 
 
 def _take(name: str, value: Any, sizes: Mapping[int, int], spans: Spans) -> Any:
-    if _SHARED.search(name):
+    if is_shared(name):
         return value
     if isinstance(value, Tensor):
         if _SECOND.search(name):

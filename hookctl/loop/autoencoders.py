@@ -7,6 +7,7 @@ the pipelines themselves, in their order of operations, so that results agree bi
     Scaled          x = (z - shift) s          z = x / s + shift        Stable Diffusion, SD3, Flux
       with a mean   x = (z - m) s / d          z = x d / s + m          XL, Mochi
     Standardised    x = (z - m) (1 / d)        z = x / (1 / d) + m      Wan, Qwen-Image
+    Buffered        x = (z - m) s / d          z = x d / s + m          LTX, which may add noise
     BatchNormed     x = (patches - m) / d      z = x d + m, unpatched   FLUX.2
 
 with z the autoencoder's latents, x the scheduler's.
@@ -15,8 +16,7 @@ with z the autoencoder's latents, x the scheduler's.
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,20 +24,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hookctl.errors import InputError, UnsupportedError
+from hookctl.errors import UnsupportedError
+from hookctl.loop.noise import noise_like
 
-Size = tuple[int, int]  # height and width in px
+
+class _Code:
+    """samples: whether image-to-image draws from the encoder's distribution; frames: the
+    autoencoder takes and gives videos; wide: latents are decoded in their own dtype up to the
+    autoencoder."""
+
+    samples = False
+    frames = False
+    wide = False
+
+    def conditioned(
+        self, pipe: Any, z: Tensor, options: Mapping[str, Any]
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """What the decoder is given, and what besides."""
+        return z, ()
 
 
 @dataclass(frozen=True)
-class Scaled:
-    """One scale and one shift for all channels, or a mean and a spread for each.
-
-    frames: the autoencoder takes and gives videos.
-    """
+class Scaled(_Code):
+    """One scale and one shift for all channels, or a mean and a spread for each."""
 
     frames: bool = False
-    samples = True  # image-to-image draws from the encoder's distribution
+    samples = True
 
     def from_autoencoder(self, pipe: Any, z: Tensor) -> Tensor:
         config = pipe.vae.config
@@ -57,11 +69,8 @@ class Scaled:
 
 
 @dataclass(frozen=True)
-class Standardised:
-    """A mean and a spread for each channel; videos, of which an image is one frame.
-
-    samples: whether image-to-image draws from the encoder's distribution.
-    """
+class Standardised(_Code):
+    """A mean and a spread for each channel; videos, of which an image is one frame."""
 
     samples: bool
     frames = True
@@ -83,12 +92,47 @@ class Standardised:
         return mean, 1.0 / spread
 
 
-@dataclass(frozen=True)
-class BatchNormed:
-    """Patches of 2 x 2 cells, normalised by the running statistics of a batch norm."""
+class Buffered(_Code):
+    """A mean and a spread for each channel, which the autoencoder holds as buffers; its decoder may
+    be told how much noise it is given."""
 
-    samples = False
-    frames = False
+    frames = True
+    wide = True
+
+    def from_autoencoder(self, pipe: Any, z: Tensor) -> Tensor:
+        x: Tensor = pipe._normalize_latents(z, *self._statistics(pipe))
+        return x
+
+    def to_autoencoder(self, pipe: Any, x: Tensor) -> Tensor:
+        z: Tensor = pipe._denormalize_latents(x, *self._statistics(pipe))
+        return z
+
+    def conditioned(
+        self, pipe: Any, z: Tensor, options: Mapping[str, Any]
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        if not pipe.vae.config.timestep_conditioning:
+            return z, (None,)
+        time, scale = (options.get(name) for name in ("decode_timestep", "decode_noise_scale"))
+        times, scales = (
+            torch.tensor(one if isinstance(one, list) else [one] * len(z)).to(z)
+            for one in (time or 0.0, (time if scale is None else scale) or 0.0)
+        )
+        generator = options.get("generator")
+        if isinstance(generator, list | tuple):  # one for each image
+            pairs = zip(z.split(1), generator, strict=True)
+            noise = torch.cat([noise_like(one, own) for one, own in pairs])
+        else:
+            noise = noise_like(z, generator)
+        scales = scales[:, None, None, None, None]
+        return (1 - scales) * z + scales * noise, (times,)
+
+    def _statistics(self, pipe: Any) -> tuple[Tensor, Tensor, float]:
+        vae = pipe.vae
+        return vae.latents_mean, vae.latents_std, vae.config.scaling_factor
+
+
+class BatchNormed(_Code):
+    """Patches of 2 x 2 cells, normalised by the running statistics of a batch norm."""
 
     def from_autoencoder(self, pipe: Any, z: Tensor) -> Tensor:
         patches: Tensor = pipe._patchify_latents(z)
@@ -109,7 +153,7 @@ class BatchNormed:
         return mean.to(like.device, like.dtype), torch.sqrt(variance).to(like.device, like.dtype)
 
 
-Code = Scaled | Standardised | BatchNormed
+Code = Scaled | Standardised | Buffered | BatchNormed
 
 _CODES: dict[str, Code] = {
     "AutoencoderKL": Scaled(),
@@ -123,6 +167,7 @@ _CODES: dict[str, Code] = {
     "AutoencoderKLMochi": Scaled(frames=True),
     "AutoencoderKLQwenImage": Standardised(samples=True),
     "AutoencoderKLWan": Standardised(samples=False),
+    "AutoencoderKLLTXVideo": Buffered(),
     "AutoencoderKLFlux2": BatchNormed(),
 }
 
@@ -185,62 +230,3 @@ def upcast(pipe: Any) -> Iterator[torch.dtype]:
         yield torch.float32
     finally:
         vae.to(dtype=before)
-
-
-# -- tokens ----------------------------------------------------------------------------------------
-
-
-def packed(pipe: Any, x: Tensor) -> Tensor:
-    """Latents as the pipeline's scheduler has them: a sequence of tokens where it packs them."""
-    pack = getattr(pipe, "_pack_latents", None)
-    if pack is None:
-        return x
-    known = tuple(inspect.signature(pack).parameters)
-    if known == ("latents",):
-        tokens: Tensor = pack(x)
-        return tokens
-    if known != ("latents", "batch_size", "num_channels_latents", "height", "width"):
-        raise UnsupportedError(f"{type(pipe).__name__} packs its latents in a way unknown here")
-    tokens = pack(x, x.shape[0], x.shape[1], *x.shape[-2:])
-    return tokens
-
-
-def unpacked(pipe: Any, x: Tensor, size: Size | None) -> Tensor:
-    """A sequence of tokens, [images, tokens, channels], as a grid; other latents as they are.
-
-    size: (height, width) in px; None for the pipeline's default, or a square.
-    """
-    if x.dim() != 3:
-        return x
-    factor = int(pipe.vae_scale_factor)
-    height, width = _grid(pipe, x.shape[1], factor * 2, size)
-    if hasattr(pipe, "_unpack_latents_with_ids"):
-        return x.mT.reshape(len(x), -1, height, width)
-    unpack = getattr(pipe, "_unpack_latents", None)
-    known = () if unpack is None else tuple(inspect.signature(unpack).parameters)
-    if known != ("latents", "height", "width", "vae_scale_factor"):
-        raise UnsupportedError(f"{type(pipe).__name__} packs its latents in a way unknown here")
-    assert unpack is not None  # it has parameters
-    grid: Tensor = unpack(x, height * factor * 2, width * factor * 2, factor)
-    return grid
-
-
-def _grid(pipe: Any, tokens: int, cell: int, size: Size | None) -> tuple[int, int]:
-    """Rows and columns of so many tokens, each of cell x cell px."""
-    if size is not None:
-        rows, columns = size[0] // cell, size[1] // cell
-        if rows * columns != tokens:
-            raise InputError(
-                f"size={size}: an image of {size[0]} x {size[1]} px has {rows * columns} tokens, "
-                f"these latents have {tokens}"
-            )
-        return rows, columns
-    side = int(getattr(pipe, "default_sample_size", 0) or 0) * int(pipe.vae_scale_factor) // cell
-    if side * side == tokens:
-        return side, side
-    side = math.isqrt(tokens)
-    if side * side != tokens:
-        raise InputError(
-            f"latents of {tokens} tokens are of no square image; give size=(height, width) in px"
-        )
-    return side, side

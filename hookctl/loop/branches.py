@@ -18,7 +18,7 @@ from hookctl.address import families, pipelines
 from hookctl.address.rows import COND, PERTURBED, Row, Rows
 from hookctl.errors import ConflictError, InputError, LayoutError, UnsupportedError
 from hookctl.loop.arguments import check_rows_can_change, rows_are_fixed, take_rows
-from hookctl.loop.calls import prediction_of, with_prediction
+from hookctl.loop.outputs import prediction_of, with_prediction
 from hookctl.loop.state import State
 
 _MASK = "encoder_attention_mask"

@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ from hookctl.loop.arguments import (
     take_rows,
 )
 from hookctl.loop.driven import Reading, reading_in, reading_of
+from hookctl.loop.outputs import prediction_of, predictions
 from hookctl.loop.state import State
 
 
@@ -126,7 +127,7 @@ class Calls:
                 )
 
         guarded = bool(call.by_site) and _recomputes(denoiser)
-        for made in _predictions(output):
+        for made in predictions(output):
             if made.grad_fn is None:
                 continue
             metadata: Any = made.grad_fn.metadata
@@ -263,35 +264,3 @@ def _called(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Any:
     bound = inspect.signature(type(uncompiled(denoiser)).forward).bind_partial(None)
     bound.arguments.update(arguments)
     return denoiser(*bound.args[1:], **bound.kwargs)
-
-
-def prediction_of(output: Any) -> Tensor | None:
-    """The prediction in what a denoiser returns: a tensor, a tuple or an output object."""
-    found = _predicted(output)
-    return found if isinstance(found, Tensor) else None
-
-
-def _predicted(output: Any) -> Any:
-    if isinstance(output, tuple):
-        return output[0]
-    return getattr(output, _name(output)) if is_dataclass(output) else output
-
-
-def _name(output: Any) -> str:
-    """The field of an output object that holds the prediction."""
-    return "sample" if hasattr(output, "sample") else fields(output)[0].name
-
-
-def _predictions(output: Any) -> list[Tensor]:
-    """The tensors that a prediction is made of; some denoisers return one for each image."""
-    found = _predicted(output)
-    return [x for x in (found if isinstance(found, list) else [found]) if isinstance(x, Tensor)]
-
-
-def with_prediction(output: Any, prediction: Tensor) -> Any:
-    """What a denoiser returned, with another prediction in its place."""
-    if isinstance(output, Tensor):
-        return prediction
-    if isinstance(output, tuple):
-        return (prediction, *output[1:])
-    return replace(output, **{_name(output): prediction})

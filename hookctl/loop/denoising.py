@@ -169,8 +169,10 @@ class Denoising:
             acting = set(call.acting)
             calls.keep(call, out, hooked.model, lambda: acting <= set(self.attached))
         if not state.nested:
-            wanted = any(overrides(a.editor, "combine") for a in call.acting)
-            self._step.note(state, hooked, out, predictions=wanted)
+            wanted, awaited = (
+                any(overrides(a.editor, hook) for a in call.acting) for hook in ("combine", "after")
+            )
+            self._step.note(state, hooked, out, predictions=wanted, awaited=awaited)
         return cut_branches(state, out)
 
     def _begin(self, state: State) -> None:

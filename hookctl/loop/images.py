@@ -8,7 +8,8 @@ of their own (AnimateDiff, SVD, CogVideoX) are asked to.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,15 +17,8 @@ from torch import Tensor
 
 from hookctl.address import families
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.loop.autoencoders import (
-    Size,
-    code_of,
-    packed,
-    processor_of,
-    reads,
-    unpacked,
-    upcast,
-)
+from hookctl.loop.autoencoders import code_of, processor_of, reads, upcast
+from hookctl.loop.packing import Size, cells_of, packed, unpacked
 
 
 @torch.no_grad()
@@ -67,12 +61,20 @@ def encode(pipe: Any, image: Any, generator: torch.Generator | None = None) -> T
 
 @torch.no_grad()
 def decode(
-    pipe: Any, latents: Tensor, output_type: str = "pil", *, size: Size | None = None
+    pipe: Any,
+    latents: Tensor,
+    output_type: str = "pil",
+    *,
+    size: Size | None = None,
+    frames: int = 1,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
     """Images (or videos) of latents in the scheduler's space, as the pipeline would show them.
 
     output_type: the pipeline's ("pil", "np", "pt", "latent"). size: (height, width) in px, for
-    latents that are packed into tokens; None for the pipeline's default or a square.
+    latents that are packed into tokens; None for the pipeline's default or a square; frames: of
+    the latent, where it is a video and packed. options: arguments of the pipeline's call that its
+    decoding reads (LTX: decode_timestep, decode_noise_scale, generator).
     Raises InputError for latents with NaN, UnsupportedError where the autoencoder makes some.
     """
     name, vae = type(pipe).__name__, getattr(pipe, "vae", None)
@@ -90,13 +92,26 @@ def decode(
         )
     code = code_of(pipe)
     assert vae is not None  # `code_of` has refused
+    if output_type == "latent" and not _shows_decoded(pipe):
+        return latents
+    if latents.dim() == 3:
+        latents = unpacked(pipe, latents, cells_of(pipe, latents.shape[1], size, frames))
     if output_type == "latent":
-        keeps_tokens = not hasattr(pipe, "_unpack_latents_with_ids")
-        return latents if keeps_tokens else code.to_autoencoder(pipe, unpacked(pipe, latents, size))
+        return code.to_autoencoder(pipe, latents)
     with upcast(pipe) as dtype:
-        x = unpacked(pipe, latents, size).to(_device(pipe), dtype)
-        pixels = vae.decode(code.to_autoencoder(pipe, x), return_dict=False)[0]
+        x = latents.to(_device(pipe), latents.dtype if code.wide else dtype)
+        z = code.to_autoencoder(pipe, x).to(dtype)
+        z, conditions = code.conditioned(pipe, z, options)
+        pixels = vae.decode(z, *conditions, return_dict=False)[0]
     return _shown(pipe, _finite_pixels(pixels, vae), output_type, size, name)
+
+
+def _shows_decoded(pipe: Any) -> bool:
+    """Whether output_type="latent" gives latents as the autoencoder takes them."""
+    loop = families.loop_of(pipe)
+    if loop is not None:
+        return loop.shows == "decoded"
+    return hasattr(pipe, "_unpack_latents_with_ids")
 
 
 def _shown(pipe: Any, pixels: Tensor, output_type: str, size: Size | None, name: str) -> Any:

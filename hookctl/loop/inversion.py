@@ -17,6 +17,7 @@ from torch import Tensor
 from hookctl.address.rows import COND, UNCOND
 from hookctl.errors import UnsupportedError
 from hookctl.loop.energy import frozen, gradients
+from hookctl.loop.guidance import combined
 from hookctl.loop.noise import noise_like
 from hookctl.loop.trajectory import Trajectory
 
@@ -142,7 +143,7 @@ def _fitted(
     for _ in range(iterations):
         with torch.enable_grad():
             uncond = program.branches(x, i, [UNCOND], {UNCOND: leaf})[UNCOND]
-            guided = uncond + guidance * (cond - uncond)
+            guided = combined({COND: cond, UNCOND: uncond}, guidance, program.template)
             error = (alpha * x + beta * guided - target).float()
             loss = error.square().flatten(1).mean(1)
             (leaf.grad,) = gradients(loss.sum(), [leaf], cond.dtype)
@@ -232,9 +233,17 @@ def require_first_order(program: Trajectory, who: str) -> None:
         raise UnsupportedError(
             f"{who} needs a deterministic first-order scheduler without clipping, which "
             f"{type(solver.scheduler).__name__} with these settings is not; use {_FIRST_ORDER}, "
-            "e.g. pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, "
-            "clip_sample=False)"
+            f"e.g. pipe.scheduler = {_example(program)}"
         )
+
+
+def _example(program: Trajectory) -> str:
+    """A first-order scheduler in the place of a program's."""
+    if not program.noise.flow:
+        return "DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)"
+    config = program.solver.scheduler.config
+    shift = config.get("flow_shift", config.get("shift", 1.0))
+    return f"FlowMatchEulerDiscreteScheduler(shift={shift:g})"
 
 
 def require_deterministic(program: Trajectory, who: str) -> None:

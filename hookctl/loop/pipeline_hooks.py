@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from hookctl.address import families
-from hookctl.hooks.pipeline import Inner, PipelinePort, SchedulerPort
+from hookctl.hooks.pipeline import Inner, PipelinePort
+from hookctl.hooks.scheduler import SchedulerPort
 from hookctl.loop import here
 from hookctl.loop.attached import Entry
 

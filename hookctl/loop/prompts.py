@@ -62,11 +62,28 @@ def encode(pipe: Any, texts: Sequence[str], like: Mapping[str, Any] | None = Non
         ):
             given.setdefault(name, None)
     del given["self"]
-    found = method(pipe, **given)
+    try:
+        found = method(pipe, **given)
+    except (TypeError, ValueError) as error:  # an edit pipeline reads its images with the prompt
+        raise UnsupportedError(
+            f"{type(pipe).__name__} can't encode a text by itself: {error}"
+        ) from error
     found = found if isinstance(found, tuple) else (found,)
     places = pipelines.encoded_places(pipe)
     pooled, mask = (found[places[n]] if n in places else None for n in ("pooled", "mask"))
-    return Encoded(found[0], pooled, None if mask is None else mask.bool())
+    return Encoded(_one_tensor(found[0]), pooled, None if mask is None else mask.bool())
+
+
+def _one_tensor(texts: Tensor | list[Tensor]) -> Tensor:
+    """[prompts, tokens, channels], also where the encoder gives a list of texts."""
+    if isinstance(texts, Tensor):
+        return texts
+    if len({text.shape for text in texts}) > 1:
+        raise UnsupportedError(
+            f"texts of {', '.join(str(len(text)) for text in texts)} tokens stand in no one "
+            "tensor; encode them one by one"
+        )
+    return torch.stack(texts)
 
 
 Text = str | Tensor

@@ -18,6 +18,11 @@ from torch import Tensor
 from hookctl.errors import UnsupportedError
 from hookctl.loop.driven import Scaling
 
+_NOISY = (
+    "DPMSolverMultistepScheduler (for flow matching, where the pipeline takes it, with "
+    "use_flow_sigmas=True, prediction_type='flow_prediction', algorithm_type='sde-dpmsolver++')"
+)
+
 
 class Solver:
     """The steps of a scheduler whose timesteps are set.
@@ -30,7 +35,12 @@ class Solver:
         self.scheduler = scheduler
         self.timesteps = list(scheduler.timesteps)
         self.entries = entries_of([float(t) for t in self.timesteps])
-        self._accepted = frozenset(inspect.signature(scheduler.step).parameters)
+        # Of the class too: what somebody put in the place of its step may take any arguments.
+        self._accepted = frozenset(
+            name
+            for step in (scheduler.step, type(scheduler).step)
+            for name in inspect.signature(step).parameters
+        )
         self._fresh = _copied(scheduler)
         if "_step_index" in self._fresh:
             # Counted from the first model input, which the pipeline has made already.
@@ -82,7 +92,7 @@ class Solver:
         if eta and noise is None:
             self._require("eta", "DDIMScheduler")
         if noise is not None:
-            self._require("variance_noise", "DDIMScheduler or DPMSolverMultistepScheduler")
+            self._require("variance_noise", f"DDIMScheduler or {_NOISY}")
             given |= {"variance_noise": noise.to(latents), "generator": None}
         known = {name: value for name, value in given.items() if name in self._accepted}
         out = self.scheduler.step(

@@ -13,9 +13,9 @@ from hookctl.editor import overrides
 from hookctl.errors import UnsupportedError
 from hookctl.loop import around
 from hookctl.loop.around import Attached
-from hookctl.loop.calls import prediction_of
 from hookctl.loop.driven import adjusted
 from hookctl.loop.finite import PREDICTION, check_step
+from hookctl.loop.outputs import stacked
 from hookctl.loop.state import Handed, Predictions, State, split_branches
 
 _STEPPED = ("model_output", "timestep", "sample")  # what a step is of; the rest are its options
@@ -33,10 +33,17 @@ class Step:
         self._branches: dict[str, Tensor] = {}
         self._latents: Tensor | None = None
 
-    def note(self, state: State, hooked: Any, output: Any, *, predictions: bool) -> None:
+    def note(
+        self, state: State, hooked: Any, output: Any, *, predictions: bool, awaited: bool = False
+    ) -> None:
         """A call of this denoiser in this step is done; predictions: whether an editor combines
-        those of the step, which needs the step of the pipeline's own scheduler."""
-        if predictions and self.state is not None and self.state.clock.step != state.clock.step:
+        those of the step, awaited: or works on its result, which needs the step of the pipeline's
+        own scheduler."""
+        if (
+            (predictions or awaited)
+            and self.state is not None
+            and self.state.clock.step != state.clock.step
+        ):
             raise UnsupportedError(
                 f"{type(state.pipe).__name__} went on to step {state.clock.step} without a call of "
                 "pipe.scheduler.step, such as by a copy of its scheduler, so what editors make of "
@@ -45,7 +52,7 @@ class Step:
         self.state, self.hooked = state, hooked
         if state.assigned is not None:
             self._latents = state.assigned
-        found = prediction_of(output) if predictions else None
+        found = stacked(output) if predictions else None
         if found is not None:
             self._branches |= split_branches(state.rows, found)
 

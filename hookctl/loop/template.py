@@ -1,30 +1,35 @@
-"""The first denoiser call of a pipeline, caught before it is made.
+"""The denoiser calls of a pipeline's first step, caught before they are made.
 
 A pipeline knows best how to read its prompts, which further conditions its denoiser takes and what
-noise a generator means. So a program lets the pipeline prepare a run and stops it where the loop
-would begin: what the denoiser was about to receive is the pattern for all calls of the program.
+noise a generator means. So a program lets the pipeline prepare a run and stops it where the first
+step would begin: what the denoiser was about to receive is the pattern for all calls of the
+program. Where guidance takes several calls, each is answered with zeros to see the next.
 """
 
 from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hookctl.address import families, pipelines
-from hookctl.address.rows import COND, UNCOND, Row, Rows, resolve_rows
+from hookctl.address.families.loops import PLAIN, Loop
+from hookctl.address.latent import latent_grid
+from hookctl.address.rows import COND, UNCOND, resolve_rows
 from hookctl.errors import HookctlError, InputError, UnsupportedError
 from hookctl.hooks.patch import Patch
-from hookctl.hooks.pipeline import DenoiserPort, PipelinePort, SchedulerPort
+from hookctl.hooks.pipeline import DenoiserPort, PipelinePort
+from hookctl.hooks.scheduler import SchedulerPort
 from hookctl.loop.driven import Scaling
+from hookctl.loop.pattern import Pattern, Template
 
 _TIMES = ("timestep", "timesteps", "t")
-TEXT = "encoder_hidden_states"
+_TEXTS = ("encoder_hidden_states", "cap_feats", "context")
 # Computed from the latents of the step, or drawn from them: the first step's are no pattern.
 _PER_STEP = (
     "down_block_additional_residuals",
@@ -36,105 +41,51 @@ _PER_STEP = (
 
 
 class _Ready(BaseException):
-    """The pipeline stands before its loop; no handler of ordinary errors may stop it."""
+    """The pipeline stands before its step; no handler of ordinary errors may stop it."""
 
 
-@dataclass(frozen=True)
-class Template:
-    """The pattern of a program's denoiser calls.
+@dataclass(eq=False)
+class _Seen:
+    """What a pipeline did up to its first step."""
 
-    arguments: of the first call, by name; sample, time: names of the model input and the timestep;
-    latents: [images, ...], the noise that the pipeline starts from; rows: of the call; encoding:
-    arguments of the pipeline's `encode_prompt`.
-    """
-
-    arguments: Mapping[str, Any]
-    sample: str
-    time: str
-    latents: Tensor
-    rows: Rows
-    encoding: dict[str, Any]
-
-    @property
-    def branches(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(row.branch for row in self.rows))
-
-    def text(self, branch: str) -> Tensor:
-        """The text embeddings of a branch's rows, [images, tokens, channels]."""
-        index = self.rows_of([branch])[1]
-        embeddings: Tensor = self.arguments[TEXT]
-        return embeddings[index.to(embeddings.device)]
-
-    def rows_of(self, branches: Sequence[str]) -> tuple[Rows, Tensor]:
-        """The rows of a call with these branches alone, and their indices in the full call."""
-        kept = [row for row in self.rows if row.branch in branches]
-        rows = [Row(i, row.branch, row.prompt, row.image) for i, row in enumerate(kept)]
-        return Rows(rows), torch.tensor([row.index for row in kept])
-
-    def call(
-        self,
-        model_input: Tensor,
-        timestep: Tensor,
-        index: Tensor,
-        texts: Mapping[str, Tensor] | None = None,
-    ) -> dict[str, Any]:
-        """The arguments of a call of some rows.
-
-        model_input: [rows, ...]; timestep: 0-d; index: which rows of the full call, [rows];
-        texts: branch -> embeddings [1 | images, tokens, channels] in place of the prompt's.
-        """
-        arguments = {
-            name: value if len(index) == len(self.rows) else _select(value, index, len(self.rows))
-            for name, value in self.arguments.items()
-        }
-        arguments[self.sample] = model_input
-        pattern = arguments[self.time]
-        if isinstance(pattern, Tensor):
-            timestep = timestep.to(pattern)
-            arguments[self.time] = timestep if not pattern.dim() else timestep.expand_as(pattern)
-        else:
-            arguments[self.time] = timestep
-        if texts:
-            arguments[TEXT] = self._text(arguments[TEXT], index, texts)
-        return arguments
-
-    def _text(self, own: Tensor, index: Tensor, texts: Mapping[str, Tensor]) -> Tensor:
-        branches = [self.rows[int(i)].branch for i in index]
-        images = len(self.latents)
-        parts = []
-        for branch in dict.fromkeys(branches):
-            at = branches.index(branch)
-            part, text = own[at : at + images], texts.get(branch)
-            if text is not None:
-                if text.shape[1:] != part.shape[1:] or text.shape[0] not in (1, images):
-                    raise InputError(
-                        f"contexts[{branch!r}] is {tuple(text.shape)}; give "
-                        f"[1 or {images}, {part.shape[1]}, {part.shape[2]}]"
-                    )
-                part = text.to(part).expand_as(part)
-            parts.append(part)
-        return torch.cat(parts)
+    calls: list[tuple[nn.Module, dict[str, Any]]] = field(default_factory=list)
+    scaling: Scaling | None = None
+    latents: Tensor | None = None
+    guided: bool | None = None
+    encoding: dict[str, Any] = field(default_factory=dict)
 
 
 def prepare(pipe: Any, arguments: Mapping[str, Any], prompts: int, images: int) -> Template:
     """Let a pipeline prepare a run with these arguments of its call, and stop it there.
 
-    Raises UnsupportedError for pipelines whose loop is more than denoiser call, guidance and step.
+    Raises UnsupportedError for pipelines whose loop is more than denoiser calls, guidance and step.
     """
-    denoiser, name = families.denoiser_of(pipe), type(pipe).__name__
-    layout = pipelines.layout_of(pipe)
-    if layout.sequential:
+    loop = families.loop_of(pipe)
+    _check_kind(pipe, loop)
+    seen = _prepared(pipe, arguments, loop)
+    if not seen.calls:
         raise UnsupportedError(
-            f"{name} guides by several denoiser calls in a step, which programs don't do; use one "
-            "that guides in one call (Stable Diffusion 1, 2, XL or 3, PixArt)"
+            f"{type(pipe).__name__} never called its denoiser, so it can't be driven"
         )
-    if layout.groups.get(2) != (UNCOND, COND) or max(layout.groups) > 2:
+    return _template(pipe, loop or PLAIN, seen, prompts, images)
+
+
+def _check_kind(pipe: Any, loop: Loop | None) -> None:
+    """Refuse pipelines whose loop is not known to be denoiser calls, guidance and a step."""
+    name, layout = type(pipe).__name__, pipelines.layout_of(pipe)
+    if loop is None and layout.sequential:
+        raise UnsupportedError(
+            f"{name} guides by several denoiser calls in a step, in a way that is not declared, "
+            "which programs don't do; use the family's text-to-image pipeline, or declare it: "
+            "hookctl.address.families.declare_loops(...)"
+        )
+    if loop is None and (layout.groups.get(2) != (UNCOND, COND) or max(layout.groups) > 2):
         raise UnsupportedError(
             f"{name} combines its predictions in a way of its own; programs do classifier-free "
             "guidance, so use the plain text-to-image pipeline"
         )
     declared = families.pipeline_of(pipe)
-    if declared is not None and declared.handing is not None:
+    if loop is None and declared is not None and declared.handing is not None:
         raise UnsupportedError(
             f"{name} hands its scheduler something else than its denoiser's prediction, which "
             "programs don't do"
@@ -144,28 +95,44 @@ def prepare(pipe: Any, arguments: Mapping[str, Any], prompts: int, images: int) 
             f"{name} computes its control anew at every step, which programs don't do; use the "
             "plain text-to-image pipeline"
         )
-    seen: dict[str, Any] = {}
+
+
+def _prepared(pipe: Any, arguments: Mapping[str, Any], loop: Loop | None) -> _Seen:
+    """What the pipeline does with a call up to its first step."""
+    seen, name = _Seen(), type(pipe).__name__
     thread = threading.get_ident()  # others may call the model meanwhile
 
-    def caught(inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def catching(denoiser: nn.Module) -> Callable[..., Any]:
+        def caught(inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            if threading.get_ident() != thread:
+                return inner(*args, **kwargs)
+            signature = inspect.signature(type(families.uncompiled(denoiser)).forward)
+            given = dict(list(signature.bind(None, *args, **kwargs).arguments.items())[1:])
+            seen.calls.append((denoiser, given))
+            seen.guided = pipelines.is_guided(pipe)
+            if loop is None:
+                raise _Ready
+            return (_zeros(next(iter(given.values()))),)
+
+        return caught
+
+    def stepped(step: Callable[..., Any], given: dict[str, Any]) -> Any:
         if threading.get_ident() != thread:
-            return inner(*args, **kwargs)
-        signature = inspect.signature(type(families.uncompiled(denoiser)).forward)
-        seen["arguments"] = dict(list(signature.bind(None, *args, **kwargs).arguments.items())[1:])
-        seen["guided"] = pipelines.is_guided(pipe)
+            return step(**given)
+        seen.latents = given["sample"]
         raise _Ready
 
     def scaled(x: Tensor, again: Callable[[Tensor], Tensor]) -> None:
         if threading.get_ident() == thread:
-            seen["scaling"] = Scaling(x, again)
+            seen.scaling = Scaling(x, again)
 
     def encoded(given: dict[str, Any]) -> None:
-        if threading.get_ident() == thread:
-            seen.setdefault("encoding", given)
+        if threading.get_ident() == thread and not seen.encoding:
+            seen.encoding = given
 
     ports: list[Any] = [
-        DenoiserPort(denoiser, caught),
-        SchedulerPort(pipe.scheduler, lambda step, given: step(**given), scaled),
+        *(DenoiserPort(one, catching(one)) for _, one in families.named_denoisers(pipe)),
+        SchedulerPort(pipe.scheduler, stepped, scaled),
         PipelinePort(pipe, lambda given: None, lambda: None, encoded),
         Patch(pipe, "_progress_bar_config", {"disable": True}),
     ]
@@ -193,61 +160,69 @@ def prepare(pipe: Any, arguments: Mapping[str, Any], prompts: int, images: int) 
             back()
     finally:
         back()  # what an interrupt of the first time left out
-    if "arguments" not in seen:
-        raise UnsupportedError(f"{name} never called its denoiser, so it can't be driven")
-    return _template(pipe, denoiser, seen, prompts, images)
+    return seen
 
 
-def _template(
-    pipe: Any, denoiser: nn.Module, seen: Mapping[str, Any], prompts: int, images: int
-) -> Template:
-    name, given = type(pipe).__name__, seen["arguments"]
+def _zeros(model_input: Any) -> Any:
+    """A prediction of nothing for a model input."""
+    if isinstance(model_input, list):
+        return [torch.zeros_like(one) for one in model_input]
+    return torch.zeros_like(model_input)
+
+
+def _template(pipe: Any, loop: Loop, seen: _Seen, prompts: int, images: int) -> Template:
+    name, (denoiser, given) = type(pipe).__name__, seen.calls[0]
     sample = next(iter(given))
     time = next((key for key in _TIMES if key in given), None)
     per_step = [key for key in _PER_STEP if given.get(key) is not None]
-    if time is None or not isinstance(given[sample], Tensor) or per_step:
+    listed = loop.wrap is not None and isinstance(given[sample], list)
+    if time is None or not (listed or isinstance(given[sample], Tensor)) or per_step:
         raise UnsupportedError(
             f"{name} computes {', '.join(per_step) or 'its model input'} anew at every step, "
             "which programs don't do; use the plain text-to-image pipeline"
         )
-    rows = resolve_rows(
-        given[sample].shape[0],
-        pipelines.layout_of(pipe),
-        prompts=prompts,
-        images_per_prompt=images,
-        guided=seen["guided"],
-    )
-    if getattr(pipe, "guidance_rescale", 0.0):
-        raise UnsupportedError("guidance_rescale: programs do classifier-free guidance without it")
-    scaling: Scaling | None = seen.get("scaling")
-    source = given[sample] if scaling is None else scaling.latents
-    latents = source[: prompts * images]
-    if latents.shape[1:] != given[sample].shape[1:]:
+    layout = pipelines.layout_of(pipe)
+    patterns = [
+        Pattern(
+            arguments,
+            resolve_rows(
+                len(arguments[sample]),
+                layout,
+                prompts=prompts,
+                images_per_prompt=images,
+                guided=seen.guided,
+                branch=layout.sequential[i] if i < len(layout.sequential) else None,
+                call=i,
+            ),
+        )
+        for i, (_, arguments) in enumerate(seen.calls)
+    ]
+    settings = {name: getattr(pipe, name, None) for name in loop.settings}
+    latents = seen.latents
+    if latents is None:
+        latents = given[sample] if seen.scaling is None else seen.scaling.latents
+    latents = latents[: prompts * images]
+    if not (listed or loop.references or latents.shape[1:] == given[sample].shape[1:]):
         raise UnsupportedError(
             f"{name} appends images or masks to the latents, which programs don't do; use the "
             "plain text-to-image pipeline"
         )
-    _check_time(pipe, given[time])
-    return Template(given, sample, time, latents, rows, seen.get("encoding", {}))
+    _check_time(pipe, loop, given[time], latents)
+    grid = () if listed else latent_grid(given[sample], given, denoiser)
+    text = next((key for key in _TEXTS if given.get(key) is not None), None)
+    return Template(
+        tuple(patterns), sample, time, text, latents, grid, loop, settings, seen.encoding
+    )
 
 
-def _check_time(pipe: Any, given: Any) -> None:
-    """Refuse pipelines that change the timestep's units on the way to the denoiser."""
-    first = given.flatten()[0] if isinstance(given, Tensor) else given
-    if abs(float(first) - float(pipe.scheduler.timesteps[0])) > 1e-2 * max(1.0, abs(float(first))):
+def _check_time(pipe: Any, loop: Loop, given: Any, latents: Tensor) -> None:
+    """Refuse pipelines that change the timestep's units on the way to the denoiser in a way of
+    their own, or begin in the middle of the schedule."""
+    told = float(given.flatten()[0] if isinstance(given, Tensor) else given)
+    first = pipe.scheduler.timesteps[0]
+    wanted = float(loop.time(torch.as_tensor(first), latents))
+    if abs(told - wanted) > 1e-2 * max(loop.time is PLAIN.time, abs(told)):
         raise UnsupportedError(
-            f"{type(pipe).__name__} hands its denoiser {float(first):g} for the timestep "
-            f"{float(pipe.scheduler.timesteps[0]):g}, which programs don't do"
+            f"{type(pipe).__name__} hands its denoiser {told:g} for the timestep "
+            f"{float(first):g}, which programs don't do"
         )
-
-
-def _select(value: Any, index: Tensor, batch: int) -> Any:
-    """The rows of an argument, wherever it holds one for each row of the full call."""
-    if isinstance(value, Tensor):
-        rowwise = value.dim() > 0 and value.shape[0] == batch
-        return value.index_select(0, index.to(value.device)) if rowwise else value
-    if isinstance(value, Mapping):
-        return {key: _select(part, index, batch) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_select(part, index, batch) for part in value)
-    return value

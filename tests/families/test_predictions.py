@@ -31,9 +31,6 @@ UNTOLD = {
     "PixArtSigmaPAGPipeline",  # its rows, at the settings that it is drawn with
     "ShapEPipeline",
     "ShapEImg2ImgPipeline",
-    "ZImagePipeline",  # takes and returns lists
-    "ZImageImg2ImgPipeline",
-    "ZImageInpaintPipeline",
 }
 SECONDS = 0.5  # of the cheap ones
 

@@ -5,6 +5,7 @@ models, image, moving, combined   the tables
 text            how a pipeline's text sequence is made up
 access, sites, processors   denoisers, attention sites, and how their attention is computed
 inside          their other layers
+loops           what pipelines do between the latents and the scheduler's step
 traces, prove   measure on a live pipeline what is declared
 """
 
@@ -18,6 +19,7 @@ from hookctl.address.families.access import (
     named_denoisers,
 )
 from hookctl.address.families.inside import linears, plain_blocks, stem_of
+from hookctl.address.families.loops import Loop, declare_loops, loop_of
 from hookctl.address.families.processors import (
     bypasses_sdpa,
     counts_text,
@@ -49,12 +51,14 @@ from hookctl.address.families.sites import (
 
 __all__ = [
     "DENOISERS",
+    "Loop",
     "Model",
     "Pipeline",
     "TextStream",
     "attention_modules",
     "bypasses_sdpa",
     "counts_text",
+    "declare_loops",
     "declare_models",
     "declare_pipelines",
     "denoiser_of",
@@ -63,6 +67,7 @@ __all__ = [
     "joint_order",
     "keeps_perturbed",
     "linears",
+    "loop_of",
     "named_denoisers",
     "sites_of",
     "model_of",

@@ -54,7 +54,7 @@ def own_part(prediction: Tensor, step: Step) -> Tensor:
         if (
             own < prediction.shape[1] == whole.shape[1]
             and latents.shape[1:] == whole[:, :own].shape[1:]
-            and torch.equal(whole[: len(latents), :own].to(latents), latents)
+            and torch.equal(whole[: len(latents), :own], latents.to(whole))
         ):
             return prediction[:, :own]
     return prediction
@@ -63,6 +63,16 @@ def own_part(prediction: Tensor, step: Step) -> Tensor:
 def negated(prediction: Tensor, step: Step) -> Tensor:
     """Models that predict what leads to the image, where the scheduler wants what leads away."""
     return -prediction
+
+
+def in_float32(prediction: Tensor, step: Step) -> Tensor:
+    """Models in half precision whose steps are computed in single."""
+    return prediction.float()
+
+
+def negated_image(prediction: Tensor, step: Step) -> Tensor:
+    """As `negated`, in single precision, of images that the model takes for videos of one frame."""
+    return -(prediction.squeeze(2) if prediction.dim() == 5 else prediction).float()
 
 
 def later_frames(prediction: Tensor, step: Step) -> Tensor:

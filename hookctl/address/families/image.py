@@ -187,7 +187,7 @@ declare_pipelines(
     "LuminaPipeline",
 )
 declare_pipelines(
-    Pipeline({TRANSFORMER: POSITIVE_FIRST}, text.chat(True), handing=handing.negated),
+    Pipeline({TRANSFORMER: POSITIVE_FIRST}, text.chat(True), handing=handing.negated_image),
     """
     ZImagePipeline ZImageImg2ImgPipeline ZImageInpaintPipeline ZImageControlNetPipeline
     ZImageControlNetInpaintPipeline

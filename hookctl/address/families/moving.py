@@ -32,7 +32,9 @@ declare_pipelines(
     CogVideoXFunControlPipeline ConsisIDPipeline
     """,
 )
-declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.padded(128)), "LTXPipeline")
+declare_pipelines(
+    Pipeline({TRANSFORMER: BATCHED}, text.padded(128), handing=handing.in_float32), "LTXPipeline"
+)
 declare_pipelines(
     Pipeline({TRANSFORMER: BATCHED}, text.padded(128), handing=handing.later_frames_of_tokens),
     "LTXImageToVideoPipeline",

@@ -29,8 +29,8 @@ from hookctl.errors import InputError, UnsupportedError
 from hookctl.learned.collaborative.collaborator import Collaborator
 from hookctl.learned.collaborative.influence import InfluenceMaps, led, shares_of
 from hookctl.learned.collaborative.models import Model, model_of
-from hookctl.loop.calls import prediction_of
 from hookctl.loop.noise import Noise
+from hookctl.loop.outputs import prediction_of
 from hookctl.loop.state import Predictions, Proceed, State
 from hookctl.run_state import RunState
 

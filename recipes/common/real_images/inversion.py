@@ -9,6 +9,7 @@ An `Inversion` of an image gives an `Inverted`, which draws the image again and 
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hookctl.address import families
-from hookctl.arguments import checked, images_and_prompts, whole
+from hookctl.arguments import checked, images_and_prompts, is_list, whole
 from hookctl.errors import InputError
 from hookctl.loop.images import encode
 from hookctl.loop.inversion import Correction, Progress
@@ -28,10 +29,12 @@ from hookctl.recipes.common.real_images.inverted import Inverted, call_arguments
 class Inversion(ABC):
     """Base of the inversion recipes: images, their prompts and a pipeline.
 
-    image: PIL, mode RGB, with sides in px that the pipeline can draw; prompt: that describes it.
-    Or a list of each, of images of one size, which are inverted in one batch. steps: of the
-    sampling to come; guidance: scale for the source's rows in it. arguments: further ones of the
-    pipeline's call, in the inversion and in what is drawn (clip_skip, ip_adapter_image ...).
+    image: PIL, mode RGB, with sides in px that the pipeline can draw, for pipelines of videos also
+    a list of frames; prompt: that describes it. Or a list of each, of images of one size, which are
+    inverted in one batch. steps: of the sampling to come; guidance: scale for the source's rows in
+    it; embedded: likewise the scale that a model was taught (`Trajectory`), in the inversion too.
+    arguments: further ones of the pipeline's call, in the inversion and in what is drawn
+    (clip_skip, ip_adapter_image ...).
 
     Raises InputError for images of several sizes or in another mode, for another number of prompts
     than of images, and for steps below 1.
@@ -48,20 +51,28 @@ class Inversion(ABC):
         *,
         steps: int = 50,
         guidance: float = 7.5,
+        embedded: float | None = None,
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
         name = type(self).__name__
-        self.arguments = call_arguments(arguments, name)
-        images, self.prompts = images_and_prompts(image, prompt, name)
+        known = inspect.signature(type(pipe).__call__).parameters
+        images, self.prompts = images_and_prompts(image, prompt, name, videos="num_frames" in known)
         self.single = isinstance(prompt, str)
-        self.pipe, self.guidance = pipe, float(guidance)
+        self.pipe, self.guidance, self.embedded = pipe, float(guidance), embedded
         self.steps = whole(steps, f"{name}: steps", 1)
-        sizes = {getattr(image, "size", None) for image in images}
+        videos = [list(image) if is_list(image) else [image] for image in images]
+        sizes = {getattr(frame, "size", None) for video in videos for frame in video}
         if len(sizes) > 1:
             raise InputError(f"{name}: images of the sizes {list(sizes)}; give them one size")
+        if len({len(video) for video in videos}) > 1:
+            raise InputError(f"{name}: videos of several lengths; give them as many frames")
         clean = torch.cat([encode(pipe, image) for image in images])
         self.clean = clean.to(next(families.denoiser_of(pipe).parameters()).dtype)
-        self.size = images[0].size[::-1]
+        self.size = videos[0][0].size[::-1]
+        # What else says how large an image or video is drawn.
+        extent = {"num_frames": len(videos[0]), "max_area": self.size[0] * self.size[1]}
+        extent = {key: value for key, value in extent.items() if key in known}
+        self.arguments = extent | call_arguments(arguments, name)
 
     def run(self, progress: Progress | None = None) -> Any:
         """Invert: an `Inverted`, or a list of them where several images were given.
@@ -79,6 +90,7 @@ class Inversion(ABC):
             self.prompts,
             steps=self.steps,
             guidance=self.guidance,
+            embedded=self.embedded,
             latents=self.clean,
             height=height,
             width=width,
@@ -104,6 +116,7 @@ class Inversion(ABC):
             corrections=tuple(none if corrections is None else corrections),
             **{
                 "guidance": self.guidance,
+                "embedded": self.embedded,
                 "edit_guidance": self.edit_guidance,
                 "size": self.size,
                 "arguments": self.arguments,

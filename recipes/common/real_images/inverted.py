@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,12 +24,14 @@ class Inverted:
     """A real image, ready to be drawn again and edited.
 
     prompt: that describes it; path: its latents at every level, noisiest first, [1, channels,
-    height, width] each; corrections: of each step; guidance: scale for the source's rows;
-    edit_guidance: for those of its edits, unless `edit` is given another; size: (height, width) in
-    px; timesteps: that it was inverted at; start: the level that sampling starts from; negative:
-    prompt of the unconditional rows; eta: share of fresh noise in the scheduler's steps; editors:
-    that belong to the method; arguments: further ones of the pipeline's call; source_contexts:
-    texts of the source's rows where they are not the corrections', branch -> [1, tokens, channels].
+    height, width] each or as the pipeline's scheduler has them; corrections: of each step;
+    guidance: scale for the source's rows; embedded: likewise the scale that its model was taught,
+    None for the pipeline's; edit_guidance: for those of its edits, unless `edit` is given another;
+    size: (height, width) in px; timesteps: that it was inverted at; start: the level that sampling
+    starts from; negative: prompt of the unconditional rows; eta: share of fresh noise in the
+    scheduler's steps; editors: that belong to the method; arguments: further ones of the
+    pipeline's call; source_contexts: texts of the source's rows where they are not the
+    corrections', branch -> [1, tokens, channels].
     """
 
     prompt: str
@@ -44,10 +47,11 @@ class Inverted:
     editors: tuple[Editor, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
     source_contexts: Mapping[str, Tensor] = field(default_factory=dict)
+    embedded: float | None = None
 
     @property
     def latents(self) -> Tensor:
-        """What sampling starts from, [1, channels, height, width]."""
+        """What sampling starts from, [1, channels, height, width] or as the scheduler has them."""
         return self.path[self.start]
 
     @checked()
@@ -63,13 +67,15 @@ class Inverted:
         prompts: Sequence[str] | None = None,
         guidance: float | None = None,
         source_guidance: float | None = None,
+        embedded: float | None = None,
         output_type: str = "pil",
     ) -> Any:
         """Draw the image again and its edits beside it, under the control of editors.
 
         prompts: the image's, then those of the edits; by default those of the first editor that
         has prompts. guidance: scale for the edits; source_guidance: for the source, by default the
-        one that it was inverted for. output_type: as the pipeline's.
+        one that it was inverted for. embedded: the scale that a model was taught, for the edits; by
+        default the source's. output_type: as the pipeline's.
 
         Raises InputError for prompts that do not begin with the image's, and for a pipeline that
         samples otherwise than the one that the image was inverted with.
@@ -78,6 +84,7 @@ class Inverted:
         source = self.guidance if source_guidance is None else float(source_guidance)
         others = self.edit_guidance if guidance is None else float(guidance)
         scales = [source] + [others] * (len(texts) - 1)
+        taught = None if embedded is None else self._taught(pipe, float(embedded), len(texts))
         program = self.program(pipe, texts, max(scales))
         with control(pipe, *self.editors, *editors):
             for step in range(self.start, program.steps):
@@ -85,11 +92,19 @@ class Inverted:
                 program.denoise(
                     step,
                     guidance=scales,
+                    embedded=taught,
                     contexts=self._contexts(correction, len(texts)),
                     noise=correction.noise,
                     adjust=_first_image_set_to(correction.target),
                 )
         return program.decode(output_type)
+
+    def _taught(self, pipe: Any, edits: float, prompts: int) -> list[float]:
+        """The scales that the model was taught, the source's first."""
+        own = self.embedded
+        if own is None:
+            own = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
+        return [float(own)] + [edits] * (prompts - 1)
 
     def _contexts(self, correction: Correction, prompts: int) -> Mapping[str, Tensor]:
         """The texts of a step, for the source and its edits."""
@@ -112,7 +127,8 @@ class Inverted:
             steps=len(self.corrections),
             guidance=guidance,
             negative=self.negative,
-            latents=self.latents.repeat(len(prompts), 1, 1, 1),
+            embedded=self.embedded,
+            latents=self.latents.repeat(len(prompts), *[1] * (self.latents.dim() - 1)),
             eta=self.eta,
             height=height,
             width=width,
