@@ -2,8 +2,8 @@
 
 DEMOS = {
     "attend_and_excite": "three objects and none left out: Attend-and-Excite",
-    "grounding": "objects at boxes, points, scribbles and masks: a trained InstanceDiffusion",
     "collaboration": "colours from a text, places from a mask: Collaborative Diffusion",
+    "grounding": "objects at boxes, points, scribbles and masks: a trained InstanceDiffusion",
     "guidance": "FreeU, ScaleU, PAG, SAG and SEG against plain sampling with the same noise",
     "identity": "a look that no word names, read off a reference and drawn anew: InstantID",
     "imagic": "an image fitted to a text, then changed by degrees: Imagic",
