@@ -44,7 +44,7 @@ def call_arguments(
     guidance that the family has not.
     """
     name, known = type(pipe).__name__, inspect.signature(type(pipe).__call__).parameters
-    _check_names(name, known, given)
+    check_names(pipe, given)
     guided = guidance > 1
     if guided and loop.scale is None:
         raise UnsupportedError(
@@ -82,10 +82,12 @@ def call_arguments(
     }
 
 
-def _check_names(name: str, known: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+def check_names(pipe: Any, given: Mapping[str, Any], who: str = "Trajectory") -> None:
+    """Raises InputError for what the pipeline's call does not take, or what is given otherwise."""
+    name, known = type(pipe).__name__, inspect.signature(type(pipe).__call__).parameters
     for key in given:
         if key in _OWN:
-            raise InputError(f"Trajectory: {key}={given[key]!r}; give {_OWN[key]}= in its place")
+            raise InputError(f"{who}: {key}={given[key]!r}; give {_OWN[key]}= in its place")
         if key not in known:
             references = "image" in key or "reference" in key
             cure = (
@@ -94,4 +96,4 @@ def _check_names(name: str, known: Mapping[str, Any], given: Mapping[str, Any]) 
                 if references
                 else "leave it out"
             )
-            raise InputError(f"Trajectory: {key}: {name} takes none; {cure}")
+            raise InputError(f"{who}: {key}: {name} takes none; {cure}")

@@ -157,6 +157,10 @@ def test_further_arguments_reach_the_pipeline() -> None:
         DDIMInversion(pipe, image(), PROMPT, arguments={"eta": 1.0})
     with pytest.raises(InputError, match="arguments=3; give a mapping"):
         DDIMInversion(pipe, image(), PROMPT, arguments=3)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="arguments={1: 2}; give a mapping, name -> value"):
+        DDIMInversion(pipe, image(), PROMPT, arguments={1: 2})  # type: ignore[dict-item]
+    with pytest.raises(InputError, match="DDIMInversion: clip_skips: .* takes none; leave it out"):
+        DDIMInversion(pipe, image(), PROMPT, arguments={"clip_skips": 2})
 
 
 def test_a_pipeline_with_control_is_refused_by_name() -> None:

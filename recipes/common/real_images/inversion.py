@@ -22,6 +22,7 @@ from hookctl.arguments import checked, images_and_prompts, is_list, whole
 from hookctl.errors import InputError
 from hookctl.loop.images import encode
 from hookctl.loop.inversion import Correction, Progress
+from hookctl.loop.program_arguments import check_names
 from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes.common.real_images.inverted import Inverted, call_arguments, image_of
 
@@ -66,13 +67,15 @@ class Inversion(ABC):
             raise InputError(f"{name}: images of the sizes {list(sizes)}; give them one size")
         if len({len(video) for video in videos}) > 1:
             raise InputError(f"{name}: videos of several lengths; give them as many frames")
+        further = call_arguments(arguments, name)
+        check_names(pipe, further, name)
         clean = torch.cat([encode(pipe, image) for image in images])
         self.clean = clean.to(next(families.denoiser_of(pipe).parameters()).dtype)
         self.size = videos[0][0].size[::-1]
         # What else says how large an image or video is drawn.
         extent = {"num_frames": len(videos[0]), "max_area": self.size[0] * self.size[1]}
         extent = {key: value for key, value in extent.items() if key in known}
-        self.arguments = extent | call_arguments(arguments, name)
+        self.arguments = extent | further
 
     def run(self, progress: Progress | None = None) -> Any:
         """Invert: an `Inverted`, or a list of them where several images were given.

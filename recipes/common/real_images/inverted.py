@@ -175,7 +175,9 @@ _OWN = (
 
 def call_arguments(given: Mapping[str, Any] | None, who: str) -> dict[str, Any]:
     """Further arguments of a pipeline's call; InputError for those that an inversion gives it."""
-    if given is not None and not isinstance(given, Mapping):
+    if given is not None and not (
+        isinstance(given, Mapping) and all(isinstance(name, str) for name in given)
+    ):
         raise InputError(
             f"{who}: arguments={given!r}; give a mapping, name -> value, of the pipeline's call"
         )
