@@ -9,6 +9,7 @@ Guidance
     SEG                       smoothed energy, Hong 2024, arXiv 2408.00760
     SAG                       self-attention, Hong et al. 2022, arXiv 2210.00939
     ProximalGuidance          Han et al. 2023, arXiv 2306.05414
+    APG                       adaptive projection, Sadat et al. 2024, arXiv 2410.02416
     FreeU                     Si et al. 2023, arXiv 2309.11497
     ScaleU                    of InstanceDiffusion, Wang et al. 2024, arXiv 2402.03290
 Layout: what stands where
@@ -37,6 +38,7 @@ Canvas: larger images, scenes round an image
 
 import sys
 
+from hookctl.recipes.apg import APG
 from hookctl.recipes.attend_and_excite import AttendAndExcite
 from hookctl.recipes.box_diff import BoxDiff
 from hookctl.recipes.cyclic_one_way import CyclicOneWay
@@ -66,6 +68,7 @@ from hookctl.recipes.selective_one_way import SelectiveOneWay
 from hookctl.recipes.style_aligned import StyleAligned
 
 __all__ = [
+    "APG",
     "PAG",
     "SAG",
     "SEG",

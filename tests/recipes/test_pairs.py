@@ -40,6 +40,7 @@ def second() -> Any:
 
 # What makes each recipe act on the run that all of them share.
 RECIPES: dict[str, Callable[[Any], Editor]] = {
+    "APG": lambda r: r.APG(),
     "AttendAndExcite": lambda r: r.AttendAndExcite(["cat"], refinements=1),
     "BoxDiff": lambda r: r.BoxDiff(["cat"], [LEFT], refinements=1),
     "FreeU": lambda r: r.FreeU(),
