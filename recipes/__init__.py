@@ -10,6 +10,7 @@ Guidance
     SAG                       self-attention, Hong et al. 2022, arXiv 2210.00939
     ProximalGuidance          Han et al. 2023, arXiv 2306.05414
     APG                       adaptive projection, Sadat et al. 2024, arXiv 2410.02416
+    CFGZeroStar               CFG-Zero*, Fan et al. 2025, arXiv 2503.18886
     FreeU                     Si et al. 2023, arXiv 2309.11497
     ScaleU                    of InstanceDiffusion, Wang et al. 2024, arXiv 2402.03290
 Layout: what stands where
@@ -41,6 +42,7 @@ import sys
 from hookctl.recipes.apg import APG
 from hookctl.recipes.attend_and_excite import AttendAndExcite
 from hookctl.recipes.box_diff import BoxDiff
+from hookctl.recipes.cfg_zero_star import CFGZeroStar
 from hookctl.recipes.cyclic_one_way import CyclicOneWay
 from hookctl.recipes.ddim_inversion import DDIMInversion
 from hookctl.recipes.direct_inversion import DirectInversion
@@ -74,6 +76,7 @@ __all__ = [
     "SEG",
     "AttendAndExcite",
     "BoxDiff",
+    "CFGZeroStar",
     "CyclicOneWay",
     "DDIMInversion",
     "DirectInversion",

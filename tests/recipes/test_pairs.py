@@ -43,6 +43,7 @@ RECIPES: dict[str, Callable[[Any], Editor]] = {
     "APG": lambda r: r.APG(),
     "AttendAndExcite": lambda r: r.AttendAndExcite(["cat"], refinements=1),
     "BoxDiff": lambda r: r.BoxDiff(["cat"], [LEFT], refinements=1),
+    "CFGZeroStar": lambda r: r.CFGZeroStar(),
     "FreeU": lambda r: r.FreeU(),
     "LayoutGuidance": lambda r: r.LayoutGuidance(
         ["cat"], [LEFT], threshold=0.0, iterations=1, stop=0.5
