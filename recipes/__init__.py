@@ -11,6 +11,7 @@ Guidance
     ProximalGuidance          Han et al. 2023, arXiv 2306.05414
     APG                       adaptive projection, Sadat et al. 2024, arXiv 2410.02416
     CFGZeroStar               CFG-Zero*, Fan et al. 2025, arXiv 2503.18886
+    TCFG                      tangential damping, Kwon et al. 2025, arXiv 2503.18137
     FreeU                     Si et al. 2023, arXiv 2309.11497
     ScaleU                    of InstanceDiffusion, Wang et al. 2024, arXiv 2402.03290
 Layout: what stands where
@@ -68,12 +69,14 @@ from hookctl.recipes.scale_u import ScaleU
 from hookctl.recipes.seg import SEG
 from hookctl.recipes.selective_one_way import SelectiveOneWay
 from hookctl.recipes.style_aligned import StyleAligned
+from hookctl.recipes.tcfg import TCFG
 
 __all__ = [
     "APG",
     "PAG",
     "SAG",
     "SEG",
+    "TCFG",
     "AttendAndExcite",
     "BoxDiff",
     "CFGZeroStar",

@@ -63,6 +63,7 @@ RECIPES: dict[str, Callable[[Any], Editor]] = {
     "SEG": lambda r: r.SEG(sites="self @1/2"),
     "ScaleU": lambda r: r.ScaleU(backbone=[0.3], skip=[-0.3]),
     "StyleAligned": lambda r: r.StyleAligned(PROMPTS),
+    "TCFG": lambda r: r.TCFG(),
 }
 NAMES = [name for name in RECIPES if name in recipes.__all__]
 
