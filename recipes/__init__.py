@@ -12,6 +12,7 @@ Guidance
     APG                       adaptive projection, Sadat et al. 2024, arXiv 2410.02416
     CFGZeroStar               CFG-Zero*, Fan et al. 2025, arXiv 2503.18886
     TCFG                      tangential damping, Kwon et al. 2025, arXiv 2503.18137
+    FDG                       by frequency, Sadat et al. 2025, arXiv 2506.19713
     FreeU                     Si et al. 2023, arXiv 2309.11497
     ScaleU                    of InstanceDiffusion, Wang et al. 2024, arXiv 2402.03290
 Layout: what stands where
@@ -48,6 +49,7 @@ from hookctl.recipes.cyclic_one_way import CyclicOneWay
 from hookctl.recipes.ddim_inversion import DDIMInversion
 from hookctl.recipes.direct_inversion import DirectInversion
 from hookctl.recipes.edit_friendly_ddpm import EditFriendlyDDPM
+from hookctl.recipes.fdg import FDG
 from hookctl.recipes.freeu import FreeU
 from hookctl.recipes.imagic import Imagic
 from hookctl.recipes.layout_guidance import LayoutGuidance
@@ -73,6 +75,7 @@ from hookctl.recipes.tcfg import TCFG
 
 __all__ = [
     "APG",
+    "FDG",
     "PAG",
     "SAG",
     "SEG",

@@ -44,6 +44,7 @@ RECIPES: dict[str, Callable[[Any], Editor]] = {
     "AttendAndExcite": lambda r: r.AttendAndExcite(["cat"], refinements=1),
     "BoxDiff": lambda r: r.BoxDiff(["cat"], [LEFT], refinements=1),
     "CFGZeroStar": lambda r: r.CFGZeroStar(),
+    "FDG": lambda r: r.FDG(),
     "FreeU": lambda r: r.FreeU(),
     "LayoutGuidance": lambda r: r.LayoutGuidance(
         ["cat"], [LEFT], threshold=0.0, iterations=1, stop=0.5
