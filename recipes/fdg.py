@@ -18,7 +18,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from hookctl.arguments import checked, number
+from hookctl.arguments import checked, refusal
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.state import State
 from hookctl.recipes.common.guidance_rule import GuidanceRule, Guided
@@ -42,15 +42,9 @@ class FDG(GuidanceRule):
     @checked()
     def __init__(self, scales: Sequence[float | None] = (10.0, 5.0), **options: Any) -> None:
         super().__init__(**options)
-        if isinstance(scales, str) or not isinstance(scales, Sequence) or not scales:
-            raise InputError(
-                f"FDG: scales={scales!r}; give a guidance for each level, finest first, such as "
-                "(10, 5)"
-            )
-        self.scales = tuple(
-            None if scale is None else number(scale, f"FDG: scales[{level}]")
-            for level, scale in enumerate(scales)
-        )
+        if not scales:
+            raise refusal("FDG: scales", scales, "a guidance for each level, such as (10, 5)")
+        self.scales = tuple(scales)
 
     def neutral(self) -> bool:
         return super().neutral() or all(scale is None for scale in self.scales)

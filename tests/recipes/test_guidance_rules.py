@@ -159,7 +159,7 @@ def test_bad_input() -> None:
         (lambda: CFGZeroStar(-1), "CFGZeroStar: zero_steps"),
         (lambda: FDG(()), "FDG: scales"),
         (lambda: FDG(5.0), "FDG: scales"),  # type: ignore[arg-type]
-        (lambda: FDG((5.0, "x")), r"FDG: scales\[1\]"),  # type: ignore[arg-type]
+        (lambda: FDG((5.0, "x")), "FDG: scales"),  # type: ignore[arg-type]
     ):
         with pytest.raises(InputError, match=match):
             make()
