@@ -40,11 +40,12 @@ def binomial(x: Tensor) -> Tensor:
     rows = [*side[:2], *range(height), height - 2, height - 3]
     columns = [*side[:2], *range(width), width - 2, width - 3]
     x = x[..., rows, :][..., columns]
-    return sum(
+    parts = [
         weights[i] * weights[j] / 256 * x[..., i : i + height, j : j + width]
         for i in range(5)
         for j in range(5)
-    )
+    ]
+    return torch.stack(parts).sum(0)
 
 
 def pyrup(x: Tensor) -> Tensor:
