@@ -9,6 +9,10 @@ Guidance
     SEG                       smoothed energy, Hong 2024, arXiv 2408.00760
     SAG                       self-attention, Hong et al. 2022, arXiv 2210.00939
     ProximalGuidance          Han et al. 2023, arXiv 2306.05414
+    APG                       adaptive projection, Sadat et al. 2024, arXiv 2410.02416
+    CFGZeroStar               CFG-Zero*, Fan et al. 2025, arXiv 2503.18886
+    TCFG                      tangential damping, Kwon et al. 2025, arXiv 2503.18137
+    FDG                       by frequency, Sadat et al. 2025, arXiv 2506.19713
     FreeU                     Si et al. 2023, arXiv 2309.11497
     ScaleU                    of InstanceDiffusion, Wang et al. 2024, arXiv 2402.03290
 Layout: what stands where
@@ -37,12 +41,15 @@ Canvas: larger images, scenes round an image
 
 import sys
 
+from hookctl.recipes.apg import APG
 from hookctl.recipes.attend_and_excite import AttendAndExcite
 from hookctl.recipes.box_diff import BoxDiff
+from hookctl.recipes.cfg_zero_star import CFGZeroStar
 from hookctl.recipes.cyclic_one_way import CyclicOneWay
 from hookctl.recipes.ddim_inversion import DDIMInversion
 from hookctl.recipes.direct_inversion import DirectInversion
 from hookctl.recipes.edit_friendly_ddpm import EditFriendlyDDPM
+from hookctl.recipes.fdg import FDG
 from hookctl.recipes.freeu import FreeU
 from hookctl.recipes.imagic import Imagic
 from hookctl.recipes.layout_guidance import LayoutGuidance
@@ -64,13 +71,18 @@ from hookctl.recipes.scale_u import ScaleU
 from hookctl.recipes.seg import SEG
 from hookctl.recipes.selective_one_way import SelectiveOneWay
 from hookctl.recipes.style_aligned import StyleAligned
+from hookctl.recipes.tcfg import TCFG
 
 __all__ = [
+    "APG",
+    "FDG",
     "PAG",
     "SAG",
     "SEG",
+    "TCFG",
     "AttendAndExcite",
     "BoxDiff",
+    "CFGZeroStar",
     "CyclicOneWay",
     "DDIMInversion",
     "DirectInversion",

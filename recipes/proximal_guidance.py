@@ -24,10 +24,11 @@ from torch import Tensor
 from hookctl.address.clock import Window
 from hookctl.address.rows import COND, UNCOND
 from hookctl.arguments import checked, number, one_of, share, whole
-from hookctl.editor import Editor
+from hookctl.editor import Claim, Editor
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.noise import Noise
 from hookctl.loop.state import Predictions, State
+from hookctl.recipes.common.guidance_rule import COMBINATION, COMBINATION_CURE
 from hookctl.run_state import RunState
 
 MODES = ("soft", "hard")
@@ -102,10 +103,18 @@ class ProximalGuidance(Editor):
         self.start, self.stop = start, stop
         self.window()
 
+    def _limits(self) -> bool:
+        everything = self.quantile == 0 if self.threshold is None else self.threshold == 0
+        return not everything or (self.paper and self.path is not None)
+
+    def claims(self) -> Sequence[Claim]:
+        if not self._limits():
+            return []
+        return [Claim(COMBINATION, None, self.window(), cure=COMBINATION_CURE)]
+
     def combine(self, predictions: Predictions) -> Tensor:
         guided, state = predictions.guided, predictions.state
-        everything = self.quantile == 0 if self.threshold is None else self.threshold == 0
-        if everything and not (self.paper and self.path is not None):
+        if not self._limits():
             return guided
         if UNCOND not in predictions.branches:
             raise UnsupportedError(

@@ -67,6 +67,11 @@ class Recipe:
             yield f"```bash\nhookctl run {preset.stem}{image}\n```"
             yield "```toml\n" + "\n".join(rest).strip() + "\n```"
             break
+        else:
+            yield (
+                f"```python\nfrom hookctl import control, recipes\n\n"
+                f"with control(pipe, recipes.{self.name}()):\n    ...\n```"
+            )
         others = [preset.stem for preset in presets(self.name)][1:]
         if others:
             yield f"It is also in the presets {_listed(others)}."

@@ -40,8 +40,11 @@ def second() -> Any:
 
 # What makes each recipe act on the run that all of them share.
 RECIPES: dict[str, Callable[[Any], Editor]] = {
+    "APG": lambda r: r.APG(),
     "AttendAndExcite": lambda r: r.AttendAndExcite(["cat"], refinements=1),
     "BoxDiff": lambda r: r.BoxDiff(["cat"], [LEFT], refinements=1),
+    "CFGZeroStar": lambda r: r.CFGZeroStar(),
+    "FDG": lambda r: r.FDG(),
     "FreeU": lambda r: r.FreeU(),
     "LayoutGuidance": lambda r: r.LayoutGuidance(
         ["cat"], [LEFT], threshold=0.0, iterations=1, stop=0.5
@@ -61,6 +64,7 @@ RECIPES: dict[str, Callable[[Any], Editor]] = {
     "SEG": lambda r: r.SEG(sites="self @1/2"),
     "ScaleU": lambda r: r.ScaleU(backbone=[0.3], skip=[-0.3]),
     "StyleAligned": lambda r: r.StyleAligned(PROMPTS),
+    "TCFG": lambda r: r.TCFG(),
 }
 NAMES = [name for name in RECIPES if name in recipes.__all__]
 

@@ -1,0 +1,101 @@
+"""APG: guidance whose part along the conditional prediction is weakened.
+
+Sadat et al., "Eliminating Oversaturation and Artifacts of High Guidance Scales in Diffusion
+Models", arXiv 2410.02416 (ICLR 2025), algorithm 1. With d = c - u of an image,
+
+    r <- d + beta r          momentum over the steps, against the last direction if negative
+    d <- r min(1, rho / |r|)
+    u + g (d_across + eta d_along)        d_along: d's part along c, which saturates colours
+
+The paper takes c and u as predictions of the clean image, diffusers' guider as they come.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hookctl.arguments import checked, number, one_of
+from hookctl.errors import InputError
+from hookctl.loop.noise import Noise
+from hookctl.loop.state import State
+from hookctl.recipes.common.guidance_rule import GuidanceRule, Guided, inner
+from hookctl.run_state import RunState
+
+SPACES = ("clean", "prediction")
+
+
+class APG(GuidanceRule):
+    """Adaptive projected guidance in the place of the pipeline's.
+
+    eta: how much of the part along c is kept; 0 as published, 1 for all. momentum: beta, 0: none.
+    rho: the largest norm of d over an image, None for any; it grows with the square root of the
+        latents' number (15 is the paper's for SDXL, whose latents are 4 x 128 x 128).
+    space: "clean", the paper's, or "prediction", that of diffusers' guider.
+    strength: 1 as published, 0 for the pipeline's own guidance; start, stop: a window, outside of
+    which the pipeline's own guidance is left, and at whose beginning the momentum is none. Costs
+    nothing.
+
+    Pipelines whose own guidance is not u + g (c - u) are refused (Qwen-Image); Z-Image's scale s is
+    read as g = s + 1. Raises UnsupportedError for a run without guidance.
+    """
+
+    _sum: RunState[Tensor | None] = RunState(None)  # r
+    _noise: RunState[Noise | None] = RunState(None)
+
+    @checked()
+    def __init__(
+        self,
+        eta: float = 0.0,
+        momentum: float = -0.5,
+        rho: float | None = 15.0,
+        *,
+        space: str = "clean",
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.eta = number(eta, "APG: eta")
+        self.momentum = number(momentum, "APG: momentum")
+        self.rho = rho
+        if rho is not None and number(rho, "APG: rho", low=0) == 0:
+            raise InputError("APG: rho=0 would leave no guidance; give None for no limit")
+        self.space = one_of(space, "APG: space", SPACES)
+
+    def neutral(self) -> bool:
+        return super().neutral() or (self.eta == 1 and not self.momentum and self.rho is None)
+
+    def attach(self, target: Any) -> None:
+        scheduler = getattr(target, "scheduler", None)
+        if self.space == "clean":
+            if scheduler is None:
+                raise InputError("APG needs the pipeline's scheduler; control the pipeline itself")
+            self._noise = Noise(scheduler)
+
+    def begin(self, state: State) -> None:
+        self._sum = None
+
+    def term(self, step: Guided) -> Tensor:
+        scale, along = self._clean(step)
+        d = r = step.d / scale
+        if self.momentum:
+            before = self._sum
+            self._sum = r = d if before is None else d + self.momentum * before
+        if self.rho is not None:
+            r = r * (self.rho / inner(r, r).sqrt().clamp(min=1e-12)).clamp(max=1)
+        size = inner(along, along)
+        share = torch.where(size > 0, inner(r, along) / size, torch.zeros_like(size))
+        new = r - (1 - self.eta) * share * along
+        return step.g * (new - d) * scale
+
+    def _clean(self, step: Guided) -> tuple[float, Tensor]:
+        """(what a difference of clean images is multiplied by in predictions, c as such)."""
+        noise, state = self._noise, step.state
+        if noise is None:
+            return 1.0, step.c
+        level = noise.level(state.clock.timestep)
+        one = torch.ones((), dtype=torch.float64)
+        # At fixed latents a x0 + s eps, a change of x0 by 1 is one of eps by -a / s.
+        scale = float(noise.join(one, -level.signal / max(level.noise, 1e-8) * one, level))
+        return scale, noise.split(state.latents.to(step.c), step.c, level)[0]
