@@ -54,6 +54,7 @@ class Program:
         eta: float,
         arguments: dict[str, Any],
     ) -> None:
+        self.denoiser = families.denoiser_of(pipe)  # first: what has none is no pipeline
         texts, loop = texts_of(prompts), families.loop_of(pipe) or PLAIN
         check_noise(pipe, len(texts) * images, eta, generator, latents)
         self._arguments = call_arguments(
@@ -82,7 +83,6 @@ class Program:
                 f"embedded={embedded}: this {type(families.denoiser_of(pipe)).__name__} was taught "
                 "no scale of guidance; leave it out"
             )
-        self.denoiser = families.denoiser_of(pipe)
         self.solver = Solver(pipe.scheduler)
         # Of its own, so that another run on this pipeline does not change the levels of this one.
         self.noise = Noise(copy.copy(pipe.scheduler))
