@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hookctl.errors import UnsupportedError
+
 
 @dataclass(frozen=True, eq=False)
 class Step:
@@ -103,6 +105,24 @@ def velocity_of_image(prediction: Tensor, step: Step) -> Tensor:
     """(x - x0) / t of a prediction of x0; the pipeline takes no smaller t than 0.05."""
     t = step.arguments["timestep"].flatten()[0].clamp(min=0.05)
     return (step.of.to(prediction) - prediction) / t
+
+
+def preconditioned_flow(prediction: Tensor, step: Step) -> Tensor:
+    """(1 - t)(x + prediction), with the t = s / (1 + s) of the noise s that the model is told.
+
+    This is (x - x0) / s of x0 = (1 - t) x - t prediction.
+    """
+    t = step.arguments["timestep"].flatten()[-1].to(prediction)
+    return (1 - t) * (step.of.to(prediction) + prediction)
+
+
+def of_its_own(prediction: Tensor, step: Step) -> Tensor:
+    """Refuses: what is made of the predictions is neither theirs nor a sum of them."""
+    raise UnsupportedError(
+        f"{type(step.pipe).__name__} guides by images, steps or masks of its own, not by a sum of "
+        "its denoiser's predictions, so these can't be combined anew; leave out editors that "
+        "change the guidance"
+    )
 
 
 def preconditioned(prediction: Tensor, step: Step) -> Tensor:

@@ -49,9 +49,12 @@ declare_pipelines(
 declare_pipelines(
     Pipeline({TRANSFORMER: BATCHED}, text.TEMPLATE),
     """
-    LTX2Pipeline LTX2ConditionPipeline LTX2HDRPipeline LTX2DFRPipeline LTX2InContextPipeline
-    EasyAnimatePipeline EasyAnimateControlPipeline EasyAnimateInpaintPipeline SanaVideoPipeline
+    LTX2Pipeline LTX2DFRPipeline EasyAnimatePipeline EasyAnimateControlPipeline EasyAnimateInpaintPipeline SanaVideoPipeline
     """,
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: BATCHED}, text.TEMPLATE, handing=handing.of_its_own),
+    "LTX2ConditionPipeline LTX2HDRPipeline LTX2InContextPipeline",
 )
 declare_pipelines(
     Pipeline({TRANSFORMER: BATCHED}, text.TEMPLATE, handing=handing.later_frames_of_tokens),
@@ -98,11 +101,12 @@ declare_pipelines(
     "Kandinsky5I2VPipeline",
 )
 declare_pipelines(
-    Pipeline({TRANSFORMER: SEQUENTIAL}, text.padded(512)),
-    """
-    CosmosTextToWorldPipeline CosmosVideoToWorldPipeline Cosmos2TextToImagePipeline
-    Cosmos2VideoToWorldPipeline
-    """,
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.padded(512), handing=handing.of_its_own),
+    "CosmosTextToWorldPipeline CosmosVideoToWorldPipeline Cosmos2VideoToWorldPipeline",
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.padded(512), handing=handing.preconditioned_flow),
+    "Cosmos2TextToImagePipeline",
 )
 
 declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.padded(512)), "AnyFlowFARPipeline")
