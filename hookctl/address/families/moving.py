@@ -49,7 +49,8 @@ declare_pipelines(
 declare_pipelines(
     Pipeline({TRANSFORMER: BATCHED}, text.TEMPLATE),
     """
-    LTX2Pipeline LTX2DFRPipeline EasyAnimatePipeline EasyAnimateControlPipeline EasyAnimateInpaintPipeline SanaVideoPipeline
+    LTX2Pipeline LTX2DFRPipeline EasyAnimatePipeline EasyAnimateControlPipeline
+    EasyAnimateInpaintPipeline SanaVideoPipeline
     """,
 )
 declare_pipelines(
