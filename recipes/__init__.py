@@ -4,6 +4,7 @@ Editing a prompt, the image stays alike
     PromptToPrompt            Hertz et al. 2022, arXiv 2208.01626
     MasaCtrl                  Cao et al. 2023, arXiv 2304.08465
     Imagic                    Kawar et al. 2022, arXiv 2210.09276
+    FlowEdit                  Kulikov et al. 2024, arXiv 2412.08629
 Guidance
     PAG                       perturbed attention, Ahn et al. 2024, arXiv 2403.17377
     SEG                       smoothed energy, Hong 2024, arXiv 2408.00760
@@ -43,6 +44,7 @@ from hookctl.recipes.cyclic_one_way import CyclicOneWay
 from hookctl.recipes.ddim_inversion import DDIMInversion
 from hookctl.recipes.direct_inversion import DirectInversion
 from hookctl.recipes.edit_friendly_ddpm import EditFriendlyDDPM
+from hookctl.recipes.flow_edit import FlowEdit
 from hookctl.recipes.freeu import FreeU
 from hookctl.recipes.imagic import Imagic
 from hookctl.recipes.layout_guidance import LayoutGuidance
@@ -75,6 +77,7 @@ __all__ = [
     "DDIMInversion",
     "DirectInversion",
     "EditFriendlyDDPM",
+    "FlowEdit",
     "FreeU",
     "Imagic",
     "LayoutGuidance",
