@@ -5,6 +5,7 @@ Editing a prompt, the image stays alike
     MasaCtrl                  Cao et al. 2023, arXiv 2304.08465
     Imagic                    Kawar et al. 2022, arXiv 2210.09276
     FlowEdit                  Kulikov et al. 2024, arXiv 2412.08629
+    RFInversion               Rout et al. 2024, arXiv 2410.10792
 Guidance
     PAG                       perturbed attention, Ahn et al. 2024, arXiv 2403.17377
     SEG                       smoothed energy, Hong 2024, arXiv 2408.00760
@@ -61,6 +62,7 @@ from hookctl.recipes.proximal_guidance import ProximalGuidance
 from hookctl.recipes.real_compo import RealCompo
 from hookctl.recipes.reference_only import ReferenceOnly
 from hookctl.recipes.regional_prompts import RegionalPrompts
+from hookctl.recipes.rf_inversion import RFInversion
 from hookctl.recipes.sag import SAG
 from hookctl.recipes.scale_u import ScaleU
 from hookctl.recipes.seg import SEG
@@ -90,6 +92,7 @@ __all__ = [
     "OneWayFlow",
     "PromptToPrompt",
     "ProximalGuidance",
+    "RFInversion",
     "RealCompo",
     "ReferenceOnly",
     "RegionalPrompts",
