@@ -79,7 +79,12 @@ def test_equal_prompts_and_scales_are_the_image(name: str) -> None:
     pipe = of_first_order(family)
     source, more = given(family)
     scale = 3.0 if is_taught_scale(pipe) or family.guides else 1.0
-    options = {"steps": 3, "n_max": 2, "guidance": (scale, scale), "arguments": more}
+    options: dict[str, Any] = {
+        "steps": 3,
+        "n_max": 2,
+        "guidance": (scale, scale),
+        "arguments": more,
+    }
     with smaller(type(pipe)):
         same = FlowEdit(pipe, source, [TWO[0]] * 2, **options)
         program = same._program(same.prompts, same.scales)

@@ -215,7 +215,7 @@ def flowing() -> Any:
 
 def flowed(name: str, *editors: Editor) -> Tensor:
     """What a program of flow matching draws of one image under two texts."""
-    options = {"steps": 4, "arguments": {"max_sequence_length": 16}}
+    options: dict[str, Any] = {"steps": 4, "arguments": {"max_sequence_length": 16}}
     if name == "FlowEdit":
         program: Any = recipes.FlowEdit(flowing(), image(), PROMPTS, n_max=4, **options)
     else:

@@ -53,8 +53,15 @@ def test_it_is_the_official_code(published: bool, decay: float) -> None:
     noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
     upwards = 0.0 if published else 1.0
     want = rf_invert(model, x, noise, gamma=0.4, scale=upwards, published=published)
-    given = {"gamma": 0.4, "eta": 0.9, "start": 0.2, "stop": 0.7, "decay": decay, "seed": 3}
-    ours = RFInversion(pipe, image(), CAT, paper=published, **given, **SHORT)
+    pulls: dict[str, Any] = {
+        "gamma": 0.4,
+        "eta": 0.9,
+        "start": 0.2,
+        "stop": 0.7,
+        "decay": decay,
+        "seed": 3,
+    }
+    ours = RFInversion(pipe, image(), CAT, paper=published, **pulls, **SHORT)
     assert relative(ours.invert(), want) < TOLERANCE
     edit = rf_edit(model, want, x, CAT, eta=0.9, start=1, stop=4, power=decay, scale=3.5)
     assert relative(ours.run(output_type="latent"), edit) < TOLERANCE
@@ -83,7 +90,7 @@ def test_both_ends_of_both_pulls(name: str) -> None:
     pipe = of_first_order(family)
     source, more = given(family)
     guided = is_taught_scale(pipe) or family.guides
-    options = {"steps": 3, "guidance": 3.0 if guided else 1.0, "arguments": more}
+    options: dict[str, Any] = {"steps": 3, "guidance": 3.0 if guided else 1.0, "arguments": more}
     keeps = Keeps()
     with smaller(type(pipe)):
         found = RFInversion(pipe, source, CAT, gamma=1.0, eta=1.0, stop=1.0, **options)
@@ -96,14 +103,14 @@ def test_both_ends_of_both_pulls(name: str) -> None:
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_without_pulls_it_is_inversion_and_denoising(name: str) -> None:
     ours = recipe(name, gamma=0.0, eta=0.0, source_prompt=CAT)
-    scale = {"embedded": 1.0} if name == "flux" else {}
-    size = {"height": 128, "width": 128, "max_sequence_length": TOKENS}
+    scale: dict[str, Any] = {"embedded": 1.0} if name == "flux" else {}
+    size: dict[str, Any] = {"height": 128, "width": 128, "max_sequence_length": TOKENS}
     run = Trajectory(made(name), CAT, steps=6, latents=ours.clean, **scale, **size)
     run.write(ours.clean, level=6)
     for i in reversed(range(6)):
         run.invert(i, timestep="source")
     torch.testing.assert_close(ours.invert(), run.latents, atol=1e-5, rtol=1e-5)
-    drawn = {"embedded": 3.5} if name == "flux" else {"guidance": 3.5}
+    drawn: dict[str, Any] = {"embedded": 3.5} if name == "flux" else {"guidance": 3.5}
     plain = Trajectory(made(name), CAT, steps=6, latents=ours.invert(), **drawn, **size)
     assert torch.equal(ours.run(output_type="latent"), plain.run())
 
@@ -119,7 +126,7 @@ def test_the_image_is_nearer_the_more_it_pulls() -> None:
 
 def test_editors_act_as_the_edit_is_drawn() -> None:
     prompts = [CAT, "a red dog"]
-    images = {"prompt": prompts, "eta": 0.5}
+    images: dict[str, Any] = {"prompt": prompts, "eta": 0.5}
 
     def two(*editors: Editor) -> Tensor:
         made_ = RFInversion(made("sd3"), [image()] * 2, **images, **SHORT)

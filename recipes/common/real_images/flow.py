@@ -62,7 +62,10 @@ class FlowProgram:
 
         Raises UnsupportedError for a scheduler that is not of first order.
         """
-        height, width = self.size
+        (height, width), highest = self.size, max(1.0, *scales)
+        scale: dict[str, Any] = {"guidance": highest}
+        if self.taught:
+            scale = {"embedded": max(scales)}
         program = Trajectory(
             self.pipe,
             prompts,
@@ -71,7 +74,7 @@ class FlowProgram:
             latents=torch.cat([self.clean] * (len(prompts) // len(self.clean))),
             height=height,
             width=width,
-            **({"embedded": max(scales)} if self.taught else {"guidance": max(1.0, *scales)}),
+            **scale,
             **self.arguments,
         )
         require_first_order(program, type(self).__name__)
