@@ -4,6 +4,8 @@ Editing a prompt, the image stays alike
     PromptToPrompt            Hertz et al. 2022, arXiv 2208.01626
     MasaCtrl                  Cao et al. 2023, arXiv 2304.08465
     Imagic                    Kawar et al. 2022, arXiv 2210.09276
+    FlowEdit                  Kulikov et al. 2024, arXiv 2412.08629
+    RFInversion               Rout et al. 2024, arXiv 2410.10792
 Guidance
     PAG                       perturbed attention, Ahn et al. 2024, arXiv 2403.17377
     SEG                       smoothed energy, Hong 2024, arXiv 2408.00760
@@ -49,7 +51,11 @@ from hookctl.recipes.cyclic_one_way import CyclicOneWay
 from hookctl.recipes.ddim_inversion import DDIMInversion
 from hookctl.recipes.direct_inversion import DirectInversion
 from hookctl.recipes.edit_friendly_ddpm import EditFriendlyDDPM
+<<<<<<< HEAD
 from hookctl.recipes.fdg import FDG
+=======
+from hookctl.recipes.flow_edit import FlowEdit
+>>>>>>> h/edit
 from hookctl.recipes.freeu import FreeU
 from hookctl.recipes.imagic import Imagic
 from hookctl.recipes.layout_guidance import LayoutGuidance
@@ -66,6 +72,7 @@ from hookctl.recipes.proximal_guidance import ProximalGuidance
 from hookctl.recipes.real_compo import RealCompo
 from hookctl.recipes.reference_only import ReferenceOnly
 from hookctl.recipes.regional_prompts import RegionalPrompts
+from hookctl.recipes.rf_inversion import RFInversion
 from hookctl.recipes.sag import SAG
 from hookctl.recipes.scale_u import ScaleU
 from hookctl.recipes.seg import SEG
@@ -87,6 +94,7 @@ __all__ = [
     "DDIMInversion",
     "DirectInversion",
     "EditFriendlyDDPM",
+    "FlowEdit",
     "FreeU",
     "Imagic",
     "LayoutGuidance",
@@ -99,6 +107,7 @@ __all__ = [
     "OneWayFlow",
     "PromptToPrompt",
     "ProximalGuidance",
+    "RFInversion",
     "RealCompo",
     "ReferenceOnly",
     "RegionalPrompts",

@@ -54,9 +54,7 @@ class Noise:
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
-        self.flow = "FlowMatch" in type(scheduler).__name__ or bool(
-            getattr(scheduler.config, "use_flow_sigmas", False)
-        )
+        self.flow = matches_flow(scheduler)
         fallback = "flow_prediction" if self.flow else "epsilon"
         self.kind: str = getattr(scheduler.config, "prediction_type", fallback)
         sigmas, alphas = (hasattr(scheduler, name) for name in ("sigmas", "alphas_cumprod"))
@@ -187,6 +185,13 @@ class Noise:
                 f"renoise: the level {there} is not noisier than {here}; give an earlier timestep"
             )
         return keep * x + max(fresh, 0.0) ** 0.5 * noise_like(x, generator)
+
+
+def matches_flow(scheduler: Any) -> bool:
+    """Whether a scheduler is one of flow matching."""
+    config = getattr(scheduler, "config", None)
+    named = "FlowMatch" in type(scheduler).__name__
+    return named or bool(getattr(config, "use_flow_sigmas", False))
 
 
 def noise_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -33,8 +33,9 @@ def counted(pipe: Any, denoiser: str = "unet") -> Iterator[list[int]]:
     """The rows of every denoiser call made meanwhile."""
     rows: list[int] = []
     module = getattr(pipe, denoiser)
+    latents = "sample" if denoiser == "unet" else "hidden_states"
     hook = module.register_forward_pre_hook(
-        lambda _, args, kwargs: rows.append(len(args[0] if args else kwargs["sample"])),
+        lambda _, args, kwargs: rows.append(len(args[0] if args else kwargs[latents])),
         with_kwargs=True,
     )
     try:

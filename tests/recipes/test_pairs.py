@@ -16,7 +16,7 @@ from torch import Tensor
 
 import hookctl
 from hookctl import Editor, recipes
-from hookctl.errors import ConflictError, InputError
+from hookctl.errors import ConflictError, HookctlError, InputError
 from hookctl.recipes.common.source_and_edits import SourceAndEdits
 from tests import zoo
 from tests.families.subjects import error
@@ -210,6 +210,34 @@ def test_programs_under_editors(name: str, other: str) -> None:
     assert error(both, program_alone(name)) > 1e-5, f"nothing is left of {other} under {name}"
     bare = without(RECIPES[other](recipes))
     assert error(both, bare) > 1e-5, f"nothing is left of {name} with {other}"
+
+
+@cache
+def flowing() -> Any:
+    return zoo.PIPELINES["sd3"].make()
+
+
+def flowed(name: str, *editors: Editor) -> Tensor:
+    """What a program of flow matching draws of one image under two texts."""
+    options: dict[str, Any] = {"steps": 4, "arguments": {"max_sequence_length": 16}}
+    if name == "FlowEdit":
+        program: Any = recipes.FlowEdit(flowing(), image(), PROMPTS, n_max=4, **options)
+    else:
+        program = recipes.RFInversion(flowing(), [image()] * 2, PROMPTS, **options)
+    latents: Tensor = program.run(*editors, output_type="latent")
+    return latents
+
+
+@pytest.mark.parametrize("name", ["FlowEdit", "RFInversion"])
+@pytest.mark.parametrize("other", examples(NAMES, EVERYDAY))
+def test_flow_programs_under_editors(name: str, other: str) -> None:
+    """What an editor does is seen, or it is refused by name."""
+    try:
+        both = flowed(name, RECIPES[other](recipes))
+    except HookctlError as refusal:
+        assert other in str(refusal)
+        return
+    assert error(both, flowed(name)) > 1e-6, f"nothing is left of {other} under {name}"
 
 
 def test_nothing_stays_behind() -> None:

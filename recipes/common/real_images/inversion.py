@@ -9,21 +9,17 @@ An `Inversion` of an image gives an `Inverted`, which draws the image again and 
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from hookctl.address import families
-from hookctl.arguments import checked, images_and_prompts, is_list, whole
-from hookctl.errors import InputError
-from hookctl.loop.images import encode
+from hookctl.arguments import checked, images_and_prompts, whole
 from hookctl.loop.inversion import Correction, Progress
 from hookctl.loop.program_arguments import check_names
 from hookctl.loop.trajectory import Trajectory
+from hookctl.recipes.common.real_images.encoded import encoded, takes_videos
 from hookctl.recipes.common.real_images.inverted import Inverted, call_arguments, image_of
 
 
@@ -56,11 +52,11 @@ class Inversion(ABC):
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
         name = type(self).__name__
-        known = inspect.signature(type(pipe).__call__).parameters
-        images, self.prompts = images_and_prompts(image, prompt, name, videos="num_frames" in known)
+        images, self.prompts = images_and_prompts(image, prompt, name, videos=takes_videos(pipe))
         self.single = isinstance(prompt, str)
         self.pipe, self.guidance, self.embedded = pipe, float(guidance), embedded
         self.steps = whole(steps, f"{name}: steps", 1)
+<<<<<<< HEAD
         videos = [list(image) if is_list(image) else [image] for image in images]
         sizes = {getattr(frame, "size", None) for video in videos for frame in video}
         if len(sizes) > 1:
@@ -76,6 +72,11 @@ class Inversion(ABC):
         extent = {"num_frames": len(videos[0]), "max_area": self.size[0] * self.size[1]}
         extent = {key: value for key, value in extent.items() if key in known}
         self.arguments = extent | further
+=======
+        found = encoded(pipe, images, name)
+        self.clean, self.size = found.latents, found.size
+        self.arguments = {**found.extent} | call_arguments(arguments, name)
+>>>>>>> h/edit
 
     def run(self, progress: Progress | None = None) -> Any:
         """Invert: an `Inverted`, or a list of them where several images were given.

@@ -71,15 +71,19 @@ def values() -> list[Any]:
     ]
 
 
+FLOW = (recipes.FlowEdit, recipes.RFInversion)  # programs of flow matching alone
+
+
 @cache
-def pipeline() -> Any:
+def pipeline(name: str = "sd15") -> Any:
     """A tiny pipeline whose denoiser ends the run."""
-    pipe = zoo.PIPELINES["sd15"].make()
+    pipe = zoo.PIPELINES[name].make()
 
     def reached(*args: Any, **kwargs: Any) -> Any:
         raise Reached
 
-    pipe.unet.conv_in.register_forward_pre_hook(reached)
+    first = pipe.unet.conv_in if name == "sd15" else pipe.transformer.pos_embed
+    first.register_forward_pre_hook(reached)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -91,7 +95,7 @@ def image() -> Image.Image:
 def needed(cls: type) -> dict[str, Any]:
     """Arguments that a recipe can't do without."""
     ready = {
-        "pipe": pipeline(),
+        "pipe": pipeline("sd3") if cls in FLOW else pipeline(),
         "image": image(),
         "prompt": "a red cat",
         "prompts": TWO,
@@ -221,6 +225,11 @@ def of_methods() -> Iterator[Case]:
     cow = recipes.CyclicOneWay(pipe, image(), TWO[0], steps=4, size=(SIDE, SIDE))
     yield "CyclicOneWay.run", "output_type", lambda value: cow.run(output_type=value)
     yield "CyclicOneWay.run", "editors", lambda value: cow.run(value)
+    for cls in FLOW:
+        flow = cls(**needed(cls), steps=4)
+        run = f"{cls.__name__}.run"
+        yield run, "output_type", lambda value, one=flow: one.run(output_type=value)
+        yield run, "editors", lambda value, one=flow: one.run(value)
 
 
 def of_regions() -> Iterator[Case]:
