@@ -51,11 +51,8 @@ from hookctl.recipes.cyclic_one_way import CyclicOneWay
 from hookctl.recipes.ddim_inversion import DDIMInversion
 from hookctl.recipes.direct_inversion import DirectInversion
 from hookctl.recipes.edit_friendly_ddpm import EditFriendlyDDPM
-<<<<<<< HEAD
 from hookctl.recipes.fdg import FDG
-=======
 from hookctl.recipes.flow_edit import FlowEdit
->>>>>>> h/edit
 from hookctl.recipes.freeu import FreeU
 from hookctl.recipes.imagic import Imagic
 from hookctl.recipes.layout_guidance import LayoutGuidance

@@ -49,7 +49,7 @@ class FlowProgram:
     ) -> None:
         name = type(self).__name__
         self.pipe, self.steps, self.negative = pipe, steps, negative
-        given = call_arguments(arguments, name)
+        given = call_arguments(pipe, arguments, name)
         images, self.prompts = images_and_prompts(image, prompt, name, videos=takes_videos(pipe))
         found = encoded(pipe, images, name, generator)
         self.clean, self.size = found.latents, found.size

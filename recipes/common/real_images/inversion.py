@@ -17,7 +17,6 @@ from torch import Tensor
 
 from hookctl.arguments import checked, images_and_prompts, whole
 from hookctl.loop.inversion import Correction, Progress
-from hookctl.loop.program_arguments import check_names
 from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes.common.real_images.encoded import encoded, takes_videos
 from hookctl.recipes.common.real_images.inverted import Inverted, call_arguments, image_of
@@ -56,27 +55,10 @@ class Inversion(ABC):
         self.single = isinstance(prompt, str)
         self.pipe, self.guidance, self.embedded = pipe, float(guidance), embedded
         self.steps = whole(steps, f"{name}: steps", 1)
-<<<<<<< HEAD
-        videos = [list(image) if is_list(image) else [image] for image in images]
-        sizes = {getattr(frame, "size", None) for video in videos for frame in video}
-        if len(sizes) > 1:
-            raise InputError(f"{name}: images of the sizes {list(sizes)}; give them one size")
-        if len({len(video) for video in videos}) > 1:
-            raise InputError(f"{name}: videos of several lengths; give them as many frames")
-        further = call_arguments(arguments, name)
-        check_names(pipe, further, name)
-        clean = torch.cat([encode(pipe, image) for image in images])
-        self.clean = clean.to(next(families.denoiser_of(pipe).parameters()).dtype)
-        self.size = videos[0][0].size[::-1]
-        # What else says how large an image or video is drawn.
-        extent = {"num_frames": len(videos[0]), "max_area": self.size[0] * self.size[1]}
-        extent = {key: value for key, value in extent.items() if key in known}
-        self.arguments = extent | further
-=======
+        further = call_arguments(pipe, arguments, name)
         found = encoded(pipe, images, name)
         self.clean, self.size = found.latents, found.size
-        self.arguments = {**found.extent} | call_arguments(arguments, name)
->>>>>>> h/edit
+        self.arguments = {**found.extent} | further
 
     def run(self, progress: Progress | None = None) -> Any:
         """Invert: an `Inverted`, or a list of them where several images were given.

@@ -15,6 +15,7 @@ from hookctl.editor import Editor
 from hookctl.errors import InputError
 from hookctl.loop.driven import Adjust
 from hookctl.loop.inversion import Correction
+from hookctl.loop.program_arguments import check_names
 from hookctl.loop.trajectory import Trajectory
 from hookctl.session import control
 
@@ -173,7 +174,7 @@ _OWN = (
 )
 
 
-def call_arguments(given: Mapping[str, Any] | None, who: str) -> dict[str, Any]:
+def call_arguments(pipe: Any, given: Mapping[str, Any] | None, who: str) -> dict[str, Any]:
     """Further arguments of a pipeline's call; InputError for those that an inversion gives it."""
     if given is not None and not (
         isinstance(given, Mapping) and all(isinstance(name, str) for name in given)
@@ -185,6 +186,7 @@ def call_arguments(given: Mapping[str, Any] | None, who: str) -> dict[str, Any]:
         raise InputError(
             f"{who}: arguments={own} are given to the pipeline by the inversion; leave them out"
         )
+    check_names(pipe, given or {}, who)
     return dict(given or {})
 
 
