@@ -15,6 +15,7 @@ from hookctl import Editor
 from tests.hookctl.drawing import SD15
 from tests.hookctl.learned.test_copies import LEARNED
 from tests.hookctl.learned.test_ip_adapter import vector
+from tests.marks import examples
 
 
 def run(pipe: Any, editor: Editor) -> Tensor:
@@ -22,11 +23,11 @@ def run(pipe: Any, editor: Editor) -> Tensor:
         return SD15.run(pipe, ["a cat"], steps=1, latents=vector(5, 1, 4, 16, 16))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "in_place"),
-    [("GLIGEN", False), ("InstanceDiffusion", True), ("FaceID", True), ("InstantID", False)],
-)
+# Every kind of hook, compiled in either way: one of each takes seconds.
+COMPILED = [("GLIGEN", False), ("InstanceDiffusion", True), ("FaceID", True), ("InstantID", False)]
+
+
+@pytest.mark.parametrize(("name", "in_place"), examples(COMPILED, COMPILED[2:]))
 def test_a_compiled_model(name: str, in_place: bool) -> None:
     """Compiled between two sessions. The backend runs what was traced as it is: the same bits."""
     pipe = SD15.make()
