@@ -182,7 +182,9 @@ def test_windows_count_from_the_first_step_taken() -> None:
     assert sorted(set(seen)) == [(i, 4) for i in range(4)]
 
 
-@pytest.mark.parametrize("editor", [PAG(), PromptToPrompt(TWO, blend=("cat", "dog"))], ids=["PAG", "blend"])
+@pytest.mark.parametrize(
+    "editor", [PAG(), PromptToPrompt(TWO, blend=("cat", "dog"))], ids=["PAG", "blend"]
+)
 def test_editors_of_steps_are_refused(editor: Editor) -> None:
     with pytest.raises(UnsupportedError, match=f"no steps of a scheduler, which {editor.name}"):
         latents("sd3", editor)
