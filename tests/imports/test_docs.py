@@ -15,6 +15,7 @@ from typing import Any
 
 import diffusers
 import pytest
+from PIL import Image
 
 import hookctl
 from hookctl.editor import HOOKS
@@ -115,6 +116,7 @@ def test_it_runs_with_a_tiny_model_in_its_place(
     (name,) = [name for name in STAND_INS if f"import {name}\n" in block.text]
     if not hasattr(diffusers, name) or STAND_INS[name] not in zoo.PIPELINES:
         pytest.skip(f"this diffusers ({diffusers.__version__}) or transformers lacks {name}")
+    Image.new("RGB", (64, 64), "orange").save(here / "cat.png")
     pipe = zoo.PIPELINES[STAND_INS[name]].make()
     kind = type(pipe)
     monkeypatch.setattr(kind, "from_pretrained", lambda *_, **__: pipe)
