@@ -39,20 +39,21 @@ Generators = torch.Generator | Sequence[torch.Generator]
 class Program:
     """A prepared run: asks its denoiser, and knows its levels. See `Trajectory`."""
 
+    @checked()
     def __init__(
         self,
         pipe: Any,
         prompts: str | Sequence[str],
         *,
-        steps: int,
-        guidance: float,
-        negative: str | Sequence[str] | None,
-        embedded: float | None,
-        images: int,
-        generator: Generators | None,
-        latents: Tensor | None,
-        eta: float,
-        arguments: dict[str, Any],
+        steps: int = 50,
+        guidance: float = 1.0,
+        negative: str | Sequence[str] | None = None,
+        embedded: float | None = None,
+        images: int = 1,
+        generator: Generators | None = None,
+        latents: Tensor | None = None,
+        eta: float = 0.0,
+        **arguments: Any,
     ) -> None:
         self.denoiser = families.denoiser_of(pipe)  # first: what has none is no pipeline
         texts, loop = texts_of(prompts), families.loop_of(pipe) or PLAIN

@@ -13,7 +13,6 @@ they do when the pipeline runs itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -47,36 +46,6 @@ class Trajectory(Program):
 
     Raises UnsupportedError for pipelines whose loop is more than denoiser calls, guidance, a step.
     """
-
-    @checked()
-    def __init__(
-        self,
-        pipe: Any,
-        prompts: str | Sequence[str],
-        *,
-        steps: int = 50,
-        guidance: float = 1.0,
-        negative: str | Sequence[str] | None = None,
-        embedded: float | None = None,
-        images: int = 1,
-        generator: Generators | None = None,
-        latents: Tensor | None = None,
-        eta: float = 0.0,
-        **arguments: Any,
-    ) -> None:
-        super().__init__(
-            pipe,
-            prompts,
-            steps=steps,
-            guidance=guidance,
-            negative=negative,
-            embedded=embedded,
-            images=images,
-            generator=generator,
-            latents=latents,
-            eta=eta,
-            arguments=arguments,
-        )
 
     # -- the operations ------------------------------------------------------------------------
 
