@@ -28,6 +28,7 @@ Layout: what stands where
 Appearance of a reference
     StyleAligned              Hertz et al. 2023, arXiv 2312.02133
     ReferenceOnly             Zhang 2023, discussion 1236 of sd-webui-controlnet
+    StoryDiffusion            Zhou et al. 2024, arXiv 2405.01434
 Inversion of a real image, to be edited
     DDIMInversion             Song et al. 2020, arXiv 2010.02502
     DirectInversion           Ju et al. 2023, arXiv 2310.01506
@@ -74,6 +75,7 @@ from hookctl.recipes.sag import SAG
 from hookctl.recipes.scale_u import ScaleU
 from hookctl.recipes.seg import SEG
 from hookctl.recipes.selective_one_way import SelectiveOneWay
+from hookctl.recipes.story_diffusion import StoryDiffusion
 from hookctl.recipes.style_aligned import StyleAligned
 from hookctl.recipes.tcfg import TCFG
 
@@ -110,6 +112,7 @@ __all__ = [
     "RegionalPrompts",
     "ScaleU",
     "SelectiveOneWay",
+    "StoryDiffusion",
     "StyleAligned",
 ]
 

@@ -63,6 +63,7 @@ RECIPES: dict[str, Callable[[Any], Editor]] = {
     "SAG": lambda r: r.SAG(sites="self @1/2"),
     "SEG": lambda r: r.SEG(sites="self @1/2"),
     "ScaleU": lambda r: r.ScaleU(backbone=[0.3], skip=[-0.3]),
+    "StoryDiffusion": lambda r: r.StoryDiffusion(PROMPTS, start=0.0, plain=(0.0, 0.0)),
     "StyleAligned": lambda r: r.StyleAligned(PROMPTS),
     "TCFG": lambda r: r.TCFG(),
 }
