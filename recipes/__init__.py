@@ -4,6 +4,7 @@ Editing a prompt, the image stays alike
     PromptToPrompt            Hertz et al. 2022, arXiv 2208.01626
     MasaCtrl                  Cao et al. 2023, arXiv 2304.08465
     Imagic                    Kawar et al. 2022, arXiv 2210.09276
+    PlugAndPlay               Tumanyan et al. 2022, arXiv 2211.12572
     FlowEdit                  Kulikov et al. 2024, arXiv 2412.08629
     RFInversion               Rout et al. 2024, arXiv 2410.10792
 Guidance
@@ -65,6 +66,7 @@ from hookctl.recipes.negative_prompt_inversion import NegativePromptInversion
 from hookctl.recipes.null_text import NullTextInversion
 from hookctl.recipes.one_way_flow import OneWayFlow
 from hookctl.recipes.pag import PAG
+from hookctl.recipes.plug_and_play import PlugAndPlay
 from hookctl.recipes.prompt_to_prompt import PromptToPrompt
 from hookctl.recipes.proximal_guidance import ProximalGuidance
 from hookctl.recipes.real_compo import RealCompo
@@ -104,6 +106,7 @@ __all__ = [
     "NegativePromptInversion",
     "NullTextInversion",
     "OneWayFlow",
+    "PlugAndPlay",
     "PromptToPrompt",
     "ProximalGuidance",
     "RFInversion",

@@ -55,6 +55,7 @@ RECIPES: dict[str, Callable[[Any], Editor]] = {
     "MultiInstanceSampler": lambda r: r.MultiInstanceSampler(["a dog"], [LEFT], share=0.5),
     "OneWayFlow": lambda r: r.OneWayFlow({"seed": TOP}, [("rest", "seed", -4.0)]),
     "PAG": lambda r: r.PAG(sites="self @1/2"),
+    "PlugAndPlay": lambda r: r.PlugAndPlay(PROMPTS, feature_stop=1.0, query_stop=1.0),
     "PromptToPrompt": lambda r: r.PromptToPrompt(PROMPTS, self_replace=0.5, self_resolution=1.0),
     "ProximalGuidance": lambda r: r.ProximalGuidance(),
     "RealCompo": lambda r: r.RealCompo(["cat"], [LEFT], second(), alone=0.0),
