@@ -4,6 +4,7 @@ Editing a prompt, the image stays alike
     PromptToPrompt            Hertz et al. 2022, arXiv 2208.01626
     MasaCtrl                  Cao et al. 2023, arXiv 2304.08465
     Imagic                    Kawar et al. 2022, arXiv 2210.09276
+    LEDITSPlusPlus            LEDITS++, Brack et al. 2023, arXiv 2311.16711
     PlugAndPlay               Tumanyan et al. 2022, arXiv 2211.12572
     FlowEdit                  Kulikov et al. 2024, arXiv 2412.08629
     RFInversion               Rout et al. 2024, arXiv 2410.10792
@@ -58,6 +59,7 @@ from hookctl.recipes.flow_edit import FlowEdit
 from hookctl.recipes.freeu import FreeU
 from hookctl.recipes.imagic import Imagic
 from hookctl.recipes.layout_guidance import LayoutGuidance
+from hookctl.recipes.ledits_plus_plus import LEDITSPlusPlus
 from hookctl.recipes.masactrl import MasaCtrl
 from hookctl.recipes.masked_self_attention import MaskedSelfAttention
 from hookctl.recipes.multi_diffusion import MultiDiffusion
@@ -84,6 +86,7 @@ from hookctl.recipes.tcfg import TCFG
 __all__ = [
     "APG",
     "FDG",
+    "LEDITSPlusPlus",
     "PAG",
     "SAG",
     "SEG",

@@ -46,6 +46,7 @@ RECIPES: dict[str, Callable[[Any], Editor]] = {
     "CFGZeroStar": lambda r: r.CFGZeroStar(),
     "FDG": lambda r: r.FDG(),
     "FreeU": lambda r: r.FreeU(),
+    "LEDITSPlusPlus": lambda r: r.LEDITSPlusPlus(["blue dog"], prompts=PROMPTS, scale=9.0),
     "LayoutGuidance": lambda r: r.LayoutGuidance(
         ["cat"], [LEFT], threshold=0.0, iterations=1, stop=0.5
     ),

@@ -99,6 +99,7 @@ def needed(cls: type) -> dict[str, Any]:
         "image": image(),
         "prompt": "a red cat",
         "prompts": TWO,
+        "edits": TWO,
         "words": ["cat"],
         "texts": ["a cat", "a dog"],
         "regions": BOXES if "texts" in parameters(cls) else BOXES[:1],
