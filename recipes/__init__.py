@@ -19,11 +19,12 @@ Guidance
     FDG                       by frequency, Sadat et al. 2025, arXiv 2506.19713
     FreeU                     Si et al. 2023, arXiv 2309.11497
     ScaleU                    of InstanceDiffusion, Wang et al. 2024, arXiv 2402.03290
-Layout: what stands where
+Layout: what stands where, and when
     AttendAndExcite           Chefer et al. 2023, arXiv 2301.13826
     BoxDiff                   Xie et al. 2023, arXiv 2307.10816
     LayoutGuidance            Chen et al. 2023, arXiv 2304.03373
     RealCompo                 Zhang et al. 2024, arXiv 2402.12908
+    PromptRelay               in videos, Chen et al. 2026, arXiv 2604.10030
     RegionalPrompts           attention couple, after arXiv 2302.08113
     MaskedSelfAttention       of InstanceDiffusion, arXiv 2402.03290
     MultiInstanceSampler      of InstanceDiffusion, arXiv 2402.03290
@@ -69,6 +70,7 @@ from hookctl.recipes.null_text import NullTextInversion
 from hookctl.recipes.one_way_flow import OneWayFlow
 from hookctl.recipes.pag import PAG
 from hookctl.recipes.plug_and_play import PlugAndPlay
+from hookctl.recipes.prompt_relay import PromptRelay
 from hookctl.recipes.prompt_to_prompt import PromptToPrompt
 from hookctl.recipes.proximal_guidance import ProximalGuidance
 from hookctl.recipes.real_compo import RealCompo
@@ -110,6 +112,7 @@ __all__ = [
     "NullTextInversion",
     "OneWayFlow",
     "PlugAndPlay",
+    "PromptRelay",
     "PromptToPrompt",
     "ProximalGuidance",
     "RFInversion",
