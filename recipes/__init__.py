@@ -31,6 +31,7 @@ Layout: what stands where, and when
 Appearance of a reference
     StyleAligned              Hertz et al. 2023, arXiv 2312.02133
     ReferenceOnly             Zhang 2023, discussion 1236 of sd-webui-controlnet
+    ConsiStory                Tewel et al. 2024, arXiv 2402.03286
     StoryDiffusion            Zhou et al. 2024, arXiv 2405.01434
 Inversion of a real image, to be edited
     DDIMInversion             Song et al. 2020, arXiv 2010.02502
@@ -51,6 +52,7 @@ from hookctl.recipes.apg import APG
 from hookctl.recipes.attend_and_excite import AttendAndExcite
 from hookctl.recipes.box_diff import BoxDiff
 from hookctl.recipes.cfg_zero_star import CFGZeroStar
+from hookctl.recipes.consistory import ConsiStory
 from hookctl.recipes.cyclic_one_way import CyclicOneWay
 from hookctl.recipes.ddim_inversion import DDIMInversion
 from hookctl.recipes.direct_inversion import DirectInversion
@@ -96,6 +98,7 @@ __all__ = [
     "AttendAndExcite",
     "BoxDiff",
     "CFGZeroStar",
+    "ConsiStory",
     "CyclicOneWay",
     "DDIMInversion",
     "DirectInversion",

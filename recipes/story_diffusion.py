@@ -24,7 +24,7 @@ from hookctl.address.clock import Clock, Window
 from hookctl.address.sites import Selector
 from hookctl.arguments import checked, refusal, share, whole
 from hookctl.attention.call import AttentionCall
-from hookctl.recipes.common.image_tokens import image_keys
+from hookctl.recipes.common.image_tokens import image_keys, look_at
 from hookctl.recipes.common.sites import image_sites
 from hookctl.recipes.common.source_and_edits import SourceAndEdits
 
@@ -98,16 +98,11 @@ class StoryDiffusion(SourceAndEdits):
             if turn not in drawn:
                 drawn[turn] = self._seen(call, turn)
             seen = [
-                (call.rows.twin(row, prompt=prompt).index, tokens)
+                (call.rows.twin(row, prompt=prompt), tokens)
                 for prompt, tokens in enumerate(drawn[turn])
                 if prompt != row.prompt
             ]
-            if seen:
-                k, v = (
-                    torch.cat([image_keys(x[i], call)[..., tokens, :] for i, tokens in seen], -2)
-                    for x in (call.k, call.v)
-                )
-                call.extend(row, k, v)
+            look_at(call, row, seen)
 
     def _seen(self, call: AttentionCall, turn: int) -> list[Tensor]:
         """Which image tokens of each reference are looked at, none of any where a site is plain."""
