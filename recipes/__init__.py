@@ -7,6 +7,7 @@ Editing a prompt, the image stays alike
     FlowEdit                  Kulikov et al. 2024, arXiv 2412.08629
     RFInversion               Rout et al. 2024, arXiv 2410.10792
 Guidance
+    NAG                       normalized attention, Chen et al. 2025, arXiv 2505.21179
     PAG                       perturbed attention, Ahn et al. 2024, arXiv 2403.17377
     SEG                       smoothed energy, Hong 2024, arXiv 2408.00760
     SAG                       self-attention, Hong et al. 2022, arXiv 2210.00939
@@ -60,6 +61,7 @@ from hookctl.recipes.masactrl import MasaCtrl
 from hookctl.recipes.masked_self_attention import MaskedSelfAttention
 from hookctl.recipes.multi_diffusion import MultiDiffusion
 from hookctl.recipes.multi_instance_sampler import MultiInstanceSampler
+from hookctl.recipes.nag import NAG
 from hookctl.recipes.negative_prompt_inversion import NegativePromptInversion
 from hookctl.recipes.null_text import NullTextInversion
 from hookctl.recipes.one_way_flow import OneWayFlow
@@ -80,6 +82,7 @@ from hookctl.recipes.tcfg import TCFG
 __all__ = [
     "APG",
     "FDG",
+    "NAG",
     "PAG",
     "SAG",
     "SEG",

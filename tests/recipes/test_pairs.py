@@ -53,6 +53,7 @@ RECIPES: dict[str, Callable[[Any], Editor]] = {
     "MaskedSelfAttention": lambda r: r.MaskedSelfAttention([LEFT, RIGHT]),
     "MultiDiffusion": lambda r: r.MultiDiffusion(tile=12, stride=4),
     "MultiInstanceSampler": lambda r: r.MultiInstanceSampler(["a dog"], [LEFT], share=0.5),
+    "NAG": lambda r: r.NAG("a dog"),
     "OneWayFlow": lambda r: r.OneWayFlow({"seed": TOP}, [("rest", "seed", -4.0)]),
     "PAG": lambda r: r.PAG(sites="self @1/2"),
     "PromptToPrompt": lambda r: r.PromptToPrompt(PROMPTS, self_replace=0.5, self_resolution=1.0),
