@@ -24,7 +24,7 @@ from hookctl import Editor
 from hookctl.demos.guidance import prompts_of
 from hookctl.demos.shapes.detect import detect, matches
 from hookctl.inspect import markdown_table
-from hookctl.recipes import APG, FDG, TCFG, CFGZeroStar
+from hookctl.recipes import APG, FDG, NAG, TCFG, CFGZeroStar
 
 STEPS, BATCH = 25, 8
 GUIDANCES = (3.0, 8.0)
@@ -74,6 +74,44 @@ def of_rules(pipe: Any, seeds: int) -> dict[str, dict[str, float]]:
             figures = judged(prompts, draw(pipe, prompts, g, make(g)))
             found[name] |= {f"{what} {g:g}": value for what, value in figures.items()}
         print(name, {k: round(v, 3) for k, v in found[name].items()}, flush=True)
+    return found
+
+
+# -- a negative word -------------------------------------------------------------------------------
+
+UNSAID = ("a circle", "a square above a star", "a triangle", "a cross and a circle")
+NEGATED: dict[str, Callable[[list[str]], Editor]] = {
+    "NAG": NAG,
+    "NAG, alpha 0.5": lambda words: NAG(words, alpha=0.5),
+}
+
+
+def of_words(pipe: Any, seeds: int) -> dict[str, dict[str, float]]:
+    """Prompts that say no colour, drawn without guidance; then without the colour that came.
+
+    Cases are the images whose first object the detector reads. gone: the share of them in which
+    nothing has that colour any more; shape: in which the object's shape is still there, in another
+    colour.
+    """
+    prompts = [UNSAID[i % len(UNSAID)] for i in range(seeds)]
+    firsts = [detect(image).objects[:1] for image in draw(pipe, prompts, 1.0, None)]
+    words = [things[0].colour if things else "red" for things in firsts]
+    found: dict[str, dict[str, float]] = {}
+    for name, make in NEGATED.items():
+        images: list[Image.Image] = []
+        for i in range(0, seeds, BATCH):
+            part = slice(i, i + BATCH)
+            images += draw(pipe, prompts[part], 1.0, make(words[part]), seed=i)
+        gone = kept = 0
+        for things, image in zip(firsts, images, strict=True):
+            if things:
+                now = detect(image)
+                away = all(one.colour != things[0].colour for one in (*now.objects, *now.extras))
+                gone += away
+                kept += away and now.find(things[0].shape) is not None
+        cases = sum(map(len, firsts))
+        found[name] = {"cases": cases, "gone": gone / cases, "shape": kept / cases}
+        print(name, found[name], flush=True)
     return found
 
 

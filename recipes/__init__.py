@@ -26,6 +26,8 @@ Layout: what stands where
     RegionalPrompts           attention couple, after arXiv 2302.08113
     MaskedSelfAttention       of InstanceDiffusion, arXiv 2402.03290
     MultiInstanceSampler      of InstanceDiffusion, arXiv 2402.03290
+Maps: where an image shows what
+    ConceptAttention          Helbling et al. 2025, arXiv 2502.04320
 Appearance of a reference
     StyleAligned              Hertz et al. 2023, arXiv 2312.02133
     ReferenceOnly             Zhang 2023, discussion 1236 of sd-webui-controlnet
@@ -48,6 +50,7 @@ from hookctl.recipes.apg import APG
 from hookctl.recipes.attend_and_excite import AttendAndExcite
 from hookctl.recipes.box_diff import BoxDiff
 from hookctl.recipes.cfg_zero_star import CFGZeroStar
+from hookctl.recipes.concept_attention import ConceptAttention
 from hookctl.recipes.cyclic_one_way import CyclicOneWay
 from hookctl.recipes.ddim_inversion import DDIMInversion
 from hookctl.recipes.direct_inversion import DirectInversion
@@ -90,6 +93,7 @@ __all__ = [
     "AttendAndExcite",
     "BoxDiff",
     "CFGZeroStar",
+    "ConceptAttention",
     "CyclicOneWay",
     "DDIMInversion",
     "DirectInversion",

@@ -35,6 +35,9 @@ class Attached(Protocol):
     def backend(self) -> str:
         """As its session was told."""
 
+    def sees(self, path: str) -> bool:
+        """Whether the editor is shown the calls of a site."""
+
     def note(self, site: Site, step: int, verbs: set[str], plan: Plan) -> None:
         """Keep what the editor did at a site for the session's report."""
 
@@ -160,7 +163,8 @@ class EditedSite:
         if part.context:
             call.set_context_source(*(stack_rows(x, count) for x in part.full))
         for one in self.attached:
-            call.show_to(one.editor)
+            if one.sees(self.site.path):
+                call.show_to(one.editor)
         reader = denoiser_call.reader
         if reader is not None:
             call.read_outs = [r for r in call.read_outs if r.editor is reader.editor]

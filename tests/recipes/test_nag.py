@@ -86,7 +86,7 @@ def test_weights(norm: str) -> None:
     for scale, tau, alpha in ((5.0, 2.5, 0.25), (3.0, 1.0, 1.0), (1.0, 2.5, 0.25)):
         w = NAG("x", scale=scale, tau=tau, alpha=alpha).weights({"own": own, "negative": other}, p)
         got = w["own"][..., None] * merged[0] + w["negative"][..., None] * merged[1]
-        assert error(got, guided(*merged, scale, tau, alpha, p)) < 1e-12
+        assert error(got, guided(merged[0], merged[1], scale, tau, alpha, p)) < 1e-12
         if alpha == 1:
             bound = tau * merged[0].norm(p=p, dim=-1)
             assert bool((got.norm(p=p, dim=-1) <= bound * (1 + 1e-12)).all())
@@ -129,7 +129,7 @@ def test_bad_input() -> None:
         ({"negative": "x", "norm": "max"}, "NAG: norm='max'"),
     ):
         with pytest.raises(InputError, match=match):
-            NAG(**arguments)  # type: ignore[arg-type]
+            NAG(**arguments)
     pipe, case = made("sd15"), zoo.PIPELINES["sd15"]
     with pytest.raises(InputError, match="NAG was made for 1 prompts, but the pipeline draws 2"):
         draw_two(case, pipe, NAG(["a dog"]))
@@ -137,3 +137,14 @@ def test_bad_input() -> None:
         draw_two(case, pipe, NAG("a dog", sites="self"))
     with pytest.raises(UnsupportedError, match="NAG widens the text.*SD3 and Flux"):
         draw_two(zoo.PIPELINES["qwen_image"], zoo.PIPELINES["qwen_image"].make(), NAG("a dog"))
+
+
+def test_sites_are_those_that_were_asked_for() -> None:
+    """The text is kept apart at every site, and guides at the chosen ones."""
+    case, pipe = zoo.PIPELINES["sd15"], made("sd15")
+    some = NAG("a dog", sites="cross up")
+    with hookctl.control(pipe, some) as session:
+        few = case.run(pipe, TWO)
+    assert error(few, draw_two(case, pipe, NAG("a dog"))) > 1e-4
+    down = [site.path for site in session.sites if site.place == "down"]
+    assert down and not any(path in session.report() for path in down)
