@@ -152,6 +152,9 @@ def layers_for(editor: Editor, model: nn.Module, modules: Modules) -> dict[str, 
     if overrides(editor, "linear"):
         every = [path for path, _ in families.linears(model)]
         found["linear"] = frozenset(path for path in every if editor.linears(path))
+    if overrides(editor, "block"):
+        chosen = select([site for site, _ in modules.values()], editor.sites, who=editor.name)
+        found["block"] = frozenset(families.blocks_of(model, chosen))
     if overrides(editor, "stem"):
         stem = families.stem_of(model)
         found["stem"] = frozenset(() if stem is None else (stem[0],))
@@ -169,6 +172,7 @@ def layers_for(editor: Editor, model: nn.Module, modules: Modules) -> dict[str, 
 _WANTS = {
     "insert": "inserts between the self-attention of a transformer block and what follows it (of a "
     "BasicTransformerBlock whose norms do not scale)",
+    "block": "changes transformer blocks in which the image attends to itself, at its `sites`",
     "linear": "changes linear layers that its `linears` selects",
     "stem": "changes the layer that takes the latents in",
 }
