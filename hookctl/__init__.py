@@ -19,8 +19,7 @@ Write an editor: a subclass of Editor that has the hooks it needs
     Editor, Claim           the hooks, when and where they act, and what is theirs alone
     AttentionCall           one attention call, and the verbs that rewrite it
         Routing, Division   what its verbs `route_by` and `divide` are given
-    FeatureCall             one skip connection of a UNet
-    BlockCall               one transformer block, which rows may pass by
+    FeatureCall, BlockCall  one skip connection of a UNet; one block, which rows may pass by
     InsertCall, LinearCall, StemCall, Residuals
                             the same for trained modules: a block's stream, a linear layer, the
                             layer that takes the latents in, what a ControlNet adds

@@ -10,6 +10,9 @@ Guidance
     NAG                       normalized attention, Chen et al. 2025, arXiv 2505.21179
     PAG                       perturbed attention, Ahn et al. 2024, arXiv 2403.17377
     SEG                       smoothed energy, Hong 2024, arXiv 2408.00760
+    SkipLayerGuidance         SLG of Stable Diffusion 3.5, github.com/Stability-AI/sd3.5
+    STG                       spatiotemporal skip, Hyung et al. 2024, arXiv 2411.18664
+    TPG                       token perturbation, Rajabi et al. 2025, arXiv 2506.10036
     SAG                       self-attention, Hong et al. 2022, arXiv 2210.00939
     ProximalGuidance          Han et al. 2023, arXiv 2306.05414
     APG                       adaptive projection, Sadat et al. 2024, arXiv 2410.02416
@@ -79,8 +82,11 @@ from hookctl.recipes.sag import SAG
 from hookctl.recipes.scale_u import ScaleU
 from hookctl.recipes.seg import SEG
 from hookctl.recipes.selective_one_way import SelectiveOneWay
+from hookctl.recipes.skip_layer_guidance import SkipLayerGuidance
+from hookctl.recipes.stg import STG
 from hookctl.recipes.style_aligned import StyleAligned
 from hookctl.recipes.tcfg import TCFG
+from hookctl.recipes.tpg import TPG
 
 __all__ = [
     "APG",
@@ -89,7 +95,9 @@ __all__ = [
     "PAG",
     "SAG",
     "SEG",
+    "STG",
     "TCFG",
+    "TPG",
     "AttendAndExcite",
     "BoxDiff",
     "CFGZeroStar",
@@ -117,6 +125,7 @@ __all__ = [
     "RegionalPrompts",
     "ScaleU",
     "SelectiveOneWay",
+    "SkipLayerGuidance",
     "StyleAligned",
 ]
 

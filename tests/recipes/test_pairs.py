@@ -62,10 +62,15 @@ RECIPES: dict[str, Callable[[Any], Editor]] = {
     "ReferenceOnly": lambda r: r.ReferenceOnly(PROMPTS, image()),
     "RegionalPrompts": lambda r: r.RegionalPrompts(["a dog"], [LEFT]),
     "SAG": lambda r: r.SAG(sites="self @1/2"),
+    "STG": lambda r: r.STG(layers=[2]),
     "SEG": lambda r: r.SEG(sites="self @1/2"),
     "ScaleU": lambda r: r.ScaleU(backbone=[0.3], skip=[-0.3]),
+    "SkipLayerGuidance": lambda r: r.SkipLayerGuidance(
+        layers=[1], branch="slg", start=0.0, stop=1.0
+    ),
     "StyleAligned": lambda r: r.StyleAligned(PROMPTS),
     "TCFG": lambda r: r.TCFG(),
+    "TPG": lambda r: r.TPG(),
 }
 NAMES = [name for name in RECIPES if name in recipes.__all__]
 
