@@ -19,7 +19,7 @@ Write an editor: a subclass of Editor that has the hooks it needs
     Editor, Claim           the hooks, when and where they act, and what is theirs alone
     AttentionCall           one attention call, and the verbs that rewrite it
         Routing, Division   what its verbs `route_by` and `divide` are given
-    FeatureCall             one skip connection of a UNet
+    FeatureCall, BlockCall  one skip connection of a UNet; one block, which rows may pass by
     InsertCall, LinearCall, StemCall, Residuals
                             the same for trained modules: a block's stream, a linear layer, the
                             layer that takes the latents in, what a ControlNet adds
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from hookctl.attention.token_map import Routing
     from hookctl.editor import Claim, Editor
     from hookctl.loop.branches import Branch
-    from hookctl.loop.inserting import InsertCall, LinearCall, Residuals, StemCall
+    from hookctl.loop.inserting import BlockCall, InsertCall, LinearCall, Residuals, StemCall
     from hookctl.loop.noise import Noise
     from hookctl.loop.state import FeatureCall, Predictions, State
     from hookctl.loop.trajectory import Trajectory
@@ -78,6 +78,7 @@ __all__ = [
     "Routing",
     "Division",
     "FeatureCall",
+    "BlockCall",
     "InsertCall",
     "LinearCall",
     "StemCall",
@@ -102,6 +103,7 @@ __all__ = [
 # seconds to import: a command's help, or a wrong option, must not wait for them.
 _HOMES = {
     "AttentionCall": "hookctl.attention.call",
+    "BlockCall": "hookctl.loop.inserting",
     "Branch": "hookctl.loop.branches",
     "COND": "hookctl.address.rows",
     "Claim": "hookctl.editor",
