@@ -6,6 +6,7 @@ Editing a prompt, the image stays alike
     Imagic                    Kawar et al. 2022, arXiv 2210.09276
     FlowEdit                  Kulikov et al. 2024, arXiv 2412.08629
     RFInversion               Rout et al. 2024, arXiv 2410.10792
+    RFSolver                  Wang et al. 2024, arXiv 2411.04746
 Guidance
     PAG                       perturbed attention, Ahn et al. 2024, arXiv 2403.17377
     SEG                       smoothed energy, Hong 2024, arXiv 2408.00760
@@ -70,6 +71,7 @@ from hookctl.recipes.real_compo import RealCompo
 from hookctl.recipes.reference_only import ReferenceOnly
 from hookctl.recipes.regional_prompts import RegionalPrompts
 from hookctl.recipes.rf_inversion import RFInversion
+from hookctl.recipes.rf_solver import RFSolver
 from hookctl.recipes.sag import SAG
 from hookctl.recipes.scale_u import ScaleU
 from hookctl.recipes.seg import SEG
@@ -105,6 +107,7 @@ __all__ = [
     "PromptToPrompt",
     "ProximalGuidance",
     "RFInversion",
+    "RFSolver",
     "RealCompo",
     "ReferenceOnly",
     "RegionalPrompts",

@@ -71,7 +71,7 @@ def values() -> list[Any]:
     ]
 
 
-FLOW = (recipes.FlowEdit, recipes.RFInversion)  # programs of flow matching alone
+FLOW = (recipes.FlowEdit, recipes.RFInversion, recipes.RFSolver)  # programs of flow matching alone
 
 
 @cache
