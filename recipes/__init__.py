@@ -6,6 +6,7 @@ Editing a prompt, the image stays alike
     Imagic                    Kawar et al. 2022, arXiv 2210.09276
     FlowEdit                  Kulikov et al. 2024, arXiv 2412.08629
     RFInversion               Rout et al. 2024, arXiv 2410.10792
+    FireFlow                  Deng et al. 2024, arXiv 2412.07517
     RFSolver                  Wang et al. 2024, arXiv 2411.04746
 Guidance
     PAG                       perturbed attention, Ahn et al. 2024, arXiv 2403.17377
@@ -53,6 +54,7 @@ from hookctl.recipes.ddim_inversion import DDIMInversion
 from hookctl.recipes.direct_inversion import DirectInversion
 from hookctl.recipes.edit_friendly_ddpm import EditFriendlyDDPM
 from hookctl.recipes.fdg import FDG
+from hookctl.recipes.fire_flow import FireFlow
 from hookctl.recipes.flow_edit import FlowEdit
 from hookctl.recipes.freeu import FreeU
 from hookctl.recipes.imagic import Imagic
@@ -93,6 +95,7 @@ __all__ = [
     "DDIMInversion",
     "DirectInversion",
     "EditFriendlyDDPM",
+    "FireFlow",
     "FlowEdit",
     "FreeU",
     "Imagic",

@@ -71,7 +71,8 @@ def values() -> list[Any]:
     ]
 
 
-FLOW = (recipes.FlowEdit, recipes.RFInversion, recipes.RFSolver)  # programs of flow matching alone
+# Programs of flow matching alone.
+FLOW = (recipes.FireFlow, recipes.FlowEdit, recipes.RFInversion, recipes.RFSolver)
 
 
 @cache
