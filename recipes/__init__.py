@@ -8,6 +8,7 @@ Editing a prompt, the image stays alike
     RFInversion               Rout et al. 2024, arXiv 2410.10792
     FireFlow                  Deng et al. 2024, arXiv 2412.07517
     RFSolver                  Wang et al. 2024, arXiv 2411.04746
+    UniEditFlow               Jiao et al. 2025, arXiv 2504.13109
 Guidance
     PAG                       perturbed attention, Ahn et al. 2024, arXiv 2403.17377
     SEG                       smoothed energy, Hong 2024, arXiv 2408.00760
@@ -80,6 +81,7 @@ from hookctl.recipes.seg import SEG
 from hookctl.recipes.selective_one_way import SelectiveOneWay
 from hookctl.recipes.style_aligned import StyleAligned
 from hookctl.recipes.tcfg import TCFG
+from hookctl.recipes.uni_edit_flow import UniEditFlow
 
 __all__ = [
     "APG",
@@ -117,6 +119,7 @@ __all__ = [
     "ScaleU",
     "SelectiveOneWay",
     "StyleAligned",
+    "UniEditFlow",
 ]
 
 

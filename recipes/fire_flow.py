@@ -52,7 +52,7 @@ class FireFlow(SharedProgram):
         image: Any,
         prompt: str | Sequence[str],
         *,
-        source_prompt: str = "",
+        source_prompt: str | Sequence[str] = "",
         steps: int = 8,
         guidance: float = 2.0,
         inversion_guidance: float = 1.0,

@@ -34,10 +34,10 @@ class RFSolver(SharedProgram):
 
     image: PIL, mode RGB, or for pipelines of videos a list of frames; prompt: of the edit. Or a
         list of each, of images of one size.
-    source_prompt: of the inversion, by default none. steps: up and down each, of two predictions.
-    guidance: scale of the edit: of classifier-free guidance, or the one that a model was taught; 1
-        for distilled ones. inversion_guidance: likewise upwards. negative: prompt of the
-        unconditional rows.
+    source_prompt: of the inversion, one or a list, by default none. steps: up and down each, of
+        two predictions. guidance: scale of the edit: of classifier-free guidance, or the one that a
+        model was taught; 1 for distilled ones. inversion_guidance: likewise upwards. negative:
+        prompt of the unconditional rows.
     inject: in so many steps, the noisiest, the values are shared; 2 to 5 as published, 0 not at
         all. sites: where, by default the later half of the single-stream blocks (FLUX.1: 20 to 37),
         or of all. text: share the text's values of the source too, for which both prompts must
@@ -58,7 +58,7 @@ class RFSolver(SharedProgram):
         image: Any,
         prompt: str | Sequence[str],
         *,
-        source_prompt: str = "",
+        source_prompt: str | Sequence[str] = "",
         steps: int = 15,
         guidance: float = 2.0,
         inversion_guidance: float = 1.0,

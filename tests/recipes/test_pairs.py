@@ -228,7 +228,7 @@ def flowed(name: str, *editors: Editor) -> Tensor:
     return latents
 
 
-@pytest.mark.parametrize("name", ["FireFlow", "FlowEdit", "RFInversion", "RFSolver"])
+@pytest.mark.parametrize("name", ["FireFlow", "FlowEdit", "RFInversion", "RFSolver", "UniEditFlow"])
 @pytest.mark.parametrize("other", examples(NAMES, EVERYDAY))
 def test_flow_programs_under_editors(name: str, other: str) -> None:
     """What an editor does is seen, or it is refused by name."""

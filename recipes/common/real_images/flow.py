@@ -11,7 +11,7 @@ from torch import Tensor
 from hookctl.address import families
 from hookctl.address.outlines import Mask
 from hookctl.address.regions import Region, RegionLike, region_of
-from hookctl.arguments import images_and_prompts
+from hookctl.arguments import for_each, images_and_prompts, refusal
 from hookctl.editor import Editor, overrides
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.inversion import require_first_order
@@ -21,6 +21,7 @@ from hookctl.recipes.common.real_images.encoded import encoded, takes_videos
 from hookctl.recipes.common.real_images.inverted import call_arguments
 from hookctl.session import Session
 
+_ONE_PROMPT = "QwenImageEdit"  # whose prompts hold the image
 _OF_STEPS = ("before", "branches", "denoise", "combine")
 
 
@@ -60,8 +61,15 @@ class FlowProgram:
     def _program(self, prompts: Sequence[str], scales: Sequence[float]) -> Trajectory:
         """A run that starts from latents of the images, to be asked with scales up to these.
 
-        Raises UnsupportedError for a scheduler that is not of first order.
+        Raises UnsupportedError for a scheduler that is not of first order, and for several prompts
+        of a pipeline that reads one at a time.
         """
+        if len(prompts) > 1 and type(self.pipe).__name__.startswith(_ONE_PROMPT):
+            raise UnsupportedError(
+                f"{type(self).__name__}: {type(self.pipe).__name__} reads one prompt at a time, "
+                f"and here {len(prompts)} are asked together; RFInversion and RFSolver of one "
+                "image take one, and QwenImagePipeline takes several"
+            )
         (height, width), highest = self.size, max(1.0, *scales)
         scale: dict[str, Any] = {"guidance": highest}
         if self.taught:
@@ -104,6 +112,16 @@ def is_taught_scale(pipe: Any) -> bool:
     config = getattr(families.denoiser_of(pipe), "config", None)
     taught = loop is not None and loop.embedded is not None
     return taught and bool(getattr(config, "guidance_embeds", False))
+
+
+def for_each_image(given: str | Sequence[str], prompts: Sequence[str], who: str) -> list[str]:
+    """The source prompts of the images of these prompts: one for all, or one for each."""
+    found = for_each(
+        given, f"{who}: source_prompt", len(prompts), "images", is_one=isinstance(given, str)
+    )
+    if not all(isinstance(text, str) for text in found):
+        raise refusal(f"{who}: source_prompt", given, "a text, or a list of texts")
+    return found
 
 
 def check_without_steps(editor: Editor, who: str) -> None:

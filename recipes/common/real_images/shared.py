@@ -29,10 +29,10 @@ Ask = Callable[[Tensor, float, Moment], Tensor]
 class SharedProgram(flow.FlowProgram):
     """Base of programs whose edit has features of the image's inversion in its first steps.
 
-    image, prompt, steps, negative, arguments: see `FlowProgram`; source_prompt: of the inversion;
-    guidance: scale of the edit, inversion_guidance: of the inversion; inject: of how many steps
-    the features are shared; sites: where; names: which of "q", "k", "v"; text, on_cpu, memory: as
-    of `FeatureStore`; paper: see `_source`.
+    image, prompt, steps, negative, arguments: see `FlowProgram`; source_prompt: of the inversion,
+    one or a list; guidance: scale of the edit, inversion_guidance: of the inversion; inject: of how
+    many steps the features are shared; sites: where; names: which of "q", "k", "v"; text, on_cpu,
+    memory: as of `FeatureStore`; paper: see `_source`.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class SharedProgram(flow.FlowProgram):
         image: Any,
         prompt: str | Sequence[str],
         *,
-        source_prompt: str,
+        source_prompt: str | Sequence[str],
         steps: int,
         guidance: float,
         inversion_guidance: float,
@@ -60,7 +60,8 @@ class SharedProgram(flow.FlowProgram):
         if memory is not None:
             memory = number(memory, f"{name}: memory", low=0)
         super().__init__(pipe, image, prompt, steps=steps, negative=negative, arguments=arguments)
-        self.source_prompt, self.guidance = source_prompt, float(guidance)
+        self.sources = flow.for_each_image(source_prompt, self.prompts, name)
+        self.guidance = float(guidance)
         self.inversion_guidance, self.paper = float(inversion_guidance), paper
         self._storing: dict[str, Any] = {
             "sites": sites,
@@ -127,8 +128,7 @@ class SharedProgram(flow.FlowProgram):
 
     def _upwards(self) -> Trajectory:
         """The program of the inversion."""
-        texts = [self.source_prompt] * len(self.prompts)
-        return self._program(texts, [self.inversion_guidance] * len(texts))
+        return self._program(self.sources, [self.inversion_guidance] * len(self.prompts))
 
     def _velocity(
         self, program: Trajectory, x: Tensor, sigma: float, scales: Sequence[float]

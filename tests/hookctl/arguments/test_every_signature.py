@@ -72,7 +72,13 @@ def values() -> list[Any]:
 
 
 # Programs of flow matching alone.
-FLOW = (recipes.FireFlow, recipes.FlowEdit, recipes.RFInversion, recipes.RFSolver)
+FLOW = (
+    recipes.FireFlow,
+    recipes.FlowEdit,
+    recipes.RFInversion,
+    recipes.RFSolver,
+    recipes.UniEditFlow,
+)
 
 
 @cache
