@@ -7,6 +7,7 @@ Editing a prompt, the image stays alike
     FlowEdit                  Kulikov et al. 2024, arXiv 2412.08629
     RFInversion               Rout et al. 2024, arXiv 2410.10792
     FireFlow                  Deng et al. 2024, arXiv 2412.07517
+    KVEdit                    Zhu et al. 2025, arXiv 2502.17363
     RFSolver                  Wang et al. 2024, arXiv 2411.04746
     UniEditFlow               Jiao et al. 2025, arXiv 2504.13109
 Guidance
@@ -59,6 +60,7 @@ from hookctl.recipes.fire_flow import FireFlow
 from hookctl.recipes.flow_edit import FlowEdit
 from hookctl.recipes.freeu import FreeU
 from hookctl.recipes.imagic import Imagic
+from hookctl.recipes.kv_edit import KVEdit
 from hookctl.recipes.layout_guidance import LayoutGuidance
 from hookctl.recipes.masactrl import MasaCtrl
 from hookctl.recipes.masked_self_attention import MaskedSelfAttention
@@ -101,6 +103,7 @@ __all__ = [
     "FlowEdit",
     "FreeU",
     "Imagic",
+    "KVEdit",
     "LayoutGuidance",
     "MasaCtrl",
     "MaskedSelfAttention",

@@ -115,10 +115,14 @@ class UniEditFlow(flow.FlowProgram):
         program = self._program([""] * len(self.prompts), scales)
         x = flow.wide(self.clean.to(program.latents))
         levels = [level.noise for level in program.levels]
-        v = torch.zeros_like(x) if self.zero_init else self._ask(program, x, self.steps, scales)
+        v = (
+            torch.zeros_like(x)
+            if self.zero_init
+            else self._velocity(program, scales, x, self.steps)
+        )
         for i in reversed(range(self.steps - self.taken, self.steps)):
             length = levels[i] - levels[i + 1]
-            v = self._ask(program, x + length * v, i, scales)
+            v = self._velocity(program, scales, x + length * v, i)
             x = x + length * v
         return x.to(program.latents)
 
@@ -127,7 +131,7 @@ class UniEditFlow(flow.FlowProgram):
         levels, scales = [level.noise for level in program.levels], [self.guidance] * (2 * len(x))
         self.masks.clear()
         for i in range(program.start, self.steps):
-            source, target = self._ask(program, torch.cat([x, x]), i, scales).chunk(2)
+            source, target = self._velocity(program, scales, torch.cat([x, x]), i).chunk(2)
             difference = target - source
             m = self._mask(difference)
             v = m * target + (1 - m) * source + self.omega * (1 + m) * difference
@@ -139,11 +143,7 @@ class UniEditFlow(flow.FlowProgram):
         """m, [images, ...] with one channel: the last of packed latents, else the first."""
         channels = -1 if difference.dim() == 3 else 1
         m = (difference.abs() if self.mask == ABSOLUTE else difference).mean(channels, keepdim=True)
-        every = tuple(range(1, m.dim()))
-        low, high = m.amin(every, keepdim=True), m.amax(every, keepdim=True)
+        low, high = (edge(tuple(range(1, m.dim())), keepdim=True) for edge in (m.amin, m.amax))
         if self.paper:
             return (m - low) / (high - low + (0.0 if self.mask == ABSOLUTE else 1e-7))
         return (m - low) / (high - low).clamp_min(torch.finfo(m.dtype).tiny)
-
-    def _ask(self, program: Trajectory, x: Tensor, i: int, scales: Sequence[float]) -> Tensor:
-        return flow.wide(program.predict(x.to(program.latents), i, **self._scales(scales)))

@@ -10,7 +10,7 @@ import torch
 
 from hookctl.address import families
 from hookctl.address.latent import image_tokens, latent_grid, text_tokens
-from hookctl.address.sites import Site
+from hookctl.address.sites import Grid, ImageTokens, Site
 from hookctl.loop.trajectory import Trajectory
 
 _UNKNOWN = 4e9  # bytes free where the system does not tell
@@ -47,19 +47,28 @@ def free_bytes(device: torch.device) -> float:
 
 def _tokens(site: Site, program: Trajectory, text: bool) -> int:
     """Of a site in one row of a program's calls."""
+    template, model = program.template, program.denoiser
+    if text and (images := _images(program)) is not None:
+        said = template.arguments.get(template.text_name or "")
+        words = text_tokens(said, template.arguments, model) if site.kind == "joint" else 0
+        return images.count + (words or 0)
+    return token_grid(site, program).tokens
+
+
+def token_grid(site: Site, program: Trajectory) -> Grid:
+    """The grid that the drawn image's tokens form at a site."""
+    if (images := _images(program)) is not None:
+        return images.grids[images.target]
     template = program.template
     sample = template.arguments[template.sample]
-    found = image_tokens(sample, template.arguments, program.denoiser)
-    if found is not None:
-        words = text_tokens(
-            template.arguments.get(template.text_name or ""), template.arguments, program.denoiser
-        )
-        if text and site.kind == "joint":
-            return found.count + (words or 0)
-        return found.count if text else found.grids[found.target].tokens
     *frames, height, width = latent_grid(sample, template.arguments, program.denoiser)
-    sides = [math.ceil(side * (site.resolution or 1)) for side in (height, width)]
-    return sides[0] * sides[1] * (frames[0] if frames else 1)
+    rows, columns = (math.ceil(side * (site.resolution or 1)) for side in (height, width))
+    return Grid(rows, columns, *frames)
+
+
+def _images(program: Trajectory) -> ImageTokens | None:
+    template = program.template
+    return image_tokens(template.arguments[template.sample], template.arguments, program.denoiser)
 
 
 def _width(module: Any) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from hookctl.address import families
 from hookctl.address.rows import COND, Row
 from hookctl.address.sites import Selector, Site
+from hookctl.arguments import number
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import Claim, Editor
 from hookctl.errors import InputError, UnsupportedError
@@ -66,7 +68,12 @@ class FeatureStore:
     def expected_bytes(self, program: Trajectory, moments: int) -> int:
         """What so many moments of a program's prompts will take."""
         one = bytes_of_sites(program, self.sites, text=self.text)
-        return one * len(self.names) * moments * len(program.prompts)
+        kept = round(one * self.share(program))
+        return kept * len(self.names) * moments * len(program.prompts)
+
+    def share(self, program: Trajectory) -> float:
+        """Of the tokens that are kept."""
+        return 1.0
 
     def check_fits(self, program: Trajectory, moments: int) -> None:
         """Raise InputError if so many moments of a program's prompts take more than there is."""
@@ -92,7 +99,7 @@ class FeatureStore:
         for name in self.names:
             x = getattr(call, name)[rows]
             if not self.text:
-                x = x[..., slice(*_image_span(call, name, x)), :]
+                x = self.select(call, x[..., slice(*_image_span(call, name, x)), :])
             kept = x.detach().to("cpu") if self.on_cpu else x.detach().clone()
             self._kept[moment, call.site.path, name] = kept
 
@@ -124,9 +131,19 @@ class FeatureStore:
                     found[name] = mix(name, own, x)
                     continue
                 x = x[..., slice(*span), :]
+            image = own[..., slice(*span), :]
+            x = self.restore(call, image, x)
             self._check(call, x, span[1] - span[0], "draw the size that was inverted")
-            found[name] = with_image(own, mix(name, own[..., slice(*span), :], x), span)
+            found[name] = with_image(own, mix(name, image, x), span)
         return found
+
+    def select(self, call: AttentionCall, x: Tensor) -> Tensor:
+        """The part that is kept of the image's tokens, [images, sub-batch, heads, tokens, ...]."""
+        return x
+
+    def restore(self, call: AttentionCall, own: Tensor, kept: Tensor) -> Tensor:
+        """The image's tokens of which such a part was kept, the others being the row's own."""
+        return kept
 
     def _check(self, call: AttentionCall, x: Tensor, tokens: int, cure: str) -> None:
         if x.shape[-2] != tokens:
@@ -134,6 +151,13 @@ class FeatureStore:
                 f"{self.who}: {x.shape[-2]} tokens were kept of {call.site.path}, which has "
                 f"{tokens} now; {cure}"
             )
+
+
+def storing(who: str, on_cpu: bool, memory: float | None) -> dict[str, Any]:
+    """The options of a store as a recipe is given them; InputError for no memory."""
+    if memory is not None:
+        memory = number(memory, f"{who}: memory", low=0)
+    return {"on_cpu": on_cpu, "memory": memory}
 
 
 class FeatureKeeper(Editor):

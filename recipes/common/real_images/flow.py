@@ -15,7 +15,7 @@ from hookctl.arguments import for_each, images_and_prompts, refusal
 from hookctl.editor import Editor, overrides
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.inversion import require_first_order
-from hookctl.loop.noise import matches_flow
+from hookctl.loop.noise import matches_flow, noise_like
 from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes.common.real_images.encoded import encoded, takes_videos
 from hookctl.recipes.common.real_images.inverted import call_arguments
@@ -93,6 +93,29 @@ class FlowProgram:
         if self.taught:
             return {"embedded": list(scales)}
         return {"guidance": list(scales) if max(scales) > 1 else 1.0}
+
+    def _velocity(
+        self,
+        program: Trajectory,
+        scales: Sequence[float],
+        x: Tensor,
+        i: int | None = None,
+        sigma: float | None = None,
+    ) -> Tensor:
+        """The velocity of latents at a level, or a share of noise, in single precision at least."""
+        x = x.to(program.latents)
+        return wide(program.predict(x, i, sigma=sigma, **self._scales(scales)))
+
+    def _noised(self, program: Trajectory, i: int, seed: int) -> Tensor:
+        """The images at a level of a program."""
+        image, level = wide(self.clean.to(program.latents)), program.levels[i].noise
+        noise = noise_like(image, torch.Generator().manual_seed(seed))
+        return (1 - level) * image + level * noise
+
+
+def length(program: Trajectory, i: int, j: int) -> float:
+    """Of the step from level i to level j."""
+    return program.levels[j].noise - program.levels[i].noise
 
 
 def require_flow(pipe: Any, who: str) -> None:

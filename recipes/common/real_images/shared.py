@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hookctl.address.sites import Site
-from hookctl.arguments import checked, number, whole
+from hookctl.arguments import checked, whole
 from hookctl.editor import Editor
 from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes.common.features.store import (
@@ -18,6 +18,7 @@ from hookctl.recipes.common.features.store import (
     FeatureKeeper,
     FeatureStore,
     Moment,
+    storing,
 )
 from hookctl.recipes.common.real_images import flow
 from hookctl.session import control
@@ -57,8 +58,6 @@ class SharedProgram(flow.FlowProgram):
     ) -> None:
         name = type(self).__name__
         self.inject = whole(inject, f"{name}: inject", 0, steps)
-        if memory is not None:
-            memory = number(memory, f"{name}: memory", low=0)
         super().__init__(pipe, image, prompt, steps=steps, negative=negative, arguments=arguments)
         self.sources = flow.for_each_image(source_prompt, self.prompts, name)
         self.guidance = float(guidance)
@@ -67,8 +66,7 @@ class SharedProgram(flow.FlowProgram):
             "sites": sites,
             "names": names,
             "text": text,
-            "on_cpu": on_cpu,
-            "memory": memory,
+            **storing(name, on_cpu, memory),
         }
 
     @checked()
@@ -89,7 +87,7 @@ class SharedProgram(flow.FlowProgram):
             def ask(x: Tensor, sigma: float, moment: Moment) -> Tensor:
                 if own:
                     own[0].moment = self._source(moment)
-                return self._velocity(program, x, sigma, scales)
+                return self._velocity(program, scales, x, sigma=sigma)
 
             with torch.no_grad():
                 drawn = self._walk(ask, flow.wide(inverted), _levels(program))
@@ -120,7 +118,7 @@ class SharedProgram(flow.FlowProgram):
             def ask(x: Tensor, sigma: float, moment: Moment) -> Tensor:
                 for one in keeper:
                     one.moment = moment if moment in kept else None
-                return self._velocity(program, x, sigma, scales)
+                return self._velocity(program, scales, x, sigma=sigma)
 
             levels = _levels(program)
             x = flow.wide(self.clean.to(program.latents))
@@ -129,12 +127,6 @@ class SharedProgram(flow.FlowProgram):
     def _upwards(self) -> Trajectory:
         """The program of the inversion."""
         return self._program(self.sources, [self.inversion_guidance] * len(self.prompts))
-
-    def _velocity(
-        self, program: Trajectory, x: Tensor, sigma: float, scales: Sequence[float]
-    ) -> Tensor:
-        x = x.to(program.latents)
-        return flow.wide(program.predict(x, sigma=sigma, **self._scales(scales)))
 
     @abstractmethod
     def _walk(
