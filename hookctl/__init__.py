@@ -20,6 +20,7 @@ Write an editor: a subclass of Editor that has the hooks it needs
     AttentionCall           one attention call, and the verbs that rewrite it
         Routing, Division   what its verbs `route_by` and `divide` are given
     FeatureCall             one skip connection of a UNet
+    BlockCall               one transformer block, which rows may pass by
     InsertCall, LinearCall, StemCall, Residuals
                             the same for trained modules: a block's stream, a linear layer, the
                             layer that takes the latents in, what a ControlNet adds
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     from hookctl.attention.token_map import Routing
     from hookctl.editor import Claim, Editor
     from hookctl.loop.branches import Branch
-    from hookctl.loop.inserting import InsertCall, LinearCall, Residuals, StemCall
+    from hookctl.loop.inserting import BlockCall, InsertCall, LinearCall, Residuals, StemCall
     from hookctl.loop.noise import Noise
     from hookctl.loop.state import FeatureCall, Predictions, State
     from hookctl.loop.trajectory import Trajectory
@@ -78,6 +79,7 @@ __all__ = [
     "Routing",
     "Division",
     "FeatureCall",
+    "BlockCall",
     "InsertCall",
     "LinearCall",
     "StemCall",
@@ -102,6 +104,7 @@ __all__ = [
 # seconds to import: a command's help, or a wrong option, must not wait for them.
 _HOMES = {
     "AttentionCall": "hookctl.attention.call",
+    "BlockCall": "hookctl.loop.inserting",
     "Branch": "hookctl.loop.branches",
     "COND": "hookctl.address.rows",
     "Claim": "hookctl.editor",

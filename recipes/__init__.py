@@ -11,6 +11,7 @@ Editing a prompt, the image stays alike
     RFSolver                  Wang et al. 2024, arXiv 2411.04746
     UniEditFlow               Jiao et al. 2025, arXiv 2504.13109
 Guidance
+    NAG                       normalized attention, Chen et al. 2025, arXiv 2505.21179
     PAG                       perturbed attention, Ahn et al. 2024, arXiv 2403.17377
     SEG                       smoothed energy, Hong 2024, arXiv 2408.00760
     SAG                       self-attention, Hong et al. 2022, arXiv 2210.00939
@@ -29,6 +30,8 @@ Layout: what stands where
     RegionalPrompts           attention couple, after arXiv 2302.08113
     MaskedSelfAttention       of InstanceDiffusion, arXiv 2402.03290
     MultiInstanceSampler      of InstanceDiffusion, arXiv 2402.03290
+Maps: where an image shows what
+    ConceptAttention          Helbling et al. 2025, arXiv 2502.04320
 Appearance of a reference
     StyleAligned              Hertz et al. 2023, arXiv 2312.02133
     ReferenceOnly             Zhang 2023, discussion 1236 of sd-webui-controlnet
@@ -51,6 +54,7 @@ from hookctl.recipes.apg import APG
 from hookctl.recipes.attend_and_excite import AttendAndExcite
 from hookctl.recipes.box_diff import BoxDiff
 from hookctl.recipes.cfg_zero_star import CFGZeroStar
+from hookctl.recipes.concept_attention import ConceptAttention
 from hookctl.recipes.cyclic_one_way import CyclicOneWay
 from hookctl.recipes.ddim_inversion import DDIMInversion
 from hookctl.recipes.direct_inversion import DirectInversion
@@ -66,6 +70,7 @@ from hookctl.recipes.masactrl import MasaCtrl
 from hookctl.recipes.masked_self_attention import MaskedSelfAttention
 from hookctl.recipes.multi_diffusion import MultiDiffusion
 from hookctl.recipes.multi_instance_sampler import MultiInstanceSampler
+from hookctl.recipes.nag import NAG
 from hookctl.recipes.negative_prompt_inversion import NegativePromptInversion
 from hookctl.recipes.null_text import NullTextInversion
 from hookctl.recipes.one_way_flow import OneWayFlow
@@ -88,6 +93,7 @@ from hookctl.recipes.uni_edit_flow import UniEditFlow
 __all__ = [
     "APG",
     "FDG",
+    "NAG",
     "PAG",
     "SAG",
     "SEG",
@@ -95,6 +101,7 @@ __all__ = [
     "AttendAndExcite",
     "BoxDiff",
     "CFGZeroStar",
+    "ConceptAttention",
     "CyclicOneWay",
     "DDIMInversion",
     "DirectInversion",

@@ -62,6 +62,14 @@ def middle_sites(who: str, target: Any) -> list[str]:
     return [site.path for site in image if site.path.rpartition(".")[0] == block]
 
 
+def two_stream_sites(target: Any) -> list[str]:
+    """The paths of the joint sites where the text has projections of its own (of FLUX, those of
+    the double blocks)."""
+    model = families.uncompiled(families.denoiser_of(target))
+    joint = [site.path for site in sites_of(target) if site.kind == "joint"]
+    return [path for path in joint if getattr(model.get_submodule(path), "add_q_proj", None)]
+
+
 def layout_resolution(
     who: str, sites: Iterable[Site], grid: tuple[int, ...], cure: str
 ) -> Fraction:
