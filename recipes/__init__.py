@@ -6,6 +6,10 @@ Editing a prompt, the image stays alike
     Imagic                    Kawar et al. 2022, arXiv 2210.09276
     FlowEdit                  Kulikov et al. 2024, arXiv 2412.08629
     RFInversion               Rout et al. 2024, arXiv 2410.10792
+    FireFlow                  Deng et al. 2024, arXiv 2412.07517
+    KVEdit                    Zhu et al. 2025, arXiv 2502.17363
+    RFSolver                  Wang et al. 2024, arXiv 2411.04746
+    UniEditFlow               Jiao et al. 2025, arXiv 2504.13109
 Guidance
     NAG                       normalized attention, Chen et al. 2025, arXiv 2505.21179
     PAG                       perturbed attention, Ahn et al. 2024, arXiv 2403.17377
@@ -59,9 +63,11 @@ from hookctl.recipes.ddim_inversion import DDIMInversion
 from hookctl.recipes.direct_inversion import DirectInversion
 from hookctl.recipes.edit_friendly_ddpm import EditFriendlyDDPM
 from hookctl.recipes.fdg import FDG
+from hookctl.recipes.fire_flow import FireFlow
 from hookctl.recipes.flow_edit import FlowEdit
 from hookctl.recipes.freeu import FreeU
 from hookctl.recipes.imagic import Imagic
+from hookctl.recipes.kv_edit import KVEdit
 from hookctl.recipes.layout_guidance import LayoutGuidance
 from hookctl.recipes.masactrl import MasaCtrl
 from hookctl.recipes.masked_self_attention import MaskedSelfAttention
@@ -78,6 +84,7 @@ from hookctl.recipes.real_compo import RealCompo
 from hookctl.recipes.reference_only import ReferenceOnly
 from hookctl.recipes.regional_prompts import RegionalPrompts
 from hookctl.recipes.rf_inversion import RFInversion
+from hookctl.recipes.rf_solver import RFSolver
 from hookctl.recipes.sag import SAG
 from hookctl.recipes.scale_u import ScaleU
 from hookctl.recipes.seg import SEG
@@ -87,6 +94,7 @@ from hookctl.recipes.stg import STG
 from hookctl.recipes.style_aligned import StyleAligned
 from hookctl.recipes.tcfg import TCFG
 from hookctl.recipes.tpg import TPG
+from hookctl.recipes.uni_edit_flow import UniEditFlow
 
 __all__ = [
     "APG",
@@ -106,9 +114,11 @@ __all__ = [
     "DDIMInversion",
     "DirectInversion",
     "EditFriendlyDDPM",
+    "FireFlow",
     "FlowEdit",
     "FreeU",
     "Imagic",
+    "KVEdit",
     "LayoutGuidance",
     "MasaCtrl",
     "MaskedSelfAttention",
@@ -120,6 +130,7 @@ __all__ = [
     "PromptToPrompt",
     "ProximalGuidance",
     "RFInversion",
+    "RFSolver",
     "RealCompo",
     "ReferenceOnly",
     "RegionalPrompts",
@@ -127,6 +138,7 @@ __all__ = [
     "SelectiveOneWay",
     "SkipLayerGuidance",
     "StyleAligned",
+    "UniEditFlow",
 ]
 
 

@@ -233,12 +233,15 @@ def flowed(name: str, *editors: Editor) -> Tensor:
     if name == "FlowEdit":
         program: Any = recipes.FlowEdit(flowing(), image(), PROMPTS, n_max=4, **options)
     else:
-        program = recipes.RFInversion(flowing(), [image()] * 2, PROMPTS, **options)
+        given = {"mask": LEFT, "skip": 1} if name == "KVEdit" else {}
+        program = getattr(recipes, name)(flowing(), [image()] * 2, PROMPTS, **given, **options)
     latents: Tensor = program.run(*editors, output_type="latent")
     return latents
 
 
-@pytest.mark.parametrize("name", ["FlowEdit", "RFInversion"])
+@pytest.mark.parametrize(
+    "name", ["FireFlow", "FlowEdit", "KVEdit", "RFInversion", "RFSolver", "UniEditFlow"]
+)
 @pytest.mark.parametrize("other", examples(NAMES, EVERYDAY))
 def test_flow_programs_under_editors(name: str, other: str) -> None:
     """What an editor does is seen, or it is refused by name."""
