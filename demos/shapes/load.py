@@ -62,8 +62,8 @@ def load_shapes_flow(
     """
     folder = Path(weights) if weights is not None else FLOW_WEIGHTS
     hint = (
-        "reinstall hookctl, or train one with `python -m hookctl.demos.shapes.train_flow --out out/flow` and pass "
-        "weights='out/flow/weights'"
+        "reinstall hookctl, or train one with `python -m hookctl.demos.shapes.train_flow --out "
+        "out/flow` and pass weights='out/flow/weights'"
     )
     check_folder("load_shapes_flow", folder, dtype, hint)
     with _quiet():
