@@ -15,7 +15,7 @@ from hookctl.batch.settings import check_vary
 from hookctl.cli.hooks import attach_hooks, check_hooks
 from hookctl.cli.known import editors_by_name, measures_by_name
 from hookctl.cli.lora import check_loras, put_on
-from hookctl.cli.models import SHAPES, find_model
+from hookctl.cli.models import EMBEDDED, find_model
 from hookctl.cli.quiet import quiet
 from hookctl.cli.stacks import stack_file
 from hookctl.errors import InputError
@@ -102,9 +102,8 @@ def loader(
     from hookctl.cli.loading import downloaded, usual_dtype
 
     folder = find_model(model)
-    if model == SHAPES:
-        dtype, place = dtype or "float32", Path(hookctl.__file__).parent
-        place = place / "demos" / "shapes" / "weights"
+    if model in EMBEDDED:
+        dtype, place = dtype or "float32", Path(hookctl.__file__).parent / EMBEDDED[model][1]
     else:
         place = folder or downloaded(model)
         dtype = str(usual_dtype(dtype, device, place)).removeprefix("torch.")
