@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hookctl.address import families, pipelines
-from hookctl.address.clock import Timekeeper
+from hookctl.address.clock import Clock, Timekeeper
 from hookctl.address.latent import image_tokens, latent_grid, text_tokens
 from hookctl.address.rows import Row, Rows, branch_of, copied, resolve_rows
 from hookctl.address.text import prompts_given
@@ -146,7 +146,7 @@ class Run:
         return State(
             denoiser=denoiser,
             pipe=self.pipe,
-            rows=self._rows(denoiser, given, branch, outer) if call is None else call.rows,
+            rows=self._rows(denoiser, given, branch, outer, clock) if call is None else call.rows,
             clock=clock,
             kwargs=arguments,
             sample=sample,
@@ -186,7 +186,12 @@ class Run:
         return bound.args[1:], bound.kwargs
 
     def _rows(
-        self, denoiser: nn.Module, given: Any, branch: str | None, outer: State | None
+        self,
+        denoiser: nn.Module,
+        given: Any,
+        branch: str | None,
+        outer: State | None,
+        clock: Clock,
     ) -> Rows:
         batch = len(given)
         if outer is not None and outer.asking is not None:
@@ -207,6 +212,8 @@ class Run:
                 ]
             )
         layout, guided = pipelines.layout_of(self.pipe, denoiser), pipelines.is_guided(self.pipe)
+        if guided and families.leaves_unguided(self.pipe, clock.entry):
+            guided = False
         if self.count is None and (prompt := self._checked.get("prompt")):
             self.count, self._told = 1 if isinstance(prompt, str) else len(prompt), False
         if self.count is None and layout.images(batch, guided) is None:
