@@ -95,8 +95,7 @@ class ConceptAttention(Editor):
                 f"ConceptAttention: the text of {type(target).__name__} asks nothing of the image; "
                 "it needs a model that has both in one sequence (SD3, FLUX.1)"
             )
-        given = self.given_sites
-        if given is None:
+        if (given := self.given_sites) is None:
             own = two_stream_sites(target)
             given = own if len(own) == len(joint) else own[-max(1, round(len(own) / 5)) :]
         self.sites = given
@@ -113,16 +112,16 @@ class ConceptAttention(Editor):
             if self.paper:
                 tokens = (start + last.words[0].tokens[0],)
             parts.append(sequence[list(tokens)])
-        self._encoded, self._counts = torch.cat(parts)[None], [len(part) for part in parts]
+        self._encoded, self._counts = torch.cat(parts)[None], [*map(len, parts)]
 
     def denoise(self, state: State, proceed: Proceed) -> Any:
-        out = proceed()
-        if rows := state.rows.where(branch=COND):
-            self._looking = True
-            try:
+        out, rows = proceed(), state.rows.where(branch=COND)
+        self._looking = bool(rows)
+        try:
+            if rows:
                 predict(state, rows, reader=self)
-            finally:
-                self._looking = False
+        finally:
+            self._looking = False
         return out
 
     def context(self, state: State) -> Mapping[str, Tensor] | None:

@@ -1,4 +1,4 @@
-"""The rules of guidance and NAG over a few steps of the embedded pipeline: every figure is there."""
+"""Rules of guidance and NAG over a few steps of the embedded pipeline: every figure is there."""
 
 from __future__ import annotations
 
