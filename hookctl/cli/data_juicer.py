@@ -27,11 +27,11 @@ class PairMapper(Mapper):  # type: ignore[misc]
     def __init__(self, job, output_dir, model=None, device=None, dtype=None, **others):  # type: ignore[no-untyped-def]
         super().__init__(**others)
         self.job, self.folder = checked_job(job, model), Path(output_dir)
-        self.device, self.dtype = device, dtype
+        self.place = device, dtype
 
     @cached_property
-    def opened(self) -> tuple[Any, Any]:  # of the process that draws
-        preset, load, core = prepared(self.job, usable_device(self.device), self.dtype)
+    def opened(self) -> tuple[Any, Any]:
+        preset, load, core = prepared(self.job, usable_device(self.place[0]), self.place[1])
         return working(self.job, preset, digest(core)), load()
 
     def process_single(self, sample: dict[str, Any], rank: int | None = None) -> dict[str, Any]:
@@ -47,8 +47,7 @@ class PairMapper(Mapper):  # type: ignore[misc]
                 for record in outcome.records:
                     for name, held in record.files.items():
                         (self.folder / f"{record.id}.{name}").write_bytes(held)
-                    start = str(self.folder / record.id)
-                    images += [f"{start}.source.png", f"{start}.edited.png"]
-                made = [record.data for record in outcome.records]
-                pairs.append(json.dumps({**asdict(outcome), "records": made}))
+                    images += [f"{self.folder / record.id}.{n}.png" for n in ("source", "edited")]
+                made = {"records": [record.data for record in outcome.records]}
+                pairs.append(json.dumps(asdict(outcome) | made))
         return sample | {self.image_key: images, "pairs": pairs}
