@@ -1,8 +1,6 @@
-"""A data-juicer operator: the prompts of a sample drawn as a pair, as `hookctl batch` draws them.
-
-`job` is a job file; a sample is a row of its pairs, and gets the paths of its images under
-`image_key`, source and edited in turn, and for each seed what was and was not kept under `pairs`.
-"""
+"""A data-juicer operator: a sample's prompts are drawn as a row of the job file `job` is, and it gets
+the paths of its images under `image_key`, source and edited in turn, and of each seed under `pairs`
+what was and was not kept."""
 
 import json
 from dataclasses import asdict
