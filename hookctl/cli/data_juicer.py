@@ -1,6 +1,6 @@
-"""A data-juicer operator: a sample's prompts are drawn as a row of the job file `job` is, and it gets
-the paths of its images under `image_key`, source and edited in turn, and of each seed under `pairs`
-what was and was not kept."""
+"""A data-juicer operator: the prompts of a sample are drawn as a row of the job file `job` is. It
+gets the paths of its images under `image_key`, source and edited in turn, and of each seed under
+`pairs` what was kept and what was not."""
 
 import json
 from dataclasses import asdict
@@ -37,8 +37,8 @@ class PairMapper(Mapper):  # type: ignore[misc]
         if missing := {job.source, job.edited, *job.columns} - set(rest):
             raise InputError(f"{job.path}: a sample has no {', '.join(sorted(missing))}")
         pair = Pair(rest.pop(job.source), rest.pop(job.edited), rest)
-        self.folder.mkdir(parents=True, exist_ok=True)
         (work, pipe), images, pairs = self.opened, [], []
+        self.folder.mkdir(parents=True, exist_ok=True)
         with calm(pipe, job.threads):
             for place in range(seeds_of(job)):
                 outcome = run(task_of(job, work.core_id, pair, place), pipe, work)
