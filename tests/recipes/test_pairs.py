@@ -64,6 +64,7 @@ RECIPES: dict[str, Callable[[Any], Editor]] = {
     "SAG": lambda r: r.SAG(sites="self @1/2"),
     "SEG": lambda r: r.SEG(sites="self @1/2"),
     "ScaleU": lambda r: r.ScaleU(backbone=[0.3], skip=[-0.3]),
+    "StableFlow": lambda r: r.StableFlow(PROMPTS, sites="self up"),
     "StyleAligned": lambda r: r.StyleAligned(PROMPTS),
     "TCFG": lambda r: r.TCFG(),
 }
