@@ -23,6 +23,7 @@ import hookctl
 from hookctl import Editor
 from hookctl.demos.guidance import prompts_of
 from hookctl.demos.shapes.detect import detect, matches
+from hookctl.demos.shapes.world import COLOUR_NAMES
 from hookctl.inspect import markdown_table
 from hookctl.recipes import APG, FDG, NAG, TCFG, CFGZeroStar
 
@@ -33,6 +34,7 @@ RHO = 15 / 4  # of latents with a sixteenth of SDXL's cells
 RULES: dict[str, Callable[[float], Editor | None]] = {
     "plain": lambda g: None,
     "APG": lambda g: APG(rho=RHO),
+    "APG of predictions": lambda g: APG(rho=RHO, space="prediction"),
     "CFGZeroStar": lambda g: CFGZeroStar(),
     "TCFG": lambda g: TCFG(),
     # The published (10, 5) stand beside SDXL's 7.5.
@@ -41,7 +43,12 @@ RULES: dict[str, Callable[[float], Editor | None]] = {
 
 
 def draw(
-    pipe: Any, prompts: Sequence[str], guidance: float, editor: Editor | None, seed: int = 0
+    pipe: Any,
+    prompts: Sequence[str],
+    guidance: float,
+    editor: Editor | None,
+    seed: int = 0,
+    negative: Sequence[str] | None = None,
 ) -> list[Image.Image]:
     """One image for each prompt, prompt i from seed + i."""
     images: list[Image.Image] = []
@@ -50,7 +57,11 @@ def draw(
             part = list(prompts[i : i + BATCH])
             seeds = [torch.Generator().manual_seed(seed + i + k) for k in range(len(part))]
             images += pipe(
-                part, num_inference_steps=STEPS, guidance_scale=guidance, generator=seeds
+                part,
+                negative_prompt=None if negative is None else list(negative[i : i + BATCH]),
+                num_inference_steps=STEPS,
+                guidance_scale=guidance,
+                generator=seeds,
             ).images
     return images
 
@@ -80,38 +91,43 @@ def of_rules(pipe: Any, seeds: int) -> dict[str, dict[str, float]]:
 # -- a negative word -------------------------------------------------------------------------------
 
 UNSAID = ("a circle", "a square above a star", "a triangle", "a cross and a circle")
-NEGATED: dict[str, Callable[[list[str]], Editor]] = {
-    "NAG": NAG,
-    "NAG, alpha 0.5": lambda words: NAG(words, alpha=0.5),
-}
 
 
 def of_words(pipe: Any, seeds: int) -> dict[str, dict[str, float]]:
     """Prompts that say no colour, drawn without guidance; then without the colour that came.
 
-    Cases are the images whose first object the detector reads. gone: the share of them in which
-    nothing has that colour any more; shape: in which the object's shape is still there, in another
-    colour.
+    Cases are the images in which the detector finds an object; the word is the colour of the first.
+    gone: the share of cases in which nothing has that colour any more; shape: in which, besides,
+    the object's shape is still there. The control names a colour that the image did not have.
     """
     prompts = [UNSAID[i % len(UNSAID)] for i in range(seeds)]
-    firsts = [detect(image).objects[:1] for image in draw(pipe, prompts, 1.0, None)]
-    words = [things[0].colour if things else "red" for things in firsts]
+    seen = [detect(image) for image in draw(pipe, prompts, 1.0, None)]
+    there = [one.objects[0].colour if one.objects else "red" for one in seen]
+    other = [next(c for c in COLOUR_NAMES if all(c != o.colour for o in d.objects)) for d in seen]
+    ways: dict[str, tuple[list[str], float, Callable[[list[str]], Editor | None]]] = {
+        "NAG": (there, 1.0, NAG),
+        "NAG, alpha 0.5": (there, 1.0, lambda words: NAG(words, alpha=0.5)),
+        "NAG of another colour": (other, 1.0, NAG),
+        "negative prompt, guidance 3": (there, 3.0, lambda words: None),
+    }
     found: dict[str, dict[str, float]] = {}
-    for name, make in NEGATED.items():
+    for name, (words, guidance, make) in ways.items():
         images: list[Image.Image] = []
         for i in range(0, seeds, BATCH):
             part = slice(i, i + BATCH)
-            images += draw(pipe, prompts[part], 1.0, make(words[part]), seed=i)
+            editor = make(words[part])
+            negative = words[part] if editor is None else None
+            images += draw(pipe, prompts[part], guidance, editor, seed=i, negative=negative)
         gone = kept = 0
-        for things, image in zip(firsts, images, strict=True):
-            if things:
-                now = detect(image)
-                away = all(one.colour != things[0].colour for one in (*now.objects, *now.extras))
+        for before, image in zip(seen, images, strict=True):
+            if before.objects:
+                (first, *_), now = before.objects, detect(image)
+                away = all(one.colour != first.colour for one in (*now.objects, *now.extras))
                 gone += away
-                kept += away and now.find(things[0].shape) is not None
-        cases = sum(map(len, firsts))
+                kept += away and now.find(first.shape) is not None
+        cases = sum(bool(one.objects) for one in seen)
         found[name] = {"cases": cases, "gone": gone / cases, "shape": kept / cases}
-        print(name, found[name], flush=True)
+        print(name, {k: round(v, 3) for k, v in found[name].items()}, flush=True)
     return found
 
 
@@ -123,13 +139,11 @@ def main() -> None:
     options = parser.parse_args()
     pipe = hookctl.load_shapes()
     pipe.set_progress_bar_config(disable=True)
-    found = of_rules(pipe, options.seeds)
-    columns = list(next(iter(found.values())))
-    print(
-        markdown_table(
-            [[n, *(f"{v:.2f}" for v in f.values())] for n, f in found.items()], ["rule", *columns]
-        )
-    )
+    found = {"rules": of_rules(pipe, options.seeds), "words": of_words(pipe, options.seeds)}
+    for figures in found.values():
+        columns = list(next(iter(figures.values())))
+        rows = [[name, *(f"{value:.2f}" for value in of.values())] for name, of in figures.items()]
+        print(markdown_table(rows, ["", *columns]))
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
 

@@ -12,6 +12,7 @@ Use it
                             the attention maps of words
     Region                  a part of the image, from 0 to 1
     load_shapes             the embedded pipeline: no download, seconds on a CPU
+    load_shapes_flow        its flow-matching sibling, of the build of Stable Diffusion 3
     errors                  what can go wrong
     hookctl.recipes         the published methods, ready made
 
@@ -19,8 +20,7 @@ Write an editor: a subclass of Editor that has the hooks it needs
     Editor, Claim           the hooks, when and where they act, and what is theirs alone
     AttentionCall           one attention call, and the verbs that rewrite it
         Routing, Division   what its verbs `route_by` and `divide` are given
-    FeatureCall             one skip connection of a UNet
-    BlockCall               one transformer block, which rows may pass by
+    FeatureCall, BlockCall  one skip connection of a UNet; one block, which rows may pass by
     InsertCall, LinearCall, StemCall, Residuals
                             the same for trained modules: a block's stream, a linear layer, the
                             layer that takes the latents in, what a ControlNet adds
@@ -72,6 +72,7 @@ __all__ = [
     "WordMaps",
     "Region",
     "load_shapes",
+    "load_shapes_flow",
     "errors",
     "Editor",
     "Claim",
@@ -166,3 +167,14 @@ def load_shapes(**options: Any) -> Any:
     from hookctl.demos.shapes.load import load_shapes
 
     return load_shapes(**options)
+
+
+def load_shapes_flow(**options: Any) -> Any:
+    """The embedded flow-matching pipeline: a small, truly trained StableDiffusion3Pipeline (joint
+    attention, no T5) of the same world as `load_shapes`.
+
+    options: `device` and `dtype`, as of `torch.Tensor.to`.
+    """
+    from hookctl.demos.shapes.load import load_shapes_flow
+
+    return load_shapes_flow(**options)
