@@ -34,9 +34,10 @@ def programs_by_name() -> dict[str, type[Any]]:
     """Every recipe that draws after an image by a loop of its own."""
     from hookctl import recipes
     from hookctl.recipes import CyclicOneWay, Imagic
+    from hookctl.recipes.common.real_images.flow import FlowProgram
 
     known = [getattr(recipes, name) for name in recipes.__all__]
-    programs = (CyclicOneWay, Imagic)
+    programs = (CyclicOneWay, FlowProgram, Imagic)
     return {c.__name__: c for c in known if isinstance(c, type) and issubclass(c, programs)}
 
 

@@ -16,7 +16,11 @@ from typing import Any
 from hookctl.errors import InputError
 from hookctl.preset.check import check_keys, check_names, named
 
-_KINDS = {"editor": {"Editor"}, "inversion": {"Inversion"}, "program": {"CyclicOneWay", "Imagic"}}
+_KINDS = {
+    "editor": {"Editor"},
+    "inversion": {"Inversion"},
+    "program": {"CyclicOneWay", "FlowProgram", "Imagic"},
+}
 
 
 @dataclass
@@ -58,8 +62,10 @@ class Outline:
             check_keys(given, check_names(given, self.arguments[name], where, kind), where, name)
 
     def takes(self, data: Mapping[str, Any], argument: str) -> bool:
-        """Whether an editor of a file takes an argument, which its run fills."""
-        return any(argument in self.arguments.get(name, ()) for name in _names(data))
+        """Whether an editor of a file, or its program, takes an argument, which its run fills."""
+        program = data.get("program")
+        names = [*_names(data), *([program.get("recipe")] if isinstance(program, dict) else [])]
+        return any(argument in self.arguments.get(str(name), ()) for name in names)
 
     def takes_image(self, data: Mapping[str, Any]) -> bool:
         return "inversion" in data or "program" in data or self.takes(data, "image")
