@@ -125,6 +125,18 @@ class CallData:
         grids = () if images is None else images.references
         return tuple(map(Reference, spans, grids))
 
+    def _reference(self, index: int, who: str) -> Reference:
+        """A reference image by its number, for an editor or verb named `who`.
+
+        Raises InputError for one that is not in this call.
+        """
+        if not 0 <= index < len(self.references):
+            raise InputError(
+                f"{who}: references[{index}] is not in the sequence of {self.site.path}, which "
+                f"holds {len(self.references)}"
+            )
+        return self.references[index]
+
     def require_grid(self, who: str) -> Grid:
         """The grid, for an editor (named `who`) to which places mean something.
 

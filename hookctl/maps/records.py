@@ -10,26 +10,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hookctl.address.references import reference_index
 from hookctl.address.rows import COND
 from hookctl.address.sites import Site
 from hookctl.arguments import checked
 from hookctl.errors import InputError
 from hookctl.inspect import notebook, show
 
+IMAGE = "image"  # as what is looked at: the image that is drawn
+TARGET = "target"  # as what looks: every place of it
+
 
 class MapKey(NamedTuple):
     """What a map is of.
 
-    of: a word or phrase, a position of the text sequence, or a patch (y, x) in fractions of the
-    image; branch: in whose rows, COND or UNCOND (those of the negative prompt).
+    of: a word or phrase, a position of the text sequence, a patch (y, x) in fractions of the image,
+    a reference image ("references[0]"), or "target", every place of the image that is drawn;
+    branch: in whose rows, COND or UNCOND (those of the negative prompt). to: None for how much
+    each place of the image looks at it (of a patch: what it looks at), "image" or "references[0]"
+    for what it looks at there.
     """
 
     of: str | int | tuple[float, float]
     branch: str = COND
+    to: str | None = None
+
+    @property
+    def relation(self) -> str:
+        """Who looks at whom: "image to text", "text to image", "image to image", "target to
+        reference", or "text to reference"."""
+        into_reference = reference_index(self.to) is not None
+        if reference_index(self.of) is not None or (self.of == TARGET and into_reference):
+            return "target to reference"
+        if isinstance(self.of, tuple):
+            return "target to reference" if into_reference else "image to image"
+        if self.to is None:
+            return "image to text"
+        return "text to reference" if into_reference else "text to image"
 
     @property
     def title(self) -> str:
-        """'cat', 'token 5' or 'patch (0.5, 0.25)', and whether it is the negative prompt's."""
+        """'cat', 'token 5' or 'patch (0.5, 0.25)', what it looks at, and whether it is the negative
+        prompt's."""
         return self._said("{}")
 
     @property
@@ -44,15 +66,18 @@ class MapKey(NamedTuple):
             said = f"token {self.of}"
         else:
             said = "patch ({:g}, {:g})".format(*self.of)
+        said = said if self.to is None else f"{said} to {self.to}"
         return said if self.branch == COND else f"{said} (negative)"
 
     @property
     def reader(self) -> str:
         """The arguments of a `Maps` that reads it."""
         if isinstance(self.of, str):
-            said = repr(self.of)
+            said = repr(self.of) if self.of != TARGET or self.to is None else ""
         else:
             said = f"{'tokens' if isinstance(self.of, int) else 'patches'}=[{self.of}]"
+        if self.to is not None:
+            said = ", ".join(part for part in (said, f"to={self.to!r}") if part)
         return said if self.branch == COND else f"{said}, negative=True"
 
 
