@@ -11,6 +11,7 @@ Use it
     Maps, MapStore, WordMaps
                             the attention maps of words
     Region                  a part of the image, from 0 to 1
+    References              how much the references of an edit model count, and where
     load_shapes             the embedded pipeline: no download, seconds on a CPU
     errors                  what can go wrong
     hookctl.recipes         the published methods, ready made
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from hookctl.loop.state import FeatureCall, Predictions, State
     from hookctl.loop.trajectory import Trajectory
     from hookctl.maps import Maps, MapStore, WordMaps
+    from hookctl.references import References
     from hookctl.run_state import RunState
     from hookctl.session import Session, control
 
@@ -70,6 +72,7 @@ __all__ = [
     "MapStore",
     "WordMaps",
     "Region",
+    "References",
     "load_shapes",
     "errors",
     "Editor",
@@ -115,6 +118,7 @@ _HOMES = {
     "Maps": "hookctl.maps",
     "Noise": "hookctl.loop.noise",
     "Predictions": "hookctl.loop.state",
+    "References": "hookctl.references",
     "Region": "hookctl.address.regions",
     "Residuals": "hookctl.loop.inserting",
     "Routing": "hookctl.attention.token_map",

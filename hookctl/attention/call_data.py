@@ -171,8 +171,8 @@ class CallData:
         self._with_image: dict[str, tuple[Tensor, Tensor]] = {}
 
     def _with_image_keys(self, name: str) -> tuple[Tensor, Tensor]:
-        """k and v of an extra text, on a joint site with the image's before them; made once, so
-        that rows which use them are evaluated together."""
+        """k and v of an extra text, on a joint site with the images' (those of references too)
+        before them; made once, so that rows which use them are evaluated together."""
         if name not in self._with_image:
             k, v = self.context(name)
             if self.site.kind == "joint":
@@ -181,7 +181,7 @@ class CallData:
                         f"text {name!r}: it is not known which keys of {self.site.path} are the "
                         "image's, which must stand beside it; leave the site out with sites="
                     )
-                start, stop = self.spans.image_keys
+                start, stop = self._images
                 k = torch.cat([self.k[..., start:stop, :], k], -2)
                 v = torch.cat([self.v[..., start:stop, :], v], -2)
             self._with_image[name] = k, v
@@ -209,6 +209,14 @@ class CallData:
                 returned,
                 "rewrite the call by its verbs, such as call.replace(rows, v=...)",
             )
+
+    @property
+    def _images(self) -> tuple[int, int]:
+        """Where the keys of a joint site are those of images: all but the text's."""
+        text, keys = self.spans.text_keys, self.k.shape[-2]
+        if text is None:
+            return 0, keys
+        return (text[1], keys) if text[0] == 0 else (0, text[0])
 
     # -- folding -------------------------------------------------------------------------------
 

@@ -118,5 +118,5 @@ class TextCall(ReadableCall):
             for name, shift in weights.shifts.items():
                 k, v = self._with_image_keys(name)
                 parts[name] = Segment(Ref(k, 0), Ref(v, 0), shift)
-            rewriting = divided(weights, parts, self.q, self.scale)
+            rewriting = divided(weights, parts, self.q, self.scale, self._images)
         self._note(Stage.ADDITION, "divide", targets, rewriting)

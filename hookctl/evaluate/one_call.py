@@ -1,18 +1,15 @@
 """One caught attention call: made an `AttentionCall`, shown to its editors, evaluated.
 
-The plain call must not attend to the texts that editors brought (`Editor.context`). They are cut
-off before anyone sees the call; editors find their keys and values by `AttentionCall.context`.
+The plain call must not attend to the texts that editors brought (`Editor.context`): see `own_part`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hookctl.address.clock import Clock
@@ -23,74 +20,8 @@ from hookctl.attention.query_lists import TextPlace
 from hookctl.attention.sdpa_call import SDPACall
 from hookctl.errors import UnsupportedError, naming
 from hookctl.evaluate import plan
+from hookctl.evaluate.own_part import OwnPart, own_part
 from hookctl.evaluate.plan import Plan
-
-
-class OwnPart(NamedTuple):
-    """A call over widened text without what was appended, and how to put it back.
-
-    call: as the model would make it on its own text; full: k and v with everything; context: where
-    each further text stands in `full`, (start, stop); joint: the queries with everything, tokens of
-    the own text and whether the image comes first, where text and image are one sequence.
-    """
-
-    call: SDPACall
-    full: tuple[Tensor, Tensor]
-    context: Mapping[str, TextPlace] = MappingProxyType({})
-    joint: tuple[Tensor, int, bool] | None = None
-
-    def whole(self, out: Tensor) -> Tensor:
-        """The output [..., queries, channels] of the own part, with that of further texts' queries.
-
-        In a joint sequence each further text attends to the image and to itself, as it would in a
-        run of its own.
-        """
-        if self.joint is None:
-            return out
-        q, text, image_first = self.joint
-        image = slice(0, -text) if image_first else slice(text, None)
-        parts = []
-        for start, stop, _ in self.context.values():
-            k, v = (
-                torch.cat([own[..., image, :], full[..., start:stop, :]], -2)
-                for own, full in zip((self.call.key, self.call.value), self.full, strict=True)
-            )
-            one = q[..., start:stop, :]
-            parts.append(F.scaled_dot_product_attention(one, k, v, scale=self.call.scale))
-        own = [out] if image_first else [out[..., :text, :], out[..., text:, :]]
-        return torch.cat([own[0], *parts, *own[1:]], -2)
-
-
-def own_part(state: DenoiserCall, kind: str, order: str | None, given: SDPACall) -> OwnPart:
-    """A caught call as the model would make it on its own text.
-
-    kind: of the site; order: of a joint sequence, "image_text" or "text_image".
-    """
-    q, k, v, mask = given[:4]
-    own, extra = state.own_text, state.extra_text
-    whole = OwnPart(given, (k, v))
-    if own is None or not extra:
-        return whole
-    widest = max(place.stop for place in extra.values())
-    if kind == "cross" and k.shape[-2] == widest:
-        short = mask[..., :own] if mask is not None and mask.shape[-1] == widest else mask
-        call = given._replace(key=k[..., :own, :], value=v[..., :own, :], attn_mask=short)
-        return whole._replace(call=call, context=extra)
-    if kind != "joint" or not q.shape[-2] == k.shape[-2] > widest:
-        return whole  # an adapter's call over keys of its own
-    if mask is not None:
-        raise UnsupportedError("a joint sequence with a mask can't be widened")
-    image_first = order == "image_text"
-    offset = k.shape[-2] - widest if image_first else 0
-
-    def cut(x: Tensor) -> Tensor:
-        if image_first:
-            return x[..., : offset + own, :]
-        return torch.cat([x[..., :own, :], x[..., widest:, :]], -2)
-
-    places = {name: TextPlace(offset + x.start, offset + x.stop) for name, x in extra.items()}
-    call = given._replace(query=cut(q), key=cut(k), value=cut(v))
-    return OwnPart(call, (k, v), places, (q, own, image_first))
 
 
 class Attached(Protocol):
@@ -193,7 +124,7 @@ class EditedSite:
                 made, chosen = plan.evaluate(call, self._backend)
             self._note(call, chosen)
             out = made.flatten(0, 1)
-        return part.whole(out)
+        return part.whole(out, call)
 
     def _shown(self, part: OwnPart, denoiser_call: DenoiserCall, index: int) -> AttentionCall:
         own = part.call

@@ -24,7 +24,7 @@ class EditModel:
 
     make: a new one; draw: the latents of some prompts, one seed for all; references: how many a
     call gives; grids: of the target and the references; words: whether those of its prompts can be
-    addressed.
+    addressed; several: whether it draws several prompts at once.
     """
 
     make: Callable[[], Any]
@@ -32,6 +32,7 @@ class EditModel:
     references: int
     grids: tuple[tuple[int, int], ...]
     words: bool = True
+    several: bool = True
 
 
 def _klein(pipe: Any, prompts: Sequence[str] = (CAT,), steps: int = 2, **call: Any) -> Tensor:
@@ -63,6 +64,7 @@ EDITS: dict[str, EditModel] = {
         1,
         ((4, 4), (8, 8)),
         words=False,
+        several=False,
     ),
 }
 if hasattr(diffusers, "Flux2KleinPipeline") and "flux2_klein" in zoo.PIPELINES:

@@ -1,0 +1,117 @@
+"""A call over widened text without what was appended, and how to put it back.
+
+The plain call must not attend to the texts that editors brought (`Editor.context`). They are cut
+off before anyone sees the call; editors find their keys and values by `AttentionCall.context`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hookctl.attention.call import AttentionCall
+from hookctl.attention.query_lists import TextPlace
+from hookctl.attention.sdpa_call import SDPACall
+from hookctl.errors import UnsupportedError
+
+
+class Widened(Protocol):
+    """The denoiser call, as far as its texts go."""
+
+    own_text: int | None
+    extra_text: dict[str, TextPlace]
+
+
+class OwnPart(NamedTuple):
+    """A call over widened text without what was appended, and how to put it back.
+
+    call: as the model would make it on its own text; full: k and v with everything; context: where
+    each further text stands in `full`, (start, stop); joint: the queries with everything, tokens of
+    the own text and whether the image comes first, where text and image are one sequence.
+    """
+
+    call: SDPACall
+    full: tuple[Tensor, Tensor]
+    context: Mapping[str, TextPlace] = MappingProxyType({})
+    joint: tuple[Tensor, int, bool] | None = None
+
+    def whole(self, out: Tensor, call: AttentionCall) -> Tensor:
+        """The output [..., queries, channels] of the own part, with that of further texts' queries.
+
+        In a joint sequence each further text attends to the images and to itself, as it would in a
+        run of its own: what biases and restrictions hide from the own text they hide from it too.
+        """
+        if self.joint is None:
+            return out
+        q, text, image_first = self.joint
+        image = slice(0, -text) if image_first else slice(text, None)
+        hidden = _seen_by_text(call, len(q))
+        hidden = None if hidden is None else hidden[..., image]
+        parts = []
+        for start, stop, _ in self.context.values():
+            k, v = (
+                torch.cat([own[..., image, :], full[..., start:stop, :]], -2)
+                for own, full in zip((self.call.key, self.call.value), self.full, strict=True)
+            )
+            one = q[..., start:stop, :]
+            mask = None if hidden is None else F.pad(hidden, (0, stop - start)).to(q)
+            scale = self.call.scale
+            parts.append(F.scaled_dot_product_attention(one, k, v, attn_mask=mask, scale=scale))
+        own = [out] if image_first else [out[..., :text, :], out[..., text:, :]]
+        return torch.cat([own[0], *parts, *own[1:]], -2)
+
+
+def own_part(state: Widened, kind: str, order: str | None, given: SDPACall) -> OwnPart:
+    """A caught call as the model would make it on its own text.
+
+    kind: of the site; order: of a joint sequence, "image_text" or "text_image".
+    """
+    q, k, v, mask = given[:4]
+    own, extra = state.own_text, state.extra_text
+    whole = OwnPart(given, (k, v))
+    if own is None or not extra:
+        return whole
+    widest = max(place.stop for place in extra.values())
+    if kind == "cross" and k.shape[-2] == widest:
+        short = mask[..., :own] if mask is not None and mask.shape[-1] == widest else mask
+        call = given._replace(key=k[..., :own, :], value=v[..., :own, :], attn_mask=short)
+        return whole._replace(call=call, context=extra)
+    if kind != "joint" or not q.shape[-2] == k.shape[-2] > widest:
+        return whole  # an adapter's call over keys of its own
+    if mask is not None:
+        raise UnsupportedError("a joint sequence with a mask can't be widened")
+    image_first = order == "image_text"
+    offset = k.shape[-2] - widest if image_first else 0
+
+    def cut(x: Tensor) -> Tensor:
+        if image_first:
+            return x[..., : offset + own, :]
+        return torch.cat([x[..., :own, :], x[..., widest:, :]], -2)
+
+    places = {name: TextPlace(offset + x.start, offset + x.stop) for name, x in extra.items()}
+    call = given._replace(query=cut(q), key=cut(k), value=cut(v))
+    return OwnPart(call, (k, v), places, (q, own, image_first))
+
+
+def _seen_by_text(call: AttentionCall, batch: int) -> Tensor | None:
+    """What biases and restrictions add to the scores of the own text, taken as those of its first
+    token, [batch, 1, 1, keys]; None where there are none."""
+    if not any(o.verb in ("bias", "restrict") for o in call.operations):
+        return None
+    assert call.spans.text_keys is not None  # a joint site
+    at, finished, rows = call.spans.text_keys[0], call.fold(), []
+    for row in range(finished.rows):
+        term = next(term for term in finished.terms[row] if not term.extra)
+        added = call.q.new_zeros(term.own.tokens)
+        for queries, keys in term.factors:
+            added = added + (keys.sum(1) if queries is None else keys @ queries[at])
+        if term.regions is not None:
+            seen = (term.regions.keys & term.regions.queries[at]) != 0
+            added = added.masked_fill(~seen[: len(added)], float("-inf"))
+        rows.append(added)
+    return torch.stack(rows).repeat_interleave(batch // finished.rows, 0)[:, None, None]
