@@ -111,7 +111,8 @@ class RegionalPrompts(Editor):
         self._restart()
         if self.base < 1 and self.texts.longest:
             self._encoded = EncodedTexts(state, self.texts.items)
-            self._by_text = self.texts.shared or state.projects_texts_alone
+            alike = self._encoded.of_one_length
+            self._by_text = self.texts.shared or state.projects_texts_alone or not alike
 
     def context(self, state: State) -> Mapping[str, Tensor] | None:
         """Every text once, where all rows can share it; else text r of every row's prompt, for each

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hookctl.attention.arguments import additive
 from hookctl.attention.call import AttentionCall
 from hookctl.attention.query_lists import TextPlace
 from hookctl.attention.sdpa_call import SDPACall
@@ -25,6 +26,7 @@ class Widened(Protocol):
 
     own_text: int | None
     extra_text: dict[str, TextPlace]
+    text_turns: Tensor | None
 
 
 class OwnPart(NamedTuple):
@@ -50,7 +52,10 @@ class OwnPart(NamedTuple):
             return out
         q, text, image_first = self.joint
         image = slice(0, -text) if image_first else slice(text, None)
-        hidden = _seen_by_text(call, len(q))
+        hidden, own_mask = _seen_by_text(call, len(q)), self.call.attn_mask
+        if own_mask is not None:
+            own_mask = additive(own_mask, q)
+            hidden = own_mask if hidden is None else hidden + own_mask
         hidden = None if hidden is None else hidden[..., image]
         parts = []
         for start, stop, _ in self.context.values():
@@ -83,8 +88,10 @@ def own_part(state: Widened, kind: str, order: str | None, given: SDPACall) -> O
         return whole._replace(call=call, context=extra)
     if kind != "joint" or not q.shape[-2] == k.shape[-2] > widest:
         return whole  # an adapter's call over keys of its own
-    if mask is not None:
-        raise UnsupportedError("a joint sequence with a mask can't be widened")
+    if mask is not None and mask.shape[-2] > 1:
+        raise UnsupportedError(
+            "a joint sequence with a mask of queries and keys [N, M] can't be widened"
+        )
     image_first = order == "image_text"
     offset = k.shape[-2] - widest if image_first else 0
 
@@ -94,8 +101,22 @@ def own_part(state: Widened, kind: str, order: str | None, given: SDPACall) -> O
         return torch.cat([x[..., :own, :], x[..., widest:, :]], -2)
 
     places = {name: TextPlace(offset + x.start, offset + x.stop) for name, x in extra.items()}
-    call = given._replace(query=cut(q), key=cut(k), value=cut(v))
+    short = None if mask is None else cut(mask.mT).mT
+    call = given._replace(query=cut(q), key=cut(k), value=cut(v), attn_mask=short)
+    if state.text_turns is not None:
+        q, k = (_turned_back(x, places, state.text_turns) for x in (q, k))
     return OwnPart(call, (k, v), places, (q, own, image_first))
+
+
+def _turned_back(x: Tensor, places: Mapping[str, TextPlace], turns: Tensor) -> Tensor:
+    """Queries or keys [..., tokens, channels] whose further texts have the positions of a run of
+    their own: what stands s places behind the own text's first token was turned s steps too far."""
+    out = x.clone()
+    for start, stop, _ in places.values():
+        part = torch.view_as_complex(x[..., start:stop, :].float().unflatten(-1, (-1, 2)))
+        back = turns[start].conj().to(x.device)
+        out[..., start:stop, :] = torch.view_as_real(part * back).flatten(-2).to(x.dtype)
+    return out
 
 
 def _seen_by_text(call: AttentionCall, batch: int) -> Tensor | None:

@@ -75,8 +75,12 @@ def test_recipes_of_places(name: str, edit: str) -> None:
 @pytest.mark.slow
 def test_one_prompt_at_a_time() -> None:
     """All that Qwen-Image-Edit-Plus takes."""
-    edit = recipes.MaskedSelfAttention([LEFT, RIGHT])
-    assert (drawn("qwen_edit", edit) - drawn("qwen_edit")).abs().max() > 1e-5
+    plain = drawn("qwen_edit")
+    for edit in (
+        recipes.MaskedSelfAttention([LEFT, RIGHT]),
+        recipes.RegionalPrompts(["a blue dog"], [LEFT]),
+    ):
+        assert (drawn("qwen_edit", edit) - plain).abs().max() > 1e-5
 
 
 @pytest.mark.parametrize("name", WORDS)

@@ -75,7 +75,14 @@ def test_the_formula(kind: str, backend: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux", "pixart"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name in ("sd15", "sdxl", "sd3", "flux", "pixart", "flux2_klein", "qwen_image")
+        if name in zoo.PIPELINES
+    ],
+)
 def test_nothing_asked_is_bit_identical(name: str) -> None:
     case = zoo.PIPELINES[name]
     pipe = case.make()
@@ -92,7 +99,14 @@ def test_nothing_asked_is_bit_identical(name: str) -> None:
     assert torch.equal(case.run(pipe, [A]), plain)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd15_pag", "pixart", "wan"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name in ("sd15", "sd15_pag", "pixart", "wan", "flux2_klein", "qwen_image", "z_image")
+        if name in zoo.PIPELINES
+    ],
+)
 def test_one_full_region_is_a_run_of_its_text(name: str) -> None:
     """To rounding: edited rows are summed by another evaluator than the model's own call."""
     case = zoo.PIPELINES[name]
