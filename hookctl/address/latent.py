@@ -153,8 +153,8 @@ def text_turns(denoiser: nn.Module) -> Tensor | None:
     record, model = model_of(denoiser) or _UNDECLARED, uncompiled(denoiser)
     if record.turns is None:
         return None
-    table: Tensor = model.get_submodule(record.turns).pos_freqs
-    return table
+    table: Any = model.get_submodule(record.turns).pos_freqs
+    return table if isinstance(table, Tensor) else None
 
 
 def registers(denoiser: nn.Module) -> int:

@@ -61,6 +61,8 @@ class CallData:
         self._context = {name: TextPlace(*place) for name, place in (context or {}).items()}
         self.operations: list[Operation] = []
         self.read_outs: list[ReadOut] = []
+        # Of further texts that do not see all images: by name and row, which of their keys they do.
+        self.seen_by_texts: dict[str, dict[int, Tensor]] = {}
         self.editor: Any = None
 
     @property

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -133,13 +133,12 @@ def divided(
         if own.regions is not None:
             beside = own.regions.of_span(start, stop, segment.tokens - (stop - start))
             regions = beside if regions is None else beside.both(regions)
-        factors = [(queries, _of_span(keys, start, stop)) for queries, keys in own.factors]
         return Term(
             Ref(q, row),
             (here,),
             scale,
             weight=weights.shares[name],
-            factors=tuple(factors),
+            factors=of_span(own.factors, start, stop),
             regions=regions,
             extra=True,
         )
@@ -162,9 +161,16 @@ def divided(
     return apply
 
 
-def _of_span(keys: Tensor, start: int, stop: int) -> Tensor:
-    """The factors [M, r] of a span of keys; those of further keys are 0."""
-    return remembered(lambda: keys[start:stop], ("span", start, stop), keys)
+Factors = tuple[tuple[Tensor | None, Tensor], ...]
+
+
+def of_span(factors: Factors, start: int, stop: int) -> Factors:
+    """Factors of queries and keys [M, r] for a span of the keys; those of further keys are 0."""
+    found = []
+    for queries, keys in factors:
+        part = partial(keys.__getitem__, slice(start, stop))
+        found.append((queries, remembered(part, ("span", start, stop), keys)))
+    return tuple(found)
 
 
 def check_shift(shift: Tensor | None, tokens: int, name: str) -> None:

@@ -52,6 +52,7 @@ class DenoiserCall(Protocol):
     prompts: tuple[str, ...]
     own_text: int | None
     extra_text: dict[str, TextPlace]
+    text_turns: Tensor | None
 
     @property
     def reader(self) -> Reader | None:

@@ -58,13 +58,14 @@ class OwnPart(NamedTuple):
             hidden = own_mask if hidden is None else hidden + own_mask
         hidden = None if hidden is None else hidden[..., image]
         parts = []
-        for start, stop, _ in self.context.values():
+        for name, (start, stop, _) in self.context.items():
             k, v = (
                 torch.cat([own[..., image, :], full[..., start:stop, :]], -2)
                 for own, full in zip((self.call.key, self.call.value), self.full, strict=True)
             )
             one = q[..., start:stop, :]
-            mask = None if hidden is None else F.pad(hidden, (0, stop - start)).to(q)
+            here = _of_region(call, name, hidden, k[..., : -(stop - start), :])
+            mask = None if here is None else F.pad(here, (0, stop - start)).to(q)
             scale = self.call.scale
             parts.append(F.scaled_dot_product_attention(one, k, v, attn_mask=mask, scale=scale))
         own = [out] if image_first else [out[..., :text, :], out[..., text:, :]]
@@ -117,6 +118,26 @@ def _turned_back(x: Tensor, places: Mapping[str, TextPlace], turns: Tensor) -> T
         back = turns[start].conj().to(x.device)
         out[..., start:stop, :] = torch.view_as_real(part * back).flatten(-2).to(x.dtype)
     return out
+
+
+def _of_region(
+    call: AttentionCall, name: str, hidden: Tensor | None, images: Tensor
+) -> Tensor | None:
+    """What is added to the scores of a further text over the images' keys, [batch, 1, 1, keys];
+    None for nothing.
+
+    hidden: what is for every text; images: those keys, [batch, heads, keys, channels].
+    """
+    by_row = call.seen_by_texts.get(name)
+    if by_row is None:
+        return hidden
+    batch, rows, keys = len(images), len(call.rows), images.shape[-2]
+    seen = torch.ones(rows, keys, dtype=torch.bool)
+    for row, one in by_row.items():
+        seen[row] = one
+    added = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
+    added = added.repeat_interleave(batch // rows, 0)[:, None, None].to(images)
+    return added if hidden is None else added + hidden
 
 
 def _seen_by_text(call: AttentionCall, batch: int) -> Tensor | None:
