@@ -133,5 +133,8 @@ def _shown(
     if hook == "insert":
         return InsertCall(place, output, rows, clock, grid_of(output.shape[-2], state.grid))
     if hook == "linear":
-        return LinearCall(path, given, output, rows, clock, state.grid)
+        texts = [place.stop for place in state.extra_text.values()]
+        text = None if state.own_text is None else max([state.own_text, *texts])
+        where = (state.images_in_sequence, text, state.own_text)
+        return LinearCall(path, given, output, rows, clock, state.grid, place, *where)
     return StemCall(place, given, output, rows, clock)

@@ -103,7 +103,7 @@ def test_nothing_asked_is_bit_identical(name: str) -> None:
     "name",
     [
         name
-        for name in ("sd15", "sd15_pag", "pixart", "wan", "flux2_klein", "qwen_image", "z_image")
+        for name in ("sd15", "sd15_pag", "pixart", "wan", "flux2_klein", "qwen_image")
         if name in zoo.PIPELINES
     ],
 )
