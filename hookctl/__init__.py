@@ -8,10 +8,8 @@
 
 Use it
     control, Session        a pipeline under editors, and what came of it
-    Maps, MapStore, WordMaps
-                            the attention maps of words
-    Region                  a part of the image, from 0 to 1
-    References              how much the references of an edit model count, and where
+    Maps, MapStore, WordMaps    the attention maps of words
+    Region, References      a part of the image; how much an edit model's references count
     load_shapes             the embedded pipeline: no download, seconds on a CPU
     errors                  what can go wrong
     hookctl.recipes         the published methods, ready made

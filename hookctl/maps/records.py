@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor
 from hookctl.address.references import reference_index
 from hookctl.address.rows import COND
 from hookctl.address.sites import Site
-from hookctl.arguments import checked
+from hookctl.arguments import checked, one_of
 from hookctl.errors import InputError
-from hookctl.inspect import notebook, show
+from hookctl.inspect import files, notebook, show
+from hookctl.inspect.moving import gif_options, moving
 
 IMAGE = "image"  # as what is looked at: the image that is drawn
+OVER = ("steps", "frames")
 TARGET = "target"  # as what looks: every place of it
 
 
@@ -242,6 +245,44 @@ class WordMaps:
         chosen = list(steps[::step])
         maps = [self.where(steps=[step]).mean().detach().cpu() for step in chosen]
         return show.time_strip(maps, [f"step {step}" for step in chosen], image, bar=True)
+
+    @property
+    def frames(self) -> int:
+        """Of how many frames of a video the maps are, 1 of an image."""
+        return max(r.map.shape[0] for r in self.records)
+
+    @checked(own=("image",))
+    def gif(
+        self,
+        path: Path | str,
+        image: Any = None,
+        *,
+        over: str = "steps",
+        milliseconds: int = 200,
+    ) -> Path:
+        """Write the map as a GIF, a picture for each step, or for each frame of a video.
+
+        path: of the file; image: to lay it over, or a list with one for each picture; over: "steps"
+        or "frames"; milliseconds: that each picture is shown. Returns the path. InputError if the
+        steps were kept as a running mean.
+        """
+        one_of(over, "gif: over", OVER)
+        if over == "steps":
+            parts = {f"step {step}": self.where(steps=[step]) for step in self.steps}
+        else:
+            parts = {f"frame {f}": self._of_frame(f) for f in range(self.frames)}
+        maps = [part.mean().detach().cpu() for part in parts.values()]
+        pictures = moving(maps, list(parts), image)
+        files.save_image(pictures[0], Path(path), **gif_options(pictures, milliseconds))
+        return Path(path)
+
+    def _of_frame(self, frame: int) -> WordMaps:
+        """The maps of one frame; those that hold one for all frames stay."""
+        chosen = [
+            r if r.map.shape[0] == 1 else replace(r, map=r.map[frame : frame + 1])
+            for r in self.records
+        ]
+        return WordMaps(self.key, chosen)
 
 
 def extent(records: Sequence[MapRecord]) -> str:

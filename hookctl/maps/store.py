@@ -148,6 +148,10 @@ class MapStore:
         strip = show.grid([heat], column_titles=titles, cell=(128, 128), scales=[scale])
         return notebook.html_lines([repr(self)]) + notebook.html_image(strip, ", ".join(titles))
 
+    def every(self) -> list[WordMaps]:
+        """The maps of everything that was read."""
+        return [self._of(key) for key in self.keys]
+
     def __getitem__(self, word: str) -> WordMaps:
         return self.word(word)
 
