@@ -40,12 +40,9 @@ writes to --out (default: out/maps-MODEL):
 """
 _ALSO = "image.png, overlay-*, grids-*, time-*, maps.npz, maps.json"
 _EXAMPLES = """
-hookctl maps shapes --prompt "a red circle above a blue square"
-hookctl maps shapes --prompt "a red circle above a blue square" --words circle,square
+hookctl maps shapes --prompt "a red circle above a blue square" --words circle,square --gif
 hookctl maps ./sd15 --prompt "a cat on a mat" --words "cat,on a mat" --steps 20 --seed 3
 hookctl maps shapes --prompt "a red circle" --patch 0.5,0.5         # what the middle looks at
-hookctl maps shapes --prompt "a red circle" --gif                   # and --gif frames of a video
-hookctl maps ./klein --prompt "the cat on a mat" --reference cat.png --words "cat,references[0]"
 hookctl maps ./klein --prompt "the cat on a mat" --reference cat.png --to "references[0]"
 hookctl maps owner/name --prompt "a cat" --dtype float16 --device cuda
 """
