@@ -19,6 +19,7 @@ from hookctl.attention.arguments import cast, stacked
 from hookctl.attention.query_lists import TextPlace
 from hookctl.attention.rewriting import Operation, ReadOut, Rewriting, Stage, folded
 from hookctl.attention.term import Ref, Spans, Sum, Terms, spans_of
+from hookctl.attention.text_rows import Apart
 from hookctl.errors import InputError, UnsupportedError, check_returned, naming
 
 RowLike = Row | int
@@ -62,6 +63,7 @@ class CallData:
         self.operations: list[Operation] = []
         self.read_outs: list[ReadOut] = []
         # Of further texts that do not see all images: by name and row, which of their keys they do.
+        self.apart: Apart | None = None  # further texts that stand in rows of their own
         self.seen_by_texts: dict[str, dict[int, Tensor]] = {}
         self.editor: Any = None
 
@@ -153,6 +155,10 @@ class CallData:
 
     def context(self, name: str) -> tuple[Tensor, Tensor]:
         """k and v of an extra text that an editor's `context` gave, stacks like `k` and `v`."""
+        if self.apart is not None and name in self.apart.rows.rows:
+            _, segment = self.apart.beside(name, self.q)
+            k, v = (x.base[..., self.apart.images :, :] for x in (segment.k, segment.v))
+            return k, v
         start, stop, row = self._text_place(name)
         k, v = (x[..., start:stop, :] for x in (self._full_k, self._full_v))
         if row is not None:

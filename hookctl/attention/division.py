@@ -114,20 +114,20 @@ def divided_alone(weights: QueryWeights, texts: Sequence[TextPlace], stacks: Sta
 
 def divided(
     weights: QueryWeights,
-    parts: Mapping[str, Segment],
-    q: Tensor,
+    parts: Mapping[str, tuple[Tensor, Segment]],
     scale: float,
     images: tuple[int, int],
 ) -> Rewriting:
     """At a joint site, where a text stands beside the images.
 
-    parts: context name -> the keys and values of the images and of its text, as stacks of every
-    row; images: where the images' stand among the row's own. What biases and restrictions say of
-    those holds beside a further text too.
+    parts: context name -> the queries, and the keys and values of the images and of its text, as
+    stacks of every row; images: where the images' stand among the row's own. What biases and
+    restrictions say of those holds beside a further text too.
     """
     start, stop = images
 
-    def further(name: str, segment: Segment, row: int, own: Term) -> Term:
+    def further(name: str, row: int, own: Term) -> Term:
+        q, segment = parts[name]
         here = segment._replace(k=segment.k._replace(row=row), v=segment.v._replace(row=row))
         regions = weights.regions(name, segment.tokens)
         if own.regions is not None:
@@ -155,7 +155,7 @@ def divided(
     def apply(state: Fold, row: int) -> None:
         before = state.terms[row]
         first = next(term for term in before if not term.extra)
-        added = [further(name, segment, row, first) for name, segment in parts.items()]
+        added = [further(name, row, first) for name in parts]
         state.terms[row] = (*map(own, before), *added)
 
     return apply

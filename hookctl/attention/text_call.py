@@ -109,6 +109,11 @@ class TextCall(ReadableCall):
         if division.nothing:
             return
         weights = division.over_queries(start, self.q.shape[-2] - stop, self.q)
+        if self.apart is not None:
+            apart = {name: self.apart.beside(name, self.q) for name in weights.shares}
+            rewriting = divided(weights, apart, self.scale, self._images)
+            self._note(Stage.ADDITION, "divide", targets, rewriting)
+            return
         texts = tuple([self._text_place(name) for name in weights.shares])
         for (name, shift), text in zip(weights.shifts.items(), texts, strict=True):
             check_shift(shift, text.stop - text.start, name)
@@ -119,8 +124,8 @@ class TextCall(ReadableCall):
             parts = {}
             for name, shift in weights.shifts.items():
                 k, v = self._with_image_keys(name)
-                parts[name] = Segment(Ref(k, 0), Ref(v, 0), shift)
-            rewriting = divided(weights, parts, self.q, self.scale, self._images)
+                parts[name] = self.q, Segment(Ref(k, 0), Ref(v, 0), shift)
+            rewriting = divided(weights, parts, self.scale, self._images)
         self._note(Stage.ADDITION, "divide", targets, rewriting)
 
     def divide_by_regions(self, rows: RowLike | Iterable[RowLike], regions: TextRegions) -> None:
@@ -138,6 +143,11 @@ class TextCall(ReadableCall):
             raise UnsupportedError(
                 f"divide_by_regions: {self.site.path} is no joint site where text and image ask; "
                 "use divide"
+            )
+        if self.apart is not None:
+            raise UnsupportedError(
+                f"divide_by_regions: further texts of {self.site.path} stand in rows of their own, "
+                "so they share no softmax; use divide (paper=False)"
             )
         if tuple(regions.bits.shape) != (stop - start,):
             raise InputError(

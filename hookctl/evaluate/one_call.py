@@ -18,6 +18,7 @@ from hookctl.address.sites import ImageTokens, Site
 from hookctl.attention.call import AttentionCall
 from hookctl.attention.query_lists import TextPlace
 from hookctl.attention.sdpa_call import SDPACall
+from hookctl.attention.text_rows import TextRows
 from hookctl.errors import UnsupportedError, naming
 from hookctl.evaluate import plan
 from hookctl.evaluate.own_part import OwnPart, own_part
@@ -33,6 +34,10 @@ class Attached(Protocol):
     @property
     def backend(self) -> str:
         """As its session was told."""
+
+    @property
+    def unseen(self) -> frozenset[str]:
+        """Sites whose calls the editor is not shown."""
 
     def note(self, site: Site, step: int, verbs: set[str], plan: Plan) -> None:
         """Keep what the editor did at a site for the session's report."""
@@ -53,6 +58,7 @@ class DenoiserCall(Protocol):
     own_text: int | None
     extra_text: dict[str, TextPlace]
     text_turns: Tensor | None
+    text_rows: TextRows | None
 
     @property
     def reader(self) -> Reader | None:
@@ -150,10 +156,12 @@ class EditedSite:
             context=part.context,
             prompts=denoiser_call.prompts,
         )
+        call.apart = part.apart
         if part.context:
             call.set_context_source(*(stack_rows(x, count) for x in part.full))
         for one in self.attached:
-            call.show_to(one.editor)
+            if self.site.path not in one.unseen:
+                call.show_to(one.editor)
         reader = denoiser_call.reader
         if reader is not None:
             call.read_outs = [r for r in call.read_outs if r.editor is reader.editor]

@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hookctl.address.rows import Rows
 from hookctl.attention.arguments import additive
 from hookctl.attention.call import AttentionCall
 from hookctl.attention.query_lists import TextPlace
 from hookctl.attention.sdpa_call import SDPACall
+from hookctl.attention.text_rows import Apart, TextRows
 from hookctl.errors import UnsupportedError
 
 
@@ -27,6 +29,8 @@ class Widened(Protocol):
     own_text: int | None
     extra_text: dict[str, TextPlace]
     text_turns: Tensor | None
+    text_rows: TextRows | None
+    rows: Rows
 
 
 class OwnPart(NamedTuple):
@@ -34,13 +38,15 @@ class OwnPart(NamedTuple):
 
     call: as the model would make it on its own text; full: k and v with everything; context: where
     each further text stands in `full`, (start, stop); joint: the queries with everything, tokens of
-    the own text and whether the image comes first, where text and image are one sequence.
+    the own text and whether the image comes first, where text and image are one sequence; apart:
+    further texts that stand in rows of their own.
     """
 
     call: SDPACall
     full: tuple[Tensor, Tensor]
     context: Mapping[str, TextPlace] = MappingProxyType({})
     joint: tuple[Tensor, int, bool] | None = None
+    apart: Apart | None = None
 
     def whole(self, out: Tensor, call: AttentionCall) -> Tensor:
         """The output [..., queries, channels] of the own part, with that of further texts' queries.
@@ -48,6 +54,8 @@ class OwnPart(NamedTuple):
         In a joint sequence each further text attends to the images and to itself, as it would in a
         run of its own: what biases and restrictions hide from the own text they hide from it too.
         """
+        if self.apart is not None:
+            return self.apart.whole(out)
         if self.joint is None:
             return out
         q, text, image_first = self.joint
@@ -78,6 +86,9 @@ def own_part(state: Widened, kind: str, order: str | None, given: SDPACall) -> O
     kind: of the site; order: of a joint sequence, "image_text" or "text_image".
     """
     q, k, v, mask = given[:4]
+    if state.text_rows is not None:
+        apart = Apart(given, len(state.rows), state.text_rows, kind)
+        return OwnPart(apart.call(), (k, v), apart=apart)
     own, extra = state.own_text, state.extra_text
     whole = OwnPart(given, (k, v))
     if own is None or not extra:

@@ -65,7 +65,8 @@ class Entry:
 class Attached:
     """One editor of a session at one denoiser, with the sites it was resolved to.
 
-    inside: for each of its hooks that change layers, their paths.
+    inside: for each of its hooks that change layers, their paths. unseen: those of the sites whose
+    calls are only freed of the rows that its further texts stand in.
     """
 
     editor: Editor
@@ -73,6 +74,7 @@ class Attached:
     model: nn.Module
     sites: frozenset[str]
     inside: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    unseen: frozenset[str] = frozenset()
 
     @property
     def backend(self) -> str:
@@ -101,7 +103,8 @@ def attach(entry: Entry, denoisers: Sequence[tuple[nn.Module, Modules]]) -> list
             except SelectorError as error:
                 missed = error
             else:
-                found.append(Attached(editor, entry, model, sites, inside))
+                unseen = sites - _selected_alone(editor, model, modules)
+                found.append(Attached(editor, entry, model, sites, inside, unseen))
         if missed is not None and not any(one.editor is editor for one in found):
             raise missed
     return found
@@ -153,6 +156,18 @@ def layers_for(editor: Editor, model: nn.Module, modules: Modules) -> dict[str, 
     return found
 
 
+def _selected_alone(editor: Editor, model: nn.Module, modules: Modules) -> frozenset[str]:
+    """The sites that an editor's `attention` is called for, where not for all that it is given."""
+    if not _texts_in_rows(model) or not overrides(editor, "context"):
+        return frozenset(modules)
+    return frozenset(_selected(editor, model, modules) if overrides(editor, "attention") else ())
+
+
+def _texts_in_rows(model: nn.Module) -> bool:
+    record = families.model_of(model)
+    return record is not None and record.text_rows
+
+
 _WANTS = {
     "insert": "inserts between the self-attention of a transformer block and what follows it (of a "
     "BasicTransformerBlock whose norms do not scale)",
@@ -181,10 +196,12 @@ def _sites_of_text(editor: Editor, model: nn.Module, modules: Modules) -> set[st
     """The sites that attend to the text an editor widens."""
     name = type(model).__name__
     joint = families.joint_order(model) is not None
+    if _texts_in_rows(model):
+        return set(modules)  # all of them are given the rows of further texts
     if joint and not families.widens_joint(model):
         raise UnsupportedError(
             f"{editor.name} widens the text, which {name} holds in one sequence with the image; "
-            "of such models, those of SD3, Flux, FLUX.2 and Qwen-Image can be widened"
+            "of such models, those of SD3, Flux, FLUX.2, Qwen-Image and Z-Image can be"
         )
     kind = "joint" if joint else "cross"
     found = [pair for pair in modules.values() if pair[0].kind == kind]

@@ -98,9 +98,9 @@ class EncodedTexts:
         self._found: dict[Text, tuple[Tensor, Tensor | None, Tensor | None]] = {
             text: (text, None, None) for text in every if isinstance(text, Tensor)
         }
-        # One by one where texts are padded to the longest: beside an image in one sequence a text's
-        # own tokens would see the padding.
-        alone = families.joint_order(state.denoiser) is not None and _pads_to_longest(state.pipe)
+        # One by one where texts may be padded to the longest: beside an image in one sequence a
+        # text's own tokens would see the padding.
+        alone = families.joint_order(state.denoiser) is not None
         for some in ([text] for text in written) if alone else ([written] if written else []):
             encoded = encode(state.pipe, some, state.encoding)
             for i, text in enumerate(some):
@@ -151,14 +151,6 @@ class EncodedTexts:
         if pooled and isinstance(added, Mapping) and "text_embeds" in added:
             replaced = _with(added["text_embeds"], pooled, repeats)
             kwargs["added_cond_kwargs"] = {**added, "text_embeds": replaced}
-
-
-def _pads_to_longest(pipe: Any) -> bool:
-    """Whether a pipeline pads its texts to the longest of a call, as far as is declared."""
-    try:
-        return any(stream.longest for stream in pipelines.text_streams(pipe))
-    except UnsupportedError:
-        return True
 
 
 def _with(own: Tensor, rows: Mapping[int, Tensor], repeats: int) -> Tensor:

@@ -173,6 +173,8 @@ class Run:
             own_rows=None,
             kwargs=arguments,
             extra_text={},
+            text_rows=None,
+            with_text_rows={},
             residuals=None,
             assigned=None,
             noisy=None,
@@ -183,7 +185,8 @@ class Run:
         """The call's arguments after editors changed them."""
         signature = _signature(state.denoiser)
         bound = signature.bind_partial(None)
-        bound.arguments.update(_own_lists(with_residuals(state, signature.parameters)))
+        changed = with_residuals(state, signature.parameters) | dict(state.with_text_rows)
+        bound.arguments.update(_own_lists(changed))
         return bound.args[1:], bound.kwargs
 
     def _rows(

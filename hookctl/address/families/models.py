@@ -161,6 +161,7 @@ declare_models(
             *_JOINT,
         ),
         text_block=32,
+        text_rows=True,
     ),
     "ZImageTransformer2DModel",
 )

@@ -35,7 +35,7 @@ class Double:
 
 def shown(editor: Double, q: Tensor, index: int) -> tuple[Tensor, Tensor]:
     """(the output, the model's own) of a module's call of that index, over its own keys."""
-    attached = SimpleNamespace(editor=editor, backend="auto", note=lambda *_: None)
+    attached = SimpleNamespace(editor=editor, backend="auto", unseen=(), note=lambda *_: None)
     state: Any = SimpleNamespace(
         rows=ROWS,
         clock=Clock(0, 10, 1.0),
@@ -44,6 +44,7 @@ def shown(editor: Double, q: Tensor, index: int) -> tuple[Tensor, Tensor]:
         own_text=None,
         images_in_sequence=None,
         extra_text={},
+        text_rows=None,
         reader=None,
     )
     site = EditedSite(Site("a.site", "self", "up", 1, 0), [attached])
