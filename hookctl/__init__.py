@@ -11,6 +11,7 @@ Use it
     Maps, MapStore, WordMaps    the attention maps of words
     Region, References      a part of the image; how much an edit model's references count
     load_shapes             the embedded pipeline: no download, seconds on a CPU
+    load_shapes_flow        its flow-matching sibling, of the build of Stable Diffusion 3
     errors                  what can go wrong
     hookctl.recipes         the published methods, ready made
 
@@ -18,7 +19,7 @@ Write an editor: a subclass of Editor that has the hooks it needs
     Editor, Claim           the hooks, when and where they act, and what is theirs alone
     AttentionCall           one attention call, and the verbs that rewrite it
         Routing, Division   what its verbs `route_by` and `divide` are given
-    FeatureCall             one skip connection of a UNet
+    FeatureCall, BlockCall  one skip connection of a UNet; one block, which rows may pass by
     InsertCall, LinearCall, StemCall, Residuals
                             the same for trained modules: a block's stream, a linear layer, the
                             layer that takes the latents in, what a ControlNet adds
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
     from hookctl.attention.token_map import Routing
     from hookctl.editor import Claim, Editor
     from hookctl.loop.branches import Branch
-    from hookctl.loop.inserting import InsertCall, LinearCall, Residuals, StemCall
+    from hookctl.loop.inserting import BlockCall, InsertCall, LinearCall, Residuals, StemCall
     from hookctl.loop.noise import Noise
     from hookctl.loop.state import FeatureCall, Predictions, State
     from hookctl.loop.trajectory import Trajectory
@@ -72,6 +73,7 @@ __all__ = [
     "Region",
     "References",
     "load_shapes",
+    "load_shapes_flow",
     "errors",
     "Editor",
     "Claim",
@@ -79,6 +81,7 @@ __all__ = [
     "Routing",
     "Division",
     "FeatureCall",
+    "BlockCall",
     "InsertCall",
     "LinearCall",
     "StemCall",
@@ -103,6 +106,7 @@ __all__ = [
 # seconds to import: a command's help, or a wrong option, must not wait for them.
 _HOMES = {
     "AttentionCall": "hookctl.attention.call",
+    "BlockCall": "hookctl.loop.inserting",
     "Branch": "hookctl.loop.branches",
     "COND": "hookctl.address.rows",
     "Claim": "hookctl.editor",
@@ -165,3 +169,14 @@ def load_shapes(**options: Any) -> Any:
     from hookctl.demos.shapes.load import load_shapes
 
     return load_shapes(**options)
+
+
+def load_shapes_flow(**options: Any) -> Any:
+    """The embedded flow-matching pipeline: a small, truly trained StableDiffusion3Pipeline (joint
+    attention, no T5) of the same world as `load_shapes`.
+
+    options: `device` and `dtype`, as of `torch.Tensor.to`.
+    """
+    from hookctl.demos.shapes.load import load_shapes_flow
+
+    return load_shapes_flow(**options)

@@ -17,8 +17,16 @@ from hookctl.address.rows import Row, Rows
 from hookctl.address.sites import Grid, ImageTokens, Site, grid_of
 from hookctl.attention.arguments import cast, stacked
 from hookctl.attention.query_lists import TextPlace
-from hookctl.attention.rewriting import Operation, ReadOut, Rewriting, Stage, folded
-from hookctl.attention.term import Ref, Spans, Sum, Terms, spans_of
+from hookctl.attention.rewriting import (
+    Operation,
+    OutputRead,
+    ReadOut,
+    Rewriting,
+    Stage,
+    folded,
+)
+from hookctl.attention.spans import Spans, spans_of
+from hookctl.attention.term import Ref, Sum, Terms
 from hookctl.attention.text_rows import Apart
 from hookctl.errors import InputError, UnsupportedError, check_returned, naming
 
@@ -65,6 +73,7 @@ class CallData:
         # Of further texts that do not see all images: by name and row, which of their keys they do.
         self.apart: Apart | None = None  # further texts that stand in rows of their own
         self.seen_by_texts: dict[str, dict[int, Tensor]] = {}
+        self.output_reads: list[OutputRead] = []
         self.editor: Any = None
 
     @property
@@ -181,6 +190,11 @@ class CallData:
     def _with_image_keys(self, name: str) -> tuple[Tensor, Tensor]:
         """k and v of an extra text, on a joint site with the images' (those of references too)
         before them; made once, so that rows which use them are evaluated together."""
+        if self.apart is not None:
+            raise UnsupportedError(
+                f"text {name!r}: the further texts of {self.site.path} stand in rows of their own, "
+                "with the image at positions of their own; of all verbs, divide takes them"
+            )
         if name not in self._with_image:
             k, v = self.context(name)
             if self.site.kind == "joint":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -73,24 +74,43 @@ class Apart:
 
     def whole(self, out: Tensor) -> Tensor:
         """The output [batch, heads, tokens, channels] of the own rows, with that of the others."""
-        copied = out[self.rows.sources]
-        rest = copied
+        rest = out[self.rows.sources]
         if self.kind != "self":
-            q, k, v = (x[self.own :] for x in self.given[:3])
-            mask = self.given.attn_mask
-            mask = None if mask is None else mask[self.own :]
-            further = F.scaled_dot_product_attention(q, k, v, mask, scale=self.given.scale)
-            rest = torch.cat([copied[..., : self.images, :], further[..., self.images :, :]], -2)
+            rest = torch.cat(
+                [rest[..., : self.images, :], self._further[..., self.images :, :]], -2
+            )
         padded = F.pad(out, (0, 0, 0, self.given.query.shape[-2] - self.kept))
         return torch.cat([padded, rest])
+
+    @cached_property
+    def _further(self) -> Tensor:
+        """The output of the rows of texts, as in a run of their own."""
+        q, k, v = (x[self.own :] for x in self.given[:3])
+        mask = self.given.attn_mask
+        mask = None if mask is None else mask[self.own :]
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=self.given.scale)
+
+    def of_texts(self) -> dict[str, Tensor]:
+        """Of each text's own tokens beside every own row, by name, [rows, heads, tokens, channels];
+        of a row that it does not stand beside, another's."""
+        found = {}
+        for name, by_own in self.rows.rows.items() if self.kind == "joint" else ():
+            at = [row - self.own for row in self._rows_of(by_own)]
+            end = self.images + self.rows.lengths[name]
+            found[name] = self._further[at, :, self.images : end]
+        return found
+
+    def _rows_of(self, by_own: Mapping[int, int]) -> list[int]:
+        """The row of a text for each own row."""
+        unused = next(iter(by_own.values()))
+        return [by_own.get(row, unused) for row in range(self.own)]
 
     def beside(self, name: str, q: Tensor) -> tuple[Tensor, Segment]:
         """Queries, keys and values of a text's rows, as stacks of the own rows; what is no image
         among the queries q is their own."""
         if name not in self._made:
             by_own, end = self.rows.rows[name], self.images + self.rows.lengths[name]
-            unused = next(iter(by_own.values()))
-            at = [by_own.get(row, unused) for row in range(self.own)]
+            at = self._rows_of(by_own)
             asked, k, v = (x[at].unsqueeze(1) for x in self.given[:3])
             asked = torch.cat([asked[..., : self.images, :], q[..., self.images :, :]], -2)
             segment = Segment(Ref(k[..., :end, :], 0), Ref(v[..., :end, :], 0))

@@ -1,11 +1,12 @@
 """One caught attention call: made an `AttentionCall`, shown to its editors, evaluated.
 
-The plain call must not attend to the texts that editors brought (`Editor.context`): see `own_part`.
+Texts that editors brought (`Editor.context`) are cut off before anyone sees the call (`own_part`);
+editors find their keys and values by `AttentionCall.context`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -35,9 +36,8 @@ class Attached(Protocol):
     def backend(self) -> str:
         """As its session was told."""
 
-    @property
-    def unseen(self) -> frozenset[str]:
-        """Sites whose calls the editor is not shown."""
+    def sees(self, path: str) -> bool:
+        """Whether the editor is shown the calls of a site."""
 
     def note(self, site: Site, step: int, verbs: set[str], plan: Plan) -> None:
         """Keep what the editor did at a site for the session's report."""
@@ -121,17 +121,23 @@ class EditedSite:
         call = self._shown(part, denoiser_call, index)
         if repeated:
             call.read_outs = [r._replace(into=_discard) for r in call.read_outs]
+            call.output_reads.clear()
+        of_texts = part.of_texts(call)
         if not call.operations:
-            if call.read_outs:
+            if call.read_outs or call.output_reads:
                 plan.read_only(call, self._backend)
                 self._note(call, plan.PASS_THROUGH)
+            if call.output_reads and original is not None:
+                _hand_out(call, own.attend(), of_texts)  # its own way may not come back here
+                call.output_reads.clear()
             out = plain()
         else:
             with naming(_editors_of(call), "attention", self.site.path):
                 made, chosen = plan.evaluate(call, self._backend)
             self._note(call, chosen)
             out = made.flatten(0, 1)
-        return part.whole(out, call)
+        _hand_out(call, out, of_texts)
+        return part.whole(out, of_texts)
 
     def _shown(self, part: OwnPart, denoiser_call: DenoiserCall, index: int) -> AttentionCall:
         own = part.call
@@ -160,11 +166,12 @@ class EditedSite:
         if part.context:
             call.set_context_source(*(stack_rows(x, count) for x in part.full))
         for one in self.attached:
-            if self.site.path not in one.unseen:
+            if one.sees(self.site.path):
                 call.show_to(one.editor)
         reader = denoiser_call.reader
         if reader is not None:
             call.read_outs = [r for r in call.read_outs if r.editor is reader.editor]
+            call.output_reads = [r for r in call.output_reads if r.editor is reader.editor]
         return call
 
     def _rows(self, q: Tensor, rows: Rows, index: int) -> tuple[Rows, int]:
@@ -179,13 +186,14 @@ class EditedSite:
     def _note(self, call: AttentionCall, chosen: Plan) -> None:
         """Once for each step: its other denoiser calls are like the first."""
         done = (call.clock.step, chosen, *[(o.verb, id(o.editor)) for o in call.operations])
-        done = (*done, *[id(r.editor) for r in call.read_outs])
+        looking = [r.editor for r in call.read_outs] + [r.editor for r in call.output_reads]
+        done = (*done, *map(id, looking))
         if done in self._reported:
             return
         self._reported.add(done)
         for one in self.attached:
             verbs = {o.verb for o in call.operations if o.editor is one.editor}
-            if any(r.editor is one.editor for r in call.read_outs):
+            if any(editor is one.editor for editor in looking):
                 verbs.add("read")
             if verbs:
                 one.note(self.site, call.clock.step, verbs, chosen)
@@ -195,6 +203,17 @@ def _editors_of(call: AttentionCall) -> str:
     """Who rewrote a call."""
     names = [getattr(o.editor, "name", type(o.editor).__name__) for o in call.operations]
     return " + ".join(dict.fromkeys(names))
+
+
+def _hand_out(call: AttentionCall, out: Tensor, of_texts: Mapping[str, Tensor]) -> None:
+    """Hand out the outputs that are read; out: of the call, [batch, heads, queries, channels]."""
+    start, stop = call.spans.image_queries if call.output_reads else (0, 0)
+    count = len(call.rows)
+    for request in call.output_reads:
+        name = request.text
+        found = out[..., start:stop, :] if name is None else of_texts[name]
+        one = stack_rows(found, count)[request.row.index]
+        request.into(request.row, one.transpose(1, 2).flatten(2))
 
 
 def _discard(row: Row, values: Tensor) -> None:

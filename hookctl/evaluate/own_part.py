@@ -48,16 +48,17 @@ class OwnPart(NamedTuple):
     joint: tuple[Tensor, int, bool] | None = None
     apart: Apart | None = None
 
-    def whole(self, out: Tensor, call: AttentionCall) -> Tensor:
-        """The output [..., queries, channels] of the own part, with that of further texts' queries.
+    def of_texts(self, call: AttentionCall) -> dict[str, Tensor]:
+        """The output of further texts' own queries, by name, [..., tokens, channels].
 
         In a joint sequence each further text attends to the images and to itself, as it would in a
         run of its own: what biases and restrictions hide from the own text they hide from it too.
+        Elsewhere texts ask nothing.
         """
         if self.apart is not None:
-            return self.apart.whole(out)
+            return self.apart.of_texts()
         if self.joint is None:
-            return out
+            return {}
         q, text, image_first = self.joint
         image = slice(0, -text) if image_first else slice(text, None)
         hidden, own_mask = _seen_by_text(call, len(q)), self.call.attn_mask
@@ -65,7 +66,7 @@ class OwnPart(NamedTuple):
             own_mask = additive(own_mask, q)
             hidden = own_mask if hidden is None else hidden + own_mask
         hidden = None if hidden is None else hidden[..., image]
-        parts = []
+        parts = {}
         for name, (start, stop, _) in self.context.items():
             k, v = (
                 torch.cat([own[..., image, :], full[..., start:stop, :]], -2)
@@ -74,10 +75,20 @@ class OwnPart(NamedTuple):
             one = q[..., start:stop, :]
             here = _of_region(call, name, hidden, k[..., : -(stop - start), :])
             mask = None if here is None else F.pad(here, (0, stop - start)).to(q)
-            scale = self.call.scale
-            parts.append(F.scaled_dot_product_attention(one, k, v, attn_mask=mask, scale=scale))
+            parts[name] = F.scaled_dot_product_attention(
+                one, k, v, attn_mask=mask, scale=self.call.scale
+            )
+        return parts
+
+    def whole(self, out: Tensor, texts: Mapping[str, Tensor]) -> Tensor:
+        """The output [..., queries, channels] of the own part, with that of further texts."""
+        if self.apart is not None:
+            return self.apart.whole(out)
+        if self.joint is None:
+            return out
+        _, text, image_first = self.joint
         own = [out] if image_first else [out[..., :text, :], out[..., text:, :]]
-        return torch.cat([own[0], *parts, *own[1:]], -2)
+        return torch.cat([own[0], *texts.values(), *own[1:]], -2)
 
 
 def own_part(state: Widened, kind: str, order: str | None, given: SDPACall) -> OwnPart:
