@@ -176,6 +176,11 @@ class CallData:
 
     def _text_place(self, name: str) -> TextPlace:
         """Where an extra text stands in the widened k and v."""
+        if self.apart is not None:
+            raise UnsupportedError(
+                f"text {name!r}: the further texts of {self.site.path} stand in rows of their own, "
+                "with the image at positions of their own; of all verbs, divide takes them"
+            )
         if name not in self._context:
             raise InputError(
                 f"context {name!r} is not in this call; there is: {sorted(self._context) or 'none'}"
@@ -190,12 +195,8 @@ class CallData:
     def _with_image_keys(self, name: str) -> tuple[Tensor, Tensor]:
         """k and v of an extra text, on a joint site with the images' (those of references too)
         before them; made once, so that rows which use them are evaluated together."""
-        if self.apart is not None:
-            raise UnsupportedError(
-                f"text {name!r}: the further texts of {self.site.path} stand in rows of their own, "
-                "with the image at positions of their own; of all verbs, divide takes them"
-            )
         if name not in self._with_image:
+            self._text_place(name)
             k, v = self.context(name)
             if self.site.kind == "joint":
                 if self.spans.image_keys is None:
