@@ -1,8 +1,6 @@
-"""A data-juicer operator: the prompts of a sample drawn as a pair, as `hookctl batch` draws them.
-
-`job` is a job file; a sample is a row of its pairs, and gets the paths of its images under
-`image_key`, source and edited in turn, and for each seed what was and was not kept under `pairs`.
-"""
+"""A data-juicer operator: the prompts of a sample are drawn as a row of the job file `job` is. It
+gets the paths of its images under `image_key`, source and edited in turn, and of each seed under
+`pairs` what was kept and what was not."""
 
 import json
 from dataclasses import asdict
@@ -27,11 +25,11 @@ class PairMapper(Mapper):  # type: ignore[misc]
     def __init__(self, job, output_dir, model=None, device=None, dtype=None, **others):  # type: ignore[no-untyped-def]
         super().__init__(**others)
         self.job, self.folder = checked_job(job, model), Path(output_dir)
-        self.device, self.dtype = device, dtype
+        self.place = device, dtype
 
     @cached_property
-    def opened(self) -> tuple[Any, Any]:  # of the process that draws
-        preset, load, core = prepared(self.job, usable_device(self.device), self.dtype)
+    def opened(self) -> tuple[Any, Any]:
+        preset, load, core = prepared(self.job, usable_device(self.place[0]), self.place[1])
         return working(self.job, preset, digest(core)), load()
 
     def process_single(self, sample: dict[str, Any], rank: int | None = None) -> dict[str, Any]:
@@ -39,16 +37,15 @@ class PairMapper(Mapper):  # type: ignore[misc]
         if missing := {job.source, job.edited, *job.columns} - set(rest):
             raise InputError(f"{job.path}: a sample has no {', '.join(sorted(missing))}")
         pair = Pair(rest.pop(job.source), rest.pop(job.edited), rest)
-        self.folder.mkdir(parents=True, exist_ok=True)
         (work, pipe), images, pairs = self.opened, [], []
+        self.folder.mkdir(parents=True, exist_ok=True)
         with calm(pipe, job.threads):
             for place in range(seeds_of(job)):
                 outcome = run(task_of(job, work.core_id, pair, place), pipe, work)
                 for record in outcome.records:
                     for name, held in record.files.items():
                         (self.folder / f"{record.id}.{name}").write_bytes(held)
-                    start = str(self.folder / record.id)
-                    images += [f"{start}.source.png", f"{start}.edited.png"]
-                made = [record.data for record in outcome.records]
-                pairs.append(json.dumps({**asdict(outcome), "records": made}))
+                    images += [f"{self.folder / record.id}.{n}.png" for n in ("source", "edited")]
+                made = {"records": [record.data for record in outcome.records]}
+                pairs.append(json.dumps(asdict(outcome) | made))
         return sample | {self.image_key: images, "pairs": pairs}

@@ -68,6 +68,7 @@ RECIPES: dict[str, Callable[[Any], Editor]] = {
     "STG": lambda r: r.STG(layers=[2]),
     "SEG": lambda r: r.SEG(sites="self @1/2"),
     "ScaleU": lambda r: r.ScaleU(backbone=[0.3], skip=[-0.3]),
+    "StableFlow": lambda r: r.StableFlow(PROMPTS, sites="self up"),
     "SkipLayerGuidance": lambda r: r.SkipLayerGuidance(
         layers=[1], branch="slg", start=0.0, stop=1.0
     ),
