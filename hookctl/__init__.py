@@ -8,9 +8,8 @@
 
 Use it
     control, Session        a pipeline under editors, and what came of it
-    Maps, MapStore, WordMaps
-                            the attention maps of words
-    Region                  a part of the image, from 0 to 1
+    Maps, MapStore, WordMaps    the attention maps of words
+    Region, References      a part of the image; how much an edit model's references count
     load_shapes             the embedded pipeline: no download, seconds on a CPU
     load_shapes_flow        its flow-matching sibling, of the build of Stable Diffusion 3
     errors                  what can go wrong
@@ -59,6 +58,7 @@ if TYPE_CHECKING:
     from hookctl.loop.state import FeatureCall, Predictions, State
     from hookctl.loop.trajectory import Trajectory
     from hookctl.maps import Maps, MapStore, WordMaps
+    from hookctl.references import References
     from hookctl.run_state import RunState
     from hookctl.session import Session, control
 
@@ -71,6 +71,7 @@ __all__ = [
     "MapStore",
     "WordMaps",
     "Region",
+    "References",
     "load_shapes",
     "load_shapes_flow",
     "errors",
@@ -119,6 +120,7 @@ _HOMES = {
     "Maps": "hookctl.maps",
     "Noise": "hookctl.loop.noise",
     "Predictions": "hookctl.loop.state",
+    "References": "hookctl.references",
     "Region": "hookctl.address.regions",
     "Residuals": "hookctl.loop.inserting",
     "Routing": "hookctl.attention.token_map",

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hookctl.address import families
 from hookctl.address.rows import COND, Row
 from hookctl.address.sites import Grid, Selector
 from hookctl.address.text import TextLayout
@@ -36,6 +37,7 @@ from hookctl.recipes.common.sites import grid_of, image_sites, sites_of, two_str
 from hookctl.run_state import RunState
 
 CONCEPTS = "concepts"
+MODELS = ("SD3Transformer2DModel", "FluxTransformer2DModel")
 
 
 class ConceptAttention(Editor):
@@ -94,6 +96,12 @@ class ConceptAttention(Editor):
             raise UnsupportedError(
                 f"ConceptAttention: the text of {type(target).__name__} asks nothing of the image; "
                 "it needs a model that has both in one sequence (SD3, FLUX.1)"
+            )
+        model = type(families.uncompiled(families.denoiser_of(target))).__name__
+        if model not in MODELS:
+            raise UnsupportedError(
+                f"ConceptAttention widens the text of {model} by single tokens, which stand in the "
+                "prompt's template there; of such models it reads those of SD3 and Flux"
             )
         if (given := self.given_sites) is None:
             own = two_stream_sites(target)

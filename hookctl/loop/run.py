@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hookctl.address import families, pipelines
 from hookctl.address.clock import Clock, Timekeeper
-from hookctl.address.latent import image_tokens, latent_grid, text_tokens
+from hookctl.address.latent import image_tokens, latent_grid, text_tokens, text_turns
 from hookctl.address.rows import Row, Rows, branch_of, copied, resolve_rows
 from hookctl.address.text import prompts_given
 from hookctl.errors import InputError, LayoutError, UnsupportedError
@@ -159,6 +159,7 @@ class Run:
             nested=outer is not None or (call is not None and not call.stepping),
             images_in_sequence=image_tokens(given, arguments, denoiser),
             own_text=text_tokens(arguments.get(text) if text else None, arguments, denoiser),
+            text_turns=text_turns(denoiser),
             reading=reading_of(denoiser),
         )
 
@@ -172,6 +173,8 @@ class Run:
             own_rows=None,
             kwargs=arguments,
             extra_text={},
+            text_rows=None,
+            with_text_rows={},
             residuals=None,
             assigned=None,
             noisy=None,
@@ -182,7 +185,8 @@ class Run:
         """The call's arguments after editors changed them."""
         signature = _signature(state.denoiser)
         bound = signature.bind_partial(None)
-        bound.arguments.update(_own_lists(with_residuals(state, signature.parameters)))
+        changed = with_residuals(state, signature.parameters) | dict(state.with_text_rows)
+        bound.arguments.update(_own_lists(changed))
         return bound.args[1:], bound.kwargs
 
     def _rows(

@@ -54,10 +54,12 @@ from hookctl.address.families.sites import (
     softmax_free,
     widens_joint,
 )
+from hookctl.address.families.text import EDIT_TEMPLATE
 
 __all__ = [
     "Block",
     "DENOISERS",
+    "EDIT_TEMPLATE",
     "Loop",
     "Model",
     "Pipeline",
