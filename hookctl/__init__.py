@@ -10,8 +10,7 @@ Use it
     control, Session        a pipeline under editors, and what came of it
     Maps, MapStore, WordMaps    the attention maps of words
     Region, References      a part of the image; how much an edit model's references count
-    load_shapes             the embedded pipeline: no download, seconds on a CPU
-    load_shapes_flow        its flow-matching sibling, of the build of Stable Diffusion 3
+    load_shapes             the embedded pipelines: no download, seconds on a CPU
     errors                  what can go wrong
     hookctl.recipes         the published methods, ready made
 
@@ -73,7 +72,6 @@ __all__ = [
     "Region",
     "References",
     "load_shapes",
-    "load_shapes_flow",
     "errors",
     "Editor",
     "Claim",
@@ -161,22 +159,12 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def load_shapes(**options: Any) -> Any:
+def load_shapes(*, flow: bool = False, **options: Any) -> Any:
     """The embedded pipeline: a small, truly trained StableDiffusionPipeline (see its card).
 
+    flow: its sibling of flow matching and joint attention, a StableDiffusion3Pipeline without a T5.
     options: `device` and `dtype`, as of `torch.Tensor.to`.
     """
-    from hookctl.demos.shapes.load import load_shapes
+    from hookctl.demos.shapes.load import load_shapes, load_shapes_flow
 
-    return load_shapes(**options)
-
-
-def load_shapes_flow(**options: Any) -> Any:
-    """The embedded flow-matching pipeline: a small, truly trained StableDiffusion3Pipeline (joint
-    attention, no T5) of the same world as `load_shapes`.
-
-    options: `device` and `dtype`, as of `torch.Tensor.to`.
-    """
-    from hookctl.demos.shapes.load import load_shapes_flow
-
-    return load_shapes_flow(**options)
+    return (load_shapes_flow if flow else load_shapes)(**options)
