@@ -38,7 +38,6 @@ hookctl inspect shapes                        # the embedded pipeline
 hookctl inspect ./sd15/unet --json            # one model of it, for programs
 hookctl inspect shapes --run                  # what is really caught
 hookctl inspect shapes --prove                # declared facts beside measured ones
-hookctl inspect ./flux --vital "a cat"         # the layers that decide what is drawn
 hookctl inspect ip-adapter_sd15.bin           # what a file of weights is
 """
 _RUN_STEPS = 2
