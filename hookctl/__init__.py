@@ -8,11 +8,9 @@
 
 Use it
     control, Session        a pipeline under editors, and what came of it
-    Maps, MapStore, WordMaps
-                            the attention maps of words
-    Region                  a part of the image, from 0 to 1
-    load_shapes             the embedded pipeline: no download, seconds on a CPU
-    load_shapes_flow        its flow-matching sibling, of the build of Stable Diffusion 3
+    Maps, MapStore, WordMaps    the attention maps of words
+    Region, References      a part of the image; how much an edit model's references count
+    load_shapes             the embedded pipelines: no download, seconds on a CPU
     errors                  what can go wrong
     hookctl.recipes         the published methods, ready made
 
@@ -59,6 +57,7 @@ if TYPE_CHECKING:
     from hookctl.loop.state import FeatureCall, Predictions, State
     from hookctl.loop.trajectory import Trajectory
     from hookctl.maps import Maps, MapStore, WordMaps
+    from hookctl.references import References
     from hookctl.run_state import RunState
     from hookctl.session import Session, control
 
@@ -71,8 +70,8 @@ __all__ = [
     "MapStore",
     "WordMaps",
     "Region",
+    "References",
     "load_shapes",
-    "load_shapes_flow",
     "errors",
     "Editor",
     "Claim",
@@ -119,6 +118,7 @@ _HOMES = {
     "Maps": "hookctl.maps",
     "Noise": "hookctl.loop.noise",
     "Predictions": "hookctl.loop.state",
+    "References": "hookctl.references",
     "Region": "hookctl.address.regions",
     "Residuals": "hookctl.loop.inserting",
     "Routing": "hookctl.attention.token_map",
@@ -159,22 +159,12 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def load_shapes(**options: Any) -> Any:
+def load_shapes(*, flow: bool = False, **options: Any) -> Any:
     """The embedded pipeline: a small, truly trained StableDiffusionPipeline (see its card).
 
+    flow: its sibling of flow matching and joint attention, a StableDiffusion3Pipeline without a T5.
     options: `device` and `dtype`, as of `torch.Tensor.to`.
     """
-    from hookctl.demos.shapes.load import load_shapes
+    from hookctl.demos.shapes.load import load_shapes, load_shapes_flow
 
-    return load_shapes(**options)
-
-
-def load_shapes_flow(**options: Any) -> Any:
-    """The embedded flow-matching pipeline: a small, truly trained StableDiffusion3Pipeline (joint
-    attention, no T5) of the same world as `load_shapes`.
-
-    options: `device` and `dtype`, as of `torch.Tensor.to`.
-    """
-    from hookctl.demos.shapes.load import load_shapes_flow
-
-    return load_shapes_flow(**options)
+    return (load_shapes_flow if flow else load_shapes)(**options)

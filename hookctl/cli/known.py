@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def editors_by_name() -> dict[str, type[Editor]]:
-    """Every editor that a stack may name: the recipes, and Maps."""
+    """Every editor that a stack may name: the recipes, Maps and References."""
     from hookctl import recipes
 
     known = [getattr(recipes, name) for name in recipes.__all__]
     found = {c.__name__: c for c in known if isinstance(c, type) and issubclass(c, hookctl.Editor)}
-    return found | {"Maps": hookctl.Maps}
+    return found | {"Maps": hookctl.Maps, "References": hookctl.References}
 
 
 def inversions_by_name() -> dict[str, type[Any]]:

@@ -84,7 +84,7 @@ def _names(data: Mapping[str, Any]) -> list[str]:
 
 
 def outline() -> Outline:
-    """Of everything that `hookctl.recipes` names, and Maps."""
+    """Of everything that `hookctl.recipes` names, Maps and References."""
     package = Path(__file__).resolve().parents[1]
     spec = find_spec("hookctl.recipes")
     assert spec is not None and spec.origin is not None  # a package of ours
@@ -96,7 +96,7 @@ def outline() -> Outline:
         *sorted(recipes.rglob("*.py")),
     ]
     classes = {name: found for path in files for name, found in _classes(path)}
-    names = ["Maps", *_all(recipes / "__init__.py")]
+    names = ["Maps", "References", *_all(recipes / "__init__.py")]
     kinds = {
         kind: [name for name in names if bases & {*_line(name, classes)}]
         for kind, bases in _KINDS.items()

@@ -44,7 +44,7 @@ RECIPES: dict[str, Callable[[Any], Editor]] = {
     "AttendAndExcite": lambda r: r.AttendAndExcite(["cat"], refinements=1),
     "BoxDiff": lambda r: r.BoxDiff(["cat"], [LEFT], refinements=1),
     "CFGZeroStar": lambda r: r.CFGZeroStar(),
-    "ConsiStory": lambda r: r.ConsiStory(PROMPTS, "cat", dropped=0.0, query_stop=0.0),
+    "ConsiStory": lambda r: r.ConsiStory(PROMPTS, "cat", sites="self", dropped=0.0),
     "FDG": lambda r: r.FDG(),
     "FreeU": lambda r: r.FreeU(),
     "LEDITSPlusPlus": lambda r: r.LEDITSPlusPlus(["blue dog"], prompts=PROMPTS, scale=9.0),

@@ -112,6 +112,8 @@ def needed(cls: type) -> dict[str, Any]:
         "edits": TWO,
         "parts": TWO,
         "words": ["cat"],
+        "negative": "a dog",
+        "concepts": ["cat", "background"],
         "texts": ["a cat", "a dog"],
         "regions": BOXES if "texts" in parameters(cls) else BOXES[:1],
     }
