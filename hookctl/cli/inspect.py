@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hookctl.cli import common
@@ -41,6 +41,7 @@ hookctl inspect shapes --prove                # declared facts beside measured o
 hookctl inspect ip-adapter_sd15.bin           # what a file of weights is
 """
 _RUN_STEPS = 2
+_VITAL_STEPS = 15
 
 
 def add(commands: Any) -> None:
@@ -55,21 +56,27 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--prove", action="store_true", help="measure the declared facts in about 14 short runs"
     )
+    command.add_argument(
+        "--vital",
+        action="append",
+        metavar="TEXT",
+        help="leave out one block at a time as this is drawn; may be repeated",
+    )
     common.add_machine(command)
     common.add_progress(command)
 
 
 def main(options: Any) -> None:
     if is_weights(options.model):
-        if options.run or options.prove:
+        if options.run or options.prove or options.vital:
             raise InputError(
-                f"{options.model}: are weights; --run and --prove take a pipeline, and "
+                f"{options.model}: are weights; --vital, --run and --prove take a pipeline, and "
                 "hookctl run --hook attaches weights to one"
             )
         located(options.model)
         _inspect_weights(options)
         return
-    find_model(options.model, whole=options.run or options.prove)
+    find_model(options.model, whole=options.run or options.prove or bool(options.vital))
     _inspect(options)
 
 
@@ -83,17 +90,19 @@ def _inspect(options: Any) -> None:
     from hookctl.cli.loading import load_for_survey, load_pipeline
     from hookctl.inspect import survey
 
-    if not (options.run or options.prove):
+    if not (options.run or options.prove or options.vital):
         target = load_for_survey(options.model)
     else:
         target = load_pipeline(options.model, options.device, options.dtype)
     found = survey(target)
     probed = _probe(target, options) if options.run else None
     proof = _prove(target, options) if options.prove else None
+    alike = _vital(target, options) if options.vital else None
     if options.json:
         data = {"model": options.model, **found.data()}
         data["run"] = None if probed is None else probed.data()
         data["proved"] = None if proof is None else proof.data()
+        data["vital"] = alike
         print(json.dumps(data, indent=2, ensure_ascii=False))
         return
     print(f"{options.model}\n")
@@ -104,6 +113,20 @@ def _inspect(options: Any) -> None:
     if proof is not None:
         print()
         print("\n".join(proof.lines()))
+    if alike is not None:
+        print()
+        print("\n".join(vital_lines(alike)))
+
+
+def _vital(pipe: Any, options: Any) -> dict[str, float]:
+    from hookctl.recipes.common.vital_layers import layer_similarities
+
+    arguments = Drawing(steps=_VITAL_STEPS).arguments(pipe, options.vital)
+    for name in ("prompt", "negative_prompt", "generator"):
+        arguments.pop(name, None)
+    pipe.set_progress_bar_config(disable=True)
+    with common.bar("blocks", common.wants_progress(options)) as shown:
+        return layer_similarities(pipe, options.vital, progress=shown, **arguments)
 
 
 def _probe(pipe: Any, options: Any) -> Probed:
@@ -145,6 +168,13 @@ def _arguments(pipe: Any, options: Any, prompts: list[str]) -> dict[str, Any]:
         size = getattr(getattr(pipe, "unet", None), "config", {}).get("sample_size", 64)
         arguments["image"] = Image.new("RGB", (size * factor, size * factor), "grey")
     return arguments
+
+
+def vital_lines(alike: Mapping[str, float]) -> Iterator[str]:
+    """The blocks by their sites, those first without which another image is drawn."""
+    yield "Without a block the image is so like the whole model's (1: the same):"
+    rows = sorted(alike.items(), key=lambda pair: pair[1])
+    yield table([(path, f"{value:.3f}") for path, value in rows], ("block of", "likeness"))
 
 
 def run_lines(found: Survey, probed: Probed) -> Iterator[str]:
