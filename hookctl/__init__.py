@@ -10,8 +10,7 @@ Use it
     control, Session        a pipeline under editors, and what came of it
     Maps, MapStore, WordMaps    the attention maps of words
     Region, References      a part of the image; how much an edit model's references count
-    load_shapes             the embedded pipeline: no download, seconds on a CPU
-    load_shapes_flow        its flow-matching sibling, of the build of Stable Diffusion 3
+    load_shapes, load_shapes_flow   the embedded pipelines: no download, seconds on a CPU
     errors                  what can go wrong
     hookctl.recipes         the published methods, ready made
 
@@ -20,11 +19,9 @@ Write an editor: a subclass of Editor that has the hooks it needs
     AttentionCall           one attention call, and the verbs that rewrite it
         Routing, Division   what its verbs `route_by` and `divide` are given
     FeatureCall, BlockCall  one skip connection of a UNet; one block, which rows may pass by
-    InsertCall, LinearCall, StemCall, Residuals
-                            the same for trained modules: a block's stream, a linear layer, the
-                            layer that takes the latents in, what a ControlNet adds
-    State, Predictions      one denoiser call, and what it predicted
-    Branch                  further rows for the denoiser to predict
+    InsertCall, LinearCall, StemCall, Residuals     the same for trained modules: a block's stream,
+                            a linear layer, the first layer, what a ControlNet adds
+    State, Predictions, Branch  a denoiser call, what it predicted, and further rows to predict
     RunState                an attribute that each session, thread and task holds for itself
     Row, Rows, COND, UNCOND who: the batch rows of a call and the branches they belong to
     Clock, Window           when: the step of a call, and a span of the schedule
@@ -162,21 +159,15 @@ def __dir__() -> list[str]:
 
 
 def load_shapes(**options: Any) -> Any:
-    """The embedded pipeline: a small, truly trained StableDiffusionPipeline (see its card).
-
-    options: `device` and `dtype`, as of `torch.Tensor.to`.
-    """
+    """A small, truly trained StableDiffusionPipeline (see its card); options: of `Tensor.to`."""
     from hookctl.demos.shapes.load import load_shapes
 
     return load_shapes(**options)
 
 
 def load_shapes_flow(**options: Any) -> Any:
-    """The embedded flow-matching pipeline: a small, truly trained StableDiffusion3Pipeline (joint
-    attention, no T5) of the same world as `load_shapes`.
-
-    options: `device` and `dtype`, as of `torch.Tensor.to`.
-    """
+    """Its flow-matching sibling, a StableDiffusion3Pipeline (joint attention, no T5) of the same
+    world; options: of `Tensor.to`."""
     from hookctl.demos.shapes.load import load_shapes_flow
 
     return load_shapes_flow(**options)
