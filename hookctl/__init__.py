@@ -10,7 +10,7 @@ Use it
     control, Session        a pipeline under editors, and what came of it
     Maps, MapStore, WordMaps    the attention maps of words
     Region, References      a part of the image; how much an edit model's references count
-    load_shapes, load_shapes_flow   the embedded pipelines: no download, seconds on a CPU
+    load_shapes             the embedded pipelines: no download, seconds on a CPU
     errors                  what can go wrong
     hookctl.recipes         the published methods, ready made
 
@@ -19,9 +19,11 @@ Write an editor: a subclass of Editor that has the hooks it needs
     AttentionCall           one attention call, and the verbs that rewrite it
         Routing, Division   what its verbs `route_by` and `divide` are given
     FeatureCall, BlockCall  one skip connection of a UNet; one block, which rows may pass by
-    InsertCall, LinearCall, StemCall, Residuals     the same for trained modules: a block's stream,
-                            a linear layer, the first layer, what a ControlNet adds
-    State, Predictions, Branch  a denoiser call, what it predicted, and further rows to predict
+    InsertCall, LinearCall, StemCall, Residuals
+                            the same for trained modules: a block's stream, a linear layer, the
+                            layer that takes the latents in, what a ControlNet adds
+    State, Predictions      one denoiser call, and what it predicted
+    Branch                  further rows for the denoiser to predict
     RunState                an attribute that each session, thread and task holds for itself
     Row, Rows, COND, UNCOND who: the batch rows of a call and the branches they belong to
     Clock, Window           when: the step of a call, and a span of the schedule
@@ -70,7 +72,6 @@ __all__ = [
     "Region",
     "References",
     "load_shapes",
-    "load_shapes_flow",
     "errors",
     "Editor",
     "Claim",
@@ -158,16 +159,12 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def load_shapes(**options: Any) -> Any:
-    """A small, truly trained StableDiffusionPipeline (see its card); options: of `Tensor.to`."""
-    from hookctl.demos.shapes.load import load_shapes
+def load_shapes(*, flow: bool = False, **options: Any) -> Any:
+    """The embedded pipeline: a small, truly trained StableDiffusionPipeline (see its card).
 
-    return load_shapes(**options)
+    flow: its sibling of flow matching and joint attention, a StableDiffusion3Pipeline without a T5.
+    options: `device` and `dtype`, as of `torch.Tensor.to`.
+    """
+    from hookctl.demos.shapes.load import load_shapes, load_shapes_flow
 
-
-def load_shapes_flow(**options: Any) -> Any:
-    """Its flow-matching sibling, a StableDiffusion3Pipeline (joint attention, no T5) of the same
-    world; options: of `Tensor.to`."""
-    from hookctl.demos.shapes.load import load_shapes_flow
-
-    return load_shapes_flow(**options)
+    return (load_shapes_flow if flow else load_shapes)(**options)

@@ -69,7 +69,7 @@ def test_every_name_is_there() -> None:
     for name in hookctl.__all__:
         assert getattr(hookctl, name) is not None
         assert name in str(hookctl.__doc__)
-    assert {*hookctl._HOMES} == {*hookctl.__all__} - {"errors", "load_shapes", "load_shapes_flow"}
+    assert {*hookctl._HOMES} == {*hookctl.__all__} - {"errors", "load_shapes"}
     assert set(hookctl.__all__) <= set(dir(hookctl))
     with pytest.raises(AttributeError, match="no attribute 'paint'"):
         _ = hookctl.paint  # type: ignore[attr-defined]
