@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 # Shared by editors to whom places of the image or its whole latents mean something, held alone by
 # one that shows the denoiser parts of the image.
 WHOLE_IMAGE = "whole image"
+# Held by an editor that sets places of the latents between the steps.
+LATENTS = "latents between the steps"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Editing a prompt, the image stays alike
     Imagic                    Kawar et al. 2022, arXiv 2210.09276
     FlowEdit                  Kulikov et al. 2024, arXiv 2412.08629
     RFInversion               Rout et al. 2024, arXiv 2410.10792
+    DifferentialDiffusion     Levin and Fried 2023, arXiv 2306.00950
 Guidance
     PAG                       perturbed attention, Ahn et al. 2024, arXiv 2403.17377
     SEG                       smoothed energy, Hong 2024, arXiv 2408.00760
@@ -49,6 +50,7 @@ from hookctl.recipes.box_diff import BoxDiff
 from hookctl.recipes.cfg_zero_star import CFGZeroStar
 from hookctl.recipes.cyclic_one_way import CyclicOneWay
 from hookctl.recipes.ddim_inversion import DDIMInversion
+from hookctl.recipes.differential_diffusion import DifferentialDiffusion
 from hookctl.recipes.direct_inversion import DirectInversion
 from hookctl.recipes.edit_friendly_ddpm import EditFriendlyDDPM
 from hookctl.recipes.fdg import FDG
@@ -89,6 +91,7 @@ __all__ = [
     "CFGZeroStar",
     "CyclicOneWay",
     "DDIMInversion",
+    "DifferentialDiffusion",
     "DirectInversion",
     "EditFriendlyDDPM",
     "FlowEdit",

@@ -25,7 +25,7 @@ from torch import Tensor
 from hookctl.address.regions import Region, RegionLike, region_of
 from hookctl.address.rows import UNCOND
 from hookctl.arguments import checked, images_and_prompts, whole
-from hookctl.editor import WHOLE_IMAGE, Editor
+from hookctl.editor import LATENTS, WHOLE_IMAGE, Editor
 from hookctl.errors import InputError
 from hookctl.loop import prompts
 from hookctl.loop.images import encode
@@ -247,4 +247,4 @@ class CyclicOneWay:
 
 
 def _knows_places(editor: Editor) -> bool:
-    return any(claim.what == WHOLE_IMAGE for claim in editor.claims())
+    return any(claim.what in (WHOLE_IMAGE, LATENTS) for claim in editor.claims())

@@ -44,6 +44,7 @@ RECIPES: dict[str, Callable[[Any], Editor]] = {
     "AttendAndExcite": lambda r: r.AttendAndExcite(["cat"], refinements=1),
     "BoxDiff": lambda r: r.BoxDiff(["cat"], [LEFT], refinements=1),
     "CFGZeroStar": lambda r: r.CFGZeroStar(),
+    "DifferentialDiffusion": lambda r: r.DifferentialDiffusion(image(), LEFT, seed=0),
     "FDG": lambda r: r.FDG(),
     "FreeU": lambda r: r.FreeU(),
     "LayoutGuidance": lambda r: r.LayoutGuidance(

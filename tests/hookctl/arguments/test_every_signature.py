@@ -101,6 +101,7 @@ def needed(cls: type) -> dict[str, Any]:
         "prompts": TWO,
         "words": ["cat"],
         "texts": ["a cat", "a dog"],
+        "change": "full",
         "regions": BOXES if "texts" in parameters(cls) else BOXES[:1],
     }
     if cls is recipes.OneWayFlow:
