@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 # Shared by editors to whom places of the image or its whole latents mean something, held alone by
 # one that shows the denoiser parts of the image.
 WHOLE_IMAGE = "whole image"
+# Shared by editors to whom words of the prompts mean something, held alone by one that lets the
+# prompts change.
+WORDS = "words of the prompts"
 # Held by an editor that sets places of the latents between the steps.
 LATENTS = "latents between the steps"
 

@@ -26,6 +26,8 @@ Layout: what stands where
     RegionalPrompts           attention couple, after arXiv 2302.08113
     MaskedSelfAttention       of InstanceDiffusion, arXiv 2402.03290
     MultiInstanceSampler      of InstanceDiffusion, arXiv 2402.03290
+Prompts that change on the way
+    PromptSchedule            prompt editing of A1111's web UI, 2022
 Appearance of a reference
     StyleAligned              Hertz et al. 2023, arXiv 2312.02133
     ReferenceOnly             Zhang 2023, discussion 1236 of sd-webui-controlnet
@@ -66,6 +68,7 @@ from hookctl.recipes.negative_prompt_inversion import NegativePromptInversion
 from hookctl.recipes.null_text import NullTextInversion
 from hookctl.recipes.one_way_flow import OneWayFlow
 from hookctl.recipes.pag import PAG
+from hookctl.recipes.prompt_schedule import PromptSchedule
 from hookctl.recipes.prompt_to_prompt import PromptToPrompt
 from hookctl.recipes.proximal_guidance import ProximalGuidance
 from hookctl.recipes.real_compo import RealCompo
@@ -105,6 +108,7 @@ __all__ = [
     "NegativePromptInversion",
     "NullTextInversion",
     "OneWayFlow",
+    "PromptSchedule",
     "PromptToPrompt",
     "ProximalGuidance",
     "RFInversion",

@@ -56,6 +56,7 @@ RECIPES: dict[str, Callable[[Any], Editor]] = {
     "MultiInstanceSampler": lambda r: r.MultiInstanceSampler(["a dog"], [LEFT], share=0.5),
     "OneWayFlow": lambda r: r.OneWayFlow({"seed": TOP}, [("rest", "seed", -4.0)]),
     "PAG": lambda r: r.PAG(sites="self @1/2"),
+    "PromptSchedule": lambda r: r.PromptSchedule(["a red [cat:dog:0.5]", "a blue [cat:dog:0.5]"]),
     "PromptToPrompt": lambda r: r.PromptToPrompt(PROMPTS, self_replace=0.5, self_resolution=1.0),
     "ProximalGuidance": lambda r: r.ProximalGuidance(),
     "RealCompo": lambda r: r.RealCompo(["cat"], [LEFT], second(), alone=0.0),

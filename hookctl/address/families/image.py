@@ -242,16 +242,19 @@ declare_pipelines(
 )
 declare_pipelines(Pipeline({TRANSFORMER: ALONE}, text.TEMPLATE), "Flux2Pipeline")
 declare_pipelines(
-    Pipeline({TRANSFORMER: SEQUENTIAL}, text.templated),
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.templated, {"mask": 1}),
     """
     QwenImagePipeline QwenImageImg2ImgPipeline QwenImageInpaintPipeline QwenImageControlNetPipeline
     QwenImageControlNetInpaintPipeline
     """,
 )
 declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.EDIT_TEMPLATE, {"mask": 1}),
+    "QwenImageEditPipeline QwenImageEditPlusPipeline QwenImageEditInpaintPipeline",
+)
+declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.EDIT_TEMPLATE),
     """
-    QwenImageEditPipeline QwenImageEditPlusPipeline QwenImageEditInpaintPipeline
     QwenImageLayeredPipeline LongCatImageEditPipeline JoyImageEditPipeline
     BriaFibo2Pipeline
     """,

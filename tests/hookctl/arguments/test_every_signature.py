@@ -102,6 +102,7 @@ def needed(cls: type) -> dict[str, Any]:
         "words": ["cat"],
         "texts": ["a cat", "a dog"],
         "change": "full",
+        "schedule": ["a [red:blue:0.5] cat"] * 2,
         "regions": BOXES if "texts" in parameters(cls) else BOXES[:1],
     }
     if cls is recipes.OneWayFlow:
