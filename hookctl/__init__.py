@@ -21,8 +21,8 @@ Write an editor: a subclass of Editor that has the hooks it needs
         Routing, Division   what its verbs `route_by` and `divide` are given
     FeatureCall             one skip connection of a UNet
     InsertCall, LinearCall, StemCall, Residuals
-                            the same for trained modules: a block's stream, a linear layer, the
-                            layer that takes the latents in, what a ControlNet adds
+                            further places: a block's stream, a linear layer, the layer that takes
+                            the latents in, rotary positions, what a ControlNet adds
     State, Predictions      one denoiser call, and what it predicted
     Branch                  further rows for the denoiser to predict
     RunState                an attribute that each session, thread and task holds for itself
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from hookctl.attention.token_map import Routing
     from hookctl.editor import Claim, Editor
     from hookctl.loop.branches import Branch
-    from hookctl.loop.inserting import InsertCall, LinearCall, Residuals, StemCall
+    from hookctl.loop.inserting import InsertCall, LinearCall, PositionsCall, Residuals, StemCall
     from hookctl.loop.noise import Noise
     from hookctl.loop.state import FeatureCall, Predictions, State
     from hookctl.loop.trajectory import Trajectory
@@ -82,6 +82,7 @@ __all__ = [
     "LinearCall",
     "StemCall",
     "Residuals",
+    "PositionsCall",
     "State",
     "Predictions",
     "Branch",
@@ -114,6 +115,7 @@ _HOMES = {
     "MapStore": "hookctl.maps",
     "Maps": "hookctl.maps",
     "Noise": "hookctl.loop.noise",
+    "PositionsCall": "hookctl.loop.inserting",
     "Predictions": "hookctl.loop.state",
     "Region": "hookctl.address.regions",
     "Residuals": "hookctl.loop.inserting",

@@ -22,7 +22,7 @@ from hookctl.errors import ConflictError, InputError, check_returned, naming
 if TYPE_CHECKING:
     from hookctl.attention.call import AttentionCall
     from hookctl.loop.branches import Branch
-    from hookctl.loop.inserting import InsertCall, LinearCall, Residuals, StemCall
+    from hookctl.loop.inserting import InsertCall, LinearCall, PositionsCall, Residuals, StemCall
     from hookctl.loop.state import FeatureCall, Predictions, Proceed, State
 
 # Shared by editors to whom places of the image or its whole latents mean something, held alone by
@@ -64,6 +64,7 @@ class Editor:
                        denoise               round the call; inside it, site by site:
                        attention, features
                        residuals, stem, insert, linear   (trained modules)
+                       positions             rotary ones
     Each step          combine, after        before and after the scheduler's step
 
     sites: which attention sites `attention` is called for, and after which `insert` is, such as
@@ -145,6 +146,11 @@ class Editor:
     def stem(self, call: StemCall) -> None:
         """Change how the latents enter: `call.convolve(...)`, or assign `call.output`."""
 
+    def positions(self, call: PositionsCall) -> None:
+        """Rewrite the rotary positions of a denoiser call: assign `call.frequencies` and its kin.
+
+        With `sites` the attention there alone sees them."""
+
     def before(self, state: State) -> None:
         """Before a step's denoiser call; may assign `state.latents`."""
 
@@ -173,17 +179,19 @@ HOOKS = (
     "insert",
     "linear",
     "stem",
+    "positions",
     "combine",
     "after",
 )
 # Those that change what layers inside the model give.
-INSIDE = ("insert", "linear", "stem")
+INSIDE = ("insert", "linear", "stem", "positions")
 _METHODS = ("attach", "claims", "window", "active", "neutral", "linears", *HOOKS)
 _INSTEAD = {
     "features": "assign call.backbone or call.skip",
     "insert": "assign call.hidden",
     "linear": "assign call.output, or call.add(down, up)",
     "stem": "assign call.output",
+    "positions": "assign call.positions, call.frequencies or call.amplitudes",
     "before": "assign state.latents",
     "after": "assign state.latents",
 }

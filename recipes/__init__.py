@@ -42,6 +42,8 @@ Canvas: larger images, scenes round an image
     CyclicOneWay              Wang et al. 2023, arXiv 2306.08247
     SelectiveOneWay           Pei et al. 2024, arXiv 2411.19182
     OneWayFlow                its flow between regions, arXiv 2411.19182
+    DyPE                      larger than trained for, Issachar et al. 2025, arXiv 2510.20766
+    RIFLEx                    longer than trained for, Zhao et al. 2025, arXiv 2502.15894
 """
 
 import sys
@@ -54,6 +56,7 @@ from hookctl.recipes.cyclic_one_way import CyclicOneWay
 from hookctl.recipes.ddim_inversion import DDIMInversion
 from hookctl.recipes.differential_diffusion import DifferentialDiffusion
 from hookctl.recipes.direct_inversion import DirectInversion
+from hookctl.recipes.dype import DyPE
 from hookctl.recipes.edit_friendly_ddpm import EditFriendlyDDPM
 from hookctl.recipes.fdg import FDG
 from hookctl.recipes.flow_edit import FlowEdit
@@ -75,6 +78,7 @@ from hookctl.recipes.real_compo import RealCompo
 from hookctl.recipes.reference_only import ReferenceOnly
 from hookctl.recipes.regional_prompts import RegionalPrompts
 from hookctl.recipes.rf_inversion import RFInversion
+from hookctl.recipes.riflex import RIFLEx
 from hookctl.recipes.sag import SAG
 from hookctl.recipes.scale_u import ScaleU
 from hookctl.recipes.seg import SEG
@@ -96,6 +100,7 @@ __all__ = [
     "DDIMInversion",
     "DifferentialDiffusion",
     "DirectInversion",
+    "DyPE",
     "EditFriendlyDDPM",
     "FlowEdit",
     "FreeU",
@@ -112,6 +117,7 @@ __all__ = [
     "PromptToPrompt",
     "ProximalGuidance",
     "RFInversion",
+    "RIFLEx",
     "RealCompo",
     "ReferenceOnly",
     "RegionalPrompts",
