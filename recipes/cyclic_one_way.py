@@ -30,7 +30,7 @@ from hookctl.errors import InputError
 from hookctl.loop import prompts
 from hookctl.loop.images import encode
 from hookctl.loop.trajectory import Trajectory
-from hookctl.recipes.common.canvas.pasted_images import PastedImages, resized
+from hookctl.recipes.common.canvas.pasted_images import PastedImages, require_grid, resized
 from hookctl.recipes.common.canvas.suppression import Suppression
 from hookctl.session import Session, control
 
@@ -117,7 +117,11 @@ class CyclicOneWay:
             name = "CyclicOneWay: image_size"
             images = [resized(image, image_size, name) for image in images]
         factor = int(getattr(pipe, "vae_scale_factor", 8))
-        side = pipe.unet.config.sample_size * factor if hasattr(pipe, "unet") else 1024
+        require_grid(pipe, type(self).__name__)
+        own = getattr(pipe, "default_sample_size", None)
+        if hasattr(pipe, "unet"):
+            own = pipe.unet.config.sample_size
+        side = int(own) * factor if own else 1024
         self.pasted = PastedImages(
             "CyclicOneWay",
             images,
