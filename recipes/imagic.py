@@ -115,6 +115,12 @@ class Imagic:
         self.inverted = inverted
         if checkpoint is not None:
             arguments.writable(checkpoint, "Imagic: checkpoint")
+        name = type(pipe).__name__
+        if any(word in name for word in ("Kontext", "Edit")):
+            raise UnsupportedError(
+                f"Imagic fits a text to an image, and {name} is given one to edit besides; use the "
+                "family's text-to-image pipeline"
+            )
         if takes_videos(pipe):
             raise UnsupportedError(
                 f"Imagic is of one image, and {type(pipe).__name__} draws videos, which FlowEdit "

@@ -188,6 +188,12 @@ def _selected(editor: Editor, model: nn.Module, modules: Modules) -> set[str]:
             f"{type(model).__name__} has no attention that can be caught (softmax attention), so "
             f"{editor.name} can't act on it"
         )
+    if getattr(model, "_parallel_config", None) is not None:
+        raise UnsupportedError(
+            f"{editor.name} edits attention, and this {type(model).__name__} spreads it over "
+            "several devices (context or tensor parallel), none of which sees all of it; load it "
+            "without enable_parallelism, by offloading where it is too large for one device"
+        )
     chosen = select([site for site, _ in modules.values()], editor.sites, who=editor.name)
     for site in chosen:
         reason = families.uncatchable(modules[site.path][1])

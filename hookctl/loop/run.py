@@ -206,6 +206,8 @@ class Run:
                     for i in range(size)
                 ]
             )
+        if self.count is None and self.stated:  # nothing was encoded where it could be seen
+            self.prompts, self.count = self.stated, len(self.stated)
         layout, guided = pipelines.layout_of(self.pipe, denoiser), pipelines.is_guided(self.pipe)
         if self.count is None and (prompt := self._checked.get("prompt")):
             self.count, self._told = 1 if isinstance(prompt, str) else len(prompt), False

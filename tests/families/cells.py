@@ -4,7 +4,8 @@
 
 A cell is run on a tiny random pipeline. ✓: what is drawn is another than without the recipe, and at
 its neutral setting the same bit for bit. –: refused, before or at the end of the run, by an error
-of ours whose reason is below the table. ✗: anything else, such as a run in which nothing happened.
+of ours whose reason is below the table, or two prompts are compared and the pipeline draws one.
+✗: anything else, such as a run in which nothing happened.
 """
 
 from __future__ import annotations
@@ -56,11 +57,13 @@ NOTES = Path("out/cells.json")
 # Where sites of a UNet stand in the shared table, or an image of its size.
 MAKERS: dict[str, Callable[[Family, Any], Editor]] = {
     "DifferentialDiffusion": lambda f, p: recipes.DifferentialDiffusion(given(f)[0], LEFT),
+    "DyPE": lambda f, p: recipes.DyPE(1 if f.name == "HunyuanVideoPipeline" else 2),
     "MasaCtrl": lambda f, p: recipes.MasaCtrl(PROMPTS, start=0.0, sites="self, joint"),
-    "MultiDiffusion": lambda f, p: recipes.MultiDiffusion(tile=8, stride=4),
+    "MultiDiffusion": lambda f, p: recipes.MultiDiffusion(**tiles(f)),
     "PAG": lambda f, p: recipes.PAG(sites="self, joint"),
+    "PromptSchedule": lambda f, p: recipes.PromptSchedule(schedules(f, "0.5")),
     "RealCompo": lambda f, p: recipes.RealCompo(["cat"], [LEFT], second(f), alone=0.0),
-    "ReferenceOnly": lambda f, p: recipes.ReferenceOnly(PROMPTS, given(f)[0]),
+    "ReferenceOnly": lambda f, p: recipes.ReferenceOnly(PROMPTS, frame(f)),
     "SAG": lambda f, p: recipes.SAG(sites="self, joint"),
     "SEG": lambda f, p: recipes.SEG(sites="self, joint"),
 }
@@ -71,14 +74,35 @@ IDLE: dict[str, Callable[[Family], Editor]] = {
     "DifferentialDiffusion": lambda f: recipes.DifferentialDiffusion(given(f)[0], "full"),
     "MultiDiffusion": lambda f: recipes.MultiDiffusion(tile=512),
     "MultiInstanceSampler": lambda f: recipes.MultiInstanceSampler(["a dog"], [LEFT], share=0.0),
-    "PromptSchedule": lambda f: recipes.PromptSchedule([f"{one}[:s:1.0]" for one in PROMPTS]),
+    "PromptSchedule": lambda f: recipes.PromptSchedule(schedules(f, "1.0")),
     "PromptToPrompt": lambda f: recipes.PromptToPrompt(PROMPTS, cross_replace=0, self_replace=0),
-    "ReferenceOnly": lambda f: recipes.ReferenceOnly(PROMPTS, given(f)[0], start=0.5, stop=0.5),
+    "ReferenceOnly": lambda f: recipes.ReferenceOnly(PROMPTS, frame(f), start=0.5, stop=0.5),
 }
+
+
+class OfOnePrompt(Exception):
+    """The family's pipeline draws one prompt at a time."""
 
 
 class Broken(Exception):
     """A cell that neither acts nor says why."""
+
+
+def frame(family: Family) -> Any:
+    """An image, of a video the first frame."""
+    source = given(family)[0]
+    return source[0] if isinstance(source, list) else source
+
+
+def schedules(family: Family, when: str) -> list[str]:
+    return [f"{one}[: with a hat:{when}]" for one in PROMPTS[: len(family.prompts)]]
+
+
+def tiles(family: Family) -> dict[str, int]:
+    """Tiles of half the canvas."""
+    sides = {"wan": 4, "HunyuanVideoPipeline": 1}
+    tile = sides.get(family.name, 8)
+    return {"tile": tile, "stride": max(1, tile // 2)}
 
 
 def second(family: Family) -> Any:
@@ -143,6 +167,8 @@ class Cells:
         """Raises what refuses it, or Broken."""
         edit = editor(name, self.family, self.pipe)
         prompts = self.prompts(edit)
+        if len(prompts) > len(self.family.prompts):
+            raise OfOnePrompt(f"{type(self.pipe).__name__} draws one prompt, {name} compares two")
         plain = self.plain(prompts)
         if error(self.draw(prompts, edit), plain) < LEAST:
             raise Broken("it ran and changed nothing")
@@ -176,7 +202,9 @@ class Cells:
         # Programs refuse solvers with a memory, which is not what a cell asks.
         pipe = family.make() if family.name in ("sd15", "sdxl") else of_first_order(family)
         if family.name in ("sd15", "sdxl"):
-            pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+            pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+        if len(family.prompts) < 2 and name in (*INVERSIONS, "FlowEdit"):
+            raise OfOnePrompt(f"{type(pipe).__name__} draws one prompt, {name} a source and edits")
         source, more = given(family)
         guidance = 3.0 if family.guides else 1.0
         if name in INVERSIONS:
@@ -192,15 +220,23 @@ class Cells:
                 program = cls(pipe, source, prompt, guidance=guidance, **options)
             elif name == "Imagic":
                 few = {"text_steps": 2, "text_rate": 0.1, "model_steps": 2, "model_rate": 0.01}
-                fitted = cls(pipe, source, prompt, schedule_steps=2, **few).fit()
+                if family.name == "flux2_klein":  # the tiny text encoder has few layers
+                    told(pipe, "_get_qwen3_prompt_embeds", hidden_states_layers=(1, 2, 3))
+                fitted = cls(pipe, frame(family), prompt, schedule_steps=2, **few).fit()
                 drawn: Tensor = fitted.draw((1.0,), steps=2, output_type="latent")
                 return drawn
             else:
-                half = source.resize((64, 64)) if hasattr(source, "resize") else source
+                half = frame(family).resize((64, 64))
                 options = {"steps": STEPS, "top": 0.75, "cycles": 1}
                 program = cls(pipe, half, prompt, at=(64, 0), **options)
             latents: Any = program.run(output_type="latent")
         return latents if isinstance(latents, Tensor) else torch.stack(list(latents))
+
+
+def told(pipe: Any, name: str, **given: Any) -> None:
+    """Let a method of one pipeline have these arguments."""
+    method = getattr(pipe, name)
+    setattr(pipe, name, lambda *args, **kwargs: method(*args, **{**kwargs, **given}))
 
 
 def recipe_names() -> list[str]:
@@ -213,7 +249,7 @@ def verdict(cells: Cells, name: str) -> tuple[str, str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             (cells.editor if name in RECIPES else cells.program)(name)
-    except HookctlError as said:
+    except (HookctlError, OfOnePrompt) as said:
         return "–", " ".join(str(said).split())
     except Exception as broken:  # a cell of the table
         return "✗", f"{type(broken).__name__}: {broken}".splitlines()[0]

@@ -69,6 +69,10 @@ declare_pipelines(Pipeline({UNET: PIX2PIX}, text.clip), "StableDiffusionInstruct
 declare_pipelines(
     Pipeline({UNET: PIX2PIX}, text.clip, _POOLED), "StableDiffusionXLInstructPix2PixPipeline"
 )
+# Put together from blocks: its guider asks for one branch after the other.
+declare_pipelines(
+    Pipeline({UNET: SEQUENTIAL}, text.clip, _POOLED), "StableDiffusionXLModularPipeline"
+)
 declare_pipelines(
     Pipeline({UNET: ALONE}, text.clip),
     "LatentConsistencyModelPipeline LatentConsistencyModelImg2ImgPipeline",
