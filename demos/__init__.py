@@ -17,3 +17,6 @@ DEMOS = {
     "regional": "objects in their own parts of an image: regional prompts and their kin",
     "stacks": "six stacks of methods in one run each, measured for what their parts do",
 }
+
+# Those that either embedded pipeline draws; the others are of what the UNet alone has.
+ON_BOTH = ("attend_and_excite", "layout", "masactrl", "prompt_to_prompt", "regional")

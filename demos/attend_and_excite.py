@@ -23,9 +23,15 @@ METHODS: Mapping[str, Stack] = {
 
 
 def run(
-    out: Path, seed: int = 0, seeds: int = 4, progress: Progress | None = None
+    out: Path,
+    seed: int = 0,
+    seeds: int = 4,
+    progress: Progress | None = None,
+    model: str = "shapes",
 ) -> dict[str, Any]:
     """Run the demo; writes grid.png and report.json to `out` and returns the report."""
     rng = np.random.default_rng([seed, 6])
     cases = [draw_layout(rng, 3) for _ in range(seeds)]
-    return compare("attend_and_excite", out, cases, METHODS, seed, progress, boxed=False)
+    return compare(
+        "attend_and_excite", out, cases, METHODS, seed, progress, boxed=False, model=model
+    )

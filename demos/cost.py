@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -40,8 +41,9 @@ def counted(denoiser: nn.Module) -> Iterator[Cost]:
     """Count the calls of a denoiser meanwhile."""
     config: Any = denoiser.config
     cost = Cost(int(config.sample_size))
+    given = next(iter(signature(denoiser.forward).parameters))  # "sample", or "hidden_states"
     handle = denoiser.register_forward_pre_hook(
-        lambda module, args, kwargs: cost.note(args[0] if args else kwargs["sample"]),
+        lambda module, args, kwargs: cost.note(args[0] if args else kwargs[given]),
         with_kwargs=True,
     )
     try:

@@ -55,9 +55,13 @@ METHODS: Mapping[str, Stack] = {
 
 
 def run(
-    out: Path, seed: int = 0, seeds: int = 4, progress: Progress | None = None
+    out: Path,
+    seed: int = 0,
+    seeds: int = 4,
+    progress: Progress | None = None,
+    model: str = "shapes",
 ) -> dict[str, Any]:
     """Run the demo; writes grid.png and report.json to `out` and returns the report."""
     rng = np.random.default_rng([seed, 5])
     cases = [draw_layout(rng, 2) for _ in range(seeds)]
-    return compare("layout", out, cases, METHODS, seed, progress)
+    return compare("layout", out, cases, METHODS, seed, progress, model=model)

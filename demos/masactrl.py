@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-import hookctl
+from hookctl.address.families import denoiser_of
 from hookctl.demos.cost import counted, drawing_mib
+from hookctl.demos.models import opened
 from hookctl.demos.shapes.captions import describe
 from hookctl.demos.shapes.detect import Detection, Found, detect
 from hookctl.demos.shapes.render import drawn
@@ -38,7 +39,8 @@ from hookctl.recipes.common.source_and_edits import SourceAndEdits
 
 STEPS, GUIDANCE, SHOWN = 25, 3.0, 3
 ELSEWHERE = 0.5  # intersection over union with the source's object below which the layout is new
-SITES = "self up"  # the embedded UNet has its patterns in all of the decoder, not in its fine half
+# The embedded UNet has its patterns in all of the decoder, not in its fine half.
+SITES = "self up, joint"
 REFERENCE = "reference-only"  # whose first image is given
 METHODS: dict[str, Callable[[Case], SourceAndEdits]] = {
     "MasaCtrl": lambda case: MasaCtrl(case.prompts, sites=SITES),
@@ -94,14 +96,18 @@ def draw_case(method: str, rng: np.random.Generator) -> Case:
 
 
 def run(
-    out: Path, seed: int = 0, seeds: int = 4, progress: Progress | None = None
+    out: Path,
+    seed: int = 0,
+    seeds: int = 4,
+    progress: Progress | None = None,
+    model: str = "shapes",
 ) -> dict[str, Any]:
     """Run the demo; writes grid.png and report.json to `out` and returns the report.
 
     seeds: pairs of source and edit for MasaCtrl; half as many sets of three for the others.
     """
     out.mkdir(parents=True, exist_ok=True)
-    pipe, started = hookctl.load_shapes(), time.perf_counter()
+    pipe, started = opened(model), time.perf_counter()
     outcomes: dict[str, list[Outcome]] = {}
     costs: dict[str, Any] = {}
     for number, name in enumerate(METHODS):
@@ -125,6 +131,7 @@ def run(
             progress(number + 1, len(METHODS))
     report = {
         "demo": "masactrl",
+        "model": model,
         "seed": seed,
         "steps": STEPS,
         "guidance_scale": GUIDANCE,
@@ -157,7 +164,7 @@ def edit(pipe: Any, name: str, case: Case, seed: int, images: int) -> tuple[list
         generator=editor.generators(seed, images),
         **common,
     ).images
-    with counted(pipe.unet) as cost:
+    with counted(denoiser_of(pipe)) as cost:
         edited = editor.run(pipe, seed=seed, images=images, **common)
     sources = [case.image()] * images if name == REFERENCE else plain[:images]
     return [

@@ -15,9 +15,11 @@ from PIL import Image
 
 import hookctl
 from hookctl import Editor
+from hookctl.address.families import denoiser_of
 from hookctl.address.regions import Region
 from hookctl.demos.cost import counted, drawing_mib
 from hookctl.demos.layouts import LayoutCase, found_in_place, overlap
+from hookctl.demos.models import opened
 from hookctl.demos.shapes.detect import Found, detect
 from hookctl.demos.shapes.world import COLOURS, IMAGE_SIZE, Thing
 from hookctl.inspect import show
@@ -63,11 +65,11 @@ def draw(
     read: the attention of the nouns too, which the prompts must name then.
     """
     made, guided, shares, weakest, partial = [], [], [], [], 0
-    with counted(pipe.unet) as cost:
+    with counted(denoiser_of(pipe)) as cost:
         for i in range(0, len(cases), BATCH):
             some, editors = cases[i : i + BATCH], stack(cases[i : i + BATCH])
             nouns = sorted({word for one in words(some) for word in one})
-            reading = [hookctl.Maps(*nouns, sites="cross @1")] if read else []
+            reading = [hookctl.Maps(*nouns, sites="cross @1, joint")] if read else []
             with hookctl.control(pipe, *editors, *reading) as session:
                 made += pipe(
                     [case.prompt for case in some],
@@ -176,12 +178,13 @@ def compare(
     seed: int,
     progress: Progress | None,
     boxed: bool = True,
+    model: str = "shapes",
 ) -> dict[str, Any]:
     """Draw all cases by every method with the same noise; writes grid.png and report.json.
 
     boxed: whether the methods know the boxes; without, boxes are neither measured nor shown, but
     the attention that the least attended noun gets is."""
-    pipe, started = hookctl.load_shapes(), time.perf_counter()
+    pipe, started = opened(model), time.perf_counter()
     drawn: dict[str, Drawn] = {}
     for done, (name, stack) in enumerate(methods.items(), 1):
         drawn[name] = draw(pipe, cases, stack, seed)
@@ -194,7 +197,7 @@ def compare(
     costs = {name: cost_of(one, theory(name)) for name, one in drawn.items()}
     for name, cost in costs.items():
         cost["peak_mib_of_a_image"] = peak(pipe, cases[0], methods[name])
-    report = write_up(demo, out, seed, len(cases), figures, costs, started)
+    report = write_up(demo, out, seed, len(cases), figures, costs, started, model)
     sheet(out, cases, {name: one.images for name, one in drawn.items()}, layout if boxed else None)
     return report
 
@@ -221,10 +224,12 @@ def write_up(
     figures: Mapping[str, Any],
     costs: Mapping[str, Any],
     started: float,
+    model: str = "shapes",
 ) -> dict[str, Any]:
     """Write report.json, and return it."""
     report = {
         "demo": demo,
+        "model": model,
         "seed": seed,
         "cases": cases,
         "steps": STEPS,

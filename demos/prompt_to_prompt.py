@@ -16,9 +16,11 @@ import numpy as np
 from PIL import Image
 
 import hookctl
+from hookctl.address.families import denoiser_of
 from hookctl.demos.cases import EditCase, draw
 from hookctl.demos.cost import FEW, counted, drawing_mib
 from hookctl.demos.figures import EditFigures, measure, source_is_right, summary
+from hookctl.demos.models import opened
 from hookctl.demos.shapes.detect import detect
 from hookctl.inspect import show
 from hookctl.inspect.files import save_image, write_json
@@ -87,11 +89,15 @@ def edit_one(pipe: Any, case: EditCase, seed: int, **settings: Any) -> Outcome:
 
 
 def run(
-    out: Path, seed: int = 0, seeds: int = 4, progress: Progress | None = None
+    out: Path,
+    seed: int = 0,
+    seeds: int = 4,
+    progress: Progress | None = None,
+    model: str = "shapes",
 ) -> dict[str, Any]:
     """Run the demo; writes grid.png and report.json to `out` and returns the report."""
     out.mkdir(parents=True, exist_ok=True)
-    pipe = hookctl.load_shapes()
+    pipe = opened(model)
     started = time.perf_counter()
     outcomes: list[Outcome] = []
     for kind in KINDS:
@@ -102,6 +108,7 @@ def run(
                 progress(len(outcomes), len(KINDS) * seeds)
     report = {
         "demo": "prompt_to_prompt",
+        "model": model,
         "seed": seed,
         "cases_per_kind": seeds,
         "steps": STEPS,
@@ -121,7 +128,7 @@ def _cost(pipe: Any, case: EditCase) -> dict[str, Any]:
     edit = PromptToPrompt(prompts, **{"blend": case.words, **SETTINGS[case.kind], **case.options})
     costs = {}
     for name, editors in (("plain", ()), ("edit", (edit,))):
-        with counted(pipe.unet) as cost:
+        with counted(denoiser_of(pipe)) as cost:
             peak = drawing_mib(pipe, prompts, *editors, guidance=GUIDANCE)
         costs[name] = {
             "rows_per_step": cost.rows / FEW,

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-import hookctl
 from hookctl import Editor
 from hookctl.demos.layouts import LayoutCase, draw_layout
+from hookctl.demos.models import opened
 from hookctl.demos.placing import (
     BATCH,
     STEPS,
@@ -124,10 +124,14 @@ METHODS: Mapping[str, Stack] = {
 
 
 def run(
-    out: Path, seed: int = 0, seeds: int = 4, progress: Progress | None = None
+    out: Path,
+    seed: int = 0,
+    seeds: int = 4,
+    progress: Progress | None = None,
+    model: str = "shapes",
 ) -> dict[str, Any]:
     """Run the demo; writes grid.png and report.json to `out` and returns the report."""
-    pipe, started = hookctl.load_shapes(), time.perf_counter()
+    pipe, started = opened(model), time.perf_counter()
     rng = np.random.default_rng([seed, 4])
     cases = [draw_layout(rng, 2 + i % 2) for i in range(seeds)]
     drawn: dict[str, Sequence[Image.Image]] = {}
@@ -140,7 +144,7 @@ def run(
         if progress is not None:
             progress(done, len(METHODS))
     measured = {name: figures(cases, images) for name, images in drawn.items()}
-    report = write_up("regional", out, seed, len(cases), measured, costs, started)
+    report = write_up("regional", out, seed, len(cases), measured, costs, started, model)
     sheet(out, cases, drawn, layout)
     return report
 

@@ -12,6 +12,7 @@ Use it
                             the attention maps of words
     Region                  a part of the image, from 0 to 1
     load_shapes             the embedded pipeline: no download, seconds on a CPU
+    load_shapes_flow        its flow-matching sibling, of the build of Stable Diffusion 3
     errors                  what can go wrong
     hookctl.recipes         the published methods, ready made
 
@@ -19,8 +20,8 @@ Write an editor: a subclass of Editor that has the hooks it needs
     Editor, Claim           the hooks, when and where they act, and what is theirs alone
     AttentionCall           one attention call, and the verbs that rewrite it
         Routing, Division   what its verbs `route_by` and `divide` are given
-    FeatureCall             one skip connection of a UNet
-    InsertCall, LinearCall, StemCall, Residuals
+    FeatureCall, BlockCall  one skip connection of a UNet; one block, which rows may pass by
+    InsertCall, LinearCall, StemCall, PositionsCall, Residuals
                             further places: a block's stream, a linear layer, the layer that takes
                             the latents in, rotary positions, what a ControlNet adds
     State, Predictions      one denoiser call, and what it predicted
@@ -53,7 +54,14 @@ if TYPE_CHECKING:
     from hookctl.attention.token_map import Routing
     from hookctl.editor import Claim, Editor
     from hookctl.loop.branches import Branch
-    from hookctl.loop.inserting import InsertCall, LinearCall, PositionsCall, Residuals, StemCall
+    from hookctl.loop.inserting import (
+        BlockCall,
+        InsertCall,
+        LinearCall,
+        PositionsCall,
+        Residuals,
+        StemCall,
+    )
     from hookctl.loop.noise import Noise
     from hookctl.loop.state import FeatureCall, Predictions, State
     from hookctl.loop.trajectory import Trajectory
@@ -71,6 +79,7 @@ __all__ = [
     "WordMaps",
     "Region",
     "load_shapes",
+    "load_shapes_flow",
     "errors",
     "Editor",
     "Claim",
@@ -78,6 +87,7 @@ __all__ = [
     "Routing",
     "Division",
     "FeatureCall",
+    "BlockCall",
     "InsertCall",
     "LinearCall",
     "StemCall",
@@ -103,6 +113,7 @@ __all__ = [
 # seconds to import: a command's help, or a wrong option, must not wait for them.
 _HOMES = {
     "AttentionCall": "hookctl.attention.call",
+    "BlockCall": "hookctl.loop.inserting",
     "Branch": "hookctl.loop.branches",
     "COND": "hookctl.address.rows",
     "Claim": "hookctl.editor",
@@ -165,3 +176,14 @@ def load_shapes(**options: Any) -> Any:
     from hookctl.demos.shapes.load import load_shapes
 
     return load_shapes(**options)
+
+
+def load_shapes_flow(**options: Any) -> Any:
+    """The embedded flow-matching pipeline: a small, truly trained StableDiffusion3Pipeline (joint
+    attention, no T5) of the same world as `load_shapes`.
+
+    options: `device` and `dtype`, as of `torch.Tensor.to`.
+    """
+    from hookctl.demos.shapes.load import load_shapes_flow
+
+    return load_shapes_flow(**options)

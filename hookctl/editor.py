@@ -22,7 +22,14 @@ from hookctl.errors import ConflictError, InputError, check_returned, naming
 if TYPE_CHECKING:
     from hookctl.attention.call import AttentionCall
     from hookctl.loop.branches import Branch
-    from hookctl.loop.inserting import InsertCall, LinearCall, PositionsCall, Residuals, StemCall
+    from hookctl.loop.inserting import (
+        BlockCall,
+        InsertCall,
+        LinearCall,
+        PositionsCall,
+        Residuals,
+        StemCall,
+    )
     from hookctl.loop.state import FeatureCall, Predictions, Proceed, State
 
 # Shared by editors to whom places of the image or its whole latents mean something, held alone by
@@ -62,14 +69,14 @@ class Editor:
     Once a run         begin
     Each denoiser call before, branches, context
                        denoise               round the call; inside it, site by site:
-                       attention, features
+                       attention, features, block
                        residuals, stem, insert, linear   (trained modules)
                        positions             rotary ones
     Each step          combine, after        before and after the scheduler's step
 
-    sites: which attention sites `attention` is called for, and after which `insert` is, such as
-    "cross", "self up @<=1/2" or a function of a `Site` (`address.sites.matcher` has the grammar);
-    None for all.
+    sites: which attention sites `attention` is called for, after which `insert` is, and in whose
+    blocks `block` is, such as "cross", "self up @<=1/2" or a function of a `Site`
+    (`address.sites.matcher` has the grammar); None for all.
     start, stop: fractions of the schedule, 0 to 1, between which the editor acts.
     """
 
@@ -133,6 +140,9 @@ class Editor:
         """What is added to the encoder's skips and the middle, beside a ControlNet's own."""
         return None
 
+    def block(self, call: BlockCall) -> None:
+        """Change what a transformer block is given: assign `call.hidden`, or `call.skip(rows)`."""
+
     def insert(self, call: InsertCall) -> None:
         """Change a transformer block's stream after its self-attention: assign `call.hidden`."""
 
@@ -176,6 +186,7 @@ HOOKS = (
     "attention",
     "features",
     "residuals",
+    "block",
     "insert",
     "linear",
     "stem",
@@ -184,10 +195,11 @@ HOOKS = (
     "after",
 )
 # Those that change what layers inside the model give.
-INSIDE = ("insert", "linear", "stem", "positions")
+INSIDE = ("block", "insert", "linear", "stem", "positions")
 _METHODS = ("attach", "claims", "window", "active", "neutral", "linears", *HOOKS)
 _INSTEAD = {
     "features": "assign call.backbone or call.skip",
+    "block": "use call.skip(rows), or assign call.hidden",
     "insert": "assign call.hidden",
     "linear": "assign call.output, or call.add(down, up)",
     "stem": "assign call.output",

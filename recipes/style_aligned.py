@@ -15,7 +15,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hookctl.address.clock import Window
@@ -84,12 +83,6 @@ class StyleAligned(SourceAndEdits):
         self.group_norm, self.sites = group_norm, sites
         self.shares: dict[str, float] = {}  # branch -> weight of the extended form, 1 by default
         self.pin = None if path is None else Pinned(self.name, path, first_level=5 if paper else 0)
-
-    @checked()
-    def generators(self, seed: int = 0, images: int = 1, device: str = "cpu") -> list[Any]:
-        """One generator for each image: every image starts from a noise of its own."""
-        count = len(self.prompts) * images
-        return [torch.Generator(device).manual_seed(seed + i) for i in range(count)]
 
     # -- before anything runs ------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .captions import parse, sample
 from .detect import Detection, detect, matches, wanted_pairs
-from .load import WEIGHTS, load_flow, load_shapes
+from .load import load_shapes, load_shapes_flow
 from .render import render, to_uint8
 from .world import Scene, sample_scene
 
@@ -167,18 +167,18 @@ def grid(images: NDArray[np.uint8], columns: int = 8) -> Image.Image:
 def main() -> None:
     """Parse the command line, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--weights", type=Path, help="another folder than the embedded one")
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, nargs="+", default=[2.5])
-    parser.add_argument("--flow", action="store_true", help="--weights are of the flow sibling")
+    parser.add_argument("--flow", action="store_true", help="the flow-matching sibling")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--device", default=None)
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--grid", type=Path, help="write the first 64 images here (PNG)")
     options = parser.parse_args()
-    load = load_flow if options.flow else load_shapes
+    load = load_shapes_flow if options.flow else load_shapes
     pipe = load(device=options.device, weights=options.weights)
     report: dict[str, Figures] = {
         "detector on renderings": measure_detector(300, options.seed + 1),

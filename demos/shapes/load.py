@@ -1,4 +1,4 @@
-"""Loads the embedded pipeline."""
+"""Loads the embedded pipelines."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from hookctl.arguments import checked, refusal
 from hookctl.model_files import read_whole
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
+FLOW_WEIGHTS = Path(__file__).resolve().parent / "flow" / "weights"
 AnyPipeline = TypeVar("AnyPipeline", bound=DiffusionPipeline)
 
 
@@ -48,22 +49,23 @@ def load_shapes(
 
 
 @checked()
-def load_flow(
-    weights: Path | str,
+def load_shapes_flow(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
+    weights: Path | str | None = None,
 ) -> StableDiffusion3Pipeline:
     """Load the flow-matching sibling, a `StableDiffusion3Pipeline` without a T5.
 
-    Receives: the folder that `train_flow` wrote, a device (None: CUDA when there is one, else CPU)
-    and the dtype of all parts. Returns: the pipeline, without progress bars; images are 128 x 128.
+    Receives: a device (None: CUDA when there is one, else CPU), the dtype of all parts, and another
+    folder that `train_flow` wrote than the embedded one. Returns: the pipeline, without progress
+    bars; images are 128 x 128 px and latents [batch, 12, 16, 16].
     """
-    folder = Path(weights)
+    folder = Path(weights) if weights is not None else FLOW_WEIGHTS
     hint = (
-        "train one with `python -m hookctl.demos.shapes.train_flow --out out/flow` and pass "
-        "weights='out/flow/weights'"
+        "reinstall hookctl, or train one with `python -m hookctl.demos.shapes.train_flow --out "
+        "out/flow` and pass weights='out/flow/weights'"
     )
-    check_folder("load_flow", folder, dtype, hint)
+    check_folder("load_shapes_flow", folder, dtype, hint)
     with _quiet():
         pipe: StableDiffusion3Pipeline = StableDiffusion3Pipeline.from_pretrained(
             str(folder), local_files_only=True, text_encoder_3=None, tokenizer_3=None

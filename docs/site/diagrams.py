@@ -140,11 +140,18 @@ def verbs() -> dict[str, str]:
             word(372, 142, "its own softmax", middle=True),
         ],
         "skip": [after(DIAGONAL, OWN, OWN, "each itself")],
+        "outputs": [
+            after(BASE, OWN, OWN, "its own"),
+            word(345, 80, "&amp;"),
+            grid(358, 32, [line[:4] for line in THEIRS], NEW),
+            word(387, 142, "another output", middle=True),
+        ],
         "probabilities": [after([[s * s for s in line] for line in BASE], NEW, OWN, "f(map)")],
         "read": [
             after(_without(lambda n, m: m == 2), NEW, None, "a key's column"),
         ],
         "read_queries": [after(_without(lambda n, m: n == 2), NEW, None, "a place's line")],
+        "read_outputs": [after(BASE, OWN, NEW, "what comes out")],
         "marginals": [
             after([[sum(line[m] for line in BASE) / 3 for m in range(6)]], NEW, None, ""),
             word(260, 70, "sums of the columns", middle=True),
@@ -184,6 +191,7 @@ def stages() -> str:
         ("token map", "route"),
         ("addition", "add, divide"),
         ("override", "skip, isolate"),
+        ("combination", "outputs"),
         ("read-out", "read, marginals"),
     )
     parts = []

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from hookctl.cli.models import EMBEDDED, SHAPES
 from hookctl.preset import FILLED, EditorSpec, HookSpec, Preset, dump_preset, parameters
 
 PICTURE = "picture.png"  # what a text calls the picture that was given
-_SHAPES = "shapes"
 
 
 def as_toml(preset: Preset) -> str:
@@ -37,7 +37,7 @@ def as_python(preset: Preset, device: str = "cpu", dtype: str = "float32") -> st
     lines += ["", "import hookctl"]
     if recipes:
         lines.append(f"from hookctl.recipes import {', '.join(sorted(set(recipes)))}")
-    lines += ["", *_pipeline(preset.model or _SHAPES, device, dtype)]
+    lines += ["", *_pipeline(preset.model or SHAPES, device, dtype)]
     lines.append(f"prompts = {[run['prompt'], *edits]!r}")
     if preset.takes_image:
         lines.append(f'image = Image.open("{PICTURE}").convert("RGB")')
@@ -50,10 +50,10 @@ def as_python(preset: Preset, device: str = "cpu", dtype: str = "float32") -> st
 
 
 def _pipeline(model: str, device: str, dtype: str) -> list[str]:
-    if model == _SHAPES:
+    if model in EMBEDDED:
         where = "" if (device, dtype) == ("cpu", "float32") else f'"{device}", torch.{dtype}'
         given = "" if not where else f"device={where.replace(', ', ', dtype=')}"
-        return [f"pipe = hookctl.load_shapes({given})"]
+        return [f"pipe = hookctl.{EMBEDDED[model][0]}({given})"]
     path = str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model
     return [
         "from diffusers import DiffusionPipeline",

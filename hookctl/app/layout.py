@@ -15,6 +15,7 @@ from hookctl.app.person import Desk, Person  # noqa: E402
 from hookctl.app.places import GRID  # noqa: E402
 from hookctl.app.stack import Wanted  # noqa: E402
 from hookctl.app.telling import NOTHING_DONE  # noqa: E402
+from hookctl.cli.models import EMBEDDED  # noqa: E402
 
 _STATIC = Path(__file__).parent / "static"
 _KEPT = 3600  # s that the server keeps what belongs to a page that is gone
@@ -174,4 +175,4 @@ def canvas_of(person: Person) -> dict[str, Any]:
 
 
 def _named(model: str) -> str:
-    return "a small model of shapes" if model == "shapes" else Path(model).name
+    return "a small model of shapes" if model in EMBEDDED else Path(model).name

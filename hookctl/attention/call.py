@@ -2,10 +2,10 @@
 
 Verbs do not compute: each adds an operation with its stage, and when all editors have seen the
 call the operations are folded into terms (substitution, extension, restriction, token map,
-addition, override, read-out; in the order of the editors inside a stage). Editors therefore compose
-whatever order they were written in, and nothing is evaluated twice. A verb that would change
-nothing (scale 0, a bias of zeros, a row that borrows from itself) adds nothing, and the call
-stays the model's own.
+addition, override, combination, read-out; in the order of the editors inside a stage). Editors
+therefore compose whatever order they were written in, and nothing is evaluated twice. A verb that
+would change nothing (scale 0, a bias of zeros, a row that borrows from itself) adds nothing, and
+the call stays the model's own.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 from hookctl.attention import verbs
 from hookctl.attention.arguments import cast, is_all, is_finite, is_same, regions_of
 from hookctl.attention.call_data import RowLike
+from hookctl.attention.combination import CombiningCall
 from hookctl.attention.rewriting import Probabilities, Stage
 from hookctl.attention.term import Ref, Segment
-from hookctl.attention.text_call import TextCall
 from hookctl.errors import InputError, UnsupportedError
 
 
-class AttentionCall(TextCall):
+class AttentionCall(CombiningCall):
     """One attention call of one site: what an editor sees of it, and the verbs that rewrite it.
 
     What follows is there to be read. A verb takes the rows to change, a `Row`, its index or several

@@ -17,8 +17,16 @@ from hookctl.address.rows import Row, Rows
 from hookctl.address.sites import Grid, ImageTokens, Site, grid_of
 from hookctl.attention.arguments import cast, stacked
 from hookctl.attention.query_lists import TextPlace
-from hookctl.attention.rewriting import Operation, ReadOut, Rewriting, Stage, folded
-from hookctl.attention.term import Ref, Spans, Sum, Terms, spans_of
+from hookctl.attention.rewriting import (
+    Operation,
+    OutputRead,
+    ReadOut,
+    Rewriting,
+    Stage,
+    folded,
+)
+from hookctl.attention.spans import Spans, spans_of
+from hookctl.attention.term import Ref, Sum, Terms
 from hookctl.errors import InputError, UnsupportedError, check_returned, naming
 
 RowLike = Row | int
@@ -61,6 +69,7 @@ class CallData:
         self._context = {name: TextPlace(*place) for name, place in (context or {}).items()}
         self.operations: list[Operation] = []
         self.read_outs: list[ReadOut] = []
+        self.output_reads: list[OutputRead] = []
         self.editor: Any = None
 
     @property

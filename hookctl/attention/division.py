@@ -144,9 +144,9 @@ def divided(
     return apply
 
 
-def check_shift(shift: Tensor | None, tokens: int, name: str) -> None:
+def check_shift(shift: Tensor | None, tokens: int, name: str, verb: str = "divide") -> None:
     """Raise InputError if the shift of a text is for another number of tokens."""
     if shift is not None and tuple(shift.shape) != (tokens,):
         raise InputError(
-            f"divide: the shift of {name!r} is {tuple(shift.shape)}; its text has {tokens} tokens"
+            f"{verb}: the shift of {name!r} is {tuple(shift.shape)}; its text has {tokens} tokens"
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hookctl.attention.call_data import CallData, RowLike
-from hookctl.attention.rewriting import ReadOut, Sink
+from hookctl.attention.rewriting import OutputRead, ReadOut, Sink
 from hookctl.errors import InputError, UnsupportedError
 
 
@@ -52,6 +52,28 @@ class ReadableCall(CallData):
         [sub-batch, image keys]; no matrix is formed.
         """
         self._look(rows, self._keys_of_image("marginals"), into, summed=True)
+
+    def read_outputs(
+        self, rows: RowLike | Iterable[RowLike], into: Sink, *, text: str | None = None
+    ) -> None:
+        """Hand the output of the image's queries to `into(row, outputs)` (ConceptAttention).
+
+        outputs: what the call gives, edits included, heads side by side as the model's `to_out`
+        takes them: [sub-batch, image queries, heads x channels]; no matrix is formed. text: of a
+        further text (`Editor.context`) instead, [sub-batch, its tokens, heads x channels]: on a
+        joint site its tokens ask the image and each other. Raises UnsupportedError on other sites,
+        where texts ask nothing.
+        """
+        if text is not None:
+            self._text_place(text)  # known by this name
+            if self.site.kind != "joint":
+                raise UnsupportedError(
+                    f"read_outputs: text {text!r} has no queries at {self.site.path}, which is "
+                    f"no joint site but a {self.site.kind} one; leave text out, or leave the site "
+                    "out with sites="
+                )
+        for index in self._indices(rows, "rows"):
+            self.output_reads.append(OutputRead(self.rows[index], into, text, self.editor))
 
     def _look(
         self,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from hookctl.address.rows import Row
-from hookctl.attention.term import Divided, Sum, Terms
+from hookctl.attention.term import Combination, Divided, Sum, Terms
 
 
 class Stage(IntEnum):
@@ -27,7 +27,8 @@ class Stage(IntEnum):
     TOKEN_MAP = 3
     ADDITION = 4
     OVERRIDE = 5
-    READ_OUT = 6
+    COMBINATION = 6
+    READ_OUT = 7
 
 
 Probabilities = Callable[[Tensor], Tensor]
@@ -40,7 +41,8 @@ class Fold:
 
     terms: as rewritten so far; before: as they were when the stage began; values: per row that was
     substituted, the terms whose values and weights make up its own values; functions: what edits
-    the probabilities of a row; divided: per row, what divisions add to it.
+    the probabilities of a row; divided: per row, what divisions add to it; combined: per row, what
+    is made of its output.
     """
 
     terms: Terms
@@ -48,6 +50,7 @@ class Fold:
     values: Terms
     functions: dict[int, list[Probabilities]]
     divided: dict[int, list[Divided]] = field(default_factory=dict)
+    combined: dict[int, list[Combination]] = field(default_factory=dict)
 
 
 # What a verb does to the terms of a row.
@@ -80,6 +83,18 @@ class ReadOut(NamedTuple):
     editor: Any = None
 
 
+class OutputRead(NamedTuple):
+    """A request for the output of the image's queries, or of a further text's own ones.
+
+    text: the name of that text; editor: who asks.
+    """
+
+    row: Row
+    into: Sink
+    text: str | None = None
+    editor: Any = None
+
+
 _stage = attrgetter("stage")
 
 
@@ -98,4 +113,4 @@ def folded(terms: Terms, operations: Iterable[Operation], rows: int, mask: Tenso
             stage = operation.stage
         for row in operation.rows:
             operation.apply(state, row)
-    return Sum(terms, rows, mask, state.functions, state.divided)
+    return Sum(terms, rows, mask, state.functions, state.divided, state.combined)

@@ -11,17 +11,15 @@ evaluation when the sum is finished.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from hookctl.address.sites import ImageTokens, Site
 from hookctl.attention.key_regions import KeyRegions
 from hookctl.attention.query_lists import QueryLists, TextPlace
 from hookctl.attention.token_map import ValueMap
-from hookctl.errors import UnsupportedError
 
 
 class Ref(NamedTuple):
@@ -169,6 +167,18 @@ class Divided:
             yield Term(Ref(self.q, row), (own,), self.scale, weight=weight, extra=True)
 
 
+class Combination(NamedTuple):
+    """Outputs of further terms of one row, which are weighed beside its own.
+
+    terms: by name; weigh: outputs by name -> weights by name, to multiply them by; queries: (start,
+    stop) of those that it is done for.
+    """
+
+    terms: Mapping[str, Term]
+    weigh: Callable[[dict[str, Tensor]], Mapping[str, Tensor | float]]
+    queries: tuple[int, int]
+
+
 @dataclass(eq=False)
 class Sum:
     """The terms of every row of one attention call, ready to be evaluated.
@@ -176,7 +186,8 @@ class Sum:
     terms: row -> its terms; rows: how many there are; mask: the model's own bias as a stack
     [rows | 1, sub-batch | 1, heads | 1, N | 1, M], additive or bool; functions: row -> what edits
     its probabilities themselves; divided: row -> what divisions add to it, as terms that an
-    evaluator may have one by one (`spelled_out`).
+    evaluator may have one by one (`spelled_out`); combined: row -> what is made of its output at
+    the end, one after another.
     """
 
     terms: Terms
@@ -184,6 +195,7 @@ class Sum:
     mask: Tensor | None = None
     functions: dict[int, list[Callable[[Tensor], Tensor]]] = field(default_factory=dict)
     divided: dict[int, list[Divided]] = field(default_factory=dict)
+    combined: dict[int, list[Combination]] = field(default_factory=dict)
 
     def spelled_out(self, rows: Iterable[int] | None = None) -> Sum:
         """With the divisions of some rows, or of all, as terms of their own."""
@@ -200,7 +212,7 @@ class Sum:
     @property
     def touched(self) -> set[int]:
         """The rows whose attention was rewritten."""
-        return {*self.terms, *self.functions}
+        return {*self.terms, *self.functions, *self.combined}
 
     def groups(self, rows: Iterable[int], *, copying: bool = False) -> list[list[int]]:
         """The rows sorted into groups that can be evaluated in one batch.
@@ -228,73 +240,3 @@ class Sum:
                 key = run
             groups.setdefault(key, []).append(row)
         return list(groups.values())
-
-
-class Spans(NamedTuple):
-    """(start, stop) of the image's queries, and of the image's and the text's keys.
-
-    The image is the one that is drawn; references: the keys of each further image of an edit
-    model, in the order of the sequence.
-    """
-
-    image_queries: tuple[int, int]
-    image_keys: tuple[int, int] | None
-    text_keys: tuple[int, int] | None
-    references: tuple[tuple[int, int], ...] = ()
-
-
-def spans_of(
-    site: Site,
-    queries: int,
-    keys: int,
-    text: int | None,
-    order: str | None,
-    images: ImageTokens | None = None,
-) -> Spans:
-    """text: tokens of the text; order: of a joint sequence, "image_text" or "text_image"; images:
-    those of the sequence, where the model's arguments tell them."""
-    n, m = queries, keys
-    if site.kind == "cross":
-        return Spans((0, n), None, (0, m))
-    if site.kind == "text":
-        return Spans((0, n), None, (0, m))
-    several = images is not None and len(images.grids) > 1
-    if site.kind != "joint":
-        if several and images is not None and images.count == n == m:
-            target, references = _parts(images, 0)
-            return Spans(target, target, None, references)
-        return Spans((0, n), (0, m), None)
-    asking = {None if text is None else m - text, None if images is None else images.count}
-    if n < m and (n in asking or asking == {None}):
-        count = n  # of text and image, the image alone asks
-    elif images is not None and images.count <= m:
-        count = images.count
-    elif text is not None and text < m:
-        count = m - text
-    else:
-        raise UnsupportedError(
-            f"{site.path}: the length of the text in this joint sequence of {m} tokens is unknown"
-        )
-    words = m - count if text is None else min(text, m - count)
-    first = order == "image_text"
-    start = 0 if first else m - count
-    text_keys = (m - words, m) if first else (0, words)
-    keys_of_image, references = (start, start + count), ()
-    if several and images is not None and images.count == count:
-        keys_of_image, references = _parts(images, start)
-    drawn = keys_of_image[1] - keys_of_image[0]
-    if n == m:
-        return Spans(keys_of_image, keys_of_image, text_keys, references)
-    # Fewer queries than keys: the image's come last where the text asks too, and else are all.
-    asked = 0 if first or n == count else n - drawn
-    return Spans((asked, asked + min(n, drawn)), keys_of_image, text_keys, references)
-
-
-def _parts(images: ImageTokens, start: int) -> tuple[tuple[int, int], tuple[tuple[int, int], ...]]:
-    """(start, stop) of the target and of each reference among keys."""
-    spans = []
-    for grid in images.grids:
-        spans.append((start, start + grid.tokens))
-        start += grid.tokens
-    target = spans.pop(images.target)
-    return target, tuple(spans)

@@ -12,7 +12,8 @@ from torch import Tensor
 from hookctl.attention.arguments import additive
 from hookctl.attention.key_regions import KeyRegions
 from hookctl.attention.rewriting import Fold, Probabilities, Rewriting
-from hookctl.attention.term import Ref, Segment, Spans, Term
+from hookctl.attention.spans import Spans
+from hookctl.attention.term import Ref, Segment, Term
 from hookctl.attention.token_map import ValueMap
 
 _CHUNK = 1024  # image queries at a time

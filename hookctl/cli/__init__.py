@@ -27,7 +27,8 @@ examples:
   hookctl maps shapes --prompt "a red circle above a blue square"
   hookctl inspect stabilityai/stable-diffusion-2-1
 
-"shapes" is the embedded pipeline: no download, seconds on a CPU.
+"shapes" is the embedded pipeline: no download, seconds on a CPU; "shapes-flow" its sibling, flow
+matching with joint attention.
 `hookctl COMMAND --help` has more examples.
 """
 

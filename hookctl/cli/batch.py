@@ -3,37 +3,28 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import hookctl
 from hookctl.batch.engine import JOB, check_folder, run_job, serial
 from hookctl.batch.files import read_json
-from hookctl.batch.identity import description, fingerprint
 from hookctl.batch.job.pairs import Pairs, read_pairs
-from hookctl.batch.job.spec import Job, read_job
+from hookctl.batch.job.spec import Job
 from hookctl.batch.plan import Plan, task_of
 from hookctl.batch.ray_engine import RayEngine, check_ray
 from hookctl.batch.replay import Found, differing, find, replay
 from hookctl.batch.run import Work, calm
-from hookctl.batch.settings import check_vary, settled
+from hookctl.batch.settings import settled
 from hookctl.cli import common
+from hookctl.cli.batch_job import attaching, checked_job, loader, prepared, working
 from hookctl.cli.batch_shown import Progress, preview, say, say_cost
-from hookctl.cli.hooks import attach_hooks, check_hooks
-from hookctl.cli.known import editors_by_name, measures_by_name
-from hookctl.cli.lora import check_loras, put_on
-from hookctl.cli.models import SHAPES, find_model
+from hookctl.cli.known import editors_by_name
 from hookctl.cli.quiet import quiet
-from hookctl.cli.stacks import stack_file
 from hookctl.errors import HookctlError, InputError
-from hookctl.preset import HookSpec, LoraSpec, Preset, check_early, dump_preset, preset_of, stack_of
+from hookctl.preset import Preset, dump_preset, preset_of, stack_of
 from hookctl.preset.read import RawStack
-
-if TYPE_CHECKING:
-    from hookctl.editor import Editor
 
 _OF_REPLAY = ("model", "device", "dtype", "versions", "loras", "hooks")
 _TRIED = 8  # pairs, of which one must fit the stack
@@ -107,19 +98,7 @@ def main(options: Any) -> None:
 
 def _check(options: Any) -> tuple[Job, Pairs]:
     """Read all that needs neither torch nor the model."""
-    job = read_job(options.job, stack_file, measures_by_name())
-    known = check_early(job.stack.data, job.stack.path)
-    if known.takes_image(job.stack.data):
-        raise InputError(
-            f"{job.stack.path}: takes an image, and a batch draws both images of a pair from "
-            "noise; give a stack without [inversion], [program] and editors that take one"
-        )
-    job = replace(job, model=options.model or job.model)
-    if job.model is None:
-        raise InputError(f"which model? Give --model, or model = in {job.path}")
-    find_model(job.model)
-    check_loras(job.stack.loras)
-    check_hooks(job.stack.hooks)
+    job = checked_job(options.job, options.model)
     ray = options.engine == "ray"
     for name in ("workers", "gpus"):
         if getattr(options, name) is not None and not ray:
@@ -133,16 +112,10 @@ def _check(options: Any) -> tuple[Job, Pairs]:
 
 @quiet()
 def _run(job: Job, pairs: Pairs, out: Path, options: Any) -> None:
-    assert job.model is not None  # `_check` looked
-    preset = replace(preset_of(job.stack, editors_by_name()), run=job.run)
-    check_vary(job, preset)
+    preset, load, core = prepared(job, _device(options), options.dtype)
     _check_editors(job, pairs, preset)
-    load, core = _loader(job.model, preset, job, options)
     plan = Plan(job, pairs, core)
-    work = Work(job, preset, plan.core_id, measures_by_name(), _attach(preset.hooks))
-    assert (
-        work.filters is not None
-    )  # functions that are not there are told before anything is drawn
+    work = working(job, preset, plan.core_id)
     check_folder(plan, out)
     if options.plan:
         say_cost(plan, work, out, load, options.price)
@@ -189,58 +162,6 @@ def _check_editors(job: Job, pairs: Pairs, preset: Preset) -> None:
     raise error
 
 
-# -- models and editors, as workers make them ------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Loader:
-    """Makes the pipeline, here or in a worker."""
-
-    model: str
-    device: str
-    dtype: str
-    loras: tuple[LoraSpec, ...] = ()
-
-    def __call__(self) -> Any:
-        from hookctl.cli.loading import load_pipeline
-
-        with quiet():
-            pipe = load_pipeline(self.model, self.device, self.dtype)
-            put_on(pipe, self.loras)
-        return pipe
-
-
-@dataclass(frozen=True)
-class Attach:
-    """Makes the editors of learned weights."""
-
-    hooks: tuple[HookSpec, ...]
-
-    def __call__(self, pipe: Any, prompts: Sequence[str]) -> list[Editor]:
-        return [one.editor for one in attach_hooks(pipe, self.hooks, prompts, None)]
-
-
-def _attach(hooks: tuple[HookSpec, ...]) -> Attach | None:
-    return Attach(hooks) if hooks else None
-
-
-def _loader(model: str, preset: Preset, job: Job, options: Any) -> tuple[Loader, dict[str, Any]]:
-    """What loads the model, and what determines the images of a job."""
-    from hookctl.cli.loading import downloaded, usual_dtype
-
-    device = _device(options)
-    folder = find_model(model)
-    if model == SHAPES:
-        dtype, place = options.dtype or "float32", Path(hookctl.__file__).parent
-        place = place / "demos" / "shapes" / "weights"
-    else:
-        place = folder or downloaded(model)
-        dtype = str(usual_dtype(options.dtype, device, place)).removeprefix("torch.")
-        model = model if folder is None else str(folder.resolve())
-    core = description(job, preset, fingerprint(place), device=device.type, dtype=dtype)
-    return Loader(model, str(device), dtype, preset.loras), core
-
-
 def _device(options: Any) -> Any:
     """Where the images are made: with Ray by its workers, which have what this process may lack."""
     import torch
@@ -285,9 +206,9 @@ def _drawn_again(found: Found, options: Any) -> tuple[dict[str, bytes], list[str
     job = Job(path, raw, said["model"], path, run=found.data["run"], words=words, **kept)
     options.device = options.device or core["device"]
     options.dtype = options.dtype or core["dtype"]
-    load, now = _loader(options.model or said["model"], preset, job, options)
+    load, now = loader(options.model or said["model"], preset, job, _device(options), options.dtype)
     changes = differing({key: core[key] for key in _OF_REPLAY}, now)
     pipe = load()
     with calm(pipe, job.threads):
-        work = Work(job, preset, found.data["job"], attach=_attach(preset.hooks))
+        work = Work(job, preset, found.data["job"], attach=attaching(preset.hooks))
         return replay(found, pipe, work), changes

@@ -129,8 +129,8 @@ def _letters(text: str) -> str:
 # -- groups of options -----------------------------------------------------------------------------
 
 MODEL_HELP = (
-    "a folder in the diffusers layout, a model id such as owner/name, or 'shapes', the embedded "
-    "pipeline"
+    "a folder in the diffusers layout, a model id such as owner/name, or an embedded pipeline: "
+    "'shapes', or 'shapes-flow' (flow matching, joint attention)"
 )
 
 

@@ -23,8 +23,9 @@ from hookctl.cli.common import (
     whole,
     write_json,
 )
+from hookctl.cli.models import EMBEDDED, SHAPES
 from hookctl.cli.quiet import quiet
-from hookctl.demos import DEMOS
+from hookctl.demos import DEMOS, ON_BOTH
 from hookctl.demos.reports import groups, singles
 from hookctl.errors import HookctlError, InputError
 from hookctl.inspect import table
@@ -59,12 +60,23 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--seeds", type=whole(1), default=4, metavar="N", help="cases of each kind (default: 4)"
     )
+    command.add_argument(
+        "--model",
+        choices=tuple(EMBEDDED),
+        default=SHAPES,
+        help="the embedded pipeline that draws (default: shapes)",
+    )
     add_progress(command)
 
 
 def main(options: Any) -> None:
     if options.list:
         print(table(list(DEMOS.items()), ("demo", "what it shows")))
+    elif options.model != SHAPES and options.name not in ON_BOTH:
+        raise InputError(
+            f"--model {options.model}: demos of both pipelines are {', '.join(ON_BOTH)}; the "
+            f"others are of {SHAPES!r}"
+        )
     elif options.name == "all":
         with out_folder(options.out, "demo", "all") as out:
             _all(out, options)
@@ -116,9 +128,10 @@ def _report(shown: Sequence[Shown], seconds: float, options: Any) -> dict[str, A
 @quiet()
 def _run(name: str, out: Path, options: Any) -> Mapping[str, Any]:
     demo = importlib.import_module(f"hookctl.demos.{name}")
+    model = {} if options.model == SHAPES else {"model": options.model}
     with bar(name, wants_progress(options), "case") as progress:
         report: Mapping[str, Any] = demo.run(
-            out=out, seed=options.seed, seeds=options.seeds, progress=progress
+            out=out, seed=options.seed, seeds=options.seeds, progress=progress, **model
         )
     print(f"{name}: {DEMOS[name]}\n")
     print("\n".join(figures(report)))

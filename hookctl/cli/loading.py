@@ -17,7 +17,7 @@ from torch import nn
 import hookctl
 from hookctl.address import families
 from hookctl.cli.common import usable_device
-from hookctl.cli.models import SHAPES, class_name, find_model
+from hookctl.cli.models import EMBEDDED, class_name, find_model
 from hookctl.cli.trust import INDEX, LIBRARIES, check_folder, components, read_json
 from hookctl.errors import HookctlError, InputError
 from hookctl.model_files import read_whole
@@ -40,13 +40,14 @@ _LOADABLE = (
 
 
 def load_pipeline(model: str, device: str | None = None, dtype: str | None = None) -> Any:
-    """The pipeline of a folder, a model id, or the embedded one.
+    """The pipeline of a folder, a model id, or an embedded one.
 
     A folder is read without the network, and no code of its own is run.
     """
     folder, where = find_model(model), usable_device(device)
-    if model == SHAPES:
-        return hookctl.load_shapes(device=where, dtype=getattr(torch, dtype or "float32"))
+    if model in EMBEDDED:
+        load = getattr(hookctl, EMBEDDED[model][0])
+        return load(device=where, dtype=getattr(torch, dtype or "float32"))
     folder = folder or downloaded(model)
     check_classes(folder)
     kind = usual_dtype(dtype, where, folder)
@@ -58,8 +59,8 @@ def load_pipeline(model: str, device: str | None = None, dtype: str | None = Non
 def load_for_survey(model: str) -> Any:
     """A pipeline or a bare denoiser of which only the form matters: weights stay on the disk."""
     folder = find_model(model, whole=False)
-    if model == SHAPES:
-        return hookctl.load_shapes(device="cpu")
+    if model in EMBEDDED:
+        return getattr(hookctl, EMBEDDED[model][0])(device="cpu")
     folder = folder or downloaded(model)
     if not (folder / INDEX).is_file():
         return _empty(folder)

@@ -1,4 +1,4 @@
-"""What was typed as a model: a folder, a model id or the embedded pipeline, or what would do.
+"""What was typed as a model: a folder, a model id or an embedded pipeline, or what would do.
 
 Only looks at files, so that a mistyped folder is known before torch is imported.
 """
@@ -12,18 +12,25 @@ from pathlib import Path
 from hookctl.cli.trust import INDEX, check_folder, read_json
 from hookctl.errors import InputError
 
-SHAPES = "shapes"
+SHAPES, SHAPES_FLOW = "shapes", "shapes-flow"
+# The embedded pipelines: what of hookctl loads each, and its folder in the package.
+EMBEDDED = {
+    SHAPES: ("load_shapes", "demos/shapes/weights"),
+    SHAPES_FLOW: ("load_shapes_flow", "demos/shapes/flow/weights"),
+}
 _MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_WHAT_WOULD_DO = "a folder in the diffusers layout, a model id (owner/name), or 'shapes'"
+_WHAT_WOULD_DO = (
+    "a folder in the diffusers layout, a model id (owner/name), 'shapes' or 'shapes-flow'"
+)
 
 
 def find_model(model: str, *, whole: bool = True) -> Path | None:
-    """The folder that was meant, None for a model id or the embedded pipeline.
+    """The folder that was meant, None for a model id or an embedded pipeline.
 
     whole: a single denoiser will not do. Raises InputError with what would, and for a folder
     that names or holds code.
     """
-    if model == SHAPES:
+    if model in EMBEDDED:
         return None
     folder = _folder(model)
     alone = not whole and folder is not None and (folder / "config.json").is_file()

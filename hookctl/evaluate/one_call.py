@@ -1,18 +1,16 @@
 """One caught attention call: made an `AttentionCall`, shown to its editors, evaluated.
 
-The plain call must not attend to the texts that editors brought (`Editor.context`). They are cut
-off before anyone sees the call; editors find their keys and values by `AttentionCall.context`.
+Texts that editors brought (`Editor.context`) are cut off before anyone sees the call (`own_part`);
+editors find their keys and values by `AttentionCall.context`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hookctl.address.clock import Clock
@@ -23,74 +21,8 @@ from hookctl.attention.query_lists import TextPlace
 from hookctl.attention.sdpa_call import SDPACall
 from hookctl.errors import UnsupportedError, naming
 from hookctl.evaluate import plan
+from hookctl.evaluate.own_part import OwnPart, own_part
 from hookctl.evaluate.plan import Plan
-
-
-class OwnPart(NamedTuple):
-    """A call over widened text without what was appended, and how to put it back.
-
-    call: as the model would make it on its own text; full: k and v with everything; context: where
-    each further text stands in `full`, (start, stop); joint: the queries with everything, tokens of
-    the own text and whether the image comes first, where text and image are one sequence.
-    """
-
-    call: SDPACall
-    full: tuple[Tensor, Tensor]
-    context: Mapping[str, TextPlace] = MappingProxyType({})
-    joint: tuple[Tensor, int, bool] | None = None
-
-    def whole(self, out: Tensor) -> Tensor:
-        """The output [..., queries, channels] of the own part, with that of further texts' queries.
-
-        In a joint sequence each further text attends to the image and to itself, as it would in a
-        run of its own.
-        """
-        if self.joint is None:
-            return out
-        q, text, image_first = self.joint
-        image = slice(0, -text) if image_first else slice(text, None)
-        parts = []
-        for start, stop, _ in self.context.values():
-            k, v = (
-                torch.cat([own[..., image, :], full[..., start:stop, :]], -2)
-                for own, full in zip((self.call.key, self.call.value), self.full, strict=True)
-            )
-            one = q[..., start:stop, :]
-            parts.append(F.scaled_dot_product_attention(one, k, v, scale=self.call.scale))
-        own = [out] if image_first else [out[..., :text, :], out[..., text:, :]]
-        return torch.cat([own[0], *parts, *own[1:]], -2)
-
-
-def own_part(state: DenoiserCall, kind: str, order: str | None, given: SDPACall) -> OwnPart:
-    """A caught call as the model would make it on its own text.
-
-    kind: of the site; order: of a joint sequence, "image_text" or "text_image".
-    """
-    q, k, v, mask = given[:4]
-    own, extra = state.own_text, state.extra_text
-    whole = OwnPart(given, (k, v))
-    if own is None or not extra:
-        return whole
-    widest = max(place.stop for place in extra.values())
-    if kind == "cross" and k.shape[-2] == widest:
-        short = mask[..., :own] if mask is not None and mask.shape[-1] == widest else mask
-        call = given._replace(key=k[..., :own, :], value=v[..., :own, :], attn_mask=short)
-        return whole._replace(call=call, context=extra)
-    if kind != "joint" or not q.shape[-2] == k.shape[-2] > widest:
-        return whole  # an adapter's call over keys of its own
-    if mask is not None:
-        raise UnsupportedError("a joint sequence with a mask can't be widened")
-    image_first = order == "image_text"
-    offset = k.shape[-2] - widest if image_first else 0
-
-    def cut(x: Tensor) -> Tensor:
-        if image_first:
-            return x[..., : offset + own, :]
-        return torch.cat([x[..., :own, :], x[..., widest:, :]], -2)
-
-    places = {name: TextPlace(offset + x.start, offset + x.stop) for name, x in extra.items()}
-    call = given._replace(query=cut(q), key=cut(k), value=cut(v))
-    return OwnPart(call, (k, v), places, (q, own, image_first))
 
 
 class Attached(Protocol):
@@ -102,6 +34,9 @@ class Attached(Protocol):
     @property
     def backend(self) -> str:
         """As its session was told."""
+
+    def sees(self, path: str) -> bool:
+        """Whether the editor is shown the calls of a site."""
 
     def note(self, site: Site, step: int, verbs: set[str], plan: Plan) -> None:
         """Keep what the editor did at a site for the session's report."""
@@ -168,7 +103,8 @@ class EditedSite:
         out twice. Returns [batch, heads, queries, channels].
         """
         given = given.ungrouped()
-        part = own_part(denoiser_call, self.site.kind, self.joint_order, given)
+        texts = denoiser_call.own_text, denoiser_call.extra_text
+        part = own_part(given, self.site.kind, self.joint_order, *texts)
         own = part.call
         plain = original if original is not None and part.call is given else own.attend
         further = index != self.own_call
@@ -183,17 +119,23 @@ class EditedSite:
         call = self._shown(part, denoiser_call, index)
         if repeated:
             call.read_outs = [r._replace(into=_discard) for r in call.read_outs]
+            call.output_reads.clear()
+        of_texts = part.of_texts()
         if not call.operations:
-            if call.read_outs:
+            if call.read_outs or call.output_reads:
                 plan.read_only(call, self._backend)
                 self._note(call, plan.PASS_THROUGH)
+            if call.output_reads and original is not None:
+                _hand_out(call, own.attend(), of_texts)  # its own way may not come back here
+                call.output_reads.clear()
             out = plain()
         else:
             with naming(_editors_of(call), "attention", self.site.path):
                 made, chosen = plan.evaluate(call, self._backend)
             self._note(call, chosen)
             out = made.flatten(0, 1)
-        return part.whole(out)
+        _hand_out(call, out, of_texts)
+        return part.whole(out, of_texts)
 
     def _shown(self, part: OwnPart, denoiser_call: DenoiserCall, index: int) -> AttentionCall:
         own = part.call
@@ -221,10 +163,12 @@ class EditedSite:
         if part.context:
             call.set_context_source(*(stack_rows(x, count) for x in part.full))
         for one in self.attached:
-            call.show_to(one.editor)
+            if one.sees(self.site.path):
+                call.show_to(one.editor)
         reader = denoiser_call.reader
         if reader is not None:
             call.read_outs = [r for r in call.read_outs if r.editor is reader.editor]
+            call.output_reads = [r for r in call.output_reads if r.editor is reader.editor]
         return call
 
     def _rows(self, q: Tensor, rows: Rows, index: int) -> tuple[Rows, int]:
@@ -239,13 +183,14 @@ class EditedSite:
     def _note(self, call: AttentionCall, chosen: Plan) -> None:
         """Once for each step: its other denoiser calls are like the first."""
         done = (call.clock.step, chosen, *[(o.verb, id(o.editor)) for o in call.operations])
-        done = (*done, *[id(r.editor) for r in call.read_outs])
+        looking = [r.editor for r in call.read_outs] + [r.editor for r in call.output_reads]
+        done = (*done, *map(id, looking))
         if done in self._reported:
             return
         self._reported.add(done)
         for one in self.attached:
             verbs = {o.verb for o in call.operations if o.editor is one.editor}
-            if any(r.editor is one.editor for r in call.read_outs):
+            if any(editor is one.editor for editor in looking):
                 verbs.add("read")
             if verbs:
                 one.note(self.site, call.clock.step, verbs, chosen)
@@ -255,6 +200,17 @@ def _editors_of(call: AttentionCall) -> str:
     """Who rewrote a call."""
     names = [getattr(o.editor, "name", type(o.editor).__name__) for o in call.operations]
     return " + ".join(dict.fromkeys(names))
+
+
+def _hand_out(call: AttentionCall, out: Tensor, of_texts: Mapping[str, Tensor]) -> None:
+    """Hand out the outputs that are read; out: of the call, [batch, heads, queries, channels]."""
+    start, stop = call.spans.image_queries if call.output_reads else (0, 0)
+    count = len(call.rows)
+    for request in call.output_reads:
+        name = request.text
+        found = out[..., start:stop, :] if name is None else of_texts[name]
+        one = stack_rows(found, count)[request.row.index]
+        request.into(request.row, one.transpose(1, 2).flatten(2))
 
 
 def _discard(row: Row, values: Tensor) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from hookctl.attention.call import AttentionCall
 from hookctl.attention.rewriting import ReadOut
 from hookctl.attention.term import Sum, Term
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.evaluate import lists, reference, sdpa, short_keys, triton, triton_maps
+from hookctl.evaluate import combine, lists, reference, sdpa, short_keys, triton, triton_maps
 from hookctl.evaluate.sdpa import Piece
 
 BACKENDS = ("auto", "triton", "sdpa", "reference")
@@ -98,6 +99,9 @@ def evaluate(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Plan]:
     evaluator, plan = _choose(call, finished, backend)
     rows = [row for row in range(finished.rows) if row not in finished.functions]
     apart: list[lists.Batch] = []
+    by = evaluator.evaluate
+    if evaluator is TRITON:
+        by = partial(triton.served, demanded=backend == "triton")
     if evaluator in (SHORT, SDPA):
         finished = finished.spelled_out(finished.functions)
         apart = lists.batches(finished)
@@ -109,17 +113,18 @@ def evaluate(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Plan]:
         requests = _columns_of(call, finished)
         pieces, maps = short_keys.evaluate(finished, rows, requests)
         read = dict(zip(map(id, requests), maps, strict=True))
-    elif evaluator is TRITON and rows:
-        pieces = triton.served(finished, rows, demanded=backend == "triton")
-        if backend == "auto" and (why := triton.refused(finished, rows)):
-            plan = plan._replace(name="sdpa", reason=f"a kernel failed here: {why}")
     else:
-        pieces = evaluator.evaluate(finished, rows) if rows else []
+        pieces = by(finished, rows) if rows else []
+        if evaluator is TRITON and backend == "auto" and rows:
+            if why := triton.refused(finished, rows):
+                plan = plan._replace(name="sdpa", reason=f"a kernel failed here: {why}")
     if finished.functions:
         pieces += reference.evaluate(finished, sorted(finished.functions), dtype=None)
     out = _in_row_order(pieces, call)
     for batch in apart:
         out = lists.add(out, batch)
+    if finished.combined:
+        out = combine.combined(out, finished, by)
     _hand_out(call, finished, backend, read)
     return out, plan
 
@@ -140,7 +145,7 @@ def _choose(call: AttentionCall, finished: Sum, backend: str) -> tuple[Evaluator
     else:
         evaluator = next(e for e in EVALUATORS if e.name == backend)
         reason = f"backend={backend!r} was asked for"
-    if not finished.terms and not finished.functions:
+    if not finished.touched:
         return SDPA, PASS_THROUGH  # by the same evaluator as the model's own call
     if finished.functions:
         names = {type(o.editor).__name__ for o in call.operations if o.verb == "probabilities"}

@@ -1,14 +1,15 @@
 """Layers inside a model: what one gives, after editors saw what it was given.
 
 For learned modules: low-rank deltas of linears, further channels for the first convolution, and
-what is inserted in a transformer block between its self-attention and what follows.
+what is inserted in a transformer block between its self-attention and what follows. For guidance:
+whole blocks, which some rows pass by.
 """
 
 from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -98,6 +99,96 @@ class InsertPort(LayerPort):
         with by_name.hidden():
             found = self.edit(given, stream)
         return None if found is None else found - given
+
+
+# Given what goes into a block: that or something else, and the places in the batch that pass by.
+Passing = Callable[[Tensor], "tuple[Tensor, Sequence[int]]"]
+
+
+class _Half:
+    """What is done before a block, or behind it, to one of its streams."""
+
+    def __init__(self, path: str, edited: Edit) -> None:
+        self.name, self.traced = _ports.register(self, path), False
+        self.edited = edited
+
+    def __call__(self, given: Tensor, output: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return _layer_operator(given, output, self.name)
+        found = self.edited(given, output)
+        return output if found is None else found
+
+
+class BlockPort:
+    """The hooks on a transformer block: its input may be changed, and rows may pass it by.
+
+    streams: the names of the arguments that it carries on, in the order in which it returns them;
+    image: which of them is shown.
+    """
+
+    def __init__(
+        self, module: nn.Module, path: str, edit: Passing, streams: Sequence[str], image: str
+    ) -> None:
+        self.module, self.path, self.edit = module, path, edit
+        self.streams, self.image = tuple(streams), image
+        self._names = list(inspect.signature(type(module).forward).parameters)[1:]
+        self._before, self._behind = _Half(path, self._enters), _Half(path, self._passes)
+        self._passing: dict[int, Sequence[int]] = {}  # of the blocks that are running, by thread
+        self._given: dict[int, list[Any]] = {}
+        self._handles: list[Any] = []
+
+    @property
+    def traced(self) -> bool:
+        """Whether compiled code calls it."""
+        return self._before.traced or self._behind.traced
+
+    def install(self) -> None:
+        module = self.module
+        self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+        self._handles.append(module.register_forward_hook(self._leave))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._passing.clear()
+        self._given.clear()
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        named = dict(zip(self._names, args, strict=False)) | kwargs
+        shown: Tensor = named[self.image]
+        named[self.image] = changed = self._before(shown, shown)
+        self._given[_thread()] = [named.get(name) for name in self.streams]
+        if self.image in kwargs:
+            return args, {**kwargs, self.image: changed}
+        at = self._names.index(self.image)
+        return (*args[:at], changed, *args[at + 1 :]), kwargs
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        given = self._given.pop(_thread())
+        if isinstance(output, Tensor):
+            return self._behind(given[self.streams.index(self.image)], output)
+        pairs = zip(given, output, strict=True)
+        return type(output)(out if out is None else self._behind(x, out) for x, out in pairs)
+
+    def _enters(self, given: Tensor, output: Tensor) -> Tensor:
+        with by_name.hidden():
+            changed, passing = self.edit(given)
+        self._passing[_thread()] = passing
+        return changed
+
+    def _passes(self, given: Tensor, output: Tensor) -> Tensor | None:
+        passing = self._passing.get(_thread(), ())
+        if not len(passing):
+            return None
+        changed = output.clone()
+        at = list(passing)
+        changed[at] = given[at].to(output)
+        return changed
+
+
+def _thread() -> int:
+    # Traced code knows no threads, and is traced in one at a time.
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 # -- torch.compile ---------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hookctl.editor import Editor, tell
 from hookctl.errors import InputError, naming
+from hookctl.loop.inserting import BlockCall
 from hookctl.loop.state import FeatureCall, Predictions, State
 
 CALL, STEP = "denoiser call", "step"
@@ -95,6 +96,21 @@ def inside(one: Attached, hook: str, call: Any, result: str, path: str) -> None:
     if found.dtype != given.dtype:
         setattr(call, result, found.to(given.dtype))
     one.note_hook(hook, call.clock.step, "" if _mark(found) == mark else f"changed {result}", path)
+
+
+def block(one: Attached, call: BlockCall) -> None:
+    """A transformer block after an editor saw what it is given."""
+    hidden, mark, passing = call.hidden, _mark(call.hidden), set(call.passing)
+    tell(one.editor, "block", call)
+    found = call.hidden
+    if not isinstance(found, Tensor) or found.shape != hidden.shape:
+        kind = tuple(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise InputError(
+            f"{one.editor.name}.block assigned {kind} to call.hidden; it is {tuple(hidden.shape)}"
+        )
+    said = ["changed hidden"] if _mark(found) != mark else []
+    said += ["skipped rows"] if call.passing != passing else []
+    one.note_hook("block", call.clock.step, " and ".join(said), call.name)
 
 
 def combine(one: Attached, predictions: Predictions) -> Tensor:

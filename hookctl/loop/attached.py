@@ -65,7 +65,8 @@ class Entry:
 class Attached:
     """One editor of a session at one denoiser, with the sites it was resolved to.
 
-    inside: for each of its hooks that change layers, their paths.
+    inside: for each of its hooks that change layers, their paths; shown: the sites whose calls it
+    sees, of those that must be hooked for it.
     """
 
     editor: Editor
@@ -73,6 +74,11 @@ class Attached:
     model: nn.Module
     sites: frozenset[str]
     inside: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    shown: frozenset[str] = frozenset()
+
+    def sees(self, path: str) -> bool:
+        """Whether the editor is shown the calls of a site."""
+        return path in self.shown
 
     @property
     def backend(self) -> str:
@@ -96,12 +102,13 @@ def attach(entry: Entry, denoisers: Sequence[tuple[nn.Module, Modules]]) -> list
         missed: SelectorError | None = None
         for model, modules in denoisers:
             try:
-                sites = sites_for(editor, model, modules)
+                shown = sites_for(editor, model, modules)
+                sites = shown | widened_sites_for(editor, model, modules)
                 inside = layers_for(editor, model, modules)
             except SelectorError as error:
                 missed = error
             else:
-                found.append(Attached(editor, entry, model, sites, inside))
+                found.append(Attached(editor, entry, model, sites, inside, shown))
         if missed is not None and not any(one.editor is editor for one in found):
             raise missed
     return found
@@ -120,9 +127,15 @@ def sites_for(editor: Editor, model: nn.Module, modules: Modules) -> frozenset[s
         raise UnsupportedError(
             f"{editor.name} edits skip connections, and {type(model).__name__} has none"
         )
-    if overrides(editor, "context"):
-        paths |= _sites_of_text(editor, model, modules)
     return frozenset(paths)
+
+
+def widened_sites_for(editor: Editor, model: nn.Module, modules: Modules) -> frozenset[str]:
+    """The paths of all sites that attend to the text, if an editor widens it: the plain call must
+    see nothing of that. Raises UnsupportedError where it can't be kept apart."""
+    if not overrides(editor, "context"):
+        return frozenset()
+    return frozenset(_sites_of_text(editor, model, modules))
 
 
 def layers_for(editor: Editor, model: nn.Module, modules: Modules) -> dict[str, frozenset[str]]:
@@ -139,6 +152,9 @@ def layers_for(editor: Editor, model: nn.Module, modules: Modules) -> dict[str, 
     if overrides(editor, "linear"):
         every = [path for path, _ in families.linears(model)]
         found["linear"] = frozenset(path for path in every if editor.linears(path))
+    if overrides(editor, "block"):
+        chosen = select([site for site, _ in modules.values()], editor.sites, who=editor.name)
+        found["block"] = frozenset(families.blocks_of(model, chosen))
     if overrides(editor, "stem"):
         stem = families.stem_of(model)
         found["stem"] = frozenset(() if stem is None else (stem[0],))
@@ -177,6 +193,7 @@ def _tables(editor: Editor, model: nn.Module, modules: Modules) -> frozenset[str
 _WANTS = {
     "insert": "inserts between the self-attention of a transformer block and what follows it (of a "
     "BasicTransformerBlock whose norms do not scale)",
+    "block": "changes transformer blocks in which the image attends to itself, at its `sites`",
     "linear": "changes linear layers that its `linears` selects",
     "stem": "changes the layer that takes the latents in",
 }

@@ -13,19 +13,19 @@ from hookctl.address.sites import Site, grid_of
 from hookctl.attention.sdpa_call import SDPACall
 from hookctl.editor import overrides
 from hookctl.hooks.attention import SitePort
-from hookctl.hooks.layers import Edit, InsertPort, LayerPort
+from hookctl.hooks.layers import BlockPort, Edit, InsertPort, LayerPort
 from hookctl.hooks.rotary import RotaryPort, SiteTablePort
 from hookctl.hooks.skips import Concat, ConcatPort, concats
 from hookctl.loop import around
 from hookctl.loop.attached import Modules
 from hookctl.loop.calls import calls
-from hookctl.loop.inserting import InsertCall, LinearCall, StemCall
+from hookctl.loop.inserting import BlockCall, InsertCall, LinearCall, StemCall
 from hookctl.loop.missed import is_strict
 from hookctl.loop.positions import rotary_port, site_port
 from hookctl.loop.state import FeatureCall, State
 from hookctl.run_state import remembering
 
-InsidePort = ConcatPort | LayerPort | RotaryPort | SiteTablePort
+InsidePort = BlockPort | ConcatPort | LayerPort | RotaryPort | SiteTablePort
 
 
 class Attending:
@@ -102,12 +102,32 @@ def ports_inside(
             yield key, InsertPort(blocks[module], path, edit_inside("insert", path, site))
         if (key := ("positions", path)) in wanted:
             yield key, site_port(module, path)
+    for path, block in families.blocks_of(model, [site for site, _ in modules.values()]).items():
+        if (key := ("block", path)) in wanted:
+            edit = partial(_passed, path, block.site)
+            yield key, BlockPort(block.module, path, edit, block.streams, block.image)
     stem = families.stem_of(model)
     layers = {"linear": list(families.linears(model)), "stem": [] if stem is None else [stem]}
     for hook, found in layers.items():
         for path, module in found:
             if (key := (hook, path)) in wanted:
                 yield key, LayerPort(module, path, edit_inside(hook, path, module))
+
+
+def _passed(path: str, site: Site, hidden: Tensor) -> tuple[Tensor, list[int]]:
+    """What goes into a block after its editors, and the places in the batch that pass it by."""
+    current = calls.current
+    edits = [] if current is None else current.acting
+    edits = [a for a in edits if path in a.inside.get("block", ())]
+    if current is None or not edits:
+        return hidden, []
+    state = current.state
+    grid = grid_of(hidden.shape[-2], state.grid)
+    call = BlockCall(path, site, hidden, state.rows, state.clock, grid)
+    with remembering(current.owner.memory):
+        for a in edits:
+            around.block(a, call)
+    return call.hidden, call.passed
 
 
 def edit_inside(hook: str, path: str, place: Site | nn.Module) -> Edit:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,45 @@ class InsertCall:
     rows: Rows
     clock: Clock
     grid: Grid | None
+
+
+@dataclass(eq=False)
+class BlockCall:
+    """A transformer block, before it runs.
+
+    site: of its attention to the image; name: its path inside the model.
+    hidden: what it is given of the image (of text and image where they are one sequence),
+        [rows (x frames), tokens, channels]; assign another of its shape to change it.
+    rows: whose the batch rows are (`Rows`).
+    clock: when (`Clock`).
+    grid: the grid of the tokens, None if they form none: a joint sequence, say.
+    passing: the indices of the rows that pass the block by.
+    """
+
+    name: str
+    site: Site
+    hidden: Tensor
+    rows: Rows
+    clock: Clock
+    grid: Grid | None
+    passing: set[int] = field(default_factory=set)
+
+    def skip(self, rows: Row | Iterable[Row]) -> None:
+        """Let rows pass the block by: what they are goes on unchanged, the text's stream too."""
+        self.passing |= {row.index for row in ([rows] if isinstance(rows, Row) else rows)}
+
+    def places(self, rows: Iterable[Row]) -> list[int]:
+        """Indices of rows in the batch of `hidden`; a video's row may have one for each frame."""
+        return self._at([row.index for row in rows])
+
+    @property
+    def passed(self) -> list[int]:
+        """The places in the batch of the rows that pass the block by."""
+        return self._at(self.passing)
+
+    def _at(self, rows: Iterable[int]) -> list[int]:
+        repeats = self.hidden.shape[0] // len(self.rows)
+        return [row * repeats + i for row in sorted(rows) for i in range(repeats)]
 
 
 @dataclass(eq=False)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from hookctl.address.rows import Row
 from hookctl.attention.call import AttentionCall
 
 
@@ -20,3 +23,14 @@ def with_image(own: Tensor, image: Tensor, span: tuple[int, int] | None) -> Tens
         return image
     start, stop = span
     return torch.cat([own[..., :start, :], image, own[..., stop:, :]], -2)
+
+
+def look_at(call: AttentionCall, row: Row, seen: Sequence[tuple[Row, Tensor]]) -> None:
+    """Let a row attend to some image tokens, [indices], of other rows too; to none where there are
+    no rows."""
+    if seen:
+        k, v = (
+            torch.cat([image_keys(x[other.index], call)[..., at, :] for other, at in seen], -2)
+            for x in (call.k, call.v)
+        )
+        call.extend(row, k, v)

@@ -62,6 +62,41 @@ def middle_sites(who: str, target: Any) -> list[str]:
     return [site.path for site in image if site.path.rpartition(".")[0] == block]
 
 
+def two_stream_sites(target: Any) -> list[str]:
+    """The paths of the joint sites where the text has projections of its own (of FLUX, those of
+    the double blocks)."""
+    model = families.uncompiled(families.denoiser_of(target))
+    joint = [site.path for site in sites_of(target) if site.kind == "joint"]
+    return [path for path in joint if getattr(model.get_submodule(path), "add_q_proj", None)]
+
+
+def sites_of_layers(who: str, target: Any, layers: Iterable[int]) -> list[str]:
+    """The paths of the image's attention in some transformer blocks, counted from 0.
+
+    They are counted in the list `transformer_blocks`, in the longest one where there is none, and
+    over all of a UNet. InputError for a block that is not there.
+    """
+    sites = sites_of(target)
+    every = list(families.blocks_of(families.uncompiled(families.denoiser_of(target)), sites))
+    lists: dict[str, list[str]] = {}
+    for path in every:
+        lists.setdefault(path.rpartition(".")[0], []).append(path)
+    if not lists:
+        raise UnsupportedError(f"{who}: this model has no transformer blocks with attention")
+    if any("." in name for name in lists):
+        blocks = every
+    else:
+        blocks = lists.get("transformer_blocks") or max(lists.values(), key=len)
+    wanted = list(layers)
+    if not wanted or any(not 0 <= i < len(blocks) for i in wanted):
+        raise InputError(
+            f"{who}: layers={tuple(wanted)}; this model has blocks 0 to {len(blocks) - 1}"
+        )
+    paths = {blocks[i] for i in wanted}
+    image = [s.path for s in sites if s.kind in (*IMAGE_KINDS, "temporal")]
+    return [path for path in image if path.rpartition(".")[0] in paths]
+
+
 def layout_resolution(
     who: str, sites: Iterable[Site], grid: tuple[int, ...], cure: str
 ) -> Fraction:

@@ -103,15 +103,11 @@ class SourceAndEdits(Editor):
 
     @checked()
     def generators(self, seed: int = 0, images: int = 1, device: str = "cpu") -> list[Any]:
-        """One generator for each image: every prompt starts from the same noises.
-
-        Image j of each prompt is seeded with seed + j.
-        """
-        return [
-            torch.Generator(device).manual_seed(seed + j)
-            for _ in self.prompts
-            for j in range(images)
-        ]
+        """One generator for each image: every prompt starts from the same noises, and image j of
+        each is seeded with seed + j; or every image from a noise of its own (`one_noise`)."""
+        count = len(self.prompts)
+        offsets = [*range(images)] * count if self.one_noise else range(count * images)
+        return [torch.Generator(device).manual_seed(seed + i) for i in offsets]
 
     @checked()
     def run(

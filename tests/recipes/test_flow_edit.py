@@ -96,6 +96,16 @@ def test_equal_prompts_and_scales_are_the_image(name: str) -> None:
     assert torch.equal(moved[:1], other.clean.to(moved))
 
 
+@pytest.mark.parametrize("name", ["QwenImageEditPipeline", "QwenImageEditPlusPipeline"])
+def test_a_pipeline_of_one_prompt_at_a_time_is_refused(name: str) -> None:
+    family = BY_NAME[name]
+    pipe = of_first_order(family)
+    source, more = given(family)
+    edit = FlowEdit(pipe, source, TWO, steps=3, guidance=(1.0, 1.0), arguments=more)
+    with pytest.raises(UnsupportedError, match=f"FlowEdit: {name} reads one prompt at a time"):
+        edit.run()
+
+
 def test_the_more_steps_the_further() -> None:
     away = [relative(found[1:], found[:1]) for n in (0, 1, 3, 6) for found in [latents(n_max=n)]]
     assert away[0] == 0 and away == sorted(away)

@@ -46,8 +46,10 @@ RECIPES: dict[str, Callable[[Any], Editor]] = {
     "CFGZeroStar": lambda r: r.CFGZeroStar(),
     "DifferentialDiffusion": lambda r: r.DifferentialDiffusion(image(), LEFT, seed=0),
     "DyPE": lambda r: r.DyPE(base=2),
+    "ConsiStory": lambda r: r.ConsiStory(PROMPTS, "cat", dropped=0.0, query_stop=0.0),
     "FDG": lambda r: r.FDG(),
     "FreeU": lambda r: r.FreeU(),
+    "LEDITSPlusPlus": lambda r: r.LEDITSPlusPlus(["blue dog"], prompts=PROMPTS, scale=9.0),
     "LayoutGuidance": lambda r: r.LayoutGuidance(
         ["cat"], [LEFT], threshold=0.0, iterations=1, stop=0.5
     ),
@@ -55,9 +57,11 @@ RECIPES: dict[str, Callable[[Any], Editor]] = {
     "MaskedSelfAttention": lambda r: r.MaskedSelfAttention([LEFT, RIGHT]),
     "MultiDiffusion": lambda r: r.MultiDiffusion(tile=12, stride=4),
     "MultiInstanceSampler": lambda r: r.MultiInstanceSampler(["a dog"], [LEFT], share=0.5),
+    "NAG": lambda r: r.NAG("a dog"),
     "OneWayFlow": lambda r: r.OneWayFlow({"seed": TOP}, [("rest", "seed", -4.0)]),
     "PAG": lambda r: r.PAG(sites="self @1/2"),
     "PromptSchedule": lambda r: r.PromptSchedule(["a red [cat:dog:0.5]", "a blue [cat:dog:0.5]"]),
+    "PlugAndPlay": lambda r: r.PlugAndPlay(PROMPTS, feature_stop=1.0, query_stop=1.0),
     "PromptToPrompt": lambda r: r.PromptToPrompt(PROMPTS, self_replace=0.5, self_resolution=1.0),
     "ProximalGuidance": lambda r: r.ProximalGuidance(),
     "RIFLEx": lambda r: r.RIFLEx(k=1, paper=True),
@@ -65,13 +69,20 @@ RECIPES: dict[str, Callable[[Any], Editor]] = {
     "ReferenceOnly": lambda r: r.ReferenceOnly(PROMPTS, image()),
     "RegionalPrompts": lambda r: r.RegionalPrompts(["a dog"], [LEFT]),
     "SAG": lambda r: r.SAG(sites="self @1/2"),
+    "STG": lambda r: r.STG(layers=[2]),
     "SEG": lambda r: r.SEG(sites="self @1/2"),
     "ScaleU": lambda r: r.ScaleU(backbone=[0.3], skip=[-0.3]),
+    "SkipLayerGuidance": lambda r: r.SkipLayerGuidance(
+        layers=[1], branch="slg", start=0.0, stop=1.0
+    ),
+    "StoryDiffusion": lambda r: r.StoryDiffusion(PROMPTS, start=0.0, plain=(0.0, 0.0)),
     "StyleAligned": lambda r: r.StyleAligned(PROMPTS),
     "TCFG": lambda r: r.TCFG(),
+    "TPG": lambda r: r.TPG(),
 }
 # Those that rewrite rotary positions, which a UNet has not.
 OF_POSITIONS = ("DyPE", "RIFLEx")
+FOR_VIDEOS = {"PromptRelay"}  # refused for images (`test_prompt_relay`)
 NAMES = [name for name in RECIPES if name in recipes.__all__ and name not in OF_POSITIONS]
 
 # Inversions of an image, whose edits are drawn by a program under further editors.
@@ -104,13 +115,17 @@ def alone(name: str) -> Tensor:
     return draw(name)
 
 
+# Of transformers alone: tests of their own.
+ELSEWHERE = {"ConceptAttention"}
+
+
 def test_every_editor_is_in_the_table() -> None:
     editors = {
         name
         for name in recipes.__all__
         if isinstance(getattr(recipes, name), type) and issubclass(getattr(recipes, name), Editor)
     }
-    assert editors <= set(RECIPES)
+    assert editors - FOR_VIDEOS <= set(RECIPES) | ELSEWHERE
 
 
 @pytest.mark.parametrize("name", OF_POSITIONS)
@@ -237,12 +252,15 @@ def flowed(name: str, *editors: Editor) -> Tensor:
     if name == "FlowEdit":
         program: Any = recipes.FlowEdit(flowing(), image(), PROMPTS, n_max=4, **options)
     else:
-        program = recipes.RFInversion(flowing(), [image()] * 2, PROMPTS, **options)
+        given = {"mask": LEFT, "skip": 1} if name == "KVEdit" else {}
+        program = getattr(recipes, name)(flowing(), [image()] * 2, PROMPTS, **given, **options)
     latents: Tensor = program.run(*editors, output_type="latent")
     return latents
 
 
-@pytest.mark.parametrize("name", ["FlowEdit", "RFInversion"])
+@pytest.mark.parametrize(
+    "name", ["FireFlow", "FlowEdit", "KVEdit", "RFInversion", "RFSolver", "UniEditFlow"]
+)
 @pytest.mark.parametrize("other", examples(NAMES, EVERYDAY))
 def test_flow_programs_under_editors(name: str, other: str) -> None:
     """What an editor does is seen, or it is refused by name."""

@@ -18,7 +18,7 @@ from hookctl.address.families.access import (
     denoisers_of,
     named_denoisers,
 )
-from hookctl.address.families.inside import linears, plain_blocks, stem_of
+from hookctl.address.families.inside import Block, blocks_of, linears, plain_blocks, stem_of
 from hookctl.address.families.loops import Loop, declare_loops, loop_of
 from hookctl.address.families.processors import (
     bypasses_sdpa,
@@ -51,12 +51,14 @@ from hookctl.address.families.sites import (
 )
 
 __all__ = [
+    "Block",
     "DENOISERS",
     "Loop",
     "Model",
     "Pipeline",
     "TextStream",
     "attention_modules",
+    "blocks_of",
     "bypasses_sdpa",
     "counts_text",
     "declare_loops",

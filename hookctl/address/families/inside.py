@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import inspect
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
+
+from hookctl.address.sites import Site
 
 # Blocks of these norms add the attention's output to the residual stream as it is; others scale it.
 _PLAIN_NORMS = ("layer_norm", "layer_norm_i2vgen", "ada_norm", "ada_norm_continuous")
@@ -45,4 +48,54 @@ def plain_blocks(model: nn.Module) -> dict[nn.Module, nn.Module]:
     for block in model.modules():
         if type(block) is BasicTransformerBlock and block.norm_type in _PLAIN_NORMS:
             found[block.get_submodule("attn1")] = block
+    return found
+
+
+class Block(NamedTuple):
+    """A transformer block: of its streams the names of the arguments, in the order in which it
+    returns them; the image's is the first of `IMAGE_STREAMS` among them. site: of its attention."""
+
+    module: nn.Module
+    site: Site
+    streams: tuple[str, ...]
+
+    @property
+    def image(self) -> str:
+        return next(name for name in IMAGE_STREAMS if name in self.streams)
+
+
+IMAGE_STREAMS = ("hidden_states", "x")  # or of text and image, where they are one
+_TEXT = "encoder_hidden_states"
+_TEXT_FIRST = (
+    "AuraFlowJointTransformerBlock BriaTransformerBlock ChromaSingleTransformerBlock "
+    "ChromaTransformerBlock Flux2SingleTransformerBlock Flux2TransformerBlock "
+    "FluxSingleTransformerBlock FluxTransformerBlock JointTransformerBlock "
+    "QwenImageTransformerBlock"
+).split()
+_TEXT_LAST = (
+    "CogVideoXBlock CogView4TransformerBlock HunyuanVideoSingleTransformerBlock "
+    "HunyuanVideoTokenReplaceSingleTransformerBlock HunyuanVideoTokenReplaceTransformerBlock "
+    "HunyuanVideoTransformerBlock MochiTransformerBlock"
+).split()
+
+
+def blocks_of(model: nn.Module, sites: Iterable[Site]) -> dict[str, Block]:
+    """The transformer blocks that hold attention sites of the image, by path, in model order."""
+    found: dict[str, Block] = {}
+    for site in sites:
+        path = site.path.rpartition(".")[0]
+        if site.kind not in ("self", "joint", "temporal") or not path or path in found:
+            continue
+        module = model.get_submodule(path)
+        name = type(module).__name__
+        parameters = inspect.signature(type(module).forward).parameters
+        image = next((stream for stream in IMAGE_STREAMS if stream in parameters), None)
+        if image is None:
+            continue
+        streams: tuple[str, ...] = (image,)
+        if name in _TEXT_FIRST:
+            streams = (_TEXT, image)
+        elif name in _TEXT_LAST:
+            streams = (image, _TEXT)
+        found[path] = Block(module, site, streams)
     return found

@@ -11,16 +11,17 @@ from torch import Tensor
 from hookctl.address import families
 from hookctl.address.outlines import Mask
 from hookctl.address.regions import Region, RegionLike, region_of
-from hookctl.arguments import images_and_prompts
+from hookctl.arguments import for_each, images_and_prompts, refusal
 from hookctl.editor import Editor, overrides
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.inversion import require_first_order
-from hookctl.loop.noise import matches_flow
+from hookctl.loop.noise import matches_flow, noise_like
 from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes.common.real_images.encoded import encoded, takes_videos
 from hookctl.recipes.common.real_images.inverted import call_arguments
 from hookctl.session import Session
 
+_ONE_PROMPT = "QwenImageEdit"  # whose prompts hold the image
 _OF_STEPS = ("before", "branches", "denoise", "combine")
 
 
@@ -60,8 +61,15 @@ class FlowProgram:
     def _program(self, prompts: Sequence[str], scales: Sequence[float]) -> Trajectory:
         """A run that starts from latents of the images, to be asked with scales up to these.
 
-        Raises UnsupportedError for a scheduler that is not of first order.
+        Raises UnsupportedError for a scheduler that is not of first order, and for several prompts
+        of a pipeline that reads one at a time.
         """
+        if len(prompts) > 1 and type(self.pipe).__name__.startswith(_ONE_PROMPT):
+            raise UnsupportedError(
+                f"{type(self).__name__}: {type(self.pipe).__name__} reads one prompt at a time, "
+                f"and here {len(prompts)} are asked together; RFInversion and RFSolver of one "
+                "image take one, and QwenImagePipeline takes several"
+            )
         (height, width), highest = self.size, max(1.0, *scales)
         scale: dict[str, Any] = {"guidance": highest}
         if self.taught:
@@ -86,6 +94,29 @@ class FlowProgram:
             return {"embedded": list(scales)}
         return {"guidance": list(scales) if max(scales) > 1 else 1.0}
 
+    def _velocity(
+        self,
+        program: Trajectory,
+        scales: Sequence[float],
+        x: Tensor,
+        i: int | None = None,
+        sigma: float | None = None,
+    ) -> Tensor:
+        """The velocity of latents at a level, or a share of noise, in single precision at least."""
+        x = x.to(program.latents)
+        return wide(program.predict(x, i, sigma=sigma, **self._scales(scales)))
+
+    def _noised(self, program: Trajectory, i: int, seed: int) -> Tensor:
+        """The images at a level of a program."""
+        image, level = wide(self.clean.to(program.latents)), program.levels[i].noise
+        noise = noise_like(image, torch.Generator().manual_seed(seed))
+        return (1 - level) * image + level * noise
+
+
+def length(program: Trajectory, i: int, j: int) -> float:
+    """Of the step from level i to level j."""
+    return program.levels[j].noise - program.levels[i].noise
+
 
 def require_flow(pipe: Any, who: str) -> None:
     """Raise UnsupportedError unless the pipeline's model is one of flow matching."""
@@ -104,6 +135,16 @@ def is_taught_scale(pipe: Any) -> bool:
     config = getattr(families.denoiser_of(pipe), "config", None)
     taught = loop is not None and loop.embedded is not None
     return taught and bool(getattr(config, "guidance_embeds", False))
+
+
+def for_each_image(given: str | Sequence[str], prompts: Sequence[str], who: str) -> list[str]:
+    """The source prompts of the images of these prompts: one for all, or one for each."""
+    found = for_each(
+        given, f"{who}: source_prompt", len(prompts), "images", is_one=isinstance(given, str)
+    )
+    if not all(isinstance(text, str) for text in found):
+        raise refusal(f"{who}: source_prompt", given, "a text, or a list of texts")
+    return found
 
 
 def check_without_steps(editor: Editor, who: str) -> None:

@@ -13,7 +13,7 @@ from hookctl.address import families, pipelines
 from hookctl.address.rows import ALONE, BATCHED, SEQUENTIAL, Layout, branch_of, resolve_rows
 from hookctl.address.sites import Grid, ImageTokens, Site, select
 from hookctl.address.text import TextLayout, align
-from hookctl.attention.term import spans_of
+from hookctl.attention.spans import spans_of
 from hookctl.errors import LayoutError, UnsupportedError
 from tests import zoo
 from tests.zoo.wild import WILD

@@ -71,7 +71,15 @@ def values() -> list[Any]:
     ]
 
 
-FLOW = (recipes.FlowEdit, recipes.RFInversion)  # programs of flow matching alone
+# Programs of flow matching alone.
+FLOW = (
+    recipes.FireFlow,
+    recipes.FlowEdit,
+    recipes.KVEdit,
+    recipes.RFInversion,
+    recipes.RFSolver,
+    recipes.UniEditFlow,
+)
 
 
 @cache
@@ -99,6 +107,10 @@ def needed(cls: type) -> dict[str, Any]:
         "image": image(),
         "prompt": "a red cat",
         "prompts": TWO,
+        "mask": (0, 0, 0.5, 1),
+        "subject": "red",
+        "edits": TWO,
+        "parts": TWO,
         "words": ["cat"],
         "texts": ["a cat", "a dog"],
         "change": "full",

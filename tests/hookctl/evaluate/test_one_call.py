@@ -35,7 +35,9 @@ class Double:
 
 def shown(editor: Double, q: Tensor, index: int) -> tuple[Tensor, Tensor]:
     """(the output, the model's own) of a module's call of that index, over its own keys."""
-    attached = SimpleNamespace(editor=editor, backend="auto", note=lambda *_: None)
+    attached = SimpleNamespace(
+        editor=editor, backend="auto", note=lambda *_: None, sees=lambda path: True
+    )
     state: Any = SimpleNamespace(
         rows=ROWS,
         clock=Clock(0, 10, 1.0),

@@ -18,7 +18,7 @@ from hookctl.demos.shapes.flow.export import export
 from hookctl.demos.shapes.flow.network import Size
 from hookctl.demos.shapes.flow.training import Parts, Plan, Trainer, levels, noised
 from hookctl.demos.shapes.haunting import haunted
-from hookctl.demos.shapes.load import load_flow
+from hookctl.demos.shapes.load import load_shapes_flow
 from hookctl.demos.shapes.muon import orthogonalise
 from hookctl.demos.shapes.world import SPACING, ghost
 
@@ -183,7 +183,7 @@ def test_the_written_pipeline_is_what_was_trained(parts: Parts, tmp_path: Path) 
             made = trainer.predict(x, s, states, pooled, torch.full((2,), zeros))
         assert made.abs().max() > 0.01
         torch.testing.assert_close(made, true, rtol=0, atol=1e-5)
-    pipe = load_flow(folder, "cpu")
+    pipe = load_shapes_flow("cpu", weights=folder)
     images = pipe(PROMPT, num_inference_steps=2, guidance_scale=3.0, output_type="np").images
     assert images.shape == (1, 128, 128, 3) and np.isfinite(images).all()
     seeds = [torch.Generator().manual_seed(k) for k in (5, 6)]
