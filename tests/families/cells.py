@@ -57,15 +57,19 @@ NOTES = Path("out/cells.json")
 # Where sites of a UNet stand in the shared table, or an image of its size.
 MAKERS: dict[str, Callable[[Family, Any], Editor]] = {
     "DifferentialDiffusion": lambda f, p: recipes.DifferentialDiffusion(given(f)[0], LEFT),
+    "ConceptAttention": lambda f, p: recipes.ConceptAttention(["cat", "background"]),
     "DyPE": lambda f, p: recipes.DyPE(1 if f.name == "HunyuanVideoPipeline" else 2),
     "MasaCtrl": lambda f, p: recipes.MasaCtrl(PROMPTS, start=0.0, sites="self, joint"),
     "MultiDiffusion": lambda f, p: recipes.MultiDiffusion(**tiles(f)),
     "PAG": lambda f, p: recipes.PAG(sites="self, joint"),
+    "PromptRelay": lambda f, p: recipes.PromptRelay(["a red cat", "a blue dog"]),
     "PromptSchedule": lambda f, p: recipes.PromptSchedule(schedules(f, "0.5")),
     "RealCompo": lambda f, p: recipes.RealCompo(["cat"], [LEFT], second(f), alone=0.0),
     "ReferenceOnly": lambda f, p: recipes.ReferenceOnly(PROMPTS, frame(f)),
     "SAG": lambda f, p: recipes.SAG(sites="self, joint"),
     "SEG": lambda f, p: recipes.SEG(sites="self, joint"),
+    "STG": lambda f, p: recipes.STG(layers=[0]),
+    "SkipLayerGuidance": lambda f, p: recipes.SkipLayerGuidance(layers=[0], start=0.0, stop=1.0),
 }
 # The neutral setting of recipes that have no window.
 IDLE: dict[str, Callable[[Family], Editor]] = {
@@ -78,6 +82,17 @@ IDLE: dict[str, Callable[[Family], Editor]] = {
     "PromptToPrompt": lambda f: recipes.PromptToPrompt(PROMPTS, cross_replace=0, self_replace=0),
     "ReferenceOnly": lambda f: recipes.ReferenceOnly(PROMPTS, frame(f), start=0.5, stop=0.5),
 }
+
+
+# Programs on one image of flow-matching models, with what they need besides.
+OF_FLOW: dict[str, dict[str, Any]] = {
+    "FireFlow": {},
+    "KVEdit": {"mask": LEFT, "skip": 0},
+    "RFInversion": {},
+    "RFSolver": {},
+    "UniEditFlow": {},
+}
+EDITORS = {*RECIPES, *MAKERS}
 
 
 class OfOnePrompt(Exception):
@@ -131,7 +146,7 @@ def idle(name: str, family: Family, pipe: Any) -> Editor | None:
     if {"start", "stop"} <= parameters(type(found)).keys():
         for attribute in ("start", "stop"):
             setattr(found, attribute, 0.5)
-        if hasattr(found, "acts"):  # windows that are read once
+        if name in ("MasaCtrl", "StyleAligned"):  # windows that are read once
             return getattr(recipes, name)(PROMPTS, start=0.5, stop=0.5)  # type: ignore[no-any-return]
         return found
     return None
@@ -161,7 +176,10 @@ class Cells:
         return self._plain[key]
 
     def prompts(self, edit: Editor) -> list[str]:
-        return list(getattr(edit, "prompts", PROMPTS[: len(self.family.prompts)]))
+        count = len(self.family.prompts)
+        if isinstance(edit, recipes.PromptRelay):
+            return [edit.prompt] * count
+        return list(getattr(edit, "prompts", PROMPTS[:count]))
 
     def editor(self, name: str) -> None:
         """Raises what refuses it, or Broken."""
@@ -170,7 +188,12 @@ class Cells:
         if len(prompts) > len(self.family.prompts):
             raise OfOnePrompt(f"{type(self.pipe).__name__} draws one prompt, {name} compares two")
         plain = self.plain(prompts)
-        if error(self.draw(prompts, edit), plain) < LEAST:
+        found = self.draw(prompts, edit)
+        if name == "ConceptAttention":  # it looks, and changes nothing
+            if not (edit.maps and torch.equal(found, plain)):  # type: ignore[attr-defined]
+                raise Broken("it has no maps, or the image is another")
+            return
+        if error(found, plain) < LEAST:
             raise Broken("it ran and changed nothing")
         quiet = idle(name, self.family, self.pipe)
         if quiet is not None:
@@ -215,8 +238,8 @@ class Cells:
             if name == "FlowEdit":
                 options = {"steps": STEPS, "n_max": STEPS, "arguments": more}
                 program = cls(pipe, source, ["a dog", prompt], guidance=(1.0, guidance), **options)
-            elif name == "RFInversion":
-                options = {"steps": STEPS, "arguments": more}
+            elif name in OF_FLOW:
+                options = {"steps": STEPS, "arguments": more, **OF_FLOW[name]}
                 program = cls(pipe, source, prompt, guidance=guidance, **options)
             elif name == "Imagic":
                 few = {"text_steps": 2, "text_rate": 0.1, "model_steps": 2, "model_rate": 0.01}
@@ -248,7 +271,7 @@ def verdict(cells: Cells, name: str) -> tuple[str, str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            (cells.editor if name in RECIPES else cells.program)(name)
+            (cells.editor if name in EDITORS else cells.program)(name)
     except (HookctlError, OfOnePrompt) as said:
         return "–", " ".join(str(said).split())
     except Exception as broken:  # a cell of the table
