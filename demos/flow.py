@@ -72,7 +72,7 @@ def run(
 ) -> dict[str, Any]:
     """Run the demo; writes grid.png and report.json to `out` and returns the report."""
     out.mkdir(parents=True, exist_ok=True)
-    pipe, started = hookctl.load_shapes_flow(), time.perf_counter()
+    pipe, started = hookctl.load_shapes(flow=True), time.perf_counter()
     rng = np.random.default_rng([seed, 9])
     cases = [draw("colour", rng) for _ in range(seeds)]
     images = images_of(cases, rng)

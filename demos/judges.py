@@ -237,6 +237,7 @@ JUDGES: Mapping[str, Judge] = {
     "null_text": edited_in_place,
     "one_way_flow": in_regions(*HALVES),
     "pag": said,
+    "plug_and_play": edited_in_place,
     "prompt_to_prompt": edited_in_place,
     "proximal_guidance": edited_in_place,
     "real_compo": in_boxes(*BOXES),

@@ -9,4 +9,4 @@ import hookctl
 
 def opened(model: str) -> Any:
     """The pipeline "shapes", or "shapes-flow": flow matching, with joint attention."""
-    return hookctl.load_shapes_flow() if model == "shapes-flow" else hookctl.load_shapes()
+    return hookctl.load_shapes(flow=model == "shapes-flow")

@@ -8,11 +8,9 @@
 
 Use it
     control, Session        a pipeline under editors, and what came of it
-    Maps, MapStore, WordMaps
-                            the attention maps of words
-    Region                  a part of the image, from 0 to 1
-    load_shapes             the embedded pipeline: no download, seconds on a CPU
-    load_shapes_flow        its flow-matching sibling, of the build of Stable Diffusion 3
+    Maps, MapStore, WordMaps    the attention maps of words
+    Region, References      a part of the image; how much an edit model's references count
+    load_shapes             the embedded pipelines: no download, seconds on a CPU
     errors                  what can go wrong
     hookctl.recipes         the published methods, ready made
 
@@ -22,8 +20,7 @@ Write an editor: a subclass of Editor that has the hooks it needs
         Routing, Division   what its verbs `route_by` and `divide` are given
     FeatureCall, BlockCall  one skip connection of a UNet; one block, which rows may pass by
     InsertCall, LinearCall, StemCall, PositionsCall, Residuals
-                            further places: a block's stream, a linear layer, the layer that takes
-                            the latents in, rotary positions, what a ControlNet adds
+                            further places: streams, layers, rotary positions, ControlNets' part
     State, Predictions      one denoiser call, and what it predicted
     Branch                  further rows for the denoiser to predict
     RunState                an attribute that each session, thread and task holds for itself
@@ -66,6 +63,7 @@ if TYPE_CHECKING:
     from hookctl.loop.state import FeatureCall, Predictions, State
     from hookctl.loop.trajectory import Trajectory
     from hookctl.maps import Maps, MapStore, WordMaps
+    from hookctl.references import References
     from hookctl.run_state import RunState
     from hookctl.session import Session, control
 
@@ -78,8 +76,8 @@ __all__ = [
     "MapStore",
     "WordMaps",
     "Region",
+    "References",
     "load_shapes",
-    "load_shapes_flow",
     "errors",
     "Editor",
     "Claim",
@@ -128,6 +126,7 @@ _HOMES = {
     "Noise": "hookctl.loop.noise",
     "PositionsCall": "hookctl.loop.inserting",
     "Predictions": "hookctl.loop.state",
+    "References": "hookctl.references",
     "Region": "hookctl.address.regions",
     "Residuals": "hookctl.loop.inserting",
     "Routing": "hookctl.attention.token_map",
@@ -168,22 +167,12 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def load_shapes(**options: Any) -> Any:
+def load_shapes(*, flow: bool = False, **options: Any) -> Any:
     """The embedded pipeline: a small, truly trained StableDiffusionPipeline (see its card).
 
+    flow: its sibling of flow matching and joint attention, a StableDiffusion3Pipeline without a T5.
     options: `device` and `dtype`, as of `torch.Tensor.to`.
     """
-    from hookctl.demos.shapes.load import load_shapes
+    from hookctl.demos.shapes.load import load_shapes, load_shapes_flow
 
-    return load_shapes(**options)
-
-
-def load_shapes_flow(**options: Any) -> Any:
-    """The embedded flow-matching pipeline: a small, truly trained StableDiffusion3Pipeline (joint
-    attention, no T5) of the same world as `load_shapes`.
-
-    options: `device` and `dtype`, as of `torch.Tensor.to`.
-    """
-    from hookctl.demos.shapes.load import load_shapes_flow
-
-    return load_shapes_flow(**options)
+    return (load_shapes_flow if flow else load_shapes)(**options)

@@ -141,7 +141,7 @@ class Editor:
         return None
 
     def block(self, call: BlockCall) -> None:
-        """Change what a transformer block is given: assign `call.hidden`, or `call.skip(rows)`."""
+        """Change what a transformer block is given: `call.skip(rows)`, or assign `call.hidden`."""
 
     def insert(self, call: InsertCall) -> None:
         """Change a transformer block's stream after its self-attention: assign `call.hidden`."""
@@ -178,21 +178,8 @@ class Editor:
 
 # What an editor does something by.
 HOOKS = (
-    "begin",
-    "before",
-    "branches",
-    "context",
-    "denoise",
-    "attention",
-    "features",
-    "residuals",
-    "block",
-    "insert",
-    "linear",
-    "stem",
-    "positions",
-    "combine",
-    "after",
+    *("begin", "before", "branches", "context", "denoise", "attention", "features", "residuals"),
+    *("block", "insert", "linear", "stem", "positions", "combine", "after"),
 )
 # Those that change what layers inside the model give.
 INSIDE = ("block", "insert", "linear", "stem", "positions")

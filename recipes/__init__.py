@@ -12,6 +12,7 @@ Editing a prompt, the image stays alike
     FireFlow                  Deng et al. 2024, arXiv 2412.07517
     KVEdit                    Zhu et al. 2025, arXiv 2502.17363
     RFSolver                  Wang et al. 2024, arXiv 2411.04746
+    StableFlow                Avrahami et al. 2024, arXiv 2411.14430
     UniEditFlow               Jiao et al. 2025, arXiv 2504.13109
 Guidance
     NAG                       normalized attention, Chen et al. 2025, arXiv 2505.21179
@@ -108,6 +109,7 @@ from hookctl.recipes.scale_u import ScaleU
 from hookctl.recipes.seg import SEG
 from hookctl.recipes.selective_one_way import SelectiveOneWay
 from hookctl.recipes.skip_layer_guidance import SkipLayerGuidance
+from hookctl.recipes.stable_flow import StableFlow
 from hookctl.recipes.stg import STG
 from hookctl.recipes.story_diffusion import StoryDiffusion
 from hookctl.recipes.style_aligned import StyleAligned
@@ -163,6 +165,7 @@ __all__ = [
     "RegionalPrompts",
     "ScaleU",
     "SelectiveOneWay",
+    "StableFlow",
     "SkipLayerGuidance",
     "StoryDiffusion",
     "StyleAligned",

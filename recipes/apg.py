@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hookctl.arguments import checked, number, one_of
 from hookctl.errors import InputError
-from hookctl.loop.noise import Noise
+from hookctl.loop.noise import Noise, level_of
 from hookctl.loop.state import State
 from hookctl.recipes.common.guidance_rule import GuidanceRule, Guided, inner
 from hookctl.run_state import RunState
@@ -38,8 +38,9 @@ class APG(GuidanceRule):
     which the pipeline's own guidance is left, and at whose beginning the momentum is none. Costs
     nothing.
 
-    Pipelines whose own guidance is not u + g (c - u) are refused (Qwen-Image); Z-Image's scale s is
-    read as g = s + 1. Raises UnsupportedError for a run without guidance.
+    What Qwen-Image and Z-Image make of their sum (norms, a cap) they make of the rule's; Z-Image's
+    scale s is read as g = s + 1. Raises UnsupportedError for a run without guidance, and for
+    pipelines that guide in another way.
     """
 
     _sum: RunState[Tensor | None] = RunState(None)  # r
@@ -94,7 +95,7 @@ class APG(GuidanceRule):
         noise, state = self._noise, step.state
         if noise is None:
             return 1.0, step.c
-        level = noise.level(state.clock.timestep)
+        level = level_of(state)  # some families tell the denoiser a time of their own
         one = torch.ones((), dtype=torch.float64)
         # At fixed latents a x0 + s eps, a change of x0 by 1 is one of eps by -a / s.
         scale = float(noise.join(one, -level.signal / max(level.noise, 1e-8) * one, level))

@@ -32,9 +32,9 @@ class CFGZeroStar(GuidanceRule):
     strength: 1 as published, 0 for the pipeline's own guidance; start, stop: a window, outside of
     which the pipeline's own guidance is left. Costs nothing.
 
-    Pipelines whose own guidance is not u + g (c - u) are refused (Qwen-Image); Z-Image's scale s is
-    read as g = s + 1. Raises UnsupportedError for a run without guidance, and for zero_steps of a
-    model without flow matching.
+    What Qwen-Image and Z-Image make of their sum (norms, a cap) they make of the rule's; Z-Image's
+    scale s is read as g = s + 1. Raises UnsupportedError for a run without guidance, for pipelines
+    that guide in another way, and for zero_steps of a model without flow matching.
     """
 
     _zero_steps: RunState[int] = RunState(0)

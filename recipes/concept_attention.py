@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hookctl.address import families
 from hookctl.address.rows import COND, Row
 from hookctl.address.sites import Grid, Selector
 from hookctl.address.text import TextLayout
@@ -36,6 +37,7 @@ from hookctl.recipes.common.sites import grid_of, image_sites, sites_of, two_str
 from hookctl.run_state import RunState
 
 CONCEPTS = "concepts"
+MODELS = ("SD3Transformer2DModel", "FluxTransformer2DModel")
 
 
 class ConceptAttention(Editor):
@@ -95,8 +97,13 @@ class ConceptAttention(Editor):
                 f"ConceptAttention: the text of {type(target).__name__} asks nothing of the image; "
                 "it needs a model that has both in one sequence (SD3, FLUX.1)"
             )
-        given = self.given_sites
-        if given is None:
+        model = type(families.uncompiled(families.denoiser_of(target))).__name__
+        if model not in MODELS:
+            raise UnsupportedError(
+                f"ConceptAttention widens the text of {model} by single tokens, which stand in the "
+                "prompt's template there; of such models it reads those of SD3 and Flux"
+            )
+        if (given := self.given_sites) is None:
             own = two_stream_sites(target)
             given = own if len(own) == len(joint) else own[-max(1, round(len(own) / 5)) :]
         self.sites = given
@@ -113,16 +120,16 @@ class ConceptAttention(Editor):
             if self.paper:
                 tokens = (start + last.words[0].tokens[0],)
             parts.append(sequence[list(tokens)])
-        self._encoded, self._counts = torch.cat(parts)[None], [len(part) for part in parts]
+        self._encoded, self._counts = torch.cat(parts)[None], [*map(len, parts)]
 
     def denoise(self, state: State, proceed: Proceed) -> Any:
-        out = proceed()
-        if rows := state.rows.where(branch=COND):
-            self._looking = True
-            try:
+        out, rows = proceed(), state.rows.where(branch=COND)
+        self._looking = bool(rows)
+        try:
+            if rows:
                 predict(state, rows, reader=self)
-            finally:
-                self._looking = False
+        finally:
+            self._looking = False
         return out
 
     def context(self, state: State) -> Mapping[str, Tensor] | None:

@@ -12,6 +12,7 @@ and bilinear halving and doubling, without its padding of sides that are no powe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from hookctl.arguments import checked, refusal
 from hookctl.errors import InputError, UnsupportedError
+from hookctl.loop.packing import packed, unpacked
 from hookctl.loop.state import State
 from hookctl.recipes.common.guidance_rule import GuidanceRule, Guided
 
@@ -34,9 +36,11 @@ class FDG(GuidanceRule):
     strength: 1 as published, 0 for the pipeline's own guidance; start, stop: a window, outside of
     which the pipeline's own guidance is left. Costs nothing.
 
-    Latents of videos are taken frame by frame. Packed latents (Flux, Qwen-Image, LTX) are refused:
-    the pyramid needs height and width. Raises UnsupportedError for them and for a run without
-    guidance, InputError for latents too small for so many levels.
+    Latents of videos are taken frame by frame; packed ones (Flux, FLUX.2, Qwen-Image, LTX) in the
+    grid of their tokens' cells, of which the model's arguments tell height and width. What
+    Qwen-Image and Z-Image make of their sum (norms, a cap) they make of the rule's. Raises
+    UnsupportedError for latents without places and for a run without guidance, InputError for
+    latents too small for so many levels.
     """
 
     @checked()
@@ -50,34 +54,43 @@ class FDG(GuidanceRule):
         return super().neutral() or all(scale is None for scale in self.scales)
 
     def begin(self, state: State) -> None:
-        if self.neutral():
-            return
-        pipe = type(state.pipe).__name__
-        if not isinstance(state.kwargs[state.sample], Tensor):
-            return  # known once the step is taken
-        self._check(state.latents, pipe)
+        if self.neutral() or not isinstance(state.kwargs[state.sample], Tensor):
+            return  # of a list it is known once the step is taken
+        self._grid(state, state.latents)
 
-    def _check(self, latents: Tensor, pipe: str) -> None:
-        if latents.dim() not in (4, 5):
+    def _grid(self, state: State, x: Tensor) -> Tensor:
+        """[images, channels, [frames,] height, width], unpacked if need be."""
+        pipe, shown = state.pipe, tuple(x.shape)
+        images = state.images_in_sequence
+        if x.dim() == 3:
+            at = None if images is None else images.grids[images.target]
+            cells = state.grid if at is None else (at.frames, at.height, at.width)
+            if cells and math.prod(cells) == x.shape[1]:
+                x = unpacked(pipe, x, cells)
+        if x.dim() not in (4, 5):
             raise UnsupportedError(
-                f"FDG builds pyramids of images, and the latents of {pipe} are "
-                f"{tuple(latents.shape)}, packed or without places; it needs "
+                f"FDG builds pyramids of images, and the latents of {type(pipe).__name__} are "
+                f"{shown}, packed or without places; it needs "
                 "[images, channels, [frames,] height, width]"
             )
-        if len(self.scales) > 1 and min(latents.shape[-2:]) >> (len(self.scales) - 2) < LEAST:
+        if len(self.scales) > 1 and min(x.shape[-2:]) >> (len(self.scales) - 2) < LEAST:
             raise InputError(
-                f"FDG: scales={self.scales}: latents of {tuple(latents.shape[-2:])} are too small "
+                f"FDG: scales={self.scales}: latents of {tuple(x.shape[-2:])} are too small "
                 f"for {len(self.scales)} levels; give fewer"
             )
+        return x
 
     def term(self, step: Guided) -> Tensor:
-        self._check(step.d, type(step.state.pipe).__name__)
-        levels = pyramid(step.d, len(self.scales))
+        # A number for each image, whatever the shape.
+        g = step.g.flatten()
+        d = self._grid(step.state, step.d)
+        g = g.reshape(-1, *[1] * (d.dim() - 1))
         weighed = [
-            level * (0 if scale is None else scale - step.g)
-            for level, scale in zip(levels, self.scales, strict=True)
+            level * (0 if scale is None else scale - g)
+            for level, scale in zip(pyramid(d, len(self.scales)), self.scales, strict=True)
         ]
-        return summed(weighed)
+        term = summed(weighed)
+        return term if step.d.dim() > 3 else packed(step.state.pipe, term)
 
 
 def pyramid(x: Tensor, levels: int) -> list[Tensor]:

@@ -44,9 +44,10 @@ class FlowEdit(flow.FlowProgram):
     steps: of the schedule; n_max: how many of them, counted from the clean end, are taken (all:
         the edit owes little to the image); n_min: how many of these are plain; n_avg: noises in
         each of the others.
-    guidance: scales of source and target: of classifier-free guidance, or those that a model was
-        taught. All by default as published: 28 steps, n_max 24, (1.5, 5.5) for a model that was
-        taught a scale (FLUX.1 dev), 50, 33, (3.5, 13.5) for others; (1, 1) for distilled ones.
+    guidance: scales of source and target (a number is the target's): of classifier-free guidance,
+        or those that a model was taught. All by default as published: 28 steps, n_max 24, (1.5,
+        5.5) for a model that was taught a scale (FLUX.1 dev), 50, 33, (3.5, 13.5) for others; (1,
+        1) for distilled ones.
     mask: where the image may change, a region or a mask of the image's shape; elsewhere the latents
         stay the image's bit for bit. seed: of the noise. arguments: further ones of the pipeline's
         call. paper: round as the official code does, to the model's precision after every step.
@@ -66,7 +67,7 @@ class FlowEdit(flow.FlowProgram):
         n_max: int | None = None,
         n_min: int = 0,
         n_avg: int = 1,
-        guidance: tuple[float, float] | None = None,
+        guidance: float | tuple[float, float] | None = None,
         negative: str | None = None,
         mask: RegionLike | None = None,
         seed: int = 0,
@@ -85,7 +86,10 @@ class FlowEdit(flow.FlowProgram):
         self.n_min = whole(n_min, "FlowEdit: n_min", 0, self.n_max)
         self.n_avg = whole(n_avg, "FlowEdit: n_avg", 1)
         super().__init__(pipe, image, texts[0], steps=steps, negative=negative, arguments=arguments)
-        source, target = published[2] if guidance is None else guidance
+        of_source, target = published[2]
+        if isinstance(guidance, int | float):
+            guidance = min(of_source, guidance), float(guidance)
+        source, target = guidance or (of_source, target)
         self.prompts, self.scales = texts, [source, *[target] * (len(texts) - 1)]
         self.mask = None
         if mask is not None:
@@ -98,8 +102,7 @@ class FlowEdit(flow.FlowProgram):
 
         editors: that act inside the denoiser, on the rows of the source (prompt 0) and its edits.
         """
-        for editor in editors:
-            flow.check_without_steps(editor, "FlowEdit")
+        flow.check_editors(editors, self)
         with control(self.pipe, *editors) as self.session:
             program = self._program(self.prompts, self.scales)
             program.start = min(self.steps - self.n_max, self.steps - 1)

@@ -80,7 +80,7 @@ class KVEdit(flow.FlowProgram):
         self.region = flow.region_of_image(mask, self.size, "KVEdit: mask")
         self.scales = [inversion_guidance] * len(self.prompts), [guidance] * len(self.prompts)
         self.inversion, self.restart, self.separate = inversion, restart, separate
-        self.moments = steps - skip if inversion else 1
+        self.moments, self.takes_editors = steps - skip if inversion else 1, inversion
         self.seed, self.paper, self.storing = seed, paper, storing("KVEdit", on_cpu, memory)
 
     @checked()
@@ -94,10 +94,10 @@ class KVEdit(flow.FlowProgram):
     def run(self, *editors: Editor, output_type: str = "pil") -> Any:
         """The edit; a list of images, or as output_type= has it.
 
-        editors: that act inside the denoiser as the edit is drawn, and not in the inversion.
+        editors: that act inside the denoiser as the edit is drawn, and not in the inversion;
+        without an inversion there can be none.
         """
-        for editor in editors:
-            flow.check_without_steps(editor, "KVEdit")
+        flow.check_editors(editors, self)
         source, store = self._source()
         store.check_fits(source, self.moments)
         program = self._program(self.prompts, self.scales[1])
@@ -112,7 +112,7 @@ class KVEdit(flow.FlowProgram):
             with control(self.pipe, injector, *editors) as self.session:
                 drawn = self._drawn(program, injector, path, inside)
         else:
-            with control(self.pipe, keeper, injector, *editors) as self.session:
+            with control(self.pipe, keeper, injector) as self.session:
                 drawn = self._moved(x, ask, program, (keeper, injector), inside)
         program.write(drawn.to(image), level=self.steps)
         return program.decode(output_type)

@@ -71,8 +71,10 @@ class NAG(Editor):
     ) -> None:
         shared = isinstance(negative, str | Tensor) or not isinstance(negative, Sequence)
         every: list[Any] = [negative] if shared else list(negative)
-        if not every or not all(isinstance(one, str | Tensor) for one in every):
-            raise refusal("NAG: negative", negative, "a text, or one for each prompt")
+        shapes = {one.shape for one in every if isinstance(one, Tensor)}
+        if not every or not all(isinstance(one, str | Tensor) for one in every) or len(shapes) > 1:
+            wanted = "a text, or embeddings [tokens, channels], or one for each prompt, all alike"
+            raise refusal("NAG: negative", negative, wanted)
         self.negatives, self.shared = every, shared
         self.scale = number(scale, "NAG: scale", low=1)
         self.tau = number(tau, "NAG: tau", low=1)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hookctl.address.clock import Clock
-from hookctl.arguments import checked, whole
+from hookctl.arguments import checked, refusal, whole
 from hookctl.loop.inserting import BlockCall
 from hookctl.recipes.common.perturbed_guidance import PerturbedGuidance
 from hookctl.recipes.common.sites import IMAGE_KINDS, sites_of_layers
@@ -29,6 +29,10 @@ class SkippedBlocks(PerturbedGuidance):
         super().__init__(scale, **options)
         self.layers = None
         if layers is not None:
+            if not isinstance(layers, Sequence) or isinstance(layers, str):
+                raise refusal(
+                    f"{self.name}: layers", layers, "indices of blocks, such as [7, 8, 9]"
+                )
             self.layers = tuple([whole(i, f"{self.name}: layers", 0) for i in layers])
 
     def attach(self, target: Any) -> None:

@@ -27,9 +27,10 @@ class TCFG(GuidanceRule):
     which the pipeline's own guidance is left. Costs nothing.
 
     Where c and u are one direction it changes nothing; where they are as large as each other and
-    orthogonal no direction is the first, and u stays. Pipelines whose own guidance is not
-    u + g (c - u) are refused (Qwen-Image); Z-Image's scale s is read as g = s + 1. Raises
-    UnsupportedError for a run without guidance.
+    orthogonal no direction is the first, and u stays. What Qwen-Image and
+    Z-Image make of their sum (norms, a cap) they make of the rule's; Z-Image's scale s is read as
+    g = s + 1. Raises UnsupportedError for a run without guidance, and for pipelines that guide in
+    another way.
     """
 
     def term(self, step: Guided) -> Tensor:

@@ -97,8 +97,7 @@ class UniEditFlow(flow.FlowProgram):
         editors: that act inside the denoiser, on the rows of the sources (the first prompts) and
         of their edits.
         """
-        for editor in editors:
-            flow.check_without_steps(editor, "UniEditFlow")
+        flow.check_editors(editors, self)
         inverted, scales = self.invert(), [self.guidance] * (2 * len(self.prompts))
         with control(self.pipe, *editors) as self.session:
             program = self._program([*self.sources, *self.prompts], scales)

@@ -146,6 +146,17 @@ def text_tokens(text: Any, arguments: Mapping[str, Any], denoiser: nn.Module) ->
     return tokens + registers(model)
 
 
+def text_turns(denoiser: nn.Module) -> Tensor | None:
+    """By how much queries and keys of the text are turned at each position, complex [positions,
+    channels / 2], where the model numbers the positions itself and turns are powers of the one at
+    position 1 (Qwen-Image); None elsewhere."""
+    record, model = model_of(denoiser) or _UNDECLARED, uncompiled(denoiser)
+    if record.turns is None:
+        return None
+    table: Any = model.get_submodule(record.turns).pos_freqs
+    return table if isinstance(table, Tensor) else None
+
+
 def registers(denoiser: nn.Module) -> int:
     """Learned tokens that a model puts before the text (AuraFlow)."""
     found = getattr(uncompiled(denoiser), "register_tokens", None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from hookctl.cli.models import EMBEDDED, SHAPES
+from hookctl.cli.models import EMBEDDED, SHAPES, SHAPES_FLOW
 from hookctl.preset import FILLED, EditorSpec, HookSpec, Preset, dump_preset, parameters
 
 PICTURE = "picture.png"  # what a text calls the picture that was given
@@ -51,9 +51,10 @@ def as_python(preset: Preset, device: str = "cpu", dtype: str = "float32") -> st
 
 def _pipeline(model: str, device: str, dtype: str) -> list[str]:
     if model in EMBEDDED:
-        where = "" if (device, dtype) == ("cpu", "float32") else f'"{device}", torch.{dtype}'
-        given = "" if not where else f"device={where.replace(', ', ', dtype=')}"
-        return [f"pipe = hookctl.{EMBEDDED[model][0]}({given})"]
+        given = ["flow=True"] if model == SHAPES_FLOW else []
+        if (device, dtype) != ("cpu", "float32"):
+            given.append(f'device="{device}", dtype=torch.{dtype}')
+        return [f"pipe = hookctl.load_shapes({', '.join(given)})"]
     path = str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model
     return [
         "from diffusers import DiffusionPipeline",

@@ -92,12 +92,14 @@ class AttentionCall(CombiningCall):
         q: Tensor | None = None,
         k: Tensor | None = None,
         v: Tensor | None = None,
+        where: Tensor | None = None,
     ) -> None:
         """Put tensors in the place of the own q, k or v of `rows` (AdaIN, injected features).
 
         q, k, v: [heads, tokens, channels], with a leading sub-batch, or of each row,
         [rows, sub-batch, heads, tokens, channels]; as many tokens as the row's own. Other rows
-        that borrow from a replaced row, or attend to it, take what the model gave it.
+        that borrow from a replaced row, or attend to it, take what the model gave it. where:
+        per-query weight [N] of the replaced form; the own form keeps 1 - where.
         """
         targets = self._indices(rows, "rows")
         given = {n: x for n, x in {"q": q, "k": k, "v": v}.items() if x is not None}
@@ -108,7 +110,12 @@ class AttentionCall(CombiningCall):
         changed = tuple(
             t for t in targets if any(not is_same(refs[n][t].tensor, own[n][t]) for n in refs)
         )
-        self._note(Stage.SUBSTITUTION, "replace", changed, verbs.replace_own(refs))
+        weight = None if where is None else self._per_query(where, "replace: where")
+        if where is not None and is_all(where, 0):
+            return
+        if where is not None and is_all(where, 1):
+            weight = None
+        self._note(Stage.SUBSTITUTION, "replace", changed, verbs.replace_own(refs, weight))
 
     def extend(
         self,

@@ -27,6 +27,7 @@ from hookctl.attention.rewriting import (
 )
 from hookctl.attention.spans import Spans, spans_of
 from hookctl.attention.term import Ref, Sum, Terms
+from hookctl.attention.text_rows import Apart
 from hookctl.errors import InputError, UnsupportedError, check_returned, naming
 
 RowLike = Row | int
@@ -69,6 +70,9 @@ class CallData:
         self._context = {name: TextPlace(*place) for name, place in (context or {}).items()}
         self.operations: list[Operation] = []
         self.read_outs: list[ReadOut] = []
+        # Of further texts that do not see all images: by name and row, which of their keys they do.
+        self.apart: Apart | None = None  # further texts that stand in rows of their own
+        self.seen_by_texts: dict[str, dict[int, Tensor]] = {}
         self.output_reads: list[OutputRead] = []
         self.editor: Any = None
 
@@ -134,6 +138,18 @@ class CallData:
         grids = () if images is None else images.references
         return tuple(map(Reference, spans, grids))
 
+    def _reference(self, index: int, who: str) -> Reference:
+        """A reference image by its number, for an editor or verb named `who`.
+
+        Raises InputError for one that is not in this call.
+        """
+        if not 0 <= index < len(self.references):
+            raise InputError(
+                f"{who}: references[{index}] is not in the sequence of {self.site.path}, which "
+                f"holds {len(self.references)}"
+            )
+        return self.references[index]
+
     def require_grid(self, who: str) -> Grid:
         """The grid, for an editor (named `who`) to which places mean something.
 
@@ -148,6 +164,10 @@ class CallData:
 
     def context(self, name: str) -> tuple[Tensor, Tensor]:
         """k and v of an extra text that an editor's `context` gave, stacks like `k` and `v`."""
+        if self.apart is not None and name in self.apart.rows.rows:
+            _, segment = self.apart.beside(name, self.q)
+            k, v = (x.base[..., self.apart.images :, :] for x in (segment.k, segment.v))
+            return k, v
         start, stop, row = self._text_place(name)
         k, v = (x[..., start:stop, :] for x in (self._full_k, self._full_v))
         if row is not None:
@@ -156,6 +176,11 @@ class CallData:
 
     def _text_place(self, name: str) -> TextPlace:
         """Where an extra text stands in the widened k and v."""
+        if self.apart is not None:
+            raise UnsupportedError(
+                f"text {name!r}: the further texts of {self.site.path} stand in rows of their own, "
+                "with the image at positions of their own; of all verbs, divide takes them"
+            )
         if name not in self._context:
             raise InputError(
                 f"context {name!r} is not in this call; there is: {sorted(self._context) or 'none'}"
@@ -168,9 +193,10 @@ class CallData:
         self._with_image: dict[str, tuple[Tensor, Tensor]] = {}
 
     def _with_image_keys(self, name: str) -> tuple[Tensor, Tensor]:
-        """k and v of an extra text, on a joint site with the image's before them; made once, so
-        that rows which use them are evaluated together."""
+        """k and v of an extra text, on a joint site with the images' (those of references too)
+        before them; made once, so that rows which use them are evaluated together."""
         if name not in self._with_image:
+            self._text_place(name)
             k, v = self.context(name)
             if self.site.kind == "joint":
                 if self.spans.image_keys is None:
@@ -178,7 +204,7 @@ class CallData:
                         f"text {name!r}: it is not known which keys of {self.site.path} are the "
                         "image's, which must stand beside it; leave the site out with sites="
                     )
-                start, stop = self.spans.image_keys
+                start, stop = self._images
                 k = torch.cat([self.k[..., start:stop, :], k], -2)
                 v = torch.cat([self.v[..., start:stop, :], v], -2)
             self._with_image[name] = k, v
@@ -206,6 +232,14 @@ class CallData:
                 returned,
                 "rewrite the call by its verbs, such as call.replace(rows, v=...)",
             )
+
+    @property
+    def _images(self) -> tuple[int, int]:
+        """Where the keys of a joint site are those of images: all but the text's."""
+        text, keys = self.spans.text_keys, self.k.shape[-2]
+        if text is None:
+            return 0, keys
+        return (text[1], keys) if text[0] == 0 else (0, text[0])
 
     # -- folding -------------------------------------------------------------------------------
 

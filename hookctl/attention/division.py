@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hookctl.attention.arguments import cast
+from hookctl.attention.arguments import cast, remembered
 from hookctl.attention.key_regions import KeyRegions
 from hookctl.attention.query_lists import QueryLists, TextPlace
 from hookctl.attention.rewriting import Fold, Rewriting
@@ -113,18 +113,33 @@ def divided_alone(weights: QueryWeights, texts: Sequence[TextPlace], stacks: Sta
 
 
 def divided(
-    weights: QueryWeights, parts: Mapping[str, Segment], q: Tensor, scale: float
+    weights: QueryWeights,
+    parts: Mapping[str, tuple[Tensor, Segment]],
+    scale: float,
+    images: tuple[int, int],
 ) -> Rewriting:
-    """parts: context name -> its keys and values, as stacks of every row."""
+    """At a joint site, where a text stands beside the images.
 
-    def further(name: str, segment: Segment, row: int) -> Term:
+    parts: context name -> the queries, and the keys and values of the images and of its text, as
+    stacks of every row; images: where the images' stand among the row's own. What biases and
+    restrictions say of those holds beside a further text too.
+    """
+    start, stop = images
+
+    def further(name: str, row: int, own: Term) -> Term:
+        q, segment = parts[name]
         here = segment._replace(k=segment.k._replace(row=row), v=segment.v._replace(row=row))
+        regions = weights.regions(name, segment.tokens)
+        if own.regions is not None:
+            beside = own.regions.of_span(start, stop, segment.tokens - (stop - start))
+            regions = beside if regions is None else beside.both(regions)
         return Term(
             Ref(q, row),
             (here,),
             scale,
             weight=weights.shares[name],
-            regions=weights.regions(name, segment.tokens),
+            factors=of_span(own.factors, start, stop),
+            regions=regions,
             extra=True,
         )
 
@@ -138,10 +153,24 @@ def divided(
         return term.weighted(weights.own)._replace(regions=regions or term.regions)
 
     def apply(state: Fold, row: int) -> None:
-        kept = [own(term) for term in state.terms[row]]
-        state.terms[row] = (*kept, *(further(n, s, row) for n, s in parts.items()))
+        before = state.terms[row]
+        first = next(term for term in before if not term.extra)
+        added = [further(name, row, first) for name in parts]
+        state.terms[row] = (*map(own, before), *added)
 
     return apply
+
+
+Factors = tuple[tuple[Tensor | None, Tensor], ...]
+
+
+def of_span(factors: Factors, start: int, stop: int) -> Factors:
+    """Factors of queries and keys [M, r] for a span of the keys; those of further keys are 0."""
+    found = []
+    for queries, keys in factors:
+        part = partial(keys.__getitem__, slice(start, stop))
+        found.append((queries, remembered(part, ("span", start, stop), keys)))
+    return tuple(found)
 
 
 def check_shift(shift: Tensor | None, tokens: int, name: str, verb: str = "divide") -> None:

@@ -24,6 +24,7 @@ class KeyRegions:
         # Their values are looked at where they were made: the CPU, so that no call waits.
         self._made = (queries, keys)
         self._extended: dict[int, KeyRegions] = {}
+        self._spans: dict[tuple[int, int, int], KeyRegions] = {}
         self._joined: dict[KeyRegions, KeyRegions] = {}
         self._masks: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
         # Tiles of keys that the region kernel visits, by the dtype and width of what attends.
@@ -88,6 +89,14 @@ class KeyRegions:
             keys = F.pad(self._made[1], (0, extra), value=-1)
             self._extended[extra] = KeyRegions(self._made[0], keys, self.queries.device)
         return self._extended[extra]
+
+    def of_span(self, start: int, stop: int, extra: int) -> KeyRegions:
+        """Of a span of the keys, and of `extra` further ones, which belong to every region."""
+        if (start, stop, extra) not in self._spans:
+            keys = F.pad(self._made[1][start:stop], (0, extra), value=-1)
+            made = KeyRegions(self._made[0], keys, self.queries.device)
+            self._spans[start, stop, extra] = made
+        return self._spans[start, stop, extra]
 
     def both(self, other: KeyRegions) -> KeyRegions:
         """What both allow: each distinct pair of a query's bit sets becomes one bit."""

@@ -32,26 +32,48 @@ class ReadableCall(CallData):
         self._look(rows, positions, into, heads=heads)
 
     def read_queries(
-        self, rows: RowLike | Iterable[RowLike], queries: Sequence[int], into: Sink
+        self,
+        rows: RowLike | Iterable[RowLike],
+        queries: Sequence[int],
+        into: Sink,
+        *,
+        of_text: bool = False,
+        reference: int | None = None,
     ) -> None:
         """Hand what some queries attend to, averaged over heads, to `into(row, lines)`.
 
-        queries: positions among the image's queries; lines: their edited probabilities of the
-        image's keys, [sub-batch, len(queries), image keys], float32 or finer, differentiable. Costs
-        len(queries) x M scores of each head, and no matrix.
+        queries: positions among the image's queries, or of_text: among the text's, which ask on
+        joint sites; lines: their edited probabilities of the image's keys, or of a reference's,
+        [sub-batch, len(queries), keys], float32 or finer, differentiable. Costs len(queries) x M
+        scores of each head, and no matrix.
         """
-        keys = self._keys_of_image("read_queries")
-        span = self.spans.image_queries
-        places = self._within(span, "read_queries: queries", queries, "image queries")
+        keys = self._keys_of_image("read_queries", reference)
+        span = self._text_queries() if of_text else self.spans.image_queries
+        what = "text queries" if of_text else "image queries"
+        places = self._within(span, "read_queries: queries", queries, what)
         self._look(rows, keys, into, queries=places)
 
-    def marginals(self, rows: RowLike | Iterable[RowLike], into: Sink) -> None:
+    def read_reference(self, rows: RowLike | Iterable[RowLike], reference: int, into: Sink) -> None:
+        """Hand how much each place looks at a whole reference image to `into(row, map)`.
+
+        map: the edited probabilities of the reference's keys, summed over them and averaged over
+        heads, [sub-batch, N, 1], of the image's queries; one further channel of values, no matrix.
+        """
+        self._look(rows, self._keys_of_image("read_reference", reference), into, joined=True)
+
+    def marginals(
+        self,
+        rows: RowLike | Iterable[RowLike],
+        into: Sink,
+        *,
+        reference: int | None = None,
+    ) -> None:
         """Hand the attention that each image key receives to `into(row, sums)` (SAG).
 
         sums: the edited probabilities, averaged over heads and summed over the image's queries,
-        [sub-batch, image keys]; no matrix is formed.
+        [sub-batch, image keys], or of the keys of a reference; no matrix is formed.
         """
-        self._look(rows, self._keys_of_image("marginals"), into, summed=True)
+        self._look(rows, self._keys_of_image("marginals", reference), into, summed=True)
 
     def read_outputs(
         self, rows: RowLike | Iterable[RowLike], into: Sink, *, text: str | None = None
@@ -98,9 +120,21 @@ class ReadableCall(CallData):
             )
         return found
 
-    def _keys_of_image(self, verb: str) -> tuple[int, ...]:
+    def _keys_of_image(self, verb: str, reference: int | None = None) -> tuple[int, ...]:
         if self.spans.image_keys is None:
             raise UnsupportedError(
                 f"{verb}: {self.site.path} attends to a text; give a self-attention site"
             )
-        return tuple(range(*self.spans.image_keys))
+        if reference is None:
+            return tuple(range(*self.spans.image_keys))
+        return tuple(range(*self._reference(reference, verb).keys))
+
+    def _text_queries(self) -> tuple[int, int]:
+        """Where the text stands among the queries."""
+        text, n, m = self.spans.text_keys, self.q.shape[-2], self.k.shape[-2]
+        if self.site.kind != "joint" or text is None or n != m:
+            raise UnsupportedError(
+                f"read_queries: no text asks at {self.site.path}, a {self.site.kind} site; give "
+                "joint sites, where text and image are one sequence"
+            )
+        return text

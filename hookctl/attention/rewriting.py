@@ -71,7 +71,8 @@ class ReadOut(NamedTuple):
     """A request for the probabilities of some key tokens, averaged over heads.
 
     summed: over the image's queries, in place of one value for each; queries: of these alone, in
-    place of the image's; heads: one value for each head, in place of their mean; editor: who asks.
+    place of the image's; heads: one value for each head, in place of their mean; joined: one value
+    for all of the tokens, their sum; editor: who asks.
     """
 
     row: Row
@@ -80,6 +81,7 @@ class ReadOut(NamedTuple):
     summed: bool = False
     queries: tuple[int, ...] = ()
     heads: bool = False
+    joined: bool = False
     editor: Any = None
 
 

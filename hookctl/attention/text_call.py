@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 from hookctl.attention import verbs
@@ -13,6 +14,7 @@ from hookctl.attention.division import Division, check_shift, divided, divided_a
 from hookctl.attention.reading import ReadableCall
 from hookctl.attention.rewriting import Stage
 from hookctl.attention.term import Ref, Segment
+from hookctl.attention.text_regions import TextRegions, divided_by_regions
 from hookctl.attention.token_map import Routing
 from hookctl.errors import InputError, UnsupportedError
 
@@ -107,6 +109,11 @@ class TextCall(ReadableCall):
         if division.nothing:
             return
         weights = division.over_queries(start, self.q.shape[-2] - stop, self.q)
+        if self.apart is not None:
+            apart = {name: self.apart.beside(name, self.q) for name in weights.shares}
+            rewriting = divided(weights, apart, self.scale, self._images)
+            self._note(Stage.ADDITION, "divide", targets, rewriting)
+            return
         texts = tuple([self._text_place(name) for name in weights.shares])
         for (name, shift), text in zip(weights.shifts.items(), texts, strict=True):
             check_shift(shift, text.stop - text.start, name)
@@ -117,6 +124,49 @@ class TextCall(ReadableCall):
             parts = {}
             for name, shift in weights.shifts.items():
                 k, v = self._with_image_keys(name)
-                parts[name] = Segment(Ref(k, 0), Ref(v, 0), shift)
-            rewriting = divided(weights, parts, self.q, self.scale)
+                parts[name] = self.q, Segment(Ref(k, 0), Ref(v, 0), shift)
+            rewriting = divided(weights, parts, self.scale, self._images)
         self._note(Stage.ADDITION, "divide", targets, rewriting)
+
+    def divide_by_regions(self, rows: RowLike | Iterable[RowLike], regions: TextRegions) -> None:
+        """Let image tokens see the texts and image tokens of their regions, beside the own text.
+
+            out = b own + (1 - b) softmax(q [k_images; k_1; ...; k_R]) [v_images; v_1; ...; v_R]
+
+        On joint sites alone (Chen et al., arXiv 2411.02395): one softmax over all texts that a
+        token may see, and each text sees the image tokens of its region alone. regions: the texts
+        by the names of `Editor.context`, the bits of the image's tokens, and b.
+        """
+        targets = self._indices(rows, "rows")
+        (start, stop), n, m = self.spans.image_queries, self.q.shape[-2], self.k.shape[-2]
+        if self.site.kind != "joint" or self.spans.image_keys is None or n != m:
+            raise UnsupportedError(
+                f"divide_by_regions: {self.site.path} is no joint site where text and image ask; "
+                "use divide"
+            )
+        if self.apart is not None:
+            raise UnsupportedError(
+                f"divide_by_regions: further texts of {self.site.path} stand in rows of their own, "
+                "so they share no softmax; use divide (paper=False)"
+            )
+        if tuple(regions.bits.shape) != (stop - start,):
+            raise InputError(
+                f"divide_by_regions: bits are {tuple(regions.bits.shape)}; {self.site.path} has "
+                f"{stop - start} image queries"
+            )
+        if regions.base >= 1 or not regions.texts:
+            return
+        (first, last), drawn = self._images, self.spans.image_keys
+        others = drawn[0] - first, last - drawn[1]
+        texts = [self.context(name) for name in regions.texts]
+        k, v = (
+            torch.cat([own[..., first:last, :], *(text[i] for text in texts)], -2)
+            for i, own in enumerate((self.k, self.v))
+        )
+        made = regions.over((start, n - stop, *others), [k.shape[-2] for k, _ in texts], self.q)
+        for name in dict.fromkeys(regions.texts):
+            seen = regions.seen(name, *others)
+            self.seen_by_texts.setdefault(name, {}).update(dict.fromkeys(targets, seen))
+        segment = Segment(Ref(k, 0), Ref(v, 0))
+        rewriting = divided_by_regions(made, segment, self.q, self.scale, self._images)
+        self._note(Stage.ADDITION, "divide by regions", targets, rewriting)

@@ -39,13 +39,17 @@ def borrow(sources: dict[str, Ref], mask_row: int | None, weight: Tensor | None)
     return apply
 
 
-def replace_own(refs: dict[str, dict[int, Ref]]) -> Rewriting:
-    """refs: for some of q, k, v, what each row has instead of its own."""
+def replace_own(refs: dict[str, dict[int, Ref]], weight: Tensor | None = None) -> Rewriting:
+    """refs: for some of q, k, v, what each row has instead of its own; weight: [N], None for 1."""
 
     def apply(state: Fold, row: int) -> None:
         q = refs["q"][row] if "q" in refs else None
         changes = {name: by_row[row] for name, by_row in refs.items() if name != "q"}
-        state.terms[row] = tuple(t.with_own(q=q, **changes) for t in state.terms[row])
+        terms = state.terms[row]
+        taken = [t.with_own(q=q, **changes) for t in terms]
+        if weight is not None:
+            taken = [t.weighted(weight) for t in taken] + [t.weighted(1 - weight) for t in terms]
+        state.terms[row] = tuple(taken)
 
     return apply
 

@@ -103,7 +103,7 @@ def loader(
 
     folder = find_model(model)
     if model in EMBEDDED:
-        dtype, place = dtype or "float32", Path(hookctl.__file__).parent / EMBEDDED[model][1]
+        dtype, place = dtype or "float32", Path(hookctl.__file__).parent / EMBEDDED[model]
     else:
         place = folder or downloaded(model)
         dtype = str(usual_dtype(dtype, device, place)).removeprefix("torch.")

@@ -19,10 +19,10 @@ from hookctl.errors import InputError
 
 
 @OPERATORS.register_module("hookctl_pair_mapper")
-class PairMapper(Mapper):  # type: ignore[misc]
+class PairMapper(Mapper):
     """job, model, device, dtype: as `hookctl batch` has them; output_dir: where images go."""
 
-    def __init__(self, job, output_dir, model=None, device=None, dtype=None, **others):  # type: ignore[no-untyped-def]
+    def __init__(self, job, output_dir, model=None, device=None, dtype=None, **others):
         super().__init__(**others)
         self.job, self.folder = checked_job(job, model), Path(output_dir)
         self.place = device, dtype

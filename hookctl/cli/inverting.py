@@ -15,6 +15,8 @@ from hookctl.preset import FILLED, Preset, parameters
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from hookctl.editor import Editor
+
 # Of those that Pillow reads; for others, such as EPS, it starts programs.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # The settings of a run that have no use where one image is inverted, or a program's.
@@ -105,29 +107,48 @@ def program_for(
     """The program that draws a prompt from the image, once it is run."""
     assert preset.program is not None
     name, taken = preset.program.recipe, parameters(preset.program.cls)
-    if len(prompts) > 1:
-        raise InputError(f"edit = {prompts[1]!r}; {name} takes one prompt")
     given = {key: value for key, value in drawing.data().items() if key in FILLED["program"]}
+    prompt: str | list[str] = list(prompts) if preset.program.takes_prompts else prompts[-1]
+    if "source_prompt" in taken and len(prompts) == 2:
+        given["source_prompt"] = prompts[0]
+    elif len(prompts) > 1 and not preset.program.takes_prompts:
+        few = "one edit" if "source_prompt" in taken else "one prompt"
+        raise InputError(f"edit = {prompts[-1]!r}; {name} takes {few}")
     if "size" not in taken:
         check_fits(pipe, image, drawing)
     elif drawing.width is not None or drawing.height is not None:
         given["size"] = _drawn_size(pipe, image, drawing)
     said = {key: value for key, value in given.items() if value is not None}
-    for key, value in said.items():
-        if key not in taken:
-            raise InputError(f"{key} = {value!r}; {name} takes none, so leave it out")
-    return preset.program.make(pipe, image, prompts[0], **said)
+    for key in [key for key in said if key not in taken]:
+        if said.pop(key) != getattr(Drawing(), key):
+            raise InputError(f"{key} = {given[key]!r}; {name} takes none, so leave it out")
+    return preset.program.make(pipe, image, prompt, **said)
 
 
-def images_of(program: Any, progress: bool) -> Callable[[str], list[Image]]:
+def takes_inside(program: Any) -> bool:
+    """Whether a program has passes of several texts, and knows in which its editors act."""
+    from hookctl.recipes.common.real_images.flow import FlowProgram
+
+    return isinstance(program, FlowProgram)
+
+
+def drawn_prompts(preset: Preset, prompts: Sequence[str]) -> Sequence[str]:
+    """Those of the prompts whose images a program gives: all, or the last."""
+    program = preset.program
+    return prompts if program is None or program.takes_prompts else prompts[-1:]
+
+
+def images_of(
+    program: Any, progress: bool, editors: Sequence[Editor] = ()
+) -> Callable[[str], list[Image]]:
     """A program as what draws images.
 
-    progress: whether to show a bar, if the program says how far it is.
+    progress: whether to show a bar, if the program says how far it is; editors: of `takes_inside`.
     """
 
     def draw(title: str) -> list[Image]:
         if "progress" not in inspect.signature(program.run).parameters:
-            return list(program.run())
+            return list(program.run(*editors))
         with bar(title, progress) as shown:
             return list(program.run(progress=shown))
 

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def editors_by_name() -> dict[str, type[Editor]]:
-    """Every editor that a stack may name: the recipes, and Maps."""
+    """Every editor that a stack may name: the recipes, Maps and References."""
     from hookctl import recipes
 
     known = [getattr(recipes, name) for name in recipes.__all__]
     found = {c.__name__: c for c in known if isinstance(c, type) and issubclass(c, hookctl.Editor)}
-    return found | {"Maps": hookctl.Maps}
+    return found | {"Maps": hookctl.Maps, "References": hookctl.References}
 
 
 def inversions_by_name() -> dict[str, type[Any]]:
@@ -34,9 +34,10 @@ def programs_by_name() -> dict[str, type[Any]]:
     """Every recipe that draws after an image by a loop of its own."""
     from hookctl import recipes
     from hookctl.recipes import CyclicOneWay, Imagic
+    from hookctl.recipes.common.real_images.flow import FlowProgram
 
     known = [getattr(recipes, name) for name in recipes.__all__]
-    programs = (CyclicOneWay, Imagic)
+    programs = (CyclicOneWay, FlowProgram, Imagic)
     return {c.__name__: c for c in known if isinstance(c, type) and issubclass(c, programs)}
 
 

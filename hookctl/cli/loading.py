@@ -17,7 +17,7 @@ from torch import nn
 import hookctl
 from hookctl.address import families
 from hookctl.cli.common import usable_device
-from hookctl.cli.models import EMBEDDED, class_name, find_model
+from hookctl.cli.models import EMBEDDED, SHAPES_FLOW, class_name, find_model
 from hookctl.cli.trust import INDEX, LIBRARIES, check_folder, components, read_json
 from hookctl.errors import HookctlError, InputError
 from hookctl.model_files import read_whole
@@ -46,8 +46,8 @@ def load_pipeline(model: str, device: str | None = None, dtype: str | None = Non
     """
     folder, where = find_model(model), usable_device(device)
     if model in EMBEDDED:
-        load = getattr(hookctl, EMBEDDED[model][0])
-        return load(device=where, dtype=getattr(torch, dtype or "float32"))
+        kind = getattr(torch, dtype or "float32")
+        return hookctl.load_shapes(flow=model == SHAPES_FLOW, device=where, dtype=kind)
     folder = folder or downloaded(model)
     check_classes(folder)
     kind = usual_dtype(dtype, where, folder)
@@ -60,7 +60,7 @@ def load_for_survey(model: str) -> Any:
     """A pipeline or a bare denoiser of which only the form matters: weights stay on the disk."""
     folder = find_model(model, whole=False)
     if model in EMBEDDED:
-        return getattr(hookctl, EMBEDDED[model][0])(device="cpu")
+        return hookctl.load_shapes(flow=model == SHAPES_FLOW, device="cpu")
     folder = folder or downloaded(model)
     if not (folder / INDEX).is_file():
         return _empty(folder)

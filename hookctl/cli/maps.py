@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import hookctl
 from hookctl.cli import common, scheduled
-from hookctl.cli.draw import Drawing, images
+from hookctl.cli.draw import Drawing, pictures
 from hookctl.cli.lora import add_lora, check_loras, put_on, said
 from hookctl.cli.models import find_model
 from hookctl.cli.quiet import quiet
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _TEXT = """
 Draw an image and write the attention maps of its words: how much each place attends to a word,
 averaged over heads, sites and steps of the schedule. With --patch, how much a place attends to the
-others.
+others; with --to, what words and places attend to in the image or in a reference.
 
 writes to --out (default: out/maps-MODEL):
   image.png         what was drawn
@@ -34,15 +34,16 @@ writes to --out (default: out/maps-MODEL):
   overlay-WORD.png  one word over the image
   grids-WORD.png    the word on each grid of the model
   time-WORD.png     the word over the steps
+  moves-WORD.gif    the same as a moving picture, with --gif
   maps.npz          WORD@HxW [steps, H, W], float32, for each word and grid
   maps.json         figures of each map, and what was run
 """
 _ALSO = "image.png, overlay-*, grids-*, time-*, maps.npz, maps.json"
 _EXAMPLES = """
-hookctl maps shapes --prompt "a red circle above a blue square"
-hookctl maps shapes --prompt "a red circle above a blue square" --words circle,square
+hookctl maps shapes --prompt "a red circle above a blue square" --words circle,square --gif
 hookctl maps ./sd15 --prompt "a cat on a mat" --words "cat,on a mat" --steps 20 --seed 3
 hookctl maps shapes --prompt "a red circle" --patch 0.5,0.5         # what the middle looks at
+hookctl maps ./klein --prompt "the cat on a mat" --reference cat.png --to "references[0]"
 hookctl maps owner/name --prompt "a cat" --dtype float16 --device cuda
 """
 
@@ -70,6 +71,27 @@ def add(commands: Any) -> None:
         help="what a place looks at, from 0 to 1 down and to the right; may be repeated (without "
         "--words, the maps of words are left out)",
     )
+    command.add_argument(
+        "--to",
+        metavar="WHAT",
+        help="what words and places look at there, in place of how much the image looks at them: "
+        "image (text and image in one sequence), or references[0]",
+    )
+    command.add_argument(
+        "--reference",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="an image that an edit model is given, references[0] and so on; may be repeated",
+    )
+    command.add_argument(
+        "--gif",
+        nargs="?",
+        const="steps",
+        choices=("steps", "frames"),
+        help="also write the maps as GIFs, over the steps (default) or the frames of a video",
+    )
     add_lora(command)
     common.add_out(command, "out/maps-MODEL")
     common.add_drawing(command, images=False)
@@ -96,7 +118,11 @@ def main(options: Any) -> None:
     scheduled.check_none([options.prompt], "hookctl maps")
     check_loras(options.lora)
     find_model(options.model)
-    common.check_words(options.words, [options.prompt])
+    words = [word for word in options.words or () if not word.startswith("references[")]
+    common.check_words(words, [options.prompt])
+    for path in options.reference:
+        if not path.is_file():
+            raise FileNotFoundError(f"--reference {path}: there is no such file")
     with common.out_folder(options.out, "maps", Path(options.model).name) as out:
         _write(drawing, out, options)
 
@@ -105,23 +131,29 @@ def main(options: Any) -> None:
 def _write(drawing: Drawing, out: Path, options: Any) -> None:
     import numpy as np
 
+    from hookctl.address.references import reference_index
     from hookctl.address.regions import Region
+    from hookctl.arguments import opened
     from hookctl.cli.loading import load_pipeline
     from hookctl.inspect import show
 
+    references = [opened(path, "--reference") for path in options.reference]
     pipe = load_pipeline(options.model, options.device, options.dtype)
     put_on(pipe, options.lora)
     # Each step by itself, for the files of time-WORD and maps.npz.
-    reader = hookctl.Maps(*(options.words or ()), patches=options.patch, mean=False)
+    reader = hookctl.Maps(*(options.words or ()), patches=options.patch, to=options.to, mean=False)
     with hookctl.control(pipe, reader) as session:
         progress = common.wants_progress(options)
-        [image] = images(pipe, drawing, [options.prompt], "maps", progress)
-    words = {word: session.maps[word] for word in session.maps.words}
+        [frames] = pictures(pipe, drawing, [options.prompt], "maps", progress, references)
+    image = frames[0]
+    words = {found.word: found for found in session.maps.every()}
     marks: dict[str, list[Region]] = {}
     for y, x in options.patch:
-        found = session.maps.patch(y, x)
-        words[found.word] = found
-        marks[found.word] = [Region.point(x, y)]
+        found = session.maps.patch(y, x, to=options.to)
+        if reference_index(found.key.to) is None:  # the place itself is in the image
+            marks[found.word] = [Region.point(x, y)]
+    into = reference_index(options.to)
+    under = image if into is None else references[into]  # what the maps are of
     common.save_image(image, out / "image.png")
     names = _names(words)
     means = {word: maps.mean().detach().cpu() for word, maps in words.items()}
@@ -130,16 +162,23 @@ def _write(drawing: Drawing, out: Path, options: Any) -> None:
     scales: dict[str, tuple[float, float]] = {}
     for group in ([w for w in words if w not in marks], list(marks)):
         if group:
-            sheet, of_group = show.map_sheet(image, {w: means[w] for w in group}, marks)
+            sheet, of_group = show.map_sheet(under, {w: means[w] for w in group}, marks)
             sheets.append(sheet)
             scales |= of_group
     common.save_image(show.stacked(sheets), out / "maps.png")
     for word, maps in words.items():
-        over = show.overlay(image, means[word], scale=scales[word], regions=marks.get(word, ()))
+        over = show.overlay(under, means[word], scale=scales[word], regions=marks.get(word, ()))
         alone = show.grid([[over]], [word], scales=[scales[word]])
         common.save_image(alone, out / f"overlay-{names[word]}.png")
         common.save_image(_grids(maps), out / f"grids-{names[word]}.png")
-        common.save_image(maps.strip(image), out / f"time-{names[word]}.png")
+        common.save_image(maps.strip(under), out / f"time-{names[word]}.png")
+        if options.gif:
+            over_frames = options.gif == "frames" and len(frames) == maps.frames
+            maps.gif(
+                out / f"moves-{names[word]}.gif",
+                frames if over_frames else under,
+                over=options.gif,
+            )
     arrays = {f"{word}@{h}x{w}": a for word, m in words.items() for (h, w), a in _arrays(m).items()}
     with common.writing(out / "maps.npz") as path:
         np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
@@ -150,6 +189,8 @@ def _write(drawing: Drawing, out: Path, options: Any) -> None:
             "model": options.model,
             "loras": said(options.lora),
             "prompt": options.prompt,
+            "to": options.to,
+            "references": [str(path) for path in options.reference],
             **drawing.data(),
             "words": {w: {"file": names[w], **f} for w, f in figures.items()},
             "versions": common.versions(),
@@ -157,7 +198,8 @@ def _write(drawing: Drawing, out: Path, options: Any) -> None:
     )
     rows = [(w, f["share"], *f["centre"], *f["peak"]) for w, f in figures.items()]
     print(table(rows, ("word", "share", "centre x", "centre y", "peak x", "peak y")))
-    print(f"\nlook at {out / 'maps.png'}; also written: {_ALSO}")
+    also = f"{_ALSO}, moves-*" if options.gif else _ALSO
+    print(f"\nlook at {out / 'maps.png'}; also written: {also}")
 
 
 def _names(words: Any) -> dict[str, str]:
@@ -204,6 +246,7 @@ def _figures(maps: WordMaps) -> dict[str, Any]:
     xs, ys = (torch.arange(n, dtype=torch.float64) + 0.5 for n in (width, height))
     top = int(mean.argmax())
     return {
+        "relation": maps.key.relation,
         "share": round(float(mean.mean()), 6),
         "centre": _point((weight.sum(0) @ xs) / width, (weight.sum(1) @ ys) / height),
         "peak": _point((top % width + 0.5) / width, (top // width + 0.5) / height),

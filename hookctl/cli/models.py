@@ -13,11 +13,8 @@ from hookctl.cli.trust import INDEX, check_folder, read_json
 from hookctl.errors import InputError
 
 SHAPES, SHAPES_FLOW = "shapes", "shapes-flow"
-# The embedded pipelines: what of hookctl loads each, and its folder in the package.
-EMBEDDED = {
-    SHAPES: ("load_shapes", "demos/shapes/weights"),
-    SHAPES_FLOW: ("load_shapes_flow", "demos/shapes/flow/weights"),
-}
+# The folders of the embedded pipelines, in the package.
+EMBEDDED = {SHAPES: "demos/shapes/weights", SHAPES_FLOW: "demos/shapes/flow/weights"}
 _MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WHAT_WOULD_DO = (
     "a folder in the diffusers layout, a model id (owner/name), 'shapes' or 'shapes-flow'"

@@ -15,10 +15,12 @@ from hookctl.cli.hooks import add_hook, attach_hooks, check_hooks, takes_image
 from hookctl.cli.inverting import (
     check_fits,
     check_image,
+    drawn_prompts,
     from_image,
     images_of,
     program_for,
     read_image,
+    takes_inside,
 )
 from hookctl.cli.known import editors_by_name, inversions_by_name, programs_by_name
 from hookctl.cli.lora import add_lora, check_loras, put_on, said
@@ -138,11 +140,13 @@ def _run(raw: RawStack, out: Path, options: Any) -> None:
         check_image(False, options.image, preset.path)
     editors += [one.editor for one in attached]
     progress = common.wants_progress(options)
+    prompts_drawn = drawn_prompts(preset, prompts)
     changes = schedule is not None and not schedule.neutral()
-    maps = _maps(pipe, prompts, options.words, preset) if options.words or not changes else []
+    wanted = options.words or not changes
+    maps = _maps(pipe, prompts_drawn, options.words, preset) if wanted else []
     times: dict[str, float] = {}
     draw_plain: Callable[[str], list[Image]] = partial(
-        images, pipe, drawing, prompts, progress=progress
+        images, pipe, drawing, prompts_drawn, progress=progress
     )
     draw, program = draw_plain, None
     if image is not None and preset.inversion is not None:
@@ -151,18 +155,23 @@ def _run(raw: RawStack, out: Path, options: Any) -> None:
         draw_plain = draw
     elif image is not None and preset.program is not None:
         program = program_for(pipe, preset, image, drawing, prompts)
-        draw = images_of(program, progress)
+        maps = maps if getattr(program, "takes_editors", True) else []
+        inside = [*editors, *maps] if takes_inside(program) else []
+        draw = images_of(program, progress, inside)
     elif image is not None and preset.takes_image:
         check_fits(pipe, image, drawing)
     # Control comes first: it refuses what can't be done before anything is drawn.
-    with hookctl.control(pipe, *editors, *maps) as session:
+    around = [] if takes_inside(program) else [*editors, *maps]
+    with hookctl.control(pipe, *around) as session:
         edited = _timed(times, "edited", draw, "edited")
     plain = _timed(times, "plain", draw_plain, "plain")
-    sessions = [session, *filter(None, [getattr(program, "session", None)])]
+    own = getattr(program, "session", None)
+    session = own if own is not None and not around else session
+    sessions = [session] if own in (None, session) else [session, own]
     readers = [one for one in (*maps, *editors) if isinstance(one, hookctl.Maps)]
     words = [word for one in readers for word in one.words] or session.maps.words
     titles = [f"alpha {alpha:g}" for alpha in getattr(program, "alphas", ())]
-    Results(prompts, drawing.images, plain, edited, sessions, words, image, titles).save(out)
+    Results(prompts_drawn, drawing.images, plain, edited, sessions, words, image, titles).save(out)
     common.write_json(
         out / "run.json",
         {

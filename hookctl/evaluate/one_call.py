@@ -19,6 +19,7 @@ from hookctl.address.sites import ImageTokens, Site
 from hookctl.attention.call import AttentionCall
 from hookctl.attention.query_lists import TextPlace
 from hookctl.attention.sdpa_call import SDPACall
+from hookctl.attention.text_rows import TextRows
 from hookctl.errors import UnsupportedError, naming
 from hookctl.evaluate import plan
 from hookctl.evaluate.own_part import OwnPart, own_part
@@ -56,6 +57,8 @@ class DenoiserCall(Protocol):
     prompts: tuple[str, ...]
     own_text: int | None
     extra_text: dict[str, TextPlace]
+    text_turns: Tensor | None
+    text_rows: TextRows | None
 
     @property
     def reader(self) -> Reader | None:
@@ -103,8 +106,7 @@ class EditedSite:
         out twice. Returns [batch, heads, queries, channels].
         """
         given = given.ungrouped()
-        texts = denoiser_call.own_text, denoiser_call.extra_text
-        part = own_part(given, self.site.kind, self.joint_order, *texts)
+        part = own_part(denoiser_call, self.site.kind, self.joint_order, given)
         own = part.call
         plain = original if original is not None and part.call is given else own.attend
         further = index != self.own_call
@@ -120,7 +122,7 @@ class EditedSite:
         if repeated:
             call.read_outs = [r._replace(into=_discard) for r in call.read_outs]
             call.output_reads.clear()
-        of_texts = part.of_texts()
+        of_texts = part.of_texts(call)
         if not call.operations:
             if call.read_outs or call.output_reads:
                 plan.read_only(call, self._backend)
@@ -160,6 +162,7 @@ class EditedSite:
             context=part.context,
             prompts=denoiser_call.prompts,
         )
+        call.apart = part.apart
         if part.context:
             call.set_context_source(*(stack_rows(x, count) for x in part.full))
         for one in self.attached:

@@ -200,6 +200,7 @@ def _columns_of(call: AttentionCall, finished: Sum) -> list[ReadOut]:
         for request in call.read_outs
         if not request.summed
         and not request.queries
+        and not request.joined
         and request.row.index not in finished.functions
         and _has_short_keys(call, finished.terms[request.row.index])
     ]
@@ -240,9 +241,10 @@ def _columns(finished: Sum, request: ReadOut, call: AttentionCall) -> Tensor:
     """[sub-batch, heads, N, tokens]"""
     row = request.row.index
     if row in finished.functions or (call.site.kind == "cross" and call.k.shape[-2] <= SHORT_KEYS):
-        return reference.columns(finished, row, request.tokens)
+        columns = reference.columns(finished, row, request.tokens)
+        return columns.sum(-1, keepdim=True) if request.joined else columns
     parts = [
-        sdpa.columns(term, finished.mask, request.tokens)
+        sdpa.columns(term, finished.mask, request.tokens, joined=request.joined)
         for term in finished.terms[row]
         if not term.extra
     ]

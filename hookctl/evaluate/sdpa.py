@@ -192,13 +192,16 @@ def _by_chunk(scores: Scores, v: Tensor, regions: KeyRegions) -> Tensor:
     return torch.cat(parts, -2)
 
 
-def columns(term: Term, mask: Tensor | None, tokens: tuple[int, ...]) -> Tensor:
+def columns(
+    term: Term, mask: Tensor | None, tokens: tuple[int, ...], *, joined: bool = False
+) -> Tensor:
     """Probabilities of some keys, mapped and weighted as the term is: [sub-batch, heads, N, t].
 
-    The columns are attention over one-hot values, so they too need no matrix.
+    The columns are attention over one-hot values, so they too need no matrix. joined: their sum, as
+    one column.
     """
     scores = scores_of([term], mask, widen=True)
-    one_hot = one_hot_values(term, tokens, scores.q)
+    one_hot = one_hot_values(term, tokens, scores.q, joined=joined)
     if term.value_only:
         out = one_hot.expand(*scores.q.shape[1:3], *one_hot.shape)
     else:
@@ -207,10 +210,16 @@ def columns(term: Term, mask: Tensor | None, tokens: tuple[int, ...]) -> Tensor:
     return weigh(out, weight[0] if isinstance(weight, Tensor) else weight)
 
 
-def one_hot_values(term: Term, tokens: tuple[int, ...], like: Tensor) -> Tensor:
-    """Values that turn attention into the columns `tokens` of the row's own keys, mapped."""
+def one_hot_values(
+    term: Term, tokens: tuple[int, ...], like: Tensor, *, joined: bool = False
+) -> Tensor:
+    """Values that turn attention into the columns `tokens` of the row's own keys, mapped; joined:
+    into their sum."""
     place = positions(tokens, like.device)
-    own = (torch.arange(term.own.tokens, device=like.device)[:, None] == place).to(like.dtype)
+    if joined:
+        own = like.new_zeros(term.own.tokens, 1).index_fill_(0, place, 1)
+    else:
+        own = (torch.arange(term.own.tokens, device=like.device)[:, None] == place).to(like.dtype)
     for value_map in term.maps:
         own = value_map.apply(own)
     return F.pad(own, (0, 0, 0, sum(s.tokens for s in term.segments[1:])))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def mean_map(finished: Sum, request: ReadOut, call: AttentionCall, backend: str) -> Tensor | None:
     """A read-out averaged over heads, [sub-batch, N, tokens]; None where SDPA serves it."""
     term = _one_softmax(finished, request, call, backend)
-    if term is None or request.heads:
+    if term is None or request.heads or request.joined:
         return None
     from hookctl.kernels.map_readout import map_readout
 

@@ -11,6 +11,7 @@ recognise, kinds   what a file is, by its names and shapes
 fit                weights into modules, or what does not fit and why
 modules            the networks themselves, with their official names and shapes
 gligen, instance_diffusion      editors that ground; grounding: what they share
+lora, lora_files                low-rank changes, kept to regions and words
 ip_adapter, face_id, instant_id     editors that show images and faces; adapter: their weights
 """
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from hookctl.learned.instant_id import InstantID
     from hookctl.learned.ip_adapter import IPAdapter
     from hookctl.learned.loading import load
+    from hookctl.learned.lora import LoRA
     from hookctl.learned.people import Person
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "Instance",
     "InstanceDiffusion",
     "InstantID",
+    "LoRA",
     "Person",
     "face_analysis",
     "find_face",
@@ -54,6 +57,7 @@ _HOMES = {
     "Instance": "hookctl.learned.instances",
     "InstanceDiffusion": "hookctl.learned.instance_diffusion",
     "InstantID": "hookctl.learned.instant_id",
+    "LoRA": "hookctl.learned.lora",
     "Person": "hookctl.learned.people",
     "face_analysis": "hookctl.learned.faces",
     "find_face": "hookctl.learned.faces",

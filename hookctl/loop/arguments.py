@@ -18,10 +18,10 @@ from hookctl.errors import InputError, UnsupportedError
 from hookctl.hooks.caches import cache_at
 from hookctl.loop.state import State
 
-_MASKS = ("encoder_attention_mask", "encoder_mask")
+_MASKS = ("encoder_attention_mask", "encoder_hidden_states_mask", "encoder_mask")
 # Models that make one vector of all the text that they are given.
 _POOLS = ("LuminaNextDiT2DModel", "HunyuanDiT2DModel", "Kandinsky3UNet")
-_IDS = "txt_ids"  # position of each text token: none of them has one
+_IDS = "txt_ids"  # position of each text token
 
 
 def widen(state: State, extra: Mapping[str, Tensor]) -> None:
@@ -66,8 +66,17 @@ def widen(state: State, extra: Mapping[str, Tensor]) -> None:
             state.kwargs[name] = F.pad(mask, (0, end - own.shape[1]), value=1)
     ids = state.kwargs.get(_IDS)
     if isinstance(ids, Tensor):
-        state.kwargs[_IDS] = F.pad(ids, (0, 0, 0, end - own.shape[1]))
+        places = sorted(state.extra_text.values(), key=lambda place: place.start)
+        state.kwargs[_IDS] = torch.cat([ids, *(_ids(ids, p.stop - p.start) for p in places)], -2)
     state.kwargs[str(state.text)] = torch.cat(parts, 1)
+
+
+def _ids(own: Tensor, tokens: int) -> Tensor:
+    """The positions [..., tokens, axes] of a further text: as in a run of its own, from the first
+    one on, by the step of the own ones (0 where no token has a position)."""
+    first = own[..., :1, :]
+    step = own[..., 1:2, :] - first if own.shape[-2] > 1 else torch.zeros_like(first)
+    return first + step * torch.arange(tokens, device=own.device, dtype=own.dtype)[:, None]
 
 
 def _check_widens(state: State) -> None:
@@ -114,7 +123,7 @@ def narrow(state: State, kwargs: dict[str, Any]) -> None:
     """Take from the arguments of a call what `widen` appended to those of `state`."""
     if not state.extra_text or state.own_text is None:
         return
-    for name, dim in ((str(state.text), 1), *((mask, 1) for mask in _MASKS), (_IDS, 0)):
+    for name, dim in ((str(state.text), 1), *((mask, 1) for mask in _MASKS), (_IDS, -2)):
         if isinstance(kwargs.get(name), Tensor):
             kwargs[name] = kwargs[name].narrow(dim, 0, state.own_text)
 

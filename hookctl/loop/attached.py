@@ -190,6 +190,11 @@ def _tables(editor: Editor, model: nn.Module, modules: Modules) -> frozenset[str
     return frozenset((found[0], *(site.path for site in chosen)))
 
 
+def _texts_in_rows(model: nn.Module) -> bool:
+    record = families.model_of(model)
+    return record is not None and record.text_rows
+
+
 _WANTS = {
     "insert": "inserts between the self-attention of a transformer block and what follows it (of a "
     "BasicTransformerBlock whose norms do not scale)",
@@ -225,10 +230,12 @@ def _sites_of_text(editor: Editor, model: nn.Module, modules: Modules) -> set[st
     """The sites that attend to the text an editor widens."""
     name = type(model).__name__
     joint = families.joint_order(model) is not None
+    if _texts_in_rows(model):
+        return set(modules)  # all of them are given the rows of further texts
     if joint and not families.widens_joint(model):
         raise UnsupportedError(
             f"{editor.name} widens the text, which {name} holds in one sequence with the image; "
-            "of such models, those of SD3 and Flux can be widened"
+            "of such models, those of SD3, Flux, FLUX.2, Qwen-Image and Z-Image can be"
         )
     kind = "joint" if joint else "cross"
     found = [pair for pair in modules.values() if pair[0].kind == kind]

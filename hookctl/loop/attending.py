@@ -23,6 +23,7 @@ from hookctl.loop.inserting import BlockCall, InsertCall, LinearCall, StemCall
 from hookctl.loop.missed import is_strict
 from hookctl.loop.positions import rotary_port, site_port
 from hookctl.loop.state import FeatureCall, State
+from hookctl.loop.text_rows import rows_inside
 from hookctl.run_state import remembering
 
 InsidePort = BlockPort | ConcatPort | LayerPort | RotaryPort | SiteTablePort
@@ -155,9 +156,13 @@ def _edited(hook: str, path: str, place: Any, given: Tensor, output: Tensor) -> 
 def _shown(
     hook: str, path: str, place: Any, state: State, given: Tensor, output: Tensor
 ) -> InsertCall | LinearCall | StemCall:
-    rows, clock = state.rows, state.clock
+    rows, clock = rows_inside(state), state.clock
     if hook == "insert":
         return InsertCall(place, output, rows, clock, grid_of(output.shape[-2], state.grid))
     if hook == "linear":
-        return LinearCall(path, given, output, rows, clock, state.grid)
+        texts = [place.stop for place in state.extra_text.values()]
+        texts += [state.text_rows.longest] if state.text_rows else []
+        text = None if state.own_text is None else max([state.own_text, *texts])
+        where = (state.images_in_sequence, text, state.own_text)
+        return LinearCall(path, given, output, rows, clock, state.grid, place, *where)
     return StemCall(place, given, output, rows, clock)

@@ -27,6 +27,7 @@ from hookctl.loop.missed import Missed
 from hookctl.loop.run import Run
 from hookctl.loop.state import State
 from hookctl.loop.step import Step
+from hookctl.loop.text_rows import add_text_rows, cut_text_rows
 from hookctl.run_state import Memory, remembering
 
 Acting = tuple[tuple[Attached, ...], dict[str, EditedSite]]
@@ -210,7 +211,10 @@ class Denoising:
         for a in call.acting:
             if overrides(a.editor, "context"):
                 extra |= around.added(a, "context", state)
-        if extra:
+        record = families.model_of(hooked.denoiser)
+        if extra and record is not None and record.text_rows:
+            add_text_rows(state, extra)
+        elif extra:
             widen(state, extra)
         for a in call.acting:
             if overrides(a.editor, "residuals"):
@@ -223,7 +227,7 @@ class Denoising:
             if rest:
                 return around.denoise(rest[0], state, lambda: proceed(rest[1:]))
             changed = self.run.arguments(state)
-            return self._inner(hooked, inner, call, *changed)
+            return cut_text_rows(state, self._inner(hooked, inner, call, *changed))
 
         return proceed()
 

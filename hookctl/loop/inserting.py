@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hookctl.address.clock import Clock
 from hookctl.address.rows import Row, Rows
-from hookctl.address.sites import Grid, Site, grid_of
+from hookctl.address.sites import Grid, ImageTokens, Site, grid_of
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.state import State
 
@@ -79,10 +79,14 @@ class LinearCall:
     """A linear layer.
 
     name: its path inside the model, such as "down_blocks.0.attentions.0...attn2.to_k".
-    input: [rows (x frames), ..., inputs]; output: [..., outputs]; assign to change it.
+    input: [rows (x frames), ..., inputs]; output: [..., outputs]; assign to change it. Of a
+    convolution, [rows (x frames), channels, height, width].
     rows: whose the batch rows are (`Rows`).
     clock: when (`Clock`).
     latent: sides of the latent, ([frames,] height, width).
+    layer: the module, a linear layer or a convolution.
+    images: those of the sequence, of models that tell them; text: tokens of the texts of the call,
+    further ones included; own_text: of the pipeline's own, which come first.
     """
 
     name: str
@@ -91,6 +95,10 @@ class LinearCall:
     rows: Rows
     clock: Clock
     latent: tuple[int, ...]
+    layer: nn.Module | None = None
+    images: ImageTokens | None = None
+    text: int | None = None
+    own_text: int | None = None
 
     @property
     def grid(self) -> Grid | None:
@@ -108,10 +116,13 @@ class LinearCall:
     ) -> None:
         """Add scale * up (down input) to the output (LoRA, arXiv 2106.09685).
 
-        down: [rank, inputs]; up: [outputs, rank]; rows: of which alone, None for all; tokens: how
-        much at each token, [tokens], from 0 to 1, such as a region's share of it.
-        Raises InputError for other shapes.
+        down: [rank, inputs]; up: [outputs, rank]; of a convolution [rank, inputs, kernel, kernel]
+        and [outputs, rank, 1, 1]. rows: of which alone, None for all; tokens: how much at each
+        token, [tokens], from 0 to 1, such as a region's share of it; of a convolution at each place
+        of its output, [height, width]. Raises InputError for other shapes.
         """
+        if isinstance(layer := getattr(self.layer, "base_layer", self.layer), nn.Conv2d):
+            return self._convolve(layer, down, up, scale, rows, tokens)
         inputs, outputs = self.input.shape[-1], self.output.shape[-1]
         if down.shape[1:] != (inputs,) or up.shape != (outputs, down.shape[0]):
             raise InputError(
@@ -130,6 +141,43 @@ class LinearCall:
         delta = F.linear(F.linear(x, down.to(x)), up.to(x)) * scale
         if tokens is not None:
             delta = delta * tokens.to(delta)[..., None]
+        self._add(delta, chosen)
+
+    def _convolve(
+        self,
+        layer: nn.Conv2d,
+        down: Tensor,
+        up: Tensor,
+        scale: float | Tensor,
+        rows: Iterable[Row] | None,
+        tokens: Tensor | None,
+    ) -> None:
+        inputs, outputs = layer.in_channels, layer.out_channels
+        if down.shape[1:] != (inputs, *layer.kernel_size) or up.shape != (
+            outputs,
+            down.shape[0],
+            1,
+            1,
+        ):
+            raise InputError(
+                f"{self.name}: a low-rank delta of {tuple(down.shape)} and {tuple(up.shape)}; give "
+                f"[rank, {inputs}, {', '.join(map(str, layer.kernel_size))}] and [{outputs}, rank, "
+                "1, 1]"
+            )
+        if tokens is not None and tokens.shape != self.output.shape[-2:]:
+            raise InputError(
+                f"{self.name}: tokens={tuple(tokens.shape)}; its output has "
+                f"{tuple(self.output.shape[-2:])}"
+            )
+        chosen = None if rows is None else self._places(rows)
+        if chosen == []:
+            return
+        x = self.input if chosen is None else self.input[chosen]
+        inner = F.conv2d(x, down.to(x), None, layer.stride, layer.padding, layer.dilation)
+        delta = F.conv2d(inner, up.to(x)) * scale
+        self._add(delta if tokens is None else delta * tokens.to(delta), chosen)
+
+    def _add(self, delta: Tensor, chosen: list[int] | None) -> None:
         if chosen is None:
             self.output = self.output + delta
         else:

@@ -23,6 +23,12 @@ def stacked(output: Any) -> Tensor | None:
     return prediction_of(output)
 
 
+def listed(output: Any) -> list[Tensor] | None:
+    """The predictions of a denoiser that returns one for each row; None of others."""
+    found = _predicted(output)
+    return found if isinstance(found, list) else None
+
+
 def _predicted(output: Any) -> Any:
     if isinstance(output, tuple):
         return output[0]
@@ -40,7 +46,7 @@ def predictions(output: Any) -> list[Tensor]:
     return [x for x in (found if isinstance(found, list) else [found]) if isinstance(x, Tensor)]
 
 
-def with_prediction(output: Any, prediction: Tensor) -> Any:
+def with_prediction(output: Any, prediction: Tensor | list[Tensor]) -> Any:
     """What a denoiser returned, with another prediction in its place."""
     if isinstance(output, Tensor):
         return prediction

@@ -107,9 +107,12 @@ class EncodedTexts:
         self._found: dict[Text, tuple[Tensor, Tensor | None, Tensor | None]] = {
             text: (text, None, None) for text in every if isinstance(text, Tensor)
         }
-        if written:
-            encoded = encode(state.pipe, written, state.encoding)
-            for i, text in enumerate(written):
+        # One by one where texts may be padded to the longest: beside an image in one sequence a
+        # text's own tokens would see the padding.
+        alone = families.joint_order(state.denoiser) is not None
+        for some in ([text] for text in written) if alone else ([written] if written else []):
+            encoded = encode(state.pipe, some, state.encoding)
+            for i, text in enumerate(some):
                 pooled, mask = (
                     None if part is None else part[i] for part in (encoded.pooled, encoded.mask)
                 )
@@ -118,6 +121,11 @@ class EncodedTexts:
 
     def __len__(self) -> int:
         return len(self._found)
+
+    @property
+    def of_one_length(self) -> bool:
+        """Whether all have as many tokens."""
+        return len({len(sequence) for sequence, _, _ in self._found.values()}) < 2
 
     @property
     def any(self) -> Text:
@@ -178,6 +186,9 @@ def check_texts(target: Any, texts: Iterable[Text], who: str) -> None:
             "control the pipeline"
         )
     check_encoder(target)
+    record = families.pipeline_of(target)
+    if record is not None and record.text == families.EDIT_TEMPLATE:
+        return  # it reads its images with its prompt, and these texts without them
     layout = TextLayout(target)
     for text in written:
         layout.read(text)

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from hookctl.address import families, pipelines
-from hookctl.address.clock import Timekeeper
-from hookctl.address.latent import image_tokens, latent_grid, text_tokens
+from hookctl.address.clock import Clock, Timekeeper
+from hookctl.address.latent import image_tokens, latent_grid, text_tokens, text_turns
 from hookctl.address.rows import Row, Rows, branch_of, copied, resolve_rows
 from hookctl.address.text import prompts_given
 from hookctl.errors import InputError, LayoutError, UnsupportedError
@@ -146,7 +146,7 @@ class Run:
         return State(
             denoiser=denoiser,
             pipe=self.pipe,
-            rows=self._rows(denoiser, given, branch, outer) if call is None else call.rows,
+            rows=self._rows(denoiser, given, branch, outer, clock) if call is None else call.rows,
             clock=clock,
             kwargs=arguments,
             sample=sample,
@@ -159,6 +159,7 @@ class Run:
             nested=outer is not None or (call is not None and not call.stepping),
             images_in_sequence=image_tokens(given, arguments, denoiser),
             own_text=text_tokens(arguments.get(text) if text else None, arguments, denoiser),
+            text_turns=text_turns(denoiser),
             reading=reading_of(denoiser),
         )
 
@@ -172,6 +173,8 @@ class Run:
             own_rows=None,
             kwargs=arguments,
             extra_text={},
+            text_rows=None,
+            with_text_rows={},
             residuals=None,
             assigned=None,
             noisy=None,
@@ -182,11 +185,17 @@ class Run:
         """The call's arguments after editors changed them."""
         signature = _signature(state.denoiser)
         bound = signature.bind_partial(None)
-        bound.arguments.update(_own_lists(with_residuals(state, signature.parameters)))
+        changed = with_residuals(state, signature.parameters) | dict(state.with_text_rows)
+        bound.arguments.update(_own_lists(changed))
         return bound.args[1:], bound.kwargs
 
     def _rows(
-        self, denoiser: nn.Module, given: Any, branch: str | None, outer: State | None
+        self,
+        denoiser: nn.Module,
+        given: Any,
+        branch: str | None,
+        outer: State | None,
+        clock: Clock,
     ) -> Rows:
         batch = len(given)
         if outer is not None and outer.asking is not None:
@@ -209,6 +218,8 @@ class Run:
         if self.count is None and self.stated:  # nothing was encoded where it could be seen
             self.prompts, self.count = self.stated, len(self.stated)
         layout, guided = pipelines.layout_of(self.pipe, denoiser), pipelines.is_guided(self.pipe)
+        if guided and families.leaves_unguided(self.pipe, clock.entry):
+            guided = False
         if self.count is None and (prompt := self._checked.get("prompt")):
             self.count, self._told = 1 if isinstance(prompt, str) else len(prompt), False
         if self.count is None and layout.images(batch, guided) is None:

@@ -197,7 +197,7 @@ def _template(pipe: Any, loop: Loop, seen: _Seen, prompts: int, images: int) -> 
         )
         for i, (_, arguments) in enumerate(seen.calls)
     ]
-    settings = {name: getattr(pipe, name, None) for name in loop.settings}
+    settings = families.settings_of(pipe, loop)
     latents = seen.latents
     if latents is None:
         latents = given[sample] if seen.scaling is None else seen.scaling.latents

@@ -10,6 +10,12 @@ from torch import Tensor
 
 from hookctl.address.families import sites_of
 from hookctl.address.pipelines import is_guided
+from hookctl.address.references import (
+    check_references,
+    reference_index,
+    reference_indices,
+    reference_name,
+)
 from hookctl.address.rows import COND, UNCOND, Row
 from hookctl.address.sites import Grid, Selector, Site, select
 from hookctl.address.text import PromptText, TextLayout, prompts_given
@@ -18,12 +24,17 @@ from hookctl.attention.call import AttentionCall
 from hookctl.editor import WORDS, Claim, Editor
 from hookctl.errors import InputError, SelectorError, UnsupportedError, WordError
 from hookctl.loop.state import State
-from hookctl.maps.records import MapKey
+from hookctl.maps import places
+from hookctl.maps.records import IMAGE, TARGET, MapKey
 from hookctl.maps.store import MapStore
 from hookctl.run_state import RunState
 
 TEXT_KINDS = ("cross", "joint")  # where the image attends to the text
 IMAGE_KINDS = ("self", "joint")  # where it attends to itself
+_WANTED = {
+    False: ("the image attends to the text", "cross or joint sites, like 'cross up'"),
+    True: ("text and image are one sequence, so that words look at the image", "joint sites"),
+}
 
 Found = tuple[tuple[str, tuple[int, ...]], ...]  # words and their tokens
 
@@ -37,37 +48,45 @@ class Maps(Editor):
         session.maps.patch(0.5, 0.5).overlay(image)
 
     words: words or phrases, each of one of the prompts: the attention that image places pay to
-        them, averaged over heads and summed over their tokens. Without words, tokens and patches:
-        every word of every prompt.
+        them, averaged over heads and summed over their tokens. "references[0]" is the first
+        reference image of an edit model. Without words, tokens and patches: every word of every
+        prompt.
     tokens: positions of the text sequence, specials and padding among them (`maps.token`). They
         need no prompt, so they serve runs of embeddings too.
     patches: places (y, x) of the image, in fractions of its height and width: what they attend to
         (`maps.patch`), of keys that are the image's own. Of a video each frame's patch is read, or
         their mean, where a site attends across frames.
+    to: the other way round, what is looked at. "image": what words and tokens attend to in the
+        image, on joint sites, where they are one sequence (`maps.word("cat", to="image")`; the mean
+        over a word's tokens). "references[0]": what words, tokens and patches attend to in a
+        reference image, on its own grid; alone, what the whole image does (`maps.target(0)`).
     negative: read the negative prompt's words, in the rows that see it (`maps.word("blurry",
         negative=True)`; likewise tokens and patches).
     mean: keep the running mean over steps and over sites of a grid, in place of each site's map at
         each step. None: for every word (`Maps()`), not where words are named.
     sites: which sites to read; None: cross and joint ones for words and tokens, self and joint ones
-        for patches. start, stop: fractions of the schedule.
+        for patches and references. start, stop: fractions of the schedule.
 
     Maps stay on the model's device, in its dtype (means in float32). For SDXL at 50 steps those of
     every step are 20 MB for each word and image, a running mean is 20 KB. A patch costs a line of
     scores of each head at each site, M floats, for a moment; no N x N is formed for it.
-    Edits that stand in the stack are seen.
+    Edits that stand in the stack are seen. Raises InputError, before denoising, for a reference
+    beyond those that the run has.
     """
 
     store: RunState[MapStore] = RunState(factory=MapStore)
     _layout: RunState[TextLayout | None] = RunState(None)
     _prompts: RunState[tuple[str, ...]] = RunState(())
+    _grids: RunState[tuple[Grid, ...]] = RunState(())  # of the run's references
     _found: RunState[dict[tuple[str, int], Found]] = RunState(factory=dict)
 
-    @checked(own=("words", "tokens", "patches", "negative", "mean"))
+    @checked(own=("words", "tokens", "patches", "to", "negative", "mean"))
     def __init__(
         self,
         *words: str,
         tokens: Sequence[int] = (),
         patches: Sequence[tuple[float, float]] = (),
+        to: str | None = None,
         negative: bool = False,
         mean: bool | None = None,
         sites: Selector = None,
@@ -79,15 +98,24 @@ class Maps(Editor):
         for name, flag in (("negative", negative), ("mean", mean)):
             if not isinstance(flag, bool) and not (name == "mean" and flag is None):
                 raise InputError(f"Maps: {name}={flag!r}; give True or False")
-        self.words = tuple(dict.fromkeys(words))
-        self.tokens = _positions(tokens)
-        self.patches = _patches(patches)
+        self.words = tuple(word for word in dict.fromkeys(words) if reference_index(word) is None)
+        self.references = reference_indices(
+            [word for word in words if reference_index(word) is not None], "Maps: words"
+        )
+        self.tokens = places.positions(tokens)
+        self.patches = places.patches(patches)
+        self.to = places.looked_at(to, self.references)
         self.negative = negative
         self.mean = not words if mean is None else mean
-        self._reads_words = bool(words) or not (self.tokens or self.patches)
-        self._kinds = TEXT_KINDS if self._reads_words or self.tokens else ()
-        self._kinds_of_patches = IMAGE_KINDS if self.patches else ()
-        kinds = dict.fromkeys([*self._kinds, *self._kinds_of_patches])
+        self._into = reference_index(self.to)
+        others = bool(self.tokens or self.patches or self.references)
+        self._reads_words = bool(self.words) or not (others or self._into is not None)
+        self._reads_target = self._into is not None and not (self.words or others)
+        of_text = self._reads_words or bool(self.tokens)
+        self._kinds = ("joint",) * of_text if self.to else TEXT_KINDS * of_text
+        of_image = bool(self.patches or self.references or self._reads_target)
+        self._kinds_of_image = IMAGE_KINDS * of_image
+        kinds = dict.fromkeys([*self._kinds, *self._kinds_of_image])
         self.sites = ", ".join(kinds) if sites is None else sites
         self.start, self.stop = start, stop
         self.window()
@@ -104,10 +132,16 @@ class Maps(Editor):
 
     def attach(self, target: Any) -> None:
         self._layout = TextLayout(target) if self._reads_words else None
+        every = {site.kind for site in sites_of(target)}
+        if self.to is not None and self._kinds and every.isdisjoint(self._kinds):
+            raise UnsupportedError(
+                f"Maps: to={self.to!r}, but this model has no sites where {_WANTED[True][0]}; "
+                "leave it out, for how much each place of the image looks at a word"
+            )
         kinds = {site.kind for site in select(sites_of(target), self.sites, who=self.name)}
         for needed, what, example in (
-            (self._kinds, "the image attends to the text", "cross or joint sites, like 'cross up'"),
-            (self._kinds_of_patches, "the image attends to itself", "self or joint sites"),
+            (self._kinds, *_WANTED[self.to is not None]),
+            (self._kinds_of_image, "the image attends to itself", "self or joint sites"),
         ):
             if kinds and needed and kinds.isdisjoint(needed):
                 raise SelectorError(
@@ -125,11 +159,20 @@ class Maps(Editor):
                 "Maps: negative=True, but this run has no guidance, so no row sees the negative "
                 "prompt; raise guidance_scale, or leave negative out"
             )
+        asked = [*self.references, *(() if self._into is None else (self._into,))]
+        model = type(state.denoiser).__name__
+        self._grids = check_references(self.name, asked, state.images_in_sequence, model)
         keys: list[Any] = [*self.words, *self.tokens, *self.patches]
+        keys += [*map(reference_name, self.references), *[TARGET] * self._reads_target]
         if self._reads_words:
             keys += self._read_prompts(state)
         if not self.mean:
-            self.store.keep_steps(MapKey(of, self.branch) for of in keys)
+            self.store.keep_steps(map(self._key, keys))
+
+    def _key(self, of: Any) -> MapKey:
+        image = self.to == IMAGE and isinstance(of, tuple)  # a patch looks at it in any case
+        to = None if image or reference_index(of) is not None else self.to
+        return MapKey(of, self.branch, to)
 
     def _read_prompts(self, state: State) -> list[str]:
         """Check that each word is in one of the run's texts; the words that will be read."""
@@ -166,24 +209,41 @@ class Maps(Editor):
         return found if len(found) == len(state.prompts) else found[:1] * len(state.prompts)
 
     def attention(self, call: AttentionCall) -> None:
-        wanted = (*self._kinds, *self._kinds_of_patches)
+        wanted = (*self._kinds, *self._kinds_of_image)
         if call.site.kind not in wanted:
             return
         if call.grid is None:
             self.store.without_grid[call.site.path] = None
             return
         # Not the call itself: it holds its read-outs, and a circle would keep its tensors alive.
-        place = _Place(call.site, call.clock.step, call.grid)
+        own = _Place(call.site, call.clock.step, call.grid)
+        into = own if self._into is None else own._replace(grid=self._grids[self._into])
         for row in call.rows.where(branch=self.branch):
             if call.site.kind in self._kinds:
                 found: list[tuple[Any, tuple[int, ...]]] = [(t, (t,)) for t in self.tokens]
                 found += self._tokens(call, row) if self._reads_words else ()
                 if found:  # all words and tokens of a row at once: one read-out
                     positions = [p for _, tokens in found for p in tokens]
-                    call.read(row, positions, partial(self._keep_text, found, place))
-            if call.site.kind in self._kinds_of_patches:
-                cells = [n for patch in self.patches for n in place.grid.cells(*patch)]
-                call.read_queries(row, cells, partial(self._keep_patches, place))
+                    if self.to is None:
+                        call.read(row, positions, partial(self._keep_text, found, own))
+                    else:
+                        keep = partial(self._keep_lines, found, into)
+                        call.read_queries(row, positions, keep, of_text=True, reference=self._into)
+            if call.site.kind in self._kinds_of_image:
+                self._read_image(call, row, own, into)
+
+    def _read_image(self, call: AttentionCall, row: Row, own: _Place, into: _Place) -> None:
+        if self.patches:
+            cells = [(patch, tuple(own.grid.cells(*patch))) for patch in self.patches]
+            at = [n for _, places in cells for n in places]
+            keep = partial(self._keep_lines, cells, into)
+            call.read_queries(row, at, keep, reference=self._into)
+        for index in self.references:
+            found = [(reference_name(index), (0,))]
+            call.read_reference(row, index, partial(self._keep_text, found, own))
+        if self._reads_target:
+            keep = partial(self._keep_sums, into, own.grid.tokens)
+            call.marginals(row, keep, reference=self._into)
 
     def _keep_text(
         self, found: Sequence[tuple[Any, tuple[int, ...]]], place: _Place, row: Row, values: Tensor
@@ -193,14 +253,21 @@ class Maps(Editor):
         for (of, _), part in zip(found, parts, strict=True):
             self._note(of, place, row, part)
 
-    def _keep_patches(self, place: _Place, row: Row, lines: Tensor) -> None:
-        """lines: [sub-batch, patches x frames, image keys]."""
-        for patch, frames in zip(self.patches, lines.split(place.grid.frames, 1), strict=True):
-            self._note(patch, place, row, frames.mean(1)[..., None])
+    def _keep_lines(
+        self, found: Sequence[tuple[Any, tuple[int, ...]]], place: _Place, row: Row, lines: Tensor
+    ) -> None:
+        """lines: [sub-batch, queries of everything found, image keys]."""
+        parts = lines.split([len(queries) for _, queries in found], 1)
+        for (of, _), part in zip(found, parts, strict=True):
+            self._note(of, place, row, part.mean(1)[..., None])
+
+    def _keep_sums(self, place: _Place, queries: int, row: Row, sums: Tensor) -> None:
+        """sums: [sub-batch, keys], over so many queries."""
+        self._note(TARGET, place, row, sums[..., None] / queries)
 
     def _note(self, of: Any, place: _Place, row: Row, values: Tensor) -> None:
-        key = MapKey(of, self.branch)
-        self.store.note(key, place.site, place.step, row, values, place.grid, mean=self.mean)
+        key, (site, step, grid) = self._key(of), place
+        self.store.note(key, site, step, row, values, grid, mean=self.mean)
 
     def _tokens(self, call: AttentionCall, row: Row) -> Found:
         if call.spans.text_keys is None or row.prompt >= len(self._prompts):
@@ -234,27 +301,3 @@ def _has(text: PromptText, word: str) -> bool:
         return bool(text.find(word))
     except WordError:
         return False
-
-
-def _positions(given: Sequence[int]) -> tuple[int, ...]:
-    whole = isinstance(given, Sequence | range) and not isinstance(given, str)
-    if not whole or any(isinstance(t, bool) or not isinstance(t, int) or t < 0 for t in given):
-        raise InputError(f"Maps: tokens={given!r}; give positions of the text, such as [0, 5]")
-    return tuple(dict.fromkeys(given))
-
-
-def _patches(given: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    wanted = "places (y, x) in fractions of the image, such as [(0.5, 0.25)]"
-    if not isinstance(given, list | tuple) or not all(_is_place(place) for place in given):
-        raise InputError(f"Maps: patches={given!r}; give {wanted}")
-    return tuple(dict.fromkeys((float(y), float(x)) for y, x in given))
-
-
-def _is_place(place: Any) -> bool:
-    return (
-        isinstance(place, list | tuple)
-        and len(place) == 2
-        and all(
-            isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x <= 1 for x in place
-        )
-    )

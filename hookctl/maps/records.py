@@ -3,33 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hookctl.address.references import reference_index
 from hookctl.address.rows import COND
 from hookctl.address.sites import Site
-from hookctl.arguments import checked
+from hookctl.arguments import checked, one_of
 from hookctl.errors import InputError
-from hookctl.inspect import notebook, show
+from hookctl.inspect import files, notebook, show
+from hookctl.inspect.moving import gif_options, moving
+
+IMAGE = "image"  # as what is looked at: the image that is drawn
+OVER = ("steps", "frames")
+TARGET = "target"  # as what looks: every place of it
 
 
 class MapKey(NamedTuple):
     """What a map is of.
 
-    of: a word or phrase, a position of the text sequence, or a patch (y, x) in fractions of the
-    image; branch: in whose rows, COND or UNCOND (those of the negative prompt).
+    of: a word or phrase, a position of the text sequence, a patch (y, x) in fractions of the image,
+    a reference image ("references[0]"), or "target", every place of the image that is drawn;
+    branch: in whose rows, COND or UNCOND (those of the negative prompt). to: None for how much
+    each place of the image looks at it (of a patch: what it looks at), "image" or "references[0]"
+    for what it looks at there.
     """
 
     of: str | int | tuple[float, float]
     branch: str = COND
+    to: str | None = None
+
+    @property
+    def relation(self) -> str:
+        """Who looks at whom: "image to text", "text to image", "image to image", "target to
+        reference", or "text to reference"."""
+        into_reference = reference_index(self.to) is not None
+        if reference_index(self.of) is not None or (self.of == TARGET and into_reference):
+            return "target to reference"
+        if isinstance(self.of, tuple):
+            return "target to reference" if into_reference else "image to image"
+        if self.to is None:
+            return "image to text"
+        return "text to reference" if into_reference else "text to image"
 
     @property
     def title(self) -> str:
-        """'cat', 'token 5' or 'patch (0.5, 0.25)', and whether it is the negative prompt's."""
+        """'cat', 'token 5' or 'patch (0.5, 0.25)', what it looks at, and whether it is the negative
+        prompt's."""
         return self._said("{}")
 
     @property
@@ -44,15 +69,18 @@ class MapKey(NamedTuple):
             said = f"token {self.of}"
         else:
             said = "patch ({:g}, {:g})".format(*self.of)
+        said = said if self.to is None else f"{said} to {self.to}"
         return said if self.branch == COND else f"{said} (negative)"
 
     @property
     def reader(self) -> str:
         """The arguments of a `Maps` that reads it."""
         if isinstance(self.of, str):
-            said = repr(self.of)
+            said = repr(self.of) if self.of != TARGET or self.to is None else ""
         else:
             said = f"{'tokens' if isinstance(self.of, int) else 'patches'}=[{self.of}]"
+        if self.to is not None:
+            said = ", ".join(part for part in (said, f"to={self.to!r}") if part)
         return said if self.branch == COND else f"{said}, negative=True"
 
 
@@ -217,6 +245,44 @@ class WordMaps:
         chosen = list(steps[::step])
         maps = [self.where(steps=[step]).mean().detach().cpu() for step in chosen]
         return show.time_strip(maps, [f"step {step}" for step in chosen], image, bar=True)
+
+    @property
+    def frames(self) -> int:
+        """Of how many frames of a video the maps are, 1 of an image."""
+        return max(r.map.shape[0] for r in self.records)
+
+    @checked(own=("image",))
+    def gif(
+        self,
+        path: Path | str,
+        image: Any = None,
+        *,
+        over: str = "steps",
+        milliseconds: int = 200,
+    ) -> Path:
+        """Write the map as a GIF, a picture for each step, or for each frame of a video.
+
+        path: of the file; image: to lay it over, or a list with one for each picture; over: "steps"
+        or "frames"; milliseconds: that each picture is shown. Returns the path. InputError if the
+        steps were kept as a running mean.
+        """
+        one_of(over, "gif: over", OVER)
+        if over == "steps":
+            parts = {f"step {step}": self.where(steps=[step]) for step in self.steps}
+        else:
+            parts = {f"frame {f}": self._of_frame(f) for f in range(self.frames)}
+        maps = [part.mean().detach().cpu() for part in parts.values()]
+        pictures = moving(maps, list(parts), image)
+        files.save_image(pictures[0], Path(path), **gif_options(pictures, milliseconds))
+        return Path(path)
+
+    def _of_frame(self, frame: int) -> WordMaps:
+        """The maps of one frame; those that hold one for all frames stay."""
+        chosen = [
+            r if r.map.shape[0] == 1 else replace(r, map=r.map[frame : frame + 1])
+            for r in self.records
+        ]
+        return WordMaps(self.key, chosen)
 
 
 def extent(records: Sequence[MapRecord]) -> str:

@@ -8,11 +8,12 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from hookctl.address.references import reference_name
 from hookctl.address.rows import COND, UNCOND, Row
 from hookctl.address.sites import Grid, Site
 from hookctl.errors import WordError
 from hookctl.inspect import notebook, show
-from hookctl.maps.records import MapKey, MapRecord, WordMaps, counted, extent
+from hookctl.maps.records import IMAGE, TARGET, MapKey, MapRecord, WordMaps, counted, extent
 
 K = TypeVar("K", bound=Hashable)
 
@@ -50,7 +51,8 @@ class MapStore:
 
     maps.token(5): of a position of the text. maps.patch(0.5, 0.25): what the patch half the way
     down and a quarter to the right of the image looks at. maps.word("blurry", negative=True): of a
-    word of the negative prompt, in its rows.
+    word of the negative prompt, in its rows. to="image" or "references[0]": what these look at
+    there; maps.target(0): what the whole image looks at in the first reference.
     """
 
     def __init__(self) -> None:
@@ -118,7 +120,9 @@ class MapStore:
     @property
     def words(self) -> tuple[str, ...]:
         """The words of the prompts that maps were read of."""
-        return tuple(k.of for k in self.keys if isinstance(k.of, str) and k.branch == COND)
+        return tuple(
+            k.of for k in self.keys if isinstance(k.of, str) and (k.branch, k.to) == (COND, None)
+        )
 
     def __bool__(self) -> bool:
         return bool(self._each or self._over)
@@ -144,23 +148,39 @@ class MapStore:
         strip = show.grid([heat], column_titles=titles, cell=(128, 128), scales=[scale])
         return notebook.html_lines([repr(self)]) + notebook.html_image(strip, ", ".join(titles))
 
+    def every(self) -> list[WordMaps]:
+        """The maps of everything that was read."""
+        return [self._of(key) for key in self.keys]
+
     def __getitem__(self, word: str) -> WordMaps:
         return self.word(word)
 
-    def word(self, word: str, *, negative: bool = False) -> WordMaps:
+    def word(self, word: str, *, negative: bool = False, to: str | None = None) -> WordMaps:
         """The maps of a word or phrase of the prompts, or of the negative ones.
 
-        This and what follows raise WordError for what was not read.
+        to: as it was given to `Maps`. This and what follows raise WordError for what was not read.
         """
-        return self._of(MapKey(word, UNCOND if negative else COND))
+        return self._of(MapKey(word, UNCOND if negative else COND, to))
 
-    def token(self, position: int, *, negative: bool = False) -> WordMaps:
+    def token(self, position: int, *, negative: bool = False, to: str | None = None) -> WordMaps:
         """The maps of a position of the text sequence."""
-        return self._of(MapKey(position, UNCOND if negative else COND))
+        return self._of(MapKey(position, UNCOND if negative else COND, to))
 
-    def patch(self, y: float, x: float, *, negative: bool = False) -> WordMaps:
+    def patch(
+        self, y: float, x: float, *, negative: bool = False, to: str | None = None
+    ) -> WordMaps:
         """What a patch of the image looks at; y, x: as they were given to `Maps`."""
-        return self._of(MapKey((float(y), float(x)), UNCOND if negative else COND))
+        branch = UNCOND if negative else COND
+        return self._of(MapKey((float(y), float(x)), branch, None if to == IMAGE else to))
+
+    def reference(self, index: int, *, negative: bool = False) -> WordMaps:
+        """How much each place of the image looks at a reference image."""
+        return self._of(MapKey(reference_name(index), UNCOND if negative else COND))
+
+    def target(self, reference: int, *, negative: bool = False) -> WordMaps:
+        """What the places of the image together look at in a reference image."""
+        branch = UNCOND if negative else COND
+        return self._of(MapKey(TARGET, branch, reference_name(reference)))
 
     def _of(self, key: MapKey) -> WordMaps:
         chosen = [record for record in self.records if record.key == key]

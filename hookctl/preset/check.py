@@ -15,6 +15,7 @@ from hookctl.preset.stack import FILLED
 # How to give what a run fills; of settings, they say it themselves.
 _INSTEAD = {
     "prompts": "write prompt = and edit = in [run], or give --prompt and --edit",
+    "source_prompt": "write prompt = and edit = in [run], or give --prompt and --edit",
     "image": "give --image",
     "pipe": "write model = at the top, or give --model",
     "size": "write width = and height = in [run], or give --width and --height",

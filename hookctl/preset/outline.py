@@ -16,7 +16,11 @@ from typing import Any
 from hookctl.errors import InputError
 from hookctl.preset.check import check_keys, check_names, named
 
-_KINDS = {"editor": {"Editor"}, "inversion": {"Inversion"}, "program": {"CyclicOneWay", "Imagic"}}
+_KINDS = {
+    "editor": {"Editor"},
+    "inversion": {"Inversion"},
+    "program": {"CyclicOneWay", "FlowProgram", "Imagic"},
+}
 
 
 @dataclass
@@ -58,8 +62,10 @@ class Outline:
             check_keys(given, check_names(given, self.arguments[name], where, kind), where, name)
 
     def takes(self, data: Mapping[str, Any], argument: str) -> bool:
-        """Whether an editor of a file takes an argument, which its run fills."""
-        return any(argument in self.arguments.get(name, ()) for name in _names(data))
+        """Whether an editor of a file, or its program, takes an argument, which its run fills."""
+        program = data.get("program")
+        names = [*_names(data), *([program.get("recipe")] if isinstance(program, dict) else [])]
+        return any(argument in self.arguments.get(str(name), ()) for name in names)
 
     def takes_image(self, data: Mapping[str, Any]) -> bool:
         return "inversion" in data or "program" in data or self.takes(data, "image")
@@ -78,7 +84,7 @@ def _names(data: Mapping[str, Any]) -> list[str]:
 
 
 def outline() -> Outline:
-    """Of everything that `hookctl.recipes` names, and Maps."""
+    """Of everything that `hookctl.recipes` names, Maps and References."""
     package = Path(__file__).resolve().parents[1]
     spec = find_spec("hookctl.recipes")
     assert spec is not None and spec.origin is not None  # a package of ours
@@ -90,7 +96,7 @@ def outline() -> Outline:
         *sorted(recipes.rglob("*.py")),
     ]
     classes = {name: found for path in files for name, found in _classes(path)}
-    names = ["Maps", *_all(recipes / "__init__.py")]
+    names = ["Maps", "References", *_all(recipes / "__init__.py")]
     kinds = {
         kind: [name for name in names if bases & {*_line(name, classes)}]
         for kind, bases in _KINDS.items()

@@ -19,7 +19,8 @@ FILLED = {
     "editor": ("prompts", "image"),
     "inversion": ("pipe", "image", "prompt", "steps"),
     "program": (
-        "pipe", "image", "prompt", "steps", "guidance", "negative", "seed", "size",
+        "pipe", "image", "prompt", "prompts", "source_prompt", "steps", "guidance", "negative",
+        "seed", "size",
     ),
 }  # fmt: skip
 
@@ -91,6 +92,10 @@ class ImageSpec:
     arguments: Mapping[str, Any]
     where: str = ""
 
+    @property
+    def takes_prompts(self) -> bool:
+        return "prompts" in parameters(self.cls)
+
     def make(self, pipe: Any, image: Any, prompt: str | list[str], **run: Any) -> Any:
         """The class's object, to be run; InputError says where in the file an argument is wrong.
 
@@ -138,8 +143,9 @@ class Preset:
 
     @property
     def takes_prompts(self) -> bool:
-        """Whether an editor compares prompts, so that a run needs an edit."""
-        return any(spec.takes_prompts for spec in self.specs)
+        """Whether an editor or the program compares prompts, so that a run needs an edit."""
+        compares = self.program is not None and self.program.takes_prompts
+        return compares or any(spec.takes_prompts for spec in self.specs)
 
     @property
     def takes_image(self) -> bool:

@@ -73,8 +73,9 @@ class ImplicitMasks:
 
     def read(self, call: AttentionCall, row: Row, text: PromptText) -> None:
         """Ask for the maps of a row, whose text it is, if this site holds the layout."""
-        at = call.site.resolution == self._resolution and call.grid is not None
-        if self.words and at and (tokens := words_of(text)):
+        if not self.words or call.grid is None or call.site.resolution != self._resolution:
+            return
+        if tokens := words_of(text):
             call.read(row, tokens, partial(self._keep, call.clock.step, call.grid))
 
     def _keep(self, step: int, grid: Grid, row: Row, values: Tensor) -> None:

@@ -119,7 +119,7 @@ def test_features_and_context_where_there_are_none(pipe: Any) -> None:
     context = type("Context", (Editor,), {"context": lambda self, state: None})()
     flux = zoo.PIPELINES["flux"].make()
     own = type(flux.transformer)
-    flux.transformer.__class__ = type("QwenImageTransformer2DModel", (own,), {})
+    flux.transformer.__class__ = type("AuraFlowTransformer2DModel", (own,), {})
     refused(flux, context, error=UnsupportedError, match="one sequence with the image")
 
 

@@ -189,6 +189,8 @@ def test_several_images_and_editors() -> None:
         latents("sd3", PromptToPrompt(prompts, self_replace=1.0), **options)
     with pytest.raises(UnsupportedError, match="no steps of a scheduler, which PAG"):
         latents("sd3", PAG())
+    with pytest.raises(UnsupportedError, match="KVEdit: asks for two texts in turn as it is set"):
+        latents("sd3", PromptToPrompt(prompts), inversion=False)
 
 
 @pytest.mark.parametrize(

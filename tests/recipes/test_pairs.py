@@ -46,7 +46,7 @@ RECIPES: dict[str, Callable[[Any], Editor]] = {
     "CFGZeroStar": lambda r: r.CFGZeroStar(),
     "DifferentialDiffusion": lambda r: r.DifferentialDiffusion(image(), LEFT, seed=0),
     "DyPE": lambda r: r.DyPE(base=2),
-    "ConsiStory": lambda r: r.ConsiStory(PROMPTS, "cat", dropped=0.0, query_stop=0.0),
+    "ConsiStory": lambda r: r.ConsiStory(PROMPTS, "cat", sites="self", dropped=0.0),
     "FDG": lambda r: r.FDG(),
     "FreeU": lambda r: r.FreeU(),
     "LEDITSPlusPlus": lambda r: r.LEDITSPlusPlus(["blue dog"], prompts=PROMPTS, scale=9.0),
@@ -72,6 +72,7 @@ RECIPES: dict[str, Callable[[Any], Editor]] = {
     "STG": lambda r: r.STG(layers=[2]),
     "SEG": lambda r: r.SEG(sites="self @1/2"),
     "ScaleU": lambda r: r.ScaleU(backbone=[0.3], skip=[-0.3]),
+    "StableFlow": lambda r: r.StableFlow(PROMPTS, sites="self up"),
     "SkipLayerGuidance": lambda r: r.SkipLayerGuidance(
         layers=[1], branch="slg", start=0.0, stop=1.0
     ),

@@ -21,6 +21,7 @@ from hookctl.recipes import RegionalPrompts
 from tests import zoo
 
 A, B = "a red cat above a blue square", "a dog"
+CHATS = "flux2_klein", "qwen_image", "z_image"
 FULL, LEFT, RIGHT = (0, 0, 1, 1), "box:0,0,0.5,1", (0.5, 0, 1, 1)
 
 
@@ -75,7 +76,23 @@ def test_the_formula(kind: str, backend: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux", "pixart"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name in (
+            "sd15",
+            "sdxl",
+            "sd3",
+            "flux",
+            "pixart",
+            "flux2_klein",
+            "qwen_image",
+            "z_image",
+        )
+        if name in zoo.PIPELINES
+    ],
+)
 def test_nothing_asked_is_bit_identical(name: str) -> None:
     case = zoo.PIPELINES[name]
     pipe = case.make()
@@ -92,7 +109,10 @@ def test_nothing_asked_is_bit_identical(name: str) -> None:
     assert torch.equal(case.run(pipe, [A]), plain)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd15_pag", "pixart", "wan"])
+@pytest.mark.parametrize(
+    "name",
+    [name for name in ("sd15", "sd15_pag", "pixart", "wan", *CHATS) if name in zoo.PIPELINES],
+)
 def test_one_full_region_is_a_run_of_its_text(name: str) -> None:
     """To rounding: edited rows are summed by another evaluator than the model's own call."""
     case = zoo.PIPELINES[name]
@@ -217,3 +237,60 @@ def test_a_text_in_two_regions_is_a_text_in_both() -> None:
         with hookctl.control(pipe, edit):
             found.append(case.run(pipe, [A]))
     assert torch.allclose(*found, rtol=0, atol=1e-5)
+
+
+# -- texts in rows of their own --------------------------------------------------------------------
+
+
+@pytest.mark.skipif("z_image" not in zoo.PIPELINES, reason="this diffusers lacks Z-Image")
+def test_a_text_of_another_length_for_some_of_several_prompts() -> None:
+    """Z-Image pads each text to a multiple of 32 and counts the image's positions from its end."""
+    case = zoo.PIPELINES["z_image"]
+    pipe = case.make()
+    long = "a dog and a cat " * 7  # more than 32 tokens
+    edit = RegionalPrompts([[long], []], [[FULL], []], base=0.0)
+
+    def run(prompts: list[str], *editors: Any, seed: int = 0, n: int = 1) -> Tensor:
+        with hookctl.control(pipe, *editors):
+            return case.run(pipe, prompts, seed=seed, n=n, max_sequence_length=128)
+
+    found = run([A, B], edit, n=2)
+    close = 1e-4 * found.abs().max()
+    assert (found[:2] - run([long], n=2)).abs().max() < close
+    assert (found[2:] - run([B], seed=2, n=2)).abs().max() < close
+
+
+@pytest.mark.skipif("z_image" not in zoo.PIPELINES, reason="this diffusers lacks Z-Image")
+def test_other_editors_see_the_pipeline_s_own_rows() -> None:
+    """Edits of every kind of site, maps and a low-rank change beside regions."""
+    case = zoo.PIPELINES["z_image"]
+    pipe = case.make()
+    rows: list[int] = []
+
+    class Watch(hookctl.Editor):
+        sites = "self, joint, text"
+
+        def attention(self, call: AttentionCall) -> None:
+            rows.append(len(call.q))
+
+        def linears(self, path: str) -> bool:
+            return path.endswith("layers.0.attention.to_v")
+
+        def linear(self, call: hookctl.LinearCall) -> None:
+            torch.manual_seed(0)
+            call.add(torch.randn(2, 32) * 0.1, torch.randn(32, 2) * 0.1)
+
+    plain = case.run(pipe, [A])
+    regions = RegionalPrompts([B], [LEFT], base=0.2)
+    with hookctl.control(pipe, regions, hookctl.Maps("cat"), Watch()) as session:
+        both = case.run(pipe, [A])
+    with hookctl.control(pipe, Watch()):
+        watched = case.run(pipe, [A])
+    with hookctl.control(pipe, regions):
+        alone = case.run(pipe, [A])
+    assert set(rows) == {2} and session.maps["cat"].mean().shape == (8, 8)
+    assert all((both - x).abs().max() > 1e-5 for x in (plain, watched, alone))
+    paper = RegionalPrompts([B], [LEFT], paper=True)
+    with hookctl.control(pipe, paper), pytest.raises(UnsupportedError, match="rows of their own"):
+        case.run(pipe, [A])
+    assert torch.equal(case.run(pipe, [A]), plain)

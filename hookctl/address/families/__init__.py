@@ -19,7 +19,13 @@ from hookctl.address.families.access import (
     named_denoisers,
 )
 from hookctl.address.families.inside import Block, blocks_of, linears, plain_blocks, stem_of
-from hookctl.address.families.loops import Loop, declare_loops, loop_of
+from hookctl.address.families.loops import (
+    Loop,
+    declare_loops,
+    leaves_unguided,
+    loop_of,
+    settings_of,
+)
 from hookctl.address.families.processors import (
     bypasses_sdpa,
     counts_text,
@@ -49,10 +55,12 @@ from hookctl.address.families.sites import (
     softmax_free,
     widens_joint,
 )
+from hookctl.address.families.text import EDIT_TEMPLATE
 
 __all__ = [
     "Block",
     "DENOISERS",
+    "EDIT_TEMPLATE",
     "Loop",
     "Model",
     "Pipeline",
@@ -69,6 +77,7 @@ __all__ = [
     "describe_sites",
     "joint_order",
     "keeps_perturbed",
+    "leaves_unguided",
     "linears",
     "loop_of",
     "named_denoisers",
@@ -79,6 +88,7 @@ __all__ = [
     "processor_of",
     "rotary_of",
     "sdpa_form",
+    "settings_of",
     "softmax_free",
     "spells_out",
     "stem_of",

@@ -17,13 +17,19 @@ _STEMS = ("conv_in", "patch_embedding", "x_embedder", "pos_embed.proj", "img_in"
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Path and module of every linear layer, those that carry a LoRA once, with it."""
+    """Path and module of every linear layer, convolutions among them, those that carry a LoRA
+    once, with it."""
     for path, module in model.named_modules():
-        inner = getattr(module, "base_layer", None)
-        if isinstance(inner, nn.Linear):
+        if _is_linear(getattr(module, "base_layer", None)):
             yield path, module
-        elif isinstance(module, nn.Linear) and not _of_lora(path):
+        elif _is_linear(module) and not _of_lora(path):
             yield path, module
+
+
+def _is_linear(module: Any) -> bool:
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1 and module.padding_mode == "zeros"
+    return isinstance(module, nn.Linear)
 
 
 def _of_lora(path: str) -> bool:

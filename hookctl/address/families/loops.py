@@ -21,6 +21,7 @@ Settings = Mapping[str, Any]  # what guidance reads of the pipeline, as its call
 
 Told = Callable[[Tensor, Tensor], Tensor]
 Combine = Callable[[Tensor, Tensor, Scales, Settings], Tensor]
+Finish = Callable[[Tensor, Tensor, Settings], Tensor]
 
 # -- time ------------------------------------------------------------------------------------------
 
@@ -65,14 +66,22 @@ def rescaled(cond: Tensor, uncond: Tensor, scale: Scales, settings: Settings) ->
 
 def of_length_of_cond(cond: Tensor, uncond: Tensor, scale: Scales, settings: Settings) -> Tensor:
     """q ||c|| / ||q|| with q = u + s (c - u), token by token."""
-    guided = uncond + scale * (cond - uncond)
+    return with_length_of_cond(uncond + scale * (cond - uncond), cond, settings)
+
+
+def with_length_of_cond(guided: Tensor, cond: Tensor, settings: Settings) -> Tensor:
+    """q ||c|| / ||q||, token by token."""
     own, now = (torch.norm(x, dim=-1, keepdim=True) for x in (cond, guided))
     return guided * (own / now)
 
 
 def capped(cond: Tensor, uncond: Tensor, scale: Scales, settings: Settings) -> Tensor:
     """c + (s - 1)(c - u), image by image no longer than `_cfg_normalization` ||c||."""
-    guided = cond + (scale - 1) * (cond - uncond)
+    return within_cap(cond + (scale - 1) * (cond - uncond), cond, settings)
+
+
+def within_cap(guided: Tensor, cond: Tensor, settings: Settings) -> Tensor:
+    """Guided predictions, image by image no longer than `_cfg_normalization` ||c||."""
     cap = float(settings.get("_cfg_normalization") or 0.0)
     if not cap > 0:
         return guided
@@ -130,6 +139,8 @@ class Loop:
     time: what the denoiser is told of a timestep of the scheduler, for these latents.
     combine: (cond, uncond, scale) -> what the scheduler is given; settings: attributes of the
         pipeline that this reads; at: the scale that counts at a timestep.
+    finish: (u + s (c - u), cond) -> what it makes of that sum, where it is not that; of negated
+        predictions it gives the negated.
     denoiser: the name of the denoiser at a timestep, None for the first.
     wrap: how the model takes its images, where not as a tensor.
     references: images may stand behind the target in the sequence; the prediction begins with it.
@@ -147,6 +158,7 @@ class Loop:
     combine: Combine = rescaled
     settings: tuple[str, ...] = ("guidance_rescale",)
     at: Callable[[Scales, float, Settings], Scales] = always
+    finish: Finish | None = None
     denoiser: Callable[[Any, float], str | None] = first
     wrap: Callable[[Tensor], Any] | None = None
     references: bool = False
@@ -157,7 +169,7 @@ class Loop:
 
 PLAIN = Loop()  # of pipelines that guide in one call, as Stable Diffusion does
 _FLUX = Loop(scale="true_cfg_scale", embedded=1.0, time=sigma, settings=(), asks_negative=True)
-_QWEN = replace(_FLUX, combine=of_length_of_cond)
+_QWEN = replace(_FLUX, combine=of_length_of_cond, finish=with_length_of_cond)
 
 LOOPS: dict[str, Loop] = {
     "FluxPipeline": _FLUX,
@@ -177,6 +189,7 @@ LOOPS: dict[str, Loop] = {
         combine=capped,
         settings=("_cfg_normalization", "_cfg_truncation"),
         at=untruncated,
+        finish=within_cap,
         wrap=as_list,
     ),
     "WanPipeline": Loop(second_scale="guidance_scale_2", denoiser=by_boundary, settings=()),
@@ -193,3 +206,17 @@ def declare_loops(loop: Loop, names: Iterable[str] | str) -> None:
 def loop_of(pipe: Any) -> Loop | None:
     """The loop of a pipeline, or of the first of its bases that has one; None if unknown."""
     return next((LOOPS[k.__name__] for k in type(pipe).__mro__ if k.__name__ in LOOPS), None)
+
+
+def settings_of(pipe: Any, loop: Loop) -> dict[str, Any]:
+    """What guidance reads of a pipeline, as its call has set it."""
+    return {name: getattr(pipe, name, None) for name in loop.settings}
+
+
+def leaves_unguided(pipe: Any, step: int) -> bool:
+    """Whether a pipeline that guides leaves out the guidance at a place of its schedule."""
+    loop = loop_of(pipe)
+    if loop is None or loop.at is always:
+        return False
+    t = float(pipe.scheduler.timesteps[step])
+    return bool(loop.at(2.0, t, settings_of(pipe, loop)) == 1.0)

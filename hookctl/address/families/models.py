@@ -80,11 +80,14 @@ declare_models(
     Model("text_image", _JOINT, parts="img_ids"),
     """
     ChromaTransformer2DModel BriaTransformer2DModel LongCatImageTransformer2DModel
-    OvisImageTransformer2DModel Flux2Transformer2DModel BriaFiboTransformer2DModel
-    BriaFibo2Transformer2DModel
+    OvisImageTransformer2DModel BriaFiboTransformer2DModel BriaFibo2Transformer2DModel
     """,
 )
-declare_models(Model("text_image", _JOINT, parts="img_shapes"), "QwenImageTransformer2DModel")
+declare_models(Model("text_image", _JOINT, parts="img_ids", widens=True), "Flux2Transformer2DModel")
+declare_models(
+    Model("text_image", _JOINT, parts="img_shapes", widens=True, turns="pos_embed"),
+    "QwenImageTransformer2DModel",
+)
 declare_models(Model("text_image", _JOINT), "QwenImage21Transformer2DModel")
 declare_models(
     Model("text_image", _JOINT, placeless="the call does not say where its text ends"),
@@ -158,6 +161,7 @@ declare_models(
             *_JOINT,
         ),
         text_block=32,
+        text_rows=True,
     ),
     "ZImageTransformer2DModel",
 )

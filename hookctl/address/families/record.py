@@ -58,6 +58,10 @@ class Model:
     text_masked: each row's text stands without its padding right before its image.
     several_texts: the sequence holds more texts than the one argument that the call names.
     widens: a joint sequence may hold more text than the pipeline gave.
+    text_rows: further texts stand in batch rows of their own, since the model numbers, pads and
+        refines each row's text by itself.
+    turns: the module whose table of rotations, `pos_freqs`, has those of a text's positions, where
+        the model numbers them itself (`text_turns`).
     placeless: the image's tokens form no grid over the latent; why.
     """
 
@@ -71,6 +75,8 @@ class Model:
     text_masked: bool = False
     several_texts: bool = False
     widens: bool = False
+    text_rows: bool = False
+    turns: str | None = None
     placeless: str | None = None
 
 

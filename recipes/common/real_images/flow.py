@@ -34,8 +34,12 @@ class FlowProgram:
     width) in px; taught: whether scales of guidance are ones that the model was taught (FLUX.1
     dev), else they are those of classifier-free guidance; session: of the last run.
 
+    takes_editors: whether editors may act in it.
+
     Raises UnsupportedError for models other than those of flow matching.
     """
+
+    takes_editors = True
 
     def __init__(
         self,
@@ -145,6 +149,18 @@ def for_each_image(given: str | Sequence[str], prompts: Sequence[str], who: str)
     if not all(isinstance(text, str) for text in found):
         raise refusal(f"{who}: source_prompt", given, "a text, or a list of texts")
     return found
+
+
+def check_editors(editors: Sequence[Editor], program: FlowProgram) -> None:
+    """Raise UnsupportedError for editors that can't act in a program of its own steps."""
+    who = type(program).__name__
+    if editors and not program.takes_editors:
+        raise UnsupportedError(
+            f"{who}: asks for two texts in turn as it is set, and {editors[0].name} follows one "
+            "run; leave it out, or give inversion=True"
+        )
+    for editor in editors:
+        check_without_steps(editor, who)
 
 
 def check_without_steps(editor: Editor, who: str) -> None:

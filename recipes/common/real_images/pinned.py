@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from hookctl.address.rows import Row
 from hookctl.arguments import is_list
 from hookctl.errors import InputError
 from hookctl.loop.noise import Noise
@@ -69,7 +70,11 @@ class Pinned:
         rows = state.images if every_image else state.images.where(prompt=0)
         if self.first_level:
             level = max(level, self.first_level + (level > 0))
+        self.set(state, level, rows)
+
+    def set(self, state: State, level: int, rows: Iterable[Row] | None = None) -> None:
+        """Set the latents of these rows, by default of prompt 0, to those of a level."""
         latents, path = state.latents.clone(), self._levels[level]
-        for row in rows:
+        for row in state.images.where(prompt=0) if rows is None else rows:
             latents[row.index] = path[row.image if len(path) > 1 else 0].to(latents)
         state.latents = latents

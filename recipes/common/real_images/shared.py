@@ -76,8 +76,7 @@ class SharedProgram(flow.FlowProgram):
         editors: that act inside the denoiser as the edit is drawn, and not in the inversion.
         Raises InputError, before any denoising, if the features would not fit into memory.
         """
-        for editor in editors:
-            flow.check_without_steps(editor, type(self).__name__)
+        flow.check_editors(editors, self)
         store = self._store()
         inverted, scales = self._inverted(store), [self.guidance] * len(self.prompts)
         own = [self._injector(store)] if store.moments else []

@@ -112,6 +112,8 @@ def needed(cls: type) -> dict[str, Any]:
         "edits": TWO,
         "parts": TWO,
         "words": ["cat"],
+        "negative": "a dog",
+        "concepts": ["cat", "background"],
         "texts": ["a cat", "a dog"],
         "change": "full",
         "schedule": ["a [red:blue:0.5] cat"] * 2,
@@ -240,7 +242,7 @@ def of_methods() -> Iterator[Case]:
     yield "CyclicOneWay.run", "output_type", lambda value: cow.run(output_type=value)
     yield "CyclicOneWay.run", "editors", lambda value: cow.run(value)
     for cls in FLOW:
-        flow = cls(**needed(cls), steps=4)
+        flow = cls(**needed(cls), steps=6)
         run = f"{cls.__name__}.run"
         yield run, "output_type", lambda value, one=flow: one.run(output_type=value)
         yield run, "editors", lambda value, one=flow: one.run(value)

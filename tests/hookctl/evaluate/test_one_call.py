@@ -46,6 +46,7 @@ def shown(editor: Double, q: Tensor, index: int) -> tuple[Tensor, Tensor]:
         own_text=None,
         images_in_sequence=None,
         extra_text={},
+        text_rows=None,
         reader=None,
     )
     site = EditedSite(Site("a.site", "self", "up", 1, 0), [attached])
