@@ -19,9 +19,8 @@ Write an editor: a subclass of Editor that has the hooks it needs
     AttentionCall           one attention call, and the verbs that rewrite it
         Routing, Division   what its verbs `route_by` and `divide` are given
     FeatureCall, BlockCall  one skip connection of a UNet; one block, which rows may pass by
-    InsertCall, LinearCall, StemCall, Residuals
-                            the same for trained modules: a block's stream, a linear layer, the
-                            layer that takes the latents in, what a ControlNet adds
+    InsertCall, LinearCall, StemCall, PositionsCall, Residuals
+                            further places: streams, layers, rotary positions, ControlNets' part
     State, Predictions      one denoiser call, and what it predicted
     Branch                  further rows for the denoiser to predict
     RunState                an attribute that each session, thread and task holds for itself
@@ -52,7 +51,14 @@ if TYPE_CHECKING:
     from hookctl.attention.token_map import Routing
     from hookctl.editor import Claim, Editor
     from hookctl.loop.branches import Branch
-    from hookctl.loop.inserting import BlockCall, InsertCall, LinearCall, Residuals, StemCall
+    from hookctl.loop.inserting import (
+        BlockCall,
+        InsertCall,
+        LinearCall,
+        PositionsCall,
+        Residuals,
+        StemCall,
+    )
     from hookctl.loop.noise import Noise
     from hookctl.loop.state import FeatureCall, Predictions, State
     from hookctl.loop.trajectory import Trajectory
@@ -84,6 +90,7 @@ __all__ = [
     "LinearCall",
     "StemCall",
     "Residuals",
+    "PositionsCall",
     "State",
     "Predictions",
     "Branch",
@@ -117,6 +124,7 @@ _HOMES = {
     "MapStore": "hookctl.maps",
     "Maps": "hookctl.maps",
     "Noise": "hookctl.loop.noise",
+    "PositionsCall": "hookctl.loop.inserting",
     "Predictions": "hookctl.loop.state",
     "References": "hookctl.references",
     "Region": "hookctl.address.regions",

@@ -22,12 +22,24 @@ from hookctl.errors import ConflictError, InputError, check_returned, naming
 if TYPE_CHECKING:
     from hookctl.attention.call import AttentionCall
     from hookctl.loop.branches import Branch
-    from hookctl.loop.inserting import BlockCall, InsertCall, LinearCall, Residuals, StemCall
+    from hookctl.loop.inserting import (
+        BlockCall,
+        InsertCall,
+        LinearCall,
+        PositionsCall,
+        Residuals,
+        StemCall,
+    )
     from hookctl.loop.state import FeatureCall, Predictions, Proceed, State
 
 # Shared by editors to whom places of the image or its whole latents mean something, held alone by
 # one that shows the denoiser parts of the image.
 WHOLE_IMAGE = "whole image"
+# Shared by editors to whom words of the prompts mean something, held alone by one that lets the
+# prompts change.
+WORDS = "words of the prompts"
+# Held by an editor that sets places of the latents between the steps.
+LATENTS = "latents between the steps"
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,7 @@ class Editor:
                        denoise               round the call; inside it, site by site:
                        attention, features, block
                        residuals, stem, insert, linear   (trained modules)
+                       positions             rotary ones
     Each step          combine, after        before and after the scheduler's step
 
     sites: which attention sites `attention` is called for, after which `insert` is, and in whose
@@ -143,6 +156,11 @@ class Editor:
     def stem(self, call: StemCall) -> None:
         """Change how the latents enter: `call.convolve(...)`, or assign `call.output`."""
 
+    def positions(self, call: PositionsCall) -> None:
+        """Rewrite the rotary positions of a denoiser call: assign `call.frequencies` and its kin.
+
+        With `sites` the attention there alone sees them."""
+
     def before(self, state: State) -> None:
         """Before a step's denoiser call; may assign `state.latents`."""
 
@@ -161,10 +179,10 @@ class Editor:
 # What an editor does something by.
 HOOKS = (
     *("begin", "before", "branches", "context", "denoise", "attention", "features", "residuals"),
-    *("block", "insert", "linear", "stem", "combine", "after"),
+    *("block", "insert", "linear", "stem", "positions", "combine", "after"),
 )
 # Those that change what layers inside the model give.
-INSIDE = ("block", "insert", "linear", "stem")
+INSIDE = ("block", "insert", "linear", "stem", "positions")
 _METHODS = ("attach", "claims", "window", "active", "neutral", "linears", *HOOKS)
 _INSTEAD = {
     "features": "assign call.backbone or call.skip",
@@ -172,6 +190,7 @@ _INSTEAD = {
     "insert": "assign call.hidden",
     "linear": "assign call.output, or call.add(down, up)",
     "stem": "assign call.output",
+    "positions": "assign call.positions, call.frequencies or call.amplitudes",
     "before": "assign state.latents",
     "after": "assign state.latents",
 }

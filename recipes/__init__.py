@@ -8,6 +8,7 @@ Editing a prompt, the image stays alike
     PlugAndPlay               Tumanyan et al. 2022, arXiv 2211.12572
     FlowEdit                  Kulikov et al. 2024, arXiv 2412.08629
     RFInversion               Rout et al. 2024, arXiv 2410.10792
+    DifferentialDiffusion     Levin and Fried 2023, arXiv 2306.00950
     FireFlow                  Deng et al. 2024, arXiv 2412.07517
     KVEdit                    Zhu et al. 2025, arXiv 2502.17363
     RFSolver                  Wang et al. 2024, arXiv 2411.04746
@@ -37,6 +38,8 @@ Layout: what stands where, and when
     RegionalPrompts           attention couple, after arXiv 2302.08113
     MaskedSelfAttention       of InstanceDiffusion, arXiv 2402.03290
     MultiInstanceSampler      of InstanceDiffusion, arXiv 2402.03290
+Prompts that change on the way
+    PromptSchedule            prompt editing of A1111's web UI, 2022
 Maps: where an image shows what
     ConceptAttention          Helbling et al. 2025, arXiv 2502.04320
 Appearance of a reference
@@ -55,6 +58,8 @@ Canvas: larger images, scenes round an image
     CyclicOneWay              Wang et al. 2023, arXiv 2306.08247
     SelectiveOneWay           Pei et al. 2024, arXiv 2411.19182
     OneWayFlow                its flow between regions, arXiv 2411.19182
+    DyPE                      larger than trained for, Issachar et al. 2025, arXiv 2510.20766
+    RIFLEx                    longer than trained for, Zhao et al. 2025, arXiv 2502.15894
 """
 
 import sys
@@ -67,7 +72,9 @@ from hookctl.recipes.concept_attention import ConceptAttention
 from hookctl.recipes.consistory import ConsiStory
 from hookctl.recipes.cyclic_one_way import CyclicOneWay
 from hookctl.recipes.ddim_inversion import DDIMInversion
+from hookctl.recipes.differential_diffusion import DifferentialDiffusion
 from hookctl.recipes.direct_inversion import DirectInversion
+from hookctl.recipes.dype import DyPE
 from hookctl.recipes.edit_friendly_ddpm import EditFriendlyDDPM
 from hookctl.recipes.fdg import FDG
 from hookctl.recipes.fire_flow import FireFlow
@@ -88,6 +95,7 @@ from hookctl.recipes.one_way_flow import OneWayFlow
 from hookctl.recipes.pag import PAG
 from hookctl.recipes.plug_and_play import PlugAndPlay
 from hookctl.recipes.prompt_relay import PromptRelay
+from hookctl.recipes.prompt_schedule import PromptSchedule
 from hookctl.recipes.prompt_to_prompt import PromptToPrompt
 from hookctl.recipes.proximal_guidance import ProximalGuidance
 from hookctl.recipes.real_compo import RealCompo
@@ -95,6 +103,7 @@ from hookctl.recipes.reference_only import ReferenceOnly
 from hookctl.recipes.regional_prompts import RegionalPrompts
 from hookctl.recipes.rf_inversion import RFInversion
 from hookctl.recipes.rf_solver import RFSolver
+from hookctl.recipes.riflex import RIFLEx
 from hookctl.recipes.sag import SAG
 from hookctl.recipes.scale_u import ScaleU
 from hookctl.recipes.seg import SEG
@@ -126,7 +135,9 @@ __all__ = [
     "ConsiStory",
     "CyclicOneWay",
     "DDIMInversion",
+    "DifferentialDiffusion",
     "DirectInversion",
+    "DyPE",
     "EditFriendlyDDPM",
     "FireFlow",
     "FlowEdit",
@@ -143,10 +154,12 @@ __all__ = [
     "OneWayFlow",
     "PlugAndPlay",
     "PromptRelay",
+    "PromptSchedule",
     "PromptToPrompt",
     "ProximalGuidance",
     "RFInversion",
     "RFSolver",
+    "RIFLEx",
     "RealCompo",
     "ReferenceOnly",
     "RegionalPrompts",

@@ -25,12 +25,12 @@ from torch import Tensor
 from hookctl.address.regions import Region, RegionLike, region_of
 from hookctl.address.rows import UNCOND
 from hookctl.arguments import checked, images_and_prompts, whole
-from hookctl.editor import WHOLE_IMAGE, Editor
+from hookctl.editor import LATENTS, WHOLE_IMAGE, Editor
 from hookctl.errors import InputError
 from hookctl.loop import prompts
 from hookctl.loop.images import encode
 from hookctl.loop.trajectory import Trajectory
-from hookctl.recipes.common.canvas.pasted_images import PastedImages, resized
+from hookctl.recipes.common.canvas.pasted_images import PastedImages, require_grid, resized
 from hookctl.recipes.common.canvas.suppression import Suppression
 from hookctl.session import Session, control
 
@@ -117,7 +117,11 @@ class CyclicOneWay:
             name = "CyclicOneWay: image_size"
             images = [resized(image, image_size, name) for image in images]
         factor = int(getattr(pipe, "vae_scale_factor", 8))
-        side = pipe.unet.config.sample_size * factor if hasattr(pipe, "unet") else 1024
+        require_grid(pipe, type(self).__name__)
+        own = getattr(pipe, "default_sample_size", None)
+        if hasattr(pipe, "unet"):
+            own = pipe.unet.config.sample_size
+        side = int(own) * factor if own else 1024
         self.pasted = PastedImages(
             "CyclicOneWay",
             images,
@@ -247,4 +251,4 @@ class CyclicOneWay:
 
 
 def _knows_places(editor: Editor) -> bool:
-    return any(claim.what == WHOLE_IMAGE for claim in editor.claims())
+    return any(claim.what in (WHOLE_IMAGE, LATENTS) for claim in editor.claims())

@@ -31,11 +31,12 @@ from torch import Tensor
 from hookctl import arguments
 from hookctl.address.rows import COND, UNCOND
 from hookctl.arguments import checked
-from hookctl.errors import InputError
+from hookctl.errors import InputError, UnsupportedError
 from hookctl.hooks.patch import Patch
 from hookctl.loop.images import encode
 from hookctl.loop.inversion import ddim_path, require_first_order
 from hookctl.loop.trajectory import Trajectory
+from hookctl.recipes.common.real_images.encoded import takes_videos
 from hookctl.recipes.common.real_images.fitting import Fitting, Progress
 from hookctl.recipes.common.real_images.low_rank import LowRank
 
@@ -114,10 +115,21 @@ class Imagic:
         self.inverted = inverted
         if checkpoint is not None:
             arguments.writable(checkpoint, "Imagic: checkpoint")
+        name = type(pipe).__name__
+        if any(word in name for word in ("Kontext", "Edit")):
+            raise UnsupportedError(
+                f"Imagic fits a text to an image, and {name} is given one to edit besides; use the "
+                "family's text-to-image pipeline"
+            )
+        if takes_videos(pipe):
+            raise UnsupportedError(
+                f"Imagic is of one image, and {type(pipe).__name__} draws videos, which FlowEdit "
+                "edits"
+            )
         clean = encode(pipe, image)
         height, width = image.size[::-1]
         self.size = {"height": height, "width": width}
-        many = clean.repeat(noises, 1, 1, 1)
+        many = clean.repeat(noises, *[1] * (clean.dim() - 1))
         levels = schedule_steps or steps
         told: dict[str, Any] = {} if embeddings is None else {"prompt_embeds": embeddings}
         with _levels_within(pipe, levels):

@@ -27,7 +27,7 @@ from hookctl.address.rows import COND, UNCOND, Row
 from hookctl.address.sites import Selector, Site, matcher
 from hookctl.arguments import checked, number, one_of, words_for_each
 from hookctl.attention.call import AttentionCall
-from hookctl.editor import WHOLE_IMAGE, Claim
+from hookctl.editor import WHOLE_IMAGE, WORDS, Claim
 from hookctl.errors import InputError
 from hookctl.loop.state import State
 from hookctl.recipes.common.image_tokens import image_keys, with_image
@@ -144,6 +144,8 @@ class MasaCtrl(SourceAndEdits):
         claims = [Claim("substitution", self.edit_sites, self.acts, tuple(self.edits))]
         if self.given_masks is not None or self.word_masks is not None:
             claims.append(Claim(WHOLE_IMAGE, window=self.acts, shared=True))
+        if self.word_masks is not None:
+            claims.append(Claim(WORDS, window=self.acts, shared=True))
         return claims
 
     def attach(self, target: Any) -> None:

@@ -87,6 +87,8 @@ class ReferenceOnly(StyleAligned):
         self._generator = torch.Generator().manual_seed(self.seed)
 
     def before(self, state: State) -> None:
+        if self.acts.start >= self.acts.stop:
+            return
         latents = state.latents.clone()
         level = self._noise.level(state.clock.timestep)
         for row in state.images.where(prompt=0):

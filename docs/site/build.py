@@ -228,6 +228,7 @@ def navigation() -> Navigation:
             "Evidence": [
                 {"What works where": "what_works.md"},
                 {"Measured": "measured.md"},
+                {"Recipes by family": "recipe_families.md"},
                 {"Conformance": "conformance.md"},
                 {"How it compares": "comparison.md"},
                 {"By device": "devices.md"},

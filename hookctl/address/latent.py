@@ -186,8 +186,10 @@ def finest_within(
 
 def over_latent(mask: Tensor, latent: Tensor) -> Tensor:
     """A mask, or weights, [frames | 1, height, width] in the shape of one latent of any family."""
-    if latent.dim() == 2:  # packed tokens [height * width, channels]
-        return mask[0].reshape(-1, 1)
+    if latent.dim() == 2:  # packed tokens [frames * height * width, channels]
+        if mask.numel() == len(latent):
+            return mask.reshape(-1, 1)
+        return mask[0].reshape(-1, 1).repeat(len(latent) // mask[0].numel(), 1)
     if latent.dim() == 4:  # [channels, frames, height, width]
         frames = latent.shape[1]
         return (mask if mask.shape[0] in (1, frames) else mask.any(0, keepdim=True))[None]

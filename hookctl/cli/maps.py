@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hookctl
-from hookctl.cli import common
+from hookctl.cli import common, scheduled
 from hookctl.cli.draw import Drawing, pictures
 from hookctl.cli.lora import add_lora, check_loras, put_on, said
 from hookctl.cli.models import find_model
@@ -115,6 +115,7 @@ def main(options: Any) -> None:
     drawing = Drawing.of(options)
     if not options.prompt.strip():
         raise InputError(f"--prompt {options.prompt!r} has no words; give a text to read maps of")
+    scheduled.check_none([options.prompt], "hookctl maps")
     check_loras(options.lora)
     find_model(options.model)
     words = [word for word in options.words or () if not word.startswith("references[")]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import hookctl
-from hookctl.cli import common
+from hookctl.cli import common, scheduled
 from hookctl.cli.draw import Drawing, images
 from hookctl.cli.hooks import add_hook, attach_hooks, check_hooks, takes_image
 from hookctl.cli.inverting import (
@@ -44,12 +44,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_NO_STACK = RawStack(Path("hook"), {}, "")
+_ONLY_HOOKS, _ONLY_PROMPTS = (RawStack(Path(name), {}, "") for name in ("hook", "schedule"))
 _TEXT = """
 Run a stack of editors from a TOML file. What the file does not say is said here, and what is said
 here goes before the file. Draws the plain images and the edited ones from the same noise. Some
 stacks take an image (--image): with an [inversion] table it is edited, and described by --prompt;
-with a [program] table the prompt is drawn round it, or in its place.
+with a [program] table the prompt is drawn round it, or in its place. A prompt may change on the
+way: [from:to:0.4] after 0.4 of the steps, [from:to:10] after 10 of them, [a|b] at every step.
 
 writes to --out (default: out/run-STACK):
   grid.png          source, plain re-prompt, edited, and the maps of the words that changed
@@ -63,8 +64,8 @@ _EXAMPLES = """
 hookctl run recolour                         # a stack that comes with hookctl (--list)
 hookctl run stack.toml --model ./sd15 --lora style.safetensors:0.8 --prompt "a cat" --edit "a dog"
 hookctl run --model ./sd15 --hook ip-adapter_sd15.bin:0.6 --image face.png --prompt "a photo"
+hookctl run --model shapes --prompt "a red [circle:square:0.3]"        # no stack, a schedule
 hookctl run inverted_edit --image out/run-recolour/plain-0.png         # edits an image
-hookctl run cyclic_one_way --image out/run-recolour/plain-0.png        # draws round it
 """
 
 
@@ -101,8 +102,13 @@ def main(options: Any) -> None:
         stacks = sorted(PRESETS.glob("*.toml"))
         print(table([(s.stem, first_comment(s)) for s in stacks], ("stack", "what it does")))
         return
-    alone = options.stack is None and options.hook  # weights, and no stack
-    raw = _NO_STACK if alone else read_stack(stack_file(options.stack))
+    # Weights, or a prompt that changes on the way, and no stack.
+    if options.stack is None and options.hook:
+        raw = _ONLY_HOOKS
+    elif options.stack is None and scheduled.is_said(options):
+        raw = _ONLY_PROMPTS
+    else:
+        raw = read_stack(stack_file(options.stack))
     _check(raw, options)
     with common.out_folder(options.out, "run", raw.path.stem) as out:
         _run(raw, out, options)
@@ -113,14 +119,18 @@ def _run(raw: RawStack, out: Path, options: Any) -> None:
     from hookctl.cli.loading import load_pipeline
 
     preset = Preset((), path=raw.path)
-    if raw is not _NO_STACK:
+    if raw not in (_ONLY_HOOKS, _ONLY_PROMPTS):
         known = (editors_by_name(), inversions_by_name(), programs_by_name())
         preset = load_preset(raw.path, *known)
-    prompts = prompts_of(options, raw, preset.takes_prompts)
-    drawing = Drawing.of(options, preset.run)
+    written = prompts_of(options, raw, preset.takes_prompts)
+    said_drawing = Drawing.of(options, preset.run)
+    schedule = scheduled.schedule_of(written, said_drawing.negative)
+    prompts = scheduled.begun(written)
+    drawing = scheduled.begun_drawing(said_drawing)
     hooks = options.hook or preset.hooks
     image = read_image(preset, options.image, drawing, allowed=bool(hooks))
-    editors = preset.editors(prompts, image)
+    # First: what others ask in a step, they ask of its prompts.
+    editors = [*filter(None, [schedule]), *preset.editors(prompts, image)]
     loras = options.lora or preset.loras
     model = _model(options, raw)
     pipe = load_pipeline(model, options.device, options.dtype)
@@ -131,7 +141,9 @@ def _run(raw: RawStack, out: Path, options: Any) -> None:
     editors += [one.editor for one in attached]
     progress = common.wants_progress(options)
     prompts_drawn = drawn_prompts(preset, prompts)
-    maps = _maps(pipe, prompts_drawn, options.words, preset)
+    changes = schedule is not None and not schedule.neutral()
+    wanted = options.words or not changes
+    maps = _maps(pipe, prompts_drawn, options.words, preset) if wanted else []
     times: dict[str, float] = {}
     draw_plain: Callable[[str], list[Image]] = partial(
         images, pipe, drawing, prompts_drawn, progress=progress
@@ -163,7 +175,7 @@ def _run(raw: RawStack, out: Path, options: Any) -> None:
     common.write_json(
         out / "run.json",
         {
-            "stack": None if raw is _NO_STACK else str(preset.path),
+            "stack": None if raw in (_ONLY_HOOKS, _ONLY_PROMPTS) else str(preset.path),
             "stack_sha256": preset.sha256,
             "editors": [{"recipe": s.recipe, **s.arguments} for s in preset.specs],
             "inversion": _said(preset.inversion),
@@ -175,8 +187,8 @@ def _run(raw: RawStack, out: Path, options: Any) -> None:
             "pipeline": type(pipe).__name__,
             "device": str(pipe.device),
             "dtype": str(pipe.dtype).removeprefix("torch."),
-            "prompts": prompts,
-            **drawing.data(),
+            "prompts": written,
+            **said_drawing.data(),
             "seconds": times,
             "versions": common.versions(),
         },
@@ -192,7 +204,7 @@ def _check(raw: RawStack, options: Any) -> None:
     """Check all that needs neither torch nor the model: they take seconds."""
     known = check_early(raw.data, raw.path)
     prompts = prompts_of(options, raw, known.takes(raw.data, "prompts"))
-    common.check_words(options.words, prompts)
+    common.check_words(options.words, scheduled.begun(prompts))
     if known.knows_all(raw.data):
         allowed = bool(options.hook or raw.hooks)
         check_image(known.takes_image(raw.data), options.image, raw.path, allowed=allowed)

@@ -32,9 +32,12 @@ class Attached(Protocol):
 def before(one: Attached, state: State) -> None:
     """Before a step's denoiser call; the editor may give it other latents."""
     assigned, given = state.assigned, _mark(state.kwargs[state.sample])
+    text = _mark(state.kwargs.get(state.text or ""))
     tell(one.editor, "before", state)
     changed = state.assigned is not assigned or _mark(state.kwargs[state.sample]) != given
-    _note(one, "before", state, "assigned the latents" if changed else "", STEP)
+    told = _mark(state.kwargs.get(state.text or "")) != text
+    what = ("assigned the latents" if changed else "", "changed the prompts" if told else "")
+    _note(one, "before", state, " and ".join(filter(None, what)), STEP)
 
 
 def added(one: Attached, hook: str, state: State) -> dict[str, Any]:

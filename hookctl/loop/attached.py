@@ -158,6 +158,8 @@ def layers_for(editor: Editor, model: nn.Module, modules: Modules) -> dict[str, 
     if overrides(editor, "stem"):
         stem = families.stem_of(model)
         found["stem"] = frozenset(() if stem is None else (stem[0],))
+    if overrides(editor, "positions"):
+        found["positions"] = _tables(editor, model, modules)
     for hook, paths in found.items():
         if not paths:
             raise UnsupportedError(f"{editor.name} {_WANTS[hook]}, and this {name} has none")
@@ -167,6 +169,25 @@ def layers_for(editor: Editor, model: nn.Module, modules: Modules) -> dict[str, 
             f"{editor.name} adds to skip connections as a ControlNet does, and {name} takes none"
         )
     return found
+
+
+def _tables(editor: Editor, model: nn.Module, modules: Modules) -> frozenset[str]:
+    """The path of what makes a model's rotary table, and of the sites that alone are to see it."""
+    found, name = families.rotary_of(model), type(model).__name__
+    if found is None:
+        raise UnsupportedError(
+            f"{editor.name} rewrites rotary positions, and {name} has none that are known (UNets "
+            "have no positions, SD3 and PixArt learned or added ones)"
+        )
+    if editor.sites is None:
+        return frozenset((found[0],))
+    if not found[2].shared:
+        raise UnsupportedError(
+            f"{editor.name}: {name} puts its rotary table together anew before its blocks, which "
+            "all see the same; leave sites= out"
+        )
+    chosen = select([site for site, _ in modules.values()], editor.sites, who=editor.name)
+    return frozenset((found[0], *(site.path for site in chosen)))
 
 
 def _texts_in_rows(model: nn.Module) -> bool:
@@ -188,6 +209,12 @@ def _selected(editor: Editor, model: nn.Module, modules: Modules) -> set[str]:
         raise UnsupportedError(
             f"{type(model).__name__} has no attention that can be caught (softmax attention), so "
             f"{editor.name} can't act on it"
+        )
+    if getattr(model, "_parallel_config", None) is not None:
+        raise UnsupportedError(
+            f"{editor.name} edits attention, and this {type(model).__name__} spreads it over "
+            "several devices (context or tensor parallel), none of which sees all of it; load it "
+            "without enable_parallelism, by offloading where it is too large for one device"
         )
     chosen = select([site for site, _ in modules.values()], editor.sites, who=editor.name)
     for site in chosen:

@@ -14,17 +14,19 @@ from hookctl.attention.sdpa_call import SDPACall
 from hookctl.editor import overrides
 from hookctl.hooks.attention import SitePort
 from hookctl.hooks.layers import BlockPort, Edit, InsertPort, LayerPort
+from hookctl.hooks.rotary import RotaryPort, SiteTablePort
 from hookctl.hooks.skips import Concat, ConcatPort, concats
 from hookctl.loop import around
 from hookctl.loop.attached import Modules
 from hookctl.loop.calls import calls
 from hookctl.loop.inserting import BlockCall, InsertCall, LinearCall, StemCall
 from hookctl.loop.missed import is_strict
+from hookctl.loop.positions import rotary_port, site_port
 from hookctl.loop.state import FeatureCall, State
 from hookctl.loop.text_rows import rows_inside
 from hookctl.run_state import remembering
 
-InsidePort = BlockPort | ConcatPort | LayerPort
+InsidePort = BlockPort | ConcatPort | LayerPort | RotaryPort | SiteTablePort
 
 
 class Attending:
@@ -90,13 +92,17 @@ def ports_inside(
     model: nn.Module, modules: Modules, wanted: Collection[tuple[str, str]]
 ) -> Iterator[tuple[tuple[str, str], InsidePort]]:
     """Ports of some layers of a model, by hook and path."""
-    blocks = families.plain_blocks(model)
+    blocks, rotary = families.plain_blocks(model), families.rotary_of(model)
+    if rotary is not None and (key := ("positions", rotary[0])) in wanted:
+        yield key, rotary_port(model, rotary[0])
     for concat in concats(model):
         if (key := ("features", concat.path)) in wanted:
             yield key, ConcatPort(concat, edit_features)
     for path, (site, module) in modules.items():
         if (key := ("insert", path)) in wanted:
             yield key, InsertPort(blocks[module], path, edit_inside("insert", path, site))
+        if (key := ("positions", path)) in wanted:
+            yield key, site_port(module, path)
     for path, block in families.blocks_of(model, [site for site, _ in modules.values()]).items():
         if (key := ("block", path)) in wanted:
             edit = partial(_passed, path, block.site)

@@ -40,8 +40,8 @@ class Call:
 
     acting: attached editors; by_site: for each edited site those that are shown its calls;
     owner: the `Denoising` it belongs to; repeated: the whole call is made again for a backward
-    pass. nodes: the numbers of its autograd nodes, from and to; backwards: the backward passes that
-    went through it.
+    pass. rotary: the tables of its rotary positions, where editors rewrite them. nodes: the numbers
+    of its autograd nodes, from and to; backwards: the backward passes that went through it.
     """
 
     state: State
@@ -53,6 +53,7 @@ class Call:
     nodes: tuple[int, int] = (0, 0)
     backwards: set[int] = field(default_factory=set)
     repeated: bool = False
+    rotary: Any = None
 
 
 class Calls:

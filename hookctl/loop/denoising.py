@@ -220,7 +220,7 @@ class Denoising:
             if overrides(a.editor, "residuals"):
                 add_residuals(state, around.residuals(a, state))
         untouched = state.assigned is None and state.own_rows is None and state.residuals is None
-        if not standing and not extra and untouched:
+        if not standing and not extra and untouched and not state.other_texts:
             return self._inner(hooked, inner, call, args, kwargs)
 
         def proceed(rest: Sequence[Attached] = tuple(standing)) -> Any:

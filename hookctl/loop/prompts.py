@@ -20,7 +20,7 @@ _MASK = "encoder_attention_mask"
 
 # What says which text is meant, or how often; the rest (clip_skip, max_sequence_length, device ...)
 # says how to encode it.
-_WHICH = re.compile(r"prompt|negative|embeds|^num_|guidance|image|self")
+_WHICH = re.compile(r"prompt(?!_template)|negative|embeds|^num_|guidance|image|self")
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,27 @@ class Encoded:
 
 
 @torch.no_grad()
-def encode(pipe: Any, texts: Sequence[str], like: Mapping[str, Any] | None = None) -> Encoded:
+def encode(
+    pipe: Any,
+    texts: Sequence[str],
+    like: Mapping[str, Any] | None = None,
+    *,
+    with_images: bool = False,
+) -> Encoded:
     """Encode prompts by the pipeline's own `encode_prompt`, every text encoder included.
 
     like: the arguments of the pipeline's own call (`State.encoding`), so that clip_skip,
-    max_sequence_length and their kin are the run's. Raises UnsupportedError if the pipeline has no
-    encoder of prompts.
+    max_sequence_length and their kin are the run's; with_images: also the images that it read with
+    its prompts (Qwen-Image-Edit). Raises UnsupportedError if the pipeline has no encoder of
+    prompts.
     """
     check_encoder(pipe)
     # Of the class: the hook on the instance would take these texts for the run's prompts.
     method = type(pipe).encode_prompt
     known = inspect.signature(method).parameters
     given = {k: v for k, v in (like or {}).items() if k in known and not _WHICH.search(k)}
+    if with_images and like is not None and "image" in known and "image" in like:
+        given["image"] = like["image"]
     given["prompt"] = list(texts)
     for name, parameter in known.items():
         if name.startswith("num_"):

@@ -215,6 +215,8 @@ class Run:
                     for i in range(size)
                 ]
             )
+        if self.count is None and self.stated:  # nothing was encoded where it could be seen
+            self.prompts, self.count = self.stated, len(self.stated)
         layout, guided = pipelines.layout_of(self.pipe, denoiser), pipelines.is_guided(self.pipe)
         if guided and families.leaves_unguided(self.pipe, clock.entry):
             guided = False

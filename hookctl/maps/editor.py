@@ -21,7 +21,7 @@ from hookctl.address.sites import Grid, Selector, Site, select
 from hookctl.address.text import PromptText, TextLayout, prompts_given
 from hookctl.arguments import checked
 from hookctl.attention.call import AttentionCall
-from hookctl.editor import Editor
+from hookctl.editor import WORDS, Claim, Editor
 from hookctl.errors import InputError, SelectorError, UnsupportedError, WordError
 from hookctl.loop.state import State
 from hookctl.maps import places
@@ -124,6 +124,11 @@ class Maps(Editor):
     def branch(self) -> str:
         """Whose rows are read."""
         return UNCOND if self.negative else COND
+
+    def claims(self) -> Sequence[Claim]:
+        if not self._reads_words or self.negative:
+            return []
+        return [Claim(WORDS, window=self.window(), shared=True)]
 
     def attach(self, target: Any) -> None:
         self._layout = TextLayout(target) if self._reads_words else None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import hookctl
 from hookctl import Editor, recipes
-from hookctl.errors import ConflictError, HookctlError, InputError
+from hookctl.errors import ConflictError, HookctlError, InputError, UnsupportedError
 from hookctl.recipes.common.source_and_edits import SourceAndEdits
 from tests import zoo
 from tests.families.subjects import error
@@ -44,6 +44,8 @@ RECIPES: dict[str, Callable[[Any], Editor]] = {
     "AttendAndExcite": lambda r: r.AttendAndExcite(["cat"], refinements=1),
     "BoxDiff": lambda r: r.BoxDiff(["cat"], [LEFT], refinements=1),
     "CFGZeroStar": lambda r: r.CFGZeroStar(),
+    "DifferentialDiffusion": lambda r: r.DifferentialDiffusion(image(), LEFT, seed=0),
+    "DyPE": lambda r: r.DyPE(base=2),
     "ConsiStory": lambda r: r.ConsiStory(PROMPTS, "cat", sites="self", dropped=0.0),
     "FDG": lambda r: r.FDG(),
     "FreeU": lambda r: r.FreeU(),
@@ -58,9 +60,11 @@ RECIPES: dict[str, Callable[[Any], Editor]] = {
     "NAG": lambda r: r.NAG("a dog"),
     "OneWayFlow": lambda r: r.OneWayFlow({"seed": TOP}, [("rest", "seed", -4.0)]),
     "PAG": lambda r: r.PAG(sites="self @1/2"),
+    "PromptSchedule": lambda r: r.PromptSchedule(["a red [cat:dog:0.5]", "a blue [cat:dog:0.5]"]),
     "PlugAndPlay": lambda r: r.PlugAndPlay(PROMPTS, feature_stop=1.0, query_stop=1.0),
     "PromptToPrompt": lambda r: r.PromptToPrompt(PROMPTS, self_replace=0.5, self_resolution=1.0),
     "ProximalGuidance": lambda r: r.ProximalGuidance(),
+    "RIFLEx": lambda r: r.RIFLEx(k=1, paper=True),
     "RealCompo": lambda r: r.RealCompo(["cat"], [LEFT], second(), alone=0.0),
     "ReferenceOnly": lambda r: r.ReferenceOnly(PROMPTS, image()),
     "RegionalPrompts": lambda r: r.RegionalPrompts(["a dog"], [LEFT]),
@@ -77,8 +81,10 @@ RECIPES: dict[str, Callable[[Any], Editor]] = {
     "TCFG": lambda r: r.TCFG(),
     "TPG": lambda r: r.TPG(),
 }
+# Those that rewrite rotary positions, which a UNet has not.
+OF_POSITIONS = ("DyPE", "RIFLEx")
 FOR_VIDEOS = {"PromptRelay"}  # refused for images (`test_prompt_relay`)
-NAMES = [name for name in RECIPES if name in recipes.__all__]
+NAMES = [name for name in RECIPES if name in recipes.__all__ and name not in OF_POSITIONS]
 
 # Inversions of an image, whose edits are drawn by a program under further editors.
 INVERSIONS: dict[str, dict[str, Any]] = {
@@ -121,6 +127,12 @@ def test_every_editor_is_in_the_table() -> None:
         if isinstance(getattr(recipes, name), type) and issubclass(getattr(recipes, name), Editor)
     }
     assert editors - FOR_VIDEOS <= set(RECIPES) | ELSEWHERE
+
+
+@pytest.mark.parametrize("name", OF_POSITIONS)
+def test_positions_are_refused_by_name(name: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"{name} rewrites rotary positions, and UNet2DCond"):
+        draw(name)
 
 
 @pytest.mark.slow
@@ -214,8 +226,10 @@ EVERYDAY = ("AttendAndExcite", "FreeU", "PromptToPrompt", "RegionalPrompts", "SA
 @pytest.mark.parametrize("other", examples(NAMES, EVERYDAY))
 def test_programs_under_editors(name: str, other: str) -> None:
     act, without = PROGRAMS[name]
-    if name == "Imagic" and isinstance(RECIPES[other](recipes), SourceAndEdits):
-        with pytest.raises(InputError, match=f"{other} edits .* but the pipeline was called"):
+    of_two = isinstance(RECIPES[other](recipes), SourceAndEdits | recipes.PromptSchedule)
+    if name == "Imagic" and of_two:
+        said = f"{other} (edits|begins with) .* but the pipeline was called"
+        with pytest.raises(InputError, match=said):
             act(RECIPES[other](recipes))
         return
     try:

@@ -4,7 +4,7 @@ record          the two records, `Model` and `Pipeline`, and where they are look
 models, image, moving, combined   the tables
 text            how a pipeline's text sequence is made up
 access, sites, processors   denoisers, attention sites, and how their attention is computed
-inside          their other layers
+inside, rotary  their other layers, and rotary positions
 loops           what pipelines do between the latents and the scheduler's step
 traces, prove   measure on a live pipeline what is declared
 """
@@ -46,6 +46,7 @@ from hookctl.address.families.record import (
     pipeline_of,
     uncompiled,
 )
+from hookctl.address.families.rotary import rotary_of
 from hookctl.address.families.sites import (
     attention_modules,
     describe_sites,
@@ -85,6 +86,7 @@ __all__ = [
     "pipeline_of",
     "plain_blocks",
     "processor_of",
+    "rotary_of",
     "sdpa_form",
     "settings_of",
     "softmax_free",

@@ -69,6 +69,10 @@ declare_pipelines(Pipeline({UNET: PIX2PIX}, text.clip), "StableDiffusionInstruct
 declare_pipelines(
     Pipeline({UNET: PIX2PIX}, text.clip, _POOLED), "StableDiffusionXLInstructPix2PixPipeline"
 )
+# Put together from blocks: its guider asks for one branch after the other.
+declare_pipelines(
+    Pipeline({UNET: SEQUENTIAL}, text.clip, _POOLED), "StableDiffusionXLModularPipeline"
+)
 declare_pipelines(
     Pipeline({UNET: ALONE}, text.clip),
     "LatentConsistencyModelPipeline LatentConsistencyModelImg2ImgPipeline",
@@ -242,16 +246,19 @@ declare_pipelines(
 )
 declare_pipelines(Pipeline({TRANSFORMER: ALONE}, text.TEMPLATE), "Flux2Pipeline")
 declare_pipelines(
-    Pipeline({TRANSFORMER: SEQUENTIAL}, text.templated),
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.templated, {"mask": 1}),
     """
     QwenImagePipeline QwenImageImg2ImgPipeline QwenImageInpaintPipeline QwenImageControlNetPipeline
     QwenImageControlNetInpaintPipeline
     """,
 )
 declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.EDIT_TEMPLATE, {"mask": 1}),
+    "QwenImageEditPipeline QwenImageEditPlusPipeline QwenImageEditInpaintPipeline",
+)
+declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.EDIT_TEMPLATE),
     """
-    QwenImageEditPipeline QwenImageEditPlusPipeline QwenImageEditInpaintPipeline
     QwenImageLayeredPipeline LongCatImageEditPipeline JoyImageEditPipeline
     BriaFibo2Pipeline
     """,

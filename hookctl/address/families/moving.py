@@ -33,10 +33,16 @@ declare_pipelines(
     """,
 )
 declare_pipelines(
-    Pipeline({TRANSFORMER: BATCHED}, text.padded(128), handing=handing.in_float32), "LTXPipeline"
+    Pipeline({TRANSFORMER: BATCHED}, text.padded(128), {"mask": 1}, handing=handing.in_float32),
+    "LTXPipeline",
 )
 declare_pipelines(
-    Pipeline({TRANSFORMER: BATCHED}, text.padded(128), handing=handing.later_frames_of_tokens),
+    Pipeline(
+        {TRANSFORMER: BATCHED},
+        text.padded(128),
+        {"mask": 1},
+        handing=handing.later_frames_of_tokens,
+    ),
     "LTXImageToVideoPipeline",
 )
 declare_pipelines(
@@ -85,10 +91,13 @@ declare_pipelines(
     """,
 )
 declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE, {"pooled": 1, "mask": 2}),
+    "HunyuanVideoPipeline HunyuanSkyreelsImageToVideoPipeline HunyuanVideoFramepackPipeline",
+)
+declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE),
     """
-    HunyuanVideoPipeline HunyuanSkyreelsImageToVideoPipeline
-    HunyuanVideoFramepackPipeline HunyuanVideo15Pipeline HunyuanVideo15ImageToVideoPipeline
+    HunyuanVideo15Pipeline HunyuanVideo15ImageToVideoPipeline
     Kandinsky5T2VPipeline MotifVideoPipeline MotifVideoImage2VideoPipeline
     Cosmos2_5_PredictBasePipeline Cosmos2_5_TransferPipeline Cosmos3OmniPipeline
     """,

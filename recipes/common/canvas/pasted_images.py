@@ -12,7 +12,8 @@ from torch import Tensor
 from hookctl.address.regions import Region
 from hookctl.arguments import refusal
 from hookctl.bounds import SIDE
-from hookctl.errors import InputError
+from hookctl.errors import InputError, UnsupportedError
+from hookctl.recipes.common.real_images.encoded import takes_videos
 
 GRAY = (128, 128, 128)
 
@@ -22,6 +23,16 @@ def resized(image: Any, size: tuple[int, int], name: str) -> Image.Image:
     if not all(1 <= side <= SIDE for side in size):
         raise refusal(name, size, f"a width and a height of 1 to {SIDE} px")
     return image.resize((int(size[0]), int(size[1])), Image.Resampling.LANCZOS)
+
+
+def require_grid(pipe: Any, who: str) -> None:
+    """Raise UnsupportedError unless a pipeline's latents are images with rows and columns."""
+    if hasattr(pipe, "_pack_latents") or takes_videos(pipe):
+        raise UnsupportedError(
+            f"{who} writes images into places of latents [images, channels, height, width], and "
+            f"those of {type(pipe).__name__} are packed, or videos; use a UNet pipeline, or "
+            "DifferentialDiffusion, which keeps places of any latents"
+        )
 
 
 class PastedImages:

@@ -15,7 +15,7 @@ from hookctl.address.regions import Region
 from hookctl.address.sites import Selector, Site, select
 from hookctl.address.text import PromptText, TextLayout
 from hookctl.arguments import checked
-from hookctl.editor import WHOLE_IMAGE, Claim
+from hookctl.editor import WHOLE_IMAGE, WORDS, Claim
 from hookctl.errors import InputError, SelectorError
 from hookctl.loop.energy import Energies, MapReader, energies
 from hookctl.loop.state import State
@@ -82,7 +82,7 @@ class WordEnergy(MapReader):
         self.regions.check_lengths(self.words)
 
     def claims(self) -> Sequence[Claim]:
-        return [Claim(WHOLE_IMAGE, window=self.window(), shared=True)]
+        return [Claim(what, window=self.window(), shared=True) for what in (WHOLE_IMAGE, WORDS)]
 
     def attach(self, target: Any) -> None:
         if target is denoiser_of(target):

@@ -115,6 +115,8 @@ def needed(cls: type) -> dict[str, Any]:
         "negative": "a dog",
         "concepts": ["cat", "background"],
         "texts": ["a cat", "a dog"],
+        "change": "full",
+        "schedule": ["a [red:blue:0.5] cat"] * 2,
         "regions": BOXES if "texts" in parameters(cls) else BOXES[:1],
     }
     if cls is recipes.OneWayFlow:
