@@ -71,10 +71,12 @@ class TPG(PerturbedGuidance):
 
 def _published(target: Any) -> list[str]:
     """The sites of the blocks that are shuffled where none are given."""
-    sites = [site for site in sites_of(target) if site.kind in IMAGE_KINDS]
-    blocks = families.blocks_of(families.uncompiled(families.denoiser_of(target)), sites)
-    encoder = [block.site.path for block in blocks.values() if block.site.place == "down"]
-    if encoder:
-        return encoder[len(encoder) // 4 :]
-    every = [block.site.path for block in blocks.values()]
-    return every[: -(-len(every) // 2)]
+    found: list[str] = []
+    for name, model in families.denoisers_of(target):
+        sites = [site for site in sites_of(model) if site.kind in IMAGE_KINDS]
+        blocks = families.blocks_of(families.uncompiled(model), sites).values()
+        encoder = [block.site.path for block in blocks if block.site.place == "down"]
+        every = [block.site.path for block in blocks]
+        chosen = encoder[len(encoder) // 4 :] if encoder else every[: -(-len(every) // 2)]
+        found += [f"{name}.{path}" if name else path for path in chosen]
+    return found

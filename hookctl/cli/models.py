@@ -17,7 +17,7 @@ SHAPES, SHAPES_FLOW = "shapes", "shapes-flow"
 EMBEDDED = {SHAPES: "demos/shapes/weights", SHAPES_FLOW: "demos/shapes/flow/weights"}
 _MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WHAT_WOULD_DO = (
-    "a folder in the diffusers layout, a model id (owner/name), 'shapes' or 'shapes-flow'"
+    "a folder in the diffusers layout, 'shapes-flow', a model id (owner/name), or 'shapes'"
 )
 
 

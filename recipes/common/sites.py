@@ -73,11 +73,12 @@ def two_stream_sites(target: Any) -> list[str]:
 def sites_of_layers(who: str, target: Any, layers: Iterable[int]) -> list[str]:
     """The paths of the image's attention in some transformer blocks, counted from 0.
 
-    They are counted in the list `transformer_blocks`, in the longest one where there is none, and
-    over all of a UNet. InputError for a block that is not there.
+    They are counted in each denoiser, in its list `transformer_blocks`, in the longest one where
+    there is none, and over all of a UNet. InputError for a block that is not there.
     """
-    sites = sites_of(target)
-    every = list(families.blocks_of(families.uncompiled(families.denoiser_of(target)), sites))
+    models = families.denoisers_of(target)
+    first = families.uncompiled(models[0][1])
+    every = list(families.blocks_of(first, sites_of(first)))
     lists: dict[str, list[str]] = {}
     for path in every:
         lists.setdefault(path.rpartition(".")[0], []).append(path)
@@ -92,8 +93,8 @@ def sites_of_layers(who: str, target: Any, layers: Iterable[int]) -> list[str]:
         raise InputError(
             f"{who}: layers={tuple(wanted)}; this model has blocks 0 to {len(blocks) - 1}"
         )
-    paths = {blocks[i] for i in wanted}
-    image = [s.path for s in sites if s.kind in (*IMAGE_KINDS, "temporal")]
+    paths = {f"{name}.{blocks[i]}" if name else blocks[i] for name, _ in models for i in wanted}
+    image = [s.path for s in sites_of(target) if s.kind in (*IMAGE_KINDS, "temporal")]
     return [path for path in image if path.rpartition(".")[0] in paths]
 
 

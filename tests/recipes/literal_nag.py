@@ -59,7 +59,7 @@ def drawn_with(
         del given["self"]
         rows = len(given["encoder_hidden_states"])
         for name, value in given.items():
-            if name == "added_cond_kwargs":
+            if name == "added_cond_kwargs" and value is not None:
                 added = {k: x for k, x in value.items() if x is not None}
                 given[name] = {**value, **{k: torch.cat([x, x[cond]]) for k, x in added.items()}}
             if name in SHARED or not isinstance(value, Tensor) or value.dim() == 0:

@@ -85,6 +85,13 @@ _TEXT_LAST = (
 ).split()
 
 
+def _at(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:  # a further denoiser, whose paths begin with its name
+        return model.get_submodule(path.partition(".")[2])
+
+
 def blocks_of(model: nn.Module, sites: Iterable[Site]) -> dict[str, Block]:
     """The transformer blocks that hold attention sites of the image, by path, in model order."""
     found: dict[str, Block] = {}
@@ -92,7 +99,7 @@ def blocks_of(model: nn.Module, sites: Iterable[Site]) -> dict[str, Block]:
         path = site.path.rpartition(".")[0]
         if site.kind not in ("self", "joint", "temporal") or not path or path in found:
             continue
-        module = model.get_submodule(path)
+        module = _at(model, path)
         name = type(module).__name__
         parameters = inspect.signature(type(module).forward).parameters
         image = next((stream for stream in IMAGE_STREAMS if stream in parameters), None)

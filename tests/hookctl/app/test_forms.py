@@ -147,10 +147,14 @@ def test_what_can_not_be_is_said(cls: type, values: Any, context: Context, messa
 
 
 NEEDED = {
+    "ConceptAttention": {"concepts": '["a cat"]'},
     "ConsiStory": {"subject": '"a"'},
+    "DifferentialDiffusion": {"change": '"box:0,0,0.5,1"'},
     "LEDITSPlusPlus": {"edits": '["a dog"]'},
     "OneWayFlow": {"flows": '[["a cat", "a dog", 1.0]]'},
+    "NAG": {"negative": '"a dog"'},
     "PromptRelay": {"parts": '["a cat", "a dog"]'},
+    "PromptSchedule": {"schedule": '"a [cat:dog:0.5]"'},
 }
 
 

@@ -264,6 +264,7 @@ def test_mistakes_are_said_and_the_page_lives_on(opened: Callable[..., Any]) -> 
     page.fill("#edit textarea", "a green circle above a blue square")
     page.wait_for_selector("#card-2")
     page.click("#card-2-up")  # to be looked over again
+    page.wait_for_selector("#card-1 .name:has-text('MasaCtrl')")  # drawn anew
     page.wait_for_function("() => document.querySelectorAll('.card .note').length == 2")
     assert "both claim the substitution" in page.inner_text("#card-1 .note")
     assert page.locator("#card-2-blend input:checked").count() == 1  # it came along

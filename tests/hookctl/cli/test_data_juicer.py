@@ -80,8 +80,8 @@ def test_a_sample_is_drawn_as_a_job_draws_it(
 
 def test_a_job_that_is_wrong_is_told_at_once(operators: Registry, tmp_path: Path) -> None:
     mapper = operators.classes["hookctl_pair_mapper"]
-    with pytest.raises(InputError, match="which model"):
-        mapper(str(write_job(tmp_path)), str(tmp_path))
+    with pytest.raises(InputError, match="nowhere: there is no such folder"):
+        mapper(str(write_job(tmp_path)), str(tmp_path), model="nowhere")
     with pytest.raises(InputError, match="edited"):
         made = mapper(str(write_job(tmp_path)), str(tmp_path), model="shapes")
         made.process_single({"source": "a red circle"})

@@ -25,6 +25,7 @@ from tests.hookctl.learned.identity import adapter, identity_net
 from tests.hookctl.learned.test_collaborative import network, tokens
 from tests.hookctl.learned.test_instance_diffusion import edit
 from tests.hookctl.learned.test_ip_adapter import vector
+from tests.hookctl.learned.test_lora import factors_of, made, of_attention
 from tests.recipes.test_pairs import RECIPES
 
 POINTS = [(0.35, 0.4), (0.65, 0.4), (0.5, 0.55), (0.4, 0.7), (0.6, 0.7)]
@@ -46,6 +47,9 @@ LEARNED: dict[str, Callable[[Any], Editor]] = {
     ),
     "InstantID": lambda pipe: InstantID(
         adapter("instantid", pipe.unet), Person(vector(0, 6) * 10, POINTS), identity_net(pipe.unet)
+    ),
+    "LoRA": lambda pipe: learned.LoRA(
+        made(factors_of(pipe.unet, of_attention)), region=(0, 0, 0.5, 1)
     ),
 }
 COPIES: dict[str, Callable[[Any], Any]] = {
