@@ -19,6 +19,7 @@ from hookctl.errors import InputError
 from hookctl.learned.collaborative import CollaborativeDiffusion, Collaborator
 from hookctl.learned.instant_id import InstantID
 from hookctl.learned.ip_adapter import IPAdapter
+from hookctl.learned.lora import LoRA
 from hookctl.learned.modules.gated_attention import GatedSelfAttention
 from hookctl.learned.people import Person
 from tests.families.subjects import error
@@ -115,7 +116,7 @@ def test_an_editor_and_its_weights_are_freed(name: str) -> None:
 
 
 def parameters_of(editor: Editor) -> Iterator[Any]:
-    """Those of the modules that an editor holds, also in lists, tables and records."""
+    """The weights that an editor holds, also in lists, tables and records."""
     waiting, seen = [vars(editor)], set[int]()
     while waiting:
         one: Any = waiting.pop()
@@ -124,6 +125,8 @@ def parameters_of(editor: Editor) -> Iterator[Any]:
         seen.add(id(one))
         if isinstance(one, nn.Module):
             yield from one.parameters()
+        elif isinstance(one, Tensor) and type(editor) is LoRA:  # which holds no modules
+            yield one
         elif isinstance(one, dict):
             waiting += one.values()
         elif isinstance(one, list | tuple):
