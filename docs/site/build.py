@@ -31,6 +31,7 @@ ELSEWHERE = {
     "CONTRIBUTING.md": "contributing.md",
     "demos/gallery.md": "gallery.md",
     "demos/shapes/weights/README.md": "shapes.md",
+    "demos/shapes/flow/weights/README.md": "shapes_flow.md",
     "docs/devices/README.md": "devices.md",
 }
 # Files whose interface has a page of the reference.
@@ -233,6 +234,7 @@ def navigation() -> Navigation:
                 {"How it compares": "comparison.md"},
                 {"By device": "devices.md"},
                 {"The embedded model": "shapes.md"},
+                {"Its flow-matching sibling": "shapes_flow.md"},
             ]
         },
         {

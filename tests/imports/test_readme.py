@@ -16,7 +16,8 @@ from hookctl.recipes import MasaCtrl, PromptToPrompt
 from tests.imports.pages import ROOT, blocks, check_links, paste
 
 README, CARD = ROOT / "README.md", ROOT / "demos/shapes/weights/README.md"
-PAGES = [README, CARD, ROOT / "CHANGELOG.md", ROOT / "demos/gallery.md", *ROOT.glob("docs/*.md")]
+FLOW_CARD = ROOT / "demos/shapes/flow/weights/README.md"
+PAGES = [README, CARD, FLOW_CARD, ROOT / "CHANGELOG.md", ROOT / "demos/gallery.md", *ROOT.glob("docs/*.md")]
 
 
 def commands() -> list[list[str]]:
@@ -45,6 +46,7 @@ def test_python_runs_as_it_stands(pasted: tuple[dict[str, Any], Path]) -> None:
 def test_so_does_that_of_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert paste(CARD)["result"].images[0].size == (128, 128)
+    assert paste(FLOW_CARD)["result"].images[0].size == (128, 128)
     assert [path.name for path in tmp_path.iterdir()] == ["image.png"]
 
 
