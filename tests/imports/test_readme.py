@@ -17,7 +17,14 @@ from tests.imports.pages import ROOT, blocks, check_links, paste
 
 README, CARD = ROOT / "README.md", ROOT / "demos/shapes/weights/README.md"
 FLOW_CARD = ROOT / "demos/shapes/flow/weights/README.md"
-PAGES = [README, CARD, FLOW_CARD, ROOT / "CHANGELOG.md", ROOT / "demos/gallery.md", *ROOT.glob("docs/*.md")]
+PAGES = [
+    README,
+    CARD,
+    FLOW_CARD,
+    ROOT / "CHANGELOG.md",
+    ROOT / "demos/gallery.md",
+    *ROOT.glob("docs/*.md"),
+]
 
 
 def commands() -> list[list[str]]:
