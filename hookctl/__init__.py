@@ -51,15 +51,10 @@ if TYPE_CHECKING:
     from hookctl.attention.token_map import Routing
     from hookctl.editor import Claim, Editor
     from hookctl.loop.branches import Branch
-    from hookctl.loop.inserting import (
-        BlockCall,
-        InsertCall,
-        LinearCall,
-        PositionsCall,
-        Residuals,
-        StemCall,
-    )
+    from hookctl.loop.inserting import BlockCall, InsertCall, LinearCall, StemCall
     from hookctl.loop.noise import Noise
+    from hookctl.loop.positions_call import PositionsCall
+    from hookctl.loop.residuals import Residuals
     from hookctl.loop.state import FeatureCall, Predictions, State
     from hookctl.loop.trajectory import Trajectory
     from hookctl.maps import Maps, MapStore, WordMaps
@@ -124,11 +119,11 @@ _HOMES = {
     "MapStore": "hookctl.maps",
     "Maps": "hookctl.maps",
     "Noise": "hookctl.loop.noise",
-    "PositionsCall": "hookctl.loop.inserting",
+    "PositionsCall": "hookctl.loop.positions_call",
     "Predictions": "hookctl.loop.state",
     "References": "hookctl.references",
     "Region": "hookctl.address.regions",
-    "Residuals": "hookctl.loop.inserting",
+    "Residuals": "hookctl.loop.residuals",
     "Routing": "hookctl.attention.token_map",
     "Row": "hookctl.address.rows",
     "Rows": "hookctl.address.rows",

@@ -8,7 +8,7 @@ editors that would undo each other are refused before anything runs.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
@@ -16,20 +16,15 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from hookctl.address.clock import Clock, Window
-from hookctl.address.sites import Selector, Site, matcher
-from hookctl.errors import ConflictError, InputError, check_returned, naming
+from hookctl.address.sites import Selector
+from hookctl.errors import InputError, check_returned, naming
 
 if TYPE_CHECKING:
     from hookctl.attention.call import AttentionCall
     from hookctl.loop.branches import Branch
-    from hookctl.loop.inserting import (
-        BlockCall,
-        InsertCall,
-        LinearCall,
-        PositionsCall,
-        Residuals,
-        StemCall,
-    )
+    from hookctl.loop.inserting import BlockCall, InsertCall, LinearCall, StemCall
+    from hookctl.loop.positions_call import PositionsCall
+    from hookctl.loop.residuals import Residuals
     from hookctl.loop.state import FeatureCall, Predictions, Proceed, State
 
 # Shared by editors to whom places of the image or its whole latents mean something, held alone by
@@ -269,43 +264,3 @@ def _check_signature(editor: Editor, name: str) -> None:
             f"{type(editor).__name__}.{name}{taken} can't be called with ({', '.join(wanted)}); "
             f"define it as {name}({', '.join(['self', *wanted])})"
         ) from None
-
-
-CURE = "Give one of them other sites=, or windows that do not overlap"
-
-
-def check_conflicts(editors: Sequence[tuple[Any, Iterable[Site]]]) -> None:
-    """Raise ConflictError if two editors claim the same thing at the same place and time.
-
-    editors: (editor, all sites of its model) pairs, in list order.
-    """
-    held: list[tuple[Any, Any, frozenset[str]]] = []
-    for editor, sites in editors:
-        new = []
-        for claim in editor.claims():
-            test = matcher(claim.sites)
-            paths = frozenset(site.path for site in sites if test(site))
-            for other, theirs, their_paths in held:
-                common = paths & their_paths
-                if claim.what == theirs.what and _meet(claim, theirs, common):
-                    raise ConflictError(
-                        f"{other.name} and {editor.name} both claim the {claim.what}"
-                        f"{_where(claim, theirs, common)}. {claim.cure or theirs.cure or CURE}"
-                    )
-            new.append((editor, claim, paths))
-        held += new
-
-
-def _meet(a: Any, b: Any, common: Collection[str]) -> bool:
-    """Whether two claims to one thing can't both be held."""
-    prompts = a.prompts is None or b.prompts is None or bool(set(a.prompts) & set(b.prompts))
-    places = bool(common) or (a.sites is None and b.sites is None)
-    return places and prompts and a.window.overlaps(b.window) and not (a.shared and b.shared)
-
-
-def _where(a: Any, b: Any, common: Collection[str]) -> str:
-    start, stop = max(a.window.start, b.window.start), min(a.window.stop, b.window.stop)
-    time = f" between {start:g} and {stop:g} of the schedule"
-    if a.sites is None and b.sites is None:
-        return time
-    return f" of {len(common)} sites (such as {min(common)!r}){time}"

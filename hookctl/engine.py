@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from hookctl.address import families
-from hookctl.editor import check_conflicts, overrides
+from hookctl.editor import overrides
 from hookctl.errors import InputError, UnsupportedError, naming
 from hookctl.hooks.attention import SitePort
 from hookctl.hooks.patch import let_go
@@ -27,6 +27,7 @@ from hookctl.loop import here
 from hookctl.loop.attached import Attached, Entry, Modules, attach
 from hookctl.loop.attending import Attending, InsidePort, ports_inside
 from hookctl.loop.calls import calls
+from hookctl.loop.conflicts import check_conflicts
 from hookctl.loop.denoising import Denoising
 from hookctl.loop.pipeline_hooks import PipelineHooks, lock
 from hookctl.run_state import remembering

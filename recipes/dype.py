@@ -1,16 +1,16 @@
 """DyPE: images larger than a model was trained for, by positions that follow the denoising.
 
 Issachar et al., "DyPE: Dynamic Position Extrapolation for Ultra High Resolution Diffusion", arXiv
-2510.20766 (ICML 2026). An axis of P tokens, s = P / base times what the model has seen, turns its
+2510.20766 (ICML 2026). An axis of P tokens, s = P / base times what the model has seen, rotates its
 pairs of channels j by frequencies between the model's own f_j, slower ones f_j / s and the powers
 of a raised theta (YaRN, arXiv 2309.00071):
 
     ntk_j = (theta s^(d / (d - 2)))^(-2j / d)          d channels of the axis
     f_j  <- blend(beta) of f_j / s and ntk_j, then blend(gamma) of that and f_j
 
-a blend takes the second for small j, the first for large ones, between the pairs that turn r_0 and
-r_1 times over `base` tokens. All r are multiplied by t^power, t the level of noise: positions are
-stretched while the layout is found, and the model's own in the end. Cosines and sines are
+a blend takes the second for small j, the first for large ones, between the pairs that rotate r_0
+and r_1 times over `base` tokens. All r are multiplied by t^power, t the level of noise: positions
+are stretched while the layout is found, and the model's own in the end. Cosines and sines are
 multiplied by 0.1 ln s + 1, also those of the text.
 """
 
@@ -27,8 +27,8 @@ from hookctl.address.families import denoiser_of, rotary_of
 from hookctl.arguments import checked, number, one_of, whole
 from hookctl.editor import Editor
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.loop.inserting import PositionsCall
 from hookctl.loop.noise import Noise, matches_flow
+from hookctl.loop.positions_call import PositionsCall
 from hookctl.run_state import RunState
 
 BETA, GAMMA = (1.25, 0.75), (16.0, 2.0)
@@ -131,14 +131,14 @@ class DyPE(Editor):
         return torch.lerp(f_beta, f, self._share(GAMMA, d, theta, kappa, j))
 
     def _share(
-        self, turns: tuple[float, float], d: int, theta: float, kappa: float, j: Tensor
+        self, rotations: tuple[float, float], d: int, theta: float, kappa: float, j: Tensor
     ) -> Tensor:
-        """How much of the second a blend takes at each pair: 1 for those that turn often."""
+        """How much of the second a blend takes at each pair: 1 for those that rotate often."""
         if not kappa:
             return torch.ones_like(j)
         places = [
             d * math.log(self._base / (2 * math.pi * r * kappa)) / (2 * math.log(theta))
-            for r in turns
+            for r in rotations
         ]
         low, high = max(math.floor(places[0]), 0), min(math.ceil(places[1]), d - 1)
         width = high - low if high != low else 0.001

@@ -2,8 +2,8 @@
 
 Zhao et al., "RIFLEx: A Free Lunch for Length Extrapolation in Video Diffusion Transformers", arXiv
 2502.15894 (ICML 2025). Videos that are too long repeat themselves after as many frames as one pair
-of channels takes for a turn. That pair is slowed, so that all L frames of the latent are less than
-a period (eq. 8):
+of channels takes for a rotation. That pair is slowed, so that all L frames of the latent are less
+than a period (eq. 8):
 
     f_k = 0.9 * 2 pi / L          k the pair whose period 2 pi / f is nearest to the repetition
 """
@@ -17,7 +17,7 @@ from hookctl.address.families import denoiser_of, rotary_of
 from hookctl.arguments import checked, number, whole
 from hookctl.editor import Editor
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.loop.inserting import PositionsCall
+from hookctl.loop.positions_call import PositionsCall
 
 
 class RIFLEx(Editor):
@@ -27,10 +27,10 @@ class RIFLEx(Editor):
             frames = pipe("a fox runs", num_frames=257).frames[0]
 
     repeats: after how many frames of the latent a video that is too long repeats itself
-        (HunyuanVideo 48); or k: which pair turns so, from 1 (HunyuanVideo 4).
+        (HunyuanVideo 48); or k: which pair rotates so, from 1 (HunyuanVideo 4).
     share: how much of a period the video is made.
     paper: slow the pair whatever its period; else only where the video is longer than that share
-        of it, since it would turn faster.
+        of it, since it would rotate faster.
 
     start, stop: fractions of the schedule. A video that is short enough is left bit for bit, which
     is an error unless control(..., strict=False). Raises UnsupportedError for images, and for

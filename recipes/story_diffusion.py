@@ -93,25 +93,25 @@ class StoryDiffusion(SourceAndEdits):
     def attention(self, call: AttentionCall) -> None:
         drawn: dict[int, list[Tensor]] = {}
         for row in call.rows if self.acts.holds(call.clock) else ():
-            # Whether the official code draws the image with the references, or in which turn after.
-            turn = max(0, row.prompt - self.references + 1) if self.paper else 0
-            if turn not in drawn:
-                drawn[turn] = self._seen(call, turn)
+            # 0 with the references; the official code draws each further image in a run of its own.
+            run = max(0, row.prompt - self.references + 1) if self.paper else 0
+            if run not in drawn:
+                drawn[run] = self._seen(call, run)
             seen = [
                 (call.rows.twin(row, prompt=prompt), tokens)
-                for prompt, tokens in enumerate(drawn[turn])
+                for prompt, tokens in enumerate(drawn[run])
                 if prompt != row.prompt
             ]
             look_at(call, row, seen)
 
-    def _seen(self, call: AttentionCall, turn: int) -> list[Tensor]:
+    def _seen(self, call: AttentionCall, run: int) -> list[Tensor]:
         """Which image tokens of each reference are looked at, none of any where a site is plain."""
         tokens = image_keys(call.k, call).shape[-2]
         early, late = self._times(call.clock)
         if early:
             whole_image = torch.arange(tokens, device=call.k.device)
-            return [whole_image] * self.references if turn else []
-        when = f"{self.seed} {call.clock.step} {turn}"
+            return [whole_image] * self.references if run else []
+        when = f"{self.seed} {call.clock.step} {run}"
         if random.Random(f"{when} {call.site.path}").random() <= self.plain[late]:
             return []
         generator = torch.Generator().manual_seed(random.Random(f"{when} {tokens}").getrandbits(62))

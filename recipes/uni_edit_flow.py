@@ -130,7 +130,8 @@ class UniEditFlow(flow.FlowProgram):
         levels, scales = [level.noise for level in program.levels], [self.guidance] * (2 * len(x))
         self.masks.clear()
         for i in range(program.start, self.steps):
-            source, target = self._velocity(program, scales, torch.cat([x, x]), i).chunk(2)
+            both = self._velocity(program, scales, torch.cat([x, x]), i)
+            source, target = both[: len(x)], both[len(x) :]
             difference = target - source
             m = self._mask(difference)
             v = m * target + (1 - m) * source + self.omega * (1 + m) * difference

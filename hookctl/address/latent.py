@@ -146,14 +146,14 @@ def text_tokens(text: Any, arguments: Mapping[str, Any], denoiser: nn.Module) ->
     return tokens + registers(model)
 
 
-def text_turns(denoiser: nn.Module) -> Tensor | None:
-    """By how much queries and keys of the text are turned at each position, complex [positions,
-    channels / 2], where the model numbers the positions itself and turns are powers of the one at
-    position 1 (Qwen-Image); None elsewhere."""
+def text_rotations(denoiser: nn.Module) -> Tensor | None:
+    """By how much queries and keys of the text are rotated at each position, complex [positions,
+    channels / 2], where the model numbers the positions itself and rotations are powers of the one
+    at position 1 (Qwen-Image); None elsewhere."""
     record, model = model_of(denoiser) or _UNDECLARED, uncompiled(denoiser)
-    if record.turns is None:
+    if record.rotations is None:
         return None
-    table: Any = model.get_submodule(record.turns).pos_freqs
+    table: Any = model.get_submodule(record.rotations).pos_freqs
     return table if isinstance(table, Tensor) else None
 
 

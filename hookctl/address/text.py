@@ -88,6 +88,13 @@ class PromptText:
             raise missing[0]
         return tuple(found)
 
+    def positions(self, phrase: str | int | Sequence[int]) -> tuple[int, ...]:
+        """As `find`; none if it is not there."""
+        try:
+            return self.find(phrase)
+        except WordError:
+            return ()
+
 
 class TextLayout:
     """How a pipeline steps prompts into the text sequence of its attention."""

@@ -105,3 +105,8 @@ def additive(mask: Tensor, like: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         return mask
     return like.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
+
+
+def version_of(x: Tensor | None) -> int:
+    """How often a tensor was changed in place; those of inference mode do not count it."""
+    return 0 if x is None or x.is_inference() else x._version

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple, Never
+from typing import Any, Never
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from hookctl.address.clock import Clock
 from hookctl.address.rows import Row, Rows
 from hookctl.address.sites import Grid, ImageTokens, Site, grid_of
-from hookctl.attention.arguments import cast, stacked
+from hookctl.attention.arguments import cast, stacked, version_of
 from hookctl.attention.query_lists import TextPlace
 from hookctl.attention.rewriting import (
     Operation,
@@ -25,19 +25,12 @@ from hookctl.attention.rewriting import (
     Stage,
     folded,
 )
-from hookctl.attention.spans import Spans, spans_of
+from hookctl.attention.spans import Reference, Spans, spans_of
 from hookctl.attention.term import Ref, Sum, Terms
 from hookctl.attention.text_rows import Apart
 from hookctl.errors import InputError, UnsupportedError, check_returned, naming
 
 RowLike = Row | int
-
-
-class Reference(NamedTuple):
-    """One reference image among the keys: `k[..., start:stop, :]`, (start, stop) = keys."""
-
-    keys: tuple[int, int]
-    grid: Grid
 
 
 class CallData:
@@ -214,11 +207,11 @@ class CallData:
         """Let an editor rewrite this call."""
         self.editor = editor
         given = {"q": self.q, "k": self.k, "v": self.v, "mask": self.mask}
-        versions = {name: _version(x) for name, x in given.items()}
+        versions = {name: version_of(x) for name, x in given.items()}
         with naming(editor.name, "attention", self.site.path):
             returned = editor.attention(self)
         for name, x in given.items():
-            if _version(x) != versions[name]:
+            if version_of(x) != versions[name]:
                 cure = "call.bias or call.restrict" if name == "mask" else "call.replace"
                 raise InputError(
                     f"{editor.name}.attention changed call.{name} in place at {self.site.path}, "
@@ -302,8 +295,3 @@ class CallData:
         weight = self.q.new_zeros(self.q.shape[-2])
         weight[start:stop] = 1
         return weight
-
-
-def _version(x: Tensor | None) -> int:
-    """How often a tensor was changed in place; those of inference mode do not count it."""
-    return 0 if x is None or x.is_inference() else x._version

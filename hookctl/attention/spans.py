@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from hookctl.address.sites import ImageTokens, Site
+from hookctl.address.sites import Grid, ImageTokens, Site
 from hookctl.errors import UnsupportedError
 
 
@@ -76,3 +76,10 @@ def _parts(images: ImageTokens, start: int) -> tuple[tuple[int, int], tuple[tupl
         start += grid.tokens
     target = spans.pop(images.target)
     return target, tuple(spans)
+
+
+class Reference(NamedTuple):
+    """One reference image among the keys: `k[..., start:stop, :]`, (start, stop) = keys."""
+
+    keys: tuple[int, int]
+    grid: Grid

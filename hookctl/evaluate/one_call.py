@@ -57,7 +57,7 @@ class DenoiserCall(Protocol):
     prompts: tuple[str, ...]
     own_text: int | None
     extra_text: dict[str, TextPlace]
-    text_turns: Tensor | None
+    text_rotations: Tensor | None
     text_rows: TextRows | None
 
     @property

@@ -23,12 +23,12 @@ from hookctl.attention.text_rows import Apart, TextRows
 from hookctl.errors import UnsupportedError
 
 
-class Widened(Protocol):
+class DenoiserTexts(Protocol):
     """The denoiser call, as far as its texts go."""
 
     own_text: int | None
     extra_text: dict[str, TextPlace]
-    text_turns: Tensor | None
+    text_rotations: Tensor | None
     text_rows: TextRows | None
     rows: Rows
 
@@ -91,7 +91,7 @@ class OwnPart(NamedTuple):
         return torch.cat([own[0], *texts.values(), *own[1:]], -2)
 
 
-def own_part(state: Widened, kind: str, order: str | None, given: SDPACall) -> OwnPart:
+def own_part(state: DenoiserTexts, kind: str, order: str | None, given: SDPACall) -> OwnPart:
     """A caught call as the model would make it on its own text.
 
     kind: of the site; order: of a joint sequence, "image_text" or "text_image".
@@ -126,18 +126,18 @@ def own_part(state: Widened, kind: str, order: str | None, given: SDPACall) -> O
     places = {name: TextPlace(offset + x.start, offset + x.stop) for name, x in extra.items()}
     short = None if mask is None else cut(mask.mT).mT
     call = given._replace(query=cut(q), key=cut(k), value=cut(v), attn_mask=short)
-    if state.text_turns is not None:
-        q, k = (_turned_back(x, places, state.text_turns) for x in (q, k))
+    if state.text_rotations is not None:
+        q, k = (_rotated_back(x, places, state.text_rotations) for x in (q, k))
     return OwnPart(call, (k, v), places, (q, own, image_first))
 
 
-def _turned_back(x: Tensor, places: Mapping[str, TextPlace], turns: Tensor) -> Tensor:
+def _rotated_back(x: Tensor, places: Mapping[str, TextPlace], rotations: Tensor) -> Tensor:
     """Queries or keys [..., tokens, channels] whose further texts have the positions of a run of
-    their own: what stands s places behind the own text's first token was turned s steps too far."""
+    their own: what stands s places behind the own text's first token was rotated s too far."""
     out = x.clone()
     for start, stop, _ in places.values():
         part = torch.view_as_complex(x[..., start:stop, :].float().unflatten(-1, (-1, 2)))
-        back = turns[start].conj().to(x.device)
+        back = rotations[start].conj().to(x.device)
         out[..., start:stop, :] = torch.view_as_real(part * back).flatten(-2).to(x.dtype)
     return out
 

@@ -36,7 +36,7 @@ from hookctl.learned.modules.resampler import Resampler
 from hookctl.learned.people import Person, people_of, points_of
 from hookctl.learned.weights import Weights
 from hookctl.loop.arguments import take_rows
-from hookctl.loop.inserting import Residuals
+from hookctl.loop.residuals import Residuals
 from hookctl.loop.state import State
 from hookctl.run_state import RunState
 

@@ -16,7 +16,7 @@ from hookctl.editor import Editor, overrides
 from hookctl.errors import SelectorError, UnsupportedError
 from hookctl.evaluate.plan import Plan
 from hookctl.hooks.skips import concats
-from hookctl.loop.inserting import residual_arguments
+from hookctl.loop.residuals import residual_arguments
 
 Modules = Mapping[str, tuple[Site, nn.Module]]
 

@@ -22,8 +22,8 @@ from hookctl.loop.attached import Attached, Entry
 from hookctl.loop.branches import add_branches, asked_branches, cut_branches
 from hookctl.loop.calls import Call, calls
 from hookctl.loop.finite import check_latents
-from hookctl.loop.inserting import add_residuals
 from hookctl.loop.missed import Missed
+from hookctl.loop.residuals import add_residuals
 from hookctl.loop.run import Run
 from hookctl.loop.state import State
 from hookctl.loop.step import Step

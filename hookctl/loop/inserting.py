@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,6 @@ from hookctl.address.clock import Clock
 from hookctl.address.rows import Row, Rows
 from hookctl.address.sites import Grid, ImageTokens, Site, grid_of
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.loop.state import State
 
 
 @dataclass(eq=False)
@@ -235,105 +233,3 @@ class StemCall:
         bias = None if bias is None else bias.to(given)
         layer = self.layer
         self.output = F.conv2d(given, weight.to(given), bias, layer.stride, layer.padding)
-
-
-@dataclass(eq=False)
-class PositionsCall:
-    """The rotary positions of one denoiser call, in float64; assign to change them.
-
-    positions: of every token on every axis, [[rows,] tokens, axes]; a model that numbers images and
-        text apart (FLUX.2) shows them one after the other.
-    frequencies: by which a pair of channels turns for a position, [pairs], in radians.
-    amplitudes: what the pair is multiplied by, [pairs], 1.
-    axes: their names: "row", "column", and "frame" of videos, "image" of images that are numbered,
-        "text".
-    axis: which of them a pair turns by, [pairs].
-    theta: whose powers the frequencies are; None where positions are fractions of a size (LTX).
-    words: how many of the last tokens are of a text that goes on along all axes (Qwen-Image).
-    rows: whose the batch rows are (`Rows`).
-    clock: when (`Clock`).
-    """
-
-    positions: Tensor
-    frequencies: Tensor
-    amplitudes: Tensor
-    axes: tuple[str, ...]
-    axis: Tensor
-    theta: float | None
-    rows: Rows
-    clock: Clock
-    words: int = 0
-
-    def pairs(self, axis: str) -> Tensor:
-        """The pairs that turn by an axis, as indices; InputError if there is none of that name."""
-        return (self.axis == self._index(axis)).nonzero()[:, 0]
-
-    def extent(self, axis: str) -> float:
-        """From the first to the last position of an axis, both counted; of images alone."""
-        last = self.positions.shape[-2] - self.words
-        values = self.positions[..., :last, self._index(axis)]
-        return float(values.max() - values.min()) + 1 if values.numel() else 0.0
-
-    def _index(self, axis: str) -> int:
-        if axis not in self.axes:
-            raise InputError(f"axis {axis!r}; these positions have {', '.join(self.axes)}")
-        return self.axes.index(axis)
-
-
-@dataclass(frozen=True, eq=False)
-class Residuals:
-    """What is added to the encoder of a denoiser (ControlNet, arXiv 2302.05543).
-
-    skips: of each skip connection from the first, [rows, channels, height, width] (of a
-    transformer: of its blocks, in order); middle: to the middle block's output, None for nothing.
-    """
-
-    skips: Sequence[Tensor]
-    middle: Tensor | None = None
-
-    def __add__(self, other: Residuals) -> Residuals:
-        if len(self.skips) != len(other.skips):
-            raise InputError(
-                f"residuals for {len(self.skips)} and for {len(other.skips)} skip connections "
-                "can't be added: they are of different models"
-            )
-        parts = [one for one in (self.middle, other.middle) if one is not None]
-        middle = sum(parts[1:], parts[0]) if parts else None
-        return Residuals([a + b for a, b in zip(self.skips, other.skips, strict=True)], middle)
-
-
-# Arguments of a denoiser that residuals are given by: of the skips, and of the middle.
-_ARGUMENTS = (
-    ("down_block_additional_residuals", "mid_block_additional_residual"),
-    ("block_controlnet_hidden_states", None),
-    ("controlnet_block_samples", None),
-)
-
-
-def residual_arguments(parameters: Iterable[str]) -> tuple[str, str | None] | None:
-    """By which arguments a denoiser, of these parameters, takes residuals; None for by none."""
-    known = set(parameters)
-    return next((pair for pair in _ARGUMENTS if pair[0] in known), None)
-
-
-def add_residuals(state: State, found: Residuals | None) -> None:
-    """An editor adds to the encoder of a call."""
-    if found is not None:
-        state.residuals = found if state.residuals is None else state.residuals + found
-
-
-def with_residuals(state: State, parameters: Iterable[str]) -> dict[str, Any]:
-    """The arguments of a call with what editors add to the encoder."""
-    found: Residuals | None = state.residuals
-    names = residual_arguments(parameters)
-    if found is None or names is None:
-        return state.kwargs
-    skips, middle = names
-    own = state.kwargs.get(skips)
-    if own is not None:
-        found = Residuals(own, state.kwargs.get(middle) if middle else None) + found
-    changed = {**state.kwargs, skips: tuple(found.skips)}
-    if middle is not None:
-        none = torch.zeros((), dtype=found.skips[-1].dtype, device=found.skips[-1].device)
-        changed[middle] = none if found.middle is None else found.middle
-    return changed

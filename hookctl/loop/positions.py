@@ -17,7 +17,7 @@ from hookctl.errors import InputError
 from hookctl.hooks.rotary import RotaryPort, SiteTablePort
 from hookctl.loop.around import Attached
 from hookctl.loop.calls import Call, calls
-from hookctl.loop.inserting import PositionsCall
+from hookctl.loop.positions_call import PositionsCall
 from hookctl.run_state import remembering
 
 _PARTS = ("positions", "frequencies", "amplitudes")

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from hookctl.address import families, pipelines
 from hookctl.address.clock import Clock, Timekeeper
-from hookctl.address.latent import image_tokens, latent_grid, text_tokens, text_turns
+from hookctl.address.latent import image_tokens, latent_grid, text_rotations, text_tokens
 from hookctl.address.rows import Row, Rows, branch_of, copied, resolve_rows
 from hookctl.address.text import prompts_given
 from hookctl.errors import InputError, LayoutError, UnsupportedError
 from hookctl.loop.driven import Driven, Scaling, driven, reading_of
-from hookctl.loop.inserting import with_residuals
+from hookctl.loop.residuals import with_residuals
 from hookctl.loop.state import State
 
 _TIMES = ("timestep", "timesteps", "t", "timestep_ratio")
@@ -159,7 +159,7 @@ class Run:
             nested=outer is not None or (call is not None and not call.stepping),
             images_in_sequence=image_tokens(given, arguments, denoiser),
             own_text=text_tokens(arguments.get(text) if text else None, arguments, denoiser),
-            text_turns=text_turns(denoiser),
+            text_rotations=text_rotations(denoiser),
             reading=reading_of(denoiser),
         )
 

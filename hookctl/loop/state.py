@@ -57,8 +57,8 @@ class State:
     scaling: how the scheduler made the model input from the latents, None where it is the latents.
     images_in_sequence: the images that stand in one sequence, where the arguments tell them.
     own_text: tokens of the pipeline's own text; extra_text: where texts that editors added stand
-        behind it, by name; text_turns: how positions turn it (`latent.text_turns`). text_rows:
-        further texts in rows of their own, and with_text_rows: the arguments with them.
+        behind it, by name; text_rotations: how positions rotate it (`latent.text_rotations`).
+        text_rows: further texts in rows of their own, and with_text_rows: the arguments with them.
     own_rows: how many rows are the pipeline's own, None for all.
     asking: the rows of a call that an editor makes inside this one, None for this one's.
     reading: whose maps the call is made for, None for an ordinary one (`energy`).
@@ -84,7 +84,7 @@ class State:
     nested: bool = False
     extra_text: dict[str, TextPlace] = field(default_factory=dict)
     own_text: int | None = None
-    text_turns: Tensor | None = None
+    text_rotations: Tensor | None = None
     text_rows: TextRows | None = None
     with_text_rows: Mapping[str, Any] = field(default_factory=dict)
     images_in_sequence: ImageTokens | None = None

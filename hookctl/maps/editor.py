@@ -22,7 +22,7 @@ from hookctl.address.text import PromptText, TextLayout, prompts_given
 from hookctl.arguments import checked
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import WORDS, Claim, Editor
-from hookctl.errors import InputError, SelectorError, UnsupportedError, WordError
+from hookctl.errors import InputError, SelectorError, UnsupportedError
 from hookctl.loop.state import State
 from hookctl.maps import places
 from hookctl.maps.records import IMAGE, TARGET, MapKey
@@ -185,7 +185,7 @@ class Maps(Editor):
         self._prompts = self._negatives(state) if self.negative else state.prompts
         texts = [self._layout.read(prompt, state.own_text) for prompt in self._prompts]
         for word in self.words:
-            if not any(_has(text, word) for text in texts):
+            if not any(text.positions(word) for text in texts):
                 texts[0].find(word)  # raises the error that lists the words
         found = [word for text in texts for word in self._words_of(text)]
         if not found:
@@ -278,7 +278,7 @@ class Maps(Editor):
             assert self._layout is not None
             text = self._layout.read(*key)
             self._found[key] = tuple(
-                (word, text.find(word)) for word in self._words_of(text) if _has(text, word)
+                (word, text.find(word)) for word in self._words_of(text) if text.positions(word)
             )
         return self._found[key]
 
@@ -294,10 +294,3 @@ class _Place(NamedTuple):
     site: Site
     step: int
     grid: Grid
-
-
-def _has(text: PromptText, word: str) -> bool:
-    try:
-        return bool(text.find(word))
-    except WordError:
-        return False

@@ -33,17 +33,9 @@ class PromptTexts:
         return self._texts[tokens]
 
 
-def positions_of(text: PromptText, word: str) -> tuple[int, ...]:
-    """Positions of a word's tokens, none if the prompt does not have it."""
-    try:
-        return text.find(word)
-    except WordError:
-        return ()
-
-
 def require_word(word: str, texts: Sequence[PromptText], name: str) -> None:
     """Raise WordError unless one of the prompts has the word; name: of the argument."""
-    if any(positions_of(text, word) for text in texts):
+    if any(text.positions(word) for text in texts):
         return
     try:
         texts[0].find(word)

@@ -19,7 +19,7 @@ from torch import Tensor
 from hookctl.address.clock import Clock, Window
 from hookctl.address.text import PromptText, align
 from hookctl.attention.token_map import Routing
-from hookctl.recipes.common.prompt_texts import PromptTexts, positions_of
+from hookctl.recipes.common.prompt_texts import PromptTexts
 from hookctl.recipes.common.word_windows import WordWindows
 
 
@@ -71,7 +71,7 @@ class TokenRouting:
         alpha = self._windows.alpha(texts[edit], holding)
         gain = torch.ones_like(alpha)
         for word, value in self._gains[edit - 1].items():
-            gain[list(positions_of(texts[edit], word))] = float(value)
+            gain[list(texts[edit].positions(word))] = float(value)
         none = torch.ones_like(gain)
         # Inside and outside of the words' windows.
         inside, outside = {None: (gain, none), True: (gain, gain), False: (none, none)}[gains_hold]

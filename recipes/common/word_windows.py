@@ -11,7 +11,6 @@ from torch import Tensor
 from hookctl.address.clock import Clock, Window
 from hookctl.address.text import PromptText
 from hookctl.arguments import refusal
-from hookctl.recipes.common.prompt_texts import positions_of
 
 WindowLike = float | tuple[float, float]
 
@@ -53,7 +52,7 @@ class WordWindows:
         """1 for the tokens whose window holds, else 0, [tokens]; later words win over earlier."""
         alpha = torch.full((text.tokens,), float(holding[0]), dtype=torch.float64)
         for word, holds in zip(self.words, holding[1:], strict=True):
-            alpha[list(positions_of(text, word))] = float(holds)
+            alpha[list(text.positions(word))] = float(holds)
         return alpha
 
 

@@ -85,7 +85,7 @@ declare_models(
 )
 declare_models(Model("text_image", _JOINT, parts="img_ids", widens=True), "Flux2Transformer2DModel")
 declare_models(
-    Model("text_image", _JOINT, parts="img_shapes", widens=True, turns="pos_embed"),
+    Model("text_image", _JOINT, parts="img_shapes", widens=True, rotations="pos_embed"),
     "QwenImageTransformer2DModel",
 )
 declare_models(Model("text_image", _JOINT), "QwenImage21Transformer2DModel")

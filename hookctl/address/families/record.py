@@ -60,8 +60,8 @@ class Model:
     widens: a joint sequence may hold more text than the pipeline gave.
     text_rows: further texts stand in batch rows of their own, since the model numbers, pads and
         refines each row's text by itself.
-    turns: the module whose table of rotations, `pos_freqs`, has those of a text's positions, where
-        the model numbers them itself (`text_turns`).
+    rotations: the module whose table of rotations, `pos_freqs`, has those of a text's positions,
+        where the model numbers them itself (`text_rotations`).
     placeless: the image's tokens form no grid over the latent; why.
     """
 
@@ -76,7 +76,7 @@ class Model:
     several_texts: bool = False
     widens: bool = False
     text_rows: bool = False
-    turns: str | None = None
+    rotations: str | None = None
     placeless: str | None = None
 
 

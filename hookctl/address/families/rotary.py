@@ -1,9 +1,9 @@
 """Rotary positions: what a model's table of them is made of, and how it is put together anew.
 
-A pair of channels turns by an angle, the token's position along one axis times the pair's frequency
-(RoPE, arXiv 2104.09864; several axes, as in FLUX). The tables differ in form alone: cosines and
-sines of each channel, or complex numbers of each pair; one table, or one for images and one for
-text.
+A pair of channels rotates by an angle, the token's position along one axis times the pair's
+frequency (RoPE, arXiv 2104.09864; several axes, as in FLUX). The tables differ in form alone:
+cosines and sines of each channel, or complex numbers of each pair; one table, or one
+for images and one for text.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class RotaryTable:
     """What one table is made of, in float64.
 
     positions: [[rows,] tokens, axes]; frequencies: [pairs], in radians for a position; axis: which
-    axis a pair turns by, [pairs]; form: puts a table together; words: how many of the last tokens
+    axis a pair rotates by, [pairs]; form: puts a table together; words: how many of the last tokens
     are of a text that goes on along all axes.
     """
 
