@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -53,6 +54,12 @@ class CompanionDenoiser:
             raise InputError(
                 f"{self.label} is the pipeline's own denoiser; give another one{self.instead}"
             )
+        kinds = [type(uncompiled(model)) for model in (self.denoiser, own)]
+        if len({_latents_of(kind) for kind in kinds}) > 1:
+            raise InputError(
+                f"{self.label} is a {kinds[0].__name__}, which takes other arguments than the "
+                f"pipeline's {kinds[1].__name__}; give one of the same kind{self.instead}"
+            )
         theirs, ours = (next(model.parameters()).dtype for model in (self.denoiser, own))
         if theirs != ours:
             raise InputError(
@@ -93,6 +100,11 @@ class CompanionDenoiser:
             rows,
             state.clock,
         )
+
+
+def _latents_of(kind: type) -> str:
+    """What a denoiser's class calls its latents: "sample" of a UNet, "hidden_states" of others."""
+    return list(signature(kind.forward).parameters)[1]
 
 
 def conditioned(rows: Rows, condition: Tensor, negative: Tensor | None) -> tuple[Rows, Tensor]:

@@ -56,7 +56,7 @@ class SecondModel(CompanionDenoiser):
     _reader: RunState[WordEnergy] = RunState()
 
     def __init__(self, target: Any) -> None:
-        super().__init__(target, label="layout", instead=", or a LayoutGuidance")
+        super().__init__(target, label="RealCompo: layout", instead=", or a LayoutGuidance")
 
     def attach(self, target: Any, reader: WordEnergy | None = None) -> None:
         super().attach(target)
