@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -23,31 +23,11 @@ _EMPTY = (
 
 @dataclass(frozen=True)
 class Deck:
-    """What the cards of a person are built from.
-
-    words: of the prompts; state, tick: the widgets that hold the person, and the number that is
-    raised when cards are to be drawn anew; after: looks the stack over, of (person, *inputs).
-    """
+    """What the cards of a person are built from; words: of the prompts."""
 
     person: Person
     forms: Mapping[str, Form]
     words: Sequence[str]
-    state: gr.State
-    tick: gr.State
-    after: Callable[..., Any]
-    inputs: Sequence[Any]
-
-    def on_click(self, button: gr.Button, card: Card, change: Callable[[Person], None]) -> None:
-        """A press changes the stack, which is drawn anew."""
-
-        def handler(person: Person, number: int, *values: Any) -> int:
-            if any(one is card for one in person.cards):
-                change(person)
-            self.after(person, *values)
-            return number + 1
-
-        given = [self.state, self.tick, *self.inputs]
-        button.click(handler, given, self.tick, show_progress="hidden")
 
 
 def show(deck: Deck) -> None:
@@ -63,8 +43,7 @@ def _card(deck: Deck, number: int, card: Card) -> None:
     with gr.Column(elem_classes=["card"] + ["off"] * (not card.on), elem_id=at):
         with gr.Row(elem_classes="head"):
             gr.HTML(f"<div class='name'>{escape(form.name)}</div>")
-            with gr.Row(elem_classes="tools"):
-                _tools(deck, at, card)
+            gr.HTML(_tools(at, card), elem_classes="tools")
         gr.HTML(f"<div class='summary'>{escape(form.summary)}</div>")
         if number in deck.person.notes:
             note = escape(deck.person.notes[number])
@@ -89,20 +68,29 @@ def _card(deck: Deck, number: int, card: Card) -> None:
                     _widget(deck, at, card, field)
 
 
-def _tools(deck: Deck, at: str, card: Card) -> None:
-    """The buttons that switch a card, move it and take it away."""
+def _tools(at: str, card: Card) -> str:
+    """The buttons that switch a card, move it and take it away.
 
-    def switched(_: Person) -> None:
-        card.on = not card.on
+    The page hears them itself (`press.js`), not gradio: where cards are drawn anew, it forgets
+    those that were there before, and with them a click that is on its way.
+    """
+    labels = {"switch": "On" if card.on else "Off", "up": "↑", "down": "↓", "remove": "✕"}
+    return "".join(
+        f"<button type='button' id='{at}-{verb}' data-press='{id(card)} {verb}'>{label}</button>"
+        for verb, label in labels.items()
+    )
 
-    for label, name, change in (
-        ("On" if card.on else "Off", "switch", switched),
-        ("↑", "up", lambda person: person.move(card, -1)),
-        ("↓", "down", lambda person: person.move(card, 1)),
-        ("✕", "remove", lambda person: person.remove(card)),
-    ):
-        button = gr.Button(label, size="sm", elem_id=f"{at}-{name}", min_width=30)
-        deck.on_click(button, card, change)
+
+def pressed(person: Person, said: str) -> None:
+    """Do what a button of a card says; nothing if the card is gone."""
+    key, _, verb = said.partition(" ")
+    for card in [one for one in person.cards if str(id(one)) == key]:
+        if verb == "switch":
+            card.on = not card.on
+        elif verb == "remove":
+            person.remove(card)
+        elif verb in ("up", "down"):
+            person.move(card, -1 if verb == "up" else 1)
 
 
 def _widget(deck: Deck, at: str, card: Card, field: Field) -> None:

@@ -42,6 +42,13 @@ class Layout:
     def _layout(self) -> None:
         self.person = gr.State(Person(), time_to_live=_KEPT)
         self.tick = gr.State(0)
+        self.presses = gr.HTML(
+            {},
+            html_template="",
+            js_on_load=(_STATIC / "press.js").read_text("utf-8"),
+            elem_id="presses",
+            apply_default_css=False,
+        )
         gr.HTML(
             f"<h1>hookctl</h1><p>Edit what {_named(self.desk.model)} pays attention to, and see "
             "what it changes.</p>",

@@ -79,6 +79,12 @@ def build(desk: Desk) -> gr.Blocks:
     return _Page(desk).blocks
 
 
+def _another() -> int:
+    """A number by which cards are drawn anew. Two answers may be on their way at once: if theirs
+    were the same, the later would change nothing."""
+    return time.monotonic_ns()
+
+
 class _Page(Layout):
     """The widgets, and what is done with them."""
 
@@ -96,19 +102,18 @@ class _Page(Layout):
             gr.render([self.person, self.prompt, self.edit], triggers=[self.tick.change], **quiet)(
                 self._show_cards
             )
-        every = [self.person, self.tick, *self.inputs]
-        self.blocks.load(self._take, [self.example, self.person, self.tick], self._taken(), **quiet)
-        self.example.input(
-            self._take, [self.example, self.person, self.tick], self._taken(), **quiet
-        )
+        every = [self.person, *self.inputs]
+        self.blocks.load(self._take, [self.example, self.person], self._taken(), **quiet)
+        self.example.input(self._take, [self.example, self.person], self._taken(), **quiet)
         self.kind.select(self._add, [self.kind, *every], [self.kind, self.tick], **quiet)
+        self.presses.input(self._pressed, [self.presses, *every], self.tick, **quiet)
         for text in (self.prompt, self.edit):  # cards offer their words
-            text.blur(
-                self._reword, [self.person, self.tick, self.prompt, self.edit], self.tick, **quiet
-            )
+            text.blur(self._reword, [self.person, self.prompt, self.edit], self.tick, **quiet)
         self.upload.upload(self._fitted, self.upload, self.upload, **quiet)
         self.canvas.input(self._places, [self.canvas, self.person], None, queue=False, **quiet)
-        self.canvas.input(self._mended, [*every[:2], self.canvas, *self.inputs], self.tick, **quiet)
+        self.canvas.input(
+            self._mended, [self.person, self.canvas, *self.inputs], self.tick, **quiet
+        )
         drawn = self.run.click(
             self._run,
             every,
@@ -139,7 +144,7 @@ class _Page(Layout):
             self.tick,
         ]  # fmt: skip
 
-    def _take(self, name: str, person: Person, tick: int) -> list[Any]:
+    def _take(self, name: str, person: Person) -> list[Any]:
         """An example in place of what was there."""
         wanted = self.examples.get(name) or self.first
         person = person or Person()
@@ -147,14 +152,19 @@ class _Page(Layout):
         guidance = wanted.guidance or 7.5
         return [
             person, wanted.prompt, wanted.edit, wanted.seed, wanted.steps, guidance,
-            canvas_of(person), tick + 1,
+            canvas_of(person), _another(),
         ]  # fmt: skip
 
-    def _add(self, kind: str, person: Person, tick: int, *values: Any) -> tuple[None, int]:
+    def _add(self, kind: str, person: Person, *values: Any) -> tuple[None, int]:
         if kind in self.desk.kinds.forms:
             person.cards.append(cards.Card(kind))
             self._look_over(person, *values)
-        return None, tick + 1
+        return None, _another()
+
+    def _pressed(self, said: Any, person: Person, *values: Any) -> int:
+        cards.pressed(person, str((said or {}).get("press")))
+        self._look_over(person, *values)
+        return _another()
 
     def _look_over(self, person: Person, *values: Any) -> None:
         try:
@@ -162,9 +172,9 @@ class _Page(Layout):
         except HookctlError as error:
             person.note(error)
 
-    def _reword(self, person: Person, tick: int, prompt: str, edit: str) -> int:
+    def _reword(self, person: Person, prompt: str, edit: str) -> Any:
         """The cards are drawn anew if the words that they offer are others now."""
-        return tick + (person.words != self._words(prompt, edit))
+        return _another() if person.words != self._words(prompt, edit) else gr.skip()
 
     def _words(self, *prompts: str) -> list[str]:
         found = [word for text in prompts for word in drawing.words(self.desk.pipe, text)]
@@ -172,24 +182,19 @@ class _Page(Layout):
 
     def _show_cards(self, person: Person, prompt: str, edit: str) -> None:
         person.words = self._words(prompt, edit)
-        deck = cards.Deck(
-            person, self.desk.kinds.forms, person.words, self.person, self.tick, self._look_over,
-            self.inputs,
-        )  # fmt: skip
-        cards.show(deck)
+        cards.show(cards.Deck(person, self.desk.kinds.forms, person.words))
 
     def _places(self, value: Any, person: Person) -> None:
         """What was drawn; at once, so that a press of the button finds it."""
         person.set_places((value or {}).get("places"))
 
-    def _mended(self, person: Person, tick: int, value: Any, *values: Any) -> Any:
+    def _mended(self, person: Person, value: Any, *values: Any) -> Any:
         """Cards that missed a place are looked over again."""
         before = person.notes
         if before:
             self._places(value, person)
             self._look_over(person, *values)
-        # Two of these may run at once: a number of its own, or the later would change nothing.
-        return time.monotonic_ns() if before != person.notes else gr.skip()
+        return _another() if before != person.notes else gr.skip()
 
     def _fitted(self, image: Any) -> Any:
         return None if image is None else pictures.fitted(image, drawing.size_of(self.desk.pipe))
@@ -199,9 +204,7 @@ class _Page(Layout):
         if stop is not None:
             stop.set()
 
-    def _run(
-        self, request: gr.Request, person: Person, tick: int, *values: Any
-    ) -> Iterator[dict[Any, Any]]:
+    def _run(self, request: gr.Request, person: Person, *values: Any) -> Iterator[dict[Any, Any]]:
         """Draw, and tell of it. Whatever happens, the page lives on."""
         last: worker.Step | None = None
         notes = dict(person.notes)
@@ -223,7 +226,7 @@ class _Page(Layout):
                 yield {self.status: failed(said.error)}
             else:
                 yield self._made(person)
-        changed = {self.tick: tick + 1} if person.notes != notes else {}
+        changed = {self.tick: _another()} if person.notes != notes else {}
         yield {self.run: gr.update(interactive=True), self.stop: gr.update(interactive=False),
                **changed}  # fmt: skip
 

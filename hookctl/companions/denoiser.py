@@ -102,7 +102,7 @@ class CompanionDenoiser:
         )
 
 
-def _latents_of(kind: type) -> str:
+def _latents_of(kind: type[nn.Module]) -> str:
     """What a denoiser's class calls its latents: "sample" of a UNet, "hidden_states" of others."""
     return list(signature(kind.forward).parameters)[1]
 
