@@ -19,7 +19,7 @@ from PIL import Image
 
 from hookctl.address.families import denoiser_of
 from hookctl.demos.cost import counted, drawing_mib
-from hookctl.demos.models import opened
+from hookctl.demos.models import call_of, opened
 from hookctl.demos.shapes.captions import describe
 from hookctl.demos.shapes.detect import Detection, Found, detect
 from hookctl.demos.shapes.render import drawn
@@ -149,15 +149,15 @@ def _peaks(pipe: Any, name: str, case: Case) -> dict[str, float]:
     prompts = list(case.prompts)
     editor = METHODS[name](case)
     return {
-        "peak_mib_of_a_set": drawing_mib(pipe, prompts, editor, guidance=GUIDANCE),
-        "peak_mib_of_a_set_plainly": drawing_mib(pipe, prompts, guidance=GUIDANCE),
+        "peak_mib_of_a_set": drawing_mib(pipe, prompts, editor, guidance=GUIDANCE, **call_of(pipe)),
+        "peak_mib_of_a_set_plainly": drawing_mib(pipe, prompts, guidance=GUIDANCE, **call_of(pipe)),
     }
 
 
 def edit(pipe: Any, name: str, case: Case, seed: int, images: int) -> tuple[list[Outcome], int]:
     """A case plainly and by a method, and how many rows the method's denoiser evaluated."""
     editor = METHODS[name](case)
-    common = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+    common = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, **call_of(pipe)}
     plain = pipe(
         case.prompts,
         num_images_per_prompt=images,

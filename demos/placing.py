@@ -19,7 +19,7 @@ from hookctl.address.families import denoiser_of
 from hookctl.address.regions import Region
 from hookctl.demos.cost import counted, drawing_mib
 from hookctl.demos.layouts import LayoutCase, found_in_place, overlap
-from hookctl.demos.models import opened
+from hookctl.demos.models import call_of, opened
 from hookctl.demos.shapes.detect import Found, detect
 from hookctl.demos.shapes.world import COLOURS, IMAGE_SIZE, Thing
 from hookctl.inspect import show
@@ -78,6 +78,7 @@ def draw(
                     generator=[
                         torch.Generator().manual_seed(seed + i + j) for j in range(len(some))
                     ],
+                    **call_of(pipe),
                 ).images
             if read:
                 guided += in_box(session.maps, some, GUIDED)
@@ -213,7 +214,7 @@ def cost_of(drawn: Drawn, whole: float) -> dict[str, float]:
 
 def peak(pipe: Any, case: LayoutCase, stack: Stack) -> float:
     """Most live memory while one image is drawn, MiB."""
-    return drawing_mib(pipe, case.prompt, *stack([case]), guidance=GUIDANCE)
+    return drawing_mib(pipe, case.prompt, *stack([case]), guidance=GUIDANCE, **call_of(pipe))
 
 
 def write_up(

@@ -20,7 +20,7 @@ from hookctl.address.families import denoiser_of
 from hookctl.demos.cases import EditCase, draw
 from hookctl.demos.cost import FEW, counted, drawing_mib
 from hookctl.demos.figures import EditFigures, measure, source_is_right, summary
-from hookctl.demos.models import opened
+from hookctl.demos.models import call_of, opened
 from hookctl.demos.shapes.detect import detect
 from hookctl.inspect import show
 from hookctl.inspect.files import save_image, write_json
@@ -63,7 +63,7 @@ def edit_one(pipe: Any, case: EditCase, seed: int, **settings: Any) -> Outcome:
     prompts = [case.source, case.target]
     options = {"blend": case.words, **SETTINGS[case.kind], **case.options, **settings}
     edit = PromptToPrompt(prompts, **options)
-    common = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+    common = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, **call_of(pipe)}
     started = time.perf_counter()
     source, plain = pipe(prompts, generator=edit.generators(seed), **common).images
     drawn = time.perf_counter()
@@ -129,7 +129,7 @@ def _cost(pipe: Any, case: EditCase) -> dict[str, Any]:
     costs = {}
     for name, editors in (("plain", ()), ("edit", (edit,))):
         with counted(denoiser_of(pipe)) as cost:
-            peak = drawing_mib(pipe, prompts, *editors, guidance=GUIDANCE)
+            peak = drawing_mib(pipe, prompts, *editors, guidance=GUIDANCE, **call_of(pipe))
         costs[name] = {
             "rows_per_step": cost.rows / FEW,
             "rows_in_theory": 2 * len(prompts),
