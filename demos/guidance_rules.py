@@ -25,8 +25,9 @@ import hookctl
 from hookctl import Editor
 from hookctl.demos.guidance import prompts_of
 from hookctl.demos.models import SHAPES, SHAPES_FLOW, call_of, opened
+from hookctl.demos.shapes.captions import describe
 from hookctl.demos.shapes.detect import detect, matches
-from hookctl.demos.shapes.world import COLOUR_NAMES
+from hookctl.demos.shapes.world import COLOUR_NAMES, Thing
 from hookctl.inspect import markdown_table
 from hookctl.recipes import APG, FDG, NAG, PAG, STG, TCFG, TPG, CFGZeroStar, SkipLayerGuidance
 
@@ -44,8 +45,8 @@ RULES: dict[str, Callable[[float], Editor | None]] = {
     "FDG": lambda g: FDG((g * 4 / 3, g * 2 / 3)),
 }
 
-# Of six blocks the third lies where SLG's published 7 to 9 lie of 24. On other noises PAG and STG do
-# more there than in the block after it, which they take by themselves.
+# Of six blocks the third lies where SLG's published 7 to 9 lie of 24. On other noises PAG and STG did
+# better there than in the block that they take by themselves, the fourth.
 DISTURBED: dict[str, Callable[[float], Editor | None]] = {
     "SkipLayerGuidance": lambda g: SkipLayerGuidance(layers=[2]),
     "STG": lambda g: STG(layers=[2]),
@@ -123,7 +124,8 @@ def of_words(pipe: Any, seeds: int, say: bool = False) -> dict[str, dict[str, fl
     if say:
         shapes = [one.objects[0].shape if one.objects else "circle" for one in seen]
         there, other = (
-            [f"a {c} {s}" for c, s in zip(w, shapes, strict=True)] for w in (there, other)
+            [describe(Thing(s, c)) for s, c in zip(shapes, colours, strict=True)]
+            for colours in (there, other)
         )
     ways: dict[str, tuple[list[str], float, Callable[[list[str]], Editor | None]]] = {
         "NAG": (there, 1.0, NAG),
