@@ -45,8 +45,8 @@ RULES: dict[str, Callable[[float], Editor | None]] = {
     "FDG": lambda g: FDG((g * 4 / 3, g * 2 / 3)),
 }
 
-# Of six blocks the third lies where SLG's published 7 to 9 lie of 24. On other noises PAG and STG did
-# better there than in the block that they take by themselves, the fourth.
+# Of six blocks the third lies where SLG's published 7 to 9 lie of 24. On other noises PAG and STG
+# did better there than in the block that they take by themselves, the fourth.
 DISTURBED: dict[str, Callable[[float], Editor | None]] = {
     "SkipLayerGuidance": lambda g: SkipLayerGuidance(layers=[2]),
     "STG": lambda g: STG(layers=[2]),
