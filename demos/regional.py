@@ -20,7 +20,7 @@ from PIL import Image
 
 from hookctl import Editor
 from hookctl.demos.layouts import LayoutCase, draw_layout
-from hookctl.demos.models import opened
+from hookctl.demos.models import SHAPES_FLOW, opened
 from hookctl.demos.placing import (
     BATCH,
     STEPS,
@@ -121,6 +121,11 @@ METHODS: Mapping[str, Stack] = {
     "layout guidance": guided,
     "layout guidance + sampler": placed,
 }
+# On "shapes-flow" a region that hears of its object alone keeps it, to the end.
+ON_FLOW: Mapping[str, Stack] = {
+    **METHODS,
+    "regional prompts": lambda cases: regional(cases, base=0.3, edge=0.1),
+}
 
 
 def run(
@@ -136,13 +141,14 @@ def run(
     cases = [draw_layout(rng, 2 + i % 2) for i in range(seeds)]
     drawn: dict[str, Sequence[Image.Image]] = {}
     costs: dict[str, Any] = {}
-    for done, (name, stack) in enumerate(METHODS.items(), 1):
+    methods = ON_FLOW if model == SHAPES_FLOW else METHODS
+    for done, (name, stack) in enumerate(methods.items(), 1):
         made = draw(pipe, cases, stack, seed)
         drawn[name] = made.images
         costs[name] = cost_of(made, theory(name, cases))
         costs[name]["peak_mib_of_a_image"] = peak(pipe, cases[0], stack)
         if progress is not None:
-            progress(done, len(METHODS))
+            progress(done, len(methods))
     measured = {name: figures(cases, images) for name, images in drawn.items()}
     report = write_up("regional", out, seed, len(cases), measured, costs, started, model)
     sheet(out, cases, drawn, layout)

@@ -6,6 +6,7 @@ import pytest
 
 import hookctl
 from hookctl.demos import guidance_rules
+from hookctl.demos.models import opened
 from hookctl.recipes import TCFG
 
 
@@ -24,3 +25,18 @@ def test_every_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     words = guidance_rules.of_words(pipe, 4)
     assert "NAG" in words and "NAG of another colour" in words
     assert all(0 <= of["shape"] <= of["gone"] <= 1 <= of["cases"] for of in words.values())
+
+
+@pytest.mark.slow  # half a dozen short runs
+def test_the_flow_matching_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guidance away from disturbed predictions, and colours named in sentences."""
+    monkeypatch.setattr(guidance_rules, "STEPS", 8)
+    monkeypatch.setattr(guidance_rules, "GUIDANCES", (3.0,))
+    pipe = opened("shapes-flow")
+    pipe.set_progress_bar_config(disable=True)
+    rules = guidance_rules.of_rules(pipe, 1, guidance_rules.DISTURBED)
+    assert list(rules) == ["SkipLayerGuidance", "STG", "TPG", "PAG"]
+    with_own = guidance_rules.of_words(pipe, 2, say=True)
+    assert with_own["NAG"]["cases"] and all(
+        0 <= of["shape"] <= of["gone"] <= 1 for of in with_own.values()
+    )
