@@ -17,7 +17,13 @@ from diffusers import (
     PyramidAttentionBroadcastConfig,
     StableDiffusionXLAutoBlocks,
 )
-from diffusers.guiders import AdaptiveProjectedGuidance
+from diffusers.guiders import (
+    AdaptiveProjectedGuidance,
+    PerturbedAttentionGuidance,
+    SkipLayerGuidance,
+    SmoothedEnergyGuidance,
+)
+from diffusers.hooks import LayerSkipConfig, SmoothedEnergyGuidanceConfig
 from torch import Tensor, nn
 
 import hookctl
@@ -119,6 +125,58 @@ def test_a_guider_of_two_predictions() -> None:
     assert error(edited[:1], plain[:1]) < CLOSE  # the source is as it was
     assert error(edited[1:], plain[1:]) > 100 * CLOSE
     assert torch.equal(drawn(blocks), plain)
+
+
+GUIDERS: dict[str, Any] = {
+    "perturbed attention": lambda: PerturbedAttentionGuidance(
+        5.0,
+        perturbed_guidance_stop=1.0,
+        perturbed_guidance_config=skipping(
+            skip_attention=False, skip_ff=False, skip_attention_scores=True
+        ),
+    ),
+    "skip layer": lambda: SkipLayerGuidance(
+        5.0, skip_layer_guidance_stop=1.0, skip_layer_config=skipping()
+    ),
+    # That of diffusers asks for a third prediction, and smooths none.
+    "smoothed energy": lambda: SmoothedEnergyGuidance(
+        5.0,
+        seg_guidance_stop=1.0,
+        seg_guidance_config=SmoothedEnergyGuidanceConfig(indices=[0], fqn=BLOCKS),
+    ),
+}
+BLOCKS = "mid_block.attentions.0.transformer_blocks"
+
+
+def skipping(**what: bool) -> LayerSkipConfig:
+    return LayerSkipConfig(indices=[0], fqn=BLOCKS, **what)
+
+
+class Asked(Editor):
+    """Notes of every call whose rows it has."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, str, str]] = []
+
+    def denoise(self, state: Any, proceed: Any) -> Any:
+        row = state.rows[-1]
+        self.seen.append((state.clock.step, row.branch, row.role))
+        return proceed()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GUIDERS)
+def test_a_guider_of_three_predictions(name: str) -> None:
+    """The third is told from the others, and has the edits of the one that it perturbs."""
+    blocks, asked = modular(SDXL.make(), GUIDERS[name]()), Asked()
+    edit = PromptToPrompt(PROMPTS, self_replace=0.5, self_resolution=1.0)
+    plain = drawn(blocks)
+    with hookctl.control(blocks, edit, asked, texts=PROMPTS):
+        edited = drawn(blocks)
+    last = [seen[1:] for seen in asked.seen if seen[0] == asked.seen[-1][0]]
+    assert last == [("cond", "cond"), ("uncond", "uncond"), ("perturbed", "cond")]
+    assert error(edited[:1], plain[:1]) < 10 * CLOSE  # the source is as it was
+    assert error(edited[1:], plain[1:]) > 100 * CLOSE
 
 
 # -- caches ----------------------------------------------------------------------------------------
