@@ -51,9 +51,9 @@ class Fades(Editor):
 # -- modular pipelines and their guiders -----------------------------------------------------------
 
 
-def modular(pipe: Any, guider: Any = None) -> Any:
+def modular(pipe: Any, guider: Any = None, blocks: Any = StableDiffusionXLAutoBlocks) -> Any:
     """The same model, put together from blocks."""
-    made = StableDiffusionXLAutoBlocks().init_pipeline()
+    made = blocks().init_pipeline()
     parts = {k: v for k, v in pipe.components.items() if v is not None}
     made.update_components(**{k: v for k, v in parts.items() if k in made._component_specs})
     if guider is not None:
@@ -102,6 +102,40 @@ def test_prompt_to_prompt_in_a_modular_pipeline() -> None:
     assert "PromptToPrompt" in session.report()
     assert torch.equal(drawn(blocks), plain)
     assert not differences(before, fingerprint(blocks))
+
+
+# Blocks of a family, the scale of its guidance, and what makes it guide.
+FAMILIES: dict[str, tuple[str, float, dict[str, Any]]] = {
+    "flux": ("FluxAutoBlocks", 3.5, {}),
+    "sd3": ("StableDiffusion3AutoBlocks", 7.0, {"negative_prompt": ["", ""]}),
+    "z_image": ("ZImageAutoBlocks", 0.0, {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_modular_pipelines_of_transformers(name: str) -> None:
+    """The same edit as by the ordinary pipeline of the family."""
+    case, (blocks, scale, more) = zoo.PIPELINES[name], FAMILIES[name]
+    pipe = case.make()
+    made = modular(pipe, blocks=getattr(diffusers, blocks))
+    edit = PromptToPrompt(PROMPTS, self_replace=0.5)
+    size = {"num_inference_steps": 3, "height": 64, "width": 64}
+
+    def run(one: Any, **given: Any) -> Any:
+        return one(prompt=[*PROMPTS], generator=generators(), **size, **given)
+
+    plain = run(made, output="latents", **more)
+    with hookctl.control(made, edit, texts=PROMPTS):
+        found = run(made, output="latents", **more)
+    given = {"guidance_scale": scale, "output_type": "latent", "return_dict": False}
+    with hookctl.control(pipe, edit):
+        want = run(pipe, **given)[0]
+    if want.dim() == 3:
+        want = pipe._unpack_latents(want, 64, 64, pipe.vae_scale_factor)
+    assert error(found, want) < CLOSE
+    assert error(found, plain) > 100 * CLOSE
+    assert torch.equal(run(made, output="latents", **more), plain)
 
 
 def test_a_modular_pipeline_says_what_it_is_to_be_told() -> None:
