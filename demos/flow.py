@@ -26,6 +26,8 @@ from hookctl.demos.shapes.detect import detect
 from hookctl.inspect import show
 from hookctl.inspect.files import save_image, write_json
 from hookctl.loop.images import decode, encode
+from hookctl.loop.noise import noise_like
+from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes import (
     FireFlow,
     FlowEdit,
@@ -36,10 +38,10 @@ from hookctl.recipes import (
     UniEditFlow,
 )
 
-STEPS, GUIDANCE, SHOWN = 25, 3.0, 4
+STEPS, FEW, GUIDANCE, SHOWN = 25, 15, 3.0, 4
 MARGIN = 0.03  # of the image, round the object that KV-Edit may change
 # The model was trained with and without the empty tokens of a T5 that it lacks.
-ARGUMENTS = {"max_sequence_length": 0}
+ARGUMENTS: dict[str, Any] = {"max_sequence_length": 0}
 # `vital_sites(pipe, captions)`: the one block of six without which all else changes.
 VITAL = ["transformer_blocks.0.attn"]
 
@@ -60,7 +62,7 @@ def anew(pipe: Any, image: Image.Image, case: EditCase, seed: int) -> Image.Imag
 
 def flow_edit(pipe: Any, image: Image.Image, case: EditCase, seed: int) -> Image.Image:
     """Without an inversion: by what the two prompts want differently."""
-    given: dict[str, Any] = {"steps": STEPS, "n_max": 20, "guidance": (1.5, 5.5), "seed": seed}
+    given: dict[str, Any] = {"steps": STEPS, "n_max": 12, "guidance": (1.5, 5.5), "seed": seed}
     prompts = [case.source, case.target]
     edited: Image.Image = FlowEdit(pipe, image, prompts, arguments=ARGUMENTS, **given).run()[1]
     return edited
@@ -87,15 +89,14 @@ def by_inversion(recipe: Callable[..., Any], **settings: Any) -> Edit:
 
 def kv_edit(pipe: Any, image: Image.Image, case: EditCase, seed: int) -> Image.Image:
     """In the box of the object; the rest is keys and values alone."""
-    given: dict[str, Any] = {"steps": STEPS, "skip": 0, "guidance": GUIDANCE, "inversion": False}
+    given: dict[str, Any] = {"steps": STEPS, "skip": 12, "guidance": 8.0, "seed": seed}
     edit = KVEdit(
         pipe,
         image,
         case.target,
         box_of(image, case),
         source_prompt=case.source,
-        inversion_guidance=1.0,
-        seed=seed,
+        inversion=False,
         arguments=ARGUMENTS,
         **given,
     )
@@ -117,8 +118,20 @@ def box_of(image: Image.Image, case: EditCase) -> tuple[float, float, float, flo
 def stable_flow(pipe: Any, image: Image.Image, case: EditCase, seed: int) -> Image.Image:
     """Drawn beside the inverted image, whose keys and values it has in the vital layers."""
     edit = StableFlow([case.source, case.target], sites=VITAL)
-    given: dict[str, Any] = {"steps": STEPS, "guidance": GUIDANCE}
+    given: dict[str, Any] = {"steps": FEW, "guidance": GUIDANCE, "nudge": 1.0}
     edited: Image.Image = edit.edit(pipe, image, arguments=ARGUMENTS, **given)[1]
+    return edited
+
+
+def stable_flow_of_noise(pipe: Any, image: Image.Image, case: EditCase, seed: int) -> Image.Image:
+    """The same beside the image with noise of each level mixed in, and so without an inversion."""
+    program = Trajectory(pipe, [case.source], steps=FEW, guidance=1.0, **ARGUMENTS)
+    clean = encode(pipe, image)
+    noise = noise_like(clean, torch.Generator().manual_seed(seed))
+    path = [level.mix(clean, noise) for level in program.levels]
+    edit = StableFlow([case.source, case.target], sites=VITAL, path=path)
+    given: dict[str, Any] = {"num_inference_steps": FEW, "guidance_scale": GUIDANCE}
+    edited: Image.Image = edit.run(pipe, seed=seed, **given, **ARGUMENTS)[1]
     return edited
 
 
@@ -127,10 +140,11 @@ METHODS: Mapping[str, Edit] = {
     "FlowEdit": flow_edit,
     "RF-Inversion": rf_inversion,
     "KV-Edit": kv_edit,
-    "UniEdit-Flow": by_inversion(UniEditFlow, steps=15, alpha=0.4, omega=1.0),
     "Stable Flow": stable_flow,
-    "RF-Solver": by_inversion(RFSolver, steps=15, guidance=2.0, inject=2),
-    "FireFlow": by_inversion(FireFlow, steps=8, guidance=2.0, inject=1),
+    "Stable Flow, no inversion": stable_flow_of_noise,
+    "RF-Solver": by_inversion(RFSolver, steps=FEW, guidance=2.0, inject=2),
+    "FireFlow": by_inversion(FireFlow, steps=FEW, guidance=2.0, inject=1),
+    "UniEdit-Flow": by_inversion(UniEditFlow, steps=STEPS, alpha=0.8, omega=0.25),
 }
 
 

@@ -1,4 +1,4 @@
-"""The demo of real images on the flow-matching sibling: what its methods are given, and its report."""
+"""The demo of real images on the flow-matching sibling: boxes, the vital block, its report."""
 
 from __future__ import annotations
 
