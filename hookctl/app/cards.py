@@ -48,9 +48,11 @@ def _card(deck: Deck, number: int, card: Card) -> None:
         if number in deck.person.notes:
             note = escape(deck.person.notes[number])
             gr.HTML(f"<div class='note' role='alert'>{note}</div>")
+        if form.use == "program":
+            gr.HTML("<small>Draws after your own picture; other cards act inside of it.</small>")
         if form.has_areas:
             gr.HTML("<small>Uses what is drawn under “Places”, and the text of each.</small>")
-        drawn = [field for field in form.fields if field.kind in ("areas", "labels")]
+        drawn = [field for field in form.fields if _is_drawn(field)]
         early = [field for field in form.fields if field.early and field not in drawn]
         window = sorted((f for f in early if f.name in ("start", "stop")), key=lambda f: f.name)
         for field in early:
@@ -66,6 +68,11 @@ def _card(deck: Deck, number: int, card: Card) -> None:
             with gr.Accordion("More", open=False):
                 for field in late:
                     _widget(deck, at, card, field)
+
+
+def _is_drawn(field: Field) -> bool:
+    """Whether a field holds what is drawn, unless something else is written in it."""
+    return field.kind in ("areas", "labels") or (field.kind == "area" and field.needed)
 
 
 def _tools(at: str, card: Card) -> str:
@@ -117,7 +124,8 @@ def _widget(deck: Deck, at: str, card: Card, field: Field) -> None:
     elif field.kind == "choice":
         made = gr.Radio(list(field.choices), value=value, **common)
     else:
-        empty = "as drawn" if field.kind in ("areas", "labels") else "the method’s own"
+        empty = "as drawn" if _is_drawn(field) else "the method’s own"
+        empty = "numbers of places: 1, 2" if field.kind == "area" and not field.needed else empty
         made = gr.Textbox(value, placeholder=empty, max_lines=4, **common)
     # Not `change`, which widgets tell that are on their way out.
     made.input(partial(_keep, card, field.name), made, None, queue=False, show_progress="hidden")
