@@ -14,7 +14,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import hookctl
-from hookctl.app.programs import Calls, Stopped, Tell, run_program
+from hookctl.app.programs import BACK, Calls, Stopped, Tell, run_program
 from hookctl.app.reading import Looks, readers_of, step_maps, words, words_of
 from hookctl.app.stack import Kinds, Wanted, preset_of
 from hookctl.cli.draw import Drawing, images
@@ -201,7 +201,7 @@ class _Run:
         return self.kept.inverted[1]
 
     def _progress(self, done: int, total: int) -> None:
-        self.tell("your picture, step by step back to noise", done, total)
+        self.tell(BACK, done, total)
         if self.stop.is_set():
             raise Stopped
 

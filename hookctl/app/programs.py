@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 import hookctl
 from hookctl.address.families import sites_of
 from hookctl.attention.call import AttentionCall
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
     from hookctl.session import Session
 
+BACK = "your picture, step by step back to noise"
 Tell = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all)
 
 
@@ -35,9 +38,20 @@ class Calls(Editor):
     def __init__(self, pipe: Any, tell: Tell, stop: Event, title: str) -> None:
         self.pipe, self.sites = pipe, sites_of(pipe)[0].path
         self._tell, self._stop, self._title = tell, stop, title
+        self._last, self._back = -1, False  # step, and whether it goes back to noise
 
     def attention(self, call: AttentionCall) -> None:
-        self.told(self._title, call.clock.step + 1, call.clock.steps)
+        step, steps = call.clock.step, call.clock.steps
+        if torch.is_grad_enabled():  # something is fitted, at any step, and told of by itself
+            self.told("", 0, 0)
+            return
+        if step != self._last:
+            self._back = step < self._last or (self._last < 0 and step == steps - 1 > 0)
+            self._last = step
+        if self._back:
+            self.told(BACK, steps - step, steps)
+        else:
+            self.told(self._title, step + 1, steps)
 
     def fitted(self, stage: str, done: int, total: int) -> None:
         """The progress of a program that fits something to the picture first."""
@@ -46,7 +60,8 @@ class Calls(Editor):
     def told(self, title: str, done: int, total: int) -> None:
         if self._stop.is_set():
             raise Stopped
-        self._tell(title, done, total)
+        if total:
+            self._tell(title, done, total)
 
 
 def run_program(
