@@ -150,6 +150,7 @@ class _Run:
         """What draws after the picture by itself; None if the pipeline draws."""
         if self.preset.program is None:
             return None
+        assert self.own is not None  # else `preset_of` refused
         return program_for(self.pipe, self.preset, self.own, self.drawing, self.prompts)
 
     def editors(self) -> list[Editor]:

@@ -17,7 +17,7 @@ from hookctl.app.copying import as_command, as_python, as_toml
 from hookctl.app.forms import form_of
 from hookctl.app.person import Desk, desk_of
 from hookctl.app.places import Box
-from hookctl.app.stack import Card, Kinds, Wanted, preset_of
+from hookctl.app.stack import Card, Wanted, preset_of
 from hookctl.app.tables import arguments_of
 from hookctl.cli import loading, main
 from hookctl.cli.known import programs_by_name
@@ -41,7 +41,13 @@ def desks() -> dict[str, Desk]:
 
 def wanted(desk: Desk, *cards: Card, **given: Any) -> Wanted:
     own = image(size=drawing.size_of(desk.pipe))
-    usual = {"prompt": PROMPT, "steps": 3, "guidance": 2.0, "image": own, "places": PLACES}
+    usual: dict[str, Any] = {
+        "prompt": PROMPT,
+        "steps": 3,
+        "guidance": 2.0,
+        "image": own,
+        "places": PLACES,
+    }
     return Wanted(**usual | given, cards=cards)
 
 
@@ -70,16 +76,12 @@ def test_a_program_gets_the_settings_that_it_takes(desks: dict[str, Desk]) -> No
     assert made.program is not None and made.program.where == "card 1 (RFSolver)"
     assert made.inversion is None and [spec.recipe for spec in made.specs] == ["PAG"]
     assert made.run == {"prompt": PROMPT, "edit": TARGET, "steps": 3, "guidance": 2.0}
-    other = preset_of(
-        wanted(desk, Card("FlowEdit"), edit=TARGET, seed=4), desk.kinds, "shapes"
-    )
+    other = preset_of(wanted(desk, Card("FlowEdit"), edit=TARGET, seed=4), desk.kinds, "shapes")
     assert other.run["seed"] == 4 and other.specs == ()
     # All that is drawn where an area is needed; where not, the places whose numbers are given.
     masks = []
     for values in ({}, {"mask": "2"}, {"mask": "1, 2"}, {"mask": '"full"'}):
-        one = preset_of(
-            wanted(desk, Card("KVEdit", values), edit=TARGET), desk.kinds, "shapes"
-        )
+        one = preset_of(wanted(desk, Card("KVEdit", values), edit=TARGET), desk.kinds, "shapes")
         assert one.program is not None
         masks.append(one.program.arguments["mask"])
     assert masks[1:4:2] == ["box:0.5,0,1,1", "full"]
@@ -125,7 +127,7 @@ def test_editors_that_can_not_act_inside_are_refused(desks: dict[str, Desk]) -> 
 @pytest.mark.parametrize(("model", "name"), [("sd3", "RFInversion"), ("sd15", "Imagic")])
 def test_a_program_is_told_of_and_stopped(desks: dict[str, Desk], model: str, name: str) -> None:
     desk, stop, said = desks[model], Event(), list[Any]()
-    values = {"RFInversion": {"stop": 0.7}, "Imagic": {"text_steps": 2, "model_steps": 2}}[name]
+    values: dict[str, Any] = {"stop": 0.7} if name == "RFInversion" else SHORT
     edit = TARGET if name == "RFInversion" else ""
     asked = wanted(desk, Card(name, values), edit=edit)
 
@@ -139,7 +141,8 @@ def test_a_program_is_told_of_and_stopped(desks: dict[str, Desk], model: str, na
     first = {"sd3": drawing.BACK, "sd15": "the text is fitted to your picture"}[model]
     assert list(dict.fromkeys(said)) == [(first, 1), (first, 2)]
     made = draw(desk.pipe, desk.kinds, asked)  # the pipeline is as it was
-    assert same(made.source, asked.image) and not same(made.source, made.edited)
+    assert asked.image is not None and same(made.source, asked.image)
+    assert not same(made.source, made.edited)
     assert made.maps["cat"].shape[0] == 3 and made.looks is not None
 
 
