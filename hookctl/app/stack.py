@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +27,13 @@ if TYPE_CHECKING:
 @dataclass
 class Card:
     """One editor or program on the page. kind: the name of a recipe, or of learned weights that
-    the page was started with; values: what its widgets hold, where it is not the default."""
+    the page was started with; values: what its widgets hold, where it is not the default; key: by
+    which a page knows it, no other card's."""
 
     kind: str
     values: dict[str, Any] = field(default_factory=dict)
     on: bool = True
+    key: int = field(default_factory=count().__next__, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

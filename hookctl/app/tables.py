@@ -53,7 +53,7 @@ def argument(field: Field, value: Any, context: Context, where: str) -> Any:
         return _words(field, list(value or ()), context)
     if field.kind == "value":
         return None if value == field.default else _read(value, where)
-    if field.kind == "number" and value is None:
+    if field.kind in ("number", "slider") and value is None:
         raise InputError(f"{where}: is empty; give a number, such as {field.default:g}")
     if field.whole and isinstance(value, float) and value.is_integer():
         value = int(value)

@@ -101,7 +101,7 @@ def shot(page: Any, name: str) -> None:
 
 
 def set_number(page: Any, where: str, value: Any) -> None:
-    page.locator(f"{where} input[type=number]").first.fill(str(value))
+    page.locator(f"{where} input:not([type=range])").first.fill(str(value))
     page.keyboard.press("Tab")
 
 
@@ -218,6 +218,38 @@ def test_places_say_what_is_where(opened: Callable[..., Any]) -> None:
     copied = page.inner_text("#copy-toml")
     assert {"base = 0.4", "stop = 0.5"} < {*copied.split("\n")}
     assert '"box:0.02,0.04,0.48,0.96", "mask:data:image/png;base64,' in copied.replace("\n", "")
+
+
+def test_what_is_typed_is_kept(opened: Callable[..., Any]) -> None:
+    """Whatever is clicked next, and if cards are drawn anew while somebody types."""
+    page = opened()
+    choose(page, "#kind", "PAG")
+    page.wait_for_selector("#card-2 .name:text-is('PAG')")
+    page.click("#card-2 summary")
+    sites, scale = page.locator("#card-2-sites textarea"), page.locator("#card-2-scale-input")
+    page.fill("#prompt textarea", "a yellow star above a blue square")
+    sites.click()  # the prompt is left, so that cards are drawn anew: they offer its words
+    page.keyboard.type("self mid", delay=40)
+    page.wait_for_selector("#card-1-blend label:has-text('yellow')")
+    page.keyboard.type(", self up0", delay=40)
+    assert sites.input_value() == "self mid, self up0"
+    page.locator("#card-2-scale input[type=range]").fill("5.5")
+    assert scale.input_value() == "5.5"
+    page.locator("#card-1-blend input[value=star]").check()
+    page.click("#card-2-up")
+    page.wait_for_selector("#card-1 .name:text-is('PAG')")
+    assert page.input_value("#card-1-sites textarea") == "self mid, self up0"
+    page.fill("#edit textarea", "a red star above a blue square")
+    set_number(page, "#steps", 2)
+    page.locator("#card-1-stop-input").fill("0.5")
+    draw(page)  # at once
+    assert "Done" in status(page), status(page)
+    page.get_by_role("tab", name="Take it along").click()
+    page.wait_for_selector("#copy-toml .cm-content")
+    copied = page.inner_text("#copy-toml").split("\n")
+    assert {'sites = "self mid, self up0"', "scale = 5.5", "stop = 0.5"} < {*copied}
+    assert 'blend = [["circle", "star"], ["circle", "star"]]' not in copied  # no circle any more
+    assert 'blend = [["star"], ["star"]]' in copied
 
 
 def drag(page: Any, *places: tuple[int, int]) -> None:
