@@ -50,9 +50,10 @@ def as_python(preset: Preset, device: str = "cpu", dtype: str = "float32") -> st
     lines.append(f"prompts = {[run['prompt'], *edits]!r}")
     if preset.takes_image:
         lines.append(f'image = Image.open("{PICTURE}").convert("RGB")')
-    lines += ["editors = [", *(f"    {_editor(spec)}," for spec in preset.specs)]
-    lines += [f"    {_hook(hook)}," for hook in preset.hooks]
-    lines.append("]")
+    editors = [*map(_editor, preset.specs), *map(_hook, preset.hooks)]
+    lines += (
+        ["editors = [", *(f"    {one}," for one in editors), "]"] if editors else ["editors = []"]
+    )
     if preset.program is not None:
         lines += _by_program(preset, preset.program)
     else:

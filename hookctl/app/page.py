@@ -98,7 +98,8 @@ class _Page(Layout):
         self.cards.input(self._pressed, every, self.cards, **quiet)
         for text in (self.prompt, self.edit):  # cards offer their words
             text.blur(self._reword, every, self.cards, **quiet)
-        self.upload.upload(self._fitted, self.upload, self.upload, **quiet)
+        fitted = self.upload.upload(self._fitted, self.upload, self.upload, **quiet)
+        fitted.then(self._mended, [self.canvas, *every], self.cards, **quiet)
         self.canvas.input(self._places, [self.canvas, self.person], None, queue=False, **quiet)
         self.canvas.input(self._mended, [self.canvas, *every], self.cards, **quiet)
         drawn = self.run.click(
@@ -184,7 +185,7 @@ class _Page(Layout):
         person.set_places((value or {}).get("places"))
 
     def _mended(self, value: Any, person: Person, said: Any, *values: Any) -> Any:
-        """Cards that missed a place are looked over again."""
+        """Cards that missed a place or a picture are looked over again."""
         self._hear(person, said)
         before = person.notes
         if before:

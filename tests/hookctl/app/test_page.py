@@ -348,6 +348,43 @@ def test_a_narrow_screen_in_the_dark(opened: Callable[..., Any], desk: Any) -> N
     shot(page, "narrow")
 
 
+def test_a_program_draws_after_a_picture(opened: Callable[..., Any], tmp_path: Path) -> None:
+    """A scene round a picture of one's own, which stays where it is put."""
+    from hookctl.demos.shapes.detect import detect
+    from hookctl.demos.shapes.render import drawn
+    from hookctl.demos.shapes.world import Scene, Thing
+
+    file, scene = tmp_path / "own.png", Scene((Thing("circle", "red", centre=(64, 64)),))
+    drawn([scene])[0].save(file)
+    page = opened()
+    page.click("#card-1-remove")
+    page.wait_for_selector("#card-1", state="detached")
+    page.fill("#edit textarea", "")
+    choose(page, "#kind", "CyclicOneWay")
+    page.wait_for_selector("#card-1 .note")
+    assert "Takes a picture" in page.inner_text("#card-1 .note")
+    page.get_by_role("button", name="Your own picture").click()
+    page.locator("#upload input[type=file]").set_input_files(str(file))
+    page.wait_for_selector("#upload img")
+    page.wait_for_selector("#card-1 .note", state="detached")
+    set_number(page, "#steps", 20)
+    set_number(page, "#guidance", 3)
+    page.click("#card-1 summary")
+    set_number(page, "#card-1-cycles", 2)
+    for name, value in (("at", "[32, 0]"), ("image_size", "[64, 64]")):
+        page.fill(f"#card-1-{name} textarea", value)
+    for name, value in (("finish", 0.05), ("final_eta", 0)):
+        set_number(page, f"#card-1-{name}", value)
+    draw(page)
+    assert "Done" in status(page), status(page)
+    circle = detect(picture(page, "#edited")).find("circle", "red")
+    assert circle is not None and circle.centre == pytest.approx((64, 32), abs=4)
+    page.get_by_role("tab", name="Take it along").click()
+    page.wait_for_selector("#copy-toml .cm-content")
+    assert "[program]" in page.inner_text("#copy-toml")
+    shot(page, "program")
+
+
 def test_own_picture(opened: Callable[..., Any], tmp_path: Path) -> None:
     """Uploaded, brought to the model's size, inverted, and edited."""
     from hookctl.demos.shapes.detect import detect, matches
