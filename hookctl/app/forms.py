@@ -184,7 +184,8 @@ def helps_of(doc: str, names: Sequence[str]) -> dict[str, str]:
     if not names:
         return {}
     any_name = "|".join(map(re.escape, names))
-    listed = re.compile(rf"(?:(?<=^)|(?<=[.;\n] )|(?<=\n))((?:{any_name})(?:,\s(?:{any_name}))*): ")
+    several = rf"((?:{any_name})(?:,\s(?:{any_name}))*):\s"
+    listed = re.compile(rf"(?:(?<=^)|(?<=[.;\n] )|(?<=\n)){several}")
     found: dict[str, str] = {}
     for paragraph in re.split(r"\n\s*\n", doc):
         text = "\n".join(line.strip() for line in paragraph.splitlines())
