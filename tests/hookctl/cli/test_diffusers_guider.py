@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import HeunDiscreteScheduler
+from diffusers import HeunDiscreteScheduler, StableDiffusion3AutoBlocks
 from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance
 
 import hookctl
@@ -15,6 +15,7 @@ from hookctl.attention.call import AttentionCall
 from hookctl.cli.diffusers_guider import Edited, EditedGuidance
 from hookctl.errors import UnsupportedError
 from hookctl.recipes import APG, FDG, PAG, TCFG, CFGZeroStar, FreeU, PromptToPrompt
+from tests import zoo
 from tests.families.fingerprint import differences, fingerprint
 from tests.families.subjects import error
 from tests.hookctl.loop.test_coexistence import PROMPTS, SDXL, drawn, modular, of_class
@@ -89,3 +90,13 @@ def test_under_control_they_go_with_a_guider(make: Any) -> None:
     with hookctl.control(found, make(), texts=PROMPTS):
         latents = drawn(found)
     assert error(latents, of_class(SDXL.make(), make())) < 1e-5
+
+
+@pytest.mark.slow
+def test_blocks_of_a_transformer() -> None:
+    blocks = modular(zoo.PIPELINES["sd3"].make(), blocks=StableDiffusion3AutoBlocks)
+    edit = PromptToPrompt(PROMPTS, self_replace=0.5)
+    with hookctl.control(blocks, edit, texts=PROMPTS):
+        want = drawn(blocks)
+    blocks.update_components(guider=EditedGuidance(blocks, edit, texts=PROMPTS))
+    assert torch.equal(drawn(blocks), want)
