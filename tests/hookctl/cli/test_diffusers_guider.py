@@ -94,9 +94,11 @@ def test_under_control_they_go_with_a_guider(make: Any) -> None:
 
 @pytest.mark.slow
 def test_blocks_of_a_transformer() -> None:
-    blocks = modular(zoo.PIPELINES["sd3"].make(), blocks=StableDiffusion3AutoBlocks)
+    own = ClassifierFreeGuidance(guidance_scale=5.0)
+    blocks = modular(zoo.PIPELINES["sd3"].make(), own, blocks=StableDiffusion3AutoBlocks)
     edit = PromptToPrompt(PROMPTS, self_replace=0.5)
     with hookctl.control(blocks, edit, texts=PROMPTS):
         want = drawn(blocks)
-    blocks.update_components(guider=EditedGuidance(blocks, edit, texts=PROMPTS))
+    guider = EditedGuidance(blocks, edit, texts=PROMPTS, guidance_scale=5.0)
+    blocks.update_components(guider=guider)
     assert torch.equal(drawn(blocks), want)
