@@ -25,7 +25,7 @@ TRAINED = 1000  # timesteps that the published rule counts from
 class PAG(PerturbedGuidance):
     """Perturbed-attention guidance, after the pipeline's own.
 
-    scale: s; the paper takes 3 beside a guidance of 4, and 5 without any. 0 costs nothing.
+    scale: strength s; the paper takes 3 beside a guidance of 4, and 5 without any. 0 costs nothing.
     adaptive: a of s_t = max(0, s - a (1000 - t)): the guidance fades as the image gets clean
         (diffusers' `pag_adaptive_scale`); no rows are added once it is 0.
     branch: name of the perturbed branch.
