@@ -15,10 +15,12 @@ from hookctl.address.families import TextStream
 from hookctl.address.rows import (
     BATCHED,
     BATCHED_THEN_SKIP,
+    COND,
     PAG,
     PIX2PIX,
     POSITIVE_FIRST,
     SEQUENTIAL,
+    UNCOND,
     Layout,
 )
 from hookctl.errors import LayoutError, UnsupportedError
@@ -31,6 +33,7 @@ __all__ = [
     "POSITIVE_FIRST",
     "SEQUENTIAL",
     "TextStream",
+    "asked_by_guider",
     "encoded_places",
     "inner_pipelines",
     "is_guided",
@@ -65,6 +68,16 @@ def layout_of(pipe: Any, denoiser: Any = None) -> Layout:
             if families.uncompiled(module) is wanted:
                 return record.calls[name]
     return next(iter(record.calls.values()))
+
+
+def asked_by_guider(pipe: Any, call: int) -> str | None:
+    """What the guider of a pipeline of blocks names a step's call, counted from 0; None without a
+    guider."""
+    guider = getattr(pipe, "guider", None)
+    if guider is None or not hasattr(guider, "prepare_inputs"):
+        return None
+    asked = guider.prepare_inputs({"branch": (COND, UNCOND)})
+    return getattr(asked[call], guider._identifier_key) if call < len(asked) else None
 
 
 def scheduler_of(pipe: Any, denoiser: nn.Module) -> Any:

@@ -269,14 +269,16 @@ class Denoising:
 
     def around_step(self, step: Inner, arguments: dict[str, Any]) -> Any:
         state, hooked = self._step.state, self._step.hooked
+        if self._step.is_estimated(arguments):
+            return step(**arguments)
         if state is None and self.run.fresh:
             for entry in self.entries:
                 entry.unseen = True
         acting = self._acting_at(state, hooked)[0] if state is not None else ()
+        check = all(entry.check_finite for entry in self.entries)
         self._stepping = state
         try:
             with remembering(self.memory):
-                check = all(entry.check_finite for entry in self.entries)
                 return self._step.take(step, arguments, acting, check=check)
         finally:
             self._stepping = None

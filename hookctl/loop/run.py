@@ -234,7 +234,7 @@ class Run:
             prompts=self.count,
             images_per_prompt=self.images_per_prompt,
             guided=guided,
-            branch=branch_of(branch),
+            branch=branch_of(branch or pipelines.asked_by_guider(self.pipe, self.keeper.calls)),
             call=self.keeper.calls,
         )
 

@@ -56,6 +56,13 @@ class Step:
         if found is not None:
             self._branches |= split_branches(state.rows, found)
 
+    def is_estimated(self, arguments: dict[str, Any]) -> bool:
+        """Whether the scheduler's step is called for the estimate of a clean image alone, and will
+        be called again."""
+        declared = None if self.state is None else families.pipeline_of(self.state.pipe)
+        wanted = None if declared is None else declared.estimate
+        return wanted is not None and arguments.get(wanted) is None
+
     def take(
         self,
         step: Callable[..., Any],

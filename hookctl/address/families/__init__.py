@@ -11,7 +11,13 @@ traces, prove   measure on a live pipeline what is declared
 
 from __future__ import annotations
 
-from hookctl.address.families import combined, image, models, moving  # the tables  # noqa: F401
+from hookctl.address.families import (  # the tables  # noqa: F401
+    combined,
+    image,
+    models,
+    modular,
+    moving,
+)
 from hookctl.address.families.access import (
     DENOISERS,
     denoiser_of,

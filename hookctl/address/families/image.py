@@ -69,10 +69,6 @@ declare_pipelines(Pipeline({UNET: PIX2PIX}, text.clip), "StableDiffusionInstruct
 declare_pipelines(
     Pipeline({UNET: PIX2PIX}, text.clip, _POOLED), "StableDiffusionXLInstructPix2PixPipeline"
 )
-# Put together from blocks: its guider asks for one branch after the other.
-declare_pipelines(
-    Pipeline({UNET: SEQUENTIAL}, text.clip, _POOLED), "StableDiffusionXLModularPipeline"
-)
 declare_pipelines(
     Pipeline({UNET: ALONE}, text.clip),
     "LatentConsistencyModelPipeline LatentConsistencyModelImg2ImgPipeline",
@@ -221,16 +217,15 @@ declare_pipelines(
 
 # -- transformers that guide by two calls, or not at all -------------------------------------------
 
-_T5 = text.padded(512, tokenizer="tokenizer_2", prompts=("prompt_2",))
 declare_pipelines(
-    Pipeline({TRANSFORMER: SEQUENTIAL}, _T5, {"pooled": 1}),
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.flux, {"pooled": 1}),
     """
     FluxPipeline FluxImg2ImgPipeline FluxInpaintPipeline FluxControlNetPipeline
     FluxKontextPipeline FluxKontextInpaintPipeline
     """,
 )
 declare_pipelines(
-    Pipeline({TRANSFORMER: ALONE}, _T5, {"pooled": 1}),
+    Pipeline({TRANSFORMER: ALONE}, text.flux, {"pooled": 1}),
     """
     FluxControlPipeline FluxControlImg2ImgPipeline FluxControlInpaintPipeline FluxFillPipeline
     FluxControlNetImg2ImgPipeline FluxControlNetInpaintPipeline VisualClozeGenerationPipeline

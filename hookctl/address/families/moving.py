@@ -111,8 +111,17 @@ declare_pipelines(
     "Kandinsky5I2VPipeline",
 )
 declare_pipelines(
+    Pipeline(
+        {TRANSFORMER: SEQUENTIAL},
+        text.padded(512),
+        handing=handing.of_its_own,
+        estimate="pred_original_sample",
+    ),
+    "CosmosTextToWorldPipeline CosmosVideoToWorldPipeline",
+)
+declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.padded(512), handing=handing.of_its_own),
-    "CosmosTextToWorldPipeline CosmosVideoToWorldPipeline Cosmos2VideoToWorldPipeline",
+    "Cosmos2VideoToWorldPipeline",
 )
 declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.padded(512), handing=handing.preconditioned_flow),

@@ -92,6 +92,8 @@ class Pipeline:
         that nor its own part (`handing.own_part`).
     schedulers: name of a denoiser -> the attribute that holds its scheduler, where not "scheduler".
     inner: attributes that hold the pipelines which the call is handed on to, one after another.
+    estimate: the argument of the scheduler's step that is given in the step which counts, where it
+        is first called for the estimate of a clean image alone.
     """
 
     calls: Mapping[str, Layout]
@@ -100,6 +102,7 @@ class Pipeline:
     handing: Handing | None = None
     schedulers: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     inner: tuple[str, ...] = ()
+    estimate: str | None = None
 
 
 MODELS: dict[str, Model] = {}

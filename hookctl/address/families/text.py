@@ -40,6 +40,10 @@ def clip(pipe: Any) -> tuple[TextStream, ...]:
     return (TextStream(first, prompts=("prompt", "prompt_2") if second else ("prompt",)),)
 
 
+# The attention sees T5 alone; CLIP's text is pooled.
+flux = padded(512, tokenizer="tokenizer_2", prompts=("prompt_2",))
+
+
 def sd3(pipe: Any) -> tuple[TextStream, ...]:
     """CLIP, whose two encoders share positions, then T5."""
     tokenizer, t5 = pipe.tokenizer, getattr(pipe, "tokenizer_3", None)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import hookctl
 from hookctl import Editor
+from tests.families.subjects import error
 from tests.hookctl.drawing import SD15
 from tests.hookctl.learned.test_copies import LEARNED
 from tests.hookctl.learned.test_ip_adapter import vector
@@ -45,5 +46,17 @@ def test_a_compiled_model(name: str, in_place: bool) -> None:
         del editor
         gc.collect()
         assert held() is None  # compiled code does not keep it
+    finally:
+        torch._dynamo.reset()
+
+
+@pytest.mark.long  # minutes: each of the model's kernels is compiled by a C++ compiler
+def test_compiled_by_inductor() -> None:
+    pipe = SD15.make()
+    editor = LEARNED["FaceID"](pipe)
+    want = run(pipe, editor)
+    pipe.unet.compile()
+    try:
+        assert error(run(pipe, editor), want) < 1e-5
     finally:
         torch._dynamo.reset()

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from hookctl import control
 from tests import zoo
 from tests.families.subjects import error
 from tests.hookctl.drawing import SD15, TWO, assign_same, draw, editor
+from tests.zoo.wild import WILD
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "pixart", "wan", "flux", "animatediff"])
@@ -46,3 +48,27 @@ def test_after_the_step() -> None:
     assert not draw(SD15, pipe, editor(after=zero)).any()
     same = draw(SD15, pipe, editor(after=assign_same))
     assert torch.equal(same, SD15.run(pipe, TWO))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline"])
+def test_a_step_that_is_first_called_for_an_estimate(name: str) -> None:
+    """What the pipeline goes on with is seen and changed, once a step."""
+    case = WILD[name]
+    pipe, given, made = case.make(), [], []
+    step = pipe.scheduler.step
+
+    def noted(prediction: Tensor, t: Any, sample: Tensor, **options: Any) -> Any:
+        given.append(sample)
+        return step(prediction, t, sample, **options)
+
+    def negate(state: Any) -> None:
+        state.latents = -state.latents
+        made.append(state.latents)
+
+    pipe.scheduler.step = noted
+    with control(pipe, editor(after=negate)):
+        case.draw(pipe, ["a red cat"], ["blurry"], [0])
+    assert len(made) == len(pipe.scheduler.timesteps) == len(given) / 2 > 1
+    for before, sample in zip(made, given[3::2], strict=False):
+        assert torch.equal(before, sample)
