@@ -4,6 +4,7 @@ DEMOS = {
     "attend_and_excite": "three objects and none left out: Attend-and-Excite",
     "collaboration": "colours from a text, places from a mask: Collaborative Diffusion",
     "concepts": "where an image shows what: ConceptAttention, on the flow-matching pipeline",
+    "flow": "real images recoloured on a flow-matching model, by seven methods",
     "grounding": "objects at boxes, points, scribbles and masks: a trained InstanceDiffusion",
     "guidance": "FreeU, ScaleU, PAG, SAG and SEG against plain sampling with the same noise",
     "identity": "a look that no word names, read off a reference and drawn anew: InstantID",

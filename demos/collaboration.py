@@ -79,7 +79,7 @@ def run(
         "methods": {TITLES[name]: figures(one, scenes) for name, one in drawn.items()},
         "cost": {
             "rows_per_image_of_the_text_model": {TITLES[k]: round(v, 1) for k, v in rows.items()},
-            "peak_mib_of_a_image": {
+            "peak_mib_of_an_image": {
                 "text alone": drawing_mib(pipe, caption_of(scenes[0]), guidance=GUIDANCE),
                 "collaboration": drawing_mib(pipe, caption_of(scenes[0]), both, guidance=GUIDANCE),
             },

@@ -129,7 +129,7 @@ METHODS: Mapping[str, Stack] = {
     "boxes, seen apart": partial(grounded, masked=True),
     "boxes + sampler": sampled,
 }
-SILENT, MIXED = "boxes, prompt silent", "RealCompo of boxes"
+SILENT, MIXED = "boxes, no prompt", "RealCompo of boxes"
 
 
 def run(
@@ -139,7 +139,7 @@ def run(
     pipe, started = pipeline(), time.perf_counter()
     rng = np.random.default_rng([seed, 11])
     cases = [draw_layout(rng, 2 + i % 2) for i in range(seeds)]
-    silent = [replace(case, prompt=f"a {case.background} background") for case in cases]
+    silent = [replace(case, prompt="") for case in cases]
     runs: dict[str, Callable[[], Drawn]] = {
         name: partial(draw, pipe, cases, stack, seed, read=False) for name, stack in METHODS.items()
     }
@@ -153,7 +153,7 @@ def run(
     figures = {name: measured(cases, one.images, name) for name, one in drawn.items()}
     costs = {name: cost_of(one, theory(name, cases)) for name, one in drawn.items()}
     for name, stack in METHODS.items():
-        costs[name]["peak_mib_of_a_image"] = peak(pipe, cases[0], stack)
+        costs[name]["peak_mib_of_an_image"] = peak(pipe, cases[0], stack)
     report = write_up("grounding", out, seed, len(cases), figures, costs, started)
     sheet(out, cases, {name: one.images for name, one in drawn.items()}, layout)
     return report

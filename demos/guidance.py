@@ -111,7 +111,7 @@ def run(
             name: {
                 "rows_per_image": one.rows,
                 "rows_in_theory": ROWS[name],
-                "peak_mib_of_a_image": _peak(pipe, prompts[0], METHODS[name]()),
+                "peak_mib_of_an_image": _peak(pipe, prompts[0], METHODS[name]()),
                 "seconds_per_image": round(one.seconds / seeds, 2),
             }
             for name, one in drawn.items()

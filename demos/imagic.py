@@ -83,7 +83,7 @@ def run(
             "rows_per_image": rows.rows / seeds,
             "rows_in_theory": _theory(),
             "peak_mib_of_a_fit": _peak(pipe, images[0], cases[0].target),
-            "peak_mib_of_a_image": drawing_mib(pipe, cases[0].target, guidance=GUIDANCE),
+            "peak_mib_of_an_image": drawing_mib(pipe, cases[0].target, guidance=GUIDANCE),
         },
         "wall_seconds": round(time.perf_counter() - started, 1),
     }

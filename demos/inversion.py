@@ -175,7 +175,7 @@ def run(
         cost[name] = {
             "rows_per_inversion": rows.rows / seeds,
             "rows_in_theory": METHODS[name].rows,
-            "peak_mib_of_a_image": _peak(pipe, name, cases[0], images[0]),
+            "peak_mib_of_an_image": _peak(pipe, name, cases[0], images[0]),
             "seconds_per_inversion": round(seconds / seeds, 2),
         }
         outcomes[name] = [edit(pipe, name, *one) for one in zip(found, cases, images, strict=True)]

@@ -98,7 +98,7 @@ def run(
         costs[name] = {
             "image_rows": round(cost.images / seeds, 2),
             "image_rows_in_theory": theory(name),
-            "peak_mib_of_a_image": _peak(pipe, name, every[kind][0]),
+            "peak_mib_of_an_image": _peak(pipe, name, every[kind][0]),
         }
         if progress is not None:
             progress(done, len(wanted))

@@ -197,7 +197,7 @@ def compare(
     }
     costs = {name: cost_of(one, theory(name)) for name, one in drawn.items()}
     for name, cost in costs.items():
-        cost["peak_mib_of_a_image"] = peak(pipe, cases[0], methods[name])
+        cost["peak_mib_of_an_image"] = peak(pipe, cases[0], methods[name])
     report = write_up(demo, out, seed, len(cases), figures, costs, started, model)
     sheet(out, cases, {name: one.images for name, one in drawn.items()}, layout if boxed else None)
     return report

@@ -146,7 +146,7 @@ def run(
         made = draw(pipe, cases, stack, seed)
         drawn[name] = made.images
         costs[name] = cost_of(made, theory(name, cases))
-        costs[name]["peak_mib_of_a_image"] = peak(pipe, cases[0], stack)
+        costs[name]["peak_mib_of_an_image"] = peak(pipe, cases[0], stack)
         if progress is not None:
             progress(done, len(methods))
     measured = {name: figures(cases, images) for name, images in drawn.items()}

@@ -30,7 +30,8 @@ SPACES = ("clean", "prediction")
 class APG(GuidanceRule):
     """Adaptive projected guidance in the place of the pipeline's.
 
-    eta: how much of the part along c is kept; 0 as published, 1 for all. momentum: beta, 0: none.
+    eta: how much of the part along c is kept; 0 as published, 1 for all. momentum: share
+        beta of the last steps' r that stays, below 0 against their direction; 0 for none.
     rho: the largest norm of d over an image, None for any; it grows with the square root of the
         latents' number (15 is the paper's for SDXL, whose latents are 4 x 128 x 128).
     space: "clean", the paper's, or "prediction", that of diffusers' guider.

@@ -46,8 +46,9 @@ class ConceptAttention(Editor):
     concepts: two or more words, of which each place of the image is shared out among; without one
         for the rest, such as "background", everything belongs to an object.
     paper: the first token of each concept alone, as published, and not all of them.
-    sites: joint ones; None: as published, on FLUX the last fifth of the blocks in which the text
-        has weights of its own, on SD3 all of these. start, stop: fractions of the schedule.
+    sites: joint attention that is read; None: as published, on FLUX the last fifth of the blocks in
+        which the text has weights of its own, on SD3 all of these. start, stop: fractions of the
+        schedule.
 
     After a run, `maps` has the map of each concept, [images, height, width], whose sum at a place
     is 1 (of a run in progress: so far). Costs a further call of the denoiser in a step, for the

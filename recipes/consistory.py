@@ -55,7 +55,8 @@ class ConsiStory(SourceAndEdits):
     dropped: share of a mask's cells left out in every step; seed: of these draws.
     queries: s at the first step of the window for queries and at its end; query_stop: where that
         is, 0 for none (which saves half of the rows).
-    injected: w, 0 for one run without injection; inject_window: when.
+    injected: share w of the first run's features in the second, 0 for one run without injection;
+    inject_window: when, in fractions of the schedule.
     sites: self-attention that is shared. On a joint site it is the image's tokens.
     start, stop: fractions of the schedule; the first step has no masks yet.
 

@@ -53,9 +53,12 @@ class CyclicOneWay:
     region: which part of the image counts, by default all of it. A mask is bright there; of the
         official masks, which are black there, give `~Region.mask(mask)`.
     size: of the canvas, (width, height) in px, by default the pipeline's.
-    steps, guidance, negative: of the sampling. start, top, finish: the levels r, b and that of the
-        last writing, as fractions of the steps from the clean image. cycles: how often it is
-        disturbed and constructed again. eta, final_eta: fresh noise in the cycles and after them.
+    steps, guidance, negative: of the sampling.
+    start, top: how noisy the canvas is in the cycles, at least and at most: r and b, in fractions
+        of the steps from the clean image. finish: likewise where the image is written for the last
+        time; the text may repaint the seam after it.
+    cycles: how often the canvas is disturbed and constructed again. eta, final_eta: fresh noise in
+        the cycles and after them.
     suppress, diverse: what must not appear outside the region, and what may instead, "" for
         nothing; two more rows in the cycles (`recipes.common.suppression`).
     inversion_guidance: scale in the inversions. writes: whether the image is written at all.

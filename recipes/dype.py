@@ -47,7 +47,8 @@ class DyPE(Editor):
         Qwen-Image's 83.
     method: "yarn", published as the better one, or "ntk", whose theta alone is raised, by
         s^(2 t^power d / (d - 2)), and whose amplitudes stay.
-    power: of t; 0 for positions that do not follow the denoising (YaRN, NTK).
+    power: how fast positions return to the trained ones as the image gets clean, a power of t; 0
+        for positions that do not follow the denoising (YaRN, NTK).
 
     start, stop: fractions of the schedule. An image within `base` is left bit for bit, which is an
     error unless control(..., strict=False). The official code also shifts the schedule of any size

@@ -53,9 +53,12 @@ class Imagic:
 
     image: PIL, mode RGB; prompt: of the wanted image; embeddings: e_tgt in place of the prompt's,
         [1, tokens, channels], for a model that is told something else.
-    alphas, guidance, steps, inverted: of `draw`, unless it is given others.
-    text_steps, text_rate: of stage A; model_steps, model_rate: of stage B, both by Adam; rank,
-        layers: of the low-rank change, layers as a pattern of paths. The published numbers for
+    alphas: how far it goes from the image, 0, to the wanted text, 1; an image for each.
+    inverted: start from the image's inverted noise, not from that of the seed. These, guidance and
+        steps are those of `draw`, unless it is given others.
+    text_steps, text_rate: how long and by which learning rate stage A fits the text to the image.
+    model_steps, model_rate: likewise stage B the model, both by Adam.
+    rank, layers: of B's low-rank change, layers as a pattern of paths. The published numbers for
         Stable Diffusion are 1000 steps at 2e-3 and 1500 at 5e-7 over all weights.
     schedule_steps: levels that the image is noised to, spread over the schedule, by default
         those of the steps; window: those of them that are trained, in shares of the run (0 is

@@ -48,12 +48,14 @@ class LayoutGuidance(EnergyGuidance):
         LayoutGuidance(["circle", "square"], [(0, 0, 0.5, 1), (0.5, 0, 1, 1)])
 
     words, regions: as many of each, for every prompt or a list for each (several boxes for a word:
-    `a | b`). form: of the energy. scale: of the gradient, by default 30 (20 for top-k). threshold:
-    of L. iterations: at most so many times in a step, by default 5 (3, 2, 1 for top-k). sites: by
-    default all that hold the layout. start, stop: fractions of the schedule, by default 0 to 1/5
-    (3/10 for top-k). paper: the official code, which reads the middle block and the up-sites that
-    hold the layout, floors the edges of boxes to cells (else a cell counts that is half covered),
-    takes a step before it looks at L, and never guides an image again once its L was low enough.
+    `a | b`). form: which energy L is lowered, "share" (of a word's attention that lies inside) or
+    "top-k" (the strongest cells alone). scale: of the gradient, by default 30 (20 for top-k).
+    threshold: L below which a step is left alone. iterations: at most so many times in a step, by
+    default 5 (3, 2, 1 for top-k). sites: by default all that hold the layout. start, stop:
+    fractions of the schedule, by default 0 to 1/5 (3/10 for top-k). paper: the official code, which
+    reads the middle block and the up-sites that hold the layout, floors the edges of boxes to cells
+    (else a cell counts that is half covered), takes a step before it looks at L, and never guides
+    an image again once its L was low enough.
     scale=0, or no words, leaves a run bit for bit as it was.
     """
 

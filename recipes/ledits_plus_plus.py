@@ -35,7 +35,7 @@ from hookctl.recipes.common.sites import text_sites
 from hookctl.recipes.common.source_and_edits import SourceAndEdits
 from hookctl.run_state import RunState
 
-TRAINED, WORDS_ALONE = 1000, 800  # timesteps; before the latter M1 alone counts
+WORDS_ALONE = 800  # timesteps; before that M1 alone counts
 EMPTY = "no edit"  # branch of the empty text, where the run has none
 COARSE = Fraction(1, 4)  # of the latent's side: the published maps
 
@@ -62,7 +62,6 @@ class LEDITSPlusPlus(SourceAndEdits):
 
     _texts: RunState[PromptTexts] = RunState()
     _encoded: RunState[EncodedTexts] = RunState()
-    _unit: RunState[int] = RunState(1)
 
     @checked(own=("prompts", "edits"))
     def __init__(
@@ -110,8 +109,6 @@ class LEDITSPlusPlus(SourceAndEdits):
     def begin(self, state: State) -> None:
         super().begin(state)
         if self.acting:
-            # Some families hand the denoiser a time of 0 to 1, noisiest first.
-            self._unit = TRAINED if state.clock.timestep <= 1 else 1
             self._encoded = EncodedTexts(state, [*self.texts, ""])
             sites = text_sites(self.name, state.pipe, self.sites)
             self.masks.begin(sites, state, COARSE if self.paper else None)
@@ -136,7 +133,7 @@ class LEDITSPlusPlus(SourceAndEdits):
         if not self.acting or not self.active(state.clock):
             return guided
         uncond = predictions[UNCOND if UNCOND in predictions.branches else EMPTY]
-        late = state.clock.timestep * self._unit <= WORDS_ALONE
+        late = state.clock.timestep <= WORDS_ALONE
         added = torch.zeros_like(guided)
         for row in (row for row in state.images if row.prompt in self.edits):
             at = row.index

@@ -42,9 +42,10 @@ class NAG(Editor):
 
     negative: what is not wanted: a text, embeddings [tokens, channels], or a list of them, one for
         each prompt of the run. It is NAG's own: a pipeline without guidance reads no negative one.
-    scale: s, 1 for nothing, which costs nothing. tau: how much longer an output may get, from 1 on.
+    scale: how far away from it, s; 1 for nothing, which costs nothing.
+    tau: how much longer an output may get, from 1 on.
     alpha: share of the guided output, 0 for nothing.
-    norm: of the outputs of a query, "l1" (the paper's) or "l2"; paper=True: as the published code,
+    norm: of the outputs of a query, "l1" (the paper's) or "l2"; paper: as the published code,
         l2 in a joint sequence (its Flux) and l1 elsewhere.
     sites: attention to the text to act in; start, stop: fractions of the schedule.
 

@@ -42,7 +42,7 @@ class OneWayFlow(Editor):
         seed = (0.25, 0.25, 0.75, 0.75)
         OneWayFlow({"seed": seed}, [("rest", "seed", -4.0), ("seed", "rest", 1.0)])
 
-    regions: by name; "rest" is what lies in none of them.
+    regions: which there are, by name; "rest" is what lies in none of them.
     flows: (from, to, strength): the queries of `to` look at the keys of `from` more (above 0) or
         less (below 0) by this much, in units of scores; -inf: not at all.
     anneal: let the strength fall linearly to 0 over the window, else it is constant.

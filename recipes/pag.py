@@ -16,10 +16,8 @@ from typing import Any
 from hookctl.address.clock import Clock
 from hookctl.arguments import checked, number
 from hookctl.attention.call import AttentionCall
-from hookctl.loop.state import State
 from hookctl.recipes.common.perturbed_guidance import PerturbedGuidance
 from hookctl.recipes.common.sites import IMAGE_KINDS
-from hookctl.run_state import RunState
 
 TRAINED = 1000  # timesteps that the published rule counts from
 
@@ -27,7 +25,7 @@ TRAINED = 1000  # timesteps that the published rule counts from
 class PAG(PerturbedGuidance):
     """Perturbed-attention guidance, after the pipeline's own.
 
-    scale: s; the paper takes 3 beside a guidance of 4, and 5 without any. 0 costs nothing.
+    scale: strength s; the paper takes 3 beside a guidance of 4, and 5 without any. 0 costs nothing.
     adaptive: a of s_t = max(0, s - a (1000 - t)): the guidance fades as the image gets clean
         (diffusers' `pag_adaptive_scale`); no rows are added once it is 0.
     branch: name of the perturbed branch.
@@ -37,7 +35,6 @@ class PAG(PerturbedGuidance):
     """
 
     kinds = (*IMAGE_KINDS, "temporal")
-    _unit: RunState[int] = RunState(1)
 
     @checked()
     def __init__(
@@ -54,12 +51,8 @@ class PAG(PerturbedGuidance):
     def neutral(self) -> bool | None:
         return None if self.adaptive else super().neutral()
 
-    def begin(self, state: State) -> None:
-        # Some families hand the denoiser a time of 0 to 1, noisiest first.
-        self._unit = TRAINED if state.clock.timestep <= 1 else 1
-
     def scale_at(self, clock: Clock) -> float:
-        return max(0.0, self.scale - self.adaptive * (TRAINED - clock.timestep * self._unit))
+        return max(0.0, self.scale - self.adaptive * (TRAINED - clock.timestep))
 
     def attention(self, call: AttentionCall) -> None:
         call.isolate(call.rows.where(branch=self.branch))

@@ -70,11 +70,13 @@ class PromptToPrompt(SourceAndEdits):
         where the word counts agree), or a list with one for each edit.
     cross_replace: until when the source's cross-attention is used: a fraction of the schedule, a
         pair, or {"default": ..., word of the edit: ...} for windows by word.
-    self_replace: the same for self-attention, in the sites that hold the layout (no finer than a
-        quarter of the latent where there are such), or no finer than `self_resolution` of it.
+    self_replace: the same for self-attention, in the sites that hold the layout.
+    self_resolution: the finest of these, as a fraction of the latent's sides; None: a quarter,
+        where there are such.
     reweight: {word of the edit: gain}, any sign; for several edits a list, None where there is
-        none. It acts in the cross-attention window, as the official code does, or in
-        `reweight_window`.
+        none.
+    reweight_window: when that acts, fractions of the schedule; None: in the cross-attention window,
+        as the official code does.
     blend: words whose places may change: one for all prompts, or a list with one entry for each
         prompt (a word, several, or None). subtract: words whose places may not. blend_start: from
         which fraction of the schedule on; blend_threshold: of the maps' maximum, from 0 to below 1,

@@ -27,7 +27,8 @@ class RIFLEx(Editor):
             frames = pipe("a fox runs", num_frames=257).frames[0]
 
     repeats: after how many frames of the latent a video that is too long repeats itself
-        (HunyuanVideo 48); or k: which pair rotates so, from 1 (HunyuanVideo 4).
+        (HunyuanVideo 48).
+    k: in its place, which pair of the rotary positions rotates so, from 1 (HunyuanVideo 4).
     share: how much of a period the video is made.
     paper: slow the pair whatever its period; else only where the video is longer than that share
         of it, since it would rotate faster.

@@ -47,11 +47,11 @@ class SkippedBlocks(PerturbedGuidance):
 class SkipLayerGuidance(SkippedBlocks):
     """Skip-layer guidance, after the pipeline's own.
 
-    scale: s, 2.8 for SD3.5 medium; 0 costs nothing. layers: the blocks that are passed by, counted
-        from 0: (7, 8, 9) of its 24; on models with several lists of them those of
-        `transformer_blocks`, as in diffusers.
+    scale: strength s, 2.8 for SD3.5 medium; 0 costs nothing.
+    layers: the blocks that are passed by, counted from 0: (7, 8, 9) of its 24; on models with
+        several lists of them those of `transformer_blocks`, as in diffusers.
     branch: name of the branch. sites: attention sites whose blocks are meant, in place of layers.
-    start, stop: fractions of the schedule. paper=True: strictly inside them, as published: never in
+    start, stop: fractions of the schedule. paper: strictly inside them, as published: never in
         step 0, and not at all where stop is before the second step.
 
     Costs one further row beside each conditional one, in the window alone. Switch off the

@@ -35,10 +35,11 @@ PUBLISHED = {
 class STG(SkippedBlocks):
     """Spatiotemporal skip guidance, after the pipeline's own.
 
-    scale: s; 0 costs nothing. layers: the blocks that are passed by, counted from 0; None: the
-        published one of CogVideoX (11), HunyuanVideo (2), LTX (19) and Mochi (34), and the middle
-        one of other models.
-    rescale: r, 0.7 where the published code rescales; over each video.
+    scale: strength s; 0 costs nothing.
+    layers: the blocks that are passed by, counted from 0; None: the published one of CogVideoX
+        (11), HunyuanVideo (2), LTX (19) and Mochi (34), and the middle one of other models.
+    rescale: how far the result is brought back to the spread of the conditional prediction, r, 0
+        to 1; 0.7 where the published code rescales; over each video.
     branch: name of the branch. sites: attention sites whose blocks are meant, in place of layers.
     start, stop: fractions of the schedule.
 

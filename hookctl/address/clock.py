@@ -8,7 +8,7 @@ argument and from the scheduler's calls, never by counting attention calls.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,8 +23,9 @@ class Clock:
 
     step: which step it belongs to, from 0 (the noisiest of this run) to steps - 1.
     steps: how many this run takes, 0 if unknown.
-    timestep: as the denoiser is given it, in units of its family: training steps (999 .. 0), or
-        1000 sigma or sigma for flow matching.
+    timestep: the scheduler's own: training steps (999 .. 0), or 1000 sigma for flow matching. What
+        a denoiser is told may be another number (Flux: sigma, Z-Image: 1 - sigma); without a
+        scheduler it is that.
     skipped: how many entries of the scheduler's timesteps lie before the run.
     """
 
@@ -136,16 +137,18 @@ class Timekeeper:
             self.calls = 0
         left = max(0, len(times) - self._first)
         steps = planned if isinstance(planned, int) and 0 < planned <= left else left
-        return Clock(self._step - self._first, steps, now, self._first)
+        time = times[self._step] if self._step < len(times) else now
+        return Clock(self._step - self._first, steps, time, self._first)
 
     def peek(self, timestep: Any, schedule: Any, outer: Clock) -> Clock:
         """The clock of a call that an editor makes inside the call at `outer`; moves nothing."""
         now, times = _scalar(timestep), self._times(schedule)
-        if now == outer.timestep:
+        if now == outer.timestep or (now == self._timestep and outer.entry == self._step):
             return outer
         entry = _nearest(now, times, 0, _tolerance(timestep))
-        step = outer.step if entry is None else max(0, entry - outer.skipped)
-        return Clock(step, outer.steps, now, outer.skipped)
+        if entry is None:
+            return replace(outer, timestep=now)
+        return replace(outer, step=max(0, entry - outer.skipped), timestep=times[entry])
 
     def _times(self, schedule: Any) -> list[float]:
         """The schedule as numbers; read off the device once for each list."""

@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from hookctl.cli.inverting import takes_inside
 from hookctl.cli.models import EMBEDDED, SHAPES, SHAPES_FLOW
-from hookctl.preset import FILLED, EditorSpec, HookSpec, Preset, dump_preset, parameters
+from hookctl.preset import (
+    FILLED,
+    EditorSpec,
+    HookSpec,
+    ImageSpec,
+    Preset,
+    dump_preset,
+    parameters,
+)
 
 PICTURE = "picture.png"  # what a text calls the picture that was given
 
@@ -31,7 +40,7 @@ def as_python(preset: Preset, device: str = "cpu", dtype: str = "float32") -> st
     run = preset.run
     edits = [run["edit"]] if "edit" in run else []
     recipes = [spec.recipe for spec in preset.specs if spec.recipe != "Maps"]
-    recipes += [preset.inversion.recipe] if preset.inversion else []
+    recipes += [one.recipe for one in (preset.inversion, preset.program) if one is not None]
     lines = ["import torch"]
     lines += ["from PIL import Image"] * preset.takes_image
     lines += ["", "import hookctl"]
@@ -41,10 +50,14 @@ def as_python(preset: Preset, device: str = "cpu", dtype: str = "float32") -> st
     lines.append(f"prompts = {[run['prompt'], *edits]!r}")
     if preset.takes_image:
         lines.append(f'image = Image.open("{PICTURE}").convert("RGB")')
-    lines += ["editors = [", *(f"    {_editor(spec)}," for spec in preset.specs)]
-    lines += [f"    {_hook(hook)}," for hook in preset.hooks]
-    lines.append("]")
-    lines += _inverted(preset) if preset.inversion else _drawn(run)
+    editors = [*map(_editor, preset.specs), *map(_hook, preset.hooks)]
+    lines += (
+        ["editors = [", *(f"    {one}," for one in editors), "]"] if editors else ["editors = []"]
+    )
+    if preset.program is not None:
+        lines += _by_program(preset, preset.program)
+    else:
+        lines += _inverted(preset) if preset.inversion else _drawn(run)
     lines.append('edited.save("edited.png")')
     return "\n".join(lines) + "\n"
 
@@ -87,6 +100,24 @@ def _inverted(preset: Preset) -> list[str]:
         f"    images = inverted.edit(pipe, prompts=prompts{guidance})",
         "edited = images[-1]",
     ]
+
+
+def _by_program(preset: Preset, program: ImageSpec) -> list[str]:
+    run, taken = preset.run, parameters(program.cls)
+    further = {name: run[name] for name in ("steps", "guidance", "seed") if name in run}
+    given = [f"{name}={value!r}" for name, value in {**further, **program.arguments}.items()]
+    if "source_prompt" in taken and "edit" in run:
+        given.insert(0, "source_prompt=prompts[0]")
+    prompt = "prompts" if program.takes_prompts else "prompts[-1]"
+    lines = [f"program = {program.recipe}(pipe, image, {prompt}, {', '.join(given)})"]
+    if takes_inside(program.cls):
+        lines += ["images = program.run(*editors)"]
+    else:
+        lines += [
+            "with hookctl.control(pipe, *editors, strict=False) as session:",
+            "    images = program.run()",
+        ]
+    return [*lines, "edited = images[-1]"]
 
 
 def _editor(spec: EditorSpec) -> str:

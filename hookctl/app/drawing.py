@@ -14,11 +14,12 @@ from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import hookctl
+from hookctl.app.programs import BACK, Calls, Stopped, Tell, run_program
 from hookctl.app.reading import Looks, readers_of, step_maps, words, words_of
 from hookctl.app.stack import Kinds, Wanted, preset_of
 from hookctl.cli.draw import Drawing, images
 from hookctl.cli.hooks import attach_hooks
-from hookctl.cli.inverting import check_fits
+from hookctl.cli.inverting import check_fits, drawn_prompts, program_for
 from hookctl.editor import Editor
 from hookctl.loop.state import State
 
@@ -30,12 +31,6 @@ if TYPE_CHECKING:
 
     from hookctl.preset import Preset
     from hookctl.session import Session
-
-Tell = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all)
-
-
-class Stopped(Exception):
-    """The person asked for the end of a run."""
 
 
 class Steps(Editor):
@@ -100,20 +95,21 @@ def draw(
     """
     preset = preset_of(wanted, kinds, model, words_of(pipe))
     run = _Run(pipe, wanted, preset, Kept() if kept is None else kept, tell, stop)
-    editors = run.editors()
-    readers = readers_of(pipe, len(run.prompts) - 1)
+    program, editors = run.program(), run.editors()
+    prompts = drawn_prompts(preset, run.prompts)
+    readers = readers_of(pipe) if getattr(program, "takes_editors", True) else []
     # Control comes first: it refuses what can't be done before anything is drawn.
     with hookctl.control(pipe, *editors, *readers, strict=False):
         run.check()
     before = run.plain()
     shown(before[0])
-    after, session = run.edited([*editors, *readers])
+    after, session = run.edited([*editors, *readers], program)
     notes = _notes(wanted, kinds, session, editors)
-    maps = step_maps(session, len(run.prompts) - 1, words(pipe, run.prompts[-1]))
+    maps = step_maps(session, words(pipe, prompts[-1]))
     own = {reader.name for reader in readers}
     rows = [row for row in [*session.log.rows(), *session.log.hook_rows()] if row[0] not in own]
     looks = next((reader.looks() for reader in readers if isinstance(reader, Looks)), None)
-    return Made(wanted, preset, before[0], after[len(run.prompts) - 1], maps, looks, notes, rows)
+    return Made(wanted, preset, before[0], after[-1], maps, looks, notes, rows)
 
 
 def check(pipe: Any, wanted: Wanted, kinds: Kinds, model: str) -> None:
@@ -141,12 +137,21 @@ class _Run:
 
     @property
     def drawing(self) -> Drawing:
-        return Drawing(self.wanted.seed, self.wanted.steps, self.wanted.guidance)
+        names = ("seed", "steps", "guidance")
+        return Drawing(**{name: self.preset.run[name] for name in names if name in self.preset.run})
 
     @property
     def own(self) -> Image | None:
-        """The picture that is inverted, if one is."""
-        return self.wanted.image if self.preset.inversion is not None else None
+        """The picture that is inverted, or a program's, if one is."""
+        taken = self.preset.inversion or self.preset.program
+        return self.wanted.image if taken is not None else None
+
+    def program(self) -> Any:
+        """What draws after the picture by itself; None if the pipeline draws."""
+        if self.preset.program is None:
+            return None
+        assert self.own is not None  # else `preset_of` refused
+        return program_for(self.pipe, self.preset, self.own, self.drawing, self.prompts)
 
     def editors(self) -> list[Editor]:
         """Recipes first, then learned weights."""
@@ -155,7 +160,7 @@ class _Run:
         return [*self.preset.editors(self.prompts, image), *(one.editor for one in attached)]
 
     def check(self) -> None:
-        if self.own is not None:
+        if self.own is not None and self.preset.program is None:
             check_fits(self.pipe, self.own, self.drawing)
 
     def plain(self) -> list[Image]:
@@ -171,8 +176,11 @@ class _Run:
                 self.kept.plain = key, self._images()
         return self.kept.plain[1]
 
-    def edited(self, editors: Sequence[Editor]) -> tuple[list[Image], Session]:
+    def edited(self, editors: Sequence[Editor], program: Any) -> tuple[list[Image], Session]:
         """The pictures under control; one of a person's own is inverted first, once."""
+        if program is not None:
+            calls = Calls(self.pipe, self.tell, self.stop, "edited picture")
+            return run_program(program, editors, calls)
         inverted = None if self.own is None else self._inverted(self.own)
         with _told(self.pipe, self.tell, self.stop, "edited picture"):
             with hookctl.control(self.pipe, *editors, strict=False) as session:
@@ -194,7 +202,7 @@ class _Run:
         return self.kept.inverted[1]
 
     def _progress(self, done: int, total: int) -> None:
-        self.tell("your picture, step by step back to noise", done, total)
+        self.tell(BACK, done, total)
         if self.stop.is_set():
             raise Stopped
 
@@ -218,7 +226,8 @@ def _notes(
 ) -> dict[int, str]:
     """What the library says of cards that changed nothing, by the card's place."""
     # Recipes come first, then learned weights, each in the order of their cards.
-    on = [n for n, card in enumerate(wanted.cards) if card.on]
+    cards = enumerate(wanted.cards)
+    on = [n for n, card in cards if card.on and card.kind not in kinds.programs]
     places = sorted(on, key=lambda n: (wanted.cards[n].kind in kinds.hooks, n))
     silent = {id(e): why for e in editors for _, why in session.log.silent([e])}
     return {

@@ -13,14 +13,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_origin
 
+from hookctl.address.regions import Region
 from hookctl.preset import FILLED, parameters
 from hookctl.preset.signature import hints_of
 from hookctl.preset.write import text as toml
 
-Kind = Literal["switch", "slider", "number", "choice", "words", "areas", "labels", "text", "value"]
+Kind = Literal[
+    "switch", "slider", "number", "choice", "words", "areas", "area", "labels", "text", "value"
+]
 
 # No form can hold these: tensors, generators, models and the paths of files.
 _NOT_HERE = ("path", "generator", "layout", "layout_arguments", "clip", "maps")
+# Of programs neither what becomes the pipeline's, nor where the server keeps what it computes.
+_NOT_OF_PROGRAMS = ("embeddings", "arguments", "checkpoint", "save_every", "on_cpu", "memory")
 # Fractions, whatever recipe they are of.
 _FRACTIONS = frozenset(
     "start stop base edge share fidelity threshold decay alone rate quantile top cross_replace "
@@ -31,6 +36,7 @@ _GAINS = ("scale", "strength", "rho", "sigma")
 # What places on the picture become: areas, or tables of learned weights, one for each.
 _AREAS = ("regions", "boxes", "instances", "people")
 _FIRST = ("strength", "scale", "start", "stop")  # what is seen before "More" is opened
+_WHERE = ("blend", "region", "words")  # and, behind these, of what it is
 OWN = "the method's own"
 
 
@@ -62,20 +68,24 @@ class Field:
 
 @dataclass(frozen=True)
 class Form:
-    """Of one editor. summary: the first sentence of its docstring."""
+    """Of one editor. summary: the first sentence of its docstring; use: what it is besides, of
+    the keys of `FILLED`."""
 
     name: str
     summary: str
     fields: tuple[Field, ...]
+    use: str = "editor"
 
     @property
     def has_areas(self) -> bool:
-        return any(field.kind == "areas" for field in self.fields)
+        """Whether what is drawn is used, all of it."""
+        return any(f.kind == "areas" or (f.kind == "area" and f.needed) for f in self.fields)
 
 
-def form_of(cls: type, doc: str | None = None) -> Form:
-    """The form of a recipe."""
-    return form(cls.__name__, parameters(cls), hints_of(cls), _docs(cls) if doc is None else doc)
+def form_of(cls: type, doc: str | None = None, use: str = "editor") -> Form:
+    """The form of a recipe; use: a key of `FILLED`."""
+    doc = _docs(cls) if doc is None else doc
+    return form(cls.__name__, parameters(cls), hints_of(cls), doc, use)
 
 
 def form(
@@ -83,9 +93,10 @@ def form(
     taken: Mapping[str, inspect.Parameter],
     hints: Mapping[str, Any],
     doc: str,
+    use: str = "editor",
 ) -> Form:
     """A form of parameters, their hints and what a docstring says of them."""
-    skipped = (*FILLED["editor"], *_NOT_HERE)
+    skipped = (*FILLED[use], *_NOT_HERE, *(_NOT_OF_PROGRAMS if use == "program" else ()))
     helps = helps_of(doc, list(taken))
     areas = any(part in taken for part in ("regions", "boxes"))
     fields = [
@@ -96,9 +107,8 @@ def form(
     early = [field for field in fields if field.needed or field.name in _FIRST]
     if not any(field.name in _GAINS[:2] for field in early):  # what else says how strong it is
         early += [f for f in fields if f.kind in ("slider", "number") and f not in early][:1]
-    if "blend" in taken:
-        early += [field for field in fields if field.name == "blend"]
-    return Form(name, summary(doc), tuple(replace(f, early=f in early) for f in fields))
+    early += [field for field in fields if field.name in _WHERE]
+    return Form(name, summary(doc), tuple(replace(f, early=f in early) for f in fields), use)
 
 
 def _field(parameter: inspect.Parameter, hint: Any, help: str, areas: bool) -> Field:
@@ -110,6 +120,8 @@ def _field(parameter: inspect.Parameter, hint: Any, help: str, areas: bool) -> F
     if name in _AREAS:
         named = isinstance(get_origin(hint), type) and issubclass(get_origin(hint), Mapping)
         return Field(name, "areas", "", help, needed=needed, named=named)
+    if Region in hints:
+        return Field(name, "area", "", help, needed=needed)
     if areas and name in ("texts", "words", "phrases"):
         return Field(name, "labels", "", help, needed=needed)
     if name in ("words", "blend", "subtract"):
@@ -172,13 +184,14 @@ def helps_of(doc: str, names: Sequence[str]) -> dict[str, str]:
     if not names:
         return {}
     any_name = "|".join(map(re.escape, names))
-    listed = re.compile(rf"(?:(?<=^)|(?<=[.;\n] )|(?<=\n))((?:{any_name})(?:, (?:{any_name}))*): ")
+    several = rf"((?:{any_name})(?:,\s(?:{any_name}))*):\s"
+    listed = re.compile(rf"(?:(?<=^)|(?<=[.;\n] )|(?<=\n)){several}")
     found: dict[str, str] = {}
     for paragraph in re.split(r"\n\s*\n", doc):
         text = "\n".join(line.strip() for line in paragraph.splitlines())
         marks = list(listed.finditer(text))
         for mark, after in zip(marks, [*marks[1:], None], strict=False):
             said = " ".join(text[mark.end() : after.start() if after else None].split())
-            for name in mark[1].split(", "):
+            for name in re.split(r",\s", mark[1]):
                 found.setdefault(name, said.rstrip(";"))
     return found

@@ -41,14 +41,6 @@ class Layout:
 
     def _layout(self) -> None:
         self.person = gr.State(Person(), time_to_live=_KEPT)
-        self.tick = gr.State(0)
-        self.presses = gr.HTML(
-            {},
-            html_template="",
-            js_on_load=(_STATIC / "press.js").read_text("utf-8"),
-            elem_id="presses",
-            apply_default_css=False,
-        )
         gr.HTML(
             f"<h1>hookctl</h1><p>Edit what {_named(self.desk.model)} pays attention to, and see "
             "what it changes.</p>",
@@ -86,7 +78,13 @@ class Layout:
                 [(f"{name}: {form.summary}", name) for name, form in self.desk.kinds.forms.items()],
                 value=None, label="Add an editor", elem_id="kind", scale=5,
             )  # fmt: skip
-        self.cards = gr.Column(elem_id="cards")
+        self.cards = gr.HTML(
+            {},
+            html_template="<div class='deck'></div>",
+            js_on_load=(_STATIC / "cards.js").read_text("utf-8"),
+            elem_id="cards",
+            apply_default_css=False,
+        )
         with gr.Accordion("Your own picture", open=False, elem_id="own"):
             gr.HTML(
                 "<small>It is cut to the middle and brought to the model’s size. The prompt says "

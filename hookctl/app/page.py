@@ -6,7 +6,6 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,12 +78,6 @@ def build(desk: Desk) -> gr.Blocks:
     return _Page(desk).blocks
 
 
-def _another() -> int:
-    """A number by which cards are drawn anew. Two answers may be on their way at once: if theirs
-    were the same, the later would change nothing."""
-    return time.monotonic_ns()
-
-
 class _Page(Layout):
     """The widgets, and what is done with them."""
 
@@ -98,27 +91,22 @@ class _Page(Layout):
             self.prompt, self.edit, self.seed, self.steps, self.guidance, self.upload,
         ]  # fmt: skip
         quiet = {"show_progress": "hidden"}
-        with self.cards:
-            gr.render([self.person, self.prompt, self.edit], triggers=[self.tick.change], **quiet)(
-                self._show_cards
-            )
-        every = [self.person, *self.inputs]
+        every = [self.person, self.cards, *self.inputs]
         self.blocks.load(self._take, [self.example, self.person], self._taken(), **quiet)
         self.example.input(self._take, [self.example, self.person], self._taken(), **quiet)
-        self.kind.select(self._add, [self.kind, *every], [self.kind, self.tick], **quiet)
-        self.presses.input(self._pressed, [self.presses, *every], self.tick, **quiet)
+        self.kind.select(self._add, [self.kind, *every], [self.kind, self.cards], **quiet)
+        self.cards.input(self._pressed, every, self.cards, **quiet)
         for text in (self.prompt, self.edit):  # cards offer their words
-            text.blur(self._reword, [self.person, self.prompt, self.edit], self.tick, **quiet)
-        self.upload.upload(self._fitted, self.upload, self.upload, **quiet)
+            text.blur(self._reword, every, self.cards, **quiet)
+        fitted = self.upload.upload(self._fitted, self.upload, self.upload, **quiet)
+        fitted.then(self._mended, [self.canvas, *every], self.cards, **quiet)
         self.canvas.input(self._places, [self.canvas, self.person], None, queue=False, **quiet)
-        self.canvas.input(
-            self._mended, [self.person, self.canvas, *self.inputs], self.tick, **quiet
-        )
+        self.canvas.input(self._mended, [self.canvas, *every], self.cards, **quiet)
         drawn = self.run.click(
             self._run,
             every,
             [
-                self.run, self.stop, self.status, self.source, self.edited, self.canvas, self.tick,
+                self.run, self.stop, self.status, self.source, self.edited, self.canvas, self.cards,
                 self.no_maps, self.of_maps, self.report, *self.texts.values(),
             ],
             concurrency_limit=20,
@@ -141,7 +129,7 @@ class _Page(Layout):
     def _taken(self) -> list[Any]:
         return [
             self.person, self.prompt, self.edit, self.seed, self.steps, self.guidance, self.canvas,
-            self.tick,
+            self.cards,
         ]  # fmt: skip
 
     def _take(self, name: str, person: Person) -> list[Any]:
@@ -152,19 +140,24 @@ class _Page(Layout):
         guidance = wanted.guidance or 7.5
         return [
             person, wanted.prompt, wanted.edit, wanted.seed, wanted.steps, guidance,
-            canvas_of(person), _another(),
+            canvas_of(person), self._drawn(person, wanted.prompt, wanted.edit),
         ]  # fmt: skip
 
-    def _add(self, kind: str, person: Person, *values: Any) -> tuple[None, int]:
+    def _add(self, kind: str, person: Person, said: Any, *values: Any) -> tuple[None, Any]:
+        self._hear(person, said)
         if kind in self.desk.kinds.forms:
             person.cards.append(cards.Card(kind))
             self._look_over(person, *values)
-        return None, _another()
+        return None, self._drawn(person, *values)
 
-    def _pressed(self, said: Any, person: Person, *values: Any) -> int:
-        cards.pressed(person, str((said or {}).get("press")))
+    def _pressed(self, person: Person, said: Any, *values: Any) -> Any:
+        self._hear(person, said)
+        cards.pressed(person, said)
         self._look_over(person, *values)
-        return _another()
+        return self._drawn(person, *values)
+
+    def _hear(self, person: Person, said: Any) -> None:
+        cards.hear(person, self.desk.kinds.forms, said)
 
     def _look_over(self, person: Person, *values: Any) -> None:
         try:
@@ -172,29 +165,33 @@ class _Page(Layout):
         except HookctlError as error:
             person.note(error)
 
-    def _reword(self, person: Person, prompt: str, edit: str) -> Any:
+    def _reword(self, person: Person, said: Any, *values: Any) -> Any:
         """The cards are drawn anew if the words that they offer are others now."""
-        return _another() if person.words != self._words(prompt, edit) else gr.skip()
+        self._hear(person, said)
+        same = person.words == self._words(*values[:2])
+        return gr.skip() if same else self._drawn(person, *values)
 
     def _words(self, *prompts: str) -> list[str]:
         found = [word for text in prompts for word in drawing.words(self.desk.pipe, text)]
         return list(dict.fromkeys(found))
 
-    def _show_cards(self, person: Person, prompt: str, edit: str) -> None:
+    def _drawn(self, person: Person, prompt: str, edit: str, *values: Any) -> dict[str, str]:
+        """The cards, with the words of the prompts."""
         person.words = self._words(prompt, edit)
-        cards.show(cards.Deck(person, self.desk.kinds.forms, person.words))
+        return {"html": cards.html(person, self.desk.kinds.forms)}
 
     def _places(self, value: Any, person: Person) -> None:
         """What was drawn; at once, so that a press of the button finds it."""
         person.set_places((value or {}).get("places"))
 
-    def _mended(self, person: Person, value: Any, *values: Any) -> Any:
-        """Cards that missed a place are looked over again."""
+    def _mended(self, value: Any, person: Person, said: Any, *values: Any) -> Any:
+        """Cards that missed a place or a picture are looked over again."""
+        self._hear(person, said)
         before = person.notes
         if before:
             self._places(value, person)
             self._look_over(person, *values)
-        return _another() if before != person.notes else gr.skip()
+        return self._drawn(person, *values) if before != person.notes else gr.skip()
 
     def _fitted(self, image: Any) -> Any:
         return None if image is None else pictures.fitted(image, drawing.size_of(self.desk.pipe))
@@ -204,8 +201,11 @@ class _Page(Layout):
         if stop is not None:
             stop.set()
 
-    def _run(self, request: gr.Request, person: Person, *values: Any) -> Iterator[dict[Any, Any]]:
+    def _run(
+        self, request: gr.Request, person: Person, said_on: Any, *values: Any
+    ) -> Iterator[dict[Any, Any]]:
         """Draw, and tell of it. Whatever happens, the page lives on."""
+        self._hear(person, said_on)
         last: worker.Step | None = None
         notes = dict(person.notes)
         yield {self.run: gr.update(interactive=False), self.stop: gr.update(interactive=True),
@@ -226,7 +226,7 @@ class _Page(Layout):
                 yield {self.status: failed(said.error)}
             else:
                 yield self._made(person)
-        changed = {self.tick: _another()} if person.notes != notes else {}
+        changed = {self.cards: self._drawn(person, *values)} if person.notes != notes else {}
         yield {self.run: gr.update(interactive=True), self.stop: gr.update(interactive=False),
                **changed}  # fmt: skip
 

@@ -11,10 +11,12 @@ from hookctl.app import drawing
 from hookctl.app.hooks import options_by_name, shipped, title_of
 from hookctl.app.places import MOST, Place, place_of
 from hookctl.app.stack import Card, Kinds, Wanted, wanted_of
-from hookctl.cli.known import editors_by_name, inversions_by_name
+from hookctl.cli.known import editors_by_name, inversions_by_name, programs_by_name
 from hookctl.cli.models import SHAPES
 from hookctl.errors import HookctlError, InputError
+from hookctl.loop.noise import matches_flow
 from hookctl.preset import SETTINGS, HookSpec, Preset, load_preset
+from hookctl.recipes.common.real_images.flow import FlowProgram
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,9 +45,19 @@ class Desk:
 
 
 def desk_of(pipe: Any, model: str, hooks: Sequence[HookSpec] = ()) -> Desk:
-    """With all recipes, the learned weights given, and those that the embedded model has."""
+    """With all recipes, the learned weights given, and those that the embedded model has.
+
+    Of the programs those of flow matching are left out where the model is none of it.
+    """
     named, options = options_by_name(pipe, hooks, shipped() if model == SHAPES else None)
-    return Desk(pipe, model, Kinds(editors_by_name(), inversions_by_name(), named, options))
+    flow = matches_flow(getattr(pipe, "scheduler", None))
+    programs = {
+        name: cls
+        for name, cls in programs_by_name().items()
+        if flow or not issubclass(cls, FlowProgram)
+    }
+    recipes = editors_by_name()
+    return Desk(pipe, model, Kinds(recipes, inversions_by_name(), named, options, programs))
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import accumulate
@@ -107,14 +107,27 @@ def read_place(area: Any, text: Any = "") -> Place | None:
             cells = parse_region(area).coverage(GRID, GRID).numpy().flatten() >= 0.5
         except InputError:
             return None
-        edges = np.flatnonzero(np.diff(cells, prepend=False, append=False))
-        return Painted(tuple(np.diff([0, *edges, len(cells)]).tolist()), text)
+        return Painted(_runs(cells), text)
     numbers = area.removeprefix("box:").split(",") if isinstance(area, str) else area
     try:
         x0, y0, x1, y1 = (float(x) for x in numbers)
     except (TypeError, ValueError):
         return None
     return Box(x0, y0, x1, y1, text)
+
+
+def _runs(cells: np.ndarray[Any, Any]) -> tuple[int, ...]:
+    """`Painted.runs` of cells, row by row."""
+    edges = np.flatnonzero(np.diff(cells, prepend=False, append=False))
+    return tuple(np.diff([0, *edges, len(cells)]).tolist())
+
+
+def joined(areas: Sequence[str]) -> str:
+    """The area that several make together; of several, to a cell of `GRID`."""
+    if len(areas) == 1:
+        return areas[0]
+    found = [parse_region(area).coverage(GRID, GRID).numpy().flatten() >= 0.5 for area in areas]
+    return Painted(_runs(np.logical_or.reduce(found))).area
 
 
 def bounds(area: str) -> list[float]:

@@ -29,11 +29,11 @@ class Looks(Editor):
     """Reads what places of a picture look at in the picture itself.
 
     As `Maps(patches=...)`, but `PLACES` by `PLACES` places at once, whose lines are added up in one
-    go: a record for each would take longer than a small model's step. prompt: whose picture.
+    go: a record for each would take longer than a small model's step. Of several pictures, those of
+    the last prompt.
     """
 
-    def __init__(self, prompt: int) -> None:
-        self.prompt = prompt
+    def __init__(self) -> None:
         self.sums: dict[Grid, tuple[Tensor, int]] = {}
 
     def attention(self, call: AttentionCall) -> None:
@@ -42,8 +42,11 @@ class Looks(Editor):
             return
         places = [(n + 0.5) / PLACES for n in range(PLACES)]
         cells = [cell for y in places for x in places for cell in grid.cells(y, x)]
-        for row in call.rows.where(branch=COND, prompt=self.prompt):
-            call.read_queries(row, cells, partial(self._add, grid))
+        rows = call.rows.where(branch=COND)
+        last = max((row.prompt for row in rows), default=0)
+        for row in rows:
+            if row.prompt == last:
+                call.read_queries(row, cells, partial(self._add, grid))
 
     def _add(self, grid: Grid, row: Row, lines: Tensor) -> None:
         """lines: [sub-batch, places, image keys]."""
@@ -64,9 +67,9 @@ class Looks(Editor):
         return (torch.stack(found).sum(0) / sum(n for _, n in self.sums.values())).cpu()
 
 
-def readers_of(pipe: Any, prompt: int) -> list[Editor]:
+def readers_of(pipe: Any) -> list[Editor]:
     """Those of words, where a pipeline's can be known, and of places."""
-    return [*([hookctl.Maps(mean=False)] if _has_words(pipe) else []), Looks(prompt)]
+    return [*([hookctl.Maps(mean=False)] if _has_words(pipe) else []), Looks()]
 
 
 def _has_words(pipe: Any) -> bool:
@@ -98,14 +101,12 @@ def words_of(pipe: Any) -> Callable[[str, str], bool]:
     return has
 
 
-def step_maps(session: Session, prompt: int, words: Sequence[str]) -> dict[str, Tensor]:
-    """Of each word of a prompt its maps, averaged over sites: [steps, height, width]."""
+def step_maps(session: Session, words: Sequence[str]) -> dict[str, Tensor]:
+    """Of each word of the last prompt its maps, averaged over sites: [steps, height, width]."""
     found = {}
     for word in (word for word in words if word in session.maps):
         maps = session.maps[word]
-        if prompt not in maps.prompts:
-            continue
-        maps = maps.where(prompt=prompt)
+        maps = maps.where(prompt=max(maps.prompts))
         size = max(maps.grids, key=lambda grid: grid[0] * grid[1])
         by_step = [maps.where(steps=[step]).mean(size) for step in maps.steps]
         found[word] = torch.stack(by_step).detach().float().cpu()

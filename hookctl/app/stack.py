@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from hookctl.app.forms import Form, form, form_of
 from hookctl.app.places import Place, read_place
 from hookctl.app.tables import Context, arguments_of, held
 from hookctl.errors import InputError
-from hookctl.preset import EditorSpec, HookSpec, ImageSpec, Preset
+from hookctl.preset import EditorSpec, HookSpec, ImageSpec, Preset, parameters
 from hookctl.preset.check import check_arguments
 
 _GIVEN = ("strength", "scale", "control_scale")  # of a hook's options that a card shows
@@ -25,12 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Card:
-    """One editor on the page. kind: the name of a recipe, or of learned weights that the page was
-    started with; values: what its widgets hold, where it is not the default."""
+    """One editor or program on the page. kind: the name of a recipe, or of learned weights that
+    the page was started with; values: what its widgets hold, where it is not the default; key: by
+    which a page knows it, no other card's."""
 
     kind: str
     values: dict[str, Any] = field(default_factory=dict)
     on: bool = True
+    key: int = field(default_factory=count().__next__, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Kinds:
 
     recipes: editors by name; inversions: likewise; hooks: learned weights by name, of the person
     who started the page (nobody else may name a file); options: the parameters, hints and
-    docstring of each of them.
+    docstring of each of them; programs: those that draw after an image, by name.
     """
 
     recipes: Mapping[str, type[Editor]]
@@ -48,6 +51,7 @@ class Kinds:
     options: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any], str]] = field(
         default_factory=dict
     )
+    programs: Mapping[str, type[Any]] = field(default_factory=dict)
 
     def hook_at(self, path: str) -> str | None:
         """The name of the card of the weights in a file; None if the page has none."""
@@ -62,6 +66,7 @@ class Kinds:
     def forms(self) -> dict[str, Form]:
         """By name, recipes first."""
         found = {name: form_of(cls) for name, cls in self.recipes.items() if name != "Maps"}
+        found |= {name: form_of(cls, use="program") for name, cls in self.programs.items()}
         for name in self.hooks:
             found[name] = form(name, *self.options[name])
         return found
@@ -90,11 +95,15 @@ class Wanted:
         labels = [place.text.strip() for place in self.places]
         return Context(areas, labels, self.prompts, *([] if has is None else [has]))
 
-    def run(self) -> dict[str, Any]:
-        """The settings of a file."""
+    def run(self, program: ImageSpec | None = None) -> dict[str, Any]:
+        """The settings of a file; of a program, those that it takes."""
         edit = {"edit": self.edit} if self.edit.strip() else {}
-        found = {"prompt": self.prompt, **edit, "seed": self.seed, "steps": self.steps}
-        return found if self.guidance is None else found | {"guidance": self.guidance}
+        found: dict[str, Any] = {"seed": self.seed, "steps": self.steps}
+        found |= {} if self.guidance is None else {"guidance": self.guidance}
+        if program is not None:
+            taken = parameters(program.cls)
+            found = {name: value for name, value in found.items() if name in taken}
+        return {"prompt": self.prompt, **edit, **found}
 
 
 def preset_of(
@@ -110,6 +119,7 @@ def preset_of(
     context = wanted.context(has)
     specs: list[EditorSpec] = []
     hooks: list[HookSpec] = []
+    program: ImageSpec | None = None
     for number, card in enumerate(wanted.cards, 1):
         if not card.on:
             continue
@@ -120,14 +130,23 @@ def preset_of(
         if card.kind in kinds.hooks:
             hooks.append(_hook(kinds, card.kind, table, where))
             continue
+        if card.kind in kinds.programs:
+            if program is not None:
+                raise InputError(f"{where}: {program.where} draws already; switch one of them off")
+            cls = kinds.programs[card.kind]
+            checked = check_arguments(table, cls, where, "program")
+            program = ImageSpec(card.kind, cls, checked, where)
+            continue
         cls = kinds.recipes[card.kind]
         checked = check_arguments(table, cls, where, "editor")
         specs.append(EditorSpec(card.kind, cls, checked, where))
-    if not (specs or hooks):
+    if not (specs or hooks or program):
         specs.append(EditorSpec("Maps", kinds.recipes["Maps"], {}))
-    _check_prompts(wanted, specs)
+    _check_prompts(wanted, [*specs, *([] if program is None else [program])])
+    inversion = None if program is not None else _inversion(wanted, kinds)
+    settings = wanted.run(program)
     return Preset(
-        tuple(specs), wanted.run(), model, hooks=tuple(hooks), inversion=_inversion(wanted, kinds)
+        tuple(specs), settings, model, hooks=tuple(hooks), inversion=inversion, program=program
     )
 
 
@@ -144,13 +163,19 @@ def _hook(kinds: Kinds, kind: str, table: dict[str, Any], where: str) -> HookSpe
     return HookSpec(given.path, None, {**given.arguments, **table}, where)
 
 
-def _check_prompts(wanted: Wanted, specs: Sequence[EditorSpec]) -> None:
+def _check_prompts(wanted: Wanted, specs: Sequence[EditorSpec | ImageSpec]) -> None:
     for spec in specs:
         if spec.takes_prompts and len(wanted.prompts) < 2:
             raise InputError(
                 f"{spec.where}: compares two prompts; write the edited one beside the first"
             )
-        if spec.takes_image and wanted.image is None:
+        one = not (spec.takes_prompts or "source_prompt" in parameters(spec.cls))
+        if isinstance(spec, ImageSpec) and one and len(wanted.prompts) > 1:
+            raise InputError(
+                f"{spec.where}: takes one prompt, of the picture that it shall draw; write it as "
+                "the prompt, and leave the edited one empty"
+            )
+        if (isinstance(spec, ImageSpec) or spec.takes_image) and wanted.image is None:
             raise InputError(f"{spec.where}: takes a picture; give one under “Your own picture”")
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hookctl.app.forms import OWN, Field, Form
-from hookctl.app.places import bounds
+from hookctl.app.places import bounds, joined
 from hookctl.errors import InputError
 from hookctl.preset.check import near
 from hookctl.preset.write import text as toml
@@ -47,11 +47,13 @@ def argument(field: Field, value: Any, context: Context, where: str) -> Any:
     """What a field's value is in a table; None for what is left to the recipe."""
     if field.kind in ("areas", "labels"):
         return _drawn(field, value, context, where)
+    if field.kind == "area":
+        return _area(field, value, context, where)
     if field.kind == "words":
         return _words(field, list(value or ()), context)
     if field.kind == "value":
         return None if value == field.default else _read(value, where)
-    if field.kind == "number" and value is None:
+    if field.kind in ("number", "slider") and value is None:
         raise InputError(f"{where}: is empty; give a number, such as {field.default:g}")
     if field.whole and isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -80,6 +82,24 @@ def _drawn(field: Field, value: Any, context: Context, where: str) -> Any:
     if field.name == "instances":
         return [*map(_instance, context.labels, found)]
     return dict(zip(context.labels, found, strict=True)) if field.named else list(found)
+
+
+def _area(field: Field, value: Any, context: Context, where: str) -> Any:
+    """One area: what is drawn, all of it where one is needed, else the places whose numbers are
+    given; or one that the field says itself."""
+    text = str(value or "").strip()
+    if not text and not field.needed:
+        return None
+    if text and not re.fullmatch(r"\d+(\s*,\s*\d+)*", text):
+        return _read(value, where)
+    count = len(context.areas)
+    if not count:
+        raise InputError(f"{where}: there is no box yet; draw one on the picture")
+    numbers = [int(one) for one in re.findall(r"\d+", text)] or range(1, count + 1)
+    for number in numbers:
+        if not 1 <= number <= count:
+            raise InputError(f"{where}: there is no place {number}; give numbers from 1 to {count}")
+    return joined([context.areas[number - 1] for number in numbers])
 
 
 def _instance(caption: str, area: str) -> dict[str, Any]:
@@ -137,6 +157,6 @@ def held(field: Field, value: Any) -> Any:
         for item in [value] if isinstance(value, str) else value:
             flat += [item] if isinstance(item, str) else item or []
         return list(dict.fromkeys(flat))
-    if field.kind in ("areas", "labels", "value"):
+    if field.kind in ("areas", "area", "labels", "value"):
         return toml(value)
     return value

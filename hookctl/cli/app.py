@@ -14,15 +14,18 @@ from hookctl.errors import InputError
 
 _TEXT = """
 Open a page in the browser: write a prompt and its edit, put editors together as cards, draw boxes,
-look at the maps of the words, and take the whole along as a file, a program or a command.
+look at the maps of the words, and take the whole along as a file, a program or a command. A picture
+of your own can be edited too. Weights that are given by --hook (IP-Adapter, GLIGEN, a LoRA ...) are
+cards beside the recipes: the page itself reads no file that somebody names.
 
 The page is served to this machine alone (127.0.0.1), and nothing of it is loaded from elsewhere.
 Needs the extra "app": pip install "hookctl[app]"
 """
 _EXAMPLES = """
-hookctl app                                   # on the embedded pipeline
+hookctl app                                   # on the embedded pipeline; Ctrl-C ends it
 hookctl app ./sd15 --device cuda              # on a model of your own
-hookctl app ./sd15 --hook ip-adapter_sd15.bin:0.6     # offers learned weights as a card
+hookctl app shapes-flow                       # FlowEdit and other programs of flow matching
+hookctl app ./sd15 --hook ip-adapter_sd15.bin:0.6 --hook style.safetensors
 """
 
 
@@ -31,7 +34,11 @@ def add(commands: Any) -> None:
         commands, "app", main, "open a page to try editors on", _TEXT, _EXAMPLES
     )
     command.add_argument(
-        "model", metavar="MODEL", nargs="?", default=SHAPES, help=f"{common.MODEL_HELP} (default)"
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        default=SHAPES,
+        help=f"{common.MODEL_HELP} (default: shapes)",
     )
     add_hook(command)
     command.add_argument(

@@ -31,8 +31,13 @@ _TRIED = 8  # pairs, of which one must fit the stack
 _TEXT = """
 Make a data set of paired edits: prompt pairs x seeds x candidates with sampled settings, drawn
 under a stack of editors, filtered, and written as WebDataset shards with a manifest. A job that
-is killed goes on where it was, and its bytes are those of a job that was not. docs/batch.md says
-what a job file holds.
+is killed goes on where it was, and its bytes are those of a job that was not. The least that a job
+file says (the manual, docs/batch.md, has the rest):
+
+  stack = "prompt_to_prompt"      # one that comes with hookctl, a file, or [[editor]] tables here
+  [pairs]
+  file = "pairs.jsonl"            # {"source": "a red cat", "edited": "a blue cat"} in each line
+  seeds = 4                       # noises of each pair
 
 writes to --out (default: out/batch-JOB):
   PLAN-RANK-of-N.tar   ID.source.png, ID.edited.png, ID.mask.png, ID.maps.npy, ID.json of each
@@ -54,15 +59,22 @@ def add(commands: Any) -> None:
     command = common.add_command(
         commands, "batch", main, "make a data set of paired edits", _TEXT, _EXAMPLES
     )
-    command.add_argument("job", help="a TOML file; or the word replay, and an ID")
-    command.add_argument("id", nargs="?", metavar="ID", help="of a record, to replay")
+    command.add_argument("job", help="a TOML file; or the word replay, to draw one record again")
+    command.add_argument(
+        "id", nargs="?", metavar="ID", help="of the record: its key in the shards and the manifest"
+    )
     command.add_argument("--model", metavar="MODEL", help=common.MODEL_HELP)
     common.add_out(command, "out/batch-JOB")
     command.add_argument(
-        "--plan", action="store_true", help="make nothing: measure steps, and say what it takes"
+        "--plan",
+        action="store_true",
+        help="make nothing: measure a few steps here, and say what time and space it takes",
     )
     command.add_argument(
-        "--price", type=common.positive, metavar="X", help="of a worker's hour, for --plan"
+        "--price",
+        type=common.positive,
+        metavar="X",
+        help="what a worker costs an hour, in any currency, for --plan",
     )
     command.add_argument(
         "--retry", action="store_true", help="make the shards anew in which tasks failed"
@@ -78,9 +90,17 @@ def add(commands: Any) -> None:
         help="this process (default), or Ray, of the extra [ray]",
     )
     group.add_argument(
-        "--workers", type=common.whole(1), metavar="N", help="of Ray, each with a pipeline"
+        "--workers",
+        type=common.whole(1),
+        metavar="N",
+        help="processes of Ray, each with a pipeline of its own (default: 1)",
     )
-    group.add_argument("--gpus", type=common.number, metavar="X", help="of a worker (default: 0)")
+    group.add_argument(
+        "--gpus",
+        type=common.number,
+        metavar="X",
+        help="of each worker, a fraction is possible (default: 0)",
+    )
     common.add_machine(command)
     common.add_progress(command)
 

@@ -25,6 +25,20 @@ if TYPE_CHECKING:
 
 GROUPS = ("calls", "kernels", "steps", "scaling")
 PEERS, LEARNED, DEVICE = "peers", "learned", "device"
+_TEXT = """
+Measure edited attention against the plain call, against eager control and against SDPA: interleaved
+medians with quartiles, time and peak memory together. Every form is compared with float64 first; a
+case in which one disagrees has no figures, and the command fails.
+
+groups:
+  calls      single attention calls, each kind of edit beside the plain call
+  kernels    the Triton kernels beside SDPA, on a GPU
+  steps      whole denoising steps of a pipeline, with and without editors
+  scaling    how the time grows with tokens, with regions and with edits at once
+  peers      the same edits by other libraries' means
+  learned    trained modules, beside diffusers' own pipelines of them
+  device     on a GPU: all that waits for one, alone
+"""
 _EXAMPLES = """
 hookctl bench --quick                        # two minutes on one core of a CPU
 hookctl bench                                # every shape; on a GPU, the kernels too
@@ -43,9 +57,7 @@ def add(commands: Any) -> None:
         "bench",
         main,
         "measure what edits cost on this machine",
-        "Measure edited attention against the plain call, against eager control and against SDPA: "
-        "interleaved medians with quartiles, time and peak memory together. Every form is compared "
-        "with float64 first; a case in which one disagrees has no figures, and the command fails.",
+        _TEXT,
         _EXAMPLES,
     )
     command.add_argument(
@@ -55,7 +67,9 @@ def add(commands: Any) -> None:
         metavar="GROUP",
         help=f"of {', '.join(GROUPS)} (default: all these), {PEERS}, {LEARNED}; or {DEVICE} alone",
     )
-    command.add_argument("--quick", action="store_true", help="small shapes and few rounds")
+    command.add_argument(
+        "--quick", action="store_true", help="small shapes and few rounds, for a first look"
+    )
     tables = command.add_mutually_exclusive_group()
     tables.add_argument(
         "--tune",
@@ -67,12 +81,19 @@ def add(commands: Any) -> None:
         action="store_true",
         help="measure from which size on the kernels beat SDPA, and write it into the plan's table",
     )
-    command.add_argument("--only", default="", metavar="WORD", help="cases whose name has this")
+    command.add_argument(
+        "--only", default="", metavar="WORD", help="measure the cases whose name has this"
+    )
     command.add_argument("--flex", action="store_true", help="FlexAttention too, where it compiles")
     command.add_argument(
-        "--seconds", type=positive, metavar="S", help="of each case (default: 4; quick: 0.6)"
+        "--seconds",
+        type=positive,
+        metavar="S",
+        help="spent on each case (default: 4; with --quick 0.6)",
     )
-    command.add_argument("--threads", type=whole(1), default=1, help="of a CPU (default: 1)")
+    command.add_argument(
+        "--threads", type=whole(1), default=1, help="how many of a CPU are used (default: 1)"
+    )
     command.add_argument("--device", help="where to run (default: cuda if there is one, else cpu)")
     command.add_argument(
         "--dtype",

@@ -34,6 +34,16 @@ if TYPE_CHECKING:
     from hookctl.demos.gallery import Shown
 
 _DEFAULT = "prompt_to_prompt"
+_SEED = "of the first case; those after it have N + 1 and so on (default: 0)"
+_TEXT = """
+Run a demo on the embedded pipeline: images and figures, offline, on a CPU. A demo draws every case
+with and without its edit, lets a detector read off what the images show, and prints the figures.
+The default takes half a minute to a few minutes; --list says what there is.
+
+writes to --out (default: out/demo-NAME):
+  grid.png       the cases, plain and edited side by side (some demos write further images)
+  report.json    what was measured, with versions
+"""
 _EXAMPLES = """
 hookctl demo                                 # the default; look at out/demo-*/grid.png
 hookctl demo --list                          # which demos there are
@@ -48,17 +58,21 @@ def add(commands: Any) -> None:
         "demo",
         main,
         "run a demo on the embedded pipeline",
-        "Run a demo on the embedded pipeline: images and figures, offline, on a CPU.",
+        _TEXT,
         _EXAMPLES,
     )
     command.add_argument(
-        "name", nargs="?", default=_DEFAULT, help=f"of the demo, or 'all' (default: {_DEFAULT})"
+        "name", nargs="?", default=_DEFAULT, help=f"one of --list, or 'all' (default: {_DEFAULT})"
     )
     command.add_argument("--list", action="store_true", help="list the demos and stop")
     add_out(command, "out/demo-NAME")
-    command.add_argument("--seed", type=whole(0), default=0, metavar="N", help="default: 0")
+    command.add_argument("--seed", type=whole(0), default=0, metavar="N", help=_SEED)
     command.add_argument(
-        "--seeds", type=whole(1), default=4, metavar="N", help="cases of each kind (default: 4)"
+        "--seeds",
+        type=whole(1),
+        default=4,
+        metavar="N",
+        help="cases of each kind that is measured (default: 4)",
     )
     command.add_argument(
         "--model",

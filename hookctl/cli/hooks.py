@@ -57,8 +57,8 @@ def add_hook(command: argparse.ArgumentParser) -> None:
         type=_read,
         default=[],
         metavar="FILE[:S]",
-        help="learned weights (hookctl inspect FILE says what they are), and their strength; may "
-        "be repeated. A file, or owner/name/FILE in the hub's cache",
+        help="learned weights (hookctl inspect FILE says what they are), and their strength "
+        "(default: the kind's own); may be repeated. A file, or owner/name/FILE in the hub's cache",
     )
 
 

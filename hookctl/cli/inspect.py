@@ -51,8 +51,12 @@ def add(commands: Any) -> None:
     command.add_argument(
         "model", metavar="MODEL", help=f"{common.MODEL_HELP}; or a file of weights"
     )
-    command.add_argument("--json", action="store_true", help="print JSON")
-    command.add_argument("--run", action="store_true", help="draw once and say what was caught")
+    command.add_argument("--json", action="store_true", help="print JSON, for programs")
+    command.add_argument(
+        "--run",
+        action="store_true",
+        help="draw one image in two steps, and say which sites were caught",
+    )
     command.add_argument(
         "--prove", action="store_true", help="measure the declared facts in about 14 short runs"
     )
@@ -60,7 +64,8 @@ def add(commands: Any) -> None:
         "--vital",
         action="append",
         metavar="TEXT",
-        help="leave out one block at a time as this is drawn; may be repeated",
+        help="which blocks matter most: draw this prompt with one block left out at a time, and "
+        "list by how much the image changes; may be repeated",
     )
     common.add_machine(command)
     common.add_progress(command)

@@ -126,10 +126,12 @@ def program_for(
 
 
 def takes_inside(program: Any) -> bool:
-    """Whether a program has passes of several texts, and knows in which its editors act."""
+    """Whether a program, or one of a class, has passes of several texts, and knows in which its
+    editors act."""
     from hookctl.recipes.common.real_images.flow import FlowProgram
 
-    return isinstance(program, FlowProgram)
+    cls = program if isinstance(program, type) else type(program)
+    return issubclass(cls, FlowProgram)
 
 
 def drawn_prompts(preset: Preset, prompts: Sequence[str]) -> Sequence[str]:

@@ -21,7 +21,8 @@ def add_lora(command: argparse.ArgumentParser) -> None:
         type=_read,
         default=[],
         metavar="FILE[:W]",
-        help="a LoRA in safetensors for the model, and its weight (default: 1); may be repeated",
+        help="a LoRA in safetensors, put on the model, and its weight (default: 1); "
+        "may be repeated",
     )
 
 

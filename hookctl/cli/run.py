@@ -81,7 +81,10 @@ def add(commands: Any) -> None:
     add_lora(command)
     add_hook(command)
     command.add_argument(
-        "--image", type=Path, metavar="FILE", help="image, for a stack that takes one"
+        "--image",
+        type=Path,
+        metavar="FILE",
+        help="of your own, for a stack that takes one: PNG, JPEG ... of the size that is drawn",
     )
     common.add_setting(command, "prompt")
     common.add_setting(command, "edit", action="append")

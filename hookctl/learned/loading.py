@@ -38,6 +38,7 @@ BUILDERS: dict[str, str] = {
     "ip-adapter faceid-plus": "hookctl.learned.face_id:from_checkpoint",
     "instantid": "hookctl.learned.instant_id:from_checkpoint",
     "collaborative": "hookctl.learned.collaborative:from_checkpoint",
+    "LoRA": "hookctl.learned.lora:from_checkpoint",
 }
 
 

@@ -33,6 +33,7 @@ from hookctl.arguments import checked, number, refusal, share
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import WHOLE_IMAGE, Claim, Editor
 from hookctl.errors import HookctlWarning, InputError
+from hookctl.learned.files import Checkpoint
 from hookctl.learned.lora_files import Delta, LoraFile, check_path, read_lora
 from hookctl.learned.token_spans import token_spans
 from hookctl.loop.inserting import LinearCall
@@ -282,3 +283,23 @@ class LoRA(Editor):
                 HookctlWarning,
                 stacklevel=2,
             )
+
+
+def from_checkpoint(
+    checkpoint: Checkpoint,
+    pipe: Any,
+    *,
+    region: RegionLike | None = None,
+    words: str | Sequence[str] | None = None,
+    strength: float = 1.0,
+    edge: float = 0.0,
+    start: float = 0.0,
+    stop: float = 1.0,
+) -> LoRA:
+    """The editor of a file; what of the file has no place in the image is warned of."""
+    file = read_lora(checkpoint.path, pipe)
+    for note in file.notes:
+        warnings.warn(f"{checkpoint.path}: {note}", HookctlWarning, stacklevel=2)
+    return LoRA(
+        file, region=region, words=words, strength=strength, edge=edge, start=start, stop=stop
+    )

@@ -47,13 +47,19 @@ _OWN = "default: the model's own"
 SETTINGS = {
     setting.name: setting
     for setting in (
-        Setting("prompt", str, "of the source image", "TEXT", draws=False),
-        Setting("edit", str | list[str], "the edited prompt; may be repeated", "TEXT", draws=False),
-        Setting("seed", int, "of the first noise (default: 0)", "N", 0),
+        Setting("prompt", str, "what the image shows, before any edit", "TEXT", draws=False),
+        Setting(
+            "edit",
+            str | list[str],
+            "what it shall show instead; may be repeated",
+            "TEXT",
+            draws=False,
+        ),
+        Setting("seed", int, "of the noise; image j has N + j (default: 0)", "N", 0),
         Setting(
             "steps",
             int,
-            "of the sampler (default: 30)",
+            "how many denoising steps (default: 30)",
             "N",
             1,
             "num_inference_steps",
@@ -66,7 +72,9 @@ SETTINGS = {
             "X",
             argument="guidance_scale",
         ),
-        Setting("negative", str, "negative prompt", "TEXT", argument="negative_prompt"),
+        Setting(
+            "negative", str, "what the images shall not show", "TEXT", argument="negative_prompt"
+        ),
         Setting(
             "images",
             int,

@@ -32,5 +32,5 @@ def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in few:
         cost, figures = report["cost"][name], report["methods"][name]
         assert cost["rows_per_inversion"] == cost["rows_in_theory"]
-        assert cost["peak_mib_of_a_image"] > 0
+        assert cost["peak_mib_of_an_image"] > 0
         assert abs(figures["behind_autoencoder"]) < 0.1  # both lead the source back exactly

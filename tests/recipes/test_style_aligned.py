@@ -212,6 +212,19 @@ def test_the_reference_follows_its_path(paper: bool) -> None:
     assert torch.equal(record.seen[0][1], start[0])  # the others start from their own noise
 
 
+@pytest.mark.parametrize("family", ["flux", "sd3", "qwen_image"])
+def test_a_path_on_other_families(family: str) -> None:
+    """Levels are those of the scheduler's timesteps, whatever the denoiser is told."""
+    first = Record()
+    draw(family, StyleAligned([CAT, DOG]), first, steps=3)
+    shape = first.seen[0][:1].shape
+    path = torch.randn(4, *shape, generator=torch.Generator().manual_seed(7))
+    record = Record()
+    draw(family, StyleAligned([CAT, DOG], path=path), record, steps=3)
+    seen = [x[:1] for x in record.seen]
+    assert torch.equal(torch.stack(seen[:: len(seen) // 3]), path[:3])
+
+
 def image(size: int = 128) -> Image.Image:
     ramp = np.linspace(0, 255, size).astype(np.uint8)
     return Image.fromarray(np.stack(np.broadcast_arrays(ramp[None], ramp[:, None], ramp), -1))

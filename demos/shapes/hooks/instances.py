@@ -38,9 +38,8 @@ BATCH = 16
 # From which step on how many scenes there are; None: fresh ones.
 POOLS: tuple[tuple[int, int | None], ...] = ((0, 32), (300, 128), (800, 1024), (1600, None))
 NO_CAPTION, NO_INSTANCES = 0.6, 0.1
-# From which step on what share of the times is early. Where things stand is decided early; but of
-# instances that the caption is silent of, looks are the grounding's too, and these come later.
-EARLY_SHARES = ((0, 0.85), (4800, 0.5))
+# Modules that say where learn nothing once it is decided.
+AT_EARLY = 0.85
 # Weight of what makes places look at the tokens of their instance. Without it the match of places
 # and tokens is what takes longest to be found.
 ATTENDED = 0.3
@@ -133,8 +132,7 @@ class InstancesTask:
         batch = self.base.batch(pairs, texts)
         way = draw_way(rng)
         given = self.given(batch.scenes, rng, way, keep=1 - NO_INSTANCES)
-        early = next(share for since, share in reversed(EARLY_SHARES) if step >= since)
-        t = self.base.times(rng, BATCH, early)
+        t = self.base.times(rng, BATCH, AT_EARLY)
         noise = torch.from_numpy(rng.standard_normal(batch.latents.shape, np.float32))
         self.fusing.inside, self.fusing.own = self._inside(given), self._own(way.formats)
         self.fusing.missed = []

@@ -54,7 +54,8 @@ _OTHERS: tuple[tuple[str, Callable[[Shapes], bool], str], ...] = (
     (
         "LoRA",
         lambda s: has(s, r"(lora_(A|B|up|down)\b|\.lora\.(up|down)\.|^lora_unet_|_lora\.up\.)"),
-        "hookctl run --lora FILE, or pipe.load_lora_weights",
+        "hookctl run --lora FILE, or pipe.load_lora_weights, as trained; --hook FILE, or "
+        "hookctl.learned.load, for a region or words",
     ),
     (
         "textual inversion",
@@ -85,9 +86,9 @@ _OTHERS: tuple[tuple[str, Callable[[Shapes], bool], str], ...] = (
 
 
 def other(shapes: Shapes) -> Kind | None:
-    """What is known and is no hook; needs: what it is used by."""
+    """What is known and is used in other ways than as a hook alone; needs: by what."""
     for name, found, use in _OTHERS:
         if found(shapes):
             base = "" if name == "optimizer's state" else base_of(length(shapes, r"attn2\.to_k\.w"))
-            return Kind(name, base, (), (use,), hook=False)
+            return Kind(name, base, (), (use,), hook=name == "LoRA")
     return None

@@ -32,7 +32,6 @@ from hookctl.run_state import RunState
 
 Image = tuple[int, int]  # prompt and image
 LATE = 261  # the timestep of 1000 whose features are compared
-TRAINED = 1000
 
 
 class SeenFeatures(Editor):
@@ -41,7 +40,6 @@ class SeenFeatures(Editor):
 
     found: RunState[dict[Image, Tensor]] = RunState(factory=dict)
     _distance: RunState[float] = RunState(float("inf"))
-    _unit: RunState[int] = RunState(1)
 
     def __init__(self, resolution: Fraction) -> None:
         self.resolution = resolution
@@ -51,10 +49,9 @@ class SeenFeatures(Editor):
 
     def begin(self, state: State) -> None:
         self.found, self._distance = {}, float("inf")
-        self._unit = TRAINED if state.clock.timestep <= 1 else 1
 
     def features(self, call: FeatureCall) -> None:
-        distance = abs(call.clock.timestep * self._unit - LATE)
+        distance = abs(call.clock.timestep - LATE)
         if call.place or call.resolution != self.resolution or distance > self._distance:
             return
         self._distance = distance

@@ -62,6 +62,18 @@ def test_steps_of_schedulers(kind: Any, steps: int) -> None:
     assert [clock.timestep for clock in every.clocks] == pytest.approx(schedule)
 
 
+@pytest.mark.parametrize("name", ["flux", "sd3", "wan", "z_image", "qwen_image", "pixart"])
+def test_timesteps_are_the_schedulers(name: str) -> None:
+    """Also where the denoiser is told another number: sigma, or 1 - sigma."""
+    case, watch = zoo.PIPELINES[name], Watch()
+    pipe = case.make()
+    with hookctl.control(pipe, watch):
+        case.run(pipe, steps=3)
+    schedule = pipe.scheduler.timesteps.tolist()
+    assert list(dict.fromkeys(c.timestep for c in watch.clocks)) == pytest.approx(schedule)
+    assert all(c.timestep == schedule[c.step] for c in watch.clocks)
+
+
 def test_a_run_that_starts_in_the_middle() -> None:
     source = SD15.make()
     pipe = StableDiffusionImg2ImgPipeline(**source.components, requires_safety_checker=False)

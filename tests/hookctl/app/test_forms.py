@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from hookctl.address.regions import Region
+from hookctl.address.regions import Region, parse_region
 from hookctl.app.forms import OWN, form_of, helps_of, summary
 from hookctl.app.places import GRID, Painted
 from hookctl.app.tables import Context, argument, arguments_of, held
@@ -83,7 +83,30 @@ def test_the_docstring_says_what_is_what() -> None:
     assert field(Tint, "scale").help == "how strongly, from 0 on."
     assert field(Tint, "start").help == field(Tint, "stop").help == "fractions of the schedule."
     assert helps_of("no list: of anything", ["scale"]) == {} == helps_of("", [])
+    broken = "scale, shift,\n    gain:\n        of the mask; mode: how"  # over lines
+    assert helps_of(broken, ["scale", "shift", "gain", "mode"]) == {
+        **dict.fromkeys(("scale", "shift", "gain"), "of the mask"), "mode": "how",
+    }  # fmt: skip
     assert summary("One thing: and more. Second.") == "One thing"
+
+
+class Mask:
+    """Change a part of an image."""
+
+    def __init__(self, mask: Region | str, *, keep: Region | None = None) -> None: ...
+
+
+def test_one_area_is_all_that_is_drawn_or_the_places_of_some_numbers() -> None:
+    assert [(one.kind, one.needed) for one in form_of(Mask).fields] == [
+        ("area", True), ("area", False),
+    ]  # fmt: skip
+    left, right = TWO.areas
+    both = arguments_of(form_of(Mask), {}, TWO, "it")["mask"]
+    assert bool((parse_region(both).coverage(GRID, GRID) == 1).all())  # the two halves
+    given = arguments_of(form_of(Mask), {"mask": "2", "keep": " 1 "}, TWO, "it")
+    assert given == {"mask": right, "keep": left}
+    given = arguments_of(form_of(Mask), {"mask": '"full"', "keep": "2,1"}, TWO, "it")
+    assert given == {"mask": "full", "keep": both}
 
 
 def test_what_is_as_by_default_is_left_out() -> None:
@@ -136,6 +159,9 @@ def test_words_of_a_blend_are_those_of_each_prompt() -> None:
         (Tint, {"gains": '{a = "mask:/x.png"}'}, TWO, "files are not read for a page"),
         (Tint, {"gains": '"a=mask: x.png"'}, TWO, "files are not read for a page"),
         (Tint, {"gains": '"mask: data:x"'}, TWO, "files are not read for a page"),
+        (Mask, {}, Context(), "it mask: there is no box yet; draw one on the picture"),
+        (Mask, {"keep": "0"}, TWO, "it keep: there is no place 0; give numbers from 1 to 2"),
+        (Mask, {"keep": '"mask:/x.png"'}, TWO, "files are not read for a page"),
         (Tint, {"rounds": None}, TWO, "it rounds: is empty; give a number, such as 3"),
         (Tint, {"scal": 1}, TWO, "it: has no 'scal'; did you mean 'scale'?"),
     ],

@@ -101,7 +101,7 @@ def shot(page: Any, name: str) -> None:
 
 
 def set_number(page: Any, where: str, value: Any) -> None:
-    page.locator(f"{where} input[type=number]").first.fill(str(value))
+    page.locator(f"{where} input:not([type=range])").first.fill(str(value))
     page.keyboard.press("Tab")
 
 
@@ -220,6 +220,38 @@ def test_places_say_what_is_where(opened: Callable[..., Any]) -> None:
     assert '"box:0.02,0.04,0.48,0.96", "mask:data:image/png;base64,' in copied.replace("\n", "")
 
 
+def test_what_is_typed_is_kept(opened: Callable[..., Any]) -> None:
+    """Whatever is clicked next, and if cards are drawn anew while somebody types."""
+    page = opened()
+    choose(page, "#kind", "PAG")
+    page.wait_for_selector("#card-2 .name:text-is('PAG')")
+    page.click("#card-2 summary")
+    sites, scale = page.locator("#card-2-sites textarea"), page.locator("#card-2-scale-input")
+    page.fill("#prompt textarea", "a yellow star above a blue square")
+    sites.click()  # the prompt is left, so that cards are drawn anew: they offer its words
+    page.keyboard.type("self mid", delay=40)
+    page.wait_for_selector("#card-1-blend label:has-text('yellow')")
+    page.keyboard.type(", self up0", delay=40)
+    assert sites.input_value() == "self mid, self up0"
+    page.locator("#card-2-scale input[type=range]").fill("5.5")
+    assert scale.input_value() == "5.5"
+    page.locator("#card-1-blend input[value=star]").check()
+    page.click("#card-2-up")
+    page.wait_for_selector("#card-1 .name:text-is('PAG')")
+    assert page.input_value("#card-1-sites textarea") == "self mid, self up0"
+    page.fill("#edit textarea", "a red star above a blue square")
+    set_number(page, "#steps", 2)
+    page.locator("#card-1-stop-input").fill("0.5")
+    draw(page)  # at once
+    assert "Done" in status(page), status(page)
+    page.get_by_role("tab", name="Take it along").click()
+    page.wait_for_selector("#copy-toml .cm-content")
+    copied = page.inner_text("#copy-toml").split("\n")
+    assert {'sites = "self mid, self up0"', "scale = 5.5", "stop = 0.5"} < {*copied}
+    assert 'blend = [["circle", "star"], ["circle", "star"]]' not in copied  # no circle any more
+    assert 'blend = [["star"], ["star"]]' in copied
+
+
 def drag(page: Any, *places: tuple[int, int]) -> None:
     """Over the canvas, in hundredths of its sides."""
     page.locator("#canvas svg").scroll_into_view_if_needed()
@@ -314,6 +346,43 @@ def test_a_narrow_screen_in_the_dark(opened: Callable[..., Any], desk: Any) -> N
     wide = page.evaluate("document.documentElement.scrollWidth")
     assert wide <= 390
     shot(page, "narrow")
+
+
+def test_a_program_draws_after_a_picture(opened: Callable[..., Any], tmp_path: Path) -> None:
+    """A scene round a picture of one's own, which stays where it is put."""
+    from hookctl.demos.shapes.detect import detect
+    from hookctl.demos.shapes.render import drawn
+    from hookctl.demos.shapes.world import Scene, Thing
+
+    file, scene = tmp_path / "own.png", Scene((Thing("circle", "red", centre=(64, 64)),))
+    drawn([scene])[0].save(file)
+    page = opened()
+    page.click("#card-1-remove")
+    page.wait_for_selector("#card-1", state="detached")
+    page.fill("#edit textarea", "")
+    choose(page, "#kind", "CyclicOneWay")
+    page.wait_for_selector("#card-1 .note")
+    assert "Takes a picture" in page.inner_text("#card-1 .note")
+    page.get_by_role("button", name="Your own picture").click()
+    page.locator("#upload input[type=file]").set_input_files(str(file))
+    page.wait_for_selector("#upload img")
+    page.wait_for_selector("#card-1 .note", state="detached")
+    set_number(page, "#steps", 20)
+    set_number(page, "#guidance", 3)
+    page.click("#card-1 summary")
+    set_number(page, "#card-1-cycles", 2)
+    for name, value in (("at", "[32, 0]"), ("image_size", "[64, 64]")):
+        page.fill(f"#card-1-{name} textarea", value)
+    for name, value in (("finish", 0.05), ("final_eta", 0)):
+        set_number(page, f"#card-1-{name}", value)
+    draw(page)
+    assert "Done" in status(page), status(page)
+    circle = detect(picture(page, "#edited")).find("circle", "red")
+    assert circle is not None and circle.centre == pytest.approx((64, 32), abs=4)
+    page.get_by_role("tab", name="Take it along").click()
+    page.wait_for_selector("#copy-toml .cm-content")
+    assert "[program]" in page.inner_text("#copy-toml")
+    shot(page, "program")
 
 
 def test_own_picture(opened: Callable[..., Any], tmp_path: Path) -> None:

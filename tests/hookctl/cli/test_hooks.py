@@ -162,10 +162,7 @@ def test_the_image_and_the_prompts_of_a_run(files: Path, monkeypatch: pytest.Mon
     [
         (["gone.bin"], "gone.bin: there is no such file; give weights"),
         (["none.bin"], "none.bin: none of the known kinds of weights: 1 tensors"),
-        (
-            ["lora.bin"],
-            "lora.bin: is of the kind LoRA, which can't be attached as a hook; it is for: ho",
-        ),
+        (["lora.bin"], "lora.bin: is no safetensors file; other files may hold code"),
         (["halves.bin"], "looks like an IP-Adapter but its image tokens are"),
         (["stack.toml"], "stack.toml: is no file of weights"),
         (["fits.bin", "--image", "red.png"], "red.png: "),

@@ -109,7 +109,7 @@ def test_every_official_file(name: str) -> None:
     text = "\n".join(found.summary)
     assert (found.name, found.base) == (kind, base)
     assert says in text and text.startswith(f"kind: {kind}")
-    assert found.hook == name.startswith(("GLIGEN", "Inst", "IP-", "FaceID", "Coll"))
+    assert found.hook == name.startswith(("GLIGEN", "Inst", "IP-", "FaceID", "Coll", "a LoRA"))
 
 
 @pytest.mark.parametrize("name", [n for n in FILES if n.startswith(("GLIGEN", "Inst", "Coll"))])
