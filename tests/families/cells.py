@@ -58,6 +58,7 @@ NOTES = Path("out/cells.json")
 MAKERS: dict[str, Callable[[Family, Any], Editor]] = {
     "DifferentialDiffusion": lambda f, p: recipes.DifferentialDiffusion(given(f)[0], LEFT),
     "ConceptAttention": lambda f, p: recipes.ConceptAttention(["cat", "background"]),
+    "ConsiStory": lambda f, p: recipes.ConsiStory(PROMPTS, "cat", sites="self, joint", dropped=0.0),
     "DyPE": lambda f, p: recipes.DyPE(1 if f.name == "HunyuanVideoPipeline" else 2),
     "MasaCtrl": lambda f, p: recipes.MasaCtrl(PROMPTS, start=0.0, sites="self, joint"),
     "MultiDiffusion": lambda f, p: recipes.MultiDiffusion(**tiles(f)),
@@ -70,6 +71,7 @@ MAKERS: dict[str, Callable[[Family, Any], Editor]] = {
     "SEG": lambda f, p: recipes.SEG(sites="self, joint"),
     "STG": lambda f, p: recipes.STG(layers=[0]),
     "SkipLayerGuidance": lambda f, p: recipes.SkipLayerGuidance(layers=[0], start=0.0, stop=1.0),
+    "StableFlow": lambda f, p: recipes.StableFlow(PROMPTS, sites="self, joint"),
 }
 # The neutral setting of recipes that have no window.
 IDLE: dict[str, Callable[[Family], Editor]] = {
