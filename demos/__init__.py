@@ -20,5 +20,7 @@ DEMOS = {
     "stacks": "six stacks of methods in one run each, measured for what their parts do",
 }
 
-# Those that either embedded pipeline draws; the others are of what the UNet alone has.
+# Those that either embedded pipeline draws, and those of the flow-matching one; the others are of
+# what the UNet alone has.
 ON_BOTH = ("attend_and_excite", "layout", "masactrl", "prompt_to_prompt", "regional")
+OF_FLOW = ("concepts", "flow")

@@ -25,7 +25,7 @@ from hookctl.cli.common import (
 )
 from hookctl.cli.models import EMBEDDED, SHAPES
 from hookctl.cli.quiet import quiet
-from hookctl.demos import DEMOS, ON_BOTH
+from hookctl.demos import DEMOS, OF_FLOW, ON_BOTH
 from hookctl.demos.reports import groups, singles
 from hookctl.errors import HookctlError, InputError
 from hookctl.inspect import table
@@ -86,10 +86,10 @@ def add(commands: Any) -> None:
 def main(options: Any) -> None:
     if options.list:
         print(table(list(DEMOS.items()), ("demo", "what it shows")))
-    elif options.model != SHAPES and options.name not in ON_BOTH:
+    elif options.model != SHAPES and options.name not in ON_BOTH + OF_FLOW:
         raise InputError(
-            f"--model {options.model}: demos of both pipelines are {', '.join(ON_BOTH)}; the "
-            f"others are of {SHAPES!r}"
+            f"--model {options.model}: demos of both pipelines are {', '.join(ON_BOTH)}, those of "
+            f"this one {', '.join(OF_FLOW)}; the others are of {SHAPES!r}"
         )
     elif options.name == "all":
         with out_folder(options.out, "demo", "all") as out:
@@ -142,7 +142,7 @@ def _report(shown: Sequence[Shown], seconds: float, options: Any) -> dict[str, A
 @quiet()
 def _run(name: str, out: Path, options: Any) -> Mapping[str, Any]:
     demo = importlib.import_module(f"hookctl.demos.{name}")
-    model = {} if options.model == SHAPES else {"model": options.model}
+    model = {"model": options.model} if options.model != SHAPES and name in ON_BOTH else {}
     with bar(name, wants_progress(options), "case") as progress:
         report: Mapping[str, Any] = demo.run(
             out=out, seed=options.seed, seeds=options.seeds, progress=progress, **model
