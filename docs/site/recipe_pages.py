@@ -52,7 +52,7 @@ class Recipe:
     def _shown(self) -> Iterator[str]:
         if demo := self.notes.get("demo"):
             for picture in sorted((ROOT / "demos/gallery").glob(f"{demo}*.jpg")):
-                yield f"![{self.name} on the embedded pipeline](../pictures/{picture.name})"
+                yield f"![{self.name} on an embedded pipeline](../pictures/{picture.name})"
             yield (
                 f"On the [embedded pipeline](../shapes.md); all figures are in [the "
                 f"gallery](../gallery.md#{demo.replace('_', '-')})."
