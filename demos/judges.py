@@ -219,6 +219,7 @@ TOP = (32, 0, 96, 64)  # px: where the one-way presets put their image
 JUDGES: Mapping[str, Judge] = {
     "attend_and_excite": said,
     "box_diff": in_boxes(*BOXES),
+    "collaboration": in_boxes((0.12, 0.43, 0.51, 0.82), (0.59, 0.1, 0.91, 0.36)),
     "cyclic_one_way": grown_round(TOP, "gray"),
     "ddim_inversion": edited_in_place,
     "edit_friendly_ddpm": edited_in_place,
