@@ -189,7 +189,8 @@ def by_degrees(drawn: Drawn) -> bool:
     """The last image shows what is asked for where the given one has its objects; and each of the
     others as many objects as that."""
     given, *others = (detect(image) for image in drawn.edited)
-    whole = all(len(found.objects) == 2 and not found.extras for found in others)
+    count = len(given.objects)
+    whole = all(len(found.objects) == count and not found.extras for found in others)
     there = as_said(drawn.edited[-1], drawn.prompts[1])
     return whole and there and _in_place(given, others[-1], drawn.prompts)
 

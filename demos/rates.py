@@ -146,9 +146,9 @@ class Presets:
         ]
 
     def _changed(self, preset: Preset, prompts: list[str], seeds: Sequence[int]) -> list[Drawn]:
-        """Images of a red circle above a blue square, changed to what the prompt says."""
+        """Images of a red circle, changed to what the prompt says."""
         assert preset.program is not None
-        source = "a red circle above a blue square"
+        source = "a red circle on a white background"
         made = []
         for seed, image in zip(seeds, self.plain(preset, source, seeds), strict=True):
             run = {key: preset.run[key] for key in ("steps", "guidance")}
