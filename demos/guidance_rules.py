@@ -90,12 +90,12 @@ def judged(prompts: Sequence[str], images: Sequence[Image.Image]) -> dict[str, f
 
 
 def of_rules(
-    pipe: Any, seeds: int, rules: Mapping[str, Callable[[float], Editor | None]] = RULES
+    pipe: Any, seeds: int, rules: Mapping[str, Callable[[float], Editor | None]] | None = None
 ) -> dict[str, dict[str, float]]:
-    """Rule -> its figures at each guidance."""
+    """Rule -> its figures at each guidance; by default of `RULES`."""
     prompts = prompts_of(0, seeds)
     found: dict[str, dict[str, float]] = {}
-    for name, make in rules.items():
+    for name, make in (RULES if rules is None else rules).items():
         found[name] = {}
         for g in GUIDANCES:
             figures = judged(prompts, draw(pipe, prompts, g, make(g)))
