@@ -24,7 +24,7 @@ from hookctl.arguments import checked, opened, share
 from hookctl.editor import WHOLE_IMAGE, Claim
 from hookctl.errors import InputError
 from hookctl.loop.images import encode
-from hookctl.loop.noise import Noise, noise_like
+from hookctl.loop.noise import level_of, noise_like
 from hookctl.loop.state import State
 from hookctl.recipes.style_aligned import StyleAligned
 from hookctl.run_state import RunState
@@ -48,7 +48,6 @@ class ReferenceOnly(StyleAligned):
     """
 
     _clean: RunState[Tensor] = RunState()
-    _noise: RunState[Noise] = RunState()
     _generator: RunState[torch.Generator] = RunState()
 
     @checked(own=("prompts",))
@@ -83,14 +82,13 @@ class ReferenceOnly(StyleAligned):
                 f"ReferenceOnly: the image's latents are {size}, and this run draws {wanted}; "
                 "resize the image"
             )
-        self._noise = Noise(state.pipe.scheduler)
         self._generator = torch.Generator().manual_seed(self.seed)
 
     def before(self, state: State) -> None:
         if self.acts.start >= self.acts.stop:
             return
         latents = state.latents.clone()
-        level = self._noise.level(state.clock.timestep)
+        level = level_of(state)
         for row in state.images.where(prompt=0):
             clean = self._clean[0].to(latents)
             latents[row.index] = level.mix(clean, noise_like(clean, self._generator))

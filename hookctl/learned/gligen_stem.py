@@ -24,7 +24,7 @@ from hookctl.learned.modules.gligen_tokens import Downsampler
 from hookctl.learned.weights import Weights
 from hookctl.loop.images import encode
 from hookctl.loop.inserting import StemCall
-from hookctl.loop.noise import Noise, noise_like
+from hookctl.loop.noise import level_of, noise_like
 from hookctl.loop.state import State
 from hookctl.run_state import RunState
 
@@ -117,7 +117,7 @@ class Inpainting:
     def put(self, state: State, rows: Sequence[Row]) -> None:
         """The known part of the latents at the level of this step: z <- m z0_t + (1 - m) z."""
         latents = state.latents.clone()
-        level = Noise(state.pipe.scheduler).level(state.clock.timestep)
+        level = level_of(state)
         for row in rows:
             z = latents[row.index]
             mask = self.mask(row.prompt, (z.shape[-2], z.shape[-1])).to(z)

@@ -16,7 +16,7 @@ from torch import Tensor
 from hookctl.arguments import Colour
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.images import encode
-from hookctl.loop.noise import Noise
+from hookctl.loop.noise import Noise, level_of
 from hookctl.loop.state import State
 from hookctl.recipes.common.canvas.tiles import Tile
 from hookctl.run_state import RunState
@@ -46,7 +46,6 @@ class Bootstrapping:
     _generator: RunState[torch.Generator] = RunState()
     _colours: RunState[list[list[int]]] = RunState()
     _encoded: RunState[dict[tuple[int, int, int], Tensor]] = RunState()
-    _noise: RunState[Noise] = RunState()
     _eps: RunState[Tensor] = RunState()
 
     def __init__(self, seed: int) -> None:
@@ -68,7 +67,6 @@ class Bootstrapping:
         shape = (OFFICIAL_COLOURS, 3)
         self._colours = torch.randint(0, 256, shape, generator=self._generator).tolist()
         self._encoded = {}
-        self._noise = Noise(state.pipe.scheduler)
         self._eps = unit_noise_of(state)  # colours are diffused with the run's own noise
 
     def outside(self, state: State, tile: Tile) -> Tensor:
@@ -76,7 +74,7 @@ class Bootstrapping:
         eps = tile.cut(self._eps)
         chosen = torch.randint(0, OFFICIAL_COLOURS, (len(eps),), generator=self._generator)
         x0 = torch.cat([self._colour(state.pipe, i, tile) for i in chosen.tolist()]).to(eps)
-        return self._noise.level(state.clock.timestep).mix(x0, eps)
+        return level_of(state).mix(x0, eps)
 
     def _colour(self, pipe: Any, index: int, tile: Tile) -> Tensor:
         key = (index, tile.height, tile.width)
@@ -109,5 +107,4 @@ class Surface:
 
     def at(self, state: State) -> Tensor:
         """The surface at the noise level of a step, [images, channels, height, width]."""
-        level = Noise(state.pipe.scheduler).level(state.clock.timestep)
-        return level.mix(self._x0, self._eps)
+        return level_of(state).mix(self._x0, self._eps)
