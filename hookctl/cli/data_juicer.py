@@ -1,6 +1,5 @@
-"""A data-juicer operator: the prompts of a sample are drawn as a row of the job file `job` is. It
-gets the paths of its images under `image_key`, source and edited in turn, and of each seed under
-`pairs` what was kept and what was not."""
+"""A data-juicer operator: a sample's prompts are drawn as a row of the job file `job` is. Paths of
+its images, source and edited in turn, go to `image_key`; what was kept of each seed to `pairs`."""
 
 import json
 from dataclasses import asdict
