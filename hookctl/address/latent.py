@@ -1,4 +1,4 @@
-"""What a denoiser call shows of its latent and its text: grids and numbers of tokens."""
+"""What a denoiser call shows of its time, its latent and its text: grids and numbers of tokens."""
 
 from __future__ import annotations
 
@@ -15,6 +15,17 @@ from hookctl.address.families.record import Model
 from hookctl.address.sites import Grid, ImageTokens, Site
 
 _UNDECLARED = Model()
+_TIMES = ("timestep", "timesteps", "t", "timestep_ratio")
+
+
+def time_told(arguments: Mapping[str, Any], denoiser: nn.Module) -> Any:
+    """What a denoiser is told of the time, falling from step to step; None if it is told nothing.
+
+    arguments: of the call, by name.
+    """
+    time = next((arguments[name] for name in _TIMES if name in arguments), None)
+    counts_up = (model_of(denoiser) or _UNDECLARED).counts_up
+    return 1 - time if counts_up and time is not None else time
 
 
 def latent_grid(
