@@ -20,17 +20,16 @@ declare_models(
     DreamLiteTransformer2DModel AllegroTransformer3DModel
     LTXVideoTransformer3DModel CosmosTransformer3DModel WanTransformer3DModel
     WanVACETransformer3DModel WanAnimateTransformer3DModel SkyReelsV2Transformer3DModel
-    ChronoEditTransformer3DModel AnyFlowTransformer3DModel
-    StableAudioDiTModel AudioLDM2UNet2DConditionModel
+    ChronoEditTransformer3DModel LatteTransformer3DModel StableAudioDiTModel
+    AudioLDM2UNet2DConditionModel
     """,
 )
 declare_models(Model(counts_up=True), "LuminaNextDiT2DModel")
-declare_models(Model(axes="bfchw"), "UNetSpatioTemporalConditionModel LatteTransformer3DModel")
+declare_models(Model(axes="bfchw"), "UNetSpatioTemporalConditionModel AnyFlowTransformer3DModel")
 declare_models(Model(), "UNetMotionModel")
 _DRAWN_BEFORE = "frames that were drawn before stand in one sequence with the latents"
-declare_models(
-    Model(placeless=_DRAWN_BEFORE), "HeliosTransformer3DModel AnyFlowFARTransformer3DModel"
-)
+declare_models(Model(placeless=_DRAWN_BEFORE), "HeliosTransformer3DModel")
+declare_models(Model(axes="bfchw", placeless=_DRAWN_BEFORE), "AnyFlowFARTransformer3DModel")
 declare_models(
     Model(placeless="texts and videos are packed into one sequence without rows"),
     "Cosmos3OmniTransformer",
