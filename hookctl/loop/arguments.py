@@ -82,7 +82,7 @@ def _ids(own: Tensor, tokens: int) -> Tensor:
 def _check_widens(state: State) -> None:
     """Raise UnsupportedError where more text would change more than what is attended to."""
     model = families.uncompiled(state.denoiser)
-    name = type(model).__name__
+    name, pools = type(model).__name__, set(families.names_of(model)) & set(_POOLS)
     streams = [
         key
         for key, value in state.kwargs.items()
@@ -94,7 +94,7 @@ def _check_widens(state: State) -> None:
             "can't be widened"
         )
     embeds = getattr(getattr(model, "config", None), "addition_embed_type", None)
-    if name in _POOLS or embeds in ("text", "text_image"):
+    if pools or embeds in ("text", "text_image"):
         raise UnsupportedError(
             f"{name} pools its text into one vector that acts on the whole image, so it can't be "
             "widened"

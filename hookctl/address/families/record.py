@@ -139,6 +139,12 @@ def _found(table: Mapping[str, T], kind: type) -> T | None:
     return next((table[base.__name__] for base in kind.__mro__ if base.__name__ in table), None)
 
 
+def names_of(thing: Any) -> tuple[str, ...]:
+    """Names of an object's class and of its bases: what somebody makes of a known class is known
+    too."""
+    return tuple(base.__name__ for base in type(thing).__mro__)
+
+
 def uncompiled(module: nn.Module) -> nn.Module:
     """The module inside a `torch.compile` wrapper, or the module itself."""
     return getattr(module, "_orig_mod", module)
