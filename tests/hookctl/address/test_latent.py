@@ -42,3 +42,25 @@ def test_masks_over_videos_of_as_many_frames_as_channels(axes: str) -> None:
     shaped = over_latent(mask, latent, axes).expand_as(latent)
     channels_first = shaped.movedim(axes.index("c") - 1, 0)
     assert all(torch.equal(one, mask) for one in channels_first)
+
+
+class Grids(Editor):
+    """By resolution, how many tokens high a site's grid is over the latent."""
+
+    def __init__(self) -> None:
+        self.found: set[tuple[Any, int, int]] = set()
+
+    def attention(self, call: Any) -> None:
+        if call.grid is not None:
+            self.found.add((call.site.resolution, call.grid.height, call.latent[-2]))
+
+
+@pytest.mark.parametrize(
+    "name", ["StableCascadePriorPipeline", "QwenImagePipeline", "FluxPipeline", "WanPipeline"]
+)
+def test_resolutions_are_of_the_latent(name: str) -> None:
+    """Not every block of Stable Cascade's halves; sides of packed latents are of tokens."""
+    pipe, seen = WILD[name].make(), Grids()
+    with hookctl.control(pipe, seen):
+        WILD[name].draw(pipe, ["a red cat"], ["blurry"], [0])
+    assert seen.found and all(r * side == height for r, height, side in seen.found)
