@@ -80,7 +80,7 @@ class MasaCtrl(SourceAndEdits):
     _text_sites: RunState[list[Site]] = RunState()
     _texts: RunState[PromptTexts] = RunState()
     # Of which step, and by site and image the masks that were used there.
-    _used: RunState[tuple[int, dict[Any, Any]]] = RunState((-1, {}))
+    _used: RunState[tuple[int, dict[Any, tuple[Tensor, Tensor] | None]]] = RunState((-1, {}))
 
     @checked(own=("prompts",))
     def __init__(
