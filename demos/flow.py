@@ -42,6 +42,8 @@ STEPS, FEW, GUIDANCE, SHOWN = 25, 15, 3.0, 4
 MARGIN = 0.03  # of the image, round the object that KV-Edit may change
 # The model was trained with and without the empty tokens of a T5 that it lacks.
 ARGUMENTS: dict[str, Any] = {"max_sequence_length": 0}
+# Inversions end in other noise than the model draws from: it was trained mostly far from images.
+UNIT: dict[str, Any] = {"unit_noise": True}
 # `vital_sites(pipe, captions)`: the one block of six without which all else changes.
 VITAL = ["transformer_blocks.0.attn"]
 
@@ -142,9 +144,9 @@ METHODS: Mapping[str, Edit] = {
     "KV-Edit": kv_edit,
     "Stable Flow": stable_flow,
     "Stable Flow, no inversion": stable_flow_of_noise,
-    "RF-Solver": by_inversion(RFSolver, steps=FEW, guidance=2.0, inject=2),
-    "FireFlow": by_inversion(FireFlow, steps=FEW, guidance=2.0, inject=1),
-    "UniEdit-Flow": by_inversion(UniEditFlow, steps=STEPS, alpha=0.8, omega=0.25),
+    "RF-Solver": by_inversion(RFSolver, steps=FEW, guidance=GUIDANCE, inject=2, **UNIT),
+    "FireFlow": by_inversion(FireFlow, steps=FEW, guidance=GUIDANCE, inject=1, **UNIT),
+    "UniEdit-Flow": by_inversion(UniEditFlow, steps=STEPS, alpha=0.8, omega=0.0, **UNIT),
 }
 
 
