@@ -144,9 +144,9 @@ METHODS: Mapping[str, Edit] = {
     "KV-Edit": kv_edit,
     "Stable Flow": stable_flow,
     "Stable Flow, no inversion": stable_flow_of_noise,
-    "RF-Solver": by_inversion(RFSolver, steps=FEW, guidance=GUIDANCE, inject=2, **UNIT),
-    "FireFlow": by_inversion(FireFlow, steps=FEW, guidance=GUIDANCE, inject=1, **UNIT),
-    "UniEdit-Flow": by_inversion(UniEditFlow, steps=STEPS, alpha=0.8, omega=0.0, **UNIT),
+    "RF-Solver": by_inversion(RFSolver, steps=FEW, guidance=1.0, inject=2, **UNIT),
+    "FireFlow": by_inversion(FireFlow, steps=FEW, guidance=2.0, inject=1, **UNIT),
+    "UniEdit-Flow": by_inversion(UniEditFlow, steps=STEPS, alpha=0.8, omega=0.1, **UNIT),
 }
 
 

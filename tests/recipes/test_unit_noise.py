@@ -1,4 +1,4 @@
-"""Inverted noise brought to mean 0 and variance 1: the noise that a flow-matching model starts from."""
+"""Inverted noise brought to mean 0 and variance 1, from which a flow-matching model starts."""
 
 from __future__ import annotations
 
