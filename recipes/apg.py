@@ -5,9 +5,11 @@ Models", arXiv 2410.02416 (ICLR 2025), algorithm 1. With d = c - u of an image,
 
     r <- d + beta r          momentum over the steps, against the last direction if negative
     d <- r min(1, rho / |r|)
-    u + g (d_across + eta d_along)        d_along: d's part along c, which saturates colours
+    c + (g - 1) (d_across + eta d_along)    d_along: d's part along c, which saturates colours
 
-The paper takes c and u as predictions of the clean image, diffusers' guider as they come.
+The paper takes c and u as predictions of the clean image, diffusers' guider as they come. That
+starts from u instead, u + g (d_across + eta d_along), so that what is taken from d is missing even
+at g = 1: where the limit rho leaves little of d, little of the prompt is left.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class APG(GuidanceRule):
         beta of the last steps' r that stays, below 0 against their direction; 0 for none.
     rho: the largest norm of d over an image, None for any; it grows with the square root of the
         latents' number (15 is the paper's for SDXL, whose latents are 4 x 128 x 128).
-    space: "clean", the paper's, or "prediction", that of diffusers' guider.
+    space: "clean", the paper's, or "prediction", as diffusers' guider (see above).
     strength: 1 as published, 0 for the pipeline's own guidance; start, stop: a window, outside of
     which the pipeline's own guidance is left, and at whose beginning the momentum is none. Costs
     nothing.
@@ -89,7 +91,8 @@ class APG(GuidanceRule):
         size = inner(along, along)
         share = torch.where(size > 0, inner(r, along) / size, torch.zeros_like(size))
         new = r - (1 - self.eta) * share * along
-        return step.g * (new - d) * scale
+        of_u = self.space == "prediction"
+        return (step.g if of_u else step.g - 1) * (new - d) * scale
 
     def _clean(self, step: Guided) -> tuple[float, Tensor]:
         """(what a difference of clean images is multiplied by in predictions, c as such)."""

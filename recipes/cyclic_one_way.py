@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hookctl.address.families import denoiser_of
 from hookctl.address.regions import Region, RegionLike, region_of
 from hookctl.address.rows import UNCOND
 from hookctl.arguments import checked, images_and_prompts, whole
@@ -103,6 +104,11 @@ class CyclicOneWay:
         seed: int = 0,
         paper: bool = False,
     ) -> None:
+        denoiser_of(pipe)  # what has none is no pipeline
+        if not hasattr(pipe, "scheduler"):
+            raise InputError(
+                f"{type(self).__name__} runs a pipeline; give that in the place of its denoiser"
+            )
         self.pipe, self.paper, self.seed = pipe, paper, seed
         self.session: Session | None = None
         images, self.prompts = images_and_prompts(image, prompt, "CyclicOneWay")

@@ -12,19 +12,17 @@ and bilinear halving and doubling, without its padding of sides that are no powe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from hookctl.address.latent import latent_axes
 from hookctl.arguments import checked, refusal
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.loop.packing import packed, unpacked
 from hookctl.loop.state import State
 from hookctl.recipes.common.guidance_rule import GuidanceRule, Guided
+from hookctl.recipes.common.latent_masks import as_grid, of_grid
 
 LEAST = 3  # cells of a side that the filter's reflected border takes
 
@@ -61,18 +59,10 @@ class FDG(GuidanceRule):
 
     def _grid(self, state: State, x: Tensor) -> Tensor:
         """[images, channels, [frames,] height, width], unpacked and channels first if need be."""
-        pipe, shown = state.pipe, tuple(x.shape)
-        images = state.images_in_sequence
-        if x.dim() == 3:
-            at = None if images is None else images.grids[images.target]
-            cells = state.grid if at is None else (at.frames, at.height, at.width)
-            if cells and math.prod(cells) == x.shape[1]:
-                x = unpacked(pipe, x, cells)
-        elif x.dim() in (4, 5):
-            x = x.movedim(latent_axes(state.denoiser, x.dim()).index("c"), 1)
+        name, shown, x = type(state.pipe).__name__, tuple(x.shape), as_grid(x, state)
         if x.dim() not in (4, 5):
             raise UnsupportedError(
-                f"FDG builds pyramids of images, and the latents of {type(pipe).__name__} are "
+                f"FDG builds pyramids of images, and the latents of {name} are "
                 f"{shown}, packed or without places; it needs "
                 "[images, channels, [frames,] height, width]"
             )
@@ -92,10 +82,7 @@ class FDG(GuidanceRule):
             level * (0 if scale is None else scale - g)
             for level, scale in zip(pyramid(d, len(self.scales)), self.scales, strict=True)
         ]
-        term = summed(weighed)
-        if step.d.dim() == 3:
-            return packed(step.state.pipe, term)
-        return term.movedim(1, latent_axes(step.state.denoiser, step.d.dim()).index("c"))
+        return of_grid(summed(weighed), step.state, step.d.dim())
 
 
 def pyramid(x: Tensor, levels: int) -> list[Tensor]:

@@ -42,7 +42,8 @@ class KVEdit(flow.FlowProgram):
     inversion: False moves the image by the difference of two velocities, as FlowEdit does, for the
         memory of one step. restart: draw from fresh noise in the place of the inverted one, to
         remove what is there. separate: in the inversion neither side of the mask sees the other.
-        bias: of the scores of the background's keys, by default 0 (1 with `paper`). seed: of noise.
+        bias: of the scores of the background's keys, by default 0 (1 with `paper`). seed: of noise,
+        the same for all images.
     on_cpu, memory, arguments: as of `RFSolver`. paper: as the official code, see above; a cell is
         inside where the mask is not 0 after bilinear resizing. Raises as `RFSolver` does, and for a
         mask of another shape.

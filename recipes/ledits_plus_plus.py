@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hookctl.address.pipelines import is_guided
 from hookctl.address.regions import RegionLike
 from hookctl.address.rows import UNCOND
 from hookctl.address.sites import Selector
@@ -117,7 +118,8 @@ class LEDITSPlusPlus(SourceAndEdits):
         if not self.acting or not self.active(state.clock):
             return {}
         texts = {name: self.texts[i] for name, i in self.acting.items()}
-        if not state.rows.where(branch=UNCOND):
+        # Where guidance takes two calls the other one is asked for the negative prompt.
+        if not state.rows.where(branch=UNCOND) and not is_guided(state.pipe):
             texts[EMPTY] = ""
         return {n: Branch(text=self._encoded.sequence(text)[None]) for n, text in texts.items()}
 

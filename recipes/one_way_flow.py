@@ -104,9 +104,11 @@ class OneWayFlow(Editor):
             queries, keys = self._factors(finite, call, grid)
             strengths = queries.new_tensor([flow[2] * left for flow in finite])
             call.bias(list(call.rows), query_factors=queries * strengths, key_factors=keys)
-        for flow in self.flows:
-            if flow[2] == -math.inf:
-                call.restrict(list(call.rows), *self._cut(flow, call, grid))
+        cuts = [flow for flow in self.flows if flow[2] == -math.inf]
+        if cuts:
+            self._check_cuts(cuts, call, grid)
+        for flow in cuts:
+            call.restrict(list(call.rows), *self._cut(flow, call, grid))
 
     def _strength_left(self, call: AttentionCall) -> float:
         """Which share of the strength is left at this step."""
@@ -139,16 +141,25 @@ class OneWayFlow(Editor):
         key = (flow, grid, call.q.shape[-2], call.k.shape[-2])
         if key not in self._masks:
             queries, keys = self._factors([(flow[0], flow[1], 1.0)], call, grid)
-            if bool(queries.any()) and bool(keys.all()):
-                raise InputError(
-                    f"OneWayFlow: flow {flow!r} leaves queries without any key; give a strength "
-                    "that is finite"
-                )
             self._masks[key] = (
                 torch.where(queries[:, 0] > 0, 1, 3),
                 torch.where(keys[:, 0] > 0, 2, 1),
             )
         return self._masks[key]
+
+    def _check_cuts(self, cuts: list[Flow], call: AttentionCall, grid: Grid) -> None:
+        """InputError if cuts leave queries, which may be the target of several, without any key."""
+        key = ("checked", grid, call.q.shape[-2], call.k.shape[-2])
+        if key in self._masks:
+            return
+        queries, keys = self._masks[key] = self._factors(cuts, call, grid)
+        for cut in queries.unique(dim=0).bool():
+            if bool(keys[:, cut].any(1).all()):
+                told = [flow for flow, one in zip(cuts, cut.tolist(), strict=True) if one]
+                raise InputError(
+                    f"OneWayFlow: flow {', '.join(map(repr, told))} leaves queries without any "
+                    "key; give a strength that is finite"
+                )
 
     def _tokens(self, name: str, grid: Grid, tokens: int, span: tuple[int, int] | None) -> Tensor:
         """Which of so many tokens lie in a region, 0 or 1, [tokens]; span: of the image's."""

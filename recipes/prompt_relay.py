@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hookctl.address.rows import COND
@@ -135,7 +136,9 @@ class PromptRelay(Editor):
         for part, positions in enumerate(places):
             keys[[start + p for p in positions], part] = 1
         queries = torch.zeros(call.q.shape[-2], len(places), dtype=torch.float64)
-        of_tokens = self._cost.repeat_interleave(grid.height * grid.width, 0)
+        # A token of several frames (CogVideoX 1.5) pays the mean of them.
+        of_frames = F.adaptive_avg_pool1d(self._cost.mT, grid.frames).mT
+        of_tokens = of_frames.repeat_interleave(grid.height * grid.width, 0)
         queries[slice(*call.spans.image_queries)] = -of_tokens
         call.bias(call.rows.where(role=COND), query_factors=queries, key_factors=keys)
 

@@ -29,6 +29,7 @@ from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.noise import Noise
 from hookctl.loop.state import Predictions, State
 from hookctl.recipes.common.guidance_rule import COMBINATION, COMBINATION_CURE
+from hookctl.recipes.common.latent_masks import as_grid, of_grid
 from hookctl.run_state import RunState
 
 MODES = ("soft", "hard")
@@ -136,7 +137,7 @@ class ProximalGuidance(Editor):
         found = torch.where(chosen, uncond + (guided - uncond) * factor, guided)
         self._drawn = None
         if self.path is not None and self.rate and self.path_window.holds(state.clock):
-            self._drawn = _Drawn(self._places(free) & chosen, self._away(state, found))
+            self._drawn = _Drawn(self._places(free, state) & chosen, self._away(state, found))
         return found
 
     def _limit(self, delta: Tensor, chosen: Tensor) -> Tensor:
@@ -162,12 +163,19 @@ class ProximalGuidance(Editor):
 
     # -- towards the path ----------------------------------------------------------------------
 
-    def _places(self, free: Tensor) -> Tensor:
+    def _places(self, free: Tensor, state: State) -> Tensor:
         """The places that are drawn to the path, bool; free: those that are guided."""
-        if self.dilate:
-            side = 2 * self.dilate + 1
-            free = F.max_pool2d(free.float(), side, 1, self.dilate) > 0
-        return ~free
+        if not self.dilate:
+            return ~free
+        grid = as_grid(free.float(), state)
+        if grid.dim() < 4:
+            raise UnsupportedError(
+                f"{self.name}: the latents of {type(state.pipe).__name__}, {tuple(free.shape)}, "
+                "form no grid on which the guided cells could be widened; give dilate=0"
+            )
+        planes, side = grid.reshape(len(grid), -1, *grid.shape[-2:]), 2 * self.dilate + 1
+        wider = F.max_pool2d(planes, side, 1, self.dilate).reshape(grid.shape)
+        return of_grid(wider, state, free.dim()) == 0
 
     def _away(self, state: State, prediction: Tensor) -> Tensor | None:
         """How far the clean image of a step is from the path's, in the latents after the step."""

@@ -45,7 +45,7 @@ class StoryDiffusion(SourceAndEdits):
     same wherever and whenever a step is run.
     sites: self-attention to act in, by default a UNet's decoder and every block of a transformer.
     On a joint site the image's tokens are shared.
-    start, stop: fractions of the schedule.
+    start, stop: fractions of the schedule; start by default 0.1, with `paper` 0.
     paper: count steps as the official code does, whatever their number (nothing is shared before
         step 5, and sites are left plain less often from step 20 on), draw anew for each further
         image, and let it see all tokens of the references before step 5.
@@ -66,11 +66,12 @@ class StoryDiffusion(SourceAndEdits):
         plain: tuple[float, float] = (0.3, 0.1),
         seed: int = 0,
         sites: Selector = "self up, self blocks, joint",
-        start: float = 0.1,
+        start: float | None = None,
         stop: float = 1.0,
         paper: bool = False,
     ) -> None:
         super().__init__(prompts)
+        start = (0.0 if paper else 0.1) if start is None else start
         count = len(self.prompts)
         self.references = count
         if references is not None:

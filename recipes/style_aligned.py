@@ -52,7 +52,8 @@ class StyleAligned(SourceAndEdits):
     path: latents of the reference at every level, noisiest first: those of an inverted image
         (`loop.inversion`), which the first prompt then draws.
     paper: take the path's level 5 in the first step and none before 6 later, so that the reference
-        is a little cleaner than the others at the start, as the official code does.
+        is a little cleaner than the others at the start, and the last one after the last step, as
+        the official code does.
     """
 
     least = 1
@@ -80,7 +81,7 @@ class StyleAligned(SourceAndEdits):
         self.scale = number(scale, f"{self.name}: scale")
         self.acts = Window.of((start, stop), f"{self.name}: start, stop")
         self.align, self.share = bool(adain), share and shift != -math.inf
-        self.group_norm, self.sites = group_norm, sites
+        self.group_norm, self.sites, self.paper = group_norm, sites, paper
         self.shares: dict[str, float] = {}  # branch -> weight of the extended form, 1 by default
         self.pin = None if path is None else Pinned(self.name, path, first_level=5 if paper else 0)
 
@@ -108,6 +109,13 @@ class StyleAligned(SourceAndEdits):
     def before(self, state: State) -> None:
         if self.pin is not None:
             self.pin.before(state)
+
+    def after(self, state: State) -> None:
+        last = state.clock.steps - 1
+        if self.pin is not None and self.paper and state.clock.step == last:
+            level = max(last + 1, self.pin.first_level + 1)
+            if level < len(self.pin.path):
+                self.pin.set(state, level)
 
     # -- sharing -------------------------------------------------------------------------------
 

@@ -173,7 +173,7 @@ def test_apg_of_clean_images(name: str) -> None:
         r = r * (3.0 / r.flatten(1).norm(dim=1)).clamp(max=1).reshape(-1, 1, 1, 1)
         unit = F.normalize(c.flatten(1), dim=1).reshape(c.shape)
         along = (r * unit).sum([1, 2, 3], keepdim=True) * unit
-        assert error(clean(after.steps[i][1]), u + 4.0 * (r - 0.8 * along)) < 1e-6
+        assert error(clean(after.steps[i][1]), c + 3.0 * (r - 0.8 * along)) < 1e-6
 
 
 def split_alpha(alpha: Tensor) -> Sequence[Tensor]:

@@ -153,7 +153,7 @@ def test_apg_takes_the_level_of_the_schedule(name: str) -> None:
         r = r * (3.0 / r.flatten(1).norm(dim=1)).clamp(max=1).reshape(-1, *[1] * (r.dim() - 1))
         unit = F.normalize(c.flatten(1), dim=1).reshape(c.shape)
         along = (r * unit).flatten(1).sum(1).reshape(-1, *[1] * (r.dim() - 1)) * unit
-        want = (kept[i] - (u + g * (r - 0.8 * along))) / s
+        want = (kept[i] - (c + (g - 1) * (r - 0.8 * along))) / s
         if name == "qwen_image":
             size = parts["cond"].norm(dim=-1, keepdim=True)
             want = want * (size / want.norm(dim=-1, keepdim=True))

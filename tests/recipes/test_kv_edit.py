@@ -213,6 +213,14 @@ def test_wrong_arguments(options: dict[str, Any], says: str) -> None:
     assert len(rows) <= 1  # that of the pattern, which is stopped before it is computed
 
 
+@pytest.mark.parametrize("more", [{"restart": True}, {"inversion": False}])
+def test_noise_does_not_depend_on_the_images_beside(more: dict[str, Any]) -> None:
+    other = Image.fromarray(255 - np.asarray(image()))
+    both = latents(image=[image(), other], prompt=[DOG, CAT], **more)
+    alone = latents(image=other, prompt=CAT, **more)
+    assert relative(both[1], alone[0]) < 1e-5
+
+
 def test_what_is_free_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hookctl.recipes.common.features.store.free_bytes", lambda device: 1e5)
     with pytest.raises(InputError, match=r"take 0.000164 GB on cpu, and 0.0001 GB are free there"):

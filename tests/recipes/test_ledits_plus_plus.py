@@ -14,7 +14,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from hookctl import control
+from hookctl import Editor, control
 from hookctl.errors import InputError
 from hookctl.loop.inversion import Correction
 from hookctl.recipes import EditFriendlyDDPM, LEDITSPlusPlus
@@ -184,6 +184,17 @@ def test_several_images_have_masks_of_their_own() -> None:
     both = draw("sd15", edit, n=2, generator=edit.generators(images=2))
     one = draw("sd15", edit, generator=edit.generators(seed=1))
     assert relative(both[1::2], one) < 1e-4
+
+
+def test_guidance_by_two_calls_adds_no_empty_text() -> None:
+    seen: set[str] = set()
+
+    class Rows(Editor):
+        def attention(self, call: Any) -> None:
+            seen.update(row.branch for row in call.rows)
+
+    draw("wan", Edit(["dog"], masks="none"), Rows(), steps=1)
+    assert seen == {"cond", "uncond", "edit 0"}
 
 
 @pytest.mark.parametrize(

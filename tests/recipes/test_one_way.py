@@ -229,6 +229,25 @@ def test_wrong_flows(regions: Any, flows: Any, message: str) -> None:
         OneWayFlow(regions, flows)
 
 
+@pytest.mark.parametrize("pipe", ["cross", SD15.make().unet])
+def test_what_is_no_pipeline(pipe: Any) -> None:
+    with pytest.raises((InputError, UnsupportedError), match="pipeline"):
+        CyclicOneWay(pipe, image(), CAT)
+
+
+def test_cuts_that_together_leave_no_key() -> None:
+    """The left half would see nothing at all; each cut alone leaves it something."""
+    cuts = [("left", "left", -math.inf), ("rest", "left", -math.inf)]
+    for flows in ([cuts[0]], [cuts[1]]):
+        with control(made("sd15"), OneWayFlow({"left": LEFT}, flows)):
+            assert SD15.run(made("sd15"), steps=1).isfinite().all()
+    with (
+        pytest.raises(InputError, match="'left', 'left'.*'rest', 'left'.* without any key"),
+        control(made("sd15"), OneWayFlow({"left": LEFT}, cuts)),
+    ):
+        SD15.run(made("sd15"), steps=1)
+
+
 def test_editors_act_in_all_of_it() -> None:
     seen: list[int] = []
 

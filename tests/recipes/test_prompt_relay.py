@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor
 
 from hookctl import COND, Editor, control
@@ -17,6 +18,7 @@ from hookctl.errors import HookctlWarning, InputError, UnsupportedError
 from hookctl.recipes import PromptRelay
 from tests import zoo
 from tests.recipes.runs import made, relative
+from tests.zoo.wild import WILD
 
 WAN = zoo.PIPELINES["wan"]
 PARTS = ["a red cat", "a blue dog", "a bird"]
@@ -188,3 +190,34 @@ def test_refusals() -> None:
     with pytest.raises(UnsupportedError, match="to one frame at a time"):
         with control(made("animatediff"), relay):
             pass
+
+
+def test_tokens_of_several_frames_pay_the_mean() -> None:
+    """CogVideoX 1.5 makes one token of two frames of the latent."""
+    pipe = WILD["CogVideoXPipeline"].make()
+    config = {key: one for key, one in pipe.transformer.config.items() if key[0] != "_"}
+    in_time = {"patch_size_t": 2, "use_rotary_positional_embeddings": True}
+    pipe.transformer = CogVideoXTransformer3DModel(
+        **{**config, **in_time, "attention_head_dim": 16}
+    )
+    seen: list[tuple[Any, Tensor]] = []
+
+    class Seen(PromptRelay):
+        def attention(self, call: Any) -> None:
+            super().attention(call)
+            seen.append((call.grid, self._cost))
+
+    relay = Seen(PARTS[:2])
+    with control(pipe, relay):
+        drawn = pipe(
+            relay.prompt,
+            num_inference_steps=1,
+            num_frames=16,
+            height=16,
+            width=16,
+            max_sequence_length=16,
+            output_type="latent",
+        ).frames
+    grid, cost = seen[0]
+    assert drawn.isfinite().all()
+    assert (len(cost), grid.frames) == (4, 2)

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from hookctl import control
 from hookctl.errors import InputError
 from hookctl.loop.images import encode
 from hookctl.recipes import MasaCtrl, NegativePromptInversion, ProximalGuidance
+from tests import zoo
 from tests.marks import examples
 from tests.recipes.images import PROMPT, TARGET, image
 from tests.recipes.literal_appearance import Call, Literal
@@ -128,6 +130,33 @@ def test_with_masactrl(pipe: Any, uncond: str, cond: str, interp: float) -> None
     assert relative(got, want) < TOLERANCE
     plain = found.edit(pipe, prompts=prompts, source_guidance=1.0, output_type="latent")
     assert relative(got[1:], plain[1:]) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_guided_cells_are_widened_where_they_are(name: str) -> None:
+    """In packed latents a cell's neighbours are in other tokens; frames are apart."""
+    pipe, seen = made(name), []
+
+    class Seen(ProximalGuidance):
+        def _places(self, free: Tensor, state: Any) -> Tensor:
+            found: Tensor = super()._places(free, state)
+            seen.append((free, found))
+            return found
+
+    case = zoo.PIPELINES[name]
+    path = torch.zeros(3, *case.run(pipe, steps=1, guidance=1.0).shape)
+    with control(pipe, Seen(0.99, path=list(path), path_start=0.0)):
+        case.run(pipe, steps=2, guidance=4.0)
+    for free, drawn in seen:
+        if name == "flux":
+            free, drawn = (pipe._unpack_latents(x, 128, 128, 8) for x in (free, drawn))
+        planes, got = (x.flatten(0, -3) for x in (free, drawn))
+        places = planes.nonzero()
+        assert len(places)
+        for plane, row, column in places.tolist():
+            block = got[plane, max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2]
+            assert not block.any()
+        assert int((~got).sum()) <= 9 * len(places)
 
 
 def test_bad_input() -> None:

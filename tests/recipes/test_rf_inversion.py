@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from hookctl import Editor
@@ -72,6 +73,16 @@ def test_published_times_are_others() -> None:
     level, published = (recipe(times=times).invert() for times in ("level", "published"))
     assert relative(level, published) > 1e-3
     assert recipe(paper=True).times == "published" and recipe().times == "level"
+
+
+def test_an_image_is_drawn_from_the_encoder_as_it_is_alone() -> None:
+    pictures = [image(), image().transpose(Image.Transpose.ROTATE_180)]
+    pipe = made("flux")
+    both = RFInversion(pipe, pictures, [CAT, CAT], paper=True, **SHORT)
+    alone = [RFInversion(pipe, one, CAT, paper=True, **SHORT) for one in pictures]
+    for i, one in enumerate(alone):
+        assert torch.equal(both.clean[i], one.clean[0])
+        assert torch.equal(both.noise, one.noise)
 
 
 EACH = [

@@ -106,7 +106,7 @@ def joined(x: Tensor) -> Tensor:
 def test_equals_the_official_code(seed: int) -> None:
     """Two references and two further images over 22 steps, in float64."""
     prompts, steps = [CAT, DOG, BIRD, "a blue cat"], 22
-    edit = StoryDiffusion(prompts, references=2, seed=seed, start=0.0, sites="self up", paper=True)
+    edit = StoryDiffusion(prompts, references=2, seed=seed, sites="self up", paper=True)
     got = draw("sd15", edit, steps=steps, dtype=torch.float64)
     pipe, noises = made("sd15", torch.float64), edit.generators()
     official, parts = Consistent(2, 0.5, seed), []

@@ -205,7 +205,8 @@ def test_the_reference_follows_its_path(paper: bool) -> None:
     steps = 9
     path = torch.randn(steps + 1, 1, 4, 16, 16, generator=torch.Generator().manual_seed(7))
     record, edit = Record(), StyleAligned([CAT, DOG], path=path, paper=paper)
-    draw("sd15", edit, record, steps=steps)
+    drawn = draw("sd15", edit, record, steps=steps)
+    assert torch.equal(drawn[0], path[steps, 0]) == paper  # the image itself, in the end
     levels = [5, *[6] * 6, 7, 8] if paper else range(steps)
     assert torch.equal(torch.stack([x[0] for x in record.seen]), path[list(levels), 0])
     start = torch.randn(1, 4, 16, 16, generator=edit.generators()[1])

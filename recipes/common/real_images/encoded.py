@@ -36,8 +36,8 @@ def encoded(
 ) -> Encoded:
     """Images, or videos as lists of frames, in one batch.
 
-    generator: draws from the encoder's distribution (`encode`). Raises InputError for images of
-    several sizes and videos of several lengths.
+    generator: draws from the encoder's distribution (`encode`), for each image alike. Raises
+    InputError for images of several sizes and videos of several lengths.
     """
     known = inspect.signature(type(pipe).__call__).parameters
     videos = [list(image) if is_list(image) else [image] for image in images]
@@ -46,7 +46,12 @@ def encoded(
         raise InputError(f"{who}: images of the sizes {list(sizes)}; give them one size")
     if len({len(video) for video in videos}) > 1:
         raise InputError(f"{who}: videos of several lengths; give them as many frames")
-    latents = torch.cat([encode(pipe, image, generator) for image in images])
+    begun, found = None if generator is None else generator.get_state(), []
+    for image in images:
+        if generator is not None and begun is not None:
+            generator.set_state(begun)  # an image is drawn as it is alone
+        found.append(encode(pipe, image, generator))
+    latents = torch.cat(found)
     dtype = next(families.denoiser_of(pipe).parameters()).dtype
     width, height = videos[0][0].size
     extent = {"num_frames": len(videos[0]), "max_area": height * width}

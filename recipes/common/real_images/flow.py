@@ -111,9 +111,9 @@ class FlowProgram:
         return wide(program.predict(x, i, sigma=sigma, **self._scales(scales)))
 
     def _noised(self, program: Trajectory, i: int, seed: int) -> Tensor:
-        """The images at a level of a program."""
+        """The images at a level of a program, by the same noise for each."""
         image, level = wide(self.clean.to(program.latents)), program.levels[i].noise
-        noise = noise_like(image, torch.Generator().manual_seed(seed))
+        noise = noise_like(image[:1], torch.Generator().manual_seed(seed))
         return (1 - level) * image + level * noise
 
 
