@@ -243,7 +243,7 @@ def stack_mask(mask: Tensor | None, rows: int) -> Tensor | None:
     if mask is None:
         return None
     while mask.dim() < 4:
-        mask = mask[None] if mask.dim() < 3 else mask[:, None]
+        mask = mask[None]  # as torch broadcasts it: [heads, N, M], [N, M] or [M]
     return mask[None] if mask.shape[0] == 1 else stack_rows(mask, rows)
 
 
