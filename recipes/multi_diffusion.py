@@ -136,9 +136,12 @@ class MultiDiffusion(Editor):
             return proceed()
         kwargs, grid, latents, output = state.kwargs, state.grid, state.latents, None
         total, count = torch.zeros(()), torch.zeros(())
+        own_text, part_of_it = state.own_text, state.part
         try:
             for path in self.paths(tuple(row.prompt for row in state.rows)):
                 tile = path.tile
+                shown_less = not tile.is_canvas or path.region > 0
+                state.own_text, state.part = own_text, part_of_it or shown_less
                 state.kwargs = self._arguments(state, kwargs, latents, path)
                 state.grid = (*grid[:-2], tile.height, tile.width)
                 output = proceed()
@@ -156,6 +159,7 @@ class MultiDiffusion(Editor):
                 tile.add(weight, count)
         finally:
             state.kwargs, state.grid = kwargs, grid
+            state.own_text, state.part = own_text, part_of_it
         return with_prediction(output, (total / count).to(kwargs[state.sample]))
 
     def paths(self, prompts: tuple[int, ...]) -> list[DiffusionPath]:
@@ -181,7 +185,7 @@ class MultiDiffusion(Editor):
         if self.bootstrap and Window(0.0, self.bootstrap).holds(state.clock):
             x = path.tile.cut(latents)
             inside = (path.weight[: len(x)] > 0).to(x.device)[:, None]
-            x = torch.where(inside, x, self.bootstrapping.outside(state, path.tile))
+            x = torch.where(inside, x, self.bootstrapping.outside(state, path.tile, path.region))
             rows = x.repeat(len(state.rows) // len(x), 1, 1, 1)
             new[state.sample] = state.model_input(rows, like)
         return new

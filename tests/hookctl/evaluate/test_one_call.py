@@ -43,6 +43,7 @@ def shown(editor: Double, q: Tensor, index: int) -> tuple[Tensor, Tensor]:
         rows=ROWS,
         clock=Clock(0, 10, 1.0),
         grid=(3, 4),
+        part=False,
         prompts=(),
         own_text=None,
         images_in_sequence=None,
