@@ -34,7 +34,7 @@ from hookctl.address.latent import latent_axes
 from hookctl.address.per_prompt import Regions, Texts
 from hookctl.address.rows import COND
 from hookctl.arguments import checked, pair, refusal, share, whole
-from hookctl.editor import WHOLE_IMAGE, Claim, Editor
+from hookctl.editor import TEXTS, WHOLE_IMAGE, Claim, Editor
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.images import decode
 from hookctl.loop.outputs import prediction_of, with_prediction
@@ -97,7 +97,11 @@ class MultiDiffusion(Editor):
         self.bootstrapping = Bootstrapping(int(seed))
 
     def claims(self) -> Sequence[Claim]:
-        return [Claim(WHOLE_IMAGE, cure="Use one of them: tiles are parts of the image")]
+        claims = [Claim(WHOLE_IMAGE, cure="Use one of them: tiles are parts of the image")]
+        if self.texts.items:
+            cure = "Words of the prompts are not in the texts of regions: leave one of them out"
+            claims.append(Claim(TEXTS, cure=cure))
+        return claims
 
     def attach(self, target: Any) -> None:
         check_texts(target, self.texts.items, self.name)

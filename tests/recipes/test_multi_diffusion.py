@@ -276,3 +276,10 @@ def test_colours_are_those_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert len(set(shown(1, 1))) > 4
     assert shown(1, 1) == shown(1, 2) == shown(3, 1)
+
+
+def test_words_of_prompts_are_not_looked_for_in_texts_of_regions() -> None:
+    """Their tokens are those of other words there."""
+    edit, regions = PromptToPrompt(TWO), MultiDiffusion(["a tree"], ["box:0,0,0.5,1"])
+    with pytest.raises(ConflictError, match="both claim the texts that rows see"):
+        draw(SD15, SD15.make(), regions, edit)
