@@ -33,6 +33,9 @@ WHOLE_IMAGE = "whole image"
 # Shared by editors to whom words of the prompts mean something, held alone by one that lets the
 # prompts change.
 WORDS = "words of the prompts"
+# Shared by editors that change what stands at words, held alone by one that has rows see texts of
+# regions in place of their prompt.
+TEXTS = "texts that rows see"
 # Held by an editor that sets places of the latents between the steps.
 LATENTS = "latents between the steps"
 

@@ -34,7 +34,7 @@ from hookctl.address.latent import latent_axes
 from hookctl.address.per_prompt import Regions, Texts
 from hookctl.address.rows import COND
 from hookctl.arguments import checked, pair, refusal, share, whole
-from hookctl.editor import WHOLE_IMAGE, Claim, Editor
+from hookctl.editor import TEXTS, WHOLE_IMAGE, Claim, Editor
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.images import decode
 from hookctl.loop.outputs import prediction_of, with_prediction
@@ -97,7 +97,11 @@ class MultiDiffusion(Editor):
         self.bootstrapping = Bootstrapping(int(seed))
 
     def claims(self) -> Sequence[Claim]:
-        return [Claim(WHOLE_IMAGE, cure="Use one of them: tiles are parts of the image")]
+        claims = [Claim(WHOLE_IMAGE, cure="Use one of them: tiles are parts of the image")]
+        if self.texts.items:
+            cure = "Words of the prompts are not in the texts of regions: leave one of them out"
+            claims.append(Claim(TEXTS, cure=cure))
+        return claims
 
     def attach(self, target: Any) -> None:
         check_texts(target, self.texts.items, self.name)
@@ -136,9 +140,12 @@ class MultiDiffusion(Editor):
             return proceed()
         kwargs, grid, latents, output = state.kwargs, state.grid, state.latents, None
         total, count = torch.zeros(()), torch.zeros(())
+        own_text, part_of_it = state.own_text, state.part
         try:
             for path in self.paths(tuple(row.prompt for row in state.rows)):
                 tile = path.tile
+                shown_less = not tile.is_canvas or path.region > 0
+                state.own_text, state.part = own_text, part_of_it or shown_less
                 state.kwargs = self._arguments(state, kwargs, latents, path)
                 state.grid = (*grid[:-2], tile.height, tile.width)
                 output = proceed()
@@ -156,6 +163,7 @@ class MultiDiffusion(Editor):
                 tile.add(weight, count)
         finally:
             state.kwargs, state.grid = kwargs, grid
+            state.own_text, state.part = own_text, part_of_it
         return with_prediction(output, (total / count).to(kwargs[state.sample]))
 
     def paths(self, prompts: tuple[int, ...]) -> list[DiffusionPath]:
@@ -181,7 +189,7 @@ class MultiDiffusion(Editor):
         if self.bootstrap and Window(0.0, self.bootstrap).holds(state.clock):
             x = path.tile.cut(latents)
             inside = (path.weight[: len(x)] > 0).to(x.device)[:, None]
-            x = torch.where(inside, x, self.bootstrapping.outside(state, path.tile))
+            x = torch.where(inside, x, self.bootstrapping.outside(state, path.tile, path.region))
             rows = x.repeat(len(state.rows) // len(x), 1, 1, 1)
             new[state.sample] = state.model_input(rows, like)
         return new

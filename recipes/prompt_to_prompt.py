@@ -34,7 +34,7 @@ from hookctl.arguments import (
     words_for_each,
 )
 from hookctl.attention.call import AttentionCall
-from hookctl.editor import WHOLE_IMAGE, WORDS, Claim
+from hookctl.editor import TEXTS, WHOLE_IMAGE, WORDS, Claim
 from hookctl.errors import InputError
 from hookctl.loop.state import State
 from hookctl.recipes.common.local_blend import LocalBlend
@@ -156,7 +156,7 @@ class PromptToPrompt(SourceAndEdits):
         edits = tuple(self.edits)
         gain_windows = [self.reweight_window] if self.reweight_window and any(self.gains) else []
         windows = [w for w in (*self.cross.windows, *gain_windows) if w.start < w.stop]
-        claims = [Claim(WORDS, shared=True)]
+        claims = [Claim(what, shared=True) for what in (WORDS, TEXTS)]
         if self.local is not None:
             claims.append(Claim(WHOLE_IMAGE, window=Window(self.local.start, 1.0), shared=True))
         if self.self_window.start < self.self_window.stop:

@@ -129,19 +129,22 @@ class RealCompo(WordEnergy):
 
     def _first_map(self, x: Tensor) -> Tensor:
         """d, [images, 1, height, width], for latents x."""
-        shape, generator = (len(x), 1, *x.shape[2:]), self.generator
+        shape, generator = (1, 1, *x.shape[2:]), self.generator
         if self.paper:
             # Every image's is that of a run of one image; without a generator, of the same seed.
             generator = (
                 torch.Generator().manual_seed(PAPER_SEED) if generator is None else generator
             )
-            shape = (1, *shape[1:])
         if generator is None:
-            return x.new_zeros(shape)
-        of_layout, of_text = (
-            torch.randn(shape, generator=generator, device=generator.device).to(x) for _ in range(2)
-        )
-        return (of_layout - of_text).expand(len(x), *shape[1:]).contiguous()
+            return x.new_zeros(len(x), *shape[1:])
+        given = generator
+
+        def draw() -> Tensor:
+            return torch.randn(shape, generator=given, device=given.device).to(x)
+
+        # Image by image, or one's would depend on how many are drawn beside it.
+        each = [draw() - draw() for _ in range(1 if self.paper else len(x))]
+        return torch.cat(each).expand(len(x), *shape[1:]).contiguous()
 
     def denoise(self, state: State, proceed: Proceed) -> Any:
         output = proceed()

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import inspect
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -143,7 +145,8 @@ class TextLayout:
         if not isinstance(prompt, str):
             return prompt  # PromptTokens says what is wrong with it
         if hasattr(self._pipe, "_text_preprocessing"):  # PixArt and its kin lower the case
-            prompt = self._pipe._text_preprocessing(prompt, clean_caption=False)[0]
+            cleans = _cleans_captions(self._pipe)
+            prompt = self._pipe._text_preprocessing(prompt, clean_caption=cleans)[0]
         if hasattr(self._pipe, "maybe_convert_prompt"):  # a textual inversion of several vectors
             prompt = self._pipe.maybe_convert_prompt(prompt, tokenizer)
         return prompt
@@ -197,6 +200,8 @@ def prompts_given(pipe: Any, arguments: Mapping[str, Any]) -> tuple[str, ...]:
     arguments: of `encode_prompt`, by name. A prompt is a `Prompt` where encoders were given
     different texts; on a pipeline that shows its attention one of them only (Flux), it is that one.
     """
+    if "clean_caption" in arguments:
+        _cleaning[pipe] = bool(arguments["clean_caption"])
     try:
         streams = text_streams(pipe)
     except UnsupportedError:
@@ -209,6 +214,18 @@ def prompts_given(pipe: Any, arguments: Mapping[str, Any]) -> tuple[str, ...]:
         same = len(set(said)) == 1
         prompts.append(said[0] if same else Prompt(dict(zip(names, said, strict=True))))
     return tuple(prompts)
+
+
+# Whether a pipeline's last call had its texts cleaned of what is no caption (PixArt and its kin).
+_cleaning: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+
+
+def _cleans_captions(pipe: Any) -> bool:
+    """Whether a pipeline cleans its texts: as its last call said, else as its calls do by default;
+    without two packages it never does."""
+    usual = inspect.signature(type(pipe).__call__).parameters.get("clean_caption")
+    cleans = _cleaning.get(pipe, usual is not None and usual.default is True)
+    return cleans and all(find_spec(name) is not None for name in ("bs4", "ftfy"))
 
 
 def _listed(given: Any) -> list[str]:

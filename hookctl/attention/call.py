@@ -51,6 +51,8 @@ class AttentionCall(CombiningCall):
     index: which attention call of its module's forward this is; the model's own is 0, those of
         adapters (IP-Adapter) follow.
     latent: sides of the latent, ([frames,] height, width), in latent pixels; () if unknown.
+    part: whether the model is shown a part of the image here, or a text for a region of it
+        (`MultiDiffusion`).
     """
 
     def borrow(

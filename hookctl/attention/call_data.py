@@ -48,6 +48,7 @@ class CallData:
         scale: float,
         mask: Tensor | None = None,
         latent: Sequence[int] = (),
+        part: bool = False,
         text_tokens: int | None = None,
         joint_order: str | None = None,
         images: ImageTokens | None = None,
@@ -59,6 +60,7 @@ class CallData:
         self._q, self._k, self._v = q, k, v
         self.prompts = tuple(prompts)
         self.mask, self.scale, self.latent = mask, scale, tuple(latent)
+        self.part = part
         self.sequence = text_tokens, joint_order, images
         self._context = {name: TextPlace(*place) for name, place in (context or {}).items()}
         self.operations: list[Operation] = []

@@ -268,15 +268,18 @@ def _isolated(term: Term, spans: Spans, mask: Tensor | None) -> Tensor:
     bias = None if mask is None else additive(mask, q)
     whole = [_plain(q, k, v, bias, slice(0, start), term.scale)]
     others_k, others_v = (torch.cat([x[..., :first, :], x[..., last:, :]], -2) for x in (k, v))
+    fine = torch.promote_types(q.dtype, torch.float32)  # half precision is too coarse for scores
+    others_k = others_k.to(fine)
     for begin in range(start, stop, _CHUNK):
         at = slice(begin, min(begin + _CHUNK, stop))
         itself = slice(at.start - start + first, at.stop - start + first)
-        scores = q[..., at, :] @ others_k.mT * term.scale
-        alone = (q[..., at, :] * k[..., itself, :]).sum(-1, keepdim=True) * term.scale
+        some = q[..., at, :].to(fine)
+        scores = some @ others_k.mT * term.scale
+        alone = (some * k[..., itself, :]).sum(-1, keepdim=True) * term.scale
         if bias is not None:
             rows = _rows(bias, at)
             scores = scores + torch.cat([rows[..., :first], rows[..., last:]], -1)
-        p = torch.cat([alone, scores], -1).softmax(-1)
+        p = torch.cat([alone, scores], -1).softmax(-1).to(v)
         whole.append(p[..., :1] * v[..., itself, :] + p[..., 1:] @ others_v)
     whole.append(_plain(q, k, v, bias, slice(stop, q.shape[-2]), term.scale))
     return torch.cat(whole, -2)

@@ -5,6 +5,7 @@ Every evaluator starts here, so that they can differ in how they evaluate but no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -77,11 +78,13 @@ def scores_of(terms: Sequence[Term], mask: Tensor | None, *, widen: bool = False
 def _widen(scores: Scores, term: Term) -> None:
     tokens = scores.k.shape[-2]
     q, k = [scores.q], [scores.k]
+    # The scale is undone on both sides, or -1e4 for a key would be infinite in half precision.
+    of_queries = 2.0 ** round(-math.log2(term.scale) / 2)
     for queries, keys in term.factors:
         if queries is None:
             queries = keys.new_ones(scores.q.shape[-2], 1)
-        keys = F.pad(keys, (0, 0, 0, tokens - keys.shape[0])) / term.scale
-        q.append(queries.expand(*scores.q.shape[:-1], -1))
+        keys = F.pad(keys, (0, 0, 0, tokens - keys.shape[0])) / (term.scale * of_queries)
+        q.append((queries * of_queries).expand(*scores.q.shape[:-1], -1))
         k.append(keys.expand(*scores.k.shape[:-1], -1))
     scores.q, scores.k = torch.cat(q, -1), torch.cat(k, -1)
 

@@ -53,6 +53,7 @@ class DenoiserCall(Protocol):
     rows: Rows
     clock: Clock
     grid: tuple[int, ...]
+    part: bool
     images_in_sequence: ImageTokens | None
     prompts: tuple[str, ...]
     own_text: int | None
@@ -155,6 +156,7 @@ class EditedSite:
             scale=own.query.shape[-1] ** -0.5 if own.scale is None else own.scale,
             mask=stack_mask(mask, count),
             latent=denoiser_call.grid,
+            part=denoiser_call.part,
             text_tokens=denoiser_call.own_text,
             joint_order=self.joint_order,
             images=denoiser_call.images_in_sequence,
@@ -243,7 +245,7 @@ def stack_mask(mask: Tensor | None, rows: int) -> Tensor | None:
     if mask is None:
         return None
     while mask.dim() < 4:
-        mask = mask[None] if mask.dim() < 3 else mask[:, None]
+        mask = mask[None]  # as torch broadcasts it: [heads, N, M], [N, M] or [M]
     return mask[None] if mask.shape[0] == 1 else stack_rows(mask, rows)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from hookctl.attention.arguments import positions
 from hookctl.attention.key_regions import KeyRegions
 from hookctl.attention.term import Ref, Sum, Term
-from hookctl.evaluate.gather import scores_of, weigh, weight_of
+from hookctl.evaluate.gather import Scores, scores_of, weigh, weight_of
 from hookctl.evaluate.sdpa import Piece
 
 Edit = Callable[[Tensor], Tensor]
@@ -90,15 +90,24 @@ def _blocks(
 
 
 def probabilities(term: Term, mask: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-    """The attention matrix of one term, [sub-batch, heads, N, M]; empty rows are 0."""
+    """The attention matrix of one term, [sub-batch, heads, N, M]; empty rows are 0.
+
+    dtype: None for that of the queries; half precision is too coarse for scores, so these are
+    formed in float32 at least, as fused kernels do.
+    """
     parts = scores_of([term], mask)
-    q, k = (x[0] if dtype is None else x[0].to(dtype) for x in (parts.q, parts.k))
+    given = parts.q.dtype if dtype is None else dtype
+    return _softmax(term, parts, torch.promote_types(given, torch.float32)).to(given)
+
+
+def _softmax(term: Term, parts: Scores, dtype: torch.dtype) -> Tensor:
+    q, k = parts.q[0].to(dtype), parts.k[0].to(dtype)
     if term.value_only:
         eye = torch.eye(q.shape[-2], k.shape[-2], dtype=q.dtype, device=q.device)
         return eye.expand(*q.shape[:2], *eye.shape)
     scores = q @ k.mT * parts.scale
     if parts.bias is not None:
-        bias = parts.bias.to(scores.dtype)
+        bias = parts.bias.to(dtype)
         scores = scores + (bias[0] if bias.dim() == 5 else bias)
     if term.regions is not None:
         allowed = (term.regions.queries[:, None] & term.regions.keys[None]) != 0
@@ -169,8 +178,8 @@ def _of_term(term: Term, mask: Tensor | None, at: slice | Tensor) -> Tensor:
         p = one_hot.expand(*k.shape[:2], *one_hot.shape)
     else:
         part = mask if mask is None or mask.shape[-2] == 1 else mask[..., at, :]
-        p = probabilities(_narrowed(term, at), part)[..., :own]
-        p = p.to(torch.promote_types(p.dtype, torch.float32))
+        fine = torch.promote_types(k.dtype, torch.float32)
+        p = probabilities(_narrowed(term, at), part, fine)[..., :own]
     return p * (term.weight[at][:, None] if isinstance(term.weight, Tensor) else term.weight)
 
 

@@ -12,15 +12,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hookctl.attention.sdpa_call import SDPACall
 
 _PRODUCTS = {torch.einsum, torch.bmm, torch.matmul, Tensor.matmul, Tensor.bmm, Tensor.__matmul__}
 _SCALES = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, Tensor.mul_}
-_SOFTMAX = {torch.softmax, Tensor.softmax, torch.nn.functional.softmax}
+_SOFTMAX = {torch.softmax, Tensor.softmax, F.softmax}
 _SAME = {Tensor.to, Tensor.float, Tensor.half, Tensor.type, Tensor.contiguous, Tensor.clone}
-_BIASES = {torch.add, Tensor.add, Tensor.__add__}
+_BIASES = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__}
 
 # (call, the model's own way) -> output, [batch, heads, tokens, channels].
 Attend = Callable[[SDPACall, Callable[[], Tensor]], Tensor]
@@ -53,6 +54,8 @@ class EagerFollower:
             if done is not None:
                 return done
         out = func(*args, **kwargs)
+        if func is Tensor.__setitem__:
+            self._seen.pop(id(args[0]), None)  # no longer the product that it was
         if not isinstance(out, Tensor):
             return out
         if func in _PRODUCTS:
@@ -95,33 +98,22 @@ class EagerFollower:
         source = next((self._seen[id(a)] for a in args if id(a) in self._seen), None)
         if source is None:
             return
-        if func in _SCALES:
-            factor = next((a for a in args if isinstance(a, int | float)), None)
-            if factor is None:
-                return
-            source = replace(source, scale=source.scale * factor)
-        elif func in _BIASES:
-            other = next(
-                (a for a in args if isinstance(a, Tensor) and a is not source.tensor), None
-            )
-            if other is None or source.normalised:
-                return
-            source = replace(source, bias=other if source.bias is None else source.bias + other)
-        elif func in _SOFTMAX:
-            source = replace(source, normalised=True)
-        elif func is Tensor.masked_fill_ or func is Tensor.masked_fill:
-            bias = torch.zeros_like(out).masked_fill(*args[1:], **kwargs)
-            source = replace(source, bias=bias if source.bias is None else source.bias + bias)
-        elif func not in _SAME:
-            return
-        # In-place calls return the tensor they changed, under the same id.
-        self._seen[id(out)] = replace(source, tensor=out)
+        carried = _carried(source, func, args, kwargs, out)
+        if carried is None:
+            # In-place calls return the tensor they changed, under the same id.
+            self._seen.pop(id(out), None)
+        else:
+            self._seen[id(out)] = replace(carried, tensor=out)
 
     def _finish(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         operands = self._operands(func, args)
         if operands is None:
             return None
-        p, v, _ = operands
+        p, v, equation = operands
+        if equation:
+            of_p, of_v = equation.split("->")[0].split(",")
+            if of_p[-1] != of_v[-2]:  # probabilities weigh values over the keys, last in them
+                return None
         scores = self._seen.get(id(p))
         if scores is None or not scores.normalised or scores.tensor is not p:
             return None
@@ -142,3 +134,32 @@ class EagerFollower:
             return x
         heads = self.heads or max(1, x.shape[0] // self.rows)
         return x.unflatten(0, (-1, heads))
+
+
+def _carried(
+    source: _Scores, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+) -> _Scores | None:
+    """What becomes of scores by a call; None for what attention as one term does not do."""
+    if func in _SAME or (func is F.dropout and not kwargs.get("training", True)):
+        return source
+    if source.normalised:
+        return None
+    if func in _SCALES:
+        factor = next((a for a in args if isinstance(a, int | float)), None)
+        if factor is None:
+            return None
+        bias = None if source.bias is None else source.bias * factor
+        return replace(source, scale=source.scale * factor, bias=bias)
+    if func in _BIASES:
+        other = next((a for a in args if isinstance(a, Tensor) and a is not source.tensor), None)
+        return None if other is None or kwargs.get("alpha", 1) != 1 else _biased(source, other)
+    if func in _SOFTMAX:
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        return replace(source, normalised=True) if dim in (-1, out.dim() - 1) else None
+    if func is Tensor.masked_fill_ or func is Tensor.masked_fill:
+        return _biased(source, torch.zeros_like(out).masked_fill(*args[1:], **kwargs))
+    return None
+
+
+def _biased(source: _Scores, bias: Tensor) -> _Scores:
+    return replace(source, bias=bias if source.bias is None else source.bias + bias)

@@ -13,7 +13,7 @@ finds counts in the region:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from hookctl.address.clock import Window
 from hookctl.address.families import denoiser_of, uncompiled
 from hookctl.address.rows import Row
 from hookctl.arguments import flag, number, refusal, shown
+from hookctl.editor import WHOLE_IMAGE, Claim
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.learned.adapter import Adapter, fitting
 from hookctl.learned.faces import check_length
@@ -126,6 +127,11 @@ class InstantID(IPAdapter):
 
     def neutral(self) -> bool:
         return super().neutral() and not self.controls
+
+    def claims(self) -> Sequence[Claim]:
+        if not self.controls:
+            return super().claims()
+        return [Claim(WHOLE_IMAGE, window=self.window(), shared=True)]  # points have places
 
     def attach(self, target: Any) -> None:
         super().attach(target)

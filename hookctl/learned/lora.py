@@ -31,7 +31,7 @@ from hookctl.address.sites import Grid, Selector
 from hookctl.address.text import TextLayout
 from hookctl.arguments import checked, number, refusal, share
 from hookctl.attention.call import AttentionCall
-from hookctl.editor import WHOLE_IMAGE, Claim, Editor
+from hookctl.editor import TEXTS, WHOLE_IMAGE, WORDS, Claim, Editor
 from hookctl.errors import HookctlWarning, InputError
 from hookctl.learned.files import Checkpoint
 from hookctl.learned.lora_files import Delta, LoraFile, check_path, read_lora
@@ -114,9 +114,9 @@ class LoRA(Editor):
         return self.strength == 0
 
     def claims(self) -> Sequence[Claim]:
-        if self.region is None:
-            return ()
-        return [Claim(WHOLE_IMAGE, window=self.window(), shared=True)]
+        claimed = [WHOLE_IMAGE] if self.region is not None else []
+        claimed += [WORDS, TEXTS] if self.words else []
+        return [Claim(what, window=self.window(), shared=True) for what in claimed]
 
     def attach(self, target: Any) -> None:
         given = self.file

@@ -64,7 +64,8 @@ class State:
     asking: the rows of a call that an editor makes inside this one, None for this one's.
     reading: whose maps the call is made for, None for an ordinary one (`energy`).
     residuals: what editors add to the encoder (`Residuals`), None for nothing.
-    other_texts: whether an editor put other prompts in the place of the pipeline's.
+    other_texts: whether an editor put other prompts in the place of the pipeline's; part: whether
+    one shows the model a part of the image, whose sides `grid` has, or a region's text for it.
     assigned: latents that an editor gave the step, None for none; noisy: those that the step is of,
     once it is taken; stepped: its result.
     added_guidance: what editors have added to the step's guided sum, [images, ...], None for none.
@@ -95,6 +96,7 @@ class State:
     maps: Any = None
     residuals: Any = None
     other_texts: bool = False
+    part: bool = False
     assigned: Tensor | None = None
     noisy: Tensor | None = None
     stepped: Tensor | None = None

@@ -70,8 +70,8 @@ class Maps(Editor):
     Maps stay on the model's device, in its dtype (means in float32). For SDXL at 50 steps those of
     every step are 20 MB for each word and image, a running mean is 20 KB. A patch costs a line of
     scores of each head at each site, M floats, for a moment; no N x N is formed for it.
-    Edits that stand in the stack are seen. Raises InputError, before denoising, for a reference
-    beyond those that the run has.
+    Edits that stand in the stack are seen. Tiles (`MultiDiffusion`) have no maps: each has its own
+    places. Raises InputError, before denoising, for a reference beyond those that the run has.
     """
 
     store: RunState[MapStore] = RunState(factory=MapStore)
@@ -211,6 +211,9 @@ class Maps(Editor):
     def attention(self, call: AttentionCall) -> None:
         wanted = (*self._kinds, *self._kinds_of_image)
         if call.site.kind not in wanted:
+            return
+        if call.part:
+            self.store.of_parts = True
             return
         if call.grid is None:
             self.store.without_grid[call.site.path] = None

@@ -67,6 +67,7 @@ class MapStore:
         self._seen: set[tuple[MapKey, str, int, int, int]] = set()
         self._by_step: set[MapKey] = set()
         self.without_grid: dict[str, None] = {}  # sites that can't have maps, by path
+        self.of_parts = False  # whether the model saw parts of the image, which have none
 
     def keep_steps(self, keys: Iterable[MapKey]) -> None:
         """Keep each step's maps of these by themselves, whoever else wants their means."""
@@ -189,6 +190,11 @@ class MapStore:
             flat = ""
             if self.without_grid:
                 flat = f" (no grid over the latent: {', '.join(self.without_grid)})"
+            if self.of_parts:
+                raise WordError(
+                    f"no map of {key.quoted} was recorded: the image was drawn by tiles, each with "
+                    "places of its own; draw it without MultiDiffusion to see its maps"
+                )
             raise WordError(
                 f"no map of {key.quoted} was recorded; recorded are: {recorded}{flat}. Add "
                 f"hookctl.Maps({key.reader}) to the editors"

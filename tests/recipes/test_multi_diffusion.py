@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,11 @@ from torch import Tensor
 
 import hookctl
 from hookctl import Editor
-from hookctl.errors import ConflictError, InputError, UnsupportedError
+from hookctl.address.clock import Clock
+from hookctl.errors import ConflictError, InputError, UnsupportedError, WordError
+from hookctl.loop.noise import Level
 from hookctl.recipes import PAG, SAG, FreeU, MultiDiffusion, PromptToPrompt
+from hookctl.recipes.common.canvas import plain_colours
 from hookctl.recipes.common.canvas.plain_colours import Bootstrapping
 from hookctl.recipes.common.canvas.tiles import Tile, tiles_of
 from tests import zoo
@@ -237,3 +241,45 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(kind, match=match):
             draw(zoo.PIPELINES[case], zoo.PIPELINES[case].make(), editor)
+
+
+def test_there_are_no_maps_of_tiles() -> None:
+    """The first tile's would be taken for the whole image's."""
+    editors = MultiDiffusion(stride=12, bootstrap=0), hookctl.Maps("cat")
+    pipe = SD15.make()
+    with hookctl.control(pipe, *editors) as session:
+        pipe("a cat", num_inference_steps=1, output_type="latent", **WIDE)
+    with pytest.raises(WordError, match="drawn by tiles"):
+        session.maps["cat"]
+
+
+def test_colours_are_those_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever call of it asks (guidance may take two), and however many images there are."""
+    monkeypatch.setattr(
+        Bootstrapping, "_colour", lambda self, pipe, index, w: torch.full((1, 4, 1, 1), 1.0 * index)
+    )
+    monkeypatch.setattr(plain_colours, "level_of", lambda state: Level(1.0, 0.0))
+    monkeypatch.setattr(plain_colours, "unit_noise_of", lambda state: state.latents)
+    tiles = tiles_of(4, 8, (4, 4), (4, 4))
+
+    def shown(images: int, calls: int) -> list[float]:
+        colours, found = Bootstrapping(3), []
+        latents = torch.zeros(images, 4, 4, 8)
+        for step in range(4):
+            state: Any = SimpleNamespace(clock=Clock(step, 4, 1.0), latents=latents, pipe=None)
+            if not step:
+                colours.begin(state)
+            for _ in range(calls):
+                each = [colours.outside(state, t, r)[0, 0, 0, 0] for t in tiles for r in (1, 2)]
+            found += [float(one) for one in each]
+        return found
+
+    assert len(set(shown(1, 1))) > 4
+    assert shown(1, 1) == shown(1, 2) == shown(3, 1)
+
+
+def test_words_of_prompts_are_not_looked_for_in_texts_of_regions() -> None:
+    """Their tokens are those of other words there."""
+    edit, regions = PromptToPrompt(TWO), MultiDiffusion(["a tree"], ["box:0,0,0.5,1"])
+    with pytest.raises(ConflictError, match="both claim the texts that rows see"):
+        draw(SD15, SD15.make(), regions, edit)

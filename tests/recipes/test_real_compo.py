@@ -266,3 +266,14 @@ def test_bad_input() -> None:
         RealCompo(WORDS, BOXES, "gligen")
     with pytest.raises(InputError, match="coefficient"):
         RealCompo(WORDS, BOXES, pipe.unet, coefficient=2)
+
+
+def test_the_first_map_of_an_image_is_its_own() -> None:
+    """However many are drawn beside it."""
+
+    def first(images: int) -> Tensor:
+        edit = RealCompo(WORDS, BOXES, generator=torch.Generator().manual_seed(0))
+        return edit._first_map(torch.zeros(images, 4, 16, 16))
+
+    assert torch.equal(first(3)[:1], first(1))
+    assert not torch.equal(first(3)[1], first(3)[0])

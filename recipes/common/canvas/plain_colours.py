@@ -38,7 +38,8 @@ def unit_noise_of(state: State) -> Tensor:
 
 
 class Bootstrapping:
-    """What MultiDiffusion's regions see outside of themselves: a random plain colour at every step.
+    """What MultiDiffusion's regions see outside of themselves: a random plain colour at every step,
+    the same for all images and in all calls of the step.
 
     seed: of the colours and of their order.
     """
@@ -47,6 +48,8 @@ class Bootstrapping:
     _colours: RunState[list[list[int]]] = RunState()
     _encoded: RunState[dict[tuple[int, int, int], Tensor]] = RunState()
     _eps: RunState[Tensor] = RunState()
+    _step: RunState[int] = RunState(-1)
+    _chosen: RunState[dict[tuple[Tile, int], int]] = RunState(factory=dict)  # in this step
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -66,15 +69,19 @@ class Bootstrapping:
         self._generator = torch.Generator().manual_seed(self.seed)
         shape = (OFFICIAL_COLOURS, 3)
         self._colours = torch.randint(0, 256, shape, generator=self._generator).tolist()
-        self._encoded = {}
+        self._encoded, self._step = {}, -1
         self._eps = unit_noise_of(state)  # colours are diffused with the run's own noise
 
-    def outside(self, state: State, tile: Tile) -> Tensor:
-        """Plain colours at the level of the step, [images, channels, height, width] of a tile."""
+    def outside(self, state: State, tile: Tile, region: int) -> Tensor:
+        """A plain colour at the level of the step, [images, channels, height, width] of a tile."""
+        if state.clock.step != self._step:
+            self._step, self._chosen = state.clock.step, {}
+        if (tile, region) not in self._chosen:
+            drawn = torch.randint(0, OFFICIAL_COLOURS, (1,), generator=self._generator)
+            self._chosen[tile, region] = int(drawn)
         eps = tile.cut(self._eps)
-        chosen = torch.randint(0, OFFICIAL_COLOURS, (len(eps),), generator=self._generator)
-        x0 = torch.cat([self._colour(state.pipe, i, tile) for i in chosen.tolist()]).to(eps)
-        return level_of(state).mix(x0, eps)
+        colour = self._colour(state.pipe, self._chosen[tile, region], tile)
+        return level_of(state).mix(colour.to(eps).expand_as(eps), eps)
 
     def _colour(self, pipe: Any, index: int, tile: Tile) -> Tensor:
         key = (index, tile.height, tile.width)

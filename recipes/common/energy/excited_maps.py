@@ -98,10 +98,13 @@ class ExcitedMaps(EnergyGuidance):
         return self.scale * (fall**0.5 if self.paper else fall) * variance(level)
 
     def refinement(self, clock: Clock) -> tuple[float, int]:
-        for fraction, attention in self.thresholds.items():
-            if clock.step == int(float(fraction) * clock.steps + 1e-9):
-                return 1 - attention, self.refinements
-        return 0.0, 0
+        now = [
+            attention
+            for fraction, attention in self.thresholds.items()
+            if clock.step == int(float(fraction) * clock.steps + 1e-9)
+        ]
+        # In a run of a few steps several fall on one: the last word is the strictest.
+        return (1 - max(now), self.refinements) if now else (0.0, 0)
 
     def excited(self, image: ImageMaps, subjects: Sequence[Subject]) -> Tensor:
         """M of each subject, [subjects, frames, height, width]."""

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from hookctl import Maps, Session, control
+from hookctl.address import text as text_module
 from hookctl.address.families import denoiser_of, describe_sites
 from hookctl.address.latent import finest_within
 from hookctl.address.text import Prompt, PromptText, TextLayout, align, prompts_given
+from hookctl.address.words import PromptTokens
 from hookctl.errors import AlignmentError, HookctlWarning, InputError, UnsupportedError, WordError
 from hookctl.recipes import PromptToPrompt
 from tests import zoo
@@ -52,6 +54,27 @@ def test_a_pipeline_that_lowers_the_case() -> None:
     """What has no upper case in its vocabulary would fall into other tokens."""
     assert read("pixart", "A RED Cat", 16).find("cat") == (2,)
     assert read("pixart", "A RED Cat", 16).text == "A RED Cat"
+
+
+def test_a_pipeline_that_cleans_its_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PixArt does by default, where two packages are installed; what it leaves is what it sees."""
+    pipe = zoo.PIPELINES["pixart"].make()
+
+    def cleaned(self: Any, text: str, clean_caption: bool = False) -> list[str]:
+        return [text.replace("#12345 ", "") if clean_caption else text]
+
+    monkeypatch.setattr(type(pipe), "_text_preprocessing", cleaned)
+    prompt, layout = "a #12345 cat", TextLayout(pipe)
+    whole, left = (
+        PromptTokens.encode(text, pipe.tokenizer).find("cat") for text in (prompt, "a cat")
+    )
+    assert whole != left
+    monkeypatch.setattr(text_module, "find_spec", lambda name: None)
+    assert layout.read(prompt).find("cat") == whole
+    monkeypatch.setattr(text_module, "find_spec", lambda name: name)
+    assert layout.read(prompt).find("cat") == left
+    prompts_given(pipe, {"prompt": prompt, "clean_caption": False})
+    assert layout.read(prompt).find("cat") == whole
 
 
 def test_a_textual_inversion_of_several_vectors() -> None:

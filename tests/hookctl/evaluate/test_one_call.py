@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hookctl.address.clock import Clock
@@ -13,7 +14,7 @@ from hookctl.address.rows import Row, Rows
 from hookctl.address.sites import Site
 from hookctl.attention.call import AttentionCall
 from hookctl.attention.sdpa_call import SDPACall
-from hookctl.evaluate.one_call import EditedSite
+from hookctl.evaluate.one_call import EditedSite, stack_mask
 from tests.hookctl.attention.calls import random
 
 ROWS = Rows([Row(0, "uncond", 0, 0), Row(1, "cond", 0, 0), Row(2, "cond", 1, 0)])
@@ -42,6 +43,7 @@ def shown(editor: Double, q: Tensor, index: int) -> tuple[Tensor, Tensor]:
         rows=ROWS,
         clock=Clock(0, 10, 1.0),
         grid=(3, 4),
+        part=False,
         prompts=(),
         own_text=None,
         images_in_sequence=None,
@@ -71,3 +73,14 @@ def test_a_model_that_loops_over_its_samples() -> None:
         out, own = shown(editor, random(1, 2, 12, 8, seed=index), index)
         torch.testing.assert_close(out, 2 * own)
     assert editor.rows == [[("uncond", 0, 0)], [("cond", 0, 0)], [("cond", 1, 0)]]
+
+
+def test_a_mask_of_heads_is_no_mask_of_rows() -> None:
+    """Torch broadcasts [heads, N, M] from the right, whatever number of rows there is."""
+    q, k = random(2, 4, 3, 8, seed=1), random(2, 4, 3, 8, seed=2)
+    mask = random(4, 3, 3, seed=3)
+    stack = stack_mask(mask, 2)
+    assert stack is not None
+    own = F.scaled_dot_product_attention(q, k, k, mask)
+    each = [F.scaled_dot_product_attention(q[i], k[i], k[i], stack[0, 0]) for i in range(2)]
+    torch.testing.assert_close(torch.stack(each), own)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hookctl.evaluate import plan
+from hookctl.attention.call import AttentionCall
+from hookctl.attention.term import Ref, Segment, Sum, Term, Terms
+from hookctl.evaluate import plan, reference, sdpa
 from tests.hookctl.attention.calls import Case, close, make, random
 from tests.hookctl.evaluate.verbs import PAIRED, masked, scripts
 
@@ -89,3 +91,45 @@ def test_learned_arguments() -> None:
         grads.append(torch.autograd.grad(out.square().sum(), list(given.values())))
     for name, want, got in zip(made, *grads, strict=True):
         close(got, want, 1e-9, name)  # float64
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_scores_are_not_formed_in_half_precision(dtype: torch.dtype) -> None:
+    """Scores of 20 and more, as real models have, are told apart by less than half precision has;
+    unscaled ones may lie beyond float16."""
+    case = make("text_image")
+    q, k, v = ((x * factor).to(dtype) for x, factor in ((case.q, 4), (case.k, 4), (case.v, 1)))
+    exact = Case(case.kind, q.double(), k.double(), v.double(), case.scale)
+    rough = Case(case.kind, q, k, v, case.scale)
+    for edit in (isolated, escaped):
+        explicit, call = exact.call(), rough.call()
+        edit(explicit)
+        edit(call)
+        wanted, out = plan.evaluate(explicit, "reference")[0], plan.evaluate(call)[0]
+        close(out, wanted, TOLERANCES[dtype] / 2, edit.__name__)
+
+
+def isolated(call: AttentionCall) -> None:
+    call.isolate(call.rows)
+
+
+def escaped(call: AttentionCall) -> None:
+    call.probabilities(call.rows, lambda p: p)
+
+
+def test_scores_beyond_float16_are_finite() -> None:
+    q = torch.full((1, 1, 1, 4, 64), 40.0, dtype=torch.float16)  # q k is 102400, scaled 12800
+    term = Term(Ref(q, 0), (Segment(Ref(q, 0), Ref(q, 0)),), 0.125)
+    assert torch.equal(reference.probabilities(term, None), torch.full((1, 1, 4, 4), 0.25).half())
+
+
+def test_a_strong_bias_of_some_queries_is_finite_in_float16() -> None:
+    q, k, v = (random(1, 1, 2, 8, 64, seed=seed).half() for seed in (1, 2, 3))
+    half = torch.tensor([1.0] * 4 + [0.0] * 4, dtype=torch.float16)[:, None]
+    own = Segment(Ref(k, 0), Ref(v, 0))
+    term = Term(Ref(q, 0), (own,), 0.125, factors=((half, half.flip(0) * -1e4),))
+    terms = Terms(q, k, v, 0.125)
+    terms[0] = (term,)
+    ((_, out),) = sdpa.evaluate(Sum(terms, 1), [0])
+    ((_, exact),) = reference.evaluate(Sum(terms, 1), [0])
+    close(out, exact, TOLERANCES[torch.float16], "bias")

@@ -14,6 +14,7 @@ from diffusers import StableDiffusionControlNetPipeline, StableDiffusionXLContro
 from torch import Tensor
 
 import hookctl
+from hookctl.editor import WHOLE_IMAGE
 from hookctl.errors import HookctlWarning, InputError, UnsupportedError
 from hookctl.learned.instant_id import InstantID, from_checkpoint
 from hookctl.learned.keypoints import draw_keypoints
@@ -366,3 +367,10 @@ def test_a_copy_knows_the_points(pipe: Any, net: Any) -> None:
     with hookctl.control(pipe, edit):
         pictures = [one._hint(one.parts[0][0], 8, 8, torch.zeros(())) for one in (edit, made)]
     assert torch.equal(*pictures)
+
+
+def test_points_are_places_of_the_whole_image(pipe: Any, net: Any) -> None:
+    """In a tile of it they would be drawn anew."""
+    made = adapter("instantid", pipe.unet)
+    assert [claim.what for claim in InstantID(made, person(), net).claims()] == [WHOLE_IMAGE]
+    assert not InstantID(made, person(), net, control_scale=0).claims()

@@ -266,3 +266,10 @@ def test_attention_and_objects_go_where_the_boxes_are() -> None:
             assert after > least * before, (method, box)
     left, right = (sides[LayoutGuidance, box] for method, box in sides if method is LayoutGuidance)
     assert left - right > 0.1 and left >= side >= right
+
+
+def test_thresholds_that_fall_on_one_step_are_all_met() -> None:
+    """0, 1/5 and 2/5 of four steps are the steps 0, 0 and 1."""
+    edit = AttendAndExcite(["cat"])
+    bounds = [edit.refinement(Clock(step, 4, 1.0))[0] for step in range(3)]
+    assert bounds == pytest.approx([1 - 0.5, 1 - 0.8, 0])
