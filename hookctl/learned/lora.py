@@ -29,7 +29,7 @@ from hookctl.address.regions import Region, RegionLike, region_of
 from hookctl.address.rows import COND, Row
 from hookctl.address.sites import Grid, Selector
 from hookctl.address.text import TextLayout
-from hookctl.arguments import checked, number, refusal, share
+from hookctl.arguments import checked, is_list, is_text, number, refusal, share, whole
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import WHOLE_IMAGE, Claim, Editor
 from hookctl.errors import HookctlWarning, InputError
@@ -93,8 +93,9 @@ class LoRA(Editor):
     ) -> None:
         self.strength = number(strength, f"{self.name}: strength")
         self.edge = share(edge, f"{self.name}: edge")
-        given: Any = [words] if isinstance(words, str) else words or []
-        if not all(isinstance(word, str) and word.strip() for word in given):
+        given: Any = [words] if isinstance(words, str) else [] if words is None else words
+        named = is_list(given) and all(is_text(word) and word.strip() for word in given)
+        if not named or (words is not None and not given):
             raise refusal(f"{self.name}: words", words, "words of the prompt, such as 'cat'")
         self.references = [i for word in given if (i := reference_index(word)) is not None]
         self.words = [word for word in given if reference_index(word) is None]
@@ -102,9 +103,11 @@ class LoRA(Editor):
         if region is not None:
             self.region = region_of(region, f"{self.name}: region")
         self.everywhere = region is None and not given
-        if prompts is not None and not all(type(p) is int and p >= 0 for p in prompts):
-            raise refusal(f"{self.name}: prompts", prompts, "indices of prompts, such as [0]")
-        self.prompts = None if prompts is None else set(prompts)
+        self.prompts: set[int] | None = None
+        if prompts is not None:
+            if not is_list(prompts) or not prompts:
+                raise refusal(f"{self.name}: prompts", prompts, "indices of prompts, such as [0]")
+            self.prompts = {whole(prompt, f"{self.name}: prompts") for prompt in prompts}
         self.start, self.stop = start, stop
         if not isinstance(file, LoraFile | str | Path):
             raise refusal(f"{self.name}: file", file, "the path of a LoRA in safetensors")

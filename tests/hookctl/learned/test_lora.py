@@ -327,6 +327,10 @@ def test_bad_arguments() -> None:
     lora = LoraFile({})
     for given, text in (
         ({"words": [3]}, "words"),
+        ({"words": 0.5}, "LoRA: words=0.5"),
+        ({"words": []}, r"LoRA: words=\[\]"),
+        ({"prompts": 0}, "LoRA: prompts=0"),
+        ({"prompts": []}, r"LoRA: prompts=\[\]"),
         ({"region": "circle:1"}, "region"),
         ({"strength": float("nan")}, "strength"),
         ({"prompts": ["a"]}, "prompts"),
