@@ -240,8 +240,10 @@ def grid_of(tokens: int, latent: Sequence[int]) -> Grid | None:
     """The grid that `tokens` image tokens form over a latent of ([frames,] height, width).
 
     Tries every whole reduction of the latent, rounding up (strided convolutions) and down
-    (patches). None if there is none.
+    (patches). None if there is none, or the latent is not known.
     """
+    if len(latent) < 2:
+        return None
     *front, height, width = latent
     frame_counts = {1, *(front[-1:] or [1])}
     reduction = 1
