@@ -334,6 +334,8 @@ def test_what_a_family_lacks_is_told() -> None:
         run.predict(run.latents, sigma=0.5)
     with pytest.raises(UnsupportedError, match="was taught no scale of guidance; give guidance="):
         Trajectory(pipe, "a cat", steps=2, embedded=3.5)
+    with pytest.raises(InputError, match=r"embedded=1e\+300; give a number from -1e\+38 to 1e\+38"):
+        Trajectory(BY_NAME["flux"].make(), "a cat", steps=2, embedded=1e300)
     with pytest.raises(InputError, match="guidance_scale=5.0; give guidance"):
         Trajectory(pipe, "a cat", steps=2, guidance_scale=5.0)
     if "flux2_klein" in BY_NAME:
