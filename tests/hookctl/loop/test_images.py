@@ -261,6 +261,12 @@ def test_the_processor_of_an_image_encoder_is_none_of_the_pipelines_images() -> 
     assert encode(pipe, pixels).dim() == 5
 
 
+def test_images_that_are_read_with_their_prompts() -> None:
+    pipe = WILD["VisualClozeGenerationPipeline"].original
+    with pytest.raises(UnsupportedError, match="reads its images together with its prompts"):
+        encode(pipe, Image.new("RGB", (32, 32)))
+
+
 @pytest.mark.skipif(not hasattr(diffusers, "Ideogram4Pipeline"), reason="of newer diffusers")
 def test_an_autoencoder_of_flux2_in_a_pipeline_of_its_own_ways() -> None:
     pipe = WILD["Ideogram4Pipeline"].original
