@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hookctl.address.families import denoisers_of, joint_order, sites_of
+from hookctl.address.families import denoisers_of, joint_order, linears, sites_of
 from hookctl.address.references import check_references, reference_index
 from hookctl.address.regions import Region, RegionLike, region_of
 from hookctl.address.rows import COND, Row
@@ -51,8 +51,8 @@ class LoRA(Editor):
             pipe("a cat and a dog")
 
     file: safetensors in any layout that `pipe.load_lora_weights` reads; of it, what changes the
-        denoiser. Several stack, as do those that the pipeline carries itself; where regions of
-        several overlap, a text that stands apart is that of the last.
+        denoiser, of two the first. Several stack, as do those that the pipeline carries itself;
+        where regions of several overlap, a text that stands apart is that of the last.
     region: where in the image; a `hookctl.Region`, a box (x0, y0, x1, y1), a mask, or a text such
         as "box:0,0,0.5,1". edge: width of its soft border, a fraction of the shorter side.
     words: words or phrases of the prompt, whose tokens alone are changed, in the rows that see it;
@@ -73,6 +73,7 @@ class LoRA(Editor):
     _joint: RunState[str | None] = RunState(None)
     _cross: RunState[dict[str, nn.Module]] = RunState(factory=dict)
     _changed: RunState[dict[str, dict[str, Tensor]]] = RunState(factory=dict)
+    _others: RunState[frozenset[int]] = RunState(frozenset())
     _prompts: RunState[tuple[str, ...]] = RunState(())
     _left_out: RunState[dict[str, None]] = RunState(factory=dict)
     _shares: RunState[dict[Grid, Tensor]] = RunState(factory=dict)
@@ -127,11 +128,13 @@ class LoRA(Editor):
             given.deltas if isinstance(given, LoraFile) else read_lora(given, target).deltas
         )
         self._layout = TextLayout(target) if self.words else None
-        model = denoisers_of(target)[0][1]
+        (_, model), *others = denoisers_of(target)
         self._joint = joint_order(model)
+        # Those of the same path in a second denoiser, which has LoRAs of its own.
+        self._others = frozenset(id(layer) for _, one in others for _, layer in linears(one))
         self._cross = {
             site.path: model.get_submodule(site.path)
-            for site in sites_of(target)
+            for site in sites_of(model)
             if site.kind == "cross"
         }
         self.sites = "cross" if self._cross else None
@@ -156,7 +159,7 @@ class LoRA(Editor):
         return path in self._deltas
 
     def linear(self, call: LinearCall) -> None:
-        if self.neutral():
+        if self.neutral() or id(call.layer) in self._others:
             return
         delta = self._deltas[call.name]
         key = (call.name, call.input.device, call.input.dtype)
