@@ -98,11 +98,12 @@ def streams_of(kind: type[nn.Module]) -> tuple[str, ...]:
     image = next((stream for stream in IMAGE_STREAMS if stream in parameters), None)
     if image is None:
         return ()
-    if kind.__name__ in _TEXT_FIRST:
+    names = {base.__name__ for base in kind.__mro__}  # those that derive from it are like it
+    if names & set(_TEXT_FIRST):
         return (_TEXT, image)
-    if kind.__name__ in _TEXT_LAST:
+    if names & set(_TEXT_LAST):
         return (image, _TEXT)
-    return (image, _SOUND) if kind.__name__ in _WITH_SOUND else (image,)
+    return (image, _SOUND) if names & set(_WITH_SOUND) else (image,)
 
 
 def _at(model: nn.Module, path: str) -> nn.Module:
