@@ -12,6 +12,8 @@ from hookctl.evaluate.plan import Plan
 from hookctl.inspect.tables import table
 
 HEADERS = ("editor", "where", "what", "steps", "plan", "reason")
+# What changes nothing by itself: a look at attention, and rows and texts for others to use.
+LOOKING = frozenset(("read", "branches", "context"))
 
 
 @dataclass(eq=False)
@@ -67,9 +69,12 @@ class Log:
         ]
 
     def acted(self, editor: Editor) -> bool:
-        """Whether the editor did anything."""
-        verbs = any(key[0] == id(editor) for key in self.entries)
-        return verbs or any(key[0] == id(editor) and key[3] for key in self.hooks)
+        """Whether the editor did anything; of one that is to change the run, more than to look."""
+        verbs = [entry[2] for key, entry in self.entries.items() if key[0] == id(editor)]
+        hooks = {key[1] for key in self.hooks if key[0] == id(editor) and key[3]}
+        if editor.neutral() is False:
+            verbs, hooks = [found - LOOKING for found in verbs], hooks - LOOKING
+        return any(verbs) or bool(hooks)
 
     def silent(self, editors: Iterable[Editor]) -> Iterator[tuple[str, str]]:
         """The editors that did nothing, by name, and why."""

@@ -139,6 +139,10 @@ class MasaCtrl(SourceAndEdits):
 
     # -- before anything runs ------------------------------------------------------------------
 
+    def neutral(self) -> bool:
+        shares = set(self.injected.values()) != {"none"} and self.acts.start < self.acts.stop
+        return not shares and self.pin is None
+
     def claims(self) -> Sequence[Claim]:
         replaces = "source" in self.injected.values()
         if not replaces or self.acts.start >= self.acts.stop:

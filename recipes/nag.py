@@ -103,10 +103,20 @@ class NAG(Editor):
         texts = self._texts
         if texts is None or not state.rows.where(role=COND):
             return None
-        if self.shared:
-            return {self._name: texts.sequence(self.negatives[0])[None]}
-        rows = [texts.sequence(self._negative(row.prompt)) for row in state.rows]
-        return {self._name: torch.stack(rows)}
+        if texts.of_one_length and not self.shared:
+            rows = [texts.sequence(self._negative(row.prompt)) for row in state.rows]
+            return {self._name: torch.stack(rows)}
+        asked = dict.fromkeys(row.prompt for row in state.rows.where(role=COND))
+        return {
+            self._label(prompt): texts.sequence(self._negative(prompt))[None] for prompt in asked
+        }
+
+    def _label(self, prompt: int) -> str:
+        """Of the text that a prompt's rows have in a call: one for all, where all have it or texts
+        of one length, else each its own."""
+        if self.shared or (self._texts is not None and self._texts.of_one_length):
+            return self._name
+        return f"{self._name} {prompt}"
 
     def attention(self, call: AttentionCall) -> None:
         if self._texts is None:
@@ -117,7 +127,8 @@ class NAG(Editor):
         for row in call.rows.where(role=COND):
             shift = self._texts.shift(self._negative(row.prompt))
             shifts = None if shift is None else {"negative": shift}
-            call.outputs(row, {"negative": self._name}, lambda z: self.weights(z, p), shifts=shifts)
+            texts = {"negative": self._label(row.prompt)}
+            call.outputs(row, texts, lambda z: self.weights(z, p), shifts=shifts)
 
     def weights(self, outputs: Mapping[str, Tensor], p: int) -> dict[str, Tensor]:
         """What each output counts at each query, [sub-batch, N].

@@ -80,6 +80,8 @@ class PlugAndPlay(SourceAndEdits):
         self.injected, self.paper = sites, paper
         self.sites = "self up" if sites is None else sites
         self.pin = None if path is None else Pinned(self.name, path, shared_start=True)
+        if self.pin is None:
+            self.stop = max(feature_stop, query_stop)
 
     # -- before anything runs ------------------------------------------------------------------
 

@@ -152,6 +152,11 @@ class PromptToPrompt(SourceAndEdits):
 
     # -- before anything runs ------------------------------------------------------------------
 
+    def neutral(self) -> bool:
+        windows = (*self.cross.windows, self.self_window)
+        acts = any(window.start < window.stop for window in windows)
+        return not acts and not any(self.gains) and self.local is None
+
     def claims(self) -> Sequence[Claim]:
         edits = tuple(self.edits)
         gain_windows = [self.reweight_window] if self.reweight_window and any(self.gains) else []

@@ -65,6 +65,7 @@ class ReferenceOnly(StyleAligned):
     ) -> None:
         super().__init__(prompts, adain=False, sites=sites, start=start, stop=stop)
         self.image, self.seed = opened(image, "ReferenceOnly: image"), seed
+        self.start, self.stop = 0.0, 1.0  # the source's row is the image's at every step
         self.shares = {UNCOND: 1.0 - share(fidelity, "ReferenceOnly: fidelity")}
 
     def claims(self) -> Sequence[Claim]:

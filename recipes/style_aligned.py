@@ -84,8 +84,14 @@ class StyleAligned(SourceAndEdits):
         self.group_norm, self.sites, self.paper = group_norm, sites, paper
         self.shares: dict[str, float] = {}  # branch -> weight of the extended form, 1 by default
         self.pin = None if path is None else Pinned(self.name, path, first_level=5 if paper else 0)
+        if self.pin is None:
+            self.start, self.stop = start, stop
 
     # -- before anything runs ------------------------------------------------------------------
+
+    def neutral(self) -> bool:
+        shares = self.share or self.align or self.group_norm
+        return (not shares or self.acts.start >= self.acts.stop) and self.pin is None
 
     def claims(self) -> Sequence[Claim]:
         if not self.align or self.acts.start >= self.acts.stop:

@@ -244,7 +244,7 @@ def grid_of(tokens: int, latent: Sequence[int], sequences: int = 1) -> Grid | No
     (strided convolutions) and down (patches). None if there is none, as where each sequence is of
     one place through all frames.
     """
-    if not latent:
+    if len(latent) < 2:
         return None
     *front, height, width = latent
     frames: int = front[-1] if front else 1

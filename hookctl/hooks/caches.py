@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+TEXTS = "TextKVCache"  # of the keys and values of texts alone
 # Names of their hooks -> what the cache is called.
 _HOOKS = {
     "fbc_block_hook": "FirstBlockCache",
@@ -22,9 +23,8 @@ _HOOKS = {
     "faster_cache_block": "FasterCache",
     "faster_cache_denoiser": "FasterCache",
     "taylorseer_cache": "TaylorSeerCache",
-    "text_kv_cache_block": "TextKVCache",
+    "text_kv_cache_block": TEXTS,
 }
-_RUNS_ALL = ("TextKVCache",)  # keeps the keys of the text only
 
 
 class Cache(NamedTuple):
@@ -85,5 +85,5 @@ def cache_of(model: nn.Module) -> Cache | None:
                         "remove its hooks from the model's modules, as by "
                         f"{where}._diffusers_hook.remove_hook({hook!r})"
                     )
-                return Cache(name, "" if name in _RUNS_ALL else _SKIPS, cure)
+                return Cache(name, "" if name == TEXTS else _SKIPS, cure)
     return None

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hookctl.errors import UnsupportedError
 from hookctl.hooks import by_name
 from hookctl.hooks.compiled import Ports, opaque_operator
 
@@ -167,6 +168,12 @@ class BlockPort:
         given = self._given.pop(_thread())
         if isinstance(output, Tensor):
             return self._behind(given[self.streams.index(self.image)], output)
+        if len(output) != len(given):
+            raise UnsupportedError(
+                f"block {self.path}: a {type(module).__name__} returns {len(output)} streams, and "
+                f"only {', '.join(self.streams)} is known here, so rows can't pass it by; leave it "
+                "out with sites="
+            )
         pairs = zip(given, output, strict=True)
         return type(output)(out if out is None else self._behind(x, out) for x, out in pairs)
 

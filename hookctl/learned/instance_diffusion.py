@@ -12,7 +12,7 @@ then grounded by their own instance.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from hookctl.address.families import denoiser_of, sites_of, uncompiled
 from hookctl.address.per_prompt import PerPrompt
 from hookctl.address.regions import bit_sets
 from hookctl.address.sites import Selector, matcher
-from hookctl.arguments import checked, refusal, shown
+from hookctl.arguments import checked, is_list, is_text, refusal, shown
 from hookctl.editor import Claim
 from hookctl.errors import InputError
 from hookctl.hooks.skips import concats
@@ -121,8 +121,8 @@ class InstanceDiffusion(Grounding):
     def _formats(self, formats: Collection[str] | None) -> tuple[str, ...] | None:
         if formats is None:
             return None
-        several = isinstance(formats, Collection) and not isinstance(formats, str)
-        if not several or not formats or any(one not in FORMATS for one in formats):
+        several = is_list(formats) or isinstance(formats, Set)
+        if not several or not formats or not all(is_text(f) and f in FORMATS for f in formats):
             raise refusal(f"{self.name}: formats", formats, f"some of {', '.join(FORMATS)}")
         return tuple(formats)
 

@@ -23,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hookctl.address.families import denoisers_of, joint_order, sites_of
+from hookctl.address.families import denoisers_of, joint_order, linears, sites_of
 from hookctl.address.references import check_references, reference_index
 from hookctl.address.regions import Region, RegionLike, region_of
 from hookctl.address.rows import COND, Row
 from hookctl.address.sites import Grid, Selector
 from hookctl.address.text import TextLayout
-from hookctl.arguments import checked, number, refusal, share
+from hookctl.arguments import checked, is_list, is_text, number, refusal, share, whole
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import TEXTS, WHOLE_IMAGE, WORDS, Claim, Editor
 from hookctl.errors import HookctlWarning, InputError
@@ -51,8 +51,8 @@ class LoRA(Editor):
             pipe("a cat and a dog")
 
     file: safetensors in any layout that `pipe.load_lora_weights` reads; of it, what changes the
-        denoiser. Several stack, as do those that the pipeline carries itself; where regions of
-        several overlap, a text that stands apart is that of the last.
+        denoiser, of two the first. Several stack, as do those that the pipeline carries itself;
+        where regions of several overlap, a text that stands apart is that of the last.
     region: where in the image; a `hookctl.Region`, a box (x0, y0, x1, y1), a mask, or a text such
         as "box:0,0,0.5,1". edge: width of its soft border, a fraction of the shorter side.
     words: words or phrases of the prompt, whose tokens alone are changed, in the rows that see it;
@@ -73,6 +73,7 @@ class LoRA(Editor):
     _joint: RunState[str | None] = RunState(None)
     _cross: RunState[dict[str, nn.Module]] = RunState(factory=dict)
     _changed: RunState[dict[str, dict[str, Tensor]]] = RunState(factory=dict)
+    _others: RunState[frozenset[int]] = RunState(frozenset())
     _prompts: RunState[tuple[str, ...]] = RunState(())
     _left_out: RunState[dict[str, None]] = RunState(factory=dict)
     _shares: RunState[dict[Grid, Tensor]] = RunState(factory=dict)
@@ -93,8 +94,9 @@ class LoRA(Editor):
     ) -> None:
         self.strength = number(strength, f"{self.name}: strength")
         self.edge = share(edge, f"{self.name}: edge")
-        given: Any = [words] if isinstance(words, str) else words or []
-        if not all(isinstance(word, str) and word.strip() for word in given):
+        given: Any = [words] if isinstance(words, str) else [] if words is None else words
+        named = is_list(given) and all(is_text(word) and word.strip() for word in given)
+        if not named or (words is not None and not given):
             raise refusal(f"{self.name}: words", words, "words of the prompt, such as 'cat'")
         self.references = [i for word in given if (i := reference_index(word)) is not None]
         self.words = [word for word in given if reference_index(word) is None]
@@ -102,9 +104,11 @@ class LoRA(Editor):
         if region is not None:
             self.region = region_of(region, f"{self.name}: region")
         self.everywhere = region is None and not given
-        if prompts is not None and not all(type(p) is int and p >= 0 for p in prompts):
-            raise refusal(f"{self.name}: prompts", prompts, "indices of prompts, such as [0]")
-        self.prompts = None if prompts is None else set(prompts)
+        self.prompts: set[int] | None = None
+        if prompts is not None:
+            if not is_list(prompts) or not prompts:
+                raise refusal(f"{self.name}: prompts", prompts, "indices of prompts, such as [0]")
+            self.prompts = {whole(prompt, f"{self.name}: prompts") for prompt in prompts}
         self.start, self.stop = start, stop
         if not isinstance(file, LoraFile | str | Path):
             raise refusal(f"{self.name}: file", file, "the path of a LoRA in safetensors")
@@ -124,11 +128,13 @@ class LoRA(Editor):
             given.deltas if isinstance(given, LoraFile) else read_lora(given, target).deltas
         )
         self._layout = TextLayout(target) if self.words else None
-        model = denoisers_of(target)[0][1]
+        (_, model), *others = denoisers_of(target)
         self._joint = joint_order(model)
+        # Those of the same path in a second denoiser, which has LoRAs of its own.
+        self._others = frozenset(id(layer) for _, one in others for _, layer in linears(one))
         self._cross = {
             site.path: model.get_submodule(site.path)
-            for site in sites_of(target)
+            for site in sites_of(model)
             if site.kind == "cross"
         }
         self.sites = "cross" if self._cross else None
@@ -153,7 +159,7 @@ class LoRA(Editor):
         return path in self._deltas
 
     def linear(self, call: LinearCall) -> None:
-        if self.neutral():
+        if self.neutral() or id(call.layer) in self._others:
             return
         delta = self._deltas[call.name]
         key = (call.name, call.input.device, call.input.dtype)

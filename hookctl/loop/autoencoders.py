@@ -31,8 +31,9 @@ from hookctl.loop.noise import noise_like
 class _Code:
     """samples: whether image-to-image draws from the encoder's distribution; frames: the
     autoencoder takes and gives videos; wide: latents are decoded in their own dtype up to the
-    autoencoder."""
+    autoencoder; needs: methods of the pipeline that do it."""
 
+    needs: tuple[str, ...] = ()
     samples = False
     frames = False
     wide = False
@@ -96,6 +97,7 @@ class Buffered(_Code):
     """A mean and a spread for each channel, which the autoencoder holds as buffers; its decoder may
     be told how much noise it is given."""
 
+    needs = ("_normalize_latents", "_denormalize_latents")
     frames = True
     wide = True
 
@@ -133,6 +135,8 @@ class Buffered(_Code):
 
 class BatchNormed(_Code):
     """Patches of 2 x 2 cells, normalised by the running statistics of a batch norm."""
+
+    needs = ("_patchify_latents", "_unpatchify_latents")
 
     def from_autoencoder(self, pipe: Any, z: Tensor) -> Tensor:
         patches: Tensor = pipe._patchify_latents(z)
@@ -178,7 +182,7 @@ def code_of(pipe: Any) -> Code:
     if vae is None or processor_of(pipe) is None:
         raise UnsupportedError(f"{type(pipe).__name__} has no autoencoder for images")
     code = _CODES.get(type(vae).__name__)
-    if code is None:
+    if code is None or not all(hasattr(pipe, method) for method in code.needs):
         raise UnsupportedError(
             f"{type(pipe).__name__}: how its latents stand to those of {type(vae).__name__} is not "
             "known here; let the pipeline decode them itself, by its own call"
@@ -188,7 +192,9 @@ def code_of(pipe: Any) -> Code:
 
 def processor_of(pipe: Any) -> Any:
     """What makes pixels of a pipeline's images and back, None without one."""
-    return getattr(pipe, "image_processor", None) or getattr(pipe, "video_processor", None)
+    # That of an image encoder, which some hold under the same name, makes none back.
+    held = (getattr(pipe, name, None) for name in ("image_processor", "video_processor"))
+    return next((one for one in held if hasattr(one, "postprocess")), None)
 
 
 def reads(pipe: Any, name: str, *methods: str) -> bool:

@@ -41,6 +41,7 @@ def encode(pipe: Any, image: Any, generator: torch.Generator | None = None) -> T
         )
     code = code_of(pipe)
     assert vae is not None  # `code_of` has refused
+    _check_reads_alone(processor, name)
     frames = _checked(image, code.frames or by_frames, _side(processor), name)
     own = vae.dtype
     with upcast(pipe) as dtype:
@@ -153,6 +154,16 @@ def _by_frames(pipe: Any, latents: Tensor) -> Tensor:
 
 
 # -- checks ----------------------------------------------------------------------------------------
+
+
+def _check_reads_alone(processor: Any, name: str) -> None:
+    """Raise UnsupportedError for a pipeline that reads its images together with its prompts."""
+    taken = inspect.signature(processor.preprocess).parameters.values()
+    if sum(one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD for one in taken) > 1:
+        raise UnsupportedError(
+            f"{name} reads its images together with its prompts, so an image alone can't be made "
+            "latents of; use the family's text-to-image pipeline"
+        )
 
 
 def _side(processor: Any) -> int:

@@ -1,6 +1,7 @@
 """Latents that a pipeline packs into tokens, and the grids that these are of.
 
     Flux, Qwen-Image   2 x 2 cells of [images, channels, height, width] in one token
+    Bria's FIBO        one cell of [images, channels, 1, height, width]
     FLUX.2             one cell of [images, 4 channels, height / 2, width / 2], patched already
     LTX                one cell of [images, channels, frames, height, width]
 
@@ -13,6 +14,7 @@ import inspect
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hookctl.errors import InputError, UnsupportedError
@@ -32,6 +34,8 @@ def packed(pipe: Any, x: Tensor) -> Tensor:
     if pack is None or x.dim() == 3:
         return x
     known = tuple(inspect.signature(pack).parameters)
+    if _has_plain_tokens(pipe):
+        return x.flatten(2).mT
     if known == ("latents",):
         tokens: Tensor = pack(x)
     elif known == _IMAGE:
@@ -52,12 +56,14 @@ def unpacked(pipe: Any, x: Tensor, cells: Cells) -> Tensor:
         return x
     if hasattr(pipe, "_unpack_latents_with_ids"):
         return x.mT.reshape(len(x), -1, *cells[-2:])
+    if _has_plain_tokens(pipe):
+        return x.mT.reshape(len(x), -1, 1, *cells[-2:])
     unpack = getattr(pipe, "_unpack_latents", None)
     known = () if unpack is None else tuple(inspect.signature(unpack).parameters)
     if known == _OF_IMAGE:
         assert unpack is not None  # it has parameters
-        factor, (height, width) = int(pipe.vae_scale_factor), cells[-2:]
-        grid: Tensor = unpack(x, height * factor * 2, width * factor * 2, factor)
+        side, (height, width) = side_of_token(pipe), cells[-2:]
+        grid: Tensor = unpack(x, height * side, width * side, int(pipe.vae_scale_factor))
     elif known == _OF_VIDEO and len(cells) == 3:
         assert unpack is not None
         grid = unpack(x, *cells, *_patch(pipe))
@@ -97,7 +103,24 @@ def side_of_token(pipe: Any) -> int:
     """Height and width in px of what one token of the image stands for."""
     if _packs_videos(pipe):
         return int(pipe.vae_spatial_compression_ratio) * _patch(pipe)[0]
-    return 2 * int(pipe.vae_scale_factor)
+    factor, unpack = int(pipe.vae_scale_factor), getattr(pipe, "_unpack_latents", None)
+    if _has_plain_tokens(pipe):
+        return factor
+    if unpack is None or tuple(inspect.signature(unpack).parameters) != _OF_IMAGE:
+        return 2 * factor
+    rows, columns = 2, 4
+    for side in (2 * factor, factor):  # the factor of some (Bria) is of tokens
+        try:
+            unpack(torch.zeros(1, rows * columns, 4), rows * side, columns * side, factor)
+        except RuntimeError:
+            continue
+        return side
+    raise _unknown(pipe)
+
+
+def _has_plain_tokens(pipe: Any) -> bool:
+    """Whether a token is one cell of a video of one frame, unless the call asks for patches."""
+    return hasattr(pipe, "_pack_latents_no_patch")
 
 
 def _packs_videos(pipe: Any) -> bool:

@@ -13,6 +13,8 @@ from hookctl.arguments import number
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.packing import cells_of, unpacked
 
+MOST = 1e38  # that pipelines can put into a tensor of single precision
+
 # What a program gives the pipeline under other names.
 _OWN = {
     "num_inference_steps": "steps",
@@ -69,7 +71,7 @@ def call_arguments(
     if loop.scale is not None:
         arguments[loop.scale] = number(guidance, "Trajectory: guidance") - (1 - loop.unguided)
     if embedded is not None:
-        arguments["guidance_scale"] = number(embedded, "Trajectory: embedded")
+        arguments["guidance_scale"] = number(embedded, "Trajectory: embedded", low=-MOST, high=MOST)
     if latents is not None and latents.dim() == 3 and loop.takes == "unpacked":
         height, width = (int(arguments.get(side) or 0) for side in ("height", "width"))
         size = (height, width) if height and width else None

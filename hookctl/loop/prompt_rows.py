@@ -17,6 +17,7 @@ from torch import Tensor
 from hookctl.address import families, pipelines
 from hookctl.address.latent import text_tokens
 from hookctl.errors import UnsupportedError
+from hookctl.hooks.caches import TEXTS, cache_of
 from hookctl.loop.prompts import Encoded, encode
 from hookctl.loop.state import State
 
@@ -46,6 +47,7 @@ class PromptRows:
     def check(self, state: State, rows: Mapping[int, str]) -> None:
         """Raise UnsupportedError unless these are what the pipeline itself gave some rows."""
         self._check_names(state)
+        self._check_kept(state)
         for row, text in rows.items():
             for batch, value in self._parts(state, self._texts[text]):
                 given = batch[row * _repeats(batch, state)]
@@ -68,6 +70,20 @@ class PromptRows:
         for name, value in state.kwargs.items():
             if name not in known and isinstance(value, Tensor | list) and _FROM_TEXTS.search(name):
                 raise self._unsupported(f"makes {name} of its texts too, in a way not declared")
+
+    def _check_kept(self, state: State) -> None:
+        """Refuse a model that reads its texts in the first step alone."""
+        cache = cache_of(families.uncompiled(state.denoiser))
+        if state.kwargs.get("kv_cache") is not None:
+            cure = "pass use_kv_cache=False to it"
+        elif cache is not None and cache.name == TEXTS:
+            cure = cache.cure
+        else:
+            return
+        raise UnsupportedError(
+            f"{self.who}: the model of {self._name} keeps the keys and values of its texts from "
+            f"the first step on, so its prompts can't be exchanged on the way; {cure}"
+        )
 
     def put(self, state: State, rows: Mapping[int, str]) -> None:
         """Make these the texts of some rows of a call, pooled forms and masks included."""

@@ -148,7 +148,7 @@ def _prepared(pipe: Any, arguments: Mapping[str, Any], loop: Loop | None) -> _Se
             pipe(**arguments)
         except _Ready:
             pass
-        except (TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             if isinstance(error, HookctlError):
                 raise
             said = ", ".join(key for key, value in arguments.items() if value is not None)

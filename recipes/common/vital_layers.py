@@ -58,6 +58,9 @@ def layer_similarities(
     """
     if not is_list(prompts) or not prompts or not all(map(is_text, prompts)):
         raise refusal("layer_similarities: prompts", prompts, "a list of texts")
+    if similarity is not None and not callable(similarity):
+        wanted = "a function of two batches of images, or None"
+        raise refusal("layer_similarities: similarity", similarity, wanted)
     blocks = _blocks(pipe)
 
     def drawn() -> Tensor:

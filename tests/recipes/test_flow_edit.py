@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,7 @@ from tests.recipes.literal_flow import SD3, TOKENS, Flux, flow_edit
 from tests.recipes.runs import made, relative
 from tests.recipes.test_inversions_of_families import given
 from tests.recipes.test_inversions_of_families import made as of_first_order
+from tests.zoo.wild import WILD
 from tests.zoo.wild.around import smaller
 
 TWO = ["a red cat", "a blue dog"]
@@ -235,3 +237,12 @@ def test_other_models_and_schedulers_are_refused() -> None:
             with pytest.raises(UnsupportedError, match="FlowEdit needs .* first-order scheduler"):
                 FlowEdit(pipe, image(), TWO, steps=4).run()
         assert len(rows) <= 1  # that of the pattern, which is stopped before it is computed
+
+
+@pytest.mark.skipif(not hasattr(diffusers, "JoyImageEditPlusPipeline"), reason="newer diffusers")
+def test_latents_of_an_unknown_form_are_refused() -> None:
+    pipe = WILD["JoyImageEditPlusPipeline"].original
+    with counted(pipe, "transformer") as rows:
+        with pytest.raises(UnsupportedError, match="has latents of a form unknown here"):
+            FlowEdit(pipe, Image.new("RGB", (32, 32)), TWO, steps=2).run()
+    assert len(rows) <= 1

@@ -126,6 +126,16 @@ def test_one_text_for_all_and_its_embeddings() -> None:
     assert error(both[0], both[1]) > 1e-4
 
 
+def test_texts_of_several_lengths() -> None:
+    """As each prompt would be drawn alone."""
+    case, pipe = zoo.PIPELINES["qwen_image"], made("qwen_image")
+    together = draw_two(case, pipe, NAG(["a dog", "an old green bird"]))
+    for i, negative in enumerate(("a dog", "an old green bird")):
+        with hookctl.control(pipe, NAG(negative)):
+            alone = case.run(pipe, [TWO[i]], seed=i)
+        assert error(together[i], alone[0]) < 1e-4
+
+
 def test_bad_input() -> None:
     for arguments, match in (
         ({"negative": 3}, "NAG: negative=3"),
@@ -143,7 +153,7 @@ def test_bad_input() -> None:
     with pytest.raises(InputError, match="NAG: sites='self'"):
         draw_two(case, pipe, NAG("a dog", sites="self"))
     with pytest.raises(UnsupportedError, match="stand in rows of their own"):
-        draw_two(zoo.PIPELINES["z_image"], zoo.PIPELINES["z_image"].make(), NAG("a dog"))
+        draw_two(zoo.PIPELINES["z_image"], made("z_image"), NAG(["a dog", "an old green bird"]))
 
 
 def test_sites_are_those_that_were_asked_for() -> None:

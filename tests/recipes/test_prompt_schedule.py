@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -19,6 +20,7 @@ from tests.families.subjects import error
 from tests.hookctl.loop.families import BY_NAME, FAMILIES, Family
 from tests.recipes.runs import TWO, made, relative, with_scheduler
 from tests.recipes.test_inversions_of_families import made as of_first_order
+from tests.zoo.wild import WILD
 
 SD15 = zoo.PIPELINES["sd15"]
 EACH = [
@@ -193,6 +195,15 @@ def test_embeddings_that_are_not_those_of_the_prompt() -> None:
     with pytest.raises(UnsupportedError, match="not give its denoiser what its encode_prompt make"):
         with hookctl.control(pipe, edit, texts=edit.prompts):
             pipe(prompt_embeds=2 * text, **arguments)
+
+
+@pytest.mark.skipif(not hasattr(diffusers, "QwenImage21Pipeline"), reason="of newer diffusers")
+def test_texts_that_are_read_in_the_first_step_alone() -> None:
+    case = WILD["QwenImage21Pipeline"]
+    pipe = case.make()
+    with hookctl.control(pipe, PromptSchedule("a [red:blue:1] cat")):
+        with pytest.raises(UnsupportedError, match="keeps the keys.*pass use_kv_cache=False"):
+            case.draw(pipe, ["a red cat"], [""], [0])
 
 
 def test_bare_denoisers_and_pipelines_without_texts() -> None:

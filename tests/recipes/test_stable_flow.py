@@ -151,6 +151,9 @@ def test_the_layer_that_decides_is_found() -> None:
         "single_transformer_blocks.1.attn",
     ]
     assert min(found, key=lambda path: found[path]) == "single_transformer_blocks.1.attn"
+    for wrong in (torch.zeros(0), 3):
+        with pytest.raises(InputError, match="similarity=.*; give a function"):
+            vital_sites(pipe, THREE[:2], similarity=wrong, **call)  # type: ignore[arg-type]
     assert vital_sites(pipe, THREE[:2], **call) == ["single_transformer_blocks.1.attn"]
     assert seen == [(i, 4) for i in range(1, 5)]
     flat = {"similarity": lambda a, b: float(len(seen)), "count": 2}

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 
-from hookctl.address.families.record import names_of
 from hookctl.address.sites import Site
 
 # Blocks of these norms add the attention's output to the residual stream as it is; others scale it.
@@ -72,18 +71,39 @@ class Block(NamedTuple):
 
 
 IMAGE_STREAMS = ("hidden_states", "x")  # or of text and image, where they are one
-_TEXT = "encoder_hidden_states"
+_TEXT, _SOUND = "encoder_hidden_states", "audio_hidden_states"
 _TEXT_FIRST = (
-    "AuraFlowJointTransformerBlock BriaTransformerBlock ChromaSingleTransformerBlock "
-    "ChromaTransformerBlock Flux2SingleTransformerBlock Flux2TransformerBlock "
+    "AuraFlowJointTransformerBlock BriaFiboTransformerBlock BriaSingleTransformerBlock "
+    "BriaTransformerBlock ChromaSingleTransformerBlock ChromaTransformerBlock "
+    "Flux2SingleTransformerBlock Flux2TransformerBlock Flux3SingleTransformerBlock "
     "FluxSingleTransformerBlock FluxTransformerBlock JointTransformerBlock "
-    "QwenImageTransformerBlock"
+    "LongCatImageSingleTransformerBlock LongCatImageTransformerBlock "
+    "OvisImageSingleTransformerBlock OvisImageTransformerBlock QwenImageTransformerBlock"
 ).split()
 _TEXT_LAST = (
-    "CogVideoXBlock CogView4TransformerBlock HunyuanVideoSingleTransformerBlock "
+    "CogVideoXBlock CogView3PlusTransformerBlock CogView4TransformerBlock ConsisIDBlock "
+    "EasyAnimateTransformerBlock GlmImageTransformerBlock HiDreamImageTransformerBlock "
+    "HunyuanImageSingleTransformerBlock HunyuanImageTransformerBlock "
+    "HunyuanVideo15TransformerBlock HunyuanVideoSingleTransformerBlock "
     "HunyuanVideoTokenReplaceSingleTransformerBlock HunyuanVideoTokenReplaceTransformerBlock "
-    "HunyuanVideoTransformerBlock MochiTransformerBlock"
+    "HunyuanVideoTransformerBlock JoyImageEditPlusTransformerBlock JoyImageTransformerBlock "
+    "MochiTransformerBlock MotifVideoSingleTransformerBlock MotifVideoTransformerBlock"
 ).split()
+_WITH_SOUND = ("LTX2VideoTransformerBlock",)
+
+
+def streams_of(kind: type[nn.Module]) -> tuple[str, ...]:
+    """The streams of a class of blocks, as `Block` has them; none without the image's."""
+    parameters = inspect.signature(kind.forward).parameters
+    image = next((stream for stream in IMAGE_STREAMS if stream in parameters), None)
+    if image is None:
+        return ()
+    names = {base.__name__ for base in kind.__mro__}  # those that derive from it are like it
+    if names & set(_TEXT_FIRST):
+        return (_TEXT, image)
+    if names & set(_TEXT_LAST):
+        return (image, _TEXT)
+    return (image, _SOUND) if names & set(_WITH_SOUND) else (image,)
 
 
 def _at(model: nn.Module, path: str) -> nn.Module:
@@ -101,15 +121,6 @@ def blocks_of(model: nn.Module, sites: Iterable[Site]) -> dict[str, Block]:
         if site.kind not in ("self", "joint", "temporal") or not path or path in found:
             continue
         module = _at(model, path)
-        names = set(names_of(module))
-        parameters = inspect.signature(type(module).forward).parameters
-        image = next((stream for stream in IMAGE_STREAMS if stream in parameters), None)
-        if image is None:
-            continue
-        streams: tuple[str, ...] = (image,)
-        if names & set(_TEXT_FIRST):
-            streams = (_TEXT, image)
-        elif names & set(_TEXT_LAST):
-            streams = (image, _TEXT)
-        found[path] = Block(module, site, streams)
+        if streams := streams_of(type(module)):
+            found[path] = Block(module, site, streams)
     return found

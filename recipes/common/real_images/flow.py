@@ -90,6 +90,12 @@ class FlowProgram:
             **self.arguments,
         )
         require_first_order(program, type(self).__name__)
+        sample = program.template.arguments[program.template.sample]
+        if not program.template.grid and not isinstance(sample, list):
+            raise UnsupportedError(
+                f"{type(self).__name__}: {type(self.pipe).__name__} has latents of a form unknown "
+                "here; use the family's text-to-image pipeline"
+            )
         return program
 
     def _scales(self, scales: Sequence[float]) -> dict[str, Any]:

@@ -84,6 +84,7 @@ def test_no_match_says_what_there_is() -> None:
         (3 * 16, (3, 8, 8), Grid(4, 4, 3)),
         (16, (3, 8, 8), Grid(4, 4)),
         (7, (16, 16), None),
+        (16, (), None),  # a latent that is not known
     ],
 )
 def test_grids(tokens: int, latent: tuple[int, ...], grid: Grid | None) -> None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
+import pkgutil
+import textwrap
 from typing import Any
 
 import pytest
 import torch
+from diffusers.models import transformers
 from torch import Tensor, nn
 
 import hookctl
 from hookctl import COND, Editor
 from hookctl.address import families
+from hookctl.address.families import inside
+from hookctl.address.families.inside import streams_of
 from hookctl.errors import InputError, UnsupportedError
 from tests import zoo
 from tests.families.subjects import error
@@ -103,6 +111,38 @@ def test_what_a_block_is_given() -> None:
     handle.remove()
     assert error(got, want) < 1e-6
     assert error(got, case.run(pipe, TWO)) > 1e-4
+
+
+def returned(kind: type[nn.Module]) -> tuple[str, ...]:
+    """The names of what a block hands on, as its code says; none of what is not told by names."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
+    values = [one.value for one in ast.walk(tree) if isinstance(one, ast.Return)]
+    if len(values) != 1 or not isinstance(values[0], ast.Tuple):
+        return ()
+    return tuple(part.id for part in values[0].elts if isinstance(part, ast.Name))
+
+
+def test_every_block_of_diffusers_is_declared_in_its_order() -> None:
+    """Those that hand on a text or a sound beside the image."""
+    found = 0
+    for info in pkgutil.iter_modules(transformers.__path__, f"{transformers.__name__}."):
+        for name, kind in vars(importlib.import_module(info.name)).items():
+            if not name.endswith("Block") or not issubclass(kind, nn.Module):
+                continue
+            names = returned(kind)
+            if set(names) & {"hidden_states", "x"} and len(names) == 2:
+                found += 1
+                assert streams_of(kind) == names, name
+    assert found > 10
+
+
+def test_a_block_that_is_not_declared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, pipe = zoo.PIPELINES["sd3"], zoo.PIPELINES["sd3"].make()
+    monkeypatch.setattr(inside, "_TEXT_FIRST", [])
+    path, block = some_block(pipe.transformer)
+    skip = Blocks(lambda call: call.skip(call.rows), [block.site.path])
+    with pytest.raises(UnsupportedError, match=f"block {path}: a JointTransformerBlock returns 2"):
+        draw(case, pipe, skip)
 
 
 def test_what_is_refused() -> None:

@@ -396,6 +396,7 @@ def test_features_of_captions_are_finite_numbers(caption, said):
         ({"back": 2.0}, "back=2.0; give a number from 0 to 1"),
         ({"formats": 3}, "formats=3; give some of"),
         ({"formats": [["box"]]}, r"formats=\[\['box'\]\]; give some of"),
+        ({"formats": torch.zeros(2, 3)}, "formats=a tensor"),
     ],
 )
 def test_odd_options_are_refused(options, said):

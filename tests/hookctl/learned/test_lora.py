@@ -22,6 +22,7 @@ from hookctl.errors import HookctlWarning, InputError, WordError
 from hookctl.learned import LoRA
 from hookctl.learned.lora_files import LoraFile, read_lora
 from tests import zoo
+from tests.zoo.wild import WILD
 
 PROMPT, LEFT = "a red cat above a blue square", (0, 0, 0.5, 1)
 RANK, ALPHA = 2, 3.0
@@ -293,6 +294,31 @@ def test_layers_without_tokens_are_told_of() -> None:
             case.run(pipe, [PROMPT])
 
 
+@pytest.mark.parametrize("where", [{}, {"region": LEFT}, {"words": "cat"}])
+def test_of_two_denoisers_the_first_is_changed(where: dict[str, Any]) -> None:
+    """The second one has LoRAs of its own."""
+    case = WILD["WanPipeline of two denoisers"]
+    pipe = case.make()
+    lora = LoRA(made(factors_of(pipe.transformer, of_attention)), **where)
+    plain = case.draw(pipe, ["a red cat"], [""], [0]).frames
+    away: dict[str, list[Tensor]] = {"transformer": [], "transformer_2": []}
+    with control(pipe, lora):
+        handles = []
+        for name, found in away.items():
+            layer = getattr(pipe, name).blocks[0].attn1.to_q
+
+            def keep(layer: Any, x: Any, y: Tensor, found: list[Tensor] = found) -> None:
+                found.append((F.linear(x[0], layer.weight, layer.bias) - y).abs().max())
+
+            handles.append(layer.register_forward_hook(keep))
+        changed = case.draw(pipe, ["a red cat"], [""], [0]).frames
+        for handle in handles:
+            handle.remove()
+    assert (changed - plain).abs().max() > 1e-6
+    assert max(away["transformer_2"]) < 1e-6
+    assert max(away["transformer"]) > 1e-3 or "words" in where  # a query is of no word
+
+
 # -- errors ----------------------------------------------------------------------------------------
 
 
@@ -327,6 +353,10 @@ def test_bad_arguments() -> None:
     lora = LoraFile({})
     for given, text in (
         ({"words": [3]}, "words"),
+        ({"words": 0.5}, "LoRA: words=0.5"),
+        ({"words": []}, r"LoRA: words=\[\]"),
+        ({"prompts": 0}, "LoRA: prompts=0"),
+        ({"prompts": []}, r"LoRA: prompts=\[\]"),
         ({"region": "circle:1"}, "region"),
         ({"strength": float("nan")}, "strength"),
         ({"prompts": ["a"]}, "prompts"),

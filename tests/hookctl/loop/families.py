@@ -120,6 +120,7 @@ _EVERY = [
     Family("wan"),
     Family("WanPipeline of two denoisers", more={"guidance_scale_2": 2.0}),
     Family("LTXPipeline"),
+    Family("BriaPipeline", more={"height": 64, "width": 32}),
     Family(
         "HunyuanVideoPipeline",
         "true_cfg_scale",

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from hookctl import AttentionCall, Editor, control
 from hookctl.errors import InputError, UnsupportedError
+from hookctl.loop.packing import packed, side_of_token, unpacked
 from hookctl.loop.trajectory import Trajectory
 from tests.families.fingerprint import unchanged
 from tests.hookctl.loop.families import BY_NAME, FAMILIES, Family, generators
+from tests.zoo.wild import WILD
 
 
 def marks(family: Family) -> Any:
@@ -295,6 +297,15 @@ def test_masks_and_noise_of_the_grid(family: Family) -> None:
         run.write(fresh, wrong)
 
 
+def test_the_grid_of_fibo_is_that_of_its_own_unpacking() -> None:
+    pipe = WILD["BriaFiboPipeline"].original
+    tokens, side = torch.randn(1, 6, 4), side_of_token(pipe)
+    theirs = pipe._unpack_latents_no_patch(tokens, 2 * side, 3 * side, pipe.vae_scale_factor)
+    grid = unpacked(pipe, tokens, (2, 3))
+    assert torch.equal(grid[:, :, 0], theirs)
+    assert torch.equal(packed(pipe, grid), tokens)
+
+
 # -- bad input -------------------------------------------------------------------------------------
 
 
@@ -323,6 +334,8 @@ def test_what_a_family_lacks_is_told() -> None:
         run.predict(run.latents, sigma=0.5)
     with pytest.raises(UnsupportedError, match="was taught no scale of guidance; give guidance="):
         Trajectory(pipe, "a cat", steps=2, embedded=3.5)
+    with pytest.raises(InputError, match=r"embedded=1e\+300; give a number from -1e\+38 to 1e\+38"):
+        Trajectory(BY_NAME["flux"].make(), "a cat", steps=2, embedded=1e300)
     with pytest.raises(InputError, match="guidance_scale=5.0; give guidance"):
         Trajectory(pipe, "a cat", steps=2, guidance_scale=5.0)
     if "flux2_klein" in BY_NAME:
@@ -332,5 +345,8 @@ def test_what_a_family_lacks_is_told() -> None:
         pipe.register_to_config(is_distilled=True)
         with pytest.raises(InputError, match="its model is distilled; give guidance=1"):
             BY_NAME["flux2_klein"].program(pipe, 4.0)
+    edits = BY_NAME["QwenImageEditPlusPipeline"]
+    with pytest.raises(InputError, match="can't prepare a run .* Give what its call needs besides"):
+        edits.program(edits.make(), 1.0, image=None)
     with pytest.raises(InputError, match="2 generators for 1 images"):
         BY_NAME["flux"].program(BY_NAME["flux"].make(), 1.0, prompts=["a"], generator=generators(2))

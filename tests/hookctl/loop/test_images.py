@@ -15,10 +15,12 @@ from torch import Tensor
 
 import hookctl
 from hookctl.errors import InputError, UnsupportedError
+from hookctl.loop.autoencoders import processor_of
 from hookctl.loop.images import decode, encode
 from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes import DDIMInversion, MultiDiffusion, ReferenceOnly
 from tests import zoo
+from tests.zoo.wild import WILD
 
 
 def picture(side: int = 64, seed: int = 0) -> Image.Image:
@@ -250,6 +252,26 @@ def test_the_size_of_packed_latents() -> None:
 def test_images_that_are_none(image: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         encode(zoo.PIPELINES["sd15"].make(), image)
+
+
+def test_the_processor_of_an_image_encoder_is_none_of_the_pipelines_images() -> None:
+    pipe = WILD["ChronoEditPipeline"].original
+    assert processor_of(pipe) is pipe.video_processor
+    pixels = Image.new("RGB", (32, 32), "red")
+    assert encode(pipe, pixels).dim() == 5
+
+
+def test_images_that_are_read_with_their_prompts() -> None:
+    pipe = WILD["VisualClozeGenerationPipeline"].original
+    with pytest.raises(UnsupportedError, match="reads its images together with its prompts"):
+        encode(pipe, Image.new("RGB", (32, 32)))
+
+
+@pytest.mark.skipif(not hasattr(diffusers, "Ideogram4Pipeline"), reason="of newer diffusers")
+def test_an_autoencoder_of_flux2_in_a_pipeline_of_its_own_ways() -> None:
+    pipe = WILD["Ideogram4Pipeline"].original
+    with pytest.raises(UnsupportedError, match="how its latents stand to those of"):
+        encode(pipe, Image.new("RGB", (64, 64)))
 
 
 def test_a_pipeline_without_an_image_encoding_says_so() -> None:
