@@ -20,7 +20,8 @@ demo: $(VENV)/.installed
 
 gallery: $(VENV)/.installed
 	$(CALM) $(BIN)/hookctl demo all --seeds 32 --out out
-	$(BIN)/python -m hookctl.demos.gallery --from out --to demos/gallery
+	$(CALM) $(BIN)/hookctl demo all --seeds 32 --model shapes-flow --out out/flow
+	$(BIN)/python -m hookctl.demos.gallery --from out --flow out/flow --to demos/gallery
 
 bench: $(VENV)/.installed
 	$(BIN)/hookctl bench --out out/bench
@@ -38,7 +39,7 @@ unit: $(VENV)/.installed-dev
 test: $(VENV)/.installed-dev
 	$(TESTS) --skip conformance --skip long
 
-# What takes minutes each: every preset's rate, every argument's values, every item of the device bench.
+# What takes minutes each: every argument's values, every item of the device bench.
 long: $(VENV)/.installed-dev
 	$(TESTS) -m long
 

@@ -1,9 +1,10 @@
 """The gallery: one page with the image and the figures of every demo.
 
     hookctl demo all --seeds 32 --out out
-    python -m hookctl.demos.gallery --from out --to demos/gallery
+    hookctl demo all --seeds 32 --model shapes-flow --out out/flow
+    python -m hookctl.demos.gallery --from out --flow out/flow --to demos/gallery
 
-The first writes `gallery.md` beside the images as the demos drew them; the second makes a page
+The first two write `gallery.md` beside the images as the demos drew them; the third makes a page
 small enough to keep, `demos/gallery.md` with its images in `demos/gallery/`.
 """
 
@@ -13,14 +14,14 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from hookctl.demos import DEMOS
+from hookctl.demos import DEMOS, OF_FLOW
 from hookctl.demos.reports import groups, singles, title_of
 from hookctl.errors import InputError
 from hookctl.inspect import markdown_table
@@ -34,17 +35,27 @@ Link = Callable[[Path], str]
 
 @dataclass(frozen=True)
 class Shown:
-    """One demo: its report, or why there is none, and the images it drew."""
+    """One demo: its report, or why there is none, and the images it drew; `flow`: the same on the
+    flow-matching pipeline."""
 
     name: str
     report: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
     images: tuple[Path, ...] = ()
+    flow: Shown | None = None
 
     @classmethod
     def of(cls, name: str, report: Mapping[str, Any], folder: Path) -> Shown:
         """A demo that has run, and the folder that it wrote to."""
         return cls(name, report, None, tuple(sorted(folder.glob("grid*.png"))))
+
+    @classmethod
+    def found(cls, name: str, out: Path) -> Shown | None:
+        """A demo whose report is in its folder of `out`."""
+        report = out / name / "report.json"
+        if not report.is_file():
+            return None
+        return cls.of(name, json.loads(report.read_text("utf-8")), out / name)
 
 
 def page(shown: Sequence[Shown], link: Link) -> str:
@@ -69,8 +80,15 @@ def _section(one: Shown, link: Link) -> Iterator[str]:
     if one.error is not None:
         yield f"**Failed**: {one.error}"
         return
+    yield from _shown(one, link)
+    if one.flow is not None:
+        yield "On the flow-matching pipeline (`--model shapes-flow`):"
+        yield from _shown(one.flow, link)
+
+
+def _shown(one: Shown, link: Link) -> Iterator[str]:
     for image in one.images:
-        yield f"![{title}]({link(image)})"
+        yield f"![{title_of(one.name)}]({link(image)})"
     for group in groups(one.report):
         yield markdown_table(group.rows, group.headers)
     alone = singles({k: v for k, v in one.report.items() if k != "demo"})
@@ -87,15 +105,16 @@ def write_page(out: Path, shown: Sequence[Shown]) -> Path:
 def write_small(out: Path, shown: Sequence[Shown]) -> Path:
     """The page `out.md` and small images in the folder `out`, which holds nothing else."""
     out.mkdir(parents=True, exist_ok=True)
-    images = [image for one in shown for image in one.images]
-    limit = min(LARGEST, ALTOGETHER // max(1, len(images)))
+    named = [(one.name, image) for one in shown for image in one.images]
+    twins = [one.flow for one in shown if one.flow is not None]
+    named += [(f"{one.name}_flow", image) for one in twins for image in one.images]
+    limit = min(LARGEST, ALTOGETHER // max(1, len(named)))
     places: dict[Path, str] = {}
-    for one in shown:
-        for image in one.images:
-            stem = image.stem.replace("grid", one.name, 1)
-            places[image] = f"{out.name}/{stem}.jpg"
-            with writing(out / f"{stem}.jpg") as part:
-                part.write_bytes(small(Image.open(image), limit))
+    for name, image in named:
+        stem = image.stem.replace("grid", name, 1)
+        places[image] = f"{out.name}/{stem}.jpg"
+        with writing(out / f"{stem}.jpg") as part:
+            part.write_bytes(small(Image.open(image), limit))
     path = out.with_suffix(".md")
     write_text(path, page(shown, places.__getitem__))
     return path
@@ -116,29 +135,30 @@ def small(image: Image.Image, limit: int) -> bytes:
         scale *= 0.85
 
 
+def _beside(one: Shown, flow: Path) -> Shown:
+    """A demo with what it drew on the flow-matching pipeline, unless it is of that alone."""
+    return one if one.name in OF_FLOW else replace(one, flow=Shown.found(one.name, flow))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m hookctl.demos.gallery", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--from", dest="source", type=Path, default=Path("out"), metavar="DIR")
     parser.add_argument("--to", type=Path, default=Path("demos/gallery"), metavar="DIR")
+    parser.add_argument("--flow", type=Path, metavar="DIR", help="those of shapes-flow")
     options = parser.parse_args(arguments)
-    folders = {name: options.source / name for name in DEMOS}
-    have = [name for name, folder in folders.items() if (folder / "report.json").is_file()]
-    if not have:
+    shown = [one for name in DEMOS if (one := Shown.found(name, options.source))]
+    if not shown:
         raise InputError(
             f"--from {options.source}: holds no report of a demo; run `hookctl demo all --out "
             f"{options.source}` first"
         )
-    shown = [
-        Shown.of(
-            name, json.loads((folders[name] / "report.json").read_text("utf-8")), folders[name]
-        )
-        for name in have
-    ]
+    if options.flow is not None:
+        shown = [_beside(one, options.flow) for one in shown]
     print(f"written: {write_small(options.to, shown)}")
-    missing = [name for name in DEMOS if name not in have]
+    missing = set(DEMOS) - {one.name for one in shown}
     if missing:
-        print(f"not in it, for want of a report: {', '.join(missing)}", file=sys.stderr)
+        print(f"not in it, for want of a report: {', '.join(sorted(missing))}", file=sys.stderr)
     return int(bool(missing))
 
 

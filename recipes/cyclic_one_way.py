@@ -29,6 +29,7 @@ from hookctl.editor import LATENTS, WHOLE_IMAGE, Editor
 from hookctl.errors import InputError
 from hookctl.loop import prompts
 from hookctl.loop.images import encode
+from hookctl.loop.solver import require_eta
 from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes.common.canvas.pasted_images import PastedImages, require_grid, resized
 from hookctl.recipes.common.canvas.suppression import Suppression
@@ -70,7 +71,8 @@ class CyclicOneWay:
         at. One generator draws all noise: of the images' encodings, the canvases' and the steps'.
 
     Without cycles and writing it is DDIM sampling of the inverted canvas. Raises InputError for
-    levels in another order, and for images that do not fit on the canvas.
+    levels in another order, and for images that do not fit on the canvas; UnsupportedError for
+    models without a grid of latents, and for fresh noise in a scheduler whose steps take none.
     """
 
     @checked()
@@ -116,6 +118,8 @@ class CyclicOneWay:
         if (self.suppress is None) != (self.diverse is None):
             raise InputError("CyclicOneWay: give suppress and diverse, both or neither")
         self.eta, self.final_eta, self.writes = float(eta), float(final_eta), writes
+        if self.eta or self.final_eta:
+            require_eta(pipe.scheduler, f"{type(self).__name__}: eta, final_eta")
         if image_size is not None:
             name = "CyclicOneWay: image_size"
             images = [resized(image, image_size, name) for image in images]

@@ -27,7 +27,7 @@ from hookctl.loop.inversion import (
     Progress,
     ddim_path,
     require_deterministic,
-    unit_noise,
+    with_unit_noise,
 )
 from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes.common.real_images.inversion import Inversion
@@ -66,6 +66,6 @@ class DirectInversion(Inversion):
         require_deterministic(program, type(self).__name__)
         path = ddim_path(program, self.clean, refine=self.refine, progress=progress)
         if self.unit_noise:
-            path = unit_noise(program, path)
+            path = with_unit_noise(path, program.levels)
         corrections = [Correction(target=x) for x in path[1:]]
         return self._inverted(program, path, corrections, edit_guidance=self.guidance)

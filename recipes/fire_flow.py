@@ -34,8 +34,8 @@ class FireFlow(SharedProgram):
         edit = FireFlow(pipe, image, "a photo of a dog", source_prompt="a photo of a cat")
         edited = edit.run()[0]
 
-    image, prompt, source_prompt, guidance, inversion_guidance, negative, text, on_cpu, memory,
-        arguments, paper: as of `RFSolver`. steps: 8 as published, 10 to 15 for hard images.
+    image, prompt, source_prompt, guidance, inversion_guidance, unit_noise, negative, text, on_cpu,
+        memory, arguments, paper: as of `RFSolver`. steps: 8 as published, 10 to 15 for hard images.
     inject: in so many steps, the noisiest, features are shared; 0 not at all. The very first
         prediction of the edit has none, since the inversion makes none at its level.
     strategy: what is done, of "replace_q", "add_q" and likewise k and v, one for each of these.
@@ -56,6 +56,7 @@ class FireFlow(SharedProgram):
         steps: int = 8,
         guidance: float = 2.0,
         inversion_guidance: float = 1.0,
+        unit_noise: bool = False,
         negative: str | None = None,
         inject: int = 1,
         strategy: Sequence[str] = ("replace_v",),
@@ -84,6 +85,7 @@ class FireFlow(SharedProgram):
             steps=steps,
             guidance=guidance,
             inversion_guidance=inversion_guidance,
+            unit_noise=unit_noise,
             negative=negative,
             inject=inject if ways else 0,
             sites=where if sites is None else image_sites("FireFlow", pipe, sites),

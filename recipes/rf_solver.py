@@ -38,6 +38,9 @@ class RFSolver(SharedProgram):
         two predictions. guidance: scale of the edit: of classifier-free guidance, or the one that a
         model was taught; 1 for distilled ones. inversion_guidance: likewise upwards. negative:
         prompt of the unconditional rows.
+    unit_noise: bring the inverted noise to mean 0 and variance 1, no part of the paper: for models
+        that don't know the velocity near an image well, whose inversions end in other noise than
+        they draw from.
     inject: in so many steps, the noisiest, the values are shared; 2 to 5 as published, 0 not at
         all. sites: where, by default the later half of the single-stream blocks (FLUX.1: 20 to 37),
         or of all. text: share the text's values of the source too, for which both prompts must
@@ -62,6 +65,7 @@ class RFSolver(SharedProgram):
         steps: int = 15,
         guidance: float = 2.0,
         inversion_guidance: float = 1.0,
+        unit_noise: bool = False,
         negative: str | None = None,
         inject: int = 2,
         sites: Selector | None = None,
@@ -80,6 +84,7 @@ class RFSolver(SharedProgram):
             steps=steps,
             guidance=guidance,
             inversion_guidance=inversion_guidance,
+            unit_noise=unit_noise,
             negative=negative,
             inject=inject,
             sites=late_sites("RFSolver", pipe, sites),

@@ -13,6 +13,7 @@ noisy, after the first one to the cleanest: `paper=True`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from hookctl.address.clock import Window
@@ -21,6 +22,7 @@ from hookctl.arguments import checked, number
 from hookctl.attention.call import AttentionCall
 from hookctl.editor import Claim, Editor
 from hookctl.errors import InputError
+from hookctl.loop.inversion import with_unit_noise
 from hookctl.loop.state import State
 from hookctl.recipes.common.image_tokens import image_keys, with_image
 from hookctl.recipes.common.real_images import flow
@@ -125,13 +127,15 @@ class StableFlow(SourceAndEdits):
         steps: int = 50,
         guidance: float = 3.0,
         nudge: float = 1.15,
+        unit_noise: bool = False,
         arguments: Mapping[str, Any] | None = None,
         output_type: str = "pil",
     ) -> Any:
         """Invert a real image as the source, and draw it and its edits, as `Inverted.edit` does.
 
         guidance: scale of the edits, of classifier-free guidance or taught; the source's is 1.
-        nudge: factor of the image's latents. arguments: further ones of the pipeline's call.
+        nudge: factor of the image's latents; unit_noise: bring the path's noise to mean 0 and
+        variance 1, as of `DirectInversion`. arguments: further ones of the pipeline's call.
         """
         flow.require_flow(pipe, "StableFlow")
         one, taught = (1.0, guidance) if flow.is_taught_scale(pipe) else (None, None)
@@ -139,6 +143,9 @@ class StableFlow(SourceAndEdits):
         inversion = DDIMInversion(pipe, image, self.prompts[0], **given)
         inversion.clean = nudge * inversion.clean
         inverted = inversion.run()
+        if unit_noise:
+            levels = inverted.program(pipe, self.prompts[:1], 1.0).levels
+            inverted = replace(inverted, path=tuple(with_unit_noise(inverted.path, levels)))
         own: dict[str, Any] = {"sites": self.given_sites, "nudge": nudge, "paper": self.paper}
         pinned = StableFlow(self.prompts, path=list(inverted.path), **own)
         pinned.acts = self.acts

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from hookctl.arguments import checked, number, one_of, refusal
 from hookctl.editor import Editor
+from hookctl.loop.inversion import unit_noise
 from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes.common.real_images import flow
 from hookctl.session import control
@@ -45,7 +46,7 @@ class UniEditFlow(flow.FlowProgram):
     guidance: scale of both texts: of classifier-free guidance, or the one that a model was taught;
         inversion_guidance: likewise upwards. negative: prompt of the unconditional rows.
     mask: "absolute" or "signed", how m is made. zero_init: the first predictor is 0, which saves a
-        call. arguments: further ones of the pipeline's call.
+        call. unit_noise: as of `RFSolver`. arguments: further ones of the pipeline's call.
     paper: as the official code, which has NaN for m where the texts agree everywhere, and with
         mask="signed" encodes with the sign of the VAE's shift changed.
 
@@ -68,6 +69,7 @@ class UniEditFlow(flow.FlowProgram):
         negative: str | None = None,
         mask: str = ABSOLUTE,
         zero_init: bool = False,
+        unit_noise: bool = False,
         arguments: Mapping[str, Any] | None = None,
         paper: bool = False,
     ) -> None:
@@ -84,7 +86,7 @@ class UniEditFlow(flow.FlowProgram):
         super().__init__(pipe, image, prompt, steps=steps, negative=negative, arguments=arguments)
         self.sources = flow.for_each_image(source_prompt, self.prompts, "UniEditFlow")
         self.guidance, self.inversion_guidance = float(guidance), float(inversion_guidance)
-        self.zero_init, self.paper = zero_init, paper
+        self.zero_init, self.unit_noise, self.paper = zero_init, unit_noise, paper
         self.masks: list[Tensor] = []  # m of each step of the last run, [images, ...]
         if floor:
             vae = pipe.vae.config
@@ -112,7 +114,7 @@ class UniEditFlow(flow.FlowProgram):
         """Latents of the images at the level that the edit starts from, [images, ...]."""
         scales = [self.inversion_guidance] * len(self.prompts)
         program = self._program([""] * len(self.prompts), scales)
-        x = flow.wide(self.clean.to(program.latents))
+        x = clean = flow.wide(self.clean.to(program.latents))
         levels = [level.noise for level in program.levels]
         v = (
             torch.zeros_like(x)
@@ -123,6 +125,8 @@ class UniEditFlow(flow.FlowProgram):
             length = levels[i] - levels[i + 1]
             v = self._velocity(program, scales, x + length * v, i)
             x = x + length * v
+        if self.unit_noise:
+            x = unit_noise(x, clean, program.levels[self.steps - self.taken])
         return x.to(program.latents)
 
     @torch.no_grad()

@@ -86,7 +86,7 @@ def add(commands: Any) -> None:
 def main(options: Any) -> None:
     if options.list:
         print(table(list(DEMOS.items()), ("demo", "what it shows")))
-    elif options.model != SHAPES and options.name not in ON_BOTH + OF_FLOW:
+    elif options.model != SHAPES and options.name not in (*_of(options.model), "all"):
         raise InputError(
             f"--model {options.model}: demos of both pipelines are {', '.join(ON_BOTH)}, those of "
             f"this one {', '.join(OF_FLOW)}; the others are of {SHAPES!r}"
@@ -100,12 +100,17 @@ def main(options: Any) -> None:
             _run(name, out, options)
 
 
+def _of(model: str) -> Sequence[str]:
+    """The demos that `demo all` runs with a model."""
+    return tuple(DEMOS) if model == SHAPES else (*ON_BOTH, *OF_FLOW)
+
+
 def _all(out: Path, options: Any) -> None:
     """Every demo in a folder of its own, and a page of all; one that fails stops no other."""
     from hookctl.demos.gallery import Shown, write_page
 
     shown, started = [], time.perf_counter()
-    for name in DEMOS:
+    for name in _of(options.model):
         try:
             with out_folder(out / name, "demo") as folder:
                 shown.append(Shown.of(name, _run(name, folder, options), folder))

@@ -18,7 +18,7 @@ from hookctl.address.rows import COND, UNCOND
 from hookctl.errors import UnsupportedError
 from hookctl.loop.energy import frozen, gradients
 from hookctl.loop.guidance import combined
-from hookctl.loop.noise import noise_like
+from hookctl.loop.noise import Level, noise_like
 from hookctl.loop.trajectory import Trajectory
 
 Path = Sequence[Tensor]
@@ -63,22 +63,26 @@ def ddim_path(
     return path[::-1]
 
 
-def unit_noise(program: Trajectory, path: Path) -> list[Tensor]:
-    """The path with the noise of every level brought to mean 0 and variance 1, image by image.
+def unit_noise(x: Tensor, clean: Tensor, level: Level) -> Tensor:
+    """Latents at a level with their noise brought to mean 0 and variance 1, image by image.
 
-    With x_i = a_i x_0 + s_i e_i, what the model would not have drawn so in an image is divided by
-    a small s_i when it is inverted, and e_i ends far from the N(0, 1) that sampling starts from.
-    Here its divergence from N(0, 1), as in the regulariser of Parmar et al. (arXiv 2302.03027), is
-    least, at once instead of by descent. The steps no longer lead along the path by themselves.
+    With x = a clean + s e, what the model would not have drawn so in an image is divided by a small
+    s when it is inverted, and e ends far from the N(0, 1) that sampling starts from. Here its
+    divergence from N(0, 1), as in the regulariser of Parmar et al. (arXiv 2302.03027), is least, at
+    once instead of by descent. The steps no longer lead back to the image by themselves.
     """
-    clean, out = path[-1].float(), list[Tensor]()
-    # The last is the image, even where a scheduler counts some noise as its level.
-    for level, x in zip(program.levels[:-1], path[:-1], strict=True):
-        eps = (x.float() - level.signal * clean) / level.noise
-        every = tuple(range(1, eps.dim()))
-        spread, mean = torch.std_mean(eps, every, correction=0, keepdim=True)
-        out.append(level.mix(clean, (eps - mean) / spread.clamp_min(1e-12)).to(x))
-    return [*out, path[-1]]
+    clean = clean.float()
+    eps = (x.float() - level.signal * clean) / level.noise
+    every = tuple(range(1, eps.dim()))
+    spread, mean = torch.std_mean(eps, every, correction=0, keepdim=True)
+    return level.mix(clean, (eps - mean) / spread.clamp_min(1e-12)).to(x)
+
+
+def with_unit_noise(path: Path, levels: Sequence[Level]) -> list[Tensor]:
+    """A path with `unit_noise` at every level but the last, which is the image."""
+    # It is so even where a scheduler counts some noise as its level.
+    noised = zip(path[:-1], levels[:-1], strict=True)
+    return [*(unit_noise(x, path[-1], level) for x, level in noised), path[-1]]
 
 
 def null_texts(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hookctl.errors import UnsupportedError
 from hookctl.loop.driven import Scaling
+from hookctl.loop.noise import matches_flow
 
 _NOISY = (
     "DPMSolverMultistepScheduler (for flow matching, where the pipeline takes it, with "
@@ -35,12 +36,7 @@ class Solver:
         self.scheduler = scheduler
         self.timesteps = list(scheduler.timesteps)
         self.entries = entries_of([float(t) for t in self.timesteps])
-        # Of the class too: what somebody put in the place of its step may take any arguments.
-        self._accepted = frozenset(
-            name
-            for step in (scheduler.step, type(scheduler).step)
-            for name in inspect.signature(step).parameters
-        )
+        self._accepted = _accepted(scheduler)
         self._fresh = _copied(scheduler)
         if "_step_index" in self._fresh:
             # Counted from the first model input, which the pipeline has made already.
@@ -90,7 +86,7 @@ class Solver:
         """
         given = {"eta": eta, "generator": generator}
         if eta and noise is None:
-            self._require("eta", "DDIMScheduler")
+            require_eta(self.scheduler, "eta")
         if noise is not None:
             self._require("variance_noise", f"DDIMScheduler or {_NOISY}")
             given |= {"variance_noise": noise.to(latents), "generator": None}
@@ -117,6 +113,24 @@ class Solver:
             raise UnsupportedError(
                 f"{type(self.scheduler).__name__}.step takes no {argument}; use {cure}"
             )
+
+
+def _accepted(scheduler: Any) -> frozenset[str]:
+    """Arguments of a scheduler's step."""
+    # Of the class too: what somebody put in the place of its step may take any arguments.
+    steps = (scheduler.step, type(scheduler).step)
+    return frozenset(name for step in steps for name in inspect.signature(step).parameters)
+
+
+def require_eta(scheduler: Any, what: str) -> None:
+    """Raise UnsupportedError, naming what asks for it, unless a scheduler's steps take a share of
+    fresh noise."""
+    if "eta" not in _accepted(scheduler):
+        cure = "0" if matches_flow(scheduler) else "0, or the pipeline a DDIMScheduler"
+        raise UnsupportedError(
+            f"{what}: {type(scheduler).__name__}.step takes no eta, a share of fresh noise; give "
+            f"{cure}"
+        )
 
 
 def entries_of(times: list[float]) -> list[range]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hookctl.cli import demo as cli
 from hookctl.cli import main
 from hookctl.demos import DEMOS, gallery
 from hookctl.errors import InputError
@@ -86,6 +87,42 @@ def test_the_small_gallery(demos: None, tmp_path: Path, capsys: pytest.CaptureFi
     assert all(p.stat().st_size <= gallery.LARGEST for p in to.iterdir())
     assert Image.open(to / "first.jpg").size == (64, 48)
     assert "![first](gallery/first-more.jpg)" in (tmp_path / "gallery.md").read_text()
+
+
+def test_flow_beside(demos: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a demo drew on the flow-matching pipeline stands below what it drew on the other."""
+    source, flow, to = tmp_path / "out", tmp_path / "flow", tmp_path / "gallery"
+    main(["demo", "all", "--out", str(source), "--no-progress"])
+    (flow / "first").mkdir(parents=True)
+    noise((32, 32)).save(flow / "first" / "grid.png")
+    (flow / "first" / "report.json").write_text(json.dumps({**REPORT, "seed": 8}))
+    gallery.main(["--from", str(source), "--flow", str(flow), "--to", str(to)])
+    assert sorted(p.name for p in to.iterdir()) == ["first.jpg", "first_flow.jpg", "third.jpg"]
+    page = (tmp_path / "gallery.md").read_text()
+    assert page.count("On the flow-matching pipeline") == 1
+    marks = ("(gallery/first.jpg)", "seed 3", "first_flow.jpg", "seed 8", "## Third")
+    places = [page.index(mark) for mark in marks]
+    assert places == sorted(places)
+
+
+def test_all_of_the_flow_matching_pipeline(
+    demos: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that it draws, told which pipeline where they have both."""
+    models = []
+
+    def run(model: str = "", **given: Any) -> dict[str, Any]:
+        models.append(model)
+        noise((8, 8)).save(given["out"] / "grid.png")
+        return REPORT
+
+    monkeypatch.setattr(cli, "ON_BOTH", ("first",))
+    monkeypatch.setattr(cli, "OF_FLOW", ("third",))
+    for name in ("first", "third"):
+        monkeypatch.setitem(sys.modules, f"hookctl.demos.{name}", SimpleNamespace(run=run))
+    assert main(["demo", "all", "--model", "shapes-flow", "--out", str(tmp_path)]) == 0
+    assert models == ["shapes-flow", ""]
+    assert "second_one" not in (tmp_path / "gallery.md").read_text()
 
 
 def test_images_share_the_room(demos: None, tmp_path: Path, monkeypatch: Any) -> None:

@@ -19,7 +19,7 @@ from hookctl.demos.grown import cases, surroundings
 from hookctl.demos.one_way import Watched, draw
 from hookctl.demos.shapes.world import BACKGROUNDS
 from hookctl.editor import WHOLE_IMAGE, Claim, Editor
-from hookctl.errors import InputError
+from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.images import encode
 from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes import CyclicOneWay, OneWayFlow, SelectiveOneWay
@@ -269,3 +269,11 @@ def test_the_flow_carries_the_background_of_an_image() -> None:
         ]
     assert shares["SOW turned about"] < 0.7 * shares["COW"] < 0.7 * shares["SOW"]
     assert np.mean(apart["SOW"]) < 40 < np.mean(apart["SOW turned about"])
+
+
+@pytest.mark.parametrize("cls", [CyclicOneWay, SelectiveOneWay])
+def test_fresh_noise_that_steps_do_not_take(cls: type[CyclicOneWay]) -> None:
+    """Found before anything is drawn, with what would do."""
+    flow, given = made("sd3"), {"at": (0, 0), "size": (64, 64), "steps": 4, "cycles": 1}
+    with pytest.raises(UnsupportedError, match=rf"{cls.__name__}: eta.*takes no eta.*give 0"):
+        cls(flow, image(32), CAT, **given)

@@ -12,6 +12,7 @@ from torch import Tensor
 from hookctl.address.sites import Site
 from hookctl.arguments import checked, whole
 from hookctl.editor import Editor
+from hookctl.loop.inversion import unit_noise
 from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes.common.features.store import (
     FeatureInjector,
@@ -31,7 +32,8 @@ class SharedProgram(flow.FlowProgram):
     """Base of programs whose edit has features of the image's inversion in its first steps.
 
     image, prompt, steps, negative, arguments: see `FlowProgram`; source_prompt: of the inversion,
-    one or a list; guidance: scale of the edit, inversion_guidance: of the inversion; inject: of how
+    one or a list; guidance: scale of the edit, inversion_guidance: of the inversion; unit_noise: as
+    of `loop.inversion`, of the inverted; inject: of how
     many steps the features are shared; sites: where; names: which of "q", "k", "v"; text, on_cpu,
     memory: as of `FeatureStore`; paper: see `_source`.
     """
@@ -46,6 +48,7 @@ class SharedProgram(flow.FlowProgram):
         steps: int,
         guidance: float,
         inversion_guidance: float,
+        unit_noise: bool,
         negative: str | None,
         inject: int,
         sites: Sequence[Site],
@@ -60,7 +63,7 @@ class SharedProgram(flow.FlowProgram):
         self.inject = whole(inject, f"{name}: inject", 0, steps)
         super().__init__(pipe, image, prompt, steps=steps, negative=negative, arguments=arguments)
         self.sources = flow.for_each_image(source_prompt, self.prompts, name)
-        self.guidance = float(guidance)
+        self.guidance, self.unit_noise = float(guidance), unit_noise
         self.inversion_guidance, self.paper = float(inversion_guidance), paper
         self._storing: dict[str, Any] = {
             "sites": sites,
@@ -120,8 +123,11 @@ class SharedProgram(flow.FlowProgram):
                 return self._velocity(program, scales, x, sigma=sigma)
 
             levels = _levels(program)
-            x = flow.wide(self.clean.to(program.latents))
-            return self._walk(ask, x, levels, upwards=True).to(program.latents)
+            clean = flow.wide(self.clean.to(program.latents))
+            x = self._walk(ask, clean, levels, upwards=True)
+            if self.unit_noise:
+                x = unit_noise(x, clean, program.levels[0])
+            return x.to(program.latents)
 
     def _upwards(self) -> Trajectory:
         """The program of the inversion."""
