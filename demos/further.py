@@ -3,8 +3,9 @@
     python -m hookctl.demos.further --seeds 32
     python -m hookctl.demos.further --seeds 32 --model shapes-flow
 
-Sets: of three images, "a red star", "a star above a blue circle", "a star left of a green square",
-each from a noise of its own. The colour of the subject is said once and the background never.
+Sets: of three images, "a striped red star", "a red star above a blue circle", "a red star left of a
+green square", each from a noise of its own. The first alone is said to be striped, and what the
+background is nobody says.
 Edits: of two objects one is asked for in another colour; Differential Diffusion is given a rendered
 image and where it may change, a prompt schedule begins with the old colour and the noise. Every
 column has the noises of the plain run.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,13 @@ class Set:
 
     @property
     def prompts(self) -> list[str]:
-        noun, (second, third) = f"a {self.subject.shape}", map(describe, self.others)
-        return [describe(self.subject), f"{noun} above {second}", f"{noun} left of {third}"]
+        striped, (second, third) = replace(self.subject, pattern="striped"), self.others
+        first, noun = describe(striped), describe(self.subject)
+        return [
+            first,
+            f"{noun} above {describe(second)}",
+            f"{noun} left of {describe(third)}",
+        ]
 
 
 def draw_set(rng: np.random.Generator) -> Set:
@@ -94,21 +100,21 @@ def draw_images(pipe: Any, one: Set, make: Draws | None, seed: int) -> list[Imag
 
 
 def consistency(sets: Sequence[Set], drawn: Sequence[Sequence[Image.Image]]) -> Figures:
-    """one colour: share of the later images whose subject has the first one's colour, as said; one
-    background: of the sets with one in all images; right: of the images with the objects of their
-    prompt and nothing else, the subject by its shape."""
-    colour, background, right = [], [], []
+    """one background: share of the sets with one in all images; striped: of the later images whose
+    subject is; right: of all images with the objects of their prompt and nothing else, whatever
+    their patterns."""
+    striped, background, right = [], [], []
     for one, images in zip(sets, drawn, strict=True):
         found = [detect(image) for image in images]
         background.append(len({each.background for each in found}) == 1)
         for each, other in zip(found, (None, *one.others), strict=True):
-            subject = each.find(one.subject.shape)
+            subject = each.find(one.subject.shape, one.subject.colour)
             there = other is None or each.find(other.shape, other.colour) is not None
             alone = len(each.objects) == 1 + (other is not None) and not each.extras
             right.append(subject is not None and there and alone)
             if other is not None:
-                colour.append(subject is not None and subject.colour == one.subject.colour)
-    shares = {"one colour": colour, "one background": background, "right": right}
+                striped.append(subject is not None and subject.pattern == "striped")
+    shares = {"one background": background, "striped": striped, "right": right}
     return {name: float(np.mean(values)) for name, values in shares.items()}
 
 
@@ -159,7 +165,7 @@ def differential(
 
 
 def scheduled(
-    pipe: Any, image: Image.Image, case: EditCase, seed: int, when: float = 0.2
+    pipe: Any, image: Image.Image, case: EditCase, seed: int, when: float = 0.3
 ) -> Image.Image:
     """The whole sentence is another one from `when` on."""
     edit = PromptSchedule(f"[{case.source}:{case.target}:{when:g}]")

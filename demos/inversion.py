@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from hookctl import Editor
@@ -28,6 +29,9 @@ from hookctl.demos.shapes.world import Scene, Thing
 from hookctl.inspect import show
 from hookctl.inspect.files import save_image, write_json
 from hookctl.loop.images import decode, encode
+from hookctl.loop.inversion import Correction
+from hookctl.loop.noise import noise_like
+from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes import (
     DDIMInversion,
     DirectInversion,
@@ -37,6 +41,7 @@ from hookctl.recipes import (
     PromptToPrompt,
     ProximalGuidance,
 )
+from hookctl.recipes.common.real_images.inverted import Inverted
 
 STEPS, GUIDANCE, BATCH = 25, 3.0, 8
 SHOWN = 4  # cases in the grid
@@ -91,9 +96,22 @@ METHODS: dict[str, Method] = {
         {"guidance": GUIDANCE, "tolerance": 0.0, "refine": 2, "rate": 4e-2},
     ),
 }
+
+
+class Noised(DirectInversion):
+    """Without an inversion: the image with one noise mixed in, at the level of every step."""
+
+    def _invert(self, program: Trajectory, progress: Any) -> Inverted:
+        noise = noise_like(self.clean, torch.Generator().manual_seed(0))
+        path = [*(level.mix(self.clean, noise) for level in program.levels[:-1]), self.clean]
+        led = [Correction(target=x) for x in path[1:]]
+        return self._inverted(program, path, led, edit_guidance=self.guidance)
+
+
 # Of those that a scheduler without noise in its steps allows; null-texts would take an hour.
 ON_FLOW: dict[str, Method] = {
-    name: METHODS[name] for name in ("DDIM", "negative prompt", "ProxEdit", "direct")
+    **{name: METHODS[name] for name in ("DDIM", "negative prompt", "ProxEdit", "direct")},
+    "noised": Method(Noised, 0),
 }
 
 Progress = Callable[[int, int], None]
