@@ -52,7 +52,7 @@ METHODS: dict[str, Make] = {
 # breaks shapes, as aligned queries do.
 FIRST = [f"transformer_blocks.{i}.attn" for i in range(3)]
 ON_FLOW: dict[str, Make] = {
-    "MasaCtrl": lambda case: MasaCtrl(case.prompts, union=True, start=0.2, sites=SITES),
+    "MasaCtrl": lambda case: MasaCtrl(case.prompts, sites=FIRST, stop=0.5),
     "StyleAligned": lambda case: StyleAligned(case.prompts, adain=False, sites=FIRST),
     REFERENCE: lambda case: ReferenceOnly(case.prompts, case.image(), sites=FIRST),
 }
