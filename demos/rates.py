@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 import hookctl
 from hookctl import Editor, recipes
 from hookctl.demos.judges import JUDGES, Drawn, plain_right
+from hookctl.demos.models import SHAPES, call_of, opened
 from hookctl.demos.shapes.render import drawn as rendered
 from hookctl.demos.shapes.world import Scene, Thing
 from hookctl.demos.stacked_edits import striping
@@ -61,16 +62,17 @@ def read(name: str) -> Preset:
 
 
 class Presets:
-    """Draws presets by one pipeline; plain images are kept, for many share their prompt."""
+    """Draws presets by the embedded pipelines, of which one may be given; plain images are kept,
+    for many share their prompt."""
 
-    def __init__(self, pipe: Any) -> None:
-        self.pipe = pipe
-        pipe.set_progress_bar_config(disable=True)
+    def __init__(self, pipe: Any = None) -> None:
+        self._pipes = {} if pipe is None else {SHAPES: pipe}
         self._plain: dict[tuple[Any, ...], Image.Image] = {}
 
     def draw(self, name: str, seeds: Sequence[int]) -> list[Drawn]:
         """What each seed draws."""
         preset = read(name)
+        self.pipe = self._pipe(preset.model or SHAPES)
         found: list[Drawn] = []
         with ExitStack() as stack:
             for lora in preset.loras:
@@ -78,6 +80,12 @@ class Presets:
             for i in range(0, len(seeds), BATCH):
                 found += self._batch(preset, seeds[i : i + BATCH])
         return found
+
+    def _pipe(self, model: str) -> Any:
+        if model not in self._pipes:
+            self._pipes[model] = opened(model)
+        self._pipes[model].set_progress_bar_config(disable=True)
+        return self._pipes[model]
 
     def _batch(self, preset: Preset, seeds: Sequence[int]) -> list[Drawn]:
         run = preset.run
@@ -118,6 +126,7 @@ class Presets:
             num_images_per_prompt=len(seeds),
             generator=noises,
             **size,
+            **call_of(self.pipe),
         ).images
         return images
 
@@ -125,7 +134,7 @@ class Presets:
         """A prompt without the preset, by an image of the model's own size."""
         run = {key: preset.run[key] for key in ("steps", "guidance")}
         loras = tuple(lora.path for lora in preset.loras)
-        keys = [(prompt, *run.values(), loras, seed) for seed in seeds]
+        keys = [(id(self.pipe), prompt, *run.values(), loras, seed) for seed in seeds]
         if any(key not in self._plain for key in keys):
             images = self._call(Preset((), run), [prompt], seeds)
             self._plain |= dict(zip(keys, images, strict=True))
@@ -146,14 +155,18 @@ class Presets:
         ]
 
     def _changed(self, preset: Preset, prompts: list[str], seeds: Sequence[int]) -> list[Drawn]:
-        """Images of a red circle, changed to what the prompt says."""
+        """Images of the source, which is a red circle if there is but one prompt, changed to what
+        the last prompt says."""
         assert preset.program is not None
-        source = "a red circle on a white background"
+        program, run = preset.program, {key: preset.run[key] for key in ("steps", "guidance")}
+        if len(prompts) == 1:
+            prompts = ["a red circle on a white background", *prompts]
+        asked = prompts if program.takes_prompts else prompts[-1]
         made = []
-        for seed, image in zip(seeds, self.plain(preset, source, seeds), strict=True):
-            run = {key: preset.run[key] for key in ("steps", "guidance")}
-            images = preset.program.make(self.pipe, image, prompts[0], seed=seed, **run).run()
-            made.append(Drawn([source, *prompts], image, [image, *images], image))
+        for seed, image in zip(seeds, self.plain(preset, prompts[0], seeds), strict=True):
+            images = program.make(self.pipe, image, asked, seed=seed, **run).run()
+            images = images if program.takes_prompts else [image, *images]
+            made.append(Drawn(prompts, image, images, image))
         return made
 
     def _grown(self, preset: Preset, prompts: list[str], seeds: Sequence[int]) -> list[Drawn]:
@@ -202,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.images is not None:
         options.images.mkdir(parents=True, exist_ok=True)
-    presets = Presets(hookctl.load_shapes())
+    presets = Presets()
     found: dict[str, Rate] = {}
     for name in options.presets or JUDGES:
         found[name], every = measure(presets, name, range(options.seeds))

@@ -126,7 +126,7 @@ class ConsiStory(SourceAndEdits):
         self.masks.begin(self.name, state)
 
     def before(self, state: State) -> None:
-        self.masks.step()
+        self.masks.step(state.clock.step)
 
     def branches(self, state: State) -> Mapping[str, Branch]:
         acts = self.acts.holds(state.clock) and not self.neutral()

@@ -29,6 +29,7 @@ from hookctl.editor import LATENTS, WHOLE_IMAGE, Editor
 from hookctl.errors import InputError
 from hookctl.loop import prompts
 from hookctl.loop.images import encode
+from hookctl.loop.program import Generators
 from hookctl.loop.solver import require_eta
 from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes.common.canvas.pasted_images import PastedImages, require_grid, resized
@@ -63,7 +64,7 @@ class CyclicOneWay:
     suppress, diverse: what must not appear outside the region, and what may instead, "" for
         nothing; two more rows in the cycles (`recipes.common.suppression`).
     inversion_guidance: scale in the inversions. writes: whether the image is written at all.
-    seed: of all noise.
+    seed: of all noise, of each image alike.
     paper: the official code: 10 steps, guidance in the inversions, its prompts against a second
         face, the negative prompt (its own, unless one is given) in the cycles alone, images that
         are gray outside the region and are drawn from the encoder's distribution, cells of the mask
@@ -160,8 +161,10 @@ class CyclicOneWay:
         are not where the image is inverted on its own. What they did is in `session` afterwards.
         """
         without_places = [editor for editor in editors if not _knows_places(editor)]
-        generator = torch.Generator().manual_seed(self.seed)
-        images, canvases = self._encoded(generator)
+        # One for each image, which is then drawn as it is alone.
+        each = [torch.Generator().manual_seed(self.seed) for _ in self.prompts]
+        generator: Generators = each[0] if self.paper else each
+        images, canvases = self._encoded(each[0])
         with control(self.pipe, *without_places):
             levels = self._levels_of_the_images(images, generator)
         with control(self.pipe, *editors) as self.session:
@@ -189,7 +192,7 @@ class CyclicOneWay:
         )
         return images, canvases
 
-    def _levels_of_the_images(self, clean: Tensor, generator: torch.Generator) -> list[Tensor]:
+    def _levels_of_the_images(self, clean: Tensor, generator: Generators) -> list[Tensor]:
         """The images' own latents at every level, inverted on their own as far as `high`."""
         width, height = self.pasted.images[0].size
         program = self._program(clean, width, height, generator)
@@ -199,7 +202,7 @@ class CyclicOneWay:
         # Nothing is written at levels before `high`.
         return [path.get(level, program.latents) for level in range(program.steps + 1)]
 
-    def _inverted_canvas(self, clean: Tensor, generator: torch.Generator) -> Trajectory:
+    def _inverted_canvas(self, clean: Tensor, generator: Generators) -> Trajectory:
         """A program whose latents are the pasted images at level `low`."""
         program = self._program(clean, *self.pasted.size, generator)
         for level in reversed(range(self.low, program.steps)):
@@ -213,9 +216,7 @@ class CyclicOneWay:
         encoded = prompts.encode(self.pipe, [self.negative], program.template.encoding)
         return {UNCOND: encoded.sequence}
 
-    def _program(
-        self, clean: Tensor, width: int, height: int, generator: torch.Generator
-    ) -> Trajectory:
+    def _program(self, clean: Tensor, width: int, height: int, generator: Generators) -> Trajectory:
         program = Trajectory(
             self.pipe,
             self.prompts,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hookctl.address.clock import Clock
-from hookctl.address.families import denoiser_of, rotary_of
+from hookctl.address.families import denoiser_of, names_of, rotary_of
 from hookctl.arguments import checked, number, one_of, whole
 from hookctl.editor import Editor
 from hookctl.errors import InputError, UnsupportedError
@@ -89,7 +89,8 @@ class DyPE(Editor):
                 f"DyPE follows the noise of a flow-matching scheduler, which "
                 f"{type(scheduler).__name__} is not; control a pipeline that has one"
             )
-        base = self.base or TRAINED.get(type(found[1]).__name__)
+        trained = (TRAINED[kind] for kind in names_of(found[1]) if kind in TRAINED)
+        base = self.base or next(trained, None)
         if base is None:
             raise InputError(f"DyPE: how large {name} was trained is not known; give base=")
         self._base, self._noise, self._extents = base, Noise(scheduler), (None, {})

@@ -19,6 +19,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from hookctl.address.latent import latent_axes
 from hookctl.arguments import checked, refusal
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.packing import packed, unpacked
@@ -59,7 +60,7 @@ class FDG(GuidanceRule):
         self._grid(state, state.latents)
 
     def _grid(self, state: State, x: Tensor) -> Tensor:
-        """[images, channels, [frames,] height, width], unpacked if need be."""
+        """[images, channels, [frames,] height, width], unpacked and channels first if need be."""
         pipe, shown = state.pipe, tuple(x.shape)
         images = state.images_in_sequence
         if x.dim() == 3:
@@ -67,6 +68,8 @@ class FDG(GuidanceRule):
             cells = state.grid if at is None else (at.frames, at.height, at.width)
             if cells and math.prod(cells) == x.shape[1]:
                 x = unpacked(pipe, x, cells)
+        elif x.dim() in (4, 5):
+            x = x.movedim(latent_axes(state.denoiser, x.dim()).index("c"), 1)
         if x.dim() not in (4, 5):
             raise UnsupportedError(
                 f"FDG builds pyramids of images, and the latents of {type(pipe).__name__} are "
@@ -90,7 +93,9 @@ class FDG(GuidanceRule):
             for level, scale in zip(pyramid(d, len(self.scales)), self.scales, strict=True)
         ]
         term = summed(weighed)
-        return term if step.d.dim() > 3 else packed(step.state.pipe, term)
+        if step.d.dim() == 3:
+            return packed(step.state.pipe, term)
+        return term.movedim(1, latent_axes(step.state.denoiser, step.d.dim()).index("c"))
 
 
 def pyramid(x: Tensor, levels: int) -> list[Tensor]:

@@ -79,6 +79,8 @@ class MasaCtrl(SourceAndEdits):
     _edited_paths: RunState[set[str]] = RunState()
     _text_sites: RunState[list[Site]] = RunState()
     _texts: RunState[PromptTexts] = RunState()
+    # Of which step, and by site and image the masks that were used there.
+    _used: RunState[tuple[int, dict[Any, tuple[Tensor, Tensor] | None]]] = RunState((-1, {}))
 
     @checked(own=("prompts",))
     def __init__(
@@ -158,6 +160,7 @@ class MasaCtrl(SourceAndEdits):
 
     def begin(self, state: State) -> None:
         super().begin(state)
+        self._used = (-1, {})
         if self.word_masks is not None:
             self._find_words(state.own_text)
             self.word_masks.begin(self._text_sites, state)
@@ -212,9 +215,15 @@ class MasaCtrl(SourceAndEdits):
         masks = self.given_masks or self.word_masks
         if masks is None:
             return
-        grid = call.require_grid("MasaCtrl: masks")
+        grid, step = call.require_grid("MasaCtrl: masks"), call.clock.step
+        if self._used[0] != step:
+            self._used = step, {}
+        used = self._used[1]  # what one call of a step took, the others take too
         for prompt, image in dict.fromkeys((r.prompt, r.image) for r in call.rows if r.prompt):
-            pair = masks.pair(prompt, image, grid, call.clock.step)
+            key = call.site.path, call.index, prompt, image
+            if key not in used:
+                used[key] = masks.pair(prompt, image, grid, step)
+            pair = used[key]
             if pair is None:
                 continue
             rows, regions = (

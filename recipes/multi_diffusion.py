@@ -30,6 +30,7 @@ from torch import Tensor
 from hookctl.address import per_prompt
 from hookctl.address.clock import Window
 from hookctl.address.families import denoiser_of
+from hookctl.address.latent import latent_axes
 from hookctl.address.per_prompt import Regions, Texts
 from hookctl.address.rows import COND
 from hookctl.arguments import checked, pair, refusal, share, whole
@@ -111,7 +112,8 @@ class MultiDiffusion(Editor):
 
     def begin(self, state: State) -> None:
         sample = state.kwargs[state.sample]
-        if isinstance(sample, list) or sample.dim() < 4:
+        flat = isinstance(sample, list) or sample.dim() < 4
+        if flat or not latent_axes(state.denoiser, sample.dim()).endswith("hw"):
             raise UnsupportedError(
                 f"{self.name} cuts tiles of latents [..., height, width], and those of "
                 f"{type(state.pipe).__name__} are no such tensor"

@@ -275,7 +275,7 @@ class MultiInstanceSampler(Editor):
             weights = region_shares(regions, height, width, edge=self.edge).to(own)
             merged = own
             for weight, one in zip(weights, of_instances, strict=True):
-                merged = merged + over_latent(weight[None], own) * (one - own)
+                merged = merged + over_latent(weight[None], own, state.axes) * (one - own)
         if self.renormalise:
             mean = merged.mean()
             merged = mean + (merged - mean) * (own.std() / merged.std())

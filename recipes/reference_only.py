@@ -40,7 +40,7 @@ class ReferenceOnly(StyleAligned):
     image: the reference, PIL in mode RGB or the path of a file, of the size that is drawn.
     fidelity: f, from 0 to 1: how little the unconditional rows see of the reference; the more, the
         stronger guidance pulls towards it.
-    seed: of the noise on the reference.
+    seed: of the noise on the reference, the same in all calls of a step and for all its images.
     sites: self-attention to act in (the community form drops sites as its weight falls).
 
     The first image that comes out is the reference, drawn from its last noised form. Raises
@@ -49,6 +49,7 @@ class ReferenceOnly(StyleAligned):
 
     _clean: RunState[Tensor] = RunState()
     _generator: RunState[torch.Generator] = RunState()
+    _noise: RunState[tuple[int, Tensor] | None] = RunState(None)  # of which step
 
     @checked(own=("prompts",))
     def __init__(
@@ -82,14 +83,17 @@ class ReferenceOnly(StyleAligned):
                 f"ReferenceOnly: the image's latents are {size}, and this run draws {wanted}; "
                 "resize the image"
             )
-        self._generator = torch.Generator().manual_seed(self.seed)
+        self._generator, self._noise = torch.Generator().manual_seed(self.seed), None
 
     def before(self, state: State) -> None:
         if self.acts.start >= self.acts.stop:
             return
-        latents = state.latents.clone()
-        level = level_of(state)
+        latents, step = state.latents.clone(), state.clock.step
+        clean = self._clean[0].to(latents)
+        if self._noise is None or self._noise[0] != step:
+            # Once a step: guidance by two calls would amplify what two noises differ by.
+            self._noise = step, noise_like(clean, self._generator)
+        reference = level_of(state).mix(clean, self._noise[1])
         for row in state.images.where(prompt=0):
-            clean = self._clean[0].to(latents)
-            latents[row.index] = level.mix(clean, noise_like(clean, self._generator))
+            latents[row.index] = reference
         state.latents = latents

@@ -31,7 +31,7 @@ from hookctl.attention.call import AttentionCall
 from hookctl.editor import WHOLE_IMAGE, Claim, Editor
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.calls import predict
-from hookctl.loop.noise import Noise
+from hookctl.loop.noise import Noise, level_of
 from hookctl.loop.state import Predictions, State
 from hookctl.maps import MapSums
 from hookctl.recipes.common.added_guidance import with_added
@@ -127,7 +127,8 @@ class SAG(Editor):
 
     def combine(self, predictions: Predictions) -> Tensor:
         guided, state = predictions.guided, predictions.state
-        level = self._noise.level(state.clock.timestep)
+        votes, self._votes = self._votes, {}
+        level = level_of(state)
         if not self.scale or level.signal < 1e-6:  # pure noise: there is no image to blur
             return guided
         branch = _branch(set(predictions.branches))
@@ -135,9 +136,9 @@ class SAG(Editor):
         # Further channels hold a variance, which no guidance changes.
         own = partial(torch.narrow, dim=1, start=0, length=x.shape[1])
         x0, eps = self._noise.split(x, own(predictions[branch]).to(x), level)
-        shares = [share for share, _ in self._votes[branch].means().values()]
+        shares = [share for share, _ in votes[branch].means().values()]
         mask = (torch.cat(shares) > 0.5).to(x)  # most of several sites decide
-        self._votes, self.masks = {}, mask[:, 0].cpu()
+        self.masks = mask[:, 0].cpu()
         degraded = level.mix(torch.lerp(x0, self._blurred(x0), mask), eps)
         rows = state.rows.where(branch=branch)
         again = predictions.handed(predict(state, rows, latents=degraded), degraded)

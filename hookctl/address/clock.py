@@ -25,7 +25,7 @@ class Clock:
     steps: how many this run takes, 0 if unknown.
     timestep: the scheduler's own: training steps (999 .. 0), or 1000 sigma for flow matching. What
         a denoiser is told may be another number (Flux: sigma, Z-Image: 1 - sigma); without a
-        scheduler it is that.
+        scheduler it is that, or 1 - that where it rises.
     skipped: how many entries of the scheduler's timesteps lie before the run.
     """
 
@@ -102,7 +102,7 @@ class Timekeeper:
         """Forget the run; the next denoiser call starts a new one."""
         self._step = self._first = -1
         self._timestep: float | None = None
-        self._stepped = True
+        self._taken = 0  # steps of the scheduler since the last denoiser call
         self.calls = 0
 
     @property
@@ -112,7 +112,7 @@ class Timekeeper:
 
     def advance(self) -> None:
         """The scheduler took its step: the next denoiser call belongs to a new one."""
-        self._stepped = True
+        self._taken += 1
 
     def read(self, timestep: Any, schedule: Any = None, planned: Any = None) -> Clock:
         """The clock of a denoiser call that received `timestep`.
@@ -120,25 +120,35 @@ class Timekeeper:
         schedule: the scheduler's timesteps, [steps], or None for a bare denoiser; planned: how many
         of them the pipeline says it will take, None if it doesn't.
         """
-        now, times = _scalar(timestep), self._times(schedule)
-        if self._timestep is not None and now > self._timestep + 1e-6 and self._stepped:
-            # Timesteps fall within a run, so a rise is the start of another.
-            if not times or abs(times[0] - now) <= 1e-3 * max(1.0, abs(now)):
-                self.restart()
-        same = self._timestep is not None and now == self._timestep
-        if same and not self._stepped:
+        now, times, tolerance = _scalar(timestep), self._times(schedule), _tolerance(timestep)
+        if self._begins_anew(now, times, max(1e-3, tolerance)):
+            self.restart()
+        if now == self._timestep and not self._taken and schedule is not None:
             self.calls += 1
         else:
-            self._step = _find(now, times, self._step + 1, _tolerance(timestep))
+            following = self._step + 1
+            if self._taken != 1 or not 0 < following < len(times):
+                following = _find(now, times, following, tolerance)
+            self._step = following
             if self._first < 0:
                 self._first = self._step
             self._timestep = now
-            self._stepped = schedule is None
-            self.calls = 0
+            self._taken = self.calls = 0
         left = max(0, len(times) - self._first)
         steps = planned if isinstance(planned, int) and 0 < planned <= left else left
         time = times[self._step] if self._step < len(times) else now
         return Clock(self._step - self._first, steps, time, self._first)
+
+    def _begins_anew(self, now: float, times: list[float], tolerance: float) -> bool:
+        """Whether a call is the first of another run: timesteps fall within one, and it has no more
+        than the list has."""
+        if self._timestep is None:
+            return False
+        rises = now > self._timestep + 1e-6
+        if not times:
+            return rises
+        over = self._taken > 0 and self._step + 1 >= len(times)
+        return (rises or over) and _distance(times[0], now) <= tolerance
 
     def peek(self, timestep: Any, schedule: Any, outer: Clock) -> Clock:
         """The clock of a call that an editor makes inside the call at `outer`; moves nothing."""

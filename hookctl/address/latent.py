@@ -1,4 +1,4 @@
-"""What a denoiser call shows of its latent and its text: grids and numbers of tokens."""
+"""What a denoiser call shows of its time, its latent and its text: grids and numbers of tokens."""
 
 from __future__ import annotations
 
@@ -15,6 +15,17 @@ from hookctl.address.families.record import Model
 from hookctl.address.sites import Grid, ImageTokens, Site
 
 _UNDECLARED = Model()
+_TIMES = ("timestep", "timesteps", "t", "timestep_ratio")
+
+
+def time_told(arguments: Mapping[str, Any], denoiser: nn.Module) -> Any:
+    """What a denoiser is told of the time, falling from step to step; None if it is told nothing.
+
+    arguments: of the call, by name.
+    """
+    time = next((arguments[name] for name in _TIMES if name in arguments), None)
+    counts_up = (model_of(denoiser) or _UNDECLARED).counts_up
+    return 1 - time if counts_up and time is not None else time
 
 
 def latent_grid(
@@ -184,13 +195,23 @@ def finest_within(
     return known[0] if known else None
 
 
-def over_latent(mask: Tensor, latent: Tensor) -> Tensor:
-    """A mask, or weights, [frames | 1, height, width] in the shape of one latent of any family."""
+def latent_axes(denoiser: nn.Module, dims: int) -> str:
+    """Of so many dimensions of a family's latents, in order: b images, n packed tokens, c channels,
+    f frames, h and w sides."""
+    return {3: "bnc", 4: "bchw"}.get(dims, (model_of(denoiser) or _UNDECLARED).axes)
+
+
+def over_latent(mask: Tensor, latent: Tensor, axes: str) -> Tensor:
+    """A mask, or weights, [frames | 1, height, width] in the shape of one latent of any family.
+
+    axes: of latents (`latent_axes`).
+    """
     if latent.dim() == 2:  # packed tokens [frames * height * width, channels]
         if mask.numel() == len(latent):
             return mask.reshape(-1, 1)
         return mask[0].reshape(-1, 1).repeat(len(latent) // mask[0].numel(), 1)
-    if latent.dim() == 4:  # [channels, frames, height, width]
-        frames = latent.shape[1]
-        return (mask if mask.shape[0] in (1, frames) else mask.any(0, keepdim=True))[None]
+    if latent.dim() == 4:  # of a video
+        frames = latent.shape[axes.index("f") - 1]
+        every = mask if mask.shape[0] in (1, frames) else mask.any(0, keepdim=True)
+        return every.unsqueeze(axes.index("c") - 1)
     return mask

@@ -236,21 +236,25 @@ class ImageTokens:
         return (*self.grids[: self.target], *self.grids[self.target + 1 :])
 
 
-def grid_of(tokens: int, latent: Sequence[int]) -> Grid | None:
-    """The grid that `tokens` image tokens form over a latent of ([frames,] height, width).
+def grid_of(tokens: int, latent: Sequence[int], sequences: int = 1) -> Grid | None:
+    """The grid that `tokens` image tokens form over a latent, ([frames,] height, width) or ().
 
-    Tries every whole reduction of the latent, rounding up (strided convolutions) and down
-    (patches). None if there is none.
+    sequences: into how many a row's tokens are divided: 1, where those of all frames may stand in
+    one, or as many as there are frames. Tries every whole reduction of the latent, rounding up
+    (strided convolutions) and down (patches). None if there is none, as where each sequence is of
+    one place through all frames.
     """
+    if not latent:
+        return None
     *front, height, width = latent
-    frame_counts = {1, *(front[-1:] or [1])}
-    reduction = 1
-    while reduction <= max(height, width):
-        for frames in sorted(frame_counts):
+    frames: int = front[-1] if front else 1
+    if sequences > frames:
+        return None
+    for count in dict.fromkeys((frames, 1) if sequences == 1 else (1,)):
+        for reduction in range(1, max(height, width) + 1):
             for up in (True, False):
                 h = -(-height // reduction) if up else height // reduction
                 w = -(-width // reduction) if up else width // reduction
-                if h and w and frames * h * w == tokens:
-                    return Grid(h, w, frames)
-        reduction += 1
+                if h and w and count * h * w == tokens:
+                    return Grid(h, w, count)
     return None

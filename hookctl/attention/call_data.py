@@ -120,9 +120,9 @@ class CallData:
         images = self.sequence[2]
         if images is not None and images.grids[images.target].tokens == stop - start:
             return images.grids[images.target]
-        if not self.latent or self.site.kind == "text":
+        if self.site.kind in ("text", "temporal"):
             return None
-        return grid_of(stop - start, self.latent)
+        return grid_of(stop - start, self.latent, self.q.shape[1])
 
     @cached_property
     def references(self) -> tuple[Reference, ...]:

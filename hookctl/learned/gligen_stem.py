@@ -118,10 +118,12 @@ class Inpainting:
         """The known part of the latents at the level of this step: z <- m z0_t + (1 - m) z."""
         latents = state.latents.clone()
         level = level_of(state)
+        # One noise for all, or an image's would depend on how many are drawn beside it.
+        noise = noise_like(latents[0].cpu(), self._generator)
         for row in rows:
             z = latents[row.index]
             mask = self.mask(row.prompt, (z.shape[-2], z.shape[-1])).to(z)
             known = self.known(row.prompt)[0].to(z)
-            noisy = level.mix(known, noise_like(known.cpu(), self._generator).to(z))
+            noisy = level.mix(known, noise.to(z))
             latents[row.index] = mask * noisy + (1 - mask) * z
         state.latents = latents

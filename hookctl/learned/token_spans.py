@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from hookctl.address.sites import Grid, grid_of
+from hookctl.address.sites import Grid
 from hookctl.loop.inserting import LinearCall
 
 # Layers whose input is the text's own stream.
@@ -23,8 +23,7 @@ def token_spans(call: LinearCall, joint: str | None) -> tuple[Images | None, int
     if joint is None:
         if text == n and _OF_TEXT.search(call.name):
             return None, 0
-        grid = grid_of(n, call.latent) if call.latent else None
-        return (None if grid is None else (0, (grid,), 0)), None
+        return (None if call.grid is None else (0, (call.grid,), 0)), None
     if images is None or text is None:
         return None, None
     found = (images.grids, images.target)

@@ -82,7 +82,7 @@ def _ids(own: Tensor, tokens: int) -> Tensor:
 def _check_widens(state: State) -> None:
     """Raise UnsupportedError where more text would change more than what is attended to."""
     model = families.uncompiled(state.denoiser)
-    name = type(model).__name__
+    name, pools = type(model).__name__, set(families.names_of(model)) & set(_POOLS)
     streams = [
         key
         for key, value in state.kwargs.items()
@@ -94,7 +94,7 @@ def _check_widens(state: State) -> None:
             "can't be widened"
         )
     embeds = getattr(getattr(model, "config", None), "addition_embed_type", None)
-    if name in _POOLS or embeds in ("text", "text_image"):
+    if pools or embeds in ("text", "text_image"):
         raise UnsupportedError(
             f"{name} pools its text into one vector that acts on the whole image, so it can't be "
             "widened"
@@ -132,7 +132,7 @@ def narrow(state: State, kwargs: dict[str, Any]) -> None:
 # entry says of every row.
 _SHARED = re.compile(
     r"^(img|txt|text|latent_image|image_cond)_ids$|rotary|freqs|rope_pos|^indices_"
-    r"|^ip_adapter_masks$|^padding_mask$|hidden_states_scale$"
+    r"|^ip_adapter_masks$|^padding_mask$|hidden_states_scale$|^skip_layers$"
 )
 _SECOND = re.compile(r"^encoder_hidden_states_llama3$")  # [layers, rows, tokens, channels]
 _PAIRED = re.compile(r"^encoder_hidden_states_image$")  # Wan: the first and the last image
@@ -157,7 +157,8 @@ def take_rows(state: State, spans: Spans) -> dict[str, Any]:
     sizes = {batch * r: r for r in sorted(repeats)}
     taken = {name: _take(name, value, sizes, spans) for name, value in state.kwargs.items()}
     for name, value in taken.items():
-        if isinstance(value, list) and len(value) == batch and not _tensors(value):
+        of_rows = isinstance(value, list) and len(value) == batch and not is_shared(name)
+        if of_rows and not _tensors(value):
             taken[name] = [entry for start, stop in spans for entry in value[start:stop]]
     return taken
 

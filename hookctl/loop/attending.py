@@ -123,7 +123,7 @@ def _passed(path: str, site: Site, hidden: Tensor) -> tuple[Tensor, list[int]]:
     if current is None or not edits:
         return hidden, []
     state = current.state
-    grid = grid_of(hidden.shape[-2], state.grid)
+    grid = grid_of(hidden.shape[-2], state.grid, len(hidden) // len(state.rows))
     call = BlockCall(path, site, hidden, state.rows, state.clock, grid)
     with remembering(current.owner.memory):
         for a in edits:
@@ -158,7 +158,8 @@ def _shown(
 ) -> InsertCall | LinearCall | StemCall:
     rows, clock = rows_inside(state), state.clock
     if hook == "insert":
-        return InsertCall(place, output, rows, clock, grid_of(output.shape[-2], state.grid))
+        grid = grid_of(output.shape[-2], state.grid, len(output) // len(rows))
+        return InsertCall(place, output, rows, clock, grid)
     if hook == "linear":
         texts = [place.stop for place in state.extra_text.values()]
         texts += [state.text_rows.longest] if state.text_rows else []

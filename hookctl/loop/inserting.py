@@ -101,7 +101,9 @@ class LinearCall:
     @property
     def grid(self) -> Grid | None:
         """The grid of the input's tokens over the latent, None if they form none."""
-        return grid_of(self.input.shape[-2], self.latent) if self.input.dim() == 3 else None
+        if self.input.dim() != 3:
+            return None
+        return grid_of(self.input.shape[-2], self.latent, len(self.input) // len(self.rows))
 
     def add(
         self,

@@ -175,15 +175,16 @@ def edit_friendly_noise(
 ) -> tuple[list[Tensor], list[Correction]]:
     """Edit-friendly DDPM inversion (Huberman-Spiegelglas et al., arXiv 2304.06140, algorithm 1).
 
-    x_i = a_i x_0 + s_i xi_i with independent xi_i, then z_i = (x_{i+1} - mu(x_i)) / sigma_i, and
-    x_{i+1} is set to mu + sigma_i z_i, so that rounding does not add up. The last step gets no
-    noise; the source is set to where it should end (`exact`; the official code lets it go).
+    x_i = a_i x_0 + s_i xi_i with independent xi_i, the same for all images, then z_i =
+    (x_{i+1} - mu(x_i)) / sigma_i, and x_{i+1} is set to mu + sigma_i z_i, so that rounding does
+    not add up. The last step gets no noise; the source is set to where it should end (`exact`; the
+    official code lets it go).
 
     Returns the path and the corrections of all steps (empty ones before `start`).
     """
     program.solver.forget()
     clean = clean.to(program.latents).expand_as(program.latents)
-    path = [level.mix(clean, noise_like(clean, generator)) for level in program.levels[:-1]]
+    path = [level.mix(clean, noise_like(clean[:1], generator)) for level in program.levels[:-1]]
     path.append(clean)
     zero = torch.zeros_like(clean)
     corrections = [Correction()] * start

@@ -35,12 +35,13 @@ class Moments:
         self._solver, self._noise, self._levels = solver, noise, levels
 
     def at_entry(self, entry: int | None, start: int, size: float = 1.0) -> Moment:
-        """At an entry of the scheduler's timesteps, None for the clean end, where it is 0.
+        """At an entry of the scheduler's timesteps, None for the clean end.
 
         start: the level that the run begins at, from which editors count.
         """
         times = self._solver.timesteps
-        time = torch.zeros_like(times[0]) if entry is None else times[entry]
+        clean = self._noise.time_of(torch.zeros_like(times[0]))
+        time = clean if entry is None else times[entry]
         return Moment(time, self._clock(entry, float(time), start), size)
 
     def at_level(self, level: int, start: int) -> Moment:
@@ -68,8 +69,8 @@ class Moments:
         if abs(self._levels[near].noise - share) < 1e-6:
             return self.at_level(near, start)
         first = self._solver.timesteps[0]
-        total = self._solver.scheduler.config.num_train_timesteps
-        time = torch.tensor(share, dtype=torch.float32, device=first.device) * total
+        given = torch.tensor(share, dtype=torch.float32, device=first.device)
+        time = self._noise.time_of(given)
         passed = [i for i, level in enumerate(self._levels) if level.noise > share]
         entry = self._solver.entries[min(passed[-1], len(self._levels) - 2)][0] if passed else 0
         return Moment(time, self._clock(entry, float(time), start))

@@ -5,6 +5,7 @@ Whatever the space that a scheduler keeps its latents in, a level is x = signal 
     alpha-bar space (DDIM, DDPM, PNDM, DPM-Solver++, UniPC)   sqrt(alpha_bar), sqrt(1 - alpha_bar)
     sigma space (Euler, Heun, LMS, KDPM2)                      1, sigma
     flow matching (SD3, Flux)                                  1 - sigma, sigma
+    flow matching with inverted sigmas (Mochi, OmniGen)        sigma, 1 - sigma
 
 so that editors and programs convert predictions and renoise without knowing which it is.
 """
@@ -22,8 +23,17 @@ from hookctl.errors import InputError, UnsupportedError
 if TYPE_CHECKING:
     from hookctl.loop.state import State
 
+_FLOW = (
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "FlowMatchLCMScheduler",
+    "LTXEulerAncestralRFScheduler",
+)
 # Schedulers whose every step goes back by the same number of training timesteps.
 _OF_ONE_LENGTH = ("DDIMScheduler", "DDIMParallelScheduler", "CogVideoXDDIMScheduler")
+_OF_NOISE = ("RePaintScheduler",)  # whose predictions are eps, though it has no word for it
+# Those whose every other timestep lies between two of their sigmas, at their geometric mean.
+_HALFWAY = ("KDPM2DiscreteScheduler", "DPMSolverSDEScheduler")
 
 KINDS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
@@ -55,7 +65,9 @@ class Noise:
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
         self.flow = matches_flow(scheduler)
-        fallback = "flow_prediction" if self.flow else "epsilon"
+        self.inverted = bool(getattr(scheduler.config, "invert_sigmas", False))
+        fallback = "epsilon" if _is_any_of(scheduler, _OF_NOISE) else "none known"
+        fallback = "flow_prediction" if self.flow else fallback
         self.kind: str = getattr(scheduler.config, "prediction_type", fallback)
         sigmas, alphas = (hasattr(scheduler, name) for name in ("sigmas", "alphas_cumprod"))
         if (
@@ -77,18 +89,39 @@ class Noise:
         return list(dict.fromkeys(float(t) for t in self.scheduler.timesteps))
 
     def level(self, timestep: Tensor | float) -> Level:
-        """The level that the latents are at when the denoiser is called with `timestep`."""
-        scheduler, t = self.scheduler, float(timestep)
+        """The level that the latents are at when the denoiser is called with `timestep`.
+
+        Of a timestep that comes several times (the rounded ones of Karras' sigmas) it is the last
+        one's, which its step starts from.
+        """
+        times, t = self.scheduler.timesteps, float(timestep)
+        if not hasattr(self.scheduler, "sigmas"):
+            return self._of_alphas(t)
+        return self.at(len(times) - 1 - int((times.float() - t).abs().flip(0).argmin()))
+
+    def at(self, entry: int) -> Level:
+        """The level of the latents at an entry of the scheduler's timesteps."""
+        scheduler = self.scheduler
         if not hasattr(scheduler, "sigmas"):
-            if not 0 <= int(t) < len(scheduler.alphas_cumprod):
-                raise InputError(
-                    f"timestep {t:g}: the model knows 0 to {len(scheduler.alphas_cumprod) - 1}; "
-                    "take fewer steps, or a scheduler with steps_offset=0"
-                )
-            return _from_alpha(float(scheduler.alphas_cumprod[int(t)]))
-        times = scheduler.timesteps
-        index = int((times.float() - t).abs().argmin())
-        return self._from_sigma(float(scheduler.sigmas[index]))
+            return self._of_alphas(float(scheduler.timesteps[entry]))
+        sigma = float(scheduler.sigmas[entry])
+        if entry % 2 and _is_any_of(scheduler, _HALFWAY):
+            sigma = (float(scheduler.sigmas[entry - 1]) * sigma) ** 0.5
+        return self._from_sigma(sigma)
+
+    def _of_alphas(self, t: float) -> Level:
+        alphas = self.scheduler.alphas_cumprod
+        if not 0 <= int(t) < len(alphas):
+            raise InputError(
+                f"timestep {t:g}: the model knows 0 to {len(alphas) - 1}; take fewer steps, or a "
+                "scheduler with steps_offset=0"
+            )
+        return _from_alpha(float(alphas[int(t)]))
+
+    def time_of(self, share: Tensor) -> Tensor:
+        """The timestep of a share of noise, from 0 (clean) to 1, for flow matching."""
+        total: int = getattr(self.scheduler.config, "num_train_timesteps", 1000)
+        return (1 - share if self.inverted else share) * total
 
     def after(self, timestep: Tensor | float) -> Level:
         """The level that a step from `timestep` leads to.
@@ -97,7 +130,7 @@ class Noise:
         the timesteps, and end between two of them (linspace).
         """
         scheduler, times = self.scheduler, self.timesteps
-        if type(scheduler).__name__ in _OF_ONE_LENGTH:
+        if _is_any_of(scheduler, _OF_ONE_LENGTH):
             total = scheduler.config.num_train_timesteps
             there = int(float(timestep)) - total // scheduler.num_inference_steps
             return self.level(there) if there >= 0 else _from_alpha(float(self._final))
@@ -121,7 +154,8 @@ class Noise:
 
     def _from_sigma(self, sigma: float) -> Level:
         if self.flow:
-            return Level(1.0 - sigma, sigma)
+            share = 1.0 - sigma if self.inverted else sigma
+            return Level(1.0 - share, share)
         root = (sigma**2 + 1) ** 0.5
         # Only a scheduler that starts from scaled noise keeps its latents in sigma space.
         scaled = abs(float(getattr(self.scheduler, "init_noise_sigma", 1.0)) - 1.0) > 1e-6
@@ -136,6 +170,7 @@ class Noise:
         """
         a, s = level.signal, level.noise
         if self.kind == "flow_prediction":
+            prediction = -prediction if self.inverted else prediction
             x0 = (x - s * prediction) / (a + s)
             return x0, x0 + prediction
         if self.kind == "v_prediction":
@@ -154,7 +189,7 @@ class Noise:
     def join(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
         """The prediction that means (x0, eps) at a level: the inverse of `split`."""
         if self.kind == "flow_prediction":
-            return eps - x0
+            return x0 - eps if self.inverted else eps - x0
         if self.kind == "v_prediction":
             r = (level.signal**2 + level.noise**2) ** 0.5
             return (level.signal / r) * eps - (level.noise / r) * x0
@@ -190,8 +225,12 @@ class Noise:
 def matches_flow(scheduler: Any) -> bool:
     """Whether a scheduler is one of flow matching."""
     config = getattr(scheduler, "config", None)
-    named = "FlowMatch" in type(scheduler).__name__
-    return named or bool(getattr(config, "use_flow_sigmas", False))
+    return _is_any_of(scheduler, _FLOW) or bool(getattr(config, "use_flow_sigmas", False))
+
+
+def _is_any_of(scheduler: Any, names: tuple[str, ...]) -> bool:
+    """Whether a scheduler is of one of these classes, or of one made from them."""
+    return any(kind.__name__ in names for kind in type(scheduler).__mro__)
 
 
 def noise_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -206,5 +245,4 @@ def _from_alpha(alpha_bar: float) -> Level:
 
 def level_of(state: State) -> Level:
     """Signal and noise of the latents of a call."""
-    scheduler = state.pipe.scheduler
-    return Noise(scheduler).level(scheduler.timesteps[state.clock.entry])
+    return Noise(state.pipe.scheduler).at(state.clock.entry)

@@ -90,7 +90,7 @@ class Template:
         """[rows, tokens, channels] of a call."""
         own = call.pattern.arguments.get(self.text_name or "")
         if isinstance(own, Tensor):
-            return own[call.index.to(own.device)]
+            return own[call.index.to(own.device) * self._repeats(own, call)]
         if not isinstance(own, list):
             raise UnsupportedError("this denoiser is given no text embeddings")
         texts = [own[int(i)] for i in call.index]
@@ -100,6 +100,11 @@ class Template:
                 "stand in no one tensor; give prompts of as many tokens"
             )
         return torch.stack(texts)
+
+    @staticmethod
+    def _repeats(texts: Tensor, call: Chosen) -> int:
+        """How often each text stands in a call: in those of some videos once for every frame."""
+        return max(1, len(texts) // len(call.pattern.rows))
 
     def call(
         self,
@@ -119,7 +124,8 @@ class Template:
         given, pattern = arguments[self.sample], arguments[self.time]
         if len(index) < len(rows):
             names = [name for name in arguments if not is_shared(name)]
-            arguments |= {n: _select(arguments[n], index, len(rows)) for n in names}
+            sizes = {len(rows) * r: r for r in (self.grid[0] if len(self.grid) == 3 else 1, 1)}
+            arguments |= {n: _select(arguments[n], index, sizes) for n in names}
         arguments[self.sample] = self._input(model_input, given, index)
         arguments[self.time] = _time(time, pattern, len(index))
         if texts:
@@ -154,9 +160,11 @@ class Template:
                     )
                 own = text.to(own).expand_as(own)
             parts.append(own)
-        if isinstance(call.pattern.arguments[str(self.text_name)], list):
+        given = call.pattern.arguments[str(self.text_name)]
+        if isinstance(given, list):
             return [text for part in parts for text in part]
-        return torch.cat(parts)
+        text = torch.cat(parts)
+        return text.repeat_interleave(self._repeats(given, call), 0)
 
 
 def _time(time: Tensor, pattern: Any, rows: int) -> Any:
@@ -168,17 +176,24 @@ def _time(time: Tensor, pattern: Any, rows: int) -> Any:
     return told if not pattern.dim() else told.expand(rows, *pattern.shape[1:])
 
 
-def _select(value: Any, index: Tensor, batch: int) -> Any:
-    """The rows of an argument, wherever it holds one for each row of the full call."""
+def _select(value: Any, index: Tensor, sizes: Mapping[int, int]) -> Any:
+    """The rows of an argument, wherever it holds one for each row of the full call, or for each of
+    a row's frames.
+
+    sizes: entries of an argument -> how many of them are each row's; the last is one of each.
+    """
     if isinstance(value, Tensor):
-        rowwise = value.dim() > 0 and value.shape[0] == batch
-        return value.index_select(0, index.to(value.device)) if rowwise else value
+        each = sizes.get(value.shape[0]) if value.dim() > 0 else None
+        if each is None:
+            return value
+        places = index[:, None] * each + torch.arange(each)
+        return value.index_select(0, places.flatten().to(value.device))
     if isinstance(value, Mapping):
-        return {key: _select(part, index, batch) for key, part in value.items()}
-    if isinstance(value, list) and len(value) == batch and _one_each(value):
+        return {key: _select(part, index, sizes) for key, part in value.items()}
+    if isinstance(value, list) and sizes.get(len(value)) == 1 and _one_each(value):
         return [value[int(i)] for i in index]
     if isinstance(value, list | tuple):
-        return type(value)(_select(part, index, batch) for part in value)
+        return type(value)(_select(part, index, sizes) for part in value)
     return value
 
 

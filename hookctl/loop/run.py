@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from hookctl.address import families, pipelines
 from hookctl.address.clock import Clock, Timekeeper
-from hookctl.address.latent import image_tokens, latent_grid, text_rotations, text_tokens
+from hookctl.address.latent import (
+    image_tokens,
+    latent_grid,
+    text_rotations,
+    text_tokens,
+    time_told,
+)
 from hookctl.address.rows import Row, Rows, branch_of, copied, resolve_rows
 from hookctl.address.text import prompts_given
 from hookctl.errors import InputError, LayoutError, UnsupportedError
@@ -21,7 +27,6 @@ from hookctl.loop.driven import Driven, Scaling, driven, reading_of
 from hookctl.loop.residuals import with_residuals
 from hookctl.loop.state import State
 
-_TIMES = ("timestep", "timesteps", "t", "timestep_ratio")
 _TEXTS = ("encoder_hidden_states", "cap_feats", "context")
 
 
@@ -129,7 +134,7 @@ class Run:
             latent = tuple(given[0].shape[1:])
         else:
             latent = latent_grid(given, arguments, denoiser)
-        time = next((arguments[name] for name in _TIMES if name in arguments), None)
+        time = time_told(arguments, denoiser)
         scheduler = pipelines.scheduler_of(self.pipe, denoiser)
         if scheduler is not self._scheduler and self._scheduler is not None and outer is None:
             self.keeper.restart()  # a prior has ended, or begins anew

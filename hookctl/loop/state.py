@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hookctl.address import families
 from hookctl.address.clock import Clock
+from hookctl.address.latent import latent_axes
 from hookctl.address.rows import COND, Rows
 from hookctl.address.sites import ImageTokens
 from hookctl.attention.query_lists import TextPlace
@@ -103,6 +104,11 @@ class State:
     def reader(self) -> Reader | None:
         """Whose read-outs alone are served in this call, None for everyone's."""
         return None if self.reading is None else Reader(self.reading.reader)
+
+    @property
+    def axes(self) -> str:
+        """Of `latents`, in order (`latent_axes`)."""
+        return latent_axes(self.denoiser, self.latents.dim())
 
     @property
     def projects_texts_alone(self) -> bool:

@@ -86,18 +86,19 @@ class ImplicitMasks:
     def masked(self, d: Tensor, key: Key, threshold: float, state: State, late: bool) -> Tensor:
         """The guidance d of an edit of one image where it acts.
 
-        d: [channels, [frames,] height, width], or [tokens, channels] where latents are packed;
+        d: of the axes of the run's latents, such as [channels, [frames,] height, width];
         late: whether M2 counts beside M1.
         """
         size = state.grid[-2:]
         if self.region is not None:
             share = self.region.coverage(*size).to(d)
-            d = d * over_latent(share[None], d)
-        strong = at_least(d.abs().sum(-1 if d.dim() == 2 else 0, keepdim=True), threshold)
+            d = d * over_latent(share[None], d, state.axes)
+        channels = state.axes.index("c") - 1
+        strong = at_least(d.abs().sum(channels, keepdim=True), threshold)
         if self.words and (total := self._sums.sum(key)) is not None:
             inside = at_least(smoothed(total), threshold).to(d)
             fine = F.interpolate(inside[:, None], size=size)[:, 0]
-            d = d * over_latent(fine, d)
+            d = d * over_latent(fine, d, state.axes)
         return d * strong if self.guidance and (late or not self.words) else d
 
 

@@ -104,18 +104,19 @@ class LocalBlend:
         """Take everything outside the masks from the source, in the latents after a step."""
         if state.clock.step + 1 <= int(self.start * state.clock.steps):
             return
-        x, rows, packed = state.latents, state.images, state.latents.dim() == 3
+        x, rows, axes = state.latents, state.images, state.axes
         index = {(row.prompt, row.image): row.index for row in rows}
         sources = [index[0, row.image] for row in rows]
-        channels_first = x.mT if packed else x
+        c = axes.index("c")
+        channels_first = x.movedim(c, 1)
         inside = x.new_ones(len(x), *channels_first.shape[2:], dtype=torch.bool)
         for row in rows:
             mask = self.mask(row.prompt, row.image) if row.prompt else None
             if mask is not None:
-                shaped = over_latent(mask, x[row.index])
-                inside[row.index] = (shaped.mT if packed else shaped)[0]
+                shaped = over_latent(mask, x[row.index], axes)
+                inside[row.index] = shaped.movedim(c - 1, 0)[0]
         out = local_blend(channels_first, torch.tensor(sources, device=x.device), inside)
-        state.latents = out.mT if packed else out
+        state.latents = out.movedim(1, c)
 
     def mask(self, prompt: int, image: int = 0) -> Tensor | None:
         """Where an edit may show: bool [frames, height, width] over the latent.

@@ -38,6 +38,7 @@ class SubjectMasks:
     _maps: RunState[dict[tuple[Image, str], deque[Tensor]]] = RunState(factory=dict, kept=True)
     _means: RunState[dict[Image, list[Tensor]]] = RunState(factory=dict, kept=True)
     _made: RunState[dict[tuple[Image, Grid], Tensor | None]] = RunState(factory=dict, kept=True)
+    _now: RunState[int | None] = RunState(None)
     _resolution: RunState[Fraction | None] = RunState(None)
     _texts: RunState[PromptTexts] = RunState()
     _sites: RunState[list[Site]] = RunState()
@@ -59,7 +60,7 @@ class SubjectMasks:
     def begin(self, who: str, state: State) -> None:
         """A new run; UnsupportedError where the grids of the sites are unknown."""
         self._find(state.own_text)
-        self._maps, self._means, self._made = {}, {}, {}
+        self._maps, self._means, self._made, self._now = {}, {}, {}, None
         self._resolution = layout_resolution(who, self._sites, state.grid, "leave the recipe out")
 
     def read(self, call: AttentionCall) -> None:
@@ -79,9 +80,14 @@ class SubjectMasks:
         image = map_of(values.detach(), grid).mean(0)
         self._maps.setdefault(key, deque(maxlen=NEWEST)).append(image)
 
-    def step(self) -> None:
-        """A new step, whose masks are of the maps before it."""
-        self._means, self._made = {}, {}
+    def step(self, now: int | None = None) -> None:
+        """A step, whose masks are of the maps before it; None for one after all.
+
+        In the further calls of a step (guidance by two) they stay as they are.
+        """
+        if now is not None and now == self._now:
+            return
+        self._means, self._made, self._now = {}, {}, now
         for (image, _), maps in self._maps.items():
             mean = torch.stack(tuple(maps)).float().mean(0)
             self._means.setdefault(image, []).append(mean)

@@ -89,3 +89,11 @@ def test_bad_input() -> None:
     euler = pipeline("sd15", EulerDiscreteScheduler)
     with pytest.raises(UnsupportedError, match="use DDIMScheduler"):
         EditFriendlyDDPM(euler, image(), PROMPT, steps=3).run()
+
+
+def test_noise_does_not_depend_on_images_beside() -> None:
+    pipe, options = pipeline(), {"steps": 4, "skip": 0.0, "seed": 3}
+    alone = EditFriendlyDDPM(pipe, image(1), TARGET, **options).run()
+    _, beside = EditFriendlyDDPM(pipe, [image(), image(1)], [PROMPT, TARGET], **options).run()
+    for one, other in zip(alone.path, beside.path, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)

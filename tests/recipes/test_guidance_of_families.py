@@ -18,11 +18,13 @@ import hookctl
 from hookctl.errors import UnsupportedError
 from hookctl.loop.packing import packed, unpacked
 from hookctl.recipes import APG, FDG, TCFG, CFGZeroStar
+from hookctl.recipes.common.guidance_rule import Guided
 from hookctl.recipes.fdg import pyramid, summed
 from tests import zoo
 from tests.families.subjects import error
 from tests.recipes.rules import RULES, Watch
 from tests.recipes.runs import TWO, draw_two, made
+from tests.zoo.wild import WILD
 
 QWEN, Z_IMAGE = zoo.PIPELINES["qwen_image"], zoo.PIPELINES["z_image"]
 
@@ -156,3 +158,22 @@ def test_apg_takes_the_level_of_the_schedule(name: str) -> None:
             size = parts["cond"].norm(dim=-1, keepdim=True)
             want = want * (size / want.norm(dim=-1, keepdim=True))
         assert error(got, want) < 1e-5
+
+
+def test_pyramids_are_of_places_where_channels_come_last() -> None:
+    """Kandinsky 5's latents are [images, frames, height, width, channels]."""
+    sides = []
+
+    class Seen(FDG):
+        def term(self, step: Guided) -> Tensor:
+            sides.append((step.d.shape, self._grid(step.state, step.d).shape))
+            found: Tensor = super().term(step)
+            assert found.shape == step.d.shape
+            return found
+
+    case = WILD["Kandinsky5T2VPipeline"]
+    pipe = case.make()
+    with hookctl.control(pipe, Seen(scales=(9.0,))):
+        case.draw(pipe, ["a red cat"], ["blurry"], [0])
+    (b, f, h, w, c), grid = sides[0]
+    assert grid == (b, c, f, h, w)

@@ -173,6 +173,19 @@ def test_official_levels_of_the_fresh_noise() -> None:
         assert run.level == it.high
 
 
+def test_an_image_does_not_depend_on_those_beside() -> None:
+    images = [image(), image().transpose(Image.Transpose.ROTATE_90)]
+    given = {"at": (64, 0), "size": (128, 128), "steps": 4, "cycles": 1, "final_eta": 0.5}
+
+    def drawn(images: Any, prompts: Any) -> Tensor:
+        found: Tensor = CyclicOneWay(made("sd15"), images, prompts, **given).run(
+            output_type="latent"
+        )
+        return found
+
+    assert relative(drawn(images, [CAT, DOG])[1:], drawn(images[1], DOG)) < 1e-4
+
+
 @pytest.mark.slow
 def test_selective_without_strength_is_cyclic() -> None:
     none = latents(cls=SelectiveOneWay, spread=0.0, isolate=0.0)

@@ -16,6 +16,7 @@ import hookctl
 from hookctl import Editor
 from hookctl.errors import HookctlError, InputError, UnsupportedError
 from hookctl.recipes import DyPE, RIFLEx
+from tests import zoo
 from tests.families.fingerprint import differences, fingerprint
 from tests.families.subjects import error
 from tests.hookctl.loop.families import BY_NAME, FAMILIES
@@ -340,3 +341,14 @@ def test_other_models() -> None:
 def test_arguments(make: Any, said: str) -> None:
     with pytest.raises(InputError, match=said):
         make()
+
+
+def test_models_of_somebodys_own_class_are_known_by_their_base() -> None:
+    case, drawn = zoo.PIPELINES["flux"], []
+    for own in (False, True):
+        pipe = case.make()
+        for module in (pipe.transformer, pipe.transformer.pos_embed) if own else ():
+            module.__class__ = type("Mine", (type(module),), {})
+        with hookctl.control(pipe, DyPE(base=2)):
+            drawn.append(case.run(pipe))
+    assert torch.equal(*drawn)

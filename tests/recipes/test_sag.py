@@ -178,3 +178,16 @@ def test_bad_input() -> None:
     flux = zoo.PIPELINES["flux"]
     with pytest.raises(UnsupportedError, match="latents of FluxPipeline"):
         draw(flux, flux.make(), SAG())
+
+
+def test_a_step_of_pure_noise_leaves_nothing_behind() -> None:
+    """A flow's first step has no image to blur: what its attention looked at is not the next's."""
+    case = zoo.PIPELINES["sd3"]
+    masks, drawn = [], []
+    for start in (0.0, 1 / 3):
+        edit, pipe = SAG(1.0, start=start, stop=2 / 3, threshold=0.9), case.make()
+        with hookctl.control(pipe, edit):
+            drawn.append(case.run(pipe, steps=3))
+        masks.append(edit.masks)
+    assert masks[0] is not None and torch.equal(*masks)
+    assert torch.equal(*drawn)

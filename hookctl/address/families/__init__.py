@@ -49,6 +49,7 @@ from hookctl.address.families.record import (
     declare_models,
     declare_pipelines,
     model_of,
+    names_of,
     pipeline_of,
     uncompiled,
 )
@@ -89,6 +90,7 @@ __all__ = [
     "named_denoisers",
     "sites_of",
     "model_of",
+    "names_of",
     "pipeline_of",
     "plain_blocks",
     "processor_of",

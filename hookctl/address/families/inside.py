@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 
+from hookctl.address.families.record import names_of
 from hookctl.address.sites import Site
 
 # Blocks of these norms add the attention's output to the residual stream as it is; others scale it.
@@ -100,15 +101,15 @@ def blocks_of(model: nn.Module, sites: Iterable[Site]) -> dict[str, Block]:
         if site.kind not in ("self", "joint", "temporal") or not path or path in found:
             continue
         module = _at(model, path)
-        name = type(module).__name__
+        names = set(names_of(module))
         parameters = inspect.signature(type(module).forward).parameters
         image = next((stream for stream in IMAGE_STREAMS if stream in parameters), None)
         if image is None:
             continue
         streams: tuple[str, ...] = (image,)
-        if name in _TEXT_FIRST:
+        if names & set(_TEXT_FIRST):
             streams = (_TEXT, image)
-        elif name in _TEXT_LAST:
+        elif names & set(_TEXT_LAST):
             streams = (image, _TEXT)
         found[path] = Block(module, site, streams)
     return found

@@ -16,20 +16,20 @@ declare_models(
     Model(),
     """
     UNet2DConditionModel UNet2DModel UNet1DModel UNet3DConditionModel I2VGenXLUNet UVit2DModel
-    DiTTransformer2DModel PixArtTransformer2DModel HunyuanDiT2DModel LuminaNextDiT2DModel
-    Transformer2DModel DreamLiteTransformer2DModel AllegroTransformer3DModel
+    DiTTransformer2DModel PixArtTransformer2DModel HunyuanDiT2DModel Transformer2DModel
+    DreamLiteTransformer2DModel AllegroTransformer3DModel
     LTXVideoTransformer3DModel CosmosTransformer3DModel WanTransformer3DModel
     WanVACETransformer3DModel WanAnimateTransformer3DModel SkyReelsV2Transformer3DModel
-    ChronoEditTransformer3DModel AnyFlowTransformer3DModel
-    StableAudioDiTModel AudioLDM2UNet2DConditionModel
+    ChronoEditTransformer3DModel LatteTransformer3DModel StableAudioDiTModel
+    AudioLDM2UNet2DConditionModel
     """,
 )
-declare_models(Model(axes="bfchw"), "UNetSpatioTemporalConditionModel LatteTransformer3DModel")
+declare_models(Model(counts_up=True), "LuminaNextDiT2DModel")
+declare_models(Model(axes="bfchw"), "UNetSpatioTemporalConditionModel AnyFlowTransformer3DModel")
 declare_models(Model(), "UNetMotionModel")
 _DRAWN_BEFORE = "frames that were drawn before stand in one sequence with the latents"
-declare_models(
-    Model(placeless=_DRAWN_BEFORE), "HeliosTransformer3DModel AnyFlowFARTransformer3DModel"
-)
+declare_models(Model(placeless=_DRAWN_BEFORE), "HeliosTransformer3DModel")
+declare_models(Model(axes="bfchw", placeless=_DRAWN_BEFORE), "AnyFlowFARTransformer3DModel")
 declare_models(
     Model(placeless="texts and videos are packed into one sequence without rows"),
     "Cosmos3OmniTransformer",
@@ -90,7 +90,12 @@ declare_models(
 )
 declare_models(Model("text_image", _JOINT), "QwenImage21Transformer2DModel")
 declare_models(
-    Model("text_image", _JOINT, placeless="the call does not say where its text ends"),
+    Model(
+        "text_image",
+        _JOINT,
+        placeless="the call does not say where its text ends",
+        counts_up=True,
+    ),
     "Ideogram4Transformer2DModel",
 )
 declare_models(
@@ -114,6 +119,7 @@ declare_models(
         "text_image",
         (("noise_refiner.*", "self"), ("context_refiner.*", "text"), *_JOINT),
         text_masked=True,
+        counts_up=True,
     ),
     "Lumina2Transformer2DModel",
 )
@@ -162,6 +168,7 @@ declare_models(
         ),
         text_block=32,
         text_rows=True,
+        counts_up=True,
     ),
     "ZImageTransformer2DModel",
 )

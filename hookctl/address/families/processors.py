@@ -23,6 +23,7 @@ from diffusers.models.attention_processor import (
 )
 from torch import nn
 
+from hookctl.address.families.record import names_of
 from hookctl.errors import UnsupportedError
 
 
@@ -109,7 +110,7 @@ def uncatchable(module: nn.Module) -> str | None:
             "torch.nn.MultiheadAttention computes its attention where nothing can be caught; "
             "build the layer on scaled_dot_product_attention"
         )
-    if type(processor_of(module)).__name__.startswith("QwenImage21"):
+    if any(name.startswith("QwenImage21") for name in names_of(processor_of(module))):
         return (
             "its processor attends by a call for each part of the sequence, and keeps the text's "
             "keys for the steps after the first"
@@ -122,7 +123,7 @@ def uncatchable(module: nn.Module) -> str | None:
 
 def keeps_perturbed(module: nn.Module) -> bool:
     """Whether a module attends to all rows alike; PAG's processors take the perturbed ones out."""
-    return not type(processor_of(module)).__name__.startswith("PAG")
+    return not any(name.startswith("PAG") for name in names_of(processor_of(module)))
 
 
 def counts_text(module: nn.Module) -> bool:
@@ -135,5 +136,5 @@ def text_call(module: nn.Module) -> int:
 
     Adapters attend after the model does; Wan attends to its image context before.
     """
-    wan = type(module).__name__ == "WanAttention"
+    wan = "WanAttention" in names_of(module)
     return int(wan and getattr(module, "add_k_proj", None) is not None)

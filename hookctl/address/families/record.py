@@ -63,6 +63,7 @@ class Model:
     rotations: the module whose table of rotations, `pos_freqs`, has those of a text's positions,
         where the model numbers them itself (`text_rotations`).
     placeless: the image's tokens form no grid over the latent; why.
+    counts_up: the time it is told is the share of the image, 1 - t / 1000.
     """
 
     order: Order | None = None
@@ -78,6 +79,7 @@ class Model:
     text_rows: bool = False
     rotations: str | None = None
     placeless: str | None = None
+    counts_up: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,12 @@ def pipeline_of(pipe: Any) -> Pipeline | None:
 
 def _found(table: Mapping[str, T], kind: type) -> T | None:
     return next((table[base.__name__] for base in kind.__mro__ if base.__name__ in table), None)
+
+
+def names_of(thing: Any) -> tuple[str, ...]:
+    """Names of an object's class and of its bases: what somebody makes of a known class is known
+    too."""
+    return tuple(base.__name__ for base in type(thing).__mro__)
 
 
 def uncompiled(module: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hookctl.address.families.record import uncompiled
+from hookctl.address.families.record import names_of, uncompiled
 
 FRAME, IMAGE, ROW, COLUMN, TEXT = "frame", "image", "row", "column", "text"
 PATHS = ("pos_embed", "rope", "rope_embedder")
@@ -66,7 +66,7 @@ def rotary_of(denoiser: nn.Module) -> tuple[str, Any, Rotary] | None:
     model: Any = uncompiled(denoiser)
     for path in PATHS:
         module = getattr(model, path, None)
-        if (record := RECORDS.get(type(module).__name__)) is not None:
+        if record := next((RECORDS[name] for name in names_of(module) if name in RECORDS), None):
             return path, module, record
     return None
 

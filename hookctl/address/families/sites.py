@@ -98,7 +98,7 @@ def describe_sites(denoiser: nn.Module, name: str = "") -> tuple[tuple[Site, nn.
     """
     model = uncompiled(denoiser)
     record = model_of(model) or _UNDECLARED
-    levels = _levels(model)
+    levels = _levels(model, record)
     seen: dict[tuple[str, int, str], int] = {}
     found = []
     for path, module in attention_modules(model):
@@ -150,22 +150,23 @@ def _place(path: str) -> tuple[str, int]:
     return "other", 0
 
 
-def _levels(model: nn.Module) -> dict[Any, Fraction]:
+def _levels(model: nn.Module, record: Model) -> dict[Any, Fraction]:
     """Side of each block's token grid over the side of the latent."""
+    config = getattr(model, "config", {})
+    told = config if hasattr(config, "get") else {}
+    patch = told.get("patch_size") or told.get("all_patch_size")
+    patch = patch[-1] if isinstance(patch, list | tuple) else patch
     down = getattr(model, "down_blocks", None)
     if down is not None:
-        count = len(down)
-        levels: dict[Any, Fraction] = {}
-        for i in range(count):
-            levels["down", i] = Fraction(1, 2**i)
-            levels["up", i] = Fraction(1, 2 ** (count - 1 - i))
-        levels["mid", 0] = Fraction(1, 2 ** (count - 1))
-        return levels
-    config = getattr(model, "config", {})
-    patches = config if hasattr(config, "get") else {}
-    patch = patches.get("patch_size") or patches.get("all_patch_size")
-    if isinstance(patch, list | tuple):
-        patch = patch[-1]
+        halved = told.get("switch_level") or [True] * (len(down) - 1)  # Stable Cascade: not always
+        sides = [Fraction(1, patch if isinstance(patch, int) else 1)]
+        for halves in halved:
+            sides.append(sides[-1] / (2 if halves else 1))
+        levels: dict[Any, Fraction] = {("down", i): side for i, side in enumerate(sides)}
+        levels |= {("up", i): side for i, side in enumerate(reversed(sides))}
+        return levels | {("mid", 0): sides[-1]}
+    if record.parts is not None:
+        return {"all": Fraction(1)}  # a latent is packed, and its sides are of tokens
     if isinstance(patch, int) and patch > 0:
         return {"all": Fraction(1, patch)}
     return {}

@@ -24,6 +24,7 @@ from hookctl.address.clock import Clock, Timekeeper, Window
 from hookctl.editor import Editor
 from hookctl.errors import InputError
 from tests import zoo
+from tests.zoo.wild import WILD
 
 SD15 = zoo.PIPELINES["sd15"]
 
@@ -72,6 +73,31 @@ def test_timesteps_are_the_schedulers(name: str) -> None:
     schedule = pipe.scheduler.timesteps.tolist()
     assert list(dict.fromkeys(c.timestep for c in watch.clocks)) == pytest.approx(schedule)
     assert all(c.timestep == schedule[c.step] for c in watch.clocks)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_time_that_rises_is_not_taken_for_another_steps(shift: float) -> None:
+    """Z-Image is told 1 - sigma, which may be the sigma of a later step: 0.25 of 0.75."""
+    case, watch = zoo.PIPELINES["z_image"], Watch()
+    pipe = case.make()
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    with hookctl.control(pipe, watch):
+        case.run(pipe, steps=10, guidance=1.0)
+    assert [clock.step for clock in watch.clocks] == list(range(10))
+    assert [c.timestep for c in watch.clocks] == pytest.approx(pipe.scheduler.timesteps.tolist())
+
+
+@pytest.mark.parametrize("name", ["ZImageImg2ImgPipeline", "Lumina2Pipeline"])
+def test_rising_times_of_other_pipelines(name: str) -> None:
+    watch, told = Watch(), []
+    pipe = WILD[name].make()
+    step = pipe.scheduler.step
+    pipe.scheduler.step = lambda v, timestep, *args, **more: (
+        told.append(float(timestep)) or step(v, timestep, *args, **more)
+    )
+    with hookctl.control(pipe, watch):
+        WILD[name].draw(pipe, ["a red cat"], ["blurry"], [0])
+    assert told and list(dict.fromkeys(c.timestep for c in watch.clocks)) == pytest.approx(told)
 
 
 def test_a_run_that_starts_in_the_middle() -> None:
@@ -134,6 +160,20 @@ def test_a_second_run_starts_again() -> None:
         steps.append(keeper.read(time, schedule).step)
         keeper.advance()
     assert steps == [0, 1, 0, 1]
+
+
+def test_a_list_that_is_over_begins_anew() -> None:
+    """Stages and chunks of one call of a pipeline, each with a list of its own; between chunks
+    those that are done may be read at time 0."""
+    keeper, steps = Timekeeper(), []
+    for times in ([9.0, 6.0], [5.0, 2.0]):
+        schedule = torch.tensor(times)
+        for time in times:
+            steps.append(keeper.read(time, schedule).step)
+            keeper.advance()
+    keeper.read(0.0, schedule)
+    steps.append(keeper.read(5.0, schedule).step)
+    assert steps == [0, 1, 0, 1, 0]
 
 
 def test_nested_calls_move_nothing() -> None:

@@ -92,6 +92,14 @@ def test_grids(tokens: int, latent: tuple[int, ...], grid: Grid | None) -> None:
         assert grid.tokens == tokens
 
 
+def test_grids_of_videos_depend_on_how_frames_stand() -> None:
+    """Four frames of 8 x 8 latents hold as many patches of 2 x 2 as one has latents."""
+    assert grid_of(64, (4, 8, 8)) == Grid(4, 4, 4)
+    assert grid_of(64, (4, 8, 8), sequences=4) == Grid(8, 8)
+    assert grid_of(4, (4, 8, 8), sequences=64) is None  # through time, place by place
+    assert grid_of(64, ()) is None
+
+
 def test_labels_without_resolution() -> None:
     assert Site("a.b", "self", "other", 0, 3).label == "other0.self3"
 

@@ -14,7 +14,7 @@ import hookctl
 from hookctl.errors import InputError
 from hookctl.learned.files import Checkpoint
 from hookctl.learned.gligen import GLIGEN, GLIGENNetwork, build
-from hookctl.learned.gligen_stem import Stem
+from hookctl.learned.gligen_stem import Inpainting, Stem
 from hookctl.learned.grounding import Fade, Layout
 from hookctl.learned.loading import load
 from hookctl.learned.modules.convnext import ConvNeXt
@@ -347,6 +347,26 @@ def test_a_stem_for_other_channels_is_refused():
     network = spatial(2, downsampler=randomise(Downsampler(1, 2, 3), 6))
     with pytest.raises(InputError, match="takes 2 channels beside the latents, and 3 are made"):
         draw(SD15, SD15.make(), GLIGEN(network, maps=picture(0)))
+
+
+def test_the_noise_of_inpainting_does_not_depend_on_images_beside():
+    edit = Inpainting("GLIGEN", Image.new("RGB", (128, 128), (200, 30, 90)), objects().inputs, 3)
+    put = []
+
+    class Put(hookctl.Editor):
+        def begin(self, state):
+            edit.begin(state)
+
+        def before(self, state):
+            edit.put(state, state.images)
+            put.append(state.latents)
+
+    pipe = SD15.make()
+    for prompts in (TWO[1:], TWO):
+        with hookctl.control(pipe, Put()):
+            SD15.run(pipe, prompts, steps=2)
+    for alone, beside in zip(put[:2], put[2:], strict=True):
+        assert torch.equal(alone[0, :, 0, 0], beside[1, :, 0, 0])  # a cell in no box
 
 
 @pytest.mark.slow

@@ -145,8 +145,10 @@ def test_what_all_rows_share_stays_as_it_is() -> None:
         padding_mask=torch.ones(1, 1, 8, 8),
         encoder_hidden_states=torch.zeros(1, 5, 8),
         control_hidden_states_scale=torch.ones(1),
+        skip_layers=[7],
     )
     taken = take_rows(state, [(0, 1), (0, 1)])
+    assert taken["skip_layers"] == [7]  # as many layers as rows
     assert taken["padding_mask"].shape[0] == taken["control_hidden_states_scale"].shape[0] == 1
     assert taken["encoder_hidden_states"].shape[0] == 2
 

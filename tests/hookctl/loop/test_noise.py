@@ -66,6 +66,53 @@ def test_flow_split_agrees_with_the_step() -> None:
     torch.testing.assert_close(noise.after(t).mix(x0, eps), stepped, rtol=1e-4, atol=1e-4)
 
 
+def test_inverted_sigmas_begin_with_noise() -> None:
+    """Mochi, OmniGen: sigma is the share of the image, and velocities lead to it."""
+    made = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    made.set_timesteps(12)
+    noise = Noise(made)
+    assert noise.levels()[0] == Level(0.0, 1.0)
+    assert noise.levels()[-1] == Level(1.0, 0.0)
+    t = made.timesteps[3]
+    x, prediction = torch.randn(2, 1, 4, 8, 8)
+    x0, eps = noise.split(x, prediction, noise.level(t))
+    torch.testing.assert_close(noise.join(x0, eps, noise.level(t)), prediction)
+    stepped = made.step(prediction, t, x).prev_sample
+    torch.testing.assert_close(noise.after(t).mix(x0, eps), stepped)
+
+
+def test_the_second_call_of_a_step_has_a_level_of_its_own() -> None:
+    """KDPM2 calls the denoiser halfway between two of its sigmas."""
+    made = scheduler("KDPM2DiscreteScheduler")
+    noise = Noise(made)
+    x0, eps = torch.randn(2, 1, 4, 8, 8)
+    x = noise.at(0).mix(x0, eps)
+    for entry, t in enumerate(made.timesteps[:4]):
+        torch.testing.assert_close(noise.at(entry).mix(x0, eps), x, rtol=1e-4, atol=1e-4)
+        assert noise.level(t) == noise.at(entry)
+        x = made.step(eps, t, x).prev_sample
+
+
+def test_timesteps_that_come_several_times_have_levels_of_their_own() -> None:
+    made = diffusers.DPMSolverMultistepScheduler(**CONFIG, use_karras_sigmas=True)
+    made.set_timesteps(50)
+    noise = Noise(made)
+    times = made.timesteps.tolist()
+    first = next(i for i, t in enumerate(times[1:]) if t == times[i])
+    for entry in (first, first + 1):
+        sigma = float(made.sigmas[entry])
+        assert noise.at(entry).noise == pytest.approx(sigma / (1 + sigma**2) ** 0.5)
+    assert noise.level(times[first]) == noise.at(first + 1)  # what its step starts from
+
+
+class _Named(diffusers.FlowMatchEulerDiscreteScheduler):
+    """Somebody's own."""
+
+
+def test_schedulers_are_known_by_what_they_are_made_from() -> None:
+    assert Noise(_Named()).kind == "flow_prediction"
+
+
 def test_renoise_keeps_the_signal_and_the_variance() -> None:
     made = scheduler("DDIMScheduler")
     noise = Noise(made)

@@ -324,3 +324,22 @@ def test_what_a_pipeline_needs_besides_is_asked_for() -> None:
         Trajectory(case.make(), "a cat", steps=2)
     with pytest.raises(InputError, match="can't prepare a run with height.*divisible by 8"):
         Trajectory(make(), "a cat", steps=2, height=13, width=13)
+
+
+def test_texts_that_stand_once_for_every_frame() -> None:
+    """AnimateDiff repeats them in its pipeline; some rows alone have their own of them."""
+    case = zoo.PIPELINES["animatediff"]
+    pipe, texts = case.make(), ["a red cat", "a blue dog"]
+    generator = torch.Generator().manual_seed(0)
+    program = Trajectory(
+        pipe, texts, steps=2, guidance=5.0, generator=generator, height=32, width=32, num_frames=4
+    )
+    cond, uncond = pipe.encode_prompt(texts, "cpu", 1, True)
+    assert torch.equal(program.template.text("cond"), cond)
+    assert torch.equal(program.template.text("uncond"), uncond)
+    with torch.no_grad():
+        both = program.branches(program.latents, 0)["cond"]
+        alone = program.branches(program.latents, 0, ["cond"])["cond"]
+        said = program.branches(program.latents, 0, ["cond"], {"cond": cond})["cond"]
+    torch.testing.assert_close(alone, both, rtol=1e-4, atol=1e-5)
+    assert torch.equal(said, alone)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import pytest
 from PIL import Image
 
+from hookctl.cli.models import EMBEDDED
 from hookctl.cli.run import editors_by_name, inversions_by_name, programs_by_name
 from hookctl.editor import Editor
 from hookctl.errors import InputError
@@ -302,7 +303,7 @@ def test_stacks_that_come_along(path: Path) -> None:
     edits = [edits] if isinstance(edits, str) else edits
     image = Image.new("RGB", (8, 8)) if preset.takes_image else None
     assert preset.editors([preset.run["prompt"], *edits], image) or preset.program or preset.hooks
-    assert preset.model == "shapes" and path.read_text("utf-8").startswith("# ")
+    assert preset.model in EMBEDDED and path.read_text("utf-8").startswith("# ")
     assert all(lora.path.is_file() for lora in preset.loras)
     written = dump_preset(preset)
     assert any(table in written for table in ("[[editor]]", "[program]", "[[hook]]"))
