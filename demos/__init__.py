@@ -22,5 +22,12 @@ DEMOS = {
 
 # Those that either embedded pipeline draws, and those of the flow-matching one; the others are of
 # what the UNet alone has.
-ON_BOTH = ("attend_and_excite", "layout", "masactrl", "prompt_to_prompt", "regional")
+ON_BOTH = (
+    "attend_and_excite",
+    "inversion",
+    "layout",
+    "masactrl",
+    "prompt_to_prompt",
+    "regional",
+)
 OF_FLOW = ("concepts", "flow")

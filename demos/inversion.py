@@ -14,19 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
-import hookctl
 from hookctl import Editor
+from hookctl.address.families import denoiser_of
 from hookctl.demos.cases import EditCase, draw
 from hookctl.demos.cost import FEW, counted, peak_mib
 from hookctl.demos.figures import EditFigures, measure, summary
+from hookctl.demos.models import SHAPES_FLOW, call_of, opened
 from hookctl.demos.shapes.captions import parse
 from hookctl.demos.shapes.render import drawn
 from hookctl.demos.shapes.world import Scene, Thing
 from hookctl.inspect import show
 from hookctl.inspect.files import save_image, write_json
 from hookctl.loop.images import decode, encode
+from hookctl.loop.inversion import Correction
+from hookctl.loop.noise import noise_like
+from hookctl.loop.trajectory import Trajectory
 from hookctl.recipes import (
     DDIMInversion,
     DirectInversion,
@@ -36,6 +41,7 @@ from hookctl.recipes import (
     PromptToPrompt,
     ProximalGuidance,
 )
+from hookctl.recipes.common.real_images.inverted import Inverted
 
 STEPS, GUIDANCE, BATCH = 25, 3.0, 8
 SHOWN = 4  # cases in the grid
@@ -63,7 +69,8 @@ class Method:
 
     def invert(self, pipe: Any, image: Any, prompt: Any, steps: int = STEPS) -> Any:
         """The inversion, to be run."""
-        return self.recipe(pipe, image, prompt, steps=steps, **self.options)
+        given = {"steps": steps, "arguments": call_of(pipe), **self.options}
+        return self.recipe(pipe, image, prompt, **given)
 
 
 METHODS: dict[str, Method] = {
@@ -88,6 +95,23 @@ METHODS: dict[str, Method] = {
         3 * STEPS + (1 + 10 + 2) * STEPS,
         {"guidance": GUIDANCE, "tolerance": 0.0, "refine": 2, "rate": 4e-2},
     ),
+}
+
+
+class Noised(DirectInversion):
+    """Without an inversion: the image with one noise mixed in, at the level of every step."""
+
+    def _invert(self, program: Trajectory, progress: Any) -> Inverted:
+        noise = noise_like(self.clean, torch.Generator().manual_seed(0))
+        path = [*(level.mix(self.clean, noise) for level in program.levels[:-1]), self.clean]
+        led = [Correction(target=x) for x in path[1:]]
+        return self._inverted(program, path, led, edit_guidance=self.guidance)
+
+
+# Of those that a scheduler without noise in its steps allows; null-texts would take an hour.
+ON_FLOW: dict[str, Method] = {
+    **{name: METHODS[name] for name in ("DDIM", "negative prompt", "ProxEdit", "direct")},
+    "noised": Method(Noised, 0),
 }
 
 Progress = Callable[[int, int], None]
@@ -127,16 +151,15 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
     return min(100.0, 10 * float(np.log10(255.0**2 / max(error, 1e-10))))
 
 
-def invert(pipe: Any, name: str, images: list[Image.Image], prompts: list[str]) -> list[Any]:
+def invert(pipe: Any, method: Method, images: list[Image.Image], prompts: list[str]) -> list[Any]:
     found = []
     for i in range(0, len(images), BATCH):
         part = slice(i, i + BATCH)
-        found += METHODS[name].invert(pipe, images[part], prompts[part]).run()
+        found += method.invert(pipe, images[part], prompts[part]).run()
     return found
 
 
-def edit(pipe: Any, name: str, inverted: Any, case: EditCase, image: Image.Image) -> Outcome:
-    method = METHODS[name]
+def edit(pipe: Any, method: Method, inverted: Any, case: EditCase, image: Image.Image) -> Outcome:
     swap = PromptToPrompt(
         [case.source, case.target], self_resolution=1.0, blend=case.words, **method.swap
     )
@@ -150,40 +173,48 @@ def edit(pipe: Any, name: str, inverted: Any, case: EditCase, image: Image.Image
     return Outcome(again, edited, psnr(image, again), measure(case, image, edited))
 
 
-def _peak(pipe: Any, name: str, case: EditCase, image: Image.Image) -> float:
+def _peak(pipe: Any, method: Method, case: EditCase, image: Image.Image) -> float:
     """Of one image's inversion over a few steps."""
-    return peak_mib(METHODS[name].invert(pipe, image, case.source, steps=FEW).run)
+    return peak_mib(method.invert(pipe, image, case.source, steps=FEW).run)
 
 
 def run(
-    out: Path, seed: int = 0, seeds: int = 4, progress: Progress | None = None
+    out: Path,
+    seed: int = 0,
+    seeds: int = 4,
+    progress: Progress | None = None,
+    model: str = "shapes",
 ) -> dict[str, Any]:
     """Run the demo; writes grid.png and report.json to `out` and returns the report."""
     out.mkdir(parents=True, exist_ok=True)
-    pipe, run_started = hookctl.load_shapes(), time.perf_counter()
+    pipe, run_started = opened(model), time.perf_counter()
+    methods = ON_FLOW if model == SHAPES_FLOW else METHODS
     rng = np.random.default_rng([seed, 7])
     cases = [draw("colour", rng) for _ in range(seeds)]
     images = images_of(cases, rng)
     round_trip = [decode(pipe, encode(pipe, one))[0] for one in images]
     outcomes: dict[str, list[Outcome]] = {}
     cost: dict[str, Any] = {}
-    for done, name in enumerate(METHODS, 1):
+    for done, (name, method) in enumerate(methods.items(), 1):
         started = time.perf_counter()
-        with counted(pipe.unet) as rows:
-            found = invert(pipe, name, images, [case.source for case in cases])
+        with counted(denoiser_of(pipe)) as rows:
+            found = invert(pipe, method, images, [case.source for case in cases])
         seconds = time.perf_counter() - started
         cost[name] = {
             "rows_per_inversion": rows.rows / seeds,
-            "rows_in_theory": METHODS[name].rows,
-            "peak_mib_of_an_image": _peak(pipe, name, cases[0], images[0]),
+            "rows_in_theory": method.rows,
+            "peak_mib_of_an_image": _peak(pipe, method, cases[0], images[0]),
             "seconds_per_inversion": round(seconds / seeds, 2),
         }
-        outcomes[name] = [edit(pipe, name, *one) for one in zip(found, cases, images, strict=True)]
+        outcomes[name] = [
+            edit(pipe, method, *one) for one in zip(found, cases, images, strict=True)
+        ]
         if progress is not None:
-            progress(done, len(METHODS))
+            progress(done, len(methods))
     lost = [psnr(a, b) for a, b in zip(images, round_trip, strict=True)]
     report = {
         "demo": "inversion",
+        "model": model,
         "seed": seed,
         "cases": seeds,
         "steps": STEPS,

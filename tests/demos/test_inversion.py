@@ -34,3 +34,14 @@ def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert cost["rows_per_inversion"] == cost["rows_in_theory"]
         assert cost["peak_mib_of_an_image"] > 0
         assert abs(figures["behind_autoencoder"]) < 0.1  # both lead the source back exactly
+
+
+@pytest.mark.slow
+def test_on_flow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source is led back on the flow-matching pipeline too."""
+    monkeypatch.setattr(inversion, "ON_FLOW", {"direct": inversion.ON_FLOW["direct"]})
+    report = inversion.run(tmp_path, seed=0, seeds=1, model="shapes-flow")
+    cost, figures = report["cost"]["direct"], report["methods"]["direct"]
+    assert report["model"] == "shapes-flow"
+    assert cost["rows_per_inversion"] == cost["rows_in_theory"]
+    assert abs(figures["behind_autoencoder"]) < 0.1
