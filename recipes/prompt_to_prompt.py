@@ -155,7 +155,8 @@ class PromptToPrompt(SourceAndEdits):
     def neutral(self) -> bool:
         windows = (*self.cross.windows, self.self_window)
         acts = any(window.start < window.stop for window in windows)
-        return not acts and not any(self.gains) and self.local is None
+        weighs = self.reweight_window is not None and any(self.gains)
+        return not (acts or weighs) and self.local is None
 
     def claims(self) -> Sequence[Claim]:
         edits = tuple(self.edits)

@@ -161,7 +161,12 @@ class Denoising:
         if state.reading is not None:
             calls.follow(call, state.reading)
         self._missed.before(hooked.model, call)
-        out = self._within(call, hooked, inner, args, kwargs)
+        try:
+            out = self._within(call, hooked, inner, args, kwargs)
+        except BaseException:
+            for entry in self.entries:
+                entry.called = False  # what failed is no edit that was lost
+            raise
         self._missed.after(hooked.model, call)
         for one in set(call.acting).intersection(self.attached):
             one.entry.expected |= one.sites & set(call.by_site)

@@ -28,16 +28,30 @@ def test_every_preset_has_a_judge() -> None:
     assert set(JUDGES) == {path.stem for path in rates.PRESETS.glob("*.toml")}
 
 
+# Those that take half a minute at three seeds, and more: at one, and at all three apart.
+SLOWEST = ("imagic", "null_text", "stack_real_compo_freeu")
+
+
+def succeeds(presets: rates.Presets, name: str, seeds: int) -> None:
+    """At its shipped seed, 0, and at those of the next ones that the plain model draws right.
+
+    One of these may fail: what energies lead to hangs on the last bit, and so on the machine.
+    """
+    first, *others = presets.draw(name, range(seeds))
+    assert JUDGES[name](first)
+    assert sum(not JUDGES[name](one) for one in others if judges.plain_right(one)) <= 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(JUDGES))
 def test_preset_succeeds(presets: rates.Presets, name: str) -> None:
-    """At its shipped seed, 0, and at those of the next two that the plain model draws right.
+    succeeds(presets, name, 1 if name in SLOWEST else 3)
 
-    One of the next two may fail: what energies lead to hangs on the last bit, so on the machine.
-    """
-    first, *others = presets.draw(name, range(3))
-    assert JUDGES[name](first)
-    assert sum(not JUDGES[name](one) for one in others if judges.plain_right(one)) <= 1
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SLOWEST)
+def test_slow_preset_succeeds(presets: rates.Presets, name: str) -> None:
+    succeeds(presets, name, 3)
 
 
 # -- the judges ------------------------------------------------------------------------------------

@@ -230,6 +230,9 @@ class Turned(Editor):
         call.frequencies = call.frequencies * self.share
 
 
+OF_ONE_BLOCK = ("BriaPipeline", "LTXPipeline", "HunyuanVideoPipeline", "FluxKontextPipeline")
+
+
 def first_block(site: Any) -> bool:
     return ".0." in site.path or site.path.startswith("transformer_blocks.0")
 
@@ -260,7 +263,7 @@ def test_tables_are_put_together_as_the_models_are(name: str) -> None:
     every = drawn(name, pipe, Turned(sites=lambda site: True))
     assert error(every, other) < 1e-6
     assert error(part, plain) > 1e-4
-    if name not in ("LTXPipeline", "HunyuanVideoPipeline", "FluxKontextPipeline"):  # of one block
+    if name not in OF_ONE_BLOCK:
         rest = Turned(sites=lambda site: not first_block(site))
         assert error(drawn(name, pipe, Turned(sites=first_block), rest), other) < 1e-6
     assert torch.equal(drawn(name, pipe), plain)

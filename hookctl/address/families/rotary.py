@@ -209,6 +209,7 @@ def _on(positions: Tensor, frequencies: Tensor, axis: Tensor) -> tuple[Tensor, T
 _VIDEO = (FRAME, ROW, COLUMN)
 RECORDS: dict[str, Rotary] = {
     "FluxPosEmbed": Rotary((IMAGE, ROW, COLUMN), _numbered),
+    "BriaEmbedND": Rotary((IMAGE, ROW, COLUMN), _numbered),
     # Text and image each by a call, joined for the blocks.
     "Flux2PosEmbed": Rotary((IMAGE, ROW, COLUMN, TEXT), _numbered, shared=False),
     "QwenEmbedRope": Rotary((IMAGE, ROW, COLUMN), _centred),
