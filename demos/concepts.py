@@ -92,7 +92,6 @@ def run(
 ) -> dict[str, Any]:
     """Run the demo; writes grid.png and report.json to `out` and returns the report."""
     pipe, started = opened(SHAPES_FLOW), time.perf_counter()
-    pipe.set_progress_bar_config(disable=True)
     rng, drawn = np.random.default_rng([seed, 8]), []
     for i in range(seeds):
         drawn.append(draw(pipe, draw_layout(rng, 1 + i % 3), seed + i))

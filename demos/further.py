@@ -13,8 +13,6 @@ column has the noises of the plain run.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,17 +28,18 @@ from hookctl.demos.cases import EditCase, draw
 from hookctl.demos.figures import measure, summary
 from hookctl.demos.flow import box_of
 from hookctl.demos.inversion import images_of
-from hookctl.demos.models import SHAPES, SHAPES_FLOW, call_of, opened
+from hookctl.demos.models import SHAPES_FLOW, call_of, figures_table, opened, script
 from hookctl.demos.shapes.captions import describe
 from hookctl.demos.shapes.detect import detect
 from hookctl.demos.shapes.world import COLOUR_NAMES, IMAGE_SIZE, Thing
 from hookctl.demos.shapes.world import SHAPES as SHAPE_NAMES
-from hookctl.inspect import markdown_table, show
-from hookctl.inspect.files import save_image
+from hookctl.inspect import show
+from hookctl.inspect.files import save_image, write_json
 from hookctl.recipes import ConsiStory, DifferentialDiffusion, PromptSchedule, StoryDiffusion
 from hookctl.recipes.common.source_and_edits import SourceAndEdits
 
 STEPS, GUIDANCE, SHOWN = 25, 3.0, 4
+FALL, CHANGE = 0.1, 0.3  # of the image's side, of the schedule
 Figures = dict[str, float]
 
 
@@ -83,8 +82,7 @@ SETS: Mapping[str, Draws | None] = {
     "ConsiStory": lambda one: ConsiStory(one.prompts, one.subject.shape),
 }
 SETS_ON_FLOW: Mapping[str, Draws | None] = {
-    "plain": None,
-    "StoryDiffusion": lambda one: StoryDiffusion(one.prompts),
+    **SETS,
     "ConsiStory": lambda one: ConsiStory(one.prompts, one.subject.shape, injected=0.0),
 }
 
@@ -137,7 +135,7 @@ def of_sets(
 # -- edits -----------------------------------------------------------------------------------------
 
 
-def change_map(image: Image.Image, case: EditCase, fall: float) -> np.ndarray:
+def change_map(image: Image.Image, case: EditCase, fall: float = FALL) -> np.ndarray:
     """1 in the box of the object that changes, falling to 0 over a share `fall` of the image."""
     left, top, right, bottom = box_of(image, case)
     at = (np.arange(IMAGE_SIZE) + 0.5) / IMAGE_SIZE
@@ -157,30 +155,23 @@ def one_image(pipe: Any, prompt: str, seed: int, *editors: Editor) -> Image.Imag
     return made
 
 
-def differential(
-    pipe: Any, image: Image.Image, case: EditCase, seed: int, fall: float = 0.1, **options: Any
-) -> Image.Image:
-    edit = DifferentialDiffusion(image, change_map(image, case, fall), **options)
+def differential(pipe: Any, image: Image.Image, case: EditCase, seed: int) -> Image.Image:
+    edit = DifferentialDiffusion(image, change_map(image, case))
     return one_image(pipe, case.target, seed, edit)
 
 
-def scheduled(
-    pipe: Any, image: Image.Image, case: EditCase, seed: int, when: float = 0.3
-) -> Image.Image:
-    """The whole sentence is another one from `when` on."""
-    edit = PromptSchedule(f"[{case.source}:{case.target}:{when:g}]")
+def scheduled(pipe: Any, image: Image.Image, case: EditCase, seed: int) -> Image.Image:
+    """The whole sentence is another one from CHANGE on."""
+    edit = PromptSchedule(f"[{case.source}:{case.target}:{CHANGE}]")
     return one_image(pipe, edit.prompts[0], seed, edit)
 
 
 def of_edits(
-    pipe: Any,
-    seeds: int,
-    settings: tuple[Mapping[str, Any], Mapping[str, Any]],
-    seed: int = 0,
+    pipe: Any, seeds: int, seed: int = 0
 ) -> tuple[dict[str, Figures], list[list[Image.Image]]]:
     """Of rendered images with Differential Diffusion, then of the model's own with a schedule.
 
-    settings: of either. The rows of a grid are the image, the new caption's from the same noise
+    The rows of a grid are the image, the new caption's from the same noise
     and the edit, twice.
     """
     rng = np.random.default_rng([seed, 11])
@@ -195,9 +186,8 @@ def of_edits(
         ("DifferentialDiffusion", rendered, differential),
         ("PromptSchedule", own, scheduled),
     ]
-    for (name, images, edit), options in zip(ways, settings, strict=True):
-        each = list(zip(images, cases, noises, strict=True))
-        edited = [edit(pipe, *one, **options) for one in each]
+    for name, images, edit in ways:
+        edited = [edit(pipe, *one) for one in zip(images, cases, noises, strict=True)]
         for title, made in ((f"{name}: plain", anew), (name, edited)):
             found[title] = judged(cases, images, made)
             print(title, found[title], flush=True)
@@ -219,34 +209,24 @@ def judged(
     return {"cases": len(valid), **summary(valid), "both": both}
 
 
-EDITS: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {})
-EDITS_ON_FLOW: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {})
-
-
 def main() -> None:
     """Parse the command line, draw and print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--seeds", type=int, default=32)
-    parser.add_argument("--model", choices=(SHAPES, SHAPES_FLOW), default=SHAPES)
+    parser = script(__doc__)
     parser.add_argument("--out", type=Path, help="write all figures and images here")
     options = parser.parse_args()
     pipe = opened(options.model)
-    pipe.set_progress_bar_config(disable=True)
     flow = options.model == SHAPES_FLOW
     parts = {
         "sets": of_sets(pipe, options.seeds, SETS_ON_FLOW if flow else SETS),
-        "edits": of_edits(pipe, options.seeds, EDITS_ON_FLOW if flow else EDITS),
+        "edits": of_edits(pipe, options.seeds),
     }
     for name, (found, rows) in parts.items():
-        columns = list(next(iter(found.values())))
-        table = [[title, *(f"{v:.2f}" for v in of.values())] for title, of in found.items()]
-        print(markdown_table(table, ["", *columns]))
+        print(figures_table(found))
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)
             save_image(show.grid(rows[:SHOWN], cell=(96, 96)), options.out / f"{name}.png")
     if options.out:
-        written = json.dumps({name: found for name, (found, _) in parts.items()}, indent=2)
-        (options.out / "report.json").write_text(written + "\n", "utf-8")
+        write_json(options.out / "report.json", {name: found for name, (found, _) in parts.items()})
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ pipeline's own, is measured too.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +22,11 @@ from PIL import Image
 import hookctl
 from hookctl import Editor
 from hookctl.demos.guidance import prompts_of
-from hookctl.demos.models import SHAPES, SHAPES_FLOW, call_of, opened
+from hookctl.demos.models import SHAPES_FLOW, call_of, figures_table, opened, script
 from hookctl.demos.shapes.captions import describe
 from hookctl.demos.shapes.detect import detect, matches
 from hookctl.demos.shapes.world import COLOUR_NAMES, Thing
-from hookctl.inspect import markdown_table
+from hookctl.inspect.files import write_json
 from hookctl.recipes import APG, FDG, NAG, PAG, STG, TCFG, TPG, CFGZeroStar, SkipLayerGuidance
 
 STEPS, BATCH = 25, 8
@@ -156,23 +154,18 @@ def of_words(pipe: Any, seeds: int, say: bool = False) -> dict[str, dict[str, fl
 
 def main() -> None:
     """Parse the command line, draw and print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--seeds", type=int, default=32)
-    parser.add_argument("--model", choices=(SHAPES, SHAPES_FLOW), default=SHAPES)
+    parser = script(__doc__)
     parser.add_argument("--json", type=Path, help="write all figures here")
     options = parser.parse_args()
     pipe = opened(options.model)
-    pipe.set_progress_bar_config(disable=True)
     rules = {**RULES, **(DISTURBED if options.model == SHAPES_FLOW else {})}
     found = {"rules": of_rules(pipe, options.seeds, rules), "words": of_words(pipe, options.seeds)}
     if options.model == SHAPES_FLOW:  # it knows words in sentences alone
         found["sentences"] = of_words(pipe, options.seeds, say=True)
     for figures in found.values():
-        columns = list(next(iter(figures.values())))
-        rows = [[name, *(f"{value:.2f}" for value in of.values())] for name, of in figures.items()]
-        print(markdown_table(rows, ["", *columns]))
+        print(figures_table(figures))
     if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+        write_json(options.json, found)
 
 
 if __name__ == "__main__":

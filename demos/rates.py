@@ -84,7 +84,6 @@ class Presets:
     def _pipe(self, model: str) -> Any:
         if model not in self._pipes:
             self._pipes[model] = opened(model)
-        self._pipes[model].set_progress_bar_config(disable=True)
         return self._pipes[model]
 
     def _batch(self, preset: Preset, seeds: Sequence[int]) -> list[Drawn]:

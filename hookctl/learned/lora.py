@@ -35,7 +35,7 @@ from hookctl.editor import TEXTS, WHOLE_IMAGE, WORDS, Claim, Editor
 from hookctl.errors import HookctlWarning, InputError
 from hookctl.learned.files import Checkpoint
 from hookctl.learned.lora_files import Delta, LoraFile, check_path, read_lora
-from hookctl.learned.token_spans import token_spans
+from hookctl.learned.token_spans import over_images, token_spans
 from hookctl.loop.inserting import LinearCall
 from hookctl.loop.state import State
 from hookctl.run_state import RunState
@@ -177,7 +177,7 @@ class LoRA(Editor):
             self._convolve(call, down, up, scale, chosen)
         elif call.input.dim() != 3:
             self._left_out[call.name] = None
-        elif of_keys and self._reads_text(call):
+        elif of_keys and call.text == call.input.shape[-2]:
             assert match is not None
             if self.region is not None:
                 kept = self._changed.setdefault(match[1], {})
@@ -188,9 +188,6 @@ class LoRA(Editor):
             self._add_words(call, down, up, scale, rows, 0)
         else:
             self._by_tokens(call, down, up, scale, rows)
-
-    def _reads_text(self, call: LinearCall) -> bool:
-        return call.text is not None and call.input.shape[-2] == call.text
 
     def _convolve(
         self, call: LinearCall, down: Tensor, up: Tensor, scale: float, rows: list[Row] | None
@@ -203,22 +200,13 @@ class LoRA(Editor):
         self, call: LinearCall, down: Tensor, up: Tensor, scale: float, rows: list[Row]
     ) -> None:
         """Of a layer whose input is tokens of the image, of the text, or of both."""
-        n = call.input.shape[-2]
         image, text = token_spans(call, self._joint)
         if image is None and text is None:
             self._left_out[call.name] = None
             return
         if image is not None and (self.region is not None or self.references):
-            start, grids, target = image
-            weight = torch.zeros(n)
-            for i, grid in enumerate(grids):
-                span = slice(start, start + grid.tokens)
-                start += grid.tokens
-                reference = i - (i > target)
-                if i == target and self.region is not None:
-                    weight[span] = self._share(grid).flatten()
-                elif i != target and reference in self.references:
-                    weight[span] = 1
+            of_drawn = None if self.region is None else self._share
+            weight = over_images(call.input.shape[-2], image, of_drawn, self.references)
             if weight.any():
                 call.add(down, up, scale, rows=rows, tokens=weight)
         if text is not None:

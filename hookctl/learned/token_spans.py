@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
 
 from hookctl.address.sites import Grid
 from hookctl.loop.inserting import LinearCall
@@ -10,6 +14,7 @@ from hookctl.loop.inserting import LinearCall
 # Layers whose input is the text's own stream.
 _OF_TEXT = re.compile(r"(^|\.)(add_[qkv]_proj|to_add_out|ff_context|txt_\w+|context_\w+|cap_\w+)\b")
 
+# Where images begin, the grid of each, and which of them is drawn.
 Images = tuple[int, tuple[Grid, ...], int]
 
 
@@ -34,3 +39,23 @@ def token_spans(call: LinearCall, joint: str | None) -> tuple[Images | None, int
     if n < images.count + text:
         return None, None
     return ((0, *found), n - text) if joint == "image_text" else ((n - images.count, *found), 0)
+
+
+def over_images(
+    tokens: int,
+    images: Images,
+    of_drawn: Callable[[Grid], Tensor] | None,
+    references: Sequence[int],
+) -> Tensor:
+    """Weights of a layer's tokens, [tokens]: `of_drawn` of the image that is drawn, 1 in these
+    references, else 0."""
+    start, grids, target = images
+    weights = torch.zeros(tokens)
+    for i, grid in enumerate(grids):
+        span = slice(start, start + grid.tokens)
+        start += grid.tokens
+        if i == target and of_drawn is not None:
+            weights[span] = of_drawn(grid).flatten()
+        elif i != target and i - (i > target) in references:
+            weights[span] = 1
+    return weights

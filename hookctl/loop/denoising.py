@@ -155,18 +155,15 @@ class Denoising:
             self._begin(state)
         if not state.nested:
             for entry in self.entries:
-                entry.clock, entry.called = state.clock, True
+                entry.clock = state.clock
                 entry.log.note_call(state.clock)
         call = Call(state, *self._acting_at(state, hooked), self)
         if state.reading is not None:
             calls.follow(call, state.reading)
         self._missed.before(hooked.model, call)
-        try:
-            out = self._within(call, hooked, inner, args, kwargs)
-        except BaseException:
-            for entry in self.entries:
-                entry.called = False  # what failed is no edit that was lost
-            raise
+        out = self._within(call, hooked, inner, args, kwargs)
+        for entry in self.entries:
+            entry.called |= not state.nested  # a call that failed lost no edit
         self._missed.after(hooked.model, call)
         for one in set(call.acting).intersection(self.attached):
             one.entry.expected |= one.sites & set(call.by_site)

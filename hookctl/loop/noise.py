@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hookctl.address.families import names_of
 from hookctl.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -230,7 +231,7 @@ def matches_flow(scheduler: Any) -> bool:
 
 def _is_any_of(scheduler: Any, names: tuple[str, ...]) -> bool:
     """Whether a scheduler is of one of these classes, or of one made from them."""
-    return any(kind.__name__ in names for kind in type(scheduler).__mro__)
+    return any(name in names for name in names_of(scheduler))
 
 
 def noise_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:

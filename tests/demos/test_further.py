@@ -58,7 +58,6 @@ def test_every_figure(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sets, rows = further.of_sets(pipe, 1, methods)
     assert list(sets) == list(methods) and len(rows[0]) == 3 * len(methods)
     assert all(0 <= value <= 1 for figures in sets.values() for value in figures.values())
-    settings = further.EDITS_ON_FLOW if flow else further.EDITS
     monkeypatch.setattr(further, "judged", lambda *three: {"cases": float(len(three[0]))})
-    edits, rows = further.of_edits(pipe, 1, settings)
+    edits, rows = further.of_edits(pipe, 1)
     assert list(edits)[1::2] == ["DifferentialDiffusion", "PromptSchedule"] and len(rows[0]) == 6

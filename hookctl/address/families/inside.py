@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 
+from hookctl.address.families.record import names_of
 from hookctl.address.sites import Site
 
 # Blocks of these norms add the attention's output to the residual stream as it is; others scale it.
@@ -98,12 +99,12 @@ def streams_of(kind: type[nn.Module]) -> tuple[str, ...]:
     image = next((stream for stream in IMAGE_STREAMS if stream in parameters), None)
     if image is None:
         return ()
-    names = {base.__name__ for base in kind.__mro__}  # those that derive from it are like it
-    if names & set(_TEXT_FIRST):
+    names = names_of(kind)
+    if any(name in _TEXT_FIRST for name in names):
         return (_TEXT, image)
-    if names & set(_TEXT_LAST):
+    if any(name in _TEXT_LAST for name in names):
         return (image, _TEXT)
-    return (image, _SOUND) if names & set(_WITH_SOUND) else (image,)
+    return (image, _SOUND) if any(name in _WITH_SOUND for name in names) else (image,)
 
 
 def _at(model: nn.Module, path: str) -> nn.Module:

@@ -136,13 +136,14 @@ def pipeline_of(pipe: Any) -> Pipeline | None:
 
 
 def _found(table: Mapping[str, T], kind: type) -> T | None:
-    return next((table[base.__name__] for base in kind.__mro__ if base.__name__ in table), None)
+    return next((table[name] for name in names_of(kind) if name in table), None)
 
 
 def names_of(thing: Any) -> tuple[str, ...]:
-    """Names of an object's class and of its bases: what somebody makes of a known class is known
-    too."""
-    return tuple(base.__name__ for base in type(thing).__mro__)
+    """Names of a class, or of an object's, and of its bases: what somebody makes of a known class
+    is known too."""
+    kind = thing if isinstance(thing, type) else type(thing)
+    return tuple(base.__name__ for base in kind.__mro__)
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
