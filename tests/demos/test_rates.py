@@ -28,8 +28,13 @@ def test_every_preset_has_a_judge() -> None:
     assert set(JUDGES) == {path.stem for path in rates.PRESETS.glob("*.toml")}
 
 
-# Those that take half a minute at three seeds, and more: at one, and at all three apart.
-SLOWEST = ("imagic", "null_text", "stack_real_compo_freeu")
+# Those that take ten seconds to two minutes at three seeds, most of them much like another one: at
+# one seed, and at all three apart.
+SLOWEST = (
+    "ddim_inversion", "edit_friendly_ddpm", "imagic", "negative_prompt_inversion", "null_text",
+    "proximal_guidance", "real_compo", "selective_one_way", "stack_inverted_prompt_to_prompt",
+    "stack_real_compo_freeu",
+)  # fmt: skip
 
 
 def succeeds(presets: rates.Presets, name: str, seeds: int) -> None:
