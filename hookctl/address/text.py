@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hookctl.address.alignment import refinement_map, replacement_map
 from hookctl.address.pipelines import TextStream, text_streams
-from hookctl.address.tokenizers import default_length
+from hookctl.address.tokenizers import default_length, own_copy
 from hookctl.address.words import PromptTokens
 from hookctl.errors import HookctlWarning, InputError, UnsupportedError, WordError
 
@@ -148,7 +148,7 @@ class TextLayout:
             cleans = _cleans_captions(self._pipe)
             prompt = self._pipe._text_preprocessing(prompt, clean_caption=cleans)[0]
         if hasattr(self._pipe, "maybe_convert_prompt"):  # a textual inversion of several vectors
-            prompt = self._pipe.maybe_convert_prompt(prompt, tokenizer)
+            prompt = self._pipe.maybe_convert_prompt(prompt, own_copy(tokenizer))
         return prompt
 
 
@@ -157,8 +157,8 @@ def _tokens(
 ) -> PromptTokens:
     """The tokens of a text in a stretch of this length."""
     if length is None and stream.longest and isinstance(text, str):
-        length = len(stream.tokenizer(text if stream.wrap is None else stream.wrap(text)).input_ids)
-        length -= stream.dropped
+        whole = text if stream.wrap is None else stream.wrap(text)
+        length = len(own_copy(stream.tokenizer)(whole).input_ids) - stream.dropped
     if stream.wrap is None or not isinstance(text, str):
         return PromptTokens.encode(
             text, stream.tokenizer, length=length, side=stream.side, cuts=cuts

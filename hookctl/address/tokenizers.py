@@ -24,7 +24,10 @@ _copies: weakref.WeakKeyDictionary[Any, tuple[int, Any]] = weakref.WeakKeyDictio
 
 
 def own_copy(tokenizer: Any) -> Any:
-    """A tokenizer for ourselves: a fast one keeps how it pads, and threads share it."""
+    """A tokenizer for ourselves: a fast one keeps how it pads, and threads share it.
+
+    It is asked without padding alone, so that our own threads don't race for it either.
+    """
     if not getattr(tokenizer, "is_fast", False):
         return tokenizer
     size, copied = _copies.get(tokenizer, (0, None))

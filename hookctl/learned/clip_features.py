@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hookctl.address.tokenizers import own_copy
 from hookctl.arguments import refusal, shown
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.learned.image_encoder import pixels
@@ -33,16 +34,16 @@ def phrase_features(pipe: Any, phrases: Iterable[str], who: str) -> dict[str, Te
             f"{who}: {name} has no text encoder, so phrases can't be encoded; give "
             "their features [width]"
         )
-    longest = tokenizer.model_max_length
-    for text in texts:
-        tokens = len(tokenizer(text).input_ids)
+    longest, pad = tokenizer.model_max_length, tokenizer.pad_token_id
+    ids = [own_copy(tokenizer)(text).input_ids for text in texts]
+    for text, tokens in zip(texts, map(len, ids), strict=True):
         if tokens > longest:
             raise InputError(
                 f"{who}: the phrase {shown(text)} has {tokens} tokens; give one of {longest} at "
                 "most"
             )
-    ids = tokenizer(texts, padding="max_length", max_length=longest, return_tensors="pt").input_ids
-    out = encoder(ids.to(getattr(pipe, "_execution_device", encoder.device)))
+    padded = torch.tensor([[*one, *[pad] * (longest - len(one))] for one in ids])
+    out = encoder(padded.to(getattr(pipe, "_execution_device", encoder.device)))
     pooled = getattr(out, "pooler_output", None)
     if pooled is None:
         raise UnsupportedError(

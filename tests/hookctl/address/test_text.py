@@ -26,6 +26,21 @@ def read(family: str, prompt: str, tokens: int | None = None) -> PromptText:
     return TextLayout(zoo.PIPELINES[family].make()).read(prompt, tokens)
 
 
+@pytest.mark.parametrize("family", [name for name in zoo.PIPELINES if name != "svd"])
+def test_tokenizers_stay_as_they_are(family: str) -> None:
+    """A fast one keeps how it pads: changed by us, it would spoil what another thread encodes."""
+    pipe = zoo.PIPELINES[family].make()
+    held = [x for x in pipe.components.values() if getattr(x, "is_fast", False)]
+    for tokenizer in held:
+        tokenizer._tokenizer.enable_padding(length=13)
+        tokenizer._tokenizer.enable_truncation(11)
+    before = [(x._tokenizer.padding, x._tokenizer.truncation) for x in held]
+    assert held and TextLayout(pipe).read(CAT).words == 3
+    with control(pipe, Maps("cat")):
+        pass
+    assert [(x._tokenizer.padding, x._tokenizer.truncation) for x in held] == before
+
+
 def test_a_word_in_every_stretch() -> None:
     """SD3: CLIP with a token before the words, then T5 without."""
     text = read("sd3", SQUIRREL, 77 + 16)
