@@ -19,7 +19,7 @@ from hookctl.address import families
 from hookctl.editor import overrides
 from hookctl.errors import InputError, UnsupportedError, naming
 from hookctl.hooks.attention import SitePort
-from hookctl.hooks.patch import let_go
+from hookctl.hooks.patch import lock
 from hookctl.hooks.pipeline import DenoiserPort, Inner, forget_compiled, is_compiled
 from hookctl.hooks.processors import Exchange
 from hookctl.hooks.skips import concats
@@ -29,7 +29,7 @@ from hookctl.loop.attending import Attending, InsidePort, ports_inside
 from hookctl.loop.calls import calls
 from hookctl.loop.conflicts import check_conflicts
 from hookctl.loop.denoising import Denoising
-from hookctl.loop.pipeline_hooks import PipelineHooks, lock
+from hookctl.loop.pipeline_hooks import PipelineHooks
 from hookctl.run_state import remembering
 
 _engines: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
@@ -81,8 +81,8 @@ def leave(entry: Entry, *, failed: bool = False, dropped: bool = False) -> None:
     entry.hooks.clear()
     entry.places.clear()
     here.forget_ended()
-    if failed and not dropped and here.abandon():
-        let_go(lock)
+    if failed and not dropped:
+        here.abandon()
 
 
 def _nothing() -> None:
@@ -220,7 +220,8 @@ class Engine:
 
     def refresh(self) -> None:
         """The model's processors may be others than before."""
-        self._exchange.refresh()
+        with lock:
+            self._exchange.refresh()
 
     def _around(self, inner: Inner, args: Any, kwargs: Any) -> Any:
         again = calls.repeated(self.model)

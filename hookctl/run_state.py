@@ -31,7 +31,8 @@ class Memory:
     def copy(self) -> Memory:
         """Another place that starts with what is known here."""
         made = Memory()
-        made._values = {key: (owner, dict(own)) for key, (owner, own) in self._values.items()}
+        known = list(self._values.items())  # at once: another thread may be adding to it
+        made._values = {key: (owner, dict(own)) for key, (owner, own) in known}
         return made
 
     def clear(self) -> None:

@@ -24,6 +24,7 @@ from hookctl.hooks import by_name
 from hookctl.hooks.by_name import SDPA
 from hookctl.hooks.compiled import CompiledMode, attention_ports
 from hookctl.hooks.eager import EagerFollower
+from hookctl.hooks.patch import lock
 
 _MULTI_HEAD = "torch.nn.MultiheadAttention, which computes attention by itself"
 _OWN_SOFTMAX = "a softmax of its own (an eager processor)"
@@ -252,9 +253,11 @@ def unwind(entered: tuple[int, int]) -> None:
     so does a hook that was removed."""
     while by_name.depth() > entered[1]:
         _leave()
-    for port in [port for port in _retired if not port._running]:
-        port.finish()
-        _retired.remove(port)
+    if _retired:
+        with lock:
+            for port in [port for port in _retired if not port._running]:
+                port.finish()
+                _retired.remove(port)
     while torch._C._len_torch_function_stack() > entered[0]:
         mode = _get_current_function_mode()
         if not isinstance(mode, SiteMode | CompiledMode):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hookctl.errors import UnsupportedError
 from hookctl.hooks import by_name
 from hookctl.hooks.compiled import Ports, opaque_operator
+from hookctl.hooks.forward import hook_before, hook_behind
 
 # Given what went into a layer and what came out: what is to come out, None for the same.
 Edit = Callable[[Tensor, Tensor], "Tensor | None"]
@@ -33,15 +34,14 @@ class LayerPort:
         self._argument = list(inspect.signature(type(module).forward).parameters)[1]
 
     def install(self) -> None:
-        hook = self.module.register_forward_hook(self._after, with_kwargs=True)
-        self._handles.append(hook)
+        self._handles.append(hook_behind(self.module, self._after))
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """What went into the layer that came out beside its output."""
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """What went into the layer that came out beside its output; None if that wasn't seen."""
         found: Tensor = args[0] if args else kwargs[self._argument]
         return found
 
@@ -49,6 +49,8 @@ class LayerPort:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
         given = self.given(args, kwargs)
+        if given is None:
+            return None
         if torch.compiler.is_compiling():
             return _layer_operator(given, output, self.name)
         return self.edited(given, output)
@@ -74,7 +76,7 @@ class InsertPort(LayerPort):
 
     def install(self) -> None:
         super().install()
-        self._handles.append(self.block.register_forward_pre_hook(self._before, with_kwargs=True))
+        self._handles.append(hook_before(self.block, self._before))
 
     def remove(self) -> None:
         super().remove()
@@ -87,12 +89,11 @@ class InsertPort(LayerPort):
         else:
             self._streams[threading.get_ident()] = stream
 
-    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         if torch.compiler.is_compiling():
             stream, self._traced = self._traced, None
-        else:
+        else:  # none if the hooks came, for another thread, while the block was running
             stream = self._streams.pop(threading.get_ident(), None)
-        assert stream is not None  # the attention runs inside of its block
         return stream
 
     def edited(self, given: Tensor, output: Tensor) -> Tensor | None:
@@ -144,9 +145,8 @@ class BlockPort:
         return self._before.traced or self._behind.traced
 
     def install(self) -> None:
-        module = self.module
-        self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-        self._handles.append(module.register_forward_hook(self._leave))
+        self._handles.append(hook_before(self.module, self._enter))
+        self._handles.append(self.module.register_forward_hook(self._leave))
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -165,7 +165,9 @@ class BlockPort:
         return (*args[:at], changed, *args[at + 1 :]), kwargs
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
-        given = self._given.pop(_thread())
+        given = self._given.pop(_thread(), None)
+        if given is None:  # the hooks came, for another thread, while the block was running
+            return None
         if isinstance(output, Tensor):
             return self._behind(given[self.streams.index(self.image)], output)
         if len(output) != len(given):

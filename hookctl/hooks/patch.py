@@ -7,20 +7,20 @@ import threading
 from typing import Any
 
 _ABSENT = object()
-_lock = threading.RLock()
+lock = threading.RLock()  # of whatever is put in or taken out
 
 
-def let_go(lock: Any) -> None:
+def let_go(held: Any) -> None:
     """Release what this thread holds of a lock: an interrupt at the end of a `with` keeps it."""
     try:
         while True:
-            lock.release()
+            held.release()
     except RuntimeError:  # not held
         pass
 
 
 def abandon() -> None:
-    let_go(_lock)
+    let_go(lock)
 
 
 # The patches on each attribute, oldest first; they keep their targets alive, so ids are safe.
@@ -40,7 +40,7 @@ class Patch:
         self.before: Any = _ABSENT
 
     def install(self) -> None:
-        with _lock:
+        with lock:
             self.before = self.target.__dict__.get(self.name, _ABSENT)
             _stacks.setdefault((id(self.target), self.name), []).append(self)
             self.target.__dict__[self.name] = self.value
@@ -48,13 +48,13 @@ class Patch:
     @property
     def below(self) -> Any:
         """What the attribute would be without this patch, as others come and go."""
-        if self.before is not _ABSENT:
-            return self.before
+        if (before := self.before) is not _ABSENT:
+            return before
         kind = type(self.target)
         return inspect.getattr_static(kind, self.name).__get__(self.target, kind)
 
     def remove(self) -> None:
-        with _lock:
+        with lock:
             stack = _stacks.get((id(self.target), self.name), [])
             if self not in stack:
                 return

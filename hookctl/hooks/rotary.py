@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hookctl.hooks.forward import hook_before, hook_behind
 from hookctl.hooks.patch import Patch
 
 # Given the module's arguments and its output: what is to come out, None for the same.
@@ -31,7 +32,7 @@ class RotaryPort:
 
     def install(self) -> None:
         if isinstance(self.module, nn.Module):
-            self._handle = self.module.register_forward_hook(self._hooked, with_kwargs=True)
+            self._handle = hook_behind(self.module, self._hooked)
         else:
             self._patch.install()
 
@@ -72,7 +73,7 @@ class SiteTablePort:
         self._handle: Any = None
 
     def install(self) -> None:
-        self._handle = self.module.register_forward_pre_hook(self._before, with_kwargs=True)
+        self._handle = hook_before(self.module, self._before)
 
     def remove(self) -> None:
         self._handle.remove()

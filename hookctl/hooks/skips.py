@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hookctl.hooks.compiled import Ports, opaque_operator
+from hookctl.hooks.forward import hook_before
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +88,7 @@ class ConcatPort:
         self._handles: list[Any] = []
 
     def install(self) -> None:
-        module = self.concat.module
-        self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+        self._handles.append(hook_before(self.concat.module, self._before))
 
     def remove(self) -> None:
         for handle in self._handles:

@@ -61,7 +61,7 @@ class Calls:
 
     def __init__(self) -> None:
         self._local = threading.local()
-        self._graphs: weakref.WeakSet[Call] = weakref.WeakSet()
+        self._graphs: weakref.WeakValueDictionary[int, Call] = weakref.WeakValueDictionary()
 
     @property
     def open(self) -> Call | None:
@@ -133,7 +133,7 @@ class Calls:
                 continue
             metadata: Any = made.grad_fn.metadata
             metadata["hookctl"] = call  # lives as long as the graph
-            self._graphs.add(call)
+            self._graphs[id(call)] = call
             made.grad_fn.register_prehook(partial(_passes, call))
             if guarded:
                 made.grad_fn.register_prehook(check)
@@ -142,7 +142,7 @@ class Calls:
         """Let a backward of a call that is made for its maps find it again: it may end early, and
         then has no output to be kept by."""
         reading.call = call
-        self._graphs.add(call)
+        self._graphs[id(call)] = call
 
     def _recomputed(self, whole: Callable[[Call], bool] | None = None) -> Call | None:
         """The call that the backward's node was made in; of whole calls, or else the last before.
@@ -157,7 +157,9 @@ class Calls:
         # user's, known by the pass, or of torch's own.
         backward = torch._C._current_graph_task_id()
         own = isinstance(threading.current_thread(), threading._DummyThread)
-        calls = [c for c in self._graphs if c.nodes[0] <= number]
+        # Listed at once: another thread may be adding to them.
+        alive = [c for c in (ref() for ref in self._graphs.valuerefs()) if c is not None]
+        calls = [c for c in alive if c.nodes[0] <= number]
         calls = [c for c in calls if own or c.thread == thread or backward in c.backwards]
         inside = [c for c in calls if number < c.nodes[1]]
         if whole is not None:

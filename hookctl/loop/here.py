@@ -112,13 +112,12 @@ def calling_pipeline(part: Any, known: Iterable[Any]) -> Any:
     return None
 
 
-def abandon() -> bool:
-    """Undo what an interrupt left of a denoiser call in this thread, unless one is in progress;
-    whether none is."""
+def abandon() -> None:
+    """Undo what an interrupt left of a denoiser call in this thread, unless one is in progress."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code in _IN_PROGRESS:
-            return False
+            return
         frame = frame.f_back
     calls.abandon()
     driven.abandon()
@@ -126,7 +125,6 @@ def abandon() -> bool:
     patch.abandon()
     unwind((0, 0))
     by_name.abandon()
-    return True
 
 
 _IN_PROGRESS = (Denoising.around_denoiser.__code__, Denoising.around_step.__code__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from hookctl.address import families
+from hookctl.hooks.patch import lock
 from hookctl.hooks.pipeline import Inner, PipelinePort
 from hookctl.hooks.scheduler import SchedulerPort
 from hookctl.loop import here
 from hookctl.loop.attached import Entry
 
-lock = threading.RLock()  # of whatever is put in or taken out
 _pipelines: weakref.WeakValueDictionary[int, PipelineHooks] = weakref.WeakValueDictionary()
 
 
