@@ -41,7 +41,7 @@ def enter(entry: Entry, target: Any) -> None:
 
     On any error `leave` undoes what was done so far.
     """
-    entry.called = entry.elsewhere = entry.seen = entry.unseen = False
+    entry.called = entry.elsewhere = entry.seen = entry.unseen = entry.stepless = False
     entry.expected.clear()
     entry.ran.clear()
     place = here.denoising_of_target(target, entry.pipe)

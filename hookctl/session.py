@@ -132,6 +132,12 @@ class Session:
                 "of the denoiser was seen: code compiled before control(...) may be calling it. "
                 "Call torch._dynamo.reset() after entering control(...), or compile before it"
             )
+        elif entry.stepless and any(not editor.neutral() for editor in entry.editors):
+            self._tell(
+                f"{type(self.target).__name__} was called and ended without a call of its "
+                "denoiser, so nothing was edited: no step was left to it; raise strength= or "
+                "num_inference_steps="
+            )
         if entry.called:
             for editor, why in self.log.lost(entry.editors):
                 self._tell(f"{editor.name} changed nothing: {why}")

@@ -198,7 +198,7 @@ class _Method:
 
 
 class PipelinePort(Port):
-    """Learns from a pipeline's own methods when a run starts and what it draws."""
+    """Learns from a pipeline's own methods when a run starts and ends, and what it draws."""
 
     def __init__(
         self,
@@ -206,16 +206,20 @@ class PipelinePort(Port):
         started: Callable[[dict[str, Any]], None],
         prepared: Callable[[], None],
         texts: Callable[[dict[str, Any]], None],
+        ended: Callable[[], None],
     ) -> None:
         """started: at the start of a run, with what the pipeline checks of its call; prepared:
         while one is prepared, where no method of the pipeline's stands for its start alone
-        (Z-Image); texts: of what is encoded."""
+        (Z-Image); texts: of what is encoded; ended: when a call has drawn what it was to draw."""
         super().__init__()
-        self.pipe, self._started, self._prepared, self._texts = pipe, started, prepared, texts
+        self.pipe, self._started, self._prepared = pipe, started, prepared
+        self._texts, self._ended = texts, ended
 
     def install(self) -> None:
         for pipe in (self.pipe, *inner_pipelines(self.pipe)):
             self._install(pipe)
+        if hasattr(self.pipe, "maybe_free_model_hooks"):
+            self._watch(self.pipe, "maybe_free_model_hooks", lambda given: self._ended())
 
     def _install(self, pipe: Any) -> None:
         checks = hasattr(pipe, "check_inputs")

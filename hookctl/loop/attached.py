@@ -30,7 +30,8 @@ class Entry:
     looked for at every step; texts: what embeddings in place of prompts say, None if untold.
     clock: of the last denoiser call, None before the first. called, elsewhere: whether the pipeline
     called its denoiser where the session was entered, and in another thread or task; seen: whether
-    any call was made there, those of programs too; unseen: whether the scheduler stepped before.
+    any call was made there, those of programs too; unseen: whether the scheduler stepped before;
+    stepless: whether a call of the pipeline ended without any.
     expected, ran: the sites whose calls an editor was to be shown, and those that ran.
     places: where it is entered (`Denoising`); hooks: what is installed for it; refresh: looks after
     the hooks of its pipeline.
@@ -50,6 +51,7 @@ class Entry:
     elsewhere: bool = False
     seen: bool = False
     unseen: bool = False
+    stepless: bool = False
     expected: set[str] = field(default_factory=set)
     ran: set[str] = field(default_factory=set)
     places: set[Any] = field(default_factory=set)

@@ -51,7 +51,9 @@ class PipelineHooks:
         with lock:
             wanted = bool(self._entries)
             if wanted and self._port is None:
-                self._port = PipelinePort(self.pipe, self._started, self._prepared, self._texts)
+                self._port = PipelinePort(
+                    self.pipe, self._started, self._prepared, self._texts, self._ended
+                )
                 self._port.install()
             if not wanted and self._port is not None:
                 self._port.remove()
@@ -81,6 +83,12 @@ class PipelineHooks:
             for hooks in entry.hooks:
                 if hooks is not self:
                     hooks.follow(held)
+
+    def _ended(self) -> None:
+        mine = here.denoising_of_pipeline(self.pipe)
+        if mine is not None and mine.run.fresh:
+            for entry in mine.entries:
+                entry.stepless = True
 
     def _texts(self, given: dict[str, Any]) -> None:
         if mine := here.denoising_of_pipeline(self.pipe):

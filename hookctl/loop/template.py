@@ -133,7 +133,7 @@ def _prepared(pipe: Any, arguments: Mapping[str, Any], loop: Loop | None) -> _Se
     ports: list[Any] = [
         *(DenoiserPort(one, catching(one)) for _, one in families.named_denoisers(pipe)),
         SchedulerPort(pipe.scheduler, stepped, scaled),
-        PipelinePort(pipe, lambda given: None, lambda: None, encoded),
+        PipelinePort(pipe, lambda given: None, lambda: None, encoded, lambda: None),
         Patch(pipe, "_progress_bar_config", {"disable": True}),
     ]
 

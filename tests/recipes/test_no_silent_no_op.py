@@ -14,7 +14,7 @@ from torch import Tensor
 
 import hookctl
 from hookctl import recipes
-from hookctl.errors import HookctlError
+from hookctl.errors import HoleError, HookctlError, HookctlWarning
 from tests import zoo
 from tests.families.subjects import error
 from tests.recipes.test_pairs import NAMES, PROMPTS, RECIPES, image
@@ -135,3 +135,21 @@ class Steps(hookctl.Editor):
 
     def attention(self, call: hookctl.AttentionCall) -> None:
         STEPS_SEEN.add(call.clock.step)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_run_without_a_step(strict: bool) -> None:
+    """SDXL's `denoising_end` may leave none, and its pipeline draws the noise without a word."""
+    pipe = zoo.PIPELINES["sdxl"].make()
+    told: Any = pytest.raises(HoleError, match="without a call of its denoiser.*strength=")
+    if not strict:
+        told = pytest.warns(HookctlWarning, match="without a call of its denoiser")
+    stepless: dict[str, Any] = {"num_inference_steps": 2, "denoising_end": 1e-4}
+    stepless |= {"height": 32, "width": 32, "output_type": "latent"}
+    with told, hookctl.control(pipe, recipes.FreeU(), strict=strict):
+        pipe("a red circle", **stepless)
+    with hookctl.control(pipe, recipes.FreeU()):
+        with pytest.raises(ValueError, match="height"):  # the user's own to catch
+            pipe("a red circle", height=33)
+    with hookctl.control(pipe, recipes.FreeU(b1=1, b2=1, s1=1, s2=1)):
+        pipe("a red circle", **stepless)
