@@ -121,7 +121,7 @@ class LEDITSPlusPlus(SourceAndEdits):
         # Where guidance takes two calls the other one is asked for the negative prompt.
         if not state.rows.where(branch=UNCOND) and not is_guided(state.pipe):
             texts[EMPTY] = ""
-        return {n: Branch(text=self._encoded.sequence(text)[None]) for n, text in texts.items()}
+        return {n: Branch(text=self._encoded.counted(text)[None]) for n, text in texts.items()}
 
     def attention(self, call: AttentionCall) -> None:
         start, stop = call.spans.text_keys or (0, 0)

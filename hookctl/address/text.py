@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import warnings
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -20,10 +19,13 @@ import torch
 from torch import Tensor
 
 from hookctl.address.alignment import refinement_map, replacement_map
+from hookctl.address.families.text import all_said, note_call, said
 from hookctl.address.pipelines import TextStream, text_streams
 from hookctl.address.tokenizers import default_length, own_copy
 from hookctl.address.words import PromptTokens
 from hookctl.errors import HookctlWarning, InputError, UnsupportedError, WordError
+
+_MARK = "\ue000"  # stands in no template
 
 
 class Prompt(str):
@@ -102,11 +104,16 @@ class TextLayout:
     """How a pipeline steps prompts into the text sequence of its attention."""
 
     def __init__(self, pipe: Any) -> None:
-        self._streams: tuple[TextStream, ...] = text_streams(pipe)
+        text_streams(pipe)  # it says why there are none
         self._pipe = pipe
         encode = inspect.signature(getattr(type(pipe), "encode_prompt", len)).parameters
         self._takes_lengths = "max_sequence_length" in encode
         self._warned: set[str] = set()
+
+    @property
+    def form(self) -> str:
+        """What the pipeline's last call said of how texts are made up: another's are read anew."""
+        return all_said(self._pipe)
 
     def read(self, prompt: str, tokens: int | None = None) -> PromptText:
         """One prompt; tokens: the length of the sequence where it is known.
@@ -115,11 +122,12 @@ class TextLayout:
         InputError for a prompt that does not fit where it is not known how the pipeline cuts.
         """
         streams = []
-        for i, stream in enumerate(self._streams):
+        found = text_streams(self._pipe)  # a template may be of the call
+        for i, stream in enumerate(found):
             length = known = stream.length
             if length is None and not stream.longest:
                 length = known = default_length(stream.tokenizer)
-            if tokens is not None and i == len(self._streams) - 1:
+            if tokens is not None and i == len(found) - 1:
                 length = tokens - stream.start
             text = self._as_encoded(_in_stream(prompt, stream), stream.tokenizer)
             cuts = length == known or self._takes_lengths
@@ -164,8 +172,8 @@ def _tokens(
             text, stream.tokenizer, length=length, side=stream.side, cuts=cuts
         )
     whole = stream.wrap(text)
-    at = whole.find(text)
-    if at < 0:
+    at = stream.wrap(_MARK).find(_MARK)  # a template may have words of the prompt before it
+    if at < 0 or not whole.startswith(text, at):
         raise InputError(f"the template of this pipeline changes the prompt {text!r}; reword it")
     room = None if length is None else length + stream.dropped
     return PromptTokens.encode(
@@ -200,8 +208,7 @@ def prompts_given(pipe: Any, arguments: Mapping[str, Any]) -> tuple[str, ...]:
     arguments: of `encode_prompt`, by name. A prompt is a `Prompt` where encoders were given
     different texts; on a pipeline that shows its attention one of them only (Flux), it is that one.
     """
-    if "clean_caption" in arguments:
-        _cleaning[pipe] = bool(arguments["clean_caption"])
+    note_call(pipe, arguments)
     try:
         streams = text_streams(pipe)
     except UnsupportedError:
@@ -216,16 +223,10 @@ def prompts_given(pipe: Any, arguments: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(prompts)
 
 
-# Whether a pipeline's last call had its texts cleaned of what is no caption (PixArt and its kin).
-_cleaning: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
-
-
 def _cleans_captions(pipe: Any) -> bool:
     """Whether a pipeline cleans its texts: as its last call said, else as its calls do by default;
     without two packages it never does."""
-    usual = inspect.signature(type(pipe).__call__).parameters.get("clean_caption")
-    cleans = _cleaning.get(pipe, usual is not None and usual.default is True)
-    return cleans and all(find_spec(name) is not None for name in ("bs4", "ftfy"))
+    return bool(said(pipe, "clean_caption")) and all(find_spec(name) is not None for name in ("bs4", "ftfy"))
 
 
 def _listed(given: Any) -> list[str]:

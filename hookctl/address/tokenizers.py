@@ -12,12 +12,19 @@ from hookctl.address.offsets import Span
 # Tokenizers without a limit report one of about 1e30, those of language models more than any
 # pipeline pads to; tables of all tokens by all tokens must not be made for that.
 _NO_LIMIT = 2048
+_UNLIMITED = 10**20  # transformers itself pads to no more
 
 
 def default_length(tokenizer: Any) -> int | None:
     """The length that texts are padded to if nothing else is said; None for no padding."""
     limit: int = tokenizer.model_max_length
     return None if limit > _NO_LIMIT else limit
+
+
+def padded_length(tokenizer: Any, text: str) -> int:
+    """Tokens of a text that is padded to the tokenizer's maximum, if that is one."""
+    count, limit = len(own_copy(tokenizer)(text).input_ids), tokenizer.model_max_length
+    return max(count, limit) if limit < _UNLIMITED else count
 
 
 _copies: weakref.WeakKeyDictionary[Any, tuple[int, Any]] = weakref.WeakKeyDictionary()

@@ -1,9 +1,11 @@
 """Further texts in batch rows of their own, for models whose sequence can hold no more text.
 
-Z-Image refines each text by itself, pads it, and counts the image's positions from its end. So a
-further text stands in a row: a copy of an image's row under that text, which attends at every site
-as in a run of its own. Its image tokens then get the output of the row that they are copies of, and
-the text runs along with the image that is drawn.
+Z-Image and HunyuanVideo refine each text by itself. So a further text stands in a row: a copy of an
+image's row under that text, which attends at every site as in a run of its own. Its image tokens
+then get the output of the row that they are copies of, and the text runs along with the image that
+is drawn. Z-Image counts the image's positions from the end of its text, so that a text's row has
+queries and keys of its own for the image; where the image's are the same beside every text, the
+texts are shown in one sequence with it (`Apart.widened`).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hookctl.attention.query_lists import TextPlace
 from hookctl.attention.sdpa_call import SDPACall
 from hookctl.attention.term import Ref, Segment
 
@@ -24,7 +27,8 @@ from hookctl.attention.term import Ref, Segment
 class TextRows:
     """rows: name of a text -> own row -> the batch row in which it stands beside that row's image;
     lengths: tokens of each text; longest: of all in the batch; own: of the longest of the
-    pipeline's own; masked: whether those differ in length.
+    pipeline's own; masked: whether some of those are not all of tokens that count; moved: whether
+    the image's positions are other ones beside another text.
     """
 
     rows: Mapping[str, Mapping[int, int]]
@@ -32,6 +36,7 @@ class TextRows:
     longest: int
     own: int
     masked: bool
+    moved: bool = True
 
     @property
     def sources(self) -> list[int]:
@@ -69,13 +74,38 @@ class Apart:
         """The call of the own rows alone."""
         q, k, v = (x[: self.own, :, : self.kept] for x in self.given[:3])
         mask = self.given.attn_mask
-        mask = mask[: self.own, ..., : self.kept] if mask is not None and self.rows.masked else None
+        if mask is not None:
+            mask = mask[: self.own, ..., : self.kept] if self.rows.masked else None
+        if mask is not None and mask.shape[-2] > 1:
+            mask = mask[..., : self.kept, :]
         return self.given._replace(query=q, key=k, value=v, attn_mask=mask)
 
-    def whole(self, out: Tensor) -> Tensor:
-        """The output [batch, heads, tokens, channels] of the own rows, with that of the others."""
+    def widened(self) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, TextPlace]]:
+        """q, k and v of the own rows with the texts behind them, and where each stands."""
+        parts, places, start = [self.call()[:3]], dict[str, TextPlace](), self.kept
+        for name, by_own in self.rows.rows.items():
+            at, length = self._rows_of(by_own), self.rows.lengths[name]
+            text = slice(self.images, self.images + length)
+            parts.append(tuple(x[at, :, text] for x in self.given[:3]))  # type: ignore[arg-type]
+            places[name] = TextPlace(start, start := start + length)
+        q, k, v = (torch.cat(some, -2) for some in zip(*parts, strict=True))
+        return (q, k, v), places
+
+    def whole(self, out: Tensor, texts: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The output [batch, heads, tokens, channels] of the own rows, with that of the others.
+
+        texts: of each text's own tokens, by name, [own, heads, tokens, channels]; None where they
+        attend as in a run of their own.
+        """
         rest = out[self.rows.sources]
-        if self.kind != "self":
+        if texts is not None:
+            behind = [
+                F.pad(texts[name][row], (0, 0, 0, self.rows.longest - self.rows.lengths[name]))
+                for name, by_own in self.rows.rows.items()
+                for row in by_own
+            ]
+            rest = torch.cat([rest[..., : self.images, :], torch.stack(behind)], -2)
+        elif self.kind != "self":
             rest = torch.cat(
                 [rest[..., : self.images, :], self._further[..., self.images :, :]], -2
             )

@@ -164,7 +164,7 @@ class EditedSite:
             context=part.context,
             prompts=denoiser_call.prompts,
         )
-        call.apart = part.apart
+        call.apart = None if part.context else part.apart
         if part.context:
             call.set_context_source(*(stack_rows(x, count) for x in part.full))
         for one in self.attached:

@@ -55,10 +55,8 @@ class OwnPart(NamedTuple):
         run of its own: what biases and restrictions hide from the own text they hide from it too.
         Elsewhere texts ask nothing.
         """
-        if self.apart is not None:
-            return self.apart.of_texts()
         if self.joint is None:
-            return {}
+            return {} if self.apart is None else self.apart.of_texts()
         q, text, image_first = self.joint
         image = slice(0, -text) if image_first else slice(text, None)
         hidden, own_mask = _seen_by_text(call, len(q)), self.call.attn_mask
@@ -83,7 +81,7 @@ class OwnPart(NamedTuple):
     def whole(self, out: Tensor, texts: Mapping[str, Tensor]) -> Tensor:
         """The output [..., queries, channels] of the own part, with that of further texts."""
         if self.apart is not None:
-            return self.apart.whole(out)
+            return self.apart.whole(out, None if self.joint is None else texts)
         if self.joint is None:
             return out
         _, text, image_first = self.joint
@@ -99,7 +97,11 @@ def own_part(state: DenoiserTexts, kind: str, order: str | None, given: SDPACall
     q, k, v, mask = given[:4]
     if state.text_rows is not None:
         apart = Apart(given, len(state.rows), state.text_rows, kind)
-        return OwnPart(apart.call(), (k, v), apart=apart)
+        if kind != "joint" or state.text_rows.moved:
+            return OwnPart(apart.call(), (k, v), apart=apart)
+        (q, k, v), places = apart.widened()
+        joint = q, state.text_rows.own, True
+        return OwnPart(apart.call(), (k, v), places, joint, apart)
     own, extra = state.own_text, state.extra_text
     whole = OwnPart(given, (k, v))
     if own is None or not extra:

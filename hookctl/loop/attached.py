@@ -237,7 +237,8 @@ def _sites_of_text(editor: Editor, model: nn.Module, modules: Modules) -> set[st
     if joint and not families.widens_joint(model):
         raise UnsupportedError(
             f"{editor.name} widens the text, which {name} holds in one sequence with the image; "
-            "of such models, those of SD3, Flux, FLUX.2, Qwen-Image and Z-Image can be"
+            "of such models, those of SD3, Flux, FLUX.2, Qwen-Image, Z-Image and HunyuanVideo can "
+            "be"
         )
     kind = "joint" if joint else "cross"
     found = [pair for pair in modules.values() if pair[0].kind == kind]

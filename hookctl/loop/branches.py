@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hookctl.address import families, pipelines
+from hookctl.address.latent import text_tokens
 from hookctl.address.rows import COND, PERTURBED, Row, Rows
 from hookctl.errors import ConflictError, InputError, LayoutError, UnsupportedError
 from hookctl.loop.arguments import check_rows_can_change, rows_are_fixed, take_rows
@@ -22,14 +24,16 @@ from hookctl.loop.outputs import prediction_of, with_prediction
 from hookctl.loop.state import State
 
 _MASK = "encoder_attention_mask"
+_ALL_COUNT = "encoder_hidden_states_mask"  # which is None where all tokens count
 
 
 @dataclass(frozen=True, eq=False)
 class Branch:
     """A branch to be added: copies of the rows of branch `of`, with all their conditions.
 
-    text: other text embeddings for the new rows, [1 | rows of the branch, tokens, channels]; a
-    pooled embedding beside the text (SDXL, SD3, Flux) stays that of the copied row.
+    text: other text embeddings for the new rows, [1 | rows of the branch, tokens, channels], all of
+    tokens that count, as many as the call's own where the model is told of no others; a pooled
+    embedding beside the text (SDXL, SD3, Flux) stays that of the copied row.
     """
 
     of: str = COND
@@ -99,11 +103,12 @@ def _set_text(state: State, name: str, text: Tensor) -> None:
     embeddings = state.kwargs.get(state.text) if state.text else None
     if not isinstance(embeddings, Tensor):
         raise UnsupportedError(f"branch {name!r} has a text, but this denoiser call has none")
-    rows = state.rows.where(branch=name)
+    rows, mask = state.rows.where(branch=name), _mask_of(state, embeddings)
     if (
         text.dim() != 3
         or text.shape[0] not in (1, len(rows))
-        or text.shape[1:] != embeddings[0].shape
+        or text.shape[2] != embeddings.shape[2]
+        or (mask is None and text.shape[1] != embeddings.shape[1])
     ):
         raise InputError(
             f"branch {name!r}: text is {tuple(text.shape)}; give [1 or {len(rows)}, "
@@ -112,13 +117,37 @@ def _set_text(state: State, name: str, text: Tensor) -> None:
     repeats = embeddings.shape[0] // len(state.rows)
     start, stop = rows[0].index * repeats, (rows[-1].index + 1) * repeats
     new = text.to(embeddings).expand(len(rows), -1, -1).repeat_interleave(repeats, 0)
-    state.kwargs[str(state.text)] = torch.cat([embeddings[:start], new, embeddings[stop:]])
-    mask = state.kwargs.get(_MASK)
-    if isinstance(mask, Tensor):
-        # The mask hides the padding of the text that was there.
-        state.kwargs[_MASK] = torch.cat(
-            [mask[:start], torch.ones_like(mask[start:stop]), mask[stop:]]
-        )
+    longest = max(text.shape[1], embeddings.shape[1])
+    parts = [embeddings[:start], new, embeddings[stop:]]
+    state.kwargs[str(state.text)] = torch.cat(
+        [F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in parts]
+    )
+    if mask is None:
+        return
+    # It hides the padding of the text that was there, and is to hide that of the new one.
+    own = mask[1]
+    counts = own.new_ones(stop - start, text.shape[1])
+    changed = torch.cat(
+        [F.pad(m, (0, longest - m.shape[1])) for m in (own[:start], counts, own[stop:])]
+    )
+    if state.kwargs.get(mask[0]) is not None or not bool(changed.all()):
+        state.kwargs[mask[0]] = changed
+    arguments = state.kwargs
+    state.own_text = text_tokens(arguments[str(state.text)], arguments, state.denoiser)
+
+
+def _mask_of(state: State, embeddings: Tensor) -> tuple[str, Tensor] | None:
+    """The argument that says which tokens of a text count, and what it says, [rows, tokens]; None
+    for a model that is told of none."""
+    given = state.kwargs.get(_MASK)
+    if isinstance(given, Tensor) and given.dim() == 2:
+        return _MASK, given
+    if _ALL_COUNT not in state.kwargs or state.kwargs.get("txt_ids") is not None:
+        return None
+    given = state.kwargs[_ALL_COUNT]
+    if given is None:
+        given = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
+    return _ALL_COUNT, given
 
 
 def _check_batch(state: State) -> None:

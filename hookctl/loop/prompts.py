@@ -118,6 +118,8 @@ class EncodedTexts:
                 )
                 self._found[text] = encoded.sequence[i], pooled, mask
         self._shifts: dict[Text, Tensor] = {}
+        record = families.model_of(state.denoiser)
+        self._cut = record is not None and record.text_rows  # to what counts, in rows of their own
 
     def __len__(self) -> int:
         return len(self._found)
@@ -125,7 +127,7 @@ class EncodedTexts:
     @property
     def of_one_length(self) -> bool:
         """Whether all have as many tokens."""
-        return len({len(sequence) for sequence, _, _ in self._found.values()}) < 2
+        return len({len(self.sequence(text)) for text in self._found}) < 2
 
     @property
     def any(self) -> Text:
@@ -133,12 +135,17 @@ class EncodedTexts:
         return next(iter(self._found))
 
     def sequence(self, text: Text) -> Tensor:
-        """[tokens, channels]"""
-        return self._found[text][0]
+        """[tokens, channels], without its padding where the model refines each text by itself"""
+        return self.counted(text) if self._cut else self._found[text][0]
+
+    def counted(self, text: Text) -> Tensor:
+        """[tokens, channels] of those that count"""
+        sequence, _, mask = self._found[text]
+        return sequence if mask is None else sequence[mask.to(sequence.device)]
 
     def shift(self, text: Text) -> Tensor | None:
         """What hides the padding from attention, [tokens]; None where nothing is hidden."""
-        mask = self._found[text][2]
+        mask = None if self._cut else self._found[text][2]
         if mask is not None and text not in self._shifts:
             hidden = ~mask.cpu()
             self._shifts[text] = torch.zeros(hidden.shape).masked_fill(hidden, float("-inf"))

@@ -17,20 +17,26 @@ class PromptTexts:
 
     def __init__(self, target: Any, prompts: Sequence[str]) -> None:
         self._layout, self._prompts = TextLayout(target), list(prompts)
-        self._texts: dict[int | None, list[PromptText]] = {}
+        self._texts: dict[tuple[int | None, str], list[PromptText]] = {}
+
+    @property
+    def form(self) -> str:
+        """As `TextLayout.form`."""
+        return self._layout.form
 
     def read(self, tokens: int | None = None) -> list[PromptText]:
         """The prompts in a text of so many tokens, by default as many as the encoder has.
 
         All are of one length, that of the longest where the encoder has no length of its own.
         """
-        if tokens not in self._texts:
+        key = tokens, self.form
+        if key not in self._texts:
             texts = [self._layout.read(prompt, tokens) for prompt in self._prompts]
             longest = max(text.tokens for text in texts)
             if any(text.tokens < longest for text in texts):
                 texts = [self._layout.read(prompt, longest) for prompt in self._prompts]
-            self._texts[tokens] = texts
-        return self._texts[tokens]
+            self._texts[key] = texts
+        return self._texts[key]
 
 
 def require_word(word: str, texts: Sequence[PromptText], name: str) -> None:

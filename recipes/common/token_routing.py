@@ -46,7 +46,7 @@ class TokenRouting:
     ) -> None:
         self._texts, self._modes, self._windows = texts, list(modes), windows
         self._gains, self._gain_window, self._paper = list(gains), gain_window, paper
-        self._alignments: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._alignments: dict[tuple[int, int, str], tuple[Tensor, Tensor]] = {}
         self.routings: dict[Any, Routing] = {}
         for edit in range(1, len(self._modes) + 1):
             self._alignment(edit, texts.read())
@@ -58,7 +58,7 @@ class TokenRouting:
         """
         window, holding = self._gain_window, self._windows.holding(clock)
         gains_hold = None if window is None else window.holds(clock)
-        key = (edit, tokens, holding, gains_hold)
+        key = (edit, tokens, self._texts.form, holding, gains_hold)
         if key not in self.routings:
             self.routings[key] = self._routing(edit, tokens, holding, gains_hold)
         return self.routings[key]
@@ -83,7 +83,7 @@ class TokenRouting:
 
     def _alignment(self, edit: int, texts: list[PromptText]) -> tuple[Tensor, Tensor]:
         """T and a of an edit."""
-        key = (edit, texts[0].tokens)
+        key = (edit, texts[0].tokens, self._texts.form)
         if key not in self._alignments:
             mode = self._modes[edit - 1]
             if mode == "auto":

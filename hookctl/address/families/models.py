@@ -141,7 +141,9 @@ declare_models(
     "HiDreamImageTransformer2DModel StableCascadeUNet",
 )
 _REFINED = (("context_embedder*", "text"), *_JOINT)
-declare_models(Model("image_text", _REFINED), "HunyuanVideoTransformer3DModel")
+declare_models(
+    Model("image_text", _REFINED, text_rows=True), "HunyuanVideoTransformer3DModel"
+)
 declare_models(
     Model("image_text", _REFINED, several_texts=True),
     "HunyuanVideo15Transformer3DModel HunyuanImageTransformer2DModel",
@@ -168,6 +170,7 @@ declare_models(
         ),
         text_block=32,
         text_rows=True,
+        text_moves_image=True,
         counts_up=True,
     ),
     "ZImageTransformer2DModel",

@@ -91,7 +91,7 @@ declare_pipelines(
     """,
 )
 declare_pipelines(
-    Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE, {"pooled": 1, "mask": 2}),
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.templated_by_call, {"pooled": 1, "mask": 2}),
     "HunyuanVideoPipeline HunyuanSkyreelsImageToVideoPipeline HunyuanVideoFramepackPipeline",
 )
 declare_pipelines(

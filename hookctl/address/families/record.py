@@ -58,8 +58,9 @@ class Model:
     text_masked: each row's text stands without its padding right before its image.
     several_texts: the sequence holds more texts than the one argument that the call names.
     widens: a joint sequence may hold more text than the pipeline gave.
-    text_rows: further texts stand in batch rows of their own, since the model numbers, pads and
-        refines each row's text by itself.
+    text_rows: further texts stand in batch rows of their own, since the model refines each row's
+        text by itself.
+    text_moves_image: the image's positions are counted from the end of its row's text.
     rotations: the module whose table of rotations, `pos_freqs`, has those of a text's positions,
         where the model numbers them itself (`text_rotations`).
     placeless: the image's tokens form no grid over the latent; why.
@@ -77,6 +78,7 @@ class Model:
     several_texts: bool = False
     widens: bool = False
     text_rows: bool = False
+    text_moves_image: bool = False
     rotations: str | None = None
     placeless: str | None = None
     counts_up: bool = False

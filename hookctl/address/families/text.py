@@ -5,15 +5,43 @@ Functions of a pipeline, for the records; a text in their place says why words c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import weakref
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
 
 from hookctl.address.families.record import TextStream
+from hookctl.address.tokenizers import padded_length
 
 Streams = Callable[[Any], tuple[TextStream, ...]]
+
+# Arguments that change what a pipeline makes of a text, as its last call gave them.
+_CHANGING = ("clean_caption", "prompt_template")
+_given: weakref.WeakKeyDictionary[Any, tuple[dict[str, Any], str]] = weakref.WeakKeyDictionary()
+_NOTHING = dict[str, Any](), ""
+
+
+def note_call(pipe: Any, arguments: Mapping[str, Any]) -> None:
+    """Keep what a call of a pipeline said of how its texts are made up; arguments: of
+    `encode_prompt`, by name."""
+    said = {name: arguments[name] for name in _CHANGING if name in arguments}
+    if said:
+        _given[pipe] = said, repr(said)
+
+
+def said(pipe: Any, name: str) -> Any:
+    """An argument as a pipeline's last call had it, else as its calls have it by default."""
+    usual = inspect.signature(type(pipe).__call__).parameters.get(name)
+    default = None if usual is None or usual.default is usual.empty else usual.default
+    return _given.get(pipe, _NOTHING)[0].get(name, default)
+
+
+def all_said(pipe: Any) -> str:
+    """What a pipeline's last call said of its texts, to be compared with that of another."""
+    return _given.get(pipe, _NOTHING)[1]
 
 
 def padded(
@@ -71,6 +99,17 @@ def templated(pipe: Any) -> tuple[TextStream, ...]:
             longest=True,
         ),
     )
+
+
+def templated_by_call(pipe: Any) -> tuple[TextStream, ...]:
+    """HunyuanVideo: the template is an argument of the call; where that doesn't say how much of its
+    beginning is cut off, all but the prompt's place and the token of the end is."""
+    template, tokenizer = said(pipe, "prompt_template"), pipe.tokenizer
+    dropped = template.get("crop_start")
+    if dropped is None:
+        dropped = padded_length(tokenizer, template["template"]) - 2
+    wrap = template["template"].format
+    return (TextStream(tokenizer, length=256, wrap=wrap, dropped=dropped),)
 
 
 def chat(thinking: bool, length: int | None = 512, *, longest: bool = False) -> Streams:
