@@ -148,13 +148,6 @@ class MultiInstanceSampler(Editor):
     # -- the instances' own images -----------------------------------------------------------
 
     def begin(self, state: State) -> None:
-        images = state.images_in_sequence
-        if images is not None and images.references:
-            raise UnsupportedError(
-                f"{self.name} draws latents of its own for each instance, and those of this run of "
-                f"{type(state.pipe).__name__} have reference images behind them; leave the "
-                "references out"
-            )
         self.regions.check_prompts(state.rows)
         self._restart()
         if self.texts.longest:

@@ -62,10 +62,10 @@ class TPG(PerturbedGuidance):
                 f"TPG shuffles the image's tokens, and those that {call.name} is given form no "
                 "grid over the latent (text and image in one sequence); leave it out with sites="
             )
-        order = torch.randperm(call.hidden.shape[1], generator=self._orders)
-        at = call.places(rows)
-        changed = call.hidden.clone()
-        changed[at] = changed[at][:, order.to(changed.device)]
+        changed, at = call.hidden.clone(), call.places(rows)
+        drawn = changed[at, call.drawn]  # reference images stay as they are
+        order = torch.randperm(drawn.shape[1], generator=self._orders)
+        changed[at, call.drawn] = drawn[:, order.to(changed.device)]
         call.hidden = changed
 
 

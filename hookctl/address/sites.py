@@ -231,6 +231,12 @@ class ImageTokens:
         return sum(grid.tokens for grid in self.grids)
 
     @property
+    def span(self) -> tuple[int, int]:
+        """Where the target's tokens are, from and to."""
+        start = sum(grid.tokens for grid in self.grids[: self.target])
+        return start, start + self.grids[self.target].tokens
+
+    @property
     def references(self) -> tuple[Grid, ...]:
         """The grids of the others."""
         return (*self.grids[: self.target], *self.grids[self.target + 1 :])

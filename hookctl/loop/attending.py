@@ -123,8 +123,11 @@ def _passed(path: str, site: Site, hidden: Tensor) -> tuple[Tensor, list[int]]:
     if current is None or not edits:
         return hidden, []
     state = current.state
-    grid = grid_of(hidden.shape[-2], state.grid, len(hidden) // len(state.rows))
-    call = BlockCall(path, site, hidden, state.rows, state.clock, grid)
+    grid, drawn = grid_of(hidden.shape[-2], state.grid, len(hidden) // len(state.rows)), slice(None)
+    images = state.images_in_sequence
+    if images is not None and images.references and hidden.shape[-2] == images.count:
+        grid, drawn = images.grids[images.target], slice(*images.span)
+    call = BlockCall(path, site, hidden, state.rows, state.clock, grid, drawn)
     with remembering(current.owner.memory):
         for a in edits:
             around.block(a, call)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,9 @@ class BlockCall:
         [rows (x frames), tokens, channels]; assign another of its shape to change it.
     rows: whose the batch rows are (`Rows`).
     clock: when (`Clock`).
-    grid: the grid of the tokens, None if they form none: a joint sequence, say.
+    grid: the grid of the tokens of the image that is drawn, None if they form none: a joint
+        sequence, say. drawn: where those are among the tokens, from and to; behind them may stand
+        reference images.
     passing: the indices of the rows that pass the block by.
     """
 
@@ -52,6 +55,7 @@ class BlockCall:
     rows: Rows
     clock: Clock
     grid: Grid | None
+    drawn: slice = field(default_factory=partial(slice, None))
     passing: set[int] = field(default_factory=set)
 
     def skip(self, rows: Row | Iterable[Row]) -> None:

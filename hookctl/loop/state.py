@@ -139,7 +139,8 @@ class State:
                 "step can't be read or changed before its step; after it they can"
             )
         images: Tensor = source[rows[0] : rows[-1] + 1]
-        return images
+        span = self.own_span if self.scaling is None else None
+        return images if span is None else images.narrow(*span)
 
     @latents.setter
     def latents(self, value: Tensor) -> None:
@@ -159,8 +160,34 @@ class State:
     def model_input(self, latents: Tensor, like: Tensor) -> Tensor:
         """What the denoiser is given of some latents, [rows, ...], in the place of `like`."""
         rows = latents if self.scaling is None else self.scaling.again(latents)
-        own = self.noisy if self.scaling is None else None
-        return replace_channels(like, rows.to(like), own)
+        return self.with_latents(rows, like)
+
+    def with_latents(self, rows: Tensor, like: Tensor) -> Tensor:
+        """A model input with latents, [rows, ...] and as the model sees them, in the place of the
+        own ones of `like`, behind which joined images stay as they are."""
+        span, rows = self.own_span, rows.to(like)
+        if span is None or rows.shape[span[0]] != span[2]:
+            own = self.noisy if self.scaling is None else None
+            return replace_channels(like, rows, own)
+        dim, start, size = span
+        stop = start + size
+        behind = like.narrow(dim, stop, like.shape[dim] - stop)
+        return torch.cat([like.narrow(dim, 0, start), rows, behind], dim)
+
+    @property
+    def own_span(self) -> tuple[int, int, int] | None:
+        """(dim, start, length) of the latents in a model input to which the pipeline joins images:
+        along the sequence, as its arguments tell, or along the channels, where that is declared;
+        None where nothing is joined, or it is not known what."""
+        given, images = self.kwargs[self.sample], self.images_in_sequence
+        if not isinstance(given, Tensor):
+            return None
+        if given.dim() == 3 and images is not None and images.references:
+            start, stop = images.span
+            return 1, start, stop - start
+        channels = families.own_channels(self.pipe, self.denoiser)
+        at = latent_axes(self.denoiser, given.dim()).index("c")
+        return (at, 0, channels) if channels is not None and channels < given.shape[at] else None
 
     @property
     def images(self) -> Rows:

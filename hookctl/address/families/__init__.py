@@ -23,6 +23,7 @@ from hookctl.address.families.access import (
     denoiser_of,
     denoisers_of,
     named_denoisers,
+    own_channels,
 )
 from hookctl.address.families.inside import Block, blocks_of, linears, plain_blocks, stem_of
 from hookctl.address.families.loops import (
@@ -91,6 +92,7 @@ __all__ = [
     "sites_of",
     "model_of",
     "names_of",
+    "own_channels",
     "pipeline_of",
     "plain_blocks",
     "processor_of",

@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from hookctl.address.families.record import pipeline_of
+from hookctl.address.families.record import pipeline_of, uncompiled
 from hookctl.errors import InputError
 
 DENOISERS = ("unet", "transformer", "dit", "prior", "decoder")  # of pipelines that are not declared
+_PREDICTED = ("out_channels", "out_visual_dim")
 
 
 def denoisers_of(target: Any) -> tuple[tuple[str, nn.Module], ...]:
@@ -48,3 +49,13 @@ def denoiser_of(target: Any) -> nn.Module:
     Raises InputError if there is none.
     """
     return denoisers_of(target)[0][1]
+
+
+def own_channels(pipe: Any, denoiser: nn.Module) -> int | None:
+    """Channels of a model input that are the latents', which come first and which the model
+    predicts; None where the pipeline joins no images to them along the channels."""
+    record = pipeline_of(pipe)
+    if record is None or not record.joins_channels:
+        return None
+    config: Any = getattr(uncompiled(denoiser), "config", {})
+    return next((config[name] for name in _PREDICTED if config.get(name) is not None), None)

@@ -40,6 +40,11 @@ declare_pipelines(
     "StableCascadeCombinedPipeline WuerstchenCombinedPipeline",
 )
 declare_pipelines(
-    Pipeline({TRANSFORMER: ALONE}, text.COMBINED, inner=("generation_pipe", "upsampling_pipe")),
+    Pipeline(
+        {TRANSFORMER: ALONE},
+        text.COMBINED,
+        inner=("generation_pipe", "upsampling_pipe"),
+        joins_channels=True,
+    ),
     "VisualClozePipeline",
 )

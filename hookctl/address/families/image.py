@@ -225,7 +225,7 @@ declare_pipelines(
     """,
 )
 declare_pipelines(
-    Pipeline({TRANSFORMER: ALONE}, text.flux, {"pooled": 1}),
+    Pipeline({TRANSFORMER: ALONE}, text.flux, {"pooled": 1}, joins_channels=True),
     """
     FluxControlPipeline FluxControlImg2ImgPipeline FluxControlInpaintPipeline FluxFillPipeline
     FluxControlNetImg2ImgPipeline FluxControlNetInpaintPipeline VisualClozeGenerationPipeline
@@ -263,8 +263,12 @@ declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE),
     """
     QwenImage21Pipeline LongCatImagePipeline OvisImagePipeline Krea2Pipeline HunyuanImagePipeline
-    HunyuanImageRefinerPipeline Kandinsky5T2IPipeline Kandinsky5I2IPipeline
+    Kandinsky5T2IPipeline
     """,
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE, joins_channels=True),
+    "HunyuanImageRefinerPipeline Kandinsky5I2IPipeline",
 )
 declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE, handing=handing.negated),
@@ -276,7 +280,13 @@ declare_pipelines(
 )
 declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.padded(side="left", longest=True)),
-    "CogView4Pipeline CogView4ControlPipeline",
+    "CogView4Pipeline",
+)
+declare_pipelines(
+    Pipeline(
+        {TRANSFORMER: SEQUENTIAL}, text.padded(side="left", longest=True), joins_channels=True
+    ),
+    "CogView4ControlPipeline",
 )
 declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.padded(longest=True)), "GlmImagePipeline"

@@ -79,27 +79,49 @@ declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.padded(512)), "AnyFlowPi
 _WAN = text.padded(512)
 declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL, "transformer_2": SEQUENTIAL}, _WAN),
-    "WanPipeline WanImageToVideoPipeline WanVACEPipeline LucyEditPipeline",
+    "WanPipeline WanVACEPipeline",
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL, "transformer_2": SEQUENTIAL}, _WAN, joins_channels=True),
+    "WanImageToVideoPipeline LucyEditPipeline",
 )
 declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, _WAN),
     """
-    WanVideoToVideoPipeline WanAnimatePipeline SkyReelsV2Pipeline SkyReelsV2ImageToVideoPipeline
-    SkyReelsV2DiffusionForcingPipeline SkyReelsV2DiffusionForcingImageToVideoPipeline
-    SkyReelsV2DiffusionForcingVideoToVideoPipeline ChronoEditPipeline HeliosPipeline
-    HeliosPyramidPipeline
+    WanVideoToVideoPipeline SkyReelsV2Pipeline SkyReelsV2DiffusionForcingPipeline
+    SkyReelsV2DiffusionForcingImageToVideoPipeline SkyReelsV2DiffusionForcingVideoToVideoPipeline
+    HeliosPipeline HeliosPyramidPipeline
     """,
 )
 declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL}, _WAN, joins_channels=True),
+    "WanAnimatePipeline SkyReelsV2ImageToVideoPipeline ChronoEditPipeline",
+)
+declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.templated_by_call, {"pooled": 1, "mask": 2}),
-    "HunyuanVideoPipeline HunyuanSkyreelsImageToVideoPipeline HunyuanVideoFramepackPipeline",
+    "HunyuanVideoPipeline HunyuanVideoFramepackPipeline",
+)
+declare_pipelines(
+    Pipeline(
+        {TRANSFORMER: SEQUENTIAL},
+        text.templated_by_call,
+        {"pooled": 1, "mask": 2},
+        joins_channels=True,
+    ),
+    "HunyuanSkyreelsImageToVideoPipeline",
 )
 declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE),
     """
-    HunyuanVideo15Pipeline HunyuanVideo15ImageToVideoPipeline
-    Kandinsky5T2VPipeline MotifVideoPipeline MotifVideoImage2VideoPipeline
-    Cosmos2_5_PredictBasePipeline Cosmos2_5_TransferPipeline Cosmos3OmniPipeline
+    Kandinsky5T2VPipeline Cosmos2_5_PredictBasePipeline Cosmos2_5_TransferPipeline
+    Cosmos3OmniPipeline
+    """,
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE, joins_channels=True),
+    """
+    HunyuanVideo15Pipeline HunyuanVideo15ImageToVideoPipeline MotifVideoPipeline
+    MotifVideoImage2VideoPipeline
     """,
 )
 declare_pipelines(

@@ -96,6 +96,8 @@ class Pipeline:
         that nor its own part (`handing.own_part`).
     schedulers: name of a denoiser -> the attribute that holds its scheduler, where not "scheduler".
     inner: attributes that hold the pipelines which the call is handed on to, one after another.
+    joins_channels: behind the channels of the latents, of which the model predicts as many, its
+        input has those of images and masks.
     estimate: the argument of the scheduler's step that is given in the step which counts, where it
         is first called for the estimate of a clean image alone.
     """
@@ -106,6 +108,7 @@ class Pipeline:
     handing: Handing | None = None
     schedulers: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     inner: tuple[str, ...] = ()
+    joins_channels: bool = False
     estimate: str | None = None
 
 

@@ -12,7 +12,7 @@ from hookctl.address.rows import COND, UNCOND, Row
 from hookctl.errors import UnsupportedError
 from hookctl.loop.calls import predict
 from hookctl.loop.solver import OwnSolver
-from hookctl.loop.state import Predictions, State, replace_channels
+from hookctl.loop.state import Predictions, State
 
 
 class Companion:
@@ -45,8 +45,7 @@ class Companion:
             repeats = len(state.rows) // self.latents.shape[0]
             rows = self.latents.repeat(repeats, *([1] * (self.latents.dim() - 1)))
             rows = self._solver.model_input(rows, state.clock.entry)
-            like = arguments[state.sample]
-            arguments[state.sample] = replace_channels(like, rows.to(like))
+            arguments[state.sample] = state.with_latents(rows, arguments[state.sample])
             change(arguments)
 
         prediction = predict(state, [self._tagged(row) for row in state.rows], change=own_latents)
