@@ -80,6 +80,8 @@ def drawn_with(
             out, q, k = SDPA(query, key, value, *args, **kwargs), query, key
             if image is None and q.shape[-2] == k.shape[-2] and q.shape[-2] != negative.shape[1]:
                 return out  # the image alone
+            if image is not None and q.shape[-2] == negative.shape[1]:
+                return out  # the text alone, before it is beside the image
             start, stop = image or (0, q.shape[-2])
             merged = out.transpose(1, 2).flatten(2)
             both = merged[:rows][cond], merged[rows:]

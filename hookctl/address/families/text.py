@@ -103,13 +103,19 @@ def templated(pipe: Any) -> tuple[TextStream, ...]:
 
 def templated_by_call(pipe: Any) -> tuple[TextStream, ...]:
     """HunyuanVideo: the template is an argument of the call; where that doesn't say how much of its
-    beginning is cut off, all but the prompt's place and the token of the end is."""
+    beginning is cut off, all but the prompt's place and the token of the end is.
+
+    Before a call the usual template stands for that which is not known yet, and cuts nothing.
+    """
     template, tokenizer = said(pipe, "prompt_template"), pipe.tokenizer
     dropped = template.get("crop_start")
     if dropped is None:
         dropped = padded_length(tokenizer, template["template"]) - 2
-    wrap = template["template"].format
-    return (TextStream(tokenizer, length=256, wrap=wrap, dropped=dropped),)
+    wrap, early = template["template"].format, not all_said(pipe)
+    length = None if early else 256
+    return (
+        TextStream(tokenizer, length=length, wrap=wrap, dropped=dropped, longest=early),
+    )
 
 
 def chat(thinking: bool, length: int | None = 512, *, longest: bool = False) -> Streams:
