@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -25,7 +25,7 @@ from hookctl.address.tokenizers import default_length, own_copy
 from hookctl.address.words import PromptTokens
 from hookctl.errors import HookctlWarning, InputError, UnsupportedError, WordError
 
-_MARK = "\ue000"  # stands in no template
+_MARK = "⁂"  # stands in no template
 
 
 class Prompt(str):
@@ -115,8 +115,11 @@ class TextLayout:
         """What the pipeline's last call said of how texts are made up: another's are read anew."""
         return all_said(self._pipe)
 
-    def read(self, prompt: str, tokens: int | None = None) -> PromptText:
-        """One prompt; tokens: the length of the sequence where it is known.
+    def read(
+        self, prompt: str, tokens: int | None = None, *, negative: bool = False
+    ) -> PromptText:
+        """One prompt; tokens: the length of the sequence where it is known; negative: whether the
+        pipeline takes it for a negative one.
 
         What is longer than the encoder takes is cut as the pipeline cuts it, with a warning. Raises
         InputError for a prompt that does not fit where it is not known how the pipeline cuts.
@@ -124,6 +127,8 @@ class TextLayout:
         streams = []
         found = text_streams(self._pipe)  # a template may be of the call
         for i, stream in enumerate(found):
+            if negative and not stream.wraps_negative:
+                stream = replace(stream, wrap=None, dropped=0)
             length = known = stream.length
             if length is None and not stream.longest:
                 length = known = default_length(stream.tokenizer)
@@ -167,6 +172,10 @@ def _tokens(
     if length is None and stream.longest and isinstance(text, str):
         whole = text if stream.wrap is None else stream.wrap(text)
         length = len(own_copy(stream.tokenizer)(whole).input_ids) - stream.dropped
+    if stream.behind and length is not None:
+        alone = _tokens(text, replace(stream, behind=0), length - stream.behind, cuts=cuts)
+        ids = *alone.ids, *[0] * stream.behind
+        return replace(alone, ids=ids, offsets=(*alone.offsets, *[(0, 0)] * stream.behind))
     if stream.wrap is None or not isinstance(text, str):
         return PromptTokens.encode(
             text, stream.tokenizer, length=length, side=stream.side, cuts=cuts

@@ -183,7 +183,8 @@ class Maps(Editor):
                 "can't be found; call it with prompt=, or give tokens=, or control(..., texts=)"
             )
         self._prompts = self._negatives(state) if self.negative else state.prompts
-        texts = [self._layout.read(prompt, state.own_text) for prompt in self._prompts]
+        read = partial(self._layout.read, tokens=state.own_text, negative=self.negative)
+        texts = list(map(read, self._prompts))
         for word in self.words:
             if not any(text.positions(word) for text in texts):
                 texts[0].find(word)  # raises the error that lists the words
@@ -279,7 +280,7 @@ class Maps(Editor):
         key = (self._prompts[row.prompt], stop - start)
         if key not in self._found:
             assert self._layout is not None
-            text = self._layout.read(*key)
+            text = self._layout.read(*key, negative=self.negative)
             self._found[key] = tuple(
                 (word, text.find(word)) for word in self._words_of(text) if text.positions(word)
             )

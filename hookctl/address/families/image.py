@@ -160,12 +160,13 @@ declare_pipelines(
 declare_pipelines(Pipeline({TRANSFORMER: PAG}, text.SEVERAL), "HunyuanDiTPAGPipeline")
 declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.aura_flow), "AuraFlowPipeline")
 declare_pipelines(
-    Pipeline({TRANSFORMER: BATCHED}, text.TEMPLATE, {"mask": 1}),
+    Pipeline({TRANSFORMER: BATCHED}, text.instructed, {"mask": 1}),
     "SanaPipeline SanaControlNetPipeline",
 )
-declare_pipelines(Pipeline({TRANSFORMER: PAG}, text.TEMPLATE, {"mask": 1}), "SanaPAGPipeline")
+declare_pipelines(Pipeline({TRANSFORMER: PAG}, text.instructed, {"mask": 1}), "SanaPAGPipeline")
 declare_pipelines(
-    Pipeline({TRANSFORMER: ALONE}, text.TEMPLATE), "SanaSprintPipeline SanaSprintImg2ImgPipeline"
+    Pipeline({TRANSFORMER: ALONE}, text.instructed, {"mask": 1}),
+    "SanaSprintPipeline SanaSprintImg2ImgPipeline",
 )
 declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.padded(128)), "BriaPipeline")
 declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.padded(224)), "CogView3PlusPipeline")
@@ -239,7 +240,7 @@ declare_pipelines(
     Pipeline({TRANSFORMER: ALONE}, text.chat(False)),
     "Flux2KleinKVPipeline",
 )
-declare_pipelines(Pipeline({TRANSFORMER: ALONE}, text.TEMPLATE), "Flux2Pipeline")
+declare_pipelines(Pipeline({TRANSFORMER: ALONE}, text.flux2), "Flux2Pipeline")
 declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.templated, {"mask": 1}),
     """
@@ -260,19 +261,23 @@ declare_pipelines(
 )
 declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.EDIT_TEMPLATE), "JoyImageEditPlusPipeline")
 declare_pipelines(
-    Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE),
-    """
-    QwenImage21Pipeline LongCatImagePipeline OvisImagePipeline Krea2Pipeline HunyuanImagePipeline
-    Kandinsky5T2IPipeline
-    """,
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE), "QwenImage21Pipeline LongCatImagePipeline"
 )
+declare_pipelines(Pipeline({TRANSFORMER: SEQUENTIAL}, text.SEVERAL), "HunyuanImagePipeline")
+declare_pipelines(Pipeline({TRANSFORMER: SEQUENTIAL}, text.ovis), "OvisImagePipeline")
+declare_pipelines(Pipeline({TRANSFORMER: SEQUENTIAL}, text.krea2, {"mask": 1}), "Krea2Pipeline")
+declare_pipelines(Pipeline({TRANSFORMER: SEQUENTIAL}, text.kandinsky5), "Kandinsky5T2IPipeline")
 declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE, joins_channels=True),
     "HunyuanImageRefinerPipeline Kandinsky5I2IPipeline",
 )
 declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE, handing=handing.negated),
-    "Lumina2Pipeline NucleusMoEImagePipeline",
+    "NucleusMoEImagePipeline",
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.lumina2, {"mask": 1}, handing=handing.negated),
+    "Lumina2Pipeline",
 )
 declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.padded(512)),

@@ -54,10 +54,14 @@ declare_pipelines(
 )
 declare_pipelines(
     Pipeline({TRANSFORMER: BATCHED}, text.TEMPLATE),
-    """
-    LTX2Pipeline LTX2DFRPipeline EasyAnimatePipeline EasyAnimateControlPipeline
-    EasyAnimateInpaintPipeline SanaVideoPipeline
-    """,
+    "LTX2Pipeline LTX2DFRPipeline",
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: BATCHED}, text.easy_animate),
+    "EasyAnimatePipeline EasyAnimateControlPipeline EasyAnimateInpaintPipeline",
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: BATCHED}, text.instructed, {"mask": 1}), "SanaVideoPipeline"
 )
 declare_pipelines(
     Pipeline({TRANSFORMER: BATCHED}, text.TEMPLATE, handing=handing.of_its_own),
@@ -68,7 +72,7 @@ declare_pipelines(
     "LTX2ImageToVideoPipeline",
 )
 declare_pipelines(
-    Pipeline({TRANSFORMER: BATCHED}, text.TEMPLATE, handing=handing.later_frames),
+    Pipeline({TRANSFORMER: BATCHED}, text.instructed, {"mask": 1}, handing=handing.later_frames),
     "SanaImageToVideoPipeline",
 )
 declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.padded(256)), "MochiPipeline")
@@ -112,24 +116,27 @@ declare_pipelines(
 )
 declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE),
-    """
-    Kandinsky5T2VPipeline Cosmos2_5_PredictBasePipeline Cosmos2_5_TransferPipeline
-    Cosmos3OmniPipeline
-    """,
+    "Cosmos3OmniPipeline",
+)
+declare_pipelines(Pipeline({TRANSFORMER: SEQUENTIAL}, text.kandinsky5), "Kandinsky5T2VPipeline")
+declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.cosmos),
+    "Cosmos2_5_PredictBasePipeline Cosmos2_5_TransferPipeline",
 )
 declare_pipelines(
-    Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE, joins_channels=True),
-    """
-    HunyuanVideo15Pipeline HunyuanVideo15ImageToVideoPipeline MotifVideoPipeline
-    MotifVideoImage2VideoPipeline
-    """,
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.SEVERAL, joins_channels=True),
+    "HunyuanVideo15Pipeline HunyuanVideo15ImageToVideoPipeline",
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.padded(512), {"mask": 2}, joins_channels=True),
+    "MotifVideoPipeline MotifVideoImage2VideoPipeline",
 )
 declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE, handing=handing.later_frames),
     "HunyuanVideoImageToVideoPipeline",
 )
 declare_pipelines(
-    Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE, handing=handing.later_frames_first),
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.kandinsky5, handing=handing.later_frames_first),
     "Kandinsky5I2VPipeline",
 )
 declare_pipelines(

@@ -27,7 +27,8 @@ class TextStream:
     length: tokens that the pipeline pads to by default (None: the tokenizer's maximum); prompts:
     the arguments whose texts are in it. Where there are two, two encoders share the positions.
     wrap: what the pipeline makes of a prompt before it is tokenized; dropped: how many tokens of
-    that are cut off in front; side: where the pipeline pads, None for the tokenizer's own side;
+    that are cut off in front; behind: how many are put behind the padding; wraps_negative: whether
+    it does all that to the negative prompts too; side: where the pipeline pads, None for the tokenizer's own side;
     longest: it pads to the longest prompt of a call, so that the length is known in a call alone.
     """
 
@@ -37,6 +38,8 @@ class TextStream:
     prompts: tuple[str, ...] = ("prompt",)
     wrap: Callable[[str], str] | None = None
     dropped: int = 0
+    behind: int = 0
+    wraps_negative: bool = True
     side: Literal["left", "right"] | None = None
     longest: bool = False
 

@@ -6,6 +6,7 @@ Functions of a pipeline, for the records; a text in their place says why words c
 from __future__ import annotations
 
 import inspect
+import operator
 import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -14,12 +15,12 @@ from typing import Any, Literal
 from torch import Tensor
 
 from hookctl.address.families.record import TextStream
-from hookctl.address.tokenizers import padded_length
+from hookctl.address.tokenizers import own_copy, padded_length
 
 Streams = Callable[[Any], tuple[TextStream, ...]]
 
 # Arguments that change what a pipeline makes of a text, as its last call gave them.
-_CHANGING = ("clean_caption", "prompt_template")
+_CHANGING = ("clean_caption", "prompt_template", "complex_human_instruction", "system_prompt")
 _given: weakref.WeakKeyDictionary[Any, tuple[dict[str, Any], str]] = weakref.WeakKeyDictionary()
 _NOTHING = dict[str, Any](), ""
 
@@ -118,24 +119,126 @@ def templated_by_call(pipe: Any) -> tuple[TextStream, ...]:
     )
 
 
+def instructed(pipe: Any) -> tuple[TextStream, ...]:
+    """Sana: an argument of the call has lines of instruction, which stand before the prompt alone;
+    of the whole, its first token is kept and what is not the instruction's."""
+    tokenizer, lines = pipe.tokenizer, said(pipe, "complex_human_instruction")
+    if not lines:
+        return (TextStream(tokenizer, length=300, side="right"),)
+    instruction = "\n".join(lines)
+    return (
+        TextStream(
+            tokenizer,
+            length=300,
+            wrap=partial(operator.add, instruction),
+            dropped=len(own_copy(tokenizer)(instruction).input_ids) - 2,
+            wraps_negative=False,
+            side="right",
+        ),
+    )
+
+
+def lumina2(pipe: Any) -> tuple[TextStream, ...]:
+    """A sentence of the call or of the pipeline stands before the prompt alone."""
+    before = said(pipe, "system_prompt") or pipe.system_prompt
+    wrap = partial(operator.add, f"{before} <Prompt Start> ")
+    return (
+        TextStream(pipe.tokenizer, length=256, wrap=wrap, wraps_negative=False, side="right"),
+    )
+
+
+def krea2(pipe: Any) -> tuple[TextStream, ...]:
+    """As Qwen-Image's template, whose end stands behind the padding."""
+    return (
+        TextStream(
+            pipe.tokenizer,
+            length=512,
+            wrap=partial(operator.add, pipe.prompt_template_encode_prefix),
+            dropped=pipe.prompt_template_encode_start_idx,
+            behind=pipe.prompt_template_encode_num_suffix_tokens,
+        ),
+    )
+
+
+def kandinsky5(pipe: Any) -> tuple[TextStream, ...]:
+    """A template round the prompt, whose beginning is cut off."""
+    return (
+        TextStream(
+            pipe.tokenizer.tokenizer,
+            wrap=pipe.prompt_template.format,
+            dropped=pipe.prompt_template_encode_start_idx,
+            longest=True,
+        ),
+    )
+
+
 def chat(thinking: bool, length: int | None = 512, *, longest: bool = False) -> Streams:
     """The prompt as the one message of a chat."""
 
     def streams(pipe: Any) -> tuple[TextStream, ...]:
-        wrap = partial(_chat, pipe.tokenizer, thinking=thinking)
+        wrap = partial(_chat, pipe.tokenizer, add_generation_prompt=True, enable_thinking=thinking)
         return (TextStream(pipe.tokenizer, 0, length, wrap=wrap, longest=longest),)
 
     return streams
 
 
-def _chat(tokenizer: Any, text: str, thinking: bool) -> str:
-    said: str = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}],
-        tokenize=False,
-        add_generation_prompt=True,
-        enable_thinking=thinking,
+def ovis(pipe: Any) -> tuple[TextStream, ...]:
+    """A sentence and the prompt in the one message of a chat, whose beginning is cut off."""
+
+    def wrap(text: str) -> str:
+        given = {"add_generation_prompt": True, "enable_thinking": False}
+        return _chat(pipe.tokenizer, pipe.system_prompt + text, **given)
+
+    dropped = pipe.user_prompt_begin_id
+    return (TextStream(pipe.tokenizer, length=256, wrap=wrap, dropped=dropped),)
+
+
+def easy_animate(pipe: Any) -> tuple[TextStream, ...]:
+    """The one message of a chat, in parts."""
+
+    def wrap(text: str) -> str:
+        return _chat(pipe.tokenizer, _parts(text), add_generation_prompt=True)
+
+    return (TextStream(pipe.tokenizer, length=256, wrap=wrap, side="right"),)
+
+
+def cosmos(pipe: Any) -> tuple[TextStream, ...]:
+    """A chat that begins with what the model is to be."""
+    system = _parts("You are a helpful assistant who will provide prompts to an image generator.")
+
+    def wrap(text: str) -> str:
+        given = {"add_generation_prompt": False, "add_vision_id": False}
+        return _chat(pipe.tokenizer, _parts(text), system, **given)
+
+    return (TextStream(pipe.tokenizer, length=512, wrap=wrap),)
+
+
+def flux2(pipe: Any) -> tuple[TextStream, ...]:
+    """A chat that begins with what the model is to be; its processor adds the token of a beginning
+    where the template has none."""
+    processor = pipe.tokenizer
+    tokenizer = processor.tokenizer
+
+    def wrap(text: str) -> str:
+        system = _parts(pipe.system_message)
+        whole = _chat(processor, _parts(text), system, add_generation_prompt=False)
+        first = own_copy(tokenizer)("").input_ids[:1]
+        begins = tokenizer.bos_token is not None and first == [tokenizer.bos_token_id]
+        return whole.removeprefix(tokenizer.bos_token) if begins else whole
+
+    return (TextStream(tokenizer, length=512, wrap=wrap),)
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
+
+
+def _chat(tokenizer: Any, content: Any, system: Any = None, **given: Any) -> str:
+    before = [] if system is None else [{"role": "system", "content": system}]
+    whole: str = tokenizer.apply_chat_template(
+        [*before, {"role": "user", "content": content}], tokenize=False, **given
     )
-    return said
+    return whole
 
 
 def kandinsky(pipe: Any) -> tuple[TextStream, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import HunyuanVideoPipeline
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from hookctl import Maps, control
@@ -21,7 +22,9 @@ from hookctl.address.text import TextLayout
 from hookctl.errors import HookctlWarning, WordError
 from hookctl.recipes import PromptToPrompt
 from hookctl.recipes.common.prompt_texts import PromptTexts
+from hookctl.inspect.proved import proved
 from tests.families.subjects import Idle
+from tests.families.wild import WORD_FACT
 from tests.zoo.wild import WILD
 
 CAT, DOG = PROMPTS
@@ -116,3 +119,101 @@ def test_what_does_not_fit_behind_a_template_is_cut() -> None:
     assert (start, list(read.ids)) == (0, cut.input_ids[2:]) and text.find("cat")
     with pytest.raises(WordError, match="'dog' does not fit into the 24 tokens"):
         text.find("dog")
+
+
+# -- other families --------------------------------------------------------------------------------
+
+
+def counted(pipe: Any, text: str) -> int:
+    tokenizer = getattr(pipe.tokenizer, "tokenizer", pipe.tokenizer)
+    return len(tokenizer(text).input_ids)
+
+
+def fit_krea2(pipe: Any) -> None:
+    before, behind = pipe.prompt_template_encode_prefix, pipe.prompt_template_encode_suffix
+    pipe.prompt_template_encode_start_idx = counted(pipe, before)
+    pipe.prompt_template_encode_num_suffix_tokens = counted(pipe, behind)
+
+
+def fit_kandinsky5(pipe: Any) -> None:
+    before = pipe.prompt_template.partition("{}")[0]
+    pipe.prompt_template_encode_start_idx = counted(pipe, before)
+
+
+def begins(pipe: Any) -> None:
+    """FLUX.2's template begins with a token that its tokenizer adds of itself, but for once."""
+    tokenizer = pipe.tokenizer.tokenizer
+    tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
+    number = tokenizer.bos_token_id
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", number)]
+    )
+    template = "{{ bos_token }}" + (pipe.tokenizer.chat_template or tokenizer.chat_template)
+    pipe.tokenizer.chat_template = tokenizer.chat_template = template
+    pipe.text_encoder.resize_token_embeddings(len(tokenizer))
+
+
+def fit_ovis(pipe: Any) -> None:
+    pipe.user_prompt_begin_id = counted(pipe, pipe.system_prompt)
+
+
+LINES = {"complex_human_instruction": ["Say more of the cat.", "User Prompt: "]}
+# Name -> what its call is given, and what is to be made to fit: the published numbers are those of
+# the published tokenizers.
+TEMPLATED: dict[str, tuple[dict[str, Any], Any]] = {
+    "SanaPipeline": (LINES, None),
+    "SanaControlNetPipeline": (LINES, None),
+    "SanaPAGPipeline": (LINES, None),
+    "SanaSprintPipeline": (LINES, None),
+    "SanaVideoPipeline": (LINES, None),
+    "SanaImageToVideoPipeline": (LINES, None),
+    "Lumina2Pipeline": ({"system_prompt": "say it: a cat"}, None),
+    "Krea2Pipeline": ({"max_sequence_length": 40}, fit_krea2),
+    "Kandinsky5T2VPipeline": ({"max_sequence_length": 64}, fit_kandinsky5),
+    "Kandinsky5T2IPipeline": ({"max_sequence_length": 64}, fit_kandinsky5),
+    "Kandinsky5I2VPipeline": ({"max_sequence_length": 64}, fit_kandinsky5),
+    "OvisImagePipeline": ({"max_sequence_length": 128}, fit_ovis),
+    "EasyAnimatePipeline": ({}, None),
+    "Cosmos2_5_PredictBasePipeline": ({"max_sequence_length": 256}, None),
+    "MotifVideoPipeline": ({}, None),
+}
+SLOW = {"Kandinsky5T2IPipeline", "SanaSprintPipeline", "SanaPipeline", "Kandinsky5I2VPipeline"}
+
+
+@pytest.mark.skipif("Flux2Pipeline" not in WILD, reason="this diffusers lacks FLUX.2")
+@pytest.mark.parametrize("beginning", [False, True])
+def test_a_template_that_begins_with_a_token(beginning: bool) -> None:
+    proved_words("Flux2Pipeline", {"max_sequence_length": 400}, begins if beginning else None)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
+        for name in TEMPLATED
+        if name in WILD
+    ],
+)
+def test_the_templates_of_other_families(name: str) -> None:
+    proved_words(name, *TEMPLATED[name])
+
+
+def proved_words(name: str, more: dict[str, Any], fit: Any) -> None:
+    case = WILD[name]
+    pipe = case.make()
+    if fit is not None:
+        fit(pipe)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)  # tokens that were added to a tiny encoder are all alike to it
+        pipe.text_encoder.get_input_embeddings().weight.normal_()
+    call = pipe.__class__.__call__
+
+    class Given(type(pipe)):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return call(self, *args, **kwargs | more)
+
+    Given.__call__.__signature__ = inspect.signature(call)  # type: ignore[attr-defined]
+    pipe.__class__ = Given
+    facts = proved(pipe, lambda d: case.draw(pipe, d.prompts, d.negatives, d.seeds)).facts
+    [word] = [fact for fact in facts if fact.what == WORD_FACT]
+    assert word.agrees, word
