@@ -115,9 +115,7 @@ class TextLayout:
         """What the pipeline's last call said of how texts are made up: another's are read anew."""
         return all_said(self._pipe)
 
-    def read(
-        self, prompt: str, tokens: int | None = None, *, negative: bool = False
-    ) -> PromptText:
+    def read(self, prompt: str, tokens: int | None = None, *, negative: bool = False) -> PromptText:
         """One prompt; tokens: the length of the sequence where it is known; negative: whether the
         pipeline takes it for a negative one.
 
@@ -226,16 +224,18 @@ def prompts_given(pipe: Any, arguments: Mapping[str, Any]) -> tuple[str, ...]:
     # As the pipelines have it: what is not said again is the prompt.
     texts = [_listed(arguments.get(name) or arguments.get("prompt")) for name in names]
     prompts = []
-    for said in zip(*texts, strict=False):
-        same = len(set(said)) == 1
-        prompts.append(said[0] if same else Prompt(dict(zip(names, said, strict=True))))
+    for each in zip(*texts, strict=False):
+        same = len(set(each)) == 1
+        prompts.append(each[0] if same else Prompt(dict(zip(names, each, strict=True))))
     return tuple(prompts)
 
 
 def _cleans_captions(pipe: Any) -> bool:
     """Whether a pipeline cleans its texts: as its last call said, else as its calls do by default;
     without two packages it never does."""
-    return bool(said(pipe, "clean_caption")) and all(find_spec(name) is not None for name in ("bs4", "ftfy"))
+    return bool(said(pipe, "clean_caption")) and all(
+        find_spec(name) is not None for name in ("bs4", "ftfy")
+    )
 
 
 def _listed(given: Any) -> list[str]:

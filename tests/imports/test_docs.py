@@ -31,6 +31,7 @@ from tests.imports.pages import (
     paste,
     shortened,
 )
+from tests.zoo.wild import WILD
 
 PAGES = sorted(ROOT.glob("docs/*.md"))
 WITH_PYTHON = [
@@ -50,9 +51,15 @@ STAND_INS = {
     "QwenImagePipeline": "qwen_image",
     "ZImagePipeline": "z_image",
     "WanPipeline": "wan",
+    "HunyuanVideoPipeline": "HunyuanVideoPipeline",
 }
 # What a tiny one is told beside that: its text encoder has fewer layers than those that are read.
-FURTHER = {"Flux2KleinPipeline": "text_encoder_out_layers=(1, 2, 3), "}
+# Its tokenizer makes more of a template than is cut off.
+FURTHER = {
+    "Flux2KleinPipeline": "text_encoder_out_layers=(1, 2, 3), ",
+    "HunyuanVideoPipeline": "prompt_template={'template': 'say {}', 'crop_start': 0}, ",
+}
+TINY = {**WILD, **zoo.PIPELINES}
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +121,10 @@ def test_it_runs_with_a_tiny_model_in_its_place(
     page: Path, block: Block, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (name,) = [name for name in STAND_INS if f"import {name}\n" in block.text]
-    if not hasattr(diffusers, name) or STAND_INS[name] not in zoo.PIPELINES:
+    if not hasattr(diffusers, name) or STAND_INS[name] not in TINY:
         pytest.skip(f"this diffusers ({diffusers.__version__}) or transformers lacks {name}")
     Image.new("RGB", (64, 64), "orange").save(here / "cat.png")
-    pipe = zoo.PIPELINES[STAND_INS[name]].make()
+    pipe = TINY[STAND_INS[name]].make()
     kind = type(pipe)
     monkeypatch.setattr(kind, "from_pretrained", lambda *_, **__: pipe)
     monkeypatch.setattr(kind, "to", lambda self, *_: self)

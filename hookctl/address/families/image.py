@@ -218,84 +218,67 @@ declare_pipelines(
 
 # -- transformers that guide by two calls, or not at all -------------------------------------------
 
+_TWO, _ONE = {TRANSFORMER: SEQUENTIAL}, {TRANSFORMER: ALONE}
 declare_pipelines(
-    Pipeline({TRANSFORMER: SEQUENTIAL}, text.flux, {"pooled": 1}),
+    Pipeline(_TWO, text.flux, {"pooled": 1}),
     """
     FluxPipeline FluxImg2ImgPipeline FluxInpaintPipeline FluxControlNetPipeline
     FluxKontextPipeline FluxKontextInpaintPipeline
     """,
 )
 declare_pipelines(
-    Pipeline({TRANSFORMER: ALONE}, text.flux, {"pooled": 1}, joins_channels=True),
+    Pipeline(_ONE, text.flux, {"pooled": 1}, joins_channels=True),
     """
     FluxControlPipeline FluxControlImg2ImgPipeline FluxControlInpaintPipeline FluxFillPipeline
     FluxControlNetImg2ImgPipeline FluxControlNetInpaintPipeline VisualClozeGenerationPipeline
     """,
 )
+declare_pipelines(Pipeline(_TWO, text.chat(False)), "Flux2KleinPipeline Flux2KleinInpaintPipeline")
+declare_pipelines(Pipeline(_ONE, text.chat(False)), "Flux2KleinKVPipeline")
+declare_pipelines(Pipeline(_ONE, text.flux2), "Flux2Pipeline")
 declare_pipelines(
-    Pipeline({TRANSFORMER: SEQUENTIAL}, text.chat(False)),
-    "Flux2KleinPipeline Flux2KleinInpaintPipeline",
-)
-declare_pipelines(
-    Pipeline({TRANSFORMER: ALONE}, text.chat(False)),
-    "Flux2KleinKVPipeline",
-)
-declare_pipelines(Pipeline({TRANSFORMER: ALONE}, text.flux2), "Flux2Pipeline")
-declare_pipelines(
-    Pipeline({TRANSFORMER: SEQUENTIAL}, text.templated, {"mask": 1}),
+    Pipeline(_TWO, text.templated, {"mask": 1}),
     """
     QwenImagePipeline QwenImageImg2ImgPipeline QwenImageInpaintPipeline QwenImageControlNetPipeline
     QwenImageControlNetInpaintPipeline
     """,
 )
 declare_pipelines(
-    Pipeline({TRANSFORMER: SEQUENTIAL}, text.EDIT_TEMPLATE, {"mask": 1}),
+    Pipeline(_TWO, text.EDIT_TEMPLATE, {"mask": 1}),
     "QwenImageEditPipeline QwenImageEditPlusPipeline QwenImageEditInpaintPipeline",
 )
 declare_pipelines(
-    Pipeline({TRANSFORMER: SEQUENTIAL}, text.EDIT_TEMPLATE),
+    Pipeline(_TWO, text.EDIT_TEMPLATE),
     """
     QwenImageLayeredPipeline LongCatImageEditPipeline JoyImageEditPipeline
     BriaFibo2Pipeline
     """,
 )
 declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.EDIT_TEMPLATE), "JoyImageEditPlusPipeline")
+declare_pipelines(Pipeline(_TWO, text.TEMPLATE), "QwenImage21Pipeline LongCatImagePipeline")
+declare_pipelines(Pipeline(_TWO, text.SEVERAL), "HunyuanImagePipeline")
+declare_pipelines(Pipeline(_TWO, text.ovis), "OvisImagePipeline")
+declare_pipelines(Pipeline(_TWO, text.krea2, {"mask": 1}), "Krea2Pipeline")
+declare_pipelines(Pipeline(_TWO, text.kandinsky5), "Kandinsky5T2IPipeline")
 declare_pipelines(
-    Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE), "QwenImage21Pipeline LongCatImagePipeline"
-)
-declare_pipelines(Pipeline({TRANSFORMER: SEQUENTIAL}, text.SEVERAL), "HunyuanImagePipeline")
-declare_pipelines(Pipeline({TRANSFORMER: SEQUENTIAL}, text.ovis), "OvisImagePipeline")
-declare_pipelines(Pipeline({TRANSFORMER: SEQUENTIAL}, text.krea2, {"mask": 1}), "Krea2Pipeline")
-declare_pipelines(Pipeline({TRANSFORMER: SEQUENTIAL}, text.kandinsky5), "Kandinsky5T2IPipeline")
-declare_pipelines(
-    Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE, joins_channels=True),
+    Pipeline(_TWO, text.TEMPLATE, joins_channels=True),
     "HunyuanImageRefinerPipeline Kandinsky5I2IPipeline",
 )
+declare_pipelines(Pipeline(_TWO, text.TEMPLATE, handing=handing.negated), "NucleusMoEImagePipeline")
 declare_pipelines(
-    Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE, handing=handing.negated),
-    "NucleusMoEImagePipeline",
-)
-declare_pipelines(
-    Pipeline({TRANSFORMER: SEQUENTIAL}, text.lumina2, {"mask": 1}, handing=handing.negated),
+    Pipeline(_TWO, text.lumina2, {"mask": 1}, handing=handing.negated),
     "Lumina2Pipeline",
 )
 declare_pipelines(
-    Pipeline({TRANSFORMER: SEQUENTIAL}, text.padded(512)),
+    Pipeline(_TWO, text.padded(512)),
     "ChromaPipeline ChromaImg2ImgPipeline ChromaInpaintPipeline",
 )
+declare_pipelines(Pipeline(_TWO, text.padded(side="left", longest=True)), "CogView4Pipeline")
 declare_pipelines(
-    Pipeline({TRANSFORMER: SEQUENTIAL}, text.padded(side="left", longest=True)),
-    "CogView4Pipeline",
-)
-declare_pipelines(
-    Pipeline(
-        {TRANSFORMER: SEQUENTIAL}, text.padded(side="left", longest=True), joins_channels=True
-    ),
+    Pipeline(_TWO, text.padded(side="left", longest=True), joins_channels=True),
     "CogView4ControlPipeline",
 )
-declare_pipelines(
-    Pipeline({TRANSFORMER: SEQUENTIAL}, text.padded(longest=True)), "GlmImagePipeline"
-)
+declare_pipelines(Pipeline(_TWO, text.padded(longest=True)), "GlmImagePipeline")
 declare_pipelines(
     Pipeline(
         {

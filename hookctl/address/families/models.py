@@ -141,9 +141,7 @@ declare_models(
     "HiDreamImageTransformer2DModel StableCascadeUNet",
 )
 _REFINED = (("context_embedder*", "text"), *_JOINT)
-declare_models(
-    Model("image_text", _REFINED, text_rows=True), "HunyuanVideoTransformer3DModel"
-)
+declare_models(Model("image_text", _REFINED, text_rows=True), "HunyuanVideoTransformer3DModel")
 declare_models(
     Model("image_text", _REFINED, several_texts=True),
     "HunyuanVideo15Transformer3DModel HunyuanImageTransformer2DModel",

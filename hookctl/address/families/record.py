@@ -28,8 +28,9 @@ class TextStream:
     the arguments whose texts are in it. Where there are two, two encoders share the positions.
     wrap: what the pipeline makes of a prompt before it is tokenized; dropped: how many tokens of
     that are cut off in front; behind: how many are put behind the padding; wraps_negative: whether
-    it does all that to the negative prompts too; side: where the pipeline pads, None for the tokenizer's own side;
-    longest: it pads to the longest prompt of a call, so that the length is known in a call alone.
+    it does all that to the negative prompts too; side: where the pipeline pads, None for the
+    tokenizer's own side; longest: it pads to the longest prompt of a call, so that the length is
+    known in a call alone.
     """
 
     tokenizer: Any

@@ -114,9 +114,7 @@ def templated_by_call(pipe: Any) -> tuple[TextStream, ...]:
         dropped = padded_length(tokenizer, template["template"]) - 2
     wrap, early = template["template"].format, not all_said(pipe)
     length = None if early else 256
-    return (
-        TextStream(tokenizer, length=length, wrap=wrap, dropped=dropped, longest=early),
-    )
+    return (TextStream(tokenizer, length=length, wrap=wrap, dropped=dropped, longest=early),)
 
 
 def instructed(pipe: Any) -> tuple[TextStream, ...]:
@@ -142,9 +140,7 @@ def lumina2(pipe: Any) -> tuple[TextStream, ...]:
     """A sentence of the call or of the pipeline stands before the prompt alone."""
     before = said(pipe, "system_prompt") or pipe.system_prompt
     wrap = partial(operator.add, f"{before} <Prompt Start> ")
-    return (
-        TextStream(pipe.tokenizer, length=256, wrap=wrap, wraps_negative=False, side="right"),
-    )
+    return (TextStream(pipe.tokenizer, length=256, wrap=wrap, wraps_negative=False, side="right"),)
 
 
 def krea2(pipe: Any) -> tuple[TextStream, ...]:

@@ -20,9 +20,9 @@ from hookctl.address.families.prove import prove
 from hookctl.address.families.traces import PROMPTS, Drawn
 from hookctl.address.text import TextLayout
 from hookctl.errors import HookctlWarning, WordError
+from hookctl.inspect.proved import proved
 from hookctl.recipes import PromptToPrompt
 from hookctl.recipes.common.prompt_texts import PromptTexts
-from hookctl.inspect.proved import proved
 from tests.families.subjects import Idle
 from tests.families.wild import WORD_FACT
 from tests.zoo.wild import WILD
