@@ -72,6 +72,61 @@ def test_recipes_of_places(name: str, edit: str) -> None:
         assert (found[0] - plain[0]).abs().max() < close
 
 
+# What acts on latents, or on predictions of them: made to act, and at its neutral setting.
+OF_LATENTS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+    "attend and excite": (
+        lambda: recipes.AttendAndExcite(["cat"]),
+        lambda: recipes.AttendAndExcite(["cat"], scale=0.0),
+    ),
+    "layout": (
+        lambda: recipes.LayoutGuidance(["cat"], [LEFT]),
+        lambda: recipes.LayoutGuidance(["cat"], [LEFT], scale=0.0),
+    ),
+    "instances": (
+        lambda: recipes.MultiInstanceSampler(["a dog"], [LEFT], share=0.5),
+        lambda: recipes.MultiInstanceSampler(["a dog"], [LEFT], share=0.0),
+    ),
+    "frequencies": (lambda: recipes.FDG((3.0, 1.5)), lambda: recipes.FDG(strength=0.0)),
+    "shuffled": (lambda: recipes.TPG(2.0), lambda: recipes.TPG(0.0)),
+}
+
+
+class Given(hookctl.Editor):
+    """What the model is given of the references in each step's calls."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def before(self, state: Any) -> None:
+        self.seen.append(state.kwargs[state.sample][:, state.latents.shape[1] :].clone())
+
+
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [
+        (name, edit)
+        for name in EDITS
+        for edit in OF_LATENTS
+        # Of the three Qwen-Image-Edit alone is drawn with guidance, and has no words.
+        if (edit == "shuffled" or (name in WORDS) == (edit != "frequencies"))
+    ],
+)
+def test_recipes_of_latents(name: str, edit: str) -> None:
+    """They change what is drawn; the references that the model is given stay as they are."""
+    acting, idle = OF_LATENTS[edit]
+    plain, before, after = drawn(name), Given(), Given()
+    drawn(name, before)
+    assert not torch.equal(drawn(name, acting(), after), plain)
+    assert before.seen and len(before.seen) == len(after.seen)
+    for one, other in zip(before.seen, after.seen, strict=True):
+        assert one.numel() and torch.equal(one, other)
+    model = EDITS[name]
+    pipe = model.make()
+    with control(pipe, idle(), strict=False):
+        found = model.draw(pipe, PROMPTS if model.several else PROMPTS[:1])
+    assert torch.equal(found, plain)
+
+
 @pytest.mark.slow
 def test_one_prompt_at_a_time() -> None:
     """All that Qwen-Image-Edit-Plus takes."""
