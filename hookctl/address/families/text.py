@@ -8,7 +8,8 @@ from __future__ import annotations
 import inspect
 import operator
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, Literal
 
@@ -19,10 +20,11 @@ from hookctl.address.tokenizers import own_copy, padded_length
 
 Streams = Callable[[Any], tuple[TextStream, ...]]
 
-# Arguments that change what a pipeline makes of a text, as its last call gave them.
+# Arguments that change what a pipeline makes of a text.
 _CHANGING = ("clean_caption", "prompt_template", "complex_human_instruction", "system_prompt")
-_given: weakref.WeakKeyDictionary[Any, tuple[dict[str, Any], str]] = weakref.WeakKeyDictionary()
-_NOTHING = dict[str, Any](), ""
+# Of each pipeline what the last call made here gave of them, also as a text.
+_Said = tuple[Callable[[], Any], dict[str, Any], str]
+_given: ContextVar[tuple[_Said, ...]] = ContextVar("given", default=())
 
 
 def note_call(pipe: Any, arguments: Mapping[str, Any]) -> None:
@@ -30,19 +32,24 @@ def note_call(pipe: Any, arguments: Mapping[str, Any]) -> None:
     `encode_prompt`, by name."""
     said = {name: arguments[name] for name in _CHANGING if name in arguments}
     if said:
-        _given[pipe] = said, repr(said)
+        others = [one for one in _given.get() if one[0]() is not None and one[0]() is not pipe]
+        _given.set((*others, (weakref.ref(pipe), said, repr(said))))
 
 
 def said(pipe: Any, name: str) -> Any:
     """An argument as a pipeline's last call had it, else as its calls have it by default."""
     usual = inspect.signature(type(pipe).__call__).parameters.get(name)
     default = None if usual is None or usual.default is usual.empty else usual.default
-    return _given.get(pipe, _NOTHING)[0].get(name, default)
+    return _last(pipe)[0].get(name, default)
 
 
 def all_said(pipe: Any) -> str:
     """What a pipeline's last call said of its texts, to be compared with that of another."""
-    return _given.get(pipe, _NOTHING)[1]
+    return _last(pipe)[1]
+
+
+def _last(pipe: Any) -> tuple[dict[str, Any], str]:
+    return next(((given, text) for ref, given, text in _given.get() if ref() is pipe), ({}, ""))
 
 
 def padded(
@@ -91,15 +98,25 @@ def aura_flow(pipe: Any) -> tuple[TextStream, ...]:
 
 def templated(pipe: Any) -> tuple[TextStream, ...]:
     """Qwen-Image: a template round the prompt, whose beginning is cut off."""
+    holder = next(one for one in (pipe, *_blocks(pipe)) if hasattr(one, "prompt_template_encode"))
     return (
         TextStream(
             pipe.tokenizer,
-            length=pipe.tokenizer_max_length,
-            wrap=pipe.prompt_template_encode.format,
-            dropped=pipe.prompt_template_encode_start_idx,
+            length=holder.tokenizer_max_length,
+            wrap=holder.prompt_template_encode.format,
+            dropped=holder.prompt_template_encode_start_idx,
             longest=True,
         ),
     )
+
+
+def _blocks(pipe: Any) -> Iterator[Any]:
+    """The blocks that a modular pipeline is put together from, and those inside them."""
+    waiting = [pipe.blocks] if hasattr(pipe, "blocks") else []
+    while waiting:
+        block = waiting.pop()
+        yield block
+        waiting += list(getattr(block, "sub_blocks", {}).values())
 
 
 def templated_by_call(pipe: Any) -> tuple[TextStream, ...]:
