@@ -7,6 +7,7 @@ word's (`families.prove`).
 from __future__ import annotations
 
 import inspect
+import threading
 from typing import Any
 
 import pytest
@@ -105,6 +106,21 @@ def test_one_session_over_calls_of_several_templates() -> None:
     with control(pipe, edit):
         for template, wanted in zip((SAY, longer), alone, strict=True):
             assert torch.equal(hunyuan(pipe, asked, prompt_template=template), wanted)
+
+
+def test_what_a_call_said_holds_in_its_own_thread() -> None:
+    """And beside those of other pipelines, which one run may call in the middle of another's."""
+    pipe, other = WILD["HunyuanVideoPipeline"].make(), WILD["HunyuanVideoPipeline"].make()
+    with control(pipe, Idle()), control(other, Idle()):
+        hunyuan(pipe, Drawn())
+        hunyuan(other, Drawn(), prompt_template={"template": "look: {}", "crop_start": 0})
+    here = [TextLayout(one).read(CAT, 24).find("cat") for one in (pipe, other)]
+    assert here[0] != here[1] and TextLayout(pipe).form
+    elsewhere: list[str] = []
+    thread = threading.Thread(target=lambda: elsewhere.append(TextLayout(pipe).form))
+    thread.start()
+    thread.join()
+    assert elsewhere == [""]
 
 
 def test_what_does_not_fit_behind_a_template_is_cut() -> None:
