@@ -82,7 +82,7 @@ def test_the_template_of_the_next_call() -> None:
     pipe = WILD["HunyuanVideoPipeline"].make()
     texts, found = PromptTexts(pipe, [CAT, DOG]), []
     edit = PromptToPrompt([CAT, "a red dog"], reweight={"dog": 4.0}, self_replace=0.0)
-    asked = Drawn(prompts=edit.prompts)
+    asked = Drawn(prompts=edit.prompts, seeds=(0, 0))
     longer = {"template": "this is what is to be seen here: {}", "crop_start": 2}
     for template in (SAY, longer, SAY):
         with control(pipe, edit, Maps("dog", sites="joint")) as session:
@@ -96,7 +96,7 @@ def test_the_template_of_the_next_call() -> None:
 def test_one_session_over_calls_of_several_templates() -> None:
     pipe = WILD["HunyuanVideoPipeline"].make()
     longer = {"template": "this is what is to be seen here: {}", "crop_start": 2}
-    asked = Drawn(prompts=[CAT, "a red dog"])
+    asked = Drawn(prompts=[CAT, "a red dog"], seeds=(0, 0))
     alone = []
     for template in (SAY, longer):
         edit = PromptToPrompt(asked.prompts, reweight={"dog": 4.0}, self_replace=0.0)
