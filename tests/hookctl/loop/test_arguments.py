@@ -79,7 +79,7 @@ def test_masked_text_is_widened_with_its_mask() -> None:
 def test_conditions_beside_the_text_are_copied() -> None:
     """ControlNet's residuals and an adapter's embeddings, whatever holds them."""
     state = type("State", (), {})()
-    state.rows, state.grid = [0, 1], (4, 4)
+    state.rows, state.grid, state.sample, state.text = [0, 1], (4, 4), "sample", None
     state.kwargs = {
         "sample": torch.arange(2.0)[:, None],
         "timestep": torch.tensor(3),
