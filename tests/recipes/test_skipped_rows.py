@@ -216,9 +216,12 @@ def test_tpg_where_text_and_image_are_one_sequence(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd3", "flux", "qwen_image", "pixart", "wan"])
+@pytest.mark.parametrize(
+    "name",
+    [n for n in ("sd3", "flux", "qwen_image", "pixart", "wan", "z_image") if n in zoo.PIPELINES],
+)
 def test_all_three_on_transformers(name: str) -> None:
-    """Where the image's tokens are a stream of their own."""
+    """Whether the image's tokens are a stream of their own or stand with the text's."""
     case = zoo.PIPELINES[name]
     pipe = case.make()
     plain = case.run(pipe, TWO)

@@ -33,7 +33,7 @@ from tests import zoo
 from tests.families.subjects import error
 from tests.hookctl.drawing import assign_same, editor
 from tests.hookctl.loop.test_energy import Probe, double, share
-from tests.recipes.runs import made
+from tests.recipes.runs import TWO, made
 
 pytestmark = pytest.mark.skipif(
     "z_image" not in zoo.PIPELINES, reason="this diffusers lacks Z-Image"
@@ -184,6 +184,23 @@ def test_latents_are_read_and_written_before_the_step() -> None:
     assert torch.equal(got, plain(pipe, latents=start))
     with pytest.raises(InputError, match=r"state.latents = \(1, 2\)"):
         run(editor(before=lambda s: setattr(s, "latents", torch.zeros(1, 2))), pipe=pipe)
+
+
+@pytest.mark.parametrize("name", ["z_image", "wan"])
+def test_what_is_not_changed_stays_as_fine_as_it_is_stepped(name: str) -> None:
+    """Of latents in float32, of which a model in bfloat16 is shown less."""
+    case, pipe = zoo.PIPELINES[name], made(name, torch.bfloat16)
+    wanted = case.run(pipe, TWO)
+
+    def half(state: State) -> None:
+        state.latents = torch.cat([state.latents[:1], state.latents[1:] * 1.01])
+
+    with hookctl.control(pipe, editor(before=assign_same)):
+        assert torch.equal(case.run(pipe, TWO), wanted)
+    with hookctl.control(pipe, editor(before=half)):
+        found = case.run(pipe, TWO)
+    assert torch.equal(found[0], wanted[0])
+    assert not torch.equal(found[1], wanted[1])
 
 
 def test_the_gradient_is_that_of_finite_differences() -> None:
