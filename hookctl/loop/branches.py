@@ -20,7 +20,8 @@ from hookctl.address.latent import text_tokens
 from hookctl.address.rows import COND, PERTURBED, Row, Rows
 from hookctl.errors import ConflictError, InputError, LayoutError, UnsupportedError
 from hookctl.loop.arguments import check_rows_can_change, rows_are_fixed, take_rows
-from hookctl.loop.outputs import prediction_of, with_prediction
+from hookctl.loop.model_input import with_texts
+from hookctl.loop.outputs import cut
 from hookctl.loop.state import State
 
 _MASK = "encoder_attention_mask"
@@ -95,15 +96,21 @@ def add_branches(state: State, asked: Mapping[str, Branch]) -> None:
 
 def cut_branches(state: State, output: Any) -> Any:
     """What the denoiser returned, without the rows that were added."""
-    prediction = None if state.own_rows is None else prediction_of(output)
-    return output if prediction is None else with_prediction(output, prediction[: state.own_rows])
+    return output if state.own_rows is None else cut(output, state.own_rows)
 
 
 def _set_text(state: State, name: str, text: Tensor) -> None:
     embeddings = state.kwargs.get(state.text) if state.text else None
+    rows = state.rows.where(branch=name)
+    if isinstance(embeddings, list):
+        each = _of_rows(name, text, len(rows))
+        state.kwargs[str(state.text)] = with_texts(
+            embeddings, {row.index: one for row, one in zip(rows, each, strict=True)}
+        )
+        return
     if not isinstance(embeddings, Tensor):
         raise UnsupportedError(f"branch {name!r} has a text, but this denoiser call has none")
-    rows, mask = state.rows.where(branch=name), _mask_of(state, embeddings)
+    mask = _mask_of(state, embeddings)
     if (
         text.dim() != 3
         or text.shape[0] not in (1, len(rows))
@@ -150,13 +157,17 @@ def _mask_of(state: State, embeddings: Tensor) -> tuple[str, Tensor] | None:
     return _ALL_COUNT, given
 
 
+def _of_rows(name: str, text: Tensor, rows: int) -> list[Tensor]:
+    """The text of each of the new rows, where the model takes a list of them."""
+    if text.dim() != 3 or text.shape[0] not in (1, rows):
+        raise InputError(
+            f"branch {name!r}: text is {tuple(text.shape)}; give [1 or {rows}, tokens, channels]"
+        )
+    return list(text.expand(rows, -1, -1).unbind())
+
+
 def _check_batch(state: State) -> None:
     """Raise UnsupportedError if the rows of this call can't be added to."""
-    if isinstance(state.kwargs[state.sample], list):
-        raise UnsupportedError(
-            f"{type(state.denoiser).__name__} takes its images as a list, to which no branch can "
-            "be added"
-        )
     if reason := rows_are_fixed(state):
         raise UnsupportedError(reason)
     check_rows_can_change(state)

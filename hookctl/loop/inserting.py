@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -41,11 +40,10 @@ class BlockCall:
     site: of its attention to the image; name: its path inside the model.
     hidden: what it is given of the image (of text and image where they are one sequence),
         [rows (x frames), tokens, channels]; assign another of its shape to change it.
+    image: (first, past the last) of the tokens of the image that is drawn, None where unknown.
     rows: whose the batch rows are (`Rows`).
     clock: when (`Clock`).
-    grid: the grid of the tokens of the image that is drawn, None if they form none: a joint
-        sequence, say. drawn: where those are among the tokens, from and to; behind them may stand
-        reference images.
+    grid: the grid of those tokens, None if they form none.
     passing: the indices of the rows that pass the block by.
     """
 
@@ -55,7 +53,7 @@ class BlockCall:
     rows: Rows
     clock: Clock
     grid: Grid | None
-    drawn: slice = field(default_factory=partial(slice, None))
+    image: tuple[int, int] | None = None
     passing: set[int] = field(default_factory=set)
 
     def skip(self, rows: Row | Iterable[Row]) -> None:

@@ -23,10 +23,10 @@ def stacked(output: Any) -> Tensor | None:
     return prediction_of(output)
 
 
-def listed(output: Any) -> list[Tensor] | None:
-    """The predictions of a denoiser that returns one for each row; None of others."""
+def cut(output: Any, count: int) -> Any:
+    """What a denoiser returned, of its first rows alone."""
     found = _predicted(output)
-    return found if isinstance(found, list) else None
+    return with_prediction(output, found[:count]) if isinstance(found, list | Tensor) else output
 
 
 def _predicted(output: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor
 from hookctl.address.families import model_of
 from hookctl.address.families.record import Model
 from hookctl.address.rows import COND, Row, Rows
+from hookctl.address.sites import Site
 from hookctl.attention.text_rows import TextRows
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.arguments import is_shared
-from hookctl.loop.outputs import listed, prediction_of, with_prediction
+from hookctl.loop.outputs import cut
 from hookctl.loop.state import State
 
 _MASK = "encoder_attention_mask"
@@ -23,8 +24,7 @@ _MASK = "encoder_attention_mask"
 
 def add_text_rows(state: State, extra: Mapping[str, Tensor]) -> None:
     """Let texts, name -> [1 | rows, tokens, channels], run beside each row that sees the prompt."""
-    own, text = state.kwargs[str(state.text)], str(state.text)
-    images = state.kwargs[state.sample]
+    own, images = state.kwargs[str(state.text)], state.kwargs[state.sample]
     in_lists = all(isinstance(x, list) and x and isinstance(x[0], Tensor) for x in (own, images))
     if not in_lists and not all(isinstance(x, Tensor) for x in (own, images)):
         raise UnsupportedError(
@@ -32,7 +32,7 @@ def add_text_rows(state: State, extra: Mapping[str, Tensor]) -> None:
             "which no further text can stand"
         )
     rows: dict[str, dict[int, int]] = {}
-    texts, sources = list(own), list(range(len(state.rows)))
+    texts = list(own)
     for name, given in extra.items():
         if (
             given.dim() != 3
@@ -47,7 +47,6 @@ def add_text_rows(state: State, extra: Mapping[str, Tensor]) -> None:
         for row in state.rows.where(role=COND):
             rows[name][row.index] = len(texts)
             texts.append(given[0 if len(given) == 1 else row.index].to(own[0]))
-            sources.append(row.index)
     record = model_of(state.denoiser) or Model()
     lengths = [-(-len(one) // record.text_block) * record.text_block for one in texts]
     count = len(state.rows)
@@ -59,21 +58,32 @@ def add_text_rows(state: State, extra: Mapping[str, Tensor]) -> None:
         not in_lists or len(set(lengths[:count])) > 1,
         record.text_moves_image,
     )
-    state.with_text_rows = {
-        name: _taken(state, name, value, sources)
-        for name, value in state.kwargs.items()
-        if name != text
-    } | (_padded(state, texts) if isinstance(own, Tensor) else {text: texts})
+    state.further_texts = texts[count:]
 
 
-def _padded(state: State, texts: Sequence[Tensor]) -> dict[str, Any]:
-    """Texts of all rows in one tensor, and the mask that hides what fills them up."""
-    mask, longest = state.kwargs[_MASK], max(map(len, texts))
-    masks = [*mask, *(mask.new_ones(len(text)) for text in texts[len(mask) :])]
-    return {
-        str(state.text): torch.stack([F.pad(t, (0, 0, 0, longest - len(t))) for t in texts]),
-        _MASK: torch.stack([F.pad(one, (0, longest - len(one))) for one in masks]),
-    }
+def with_text_rows(state: State, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call with the rows of further texts."""
+    if state.text_rows is None:
+        return arguments
+    sources, text = [*range(len(state.rows)), *state.text_rows.sources], str(state.text)
+    taken = {n: _taken(state, n, v, sources) for n, v in arguments.items() if n != text}
+    texts = [*arguments[text], *state.further_texts]
+    return taken | (
+        {text: texts}
+        if isinstance(arguments[text], list)
+        else {text: _filled(texts), _MASK: _filled(_masks(state, arguments[_MASK]))}
+    )
+
+
+def _masks(state: State, own: Tensor) -> list[Tensor]:
+    """Which tokens of each row's text count: of a further text all."""
+    return [*own, *(own.new_ones(len(text)) for text in state.further_texts)]
+
+
+def _filled(rows: list[Tensor]) -> Tensor:
+    """[tokens, ...] of each row in one tensor, filled up with 0."""
+    longest = max(map(len, rows))
+    return torch.stack([F.pad(x, (0, 0) * (x.dim() - 1) + (0, longest - len(x))) for x in rows])
 
 
 def _taken(state: State, name: str, value: Any, sources: list[int]) -> Any:
@@ -97,11 +107,31 @@ def _taken(state: State, name: str, value: Any, sources: list[int]) -> Any:
 
 def cut_text_rows(state: State, output: Any) -> Any:
     """What the denoiser returned, without the rows of further texts."""
-    if state.text_rows is None:
-        return output
-    listing = listed(output)
-    found = prediction_of(output) if listing is None else listing
-    return output if found is None else with_prediction(output, found[: len(state.rows)])
+    return output if state.text_rows is None else cut(output, len(state.rows))
+
+
+def own_rows_of(state: State, hidden: Tensor) -> Tensor:
+    """The part of a block's tokens, [rows, tokens, channels], that belongs to the own rows."""
+    return hidden if state.text_rows is None else hidden[: len(state.rows)]
+
+
+def with_further(state: State, site: Site, own: Tensor, hidden: Tensor) -> Tensor:
+    """A block's tokens with other ones of the own rows, whose images those of the further rows are
+    copies of."""
+    found = state.text_rows
+    assert found is not None  # there are further rows
+    images, alone = hidden.shape[1], state.images_in_sequence
+    if site.kind != "self" and (alone is None or alone.count != images):
+        images -= found.longest  # behind the image, where a block carries both in one
+    copies = torch.cat([own[found.sources, :images], hidden[len(own) :, images:]], 1)
+    return torch.cat([own, copies])
+
+
+def further_of(state: State, own: Iterable[int]) -> list[int]:
+    """The further rows beside some of the own ones, by index."""
+    found = state.text_rows
+    wanted, count = set(own), len(state.rows)
+    return [count + i for i, row in enumerate(found.sources if found else ()) if row in wanted]
 
 
 def rows_inside(state: State) -> Rows:

@@ -15,11 +15,7 @@ from hookctl.loop.state import State
 
 def shape_of_latents(state: State) -> tuple[int, ...]:
     """The shape of one image's latents, as the scheduler has them."""
-    sample = state.kwargs[state.sample]
-    if not isinstance(sample, list):
-        return tuple(state.latents.shape[1:])
-    channels, *sides = sample[0].shape
-    return (channels, *(sides[1:] if sides[0] == 1 else sides))  # Z-Image gives each image a frame
+    return tuple(state.latents.shape[1:])
 
 
 def cells_inside(region: Region, state: State) -> Tensor:

@@ -147,12 +147,13 @@ def test_a_block_s_own_image(name: str) -> None:
     for before, call in shuffled:
         target = model.grids[0]
         assert call.grid is not None and (call.grid.height, call.grid.width) == target
-        assert call.drawn == slice(0, target[0] * target[1])
+        assert call.image == (0, target[0] * target[1])
+        ours_at = slice(*call.image)
         rows = call.places(call.rows.where(branch="shuffled"))
         ours, was = call.hidden[rows], before[rows]
-        assert torch.equal(ours[:, call.drawn.stop :], was[:, call.drawn.stop :])
+        assert torch.equal(ours[:, ours_at.stop :], was[:, ours_at.stop :])
         assert not torch.equal(ours, was)
-        of_cells = [x[:, call.drawn].sort(1).values for x in (ours, was)]
+        of_cells = [x[:, ours_at].sort(1).values for x in (ours, was)]
         assert torch.equal(*of_cells)
         others = [row for row in range(len(before)) if row not in rows]
         assert torch.equal(call.hidden[others], before[others])

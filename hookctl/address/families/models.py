@@ -178,6 +178,7 @@ declare_models(
         text_rows=True,
         text_moves_image=True,
         counts_up=True,
+        as_videos=True,
     ),
     "ZImageTransformer2DModel",
 )
