@@ -30,7 +30,7 @@ from torch import Tensor
 from hookctl.address import per_prompt
 from hookctl.address.clock import Window
 from hookctl.address.families import denoiser_of
-from hookctl.address.latent import latent_axes
+from hookctl.address.latent import latent_axes, text_tokens
 from hookctl.address.per_prompt import Regions, Texts
 from hookctl.address.rows import COND
 from hookctl.arguments import checked, pair, refusal, share, whole
@@ -130,8 +130,10 @@ class MultiDiffusion(Editor):
         self.tiles = tiles_of(height, width, self._tile, self.stride, wrap=self.wrap)
         self._paths = {}
         self._texts = EncodedTexts(state, self.texts.items) if self.texts.items else None
-        if self._texts is not None and self.bootstrap:
-            self.bootstrapping.begin(state)
+        if self._texts is not None:
+            self._texts.check_fit(state, self.name)
+            if self.bootstrap:
+                self.bootstrapping.begin(state)
 
     # -- the step ------------------------------------------------------------------------------
 
@@ -186,6 +188,7 @@ class MultiDiffusion(Editor):
             if path.region <= len(self.texts[row.prompt])
         }
         self._texts.put(new, state, texts)
+        state.own_text = text_tokens(new[str(state.text)], new, state.denoiser)
         if self.bootstrap and Window(0.0, self.bootstrap).holds(state.clock):
             x = path.tile.cut(latents)
             inside = (path.weight[: len(x)] > 0).to(x.device)[:, None]

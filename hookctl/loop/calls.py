@@ -32,6 +32,7 @@ from hookctl.loop.arguments import (
 from hookctl.loop.driven import Reading, reading_in, reading_of
 from hookctl.loop.outputs import prediction_of, predictions
 from hookctl.loop.state import State
+from hookctl.loop.text_lengths import RowText, put_texts
 
 
 @dataclass(eq=False)
@@ -258,6 +259,10 @@ def _set_text(
     many = text.to(before)
     if len(many) != (stop - start) * repeats:
         many = many.expand((stop - start) * repeats, -1, -1)
+    if many.shape[1] != before.shape[1]:
+        texts = {row: RowText(many[(row - start) * repeats]) for row in range(start, stop)}
+        put_texts(state, arguments, texts, rows)
+        return
     parts = [before[: start * repeats], many, before[stop * repeats :]]
     arguments[name] = torch.cat([part for part in parts if len(part)])
 

@@ -183,7 +183,7 @@ declare_pipelines(
 )
 declare_pipelines(Pipeline({TRANSFORMER: POSITIVE_FIRST}, text.NO_TEXT), "DiTPipeline")
 declare_pipelines(
-    Pipeline({TRANSFORMER: POSITIVE_FIRST}, text.TEMPLATE, handing=handing.negated),
+    Pipeline({TRANSFORMER: POSITIVE_FIRST}, text.TEMPLATE, {"mask": 1}, handing=handing.negated),
     "LuminaPipeline",
 )
 declare_pipelines(
@@ -268,7 +268,11 @@ declare_pipelines(
 )
 declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE, handing=handing.negated),
-    "Lumina2Pipeline NucleusMoEImagePipeline",
+    "Lumina2Pipeline",
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE, {"mask": 1}, handing=handing.negated),
+    "NucleusMoEImagePipeline",
 )
 declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.padded(512)),

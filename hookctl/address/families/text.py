@@ -68,6 +68,7 @@ def templated(pipe: Any) -> tuple[TextStream, ...]:
             length=pipe.tokenizer_max_length,
             wrap=pipe.prompt_template_encode.format,
             dropped=pipe.prompt_template_encode_start_idx,
+            side="right",  # whatever the tokenizer's: padding is taken out and put behind again
             longest=True,
         ),
     )
