@@ -16,7 +16,7 @@ from tests.zoo.edits import EDITS
 
 PROMPTS = ["a red cat", "a blue cat"]
 LEFT, RIGHT = (0, 0, 0.5, 1), (0.5, 0, 1, 1)
-WORDS = [name for name, model in EDITS.items() if model.words]
+WORDS = [name for name, model in EDITS.items() if model.several]
 
 # What makes each act on both prompts.
 OF_WORDS: dict[str, Callable[[], Any]] = {

@@ -244,19 +244,20 @@ declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.templated, {"mask": 1}),
     """
     QwenImagePipeline QwenImageImg2ImgPipeline QwenImageInpaintPipeline QwenImageControlNetPipeline
-    QwenImageControlNetInpaintPipeline
+    QwenImageControlNetInpaintPipeline QwenImageLayeredPipeline
     """,
 )
 declare_pipelines(
-    Pipeline({TRANSFORMER: SEQUENTIAL}, text.EDIT_TEMPLATE, {"mask": 1}),
-    "QwenImageEditPipeline QwenImageEditPlusPipeline QwenImageEditInpaintPipeline",
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.with_images(), {"mask": 1}),
+    "QwenImageEditPipeline QwenImageEditInpaintPipeline",
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.with_images(text.PICTURE), {"mask": 1}),
+    "QwenImageEditPlusPipeline",
 )
 declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.EDIT_TEMPLATE),
-    """
-    QwenImageLayeredPipeline LongCatImageEditPipeline JoyImageEditPipeline
-    BriaFibo2Pipeline
-    """,
+    "LongCatImageEditPipeline JoyImageEditPipeline BriaFibo2Pipeline",
 )
 declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.EDIT_TEMPLATE), "JoyImageEditPlusPipeline")
 declare_pipelines(
