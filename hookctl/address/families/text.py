@@ -123,7 +123,7 @@ def image_lengths(pipe: Any) -> tuple[int, ...] | None:
         grids = process(images=known[_IMAGES], return_tensors="pt")["image_grid_thw"]
         patches = process.merge_size**2  # of a token
         known[_LENGTHS] = tuple(int(grid.prod()) // patches for grid in grids)
-    return known[_LENGTHS]  # type: ignore[no-any-return]
+    return known[_LENGTHS]
 
 
 _IMAGES, _LENGTHS = "images", "image lengths"

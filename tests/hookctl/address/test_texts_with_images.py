@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -53,6 +54,14 @@ class Wider(Look):
 
     def branches(self, state: Any) -> dict[str, Branch]:
         return {"wider": self.own.branch(LONGER)}
+
+
+EDITORS: dict[str, Callable[[tuple[int, ...]], Sequence[Editor]]] = {
+    "word": lambda positions: [Maps("cat", mean=True)],
+    "padded": lambda positions: [Maps("cat", mean=True), Wider()],
+    "tokens": lambda positions: [Maps(tokens=positions, mean=True)],
+    "neighbour": lambda positions: [Maps("red", mean=True)],
+}
 
 
 def drawn(case: str, *editors: Editor, prompt: str = PROMPT, pipe: Any = None) -> Tensor:
@@ -115,18 +124,11 @@ def test_maps_of_a_word(case: str) -> None:
     drawn(case, look)
     positions = look.read.find("cat")
     found = {}
-    for name, editors in {
-        "word": [Maps("cat", mean=True)],
-        "padded": [Maps("cat", mean=True), Wider()],
-        "tokens": [Maps(tokens=positions, mean=True)],
-        "neighbour": [Maps("red", mean=True)],
-    }.items():
+    for name, editors in EDITORS.items():
         pipe = WILD[CASES[case][0]].make()
-        with control(pipe, *editors, strict=False) as session:
+        with control(pipe, *editors(positions), strict=False) as session:
             drawn(case, pipe=pipe)
-            key = {"tokens": positions[0], "neighbour": "red"}.get(name, "cat")
-            of = session.maps.token if name == "tokens" else session.maps.word
-            found[name] = of(key).mean()
+            found[name] = session.maps.every()[0].mean()
     assert len(positions) == 1
     assert torch.equal(found["word"], found["tokens"])
     assert error(found["padded"], found["word"]) < 1e-5
