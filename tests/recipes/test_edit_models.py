@@ -12,6 +12,7 @@ from torch import Tensor
 import hookctl
 from hookctl import References, control, recipes
 from hookctl.attention.call import AttentionCall
+from tests.hookctl.loop.families import BY_NAME
 from tests.zoo.edits import EDITS
 
 PROMPTS = ["a red cat", "a blue cat"]
@@ -39,6 +40,15 @@ def drawn(name: str, *editors: Any) -> Tensor:
     pipe = model.make()
     with control(pipe, *editors):
         return model.draw(pipe, PROMPTS if model.several else PROMPTS[:1])
+
+
+@pytest.mark.skipif("klein" not in EDITS, reason="of newer diffusers")
+def test_a_pipeline_that_takes_an_image_first() -> None:
+    """The whole job of a recipe gives it the prompts by name."""
+    pipe = EDITS["klein"].make()
+    given = BY_NAME["flux2_klein"].arguments() | {"num_inference_steps": 1}
+    found = recipes.PromptToPrompt(PROMPTS).run(pipe, output_type="latent", **given)
+    assert len(found) == 2
 
 
 class Watch(hookctl.Editor):
