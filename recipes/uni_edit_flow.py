@@ -80,9 +80,8 @@ class UniEditFlow(flow.FlowProgram):
         floor = paper and mask == SIGNED
         self.taken = int(alpha * steps + 1e-9) if floor else round(alpha * steps)
         if not self.taken:
-            raise refusal(
-                "UniEditFlow: alpha", alpha, f"so much that one of {steps} steps is taken"
-            )
+            enough = f"so much that one of {steps} steps is taken"
+            raise refusal("UniEditFlow: alpha", alpha, enough)
         super().__init__(pipe, image, prompt, steps=steps, negative=negative, arguments=arguments)
         self.sources = flow.for_each_image(source_prompt, self.prompts, "UniEditFlow")
         self.guidance, self.inversion_guidance = float(guidance), float(inversion_guidance)
@@ -116,11 +115,9 @@ class UniEditFlow(flow.FlowProgram):
         program = self._program([""] * len(self.prompts), scales)
         x = clean = flow.wide(self.clean.to(program.latents))
         levels = [level.noise for level in program.levels]
-        v = (
-            torch.zeros_like(x)
-            if self.zero_init
-            else self._velocity(program, scales, x, self.steps)
-        )
+        v = torch.zeros_like(x)
+        if not self.zero_init:
+            v = self._velocity(program, scales, x, self.steps)
         for i in reversed(range(self.steps - self.taken, self.steps)):
             length = levels[i] - levels[i + 1]
             v = self._velocity(program, scales, x + length * v, i)

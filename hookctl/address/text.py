@@ -11,7 +11,8 @@ from __future__ import annotations
 import inspect
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.util import find_spec
 from os.path import commonprefix
@@ -203,7 +204,7 @@ def prompts_given(pipe: Any, arguments: Mapping[str, Any]) -> tuple[str, ...]:
     different texts; on a pipeline that shows its attention one of them only (Flux), it is that one.
     """
     if "clean_caption" in arguments:
-        _cleaning[pipe] = bool(arguments["clean_caption"])
+        _cleaning.set((weakref.ref(pipe), bool(arguments["clean_caption"])))
     try:
         streams = text_streams(pipe)
     except UnsupportedError:
@@ -218,15 +219,19 @@ def prompts_given(pipe: Any, arguments: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(prompts)
 
 
-# Whether a pipeline's last call had its texts cleaned of what is no caption (PixArt and its kin).
-_cleaning: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+# Whether the last call made here had its texts cleaned of what is no caption (PixArt and its kin).
+_cleaning: ContextVar[tuple[Callable[[], Any], bool] | None] = ContextVar("cleaning", default=None)
 
 
 def _cleans_captions(pipe: Any) -> bool:
     """Whether a pipeline cleans its texts: as its last call said, else as its calls do by default;
     without two packages it never does."""
     usual = inspect.signature(type(pipe).__call__).parameters.get("clean_caption")
-    cleans = _cleaning.get(pipe, usual is not None and usual.default is True)
+    last = _cleaning.get()
+    if last is not None and last[0]() is pipe:
+        cleans = last[1]
+    else:
+        cleans = usual is not None and usual.default is True
     return cleans and all(find_spec(name) is not None for name in ("bs4", "ftfy"))
 
 

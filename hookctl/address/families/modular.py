@@ -18,4 +18,17 @@ declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.chat(True), handing=handing.negated_image),
     "ZImageModularPipeline",
 )
-declare_pipelines(Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE), "QwenImageModularPipeline")
+declare_pipelines(Pipeline({TRANSFORMER: SEQUENTIAL}, text.templated), "QwenImageModularPipeline")
+declare_pipelines(Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE), "Flux2ModularPipeline")
+declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.chat(False)),
+    "Flux2KleinModularPipeline Flux2KleinBaseModularPipeline",
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL, "transformer_2": SEQUENTIAL}, text.padded(512)),
+    "WanModularPipeline",
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.padded(128), handing=handing.in_float32),
+    "LTXModularPipeline",
+)

@@ -5,7 +5,7 @@ Functions of a pipeline, for the records; a text in their place says why words c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -63,16 +63,26 @@ def aura_flow(pipe: Any) -> tuple[TextStream, ...]:
 
 def templated(pipe: Any) -> tuple[TextStream, ...]:
     """Qwen-Image: a template round the prompt, whose beginning is cut off."""
+    holder = next(one for one in (pipe, *_blocks(pipe)) if hasattr(one, "prompt_template_encode"))
     return (
         TextStream(
             pipe.tokenizer,
-            length=pipe.tokenizer_max_length,
-            wrap=pipe.prompt_template_encode.format,
-            dropped=pipe.prompt_template_encode_start_idx,
+            length=holder.tokenizer_max_length,
+            wrap=holder.prompt_template_encode.format,
+            dropped=holder.prompt_template_encode_start_idx,
             side="right",  # whatever the tokenizer's: padding is taken out and put behind again
             longest=True,
         ),
     )
+
+
+def _blocks(pipe: Any) -> Iterator[Any]:
+    """The blocks that a modular pipeline is put together from, and those inside them."""
+    waiting = [pipe.blocks] if hasattr(pipe, "blocks") else []
+    while waiting:
+        block = waiting.pop()
+        yield block
+        waiting += list(getattr(block, "sub_blocks", {}).values())
 
 
 def with_images(picture: str | None = None) -> Streams:

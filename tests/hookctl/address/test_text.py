@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from typing import Any
 
@@ -90,6 +91,8 @@ def test_a_pipeline_that_cleans_its_texts(monkeypatch: pytest.MonkeyPatch) -> No
     assert layout.read(prompt).find("cat") == left
     prompts_given(pipe, {"prompt": prompt, "clean_caption": False})
     assert layout.read(prompt).find("cat") == whole
+    with ThreadPoolExecutor(1) as other:  # whose calls have settings of their own
+        assert other.submit(layout.read, prompt).result().find("cat") == left
 
 
 def test_a_textual_inversion_of_several_vectors() -> None:
