@@ -43,7 +43,13 @@ from hookctl.loop.prompts import EncodedTexts, check_texts
 from hookctl.loop.state import Proceed, State
 from hookctl.recipes.common.canvas.plain_colours import Bootstrapping
 from hookctl.recipes.common.canvas.tiles import Tile, tiles_of
-from hookctl.recipes.common.canvas.token_canvas import as_canvas, as_tokens, is_packed, places
+from hookctl.recipes.common.canvas.token_canvas import (
+    as_canvas,
+    as_tokens,
+    is_packed,
+    masks_the_whole,
+    places,
+)
 from hookctl.recipes.common.real_images.diffusion_paths import DiffusionPath, paths_of
 from hookctl.run_state import RunState
 from hookctl.session import control
@@ -132,6 +138,11 @@ class MultiDiffusion(Editor):
         controlled = [name for name, value in state.kwargs.items() if value is not None]
         if any("residual" in name or "controlnet" in name for name in controlled):
             raise UnsupportedError(f"{self.name} can't cut tiles of a ControlNet's residuals")
+        if self._packed and masks_the_whole(state.kwargs):
+            raise UnsupportedError(
+                f"{self.name} shows the model tiles, and {type(state.pipe).__name__} gives it a "
+                "mask of all tokens of the canvas (attention_mask)"
+            )
         self.regions.check_prompts(state.rows)
         assert self._tile is not None  # `attach` saw to it
         height, width = state.grid[-2:]
@@ -205,6 +216,11 @@ class MultiDiffusion(Editor):
             for row in state.rows.where(role=COND)
             if path.region <= len(self.texts[row.prompt])
         }
+        if state.extra_text:
+            raise UnsupportedError(
+                f"{self.name} puts texts of regions in the place of the prompt, behind which "
+                "another editor (NAG ...) has put texts of its own; leave one of them out"
+            )
         self._texts.put(new, state, texts)
         state.own_text = text_tokens(new[str(state.text)], new, state.denoiser)
         if self.bootstrap and Window(0.0, self.bootstrap).holds(state.clock):

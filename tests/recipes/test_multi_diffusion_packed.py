@@ -13,11 +13,12 @@ from hookctl import Editor
 from hookctl.address.rows import COND
 from hookctl.errors import UnsupportedError
 from hookctl.loop.packing import side_of_token
-from hookctl.recipes import PAG, MultiDiffusion
+from hookctl.recipes import NAG, PAG, MultiDiffusion
 from hookctl.recipes.common.canvas.tiles import tiles_of
 from hookctl.recipes.common.canvas.token_canvas import as_canvas, as_tokens
 from tests.families.subjects import error
 from tests.hookctl.loop.families import BY_NAME, Family
+from tests.zoo.wild import WILD
 
 NAMES = [name for name in ("flux", "flux2_klein", "qwen_image") if name in BY_NAME]
 EACH = pytest.mark.parametrize("name", NAMES)
@@ -162,6 +163,26 @@ def test_the_whole_job(name: str) -> None:
     assert [image.size for image in images] == [(WIDTH * side, HEIGHT * side)]
     with pytest.raises(UnsupportedError, match='wrap=True.*give output_type="latent"'):
         MultiDiffusion(tile=TILE, wrap=True).run(pipe, PROMPTS[0], **more)
+
+
+@pytest.mark.skipif("ChromaPipeline" not in WILD, reason="of newer diffusers")
+def test_a_mask_of_the_whole_canvas_is_refused() -> None:
+    case = WILD["ChromaPipeline"]
+    pipe = case.make()
+    with hookctl.control(pipe, MultiDiffusion(tile=2)):
+        with pytest.raises(UnsupportedError, match="MultiDiffusion shows .* ChromaPipeline gives"):
+            case.draw(pipe, PROMPTS[:1], ["blurry"], [0])
+
+
+@pytest.mark.parametrize("name", ["sd15", *NAMES])
+def test_texts_of_others_behind_the_prompt_are_refused(name: str) -> None:
+    """They would be lost where a region has its own."""
+    family = BY_NAME[name]
+    pipe = family.make()
+    edits = MultiDiffusion(["a dog"], [(0, 0, 0.5, 1)], tile=4, bootstrap=0), NAG("a tree")
+    with hookctl.control(pipe, *edits):
+        with pytest.raises(UnsupportedError, match="MultiDiffusion puts .* leave one of them out"):
+            family.drawn(pipe, 2.0, steps=1)
 
 
 @pytest.mark.parametrize("name", ["LTXPipeline", "FluxKontextPipeline"])

@@ -26,6 +26,12 @@ def is_packed(state: State) -> bool:
     return told and len(state.grid) == 2
 
 
+def masks_the_whole(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call has a mask of all tokens of its sequence, those of the canvas among them."""
+    further = kwargs.get("joint_attention_kwargs") or {}
+    return any(isinstance(given.get("attention_mask"), Tensor) for given in (kwargs, further))
+
+
 def as_canvas(x: Tensor, height: int, width: int) -> Tensor:
     """Packed latents [images, tokens, channels] as [images, channels, height, width]."""
     return x.mT.unflatten(-1, (height, width))
