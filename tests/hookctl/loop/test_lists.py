@@ -153,8 +153,8 @@ def test_a_text_of_another_length() -> None:
 def test_texts_that_do_not_fit() -> None:
     pipe = made("z_image")
     for text, match in (
-        (torch.zeros(3, 4, 16), r"give \[1 or 2, tokens, channels\]"),
-        (torch.zeros(1, 4, 7), r"a text of \(4, 7\) can't stand"),
+        (torch.zeros(3, 4, 16), r"give \[1 or 2, tokens, 16\]"),
+        (torch.zeros(1, 4, 7), r"text is \(1, 4, 7\); give \[1 or 2, tokens, 16\]"),
     ):
         adding = editor(branches=lambda state, text=text: {"other": Branch(text=text)})
         with pytest.raises(InputError, match=match):
