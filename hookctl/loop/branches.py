@@ -11,8 +11,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hookctl.address import families, pipelines
@@ -20,25 +18,24 @@ from hookctl.address.latent import text_tokens
 from hookctl.address.rows import COND, PERTURBED, Row, Rows
 from hookctl.errors import ConflictError, InputError, LayoutError, UnsupportedError
 from hookctl.loop.arguments import check_rows_can_change, rows_are_fixed, take_rows
-from hookctl.loop.model_input import with_texts
 from hookctl.loop.outputs import cut
 from hookctl.loop.state import State
-
-_MASK = "encoder_attention_mask"
-_ALL_COUNT = "encoder_hidden_states_mask"  # which is None where all tokens count
+from hookctl.loop.text_lengths import RowText, can_pad, put_texts
 
 
 @dataclass(frozen=True, eq=False)
 class Branch:
     """A branch to be added: copies of the rows of branch `of`, with all their conditions.
 
-    text: other text embeddings for the new rows, [1 | rows of the branch, tokens, channels], all of
-    tokens that count, as many as the call's own where the model is told of no others; a pooled
-    embedding beside the text (SDXL, SD3, Flux) stays that of the copied row.
+    text: other text embeddings for the new rows, [1 | rows of the branch, tokens, channels]; a
+    pooled embedding beside the text (SDXL, SD3, Flux) stays that of the copied row. Where the model
+    has a mask for padding, the text may have another length than the call's. mask: which tokens of
+    it count, bool [1 | rows, tokens]; None for all.
     """
 
     of: str = COND
     text: Tensor | None = None
+    mask: Tensor | None = None
 
 
 def asked_branches(
@@ -63,6 +60,7 @@ def asked_branches(
                     "one itself; switch off the pipeline's own guidance by perturbation "
                     "(pag_scale=0, no skip_guidance_layers), or leave the editor out"
                 )
+            _check_text(state, owner, name, branch)
             asked[name], owners[name] = branch, owner
     return asked
 
@@ -91,7 +89,7 @@ def add_branches(state: State, asked: Mapping[str, Branch]) -> None:
     state.rows, state.own_rows = Rows(rows), own
     for name, branch in joining.items():
         if branch.text is not None:
-            _set_text(state, name, branch.text)
+            _set_text(state, name, branch)
 
 
 def cut_branches(state: State, output: Any) -> Any:
@@ -99,71 +97,40 @@ def cut_branches(state: State, output: Any) -> Any:
     return output if state.own_rows is None else cut(output, state.own_rows)
 
 
-def _set_text(state: State, name: str, text: Tensor) -> None:
+def _check_text(state: State, owner: str, name: str, branch: Branch) -> None:
+    """Raise InputError or UnsupportedError unless a branch's text can stand in rows of the call."""
+    rows, text = state.rows.where(branch=branch.of), branch.text
+    if text is None or not rows:
+        return
     embeddings = state.kwargs.get(state.text) if state.text else None
-    rows = state.rows.where(branch=name)
-    if isinstance(embeddings, list):
-        each = _of_rows(name, text, len(rows))
-        state.kwargs[str(state.text)] = with_texts(
-            embeddings, {row.index: one for row, one in zip(rows, each, strict=True)}
+    if embeddings is None:
+        raise UnsupportedError(
+            f"{owner}: branch {name!r} has a text, but this denoiser call has none"
         )
-        return
-    if not isinstance(embeddings, Tensor):
-        raise UnsupportedError(f"branch {name!r} has a text, but this denoiser call has none")
-    mask = _mask_of(state, embeddings)
-    if (
-        text.dim() != 3
-        or text.shape[0] not in (1, len(rows))
-        or text.shape[2] != embeddings.shape[2]
-        or (mask is None and text.shape[1] != embeddings.shape[1])
-    ):
+    own = embeddings[0].shape
+    fits = text.dim() == 3 and text.shape[0] in (1, len(rows)) and text.shape[2:] == own[1:]
+    alone = isinstance(embeddings, list) or can_pad(state, state.kwargs)  # of any length
+    if not fits or (text.shape[1] != own[0] and not alone):
         raise InputError(
-            f"branch {name!r}: text is {tuple(text.shape)}; give [1 or {len(rows)}, "
-            f"{embeddings.shape[1]}, {embeddings.shape[2]}]"
+            f"{owner}: branch {name!r}: text is {tuple(text.shape)}; give [1 or {len(rows)}, "
+            f"{'tokens' if alone else own[0]}, {own[1]}]"
         )
-    repeats = embeddings.shape[0] // len(state.rows)
-    start, stop = rows[0].index * repeats, (rows[-1].index + 1) * repeats
-    new = text.to(embeddings).expand(len(rows), -1, -1).repeat_interleave(repeats, 0)
-    longest = max(text.shape[1], embeddings.shape[1])
-    parts = [embeddings[:start], new, embeddings[stop:]]
-    state.kwargs[str(state.text)] = torch.cat(
-        [F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in parts]
-    )
-    if mask is None:
-        return
-    # It hides the padding of the text that was there, and is to hide that of the new one.
-    own = mask[1]
-    counts = own.new_ones(stop - start, text.shape[1])
-    changed = torch.cat(
-        [F.pad(m, (0, longest - m.shape[1])) for m in (own[:start], counts, own[stop:])]
-    )
-    if state.kwargs.get(mask[0]) is not None or not bool(changed.all()):
-        state.kwargs[mask[0]] = changed
-    arguments = state.kwargs
-    state.own_text = text_tokens(arguments[str(state.text)], arguments, state.denoiser)
-
-
-def _mask_of(state: State, embeddings: Tensor) -> tuple[str, Tensor] | None:
-    """The argument that says which tokens of a text count, and what it says, [rows, tokens]; None
-    for a model that is told of none."""
-    given = state.kwargs.get(_MASK)
-    if isinstance(given, Tensor) and given.dim() == 2:
-        return _MASK, given
-    if _ALL_COUNT not in state.kwargs or state.kwargs.get("txt_ids") is not None:
-        return None
-    given = state.kwargs[_ALL_COUNT]
-    if given is None:
-        given = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
-    return _ALL_COUNT, given
-
-
-def _of_rows(name: str, text: Tensor, rows: int) -> list[Tensor]:
-    """The text of each of the new rows, where the model takes a list of them."""
-    if text.dim() != 3 or text.shape[0] not in (1, rows):
+    if branch.mask is not None and branch.mask.shape not in ((1, text.shape[1]), text.shape[:2]):
         raise InputError(
-            f"branch {name!r}: text is {tuple(text.shape)}; give [1 or {rows}, tokens, channels]"
+            f"{owner}: branch {name!r}: mask is {tuple(branch.mask.shape)}; give one of its text, "
+            f"{list(text.shape[:2])}"
         )
-    return list(text.expand(rows, -1, -1).unbind())
+
+
+def _set_text(state: State, name: str, branch: Branch) -> None:
+    rows, text, mask = state.rows.where(branch=name), branch.text, branch.mask
+    assert text is not None  # the caller looked
+    texts = {
+        row.index: RowText(one, mask=None if mask is None else mask[i if len(mask) > 1 else 0])
+        for i, (row, one) in enumerate(zip(rows, text.expand(len(rows), -1, -1), strict=True))
+    }
+    put_texts(state, state.kwargs, texts)
+    state.own_text = text_tokens(state.kwargs[str(state.text)], state.kwargs, state.denoiser)
 
 
 def _check_batch(state: State) -> None:

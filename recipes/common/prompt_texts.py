@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from hookctl.address.families import image_lengths
 from hookctl.address.text import PromptText, TextLayout
 from hookctl.errors import WordError
 
@@ -16,8 +17,8 @@ class PromptTexts:
     """
 
     def __init__(self, target: Any, prompts: Sequence[str]) -> None:
-        self._layout, self._prompts = TextLayout(target), list(prompts)
-        self._texts: dict[tuple[int | None, str], list[PromptText]] = {}
+        self._layout, self._prompts, self._target = TextLayout(target), list(prompts), target
+        self._texts: dict[Any, list[PromptText]] = {}
 
     @property
     def form(self) -> str:
@@ -29,7 +30,7 @@ class PromptTexts:
 
         All are of one length, that of the longest where the encoder has no length of its own.
         """
-        key = tokens, self.form
+        key = tokens, self.form, image_lengths(self._target)
         if key not in self._texts:
             texts = [self._layout.read(prompt, tokens) for prompt in self._prompts]
             longest = max(text.tokens for text in texts)

@@ -63,7 +63,7 @@ from hookctl.address.families.sites import (
     softmax_free,
     widens_joint,
 )
-from hookctl.address.families.text import EDIT_TEMPLATE
+from hookctl.address.families.text import EDIT_TEMPLATE, image_lengths, note_images
 
 __all__ = [
     "Block",
@@ -83,6 +83,7 @@ __all__ = [
     "denoiser_of",
     "denoisers_of",
     "describe_sites",
+    "image_lengths",
     "joint_order",
     "keeps_perturbed",
     "leaves_unguided",
@@ -92,6 +93,7 @@ __all__ = [
     "sites_of",
     "model_of",
     "names_of",
+    "note_images",
     "own_channels",
     "pipeline_of",
     "plain_blocks",

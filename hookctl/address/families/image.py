@@ -184,7 +184,7 @@ declare_pipelines(
 )
 declare_pipelines(Pipeline({TRANSFORMER: POSITIVE_FIRST}, text.NO_TEXT), "DiTPipeline")
 declare_pipelines(
-    Pipeline({TRANSFORMER: POSITIVE_FIRST}, text.TEMPLATE, handing=handing.negated),
+    Pipeline({TRANSFORMER: POSITIVE_FIRST}, text.TEMPLATE, {"mask": 1}, handing=handing.negated),
     "LuminaPipeline",
 )
 declare_pipelines(
@@ -240,19 +240,20 @@ declare_pipelines(
     Pipeline(_TWO, text.templated, {"mask": 1}),
     """
     QwenImagePipeline QwenImageImg2ImgPipeline QwenImageInpaintPipeline QwenImageControlNetPipeline
-    QwenImageControlNetInpaintPipeline
+    QwenImageControlNetInpaintPipeline QwenImageLayeredPipeline
     """,
 )
 declare_pipelines(
-    Pipeline(_TWO, text.EDIT_TEMPLATE, {"mask": 1}),
-    "QwenImageEditPipeline QwenImageEditPlusPipeline QwenImageEditInpaintPipeline",
+    Pipeline(_TWO, text.with_images(), {"mask": 1}),
+    "QwenImageEditPipeline QwenImageEditInpaintPipeline",
+)
+declare_pipelines(
+    Pipeline(_TWO, text.with_images(text.PICTURE), {"mask": 1}),
+    "QwenImageEditPlusPipeline",
 )
 declare_pipelines(
     Pipeline(_TWO, text.EDIT_TEMPLATE),
-    """
-    QwenImageLayeredPipeline LongCatImageEditPipeline JoyImageEditPipeline
-    BriaFibo2Pipeline
-    """,
+    "LongCatImageEditPipeline JoyImageEditPipeline BriaFibo2Pipeline",
 )
 declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.EDIT_TEMPLATE), "JoyImageEditPlusPipeline")
 declare_pipelines(Pipeline(_TWO, text.TEMPLATE), "QwenImage21Pipeline LongCatImagePipeline")
@@ -264,7 +265,9 @@ declare_pipelines(
     Pipeline(_TWO, text.TEMPLATE, joins_channels=True),
     "HunyuanImageRefinerPipeline Kandinsky5I2IPipeline",
 )
-declare_pipelines(Pipeline(_TWO, text.TEMPLATE, handing=handing.negated), "NucleusMoEImagePipeline")
+declare_pipelines(
+    Pipeline(_TWO, text.TEMPLATE, {"mask": 1}, handing=handing.negated), "NucleusMoEImagePipeline"
+)
 declare_pipelines(
     Pipeline(_TWO, text.lumina2, {"mask": 1}, handing=handing.negated),
     "Lumina2Pipeline",
