@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hookctl.address.alignment import refinement_map, replacement_map
-from hookctl.address.families.text import all_said, note_call, said
+from hookctl.address.families.said import all_said, note_call, said
 from hookctl.address.pipelines import TextStream, text_streams
 from hookctl.address.tokenizers import default_length, own_copy
 from hookctl.address.words import PromptTokens

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hookctl.address import families, pipelines
 from hookctl.address.clock import Clock, Timekeeper
-from hookctl.address.families.text import note_call
+from hookctl.address.families.said import note_call
 from hookctl.address.latent import image_tokens, latent_grid, text_rotations, text_tokens, time_told
 from hookctl.address.rows import Row, Rows, branch_of, copied, resolve_rows
 from hookctl.address.text import prompts_given

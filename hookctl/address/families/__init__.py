@@ -55,6 +55,7 @@ from hookctl.address.families.record import (
     uncompiled,
 )
 from hookctl.address.families.rotary import rotary_of
+from hookctl.address.families.said import image_lengths, note_images
 from hookctl.address.families.sites import (
     attention_modules,
     describe_sites,
@@ -63,7 +64,7 @@ from hookctl.address.families.sites import (
     softmax_free,
     widens_joint,
 )
-from hookctl.address.families.text import EDIT_TEMPLATE, image_lengths, note_images
+from hookctl.address.families.text import EDIT_TEMPLATE
 
 __all__ = [
     "Block",
