@@ -158,7 +158,6 @@ LEFT_OUT = {
     "LTXLatentUpsamplePipeline, LTX2LatentUpsamplePipeline, LTX2VideoDiffusionDecodePipeline": (
         "they have no denoiser that a text steers"
     ),
-    "LTX2DFRTemporalRefinePipeline": _LATER,
     "RFD4ProteinaPipeline": "it draws proteins",
     "SanaWMPipeline": _LATER,
     "modular pipelines": "they are put together from blocks, and are no pipelines of a class",

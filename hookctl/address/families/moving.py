@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hookctl.address.families import handing, text
 from hookctl.address.families.record import Pipeline, declare_pipelines
-from hookctl.address.rows import BATCHED, PAG, POSITIVE_FIRST, SEQUENTIAL
+from hookctl.address.rows import ALONE, BATCHED, PAG, POSITIVE_FIRST, SEQUENTIAL
 
 UNET, TRANSFORMER = "unet", "transformer"
 
@@ -55,13 +55,19 @@ declare_pipelines(
 declare_pipelines(
     Pipeline({TRANSFORMER: BATCHED}, text.TEMPLATE),
     """
-    LTX2Pipeline LTX2DFRPipeline EasyAnimatePipeline EasyAnimateControlPipeline
-    EasyAnimateInpaintPipeline SanaVideoPipeline
+    LTX2Pipeline EasyAnimatePipeline EasyAnimateControlPipeline EasyAnimateInpaintPipeline
+    SanaVideoPipeline
     """,
 )
 declare_pipelines(
     Pipeline({TRANSFORMER: BATCHED}, text.TEMPLATE, handing=handing.of_its_own),
     "LTX2ConditionPipeline LTX2HDRPipeline LTX2InContextPipeline",
+)
+# Distilled: without guidance. The refining rounds go through the schedule once for each tile.
+declare_pipelines(Pipeline({TRANSFORMER: ALONE}, text.TEMPLATE), "LTX2DFRPipeline")
+declare_pipelines(
+    Pipeline({TRANSFORMER: ALONE}, text.TEMPLATE, handing=handing.of_its_own),
+    "LTX2DFRTemporalRefinePipeline",
 )
 declare_pipelines(
     Pipeline({TRANSFORMER: BATCHED}, text.TEMPLATE, handing=handing.later_frames_of_tokens),
