@@ -71,8 +71,8 @@ class Block(NamedTuple):
         return next(name for name in IMAGE_STREAMS if name in self.streams)
 
 
-IMAGE_STREAMS = ("hidden_states", "x")  # or of text and image, where they are one
-_TEXT, _SOUND = "encoder_hidden_states", "audio_hidden_states"
+IMAGE_STREAMS = ("hidden_states", "x", "visual_embed", "vis")  # or text's and image's, if one
+_TEXT, _SOUNDS = "encoder_hidden_states", ("audio_hidden_states", "aud")
 _TEXT_FIRST = (
     "AuraFlowJointTransformerBlock BriaFiboTransformerBlock BriaSingleTransformerBlock "
     "BriaTransformerBlock ChromaSingleTransformerBlock ChromaTransformerBlock "
@@ -90,7 +90,7 @@ _TEXT_LAST = (
     "HunyuanVideoTransformerBlock JoyImageEditPlusTransformerBlock JoyImageTransformerBlock "
     "MochiTransformerBlock MotifVideoSingleTransformerBlock MotifVideoTransformerBlock"
 ).split()
-_WITH_SOUND = ("LTX2VideoTransformerBlock",)
+_WITH_SOUND = ("LTX2VideoTransformerBlock", "Kandinsky6FusedTransformerDecoderBlock")
 
 
 def streams_of(kind: type[nn.Module]) -> tuple[str, ...]:
@@ -104,7 +104,9 @@ def streams_of(kind: type[nn.Module]) -> tuple[str, ...]:
         return (_TEXT, image)
     if any(name in _TEXT_LAST for name in names):
         return (image, _TEXT)
-    return (image, _SOUND) if any(name in _WITH_SOUND for name in names) else (image,)
+    if any(name in _WITH_SOUND for name in names):
+        return (image, *(sound for sound in _SOUNDS if sound in parameters))
+    return (image,)
 
 
 def _at(model: nn.Module, path: str) -> nn.Module:
@@ -119,9 +121,14 @@ def blocks_of(model: nn.Module, sites: Iterable[Site]) -> dict[str, Block]:
     found: dict[str, Block] = {}
     for site in sites:
         path = site.path.rpartition(".")[0]
-        if site.kind not in ("self", "joint", "temporal") or not path or path in found:
+        if site.kind not in ("self", "joint", "temporal") or not path:
             continue
         module = _at(model, path)
+        if type(module).forward is nn.Module.forward and not isinstance(module, nn.ModuleList):
+            path = path.rpartition(".")[0]  # a block calls its parts one by one (Kandinsky 6)
+            module = _at(model, path)
+        if path in found:
+            continue
         if streams := streams_of(type(module)):
             found[path] = Block(module, site, streams)
     return found

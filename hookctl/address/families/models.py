@@ -63,6 +63,18 @@ declare_models(
     "Kandinsky5Transformer3DModel",
 )
 declare_models(  # the sound's own sites, and those between sound and image
+    Model(
+        kinds=(
+            ("*text_transformer_blocks.*", "text"),
+            ("*.video_dec_block.self_attention", "self"),
+            ("*.video_dec_block.cross_attention", "cross"),
+            ("*", "gated"),
+        ),
+        axes="bfhwc",
+    ),
+    "Kandinsky6Transformer3DModel",
+)
+declare_models(  # likewise
     Model(kinds=(("*audio*", "gated"), ("*.attn1", "self"), ("*.attn2", "cross"))),
     "LTX2VideoTransformer3DModel",
 )

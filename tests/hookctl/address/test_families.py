@@ -157,7 +157,10 @@ def test_text_and_image_among_the_keys_of_one_call() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["Kandinsky5T2IPipeline", "Krea2Pipeline", "HunyuanVideoPipeline", "Lumina2Pipeline"],
+    [
+        *("Kandinsky5T2IPipeline", "Kandinsky6TI2VAPipeline"),
+        *("Krea2Pipeline", "HunyuanVideoPipeline", "Lumina2Pipeline"),
+    ],
 )
 def test_what_prepares_the_text_is_picked_by_name_alone(name: str) -> None:
     denoiser = families.denoiser_of(WILD[name].make())
