@@ -18,7 +18,7 @@ from hookctl.address import families, pipelines
 from hookctl.address.rows import COND, PERTURBED, Row, Rows
 from hookctl.errors import ConflictError, InputError, LayoutError, UnsupportedError
 from hookctl.loop.arguments import check_rows_can_change, rows_are_fixed, take_rows
-from hookctl.loop.outputs import prediction_of, with_prediction
+from hookctl.loop.outputs import first_rows
 from hookctl.loop.state import State
 
 _MASK = "encoder_attention_mask"
@@ -91,14 +91,19 @@ def add_branches(state: State, asked: Mapping[str, Branch]) -> None:
 
 def cut_branches(state: State, output: Any) -> Any:
     """What the denoiser returned, without the rows that were added."""
-    prediction = None if state.own_rows is None else prediction_of(output)
-    return output if prediction is None else with_prediction(output, prediction[: state.own_rows])
+    own = state.own_rows
+    return output if own is None else first_rows(output, own, len(state.rows))
 
 
 def _set_text(state: State, name: str, text: Tensor) -> None:
     embeddings = state.kwargs.get(state.text) if state.text else None
     if not isinstance(embeddings, Tensor):
         raise UnsupportedError(f"branch {name!r} has a text, but this denoiser call has none")
+    if embeddings.dim() != 3:
+        raise UnsupportedError(
+            f"branch {name!r} has a text, but those of this denoiser call are "
+            f"{tuple(embeddings.shape)}, and only [rows, tokens, channels] can be exchanged"
+        )
     rows = state.rows.where(branch=name)
     if (
         text.dim() != 3

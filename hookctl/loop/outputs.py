@@ -53,3 +53,23 @@ def with_prediction(output: Any, prediction: Tensor | list[Tensor]) -> Any:
     if isinstance(output, tuple):
         return (prediction, *output[1:])
     return replace(output, **{_name(output): prediction})
+
+
+def first_rows(output: Any, own: int, rows: int) -> Any:
+    """What a denoiser returned of the first `own` of its rows; rows: how many it was given.
+
+    What stands beside the prediction (a sound's) is cut where it has an entry for each row.
+    """
+    prediction = prediction_of(output)
+    if prediction is None:
+        return output
+
+    def cut(beside: Any) -> Any:
+        return beside[:own] if isinstance(beside, Tensor) and beside.shape[:1] == (rows,) else beside
+
+    if isinstance(output, tuple):
+        return (prediction[:own], *map(cut, output[1:]))
+    if isinstance(output, Tensor):
+        return prediction[:own]
+    every = {field.name: cut(getattr(output, field.name)) for field in fields(output)}
+    return replace(output, **(every | {_name(output): prediction[:own]}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 
-from hookctl.address.families.record import names_of
+from hookctl.address.families.record import model_of, names_of
 from hookctl.address.sites import Site
 
 # Blocks of these norms add the attention's output to the residual stream as it is; others scale it.
@@ -119,8 +120,12 @@ def _at(model: nn.Module, path: str) -> nn.Module:
 def blocks_of(model: nn.Module, sites: Iterable[Site]) -> dict[str, Block]:
     """The transformer blocks that hold attention sites of the image, by path, in model order."""
     found: dict[str, Block] = {}
+    record = model_of(model)
+    inner = () if record is None else record.attending  # a module of the block's holds them
     for site in sites:
         path = site.path.rpartition(".")[0]
+        if any(fnmatch.fnmatchcase(site.path, glob) for glob in inner):
+            path = path.rpartition(".")[0]
         if site.kind not in ("self", "joint", "temporal") or not path:
             continue
         module = _at(model, path)

@@ -51,6 +51,13 @@ declare_models(
 )
 _LINEAR = ("*.attn1",)
 declare_models(Model(softmax_free=_LINEAR), "SanaTransformer2DModel SanaVideoTransformer3DModel")
+declare_models(  # most blocks attend by a recurrence; the second one knows the camera's rays
+    Model(
+        kinds=(("*.attn", "self"), ("*.cam_attn", "self"), ("*.cross_attn", "cross")),
+        attending=("*.attn.attn", "*.attn.cam_attn"),
+    ),
+    "SanaWMTransformer3DModel",
+)
 declare_models(
     Model(
         kinds=(

@@ -77,6 +77,10 @@ declare_pipelines(
     Pipeline({TRANSFORMER: BATCHED}, text.TEMPLATE, handing=handing.later_frames),
     "SanaImageToVideoPipeline",
 )
+declare_pipelines(
+    Pipeline({TRANSFORMER: BATCHED}, text.TEMPLATE, handing=handing.negated_tokens),
+    "SanaWMPipeline",
+)
 declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.padded(256)), "MochiPipeline")
 declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.padded(512)), "AnyFlowPipeline")
 
