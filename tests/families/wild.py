@@ -152,7 +152,6 @@ LEFT_OUT = {
     "HunyuanVideoImageToVideoPipeline": (
         "the places of the image's tokens in its template are those of a published processor"
     ),
-    "Kandinsky6SRPipeline": _LATER,
     "KolorsPipeline, KolorsImg2ImgPipeline, KolorsPAGPipeline": _CARD + "sentencepiece",
     "LLaDA2Pipeline, DiffusionGemmaPipeline": "they write texts",
     "LTXLatentUpsamplePipeline, LTX2LatentUpsamplePipeline, LTX2VideoDiffusionDecodePipeline": (

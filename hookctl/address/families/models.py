@@ -81,7 +81,11 @@ declare_models(  # the sound's own sites, and those between sound and image
     ),
     "Kandinsky6Transformer3DModel",
 )
-declare_models(  # likewise
+declare_models(
+    Model(axes="bfhwc", placeless="its tokens stand in blocks of 8 by 8"),
+    "Kandinsky6SRTransformer3DModel",
+)
+declare_models(  # as in Kandinsky 6
     Model(kinds=(("*audio*", "gated"), ("*.attn1", "self"), ("*.attn2", "cross"))),
     "LTX2VideoTransformer3DModel",
 )

@@ -84,6 +84,8 @@ declare_pipelines(
 declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.padded(256)), "MochiPipeline")
 declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.padded(512)), "AnyFlowPipeline")
 
+declare_pipelines(Pipeline({TRANSFORMER: ALONE}, text.NO_TEXT), "Kandinsky6SRPipeline")
+
 # -- two calls, or one branch ----------------------------------------------------------------------
 
 _WAN = text.padded(512)
