@@ -96,8 +96,9 @@ def schedule_of(scheduler: Any) -> Any:
     Where it lists one for every level of noise (LTXEulerAncestralRFScheduler), the last is the end.
     """
     times, sigmas = (getattr(scheduler, name, None) for name in ("timesteps", "sigmas"))
-    listed = isinstance(times, Tensor) and isinstance(sigmas, Tensor) and len(times) == len(sigmas)
-    return times[:-1] if listed and len(times) and not sigmas[-1] else times
+    if not isinstance(times, Tensor) or not isinstance(sigmas, Tensor) or not len(times):
+        return times
+    return times[:-1] if len(times) == len(sigmas) and not sigmas[-1] else times
 
 
 def inner_pipelines(pipe: Any) -> tuple[Any, ...]:

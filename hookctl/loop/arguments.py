@@ -107,8 +107,8 @@ def _check_widens(state: State) -> None:
     record = families.model_of(model)
     if record is not None and record.order is None and any(k == "text" for _, k in record.kinds):
         raise UnsupportedError(
-            f"{name} lets its text attend to itself, which would hear a further one, so it can't be "
-            "widened"
+            f"{name} lets its text attend to itself, which would hear a further one, so it can't "
+            "be widened"
         )
 
 

@@ -65,7 +65,9 @@ def first_rows(output: Any, own: int, rows: int) -> Any:
         return output
 
     def cut(beside: Any) -> Any:
-        return beside[:own] if isinstance(beside, Tensor) and beside.shape[:1] == (rows,) else beside
+        return (
+            beside[:own] if isinstance(beside, Tensor) and beside.shape[:1] == (rows,) else beside
+        )
 
     if isinstance(output, tuple):
         return (prediction[:own], *map(cut, output[1:]))
