@@ -37,7 +37,6 @@ from hookctl.recipes.common.sites import grid_of, image_sites, sites_of, two_str
 from hookctl.run_state import RunState
 
 CONCEPTS = "concepts"
-MODELS = ("SD3Transformer2DModel", "FluxTransformer2DModel")
 
 
 class ConceptAttention(Editor):
@@ -98,11 +97,13 @@ class ConceptAttention(Editor):
                 f"ConceptAttention: the text of {type(target).__name__} asks nothing of the image; "
                 "it needs a model that has both in one sequence (SD3, FLUX.1)"
             )
-        model = type(families.uncompiled(families.denoiser_of(target))).__name__
-        if model not in MODELS:
+        model = families.uncompiled(families.denoiser_of(target))
+        record = families.model_of(model)
+        if record is None or not record.loose_text:
             raise UnsupportedError(
-                f"ConceptAttention widens the text of {model} by single tokens, which stand in the "
-                "prompt's template there; of such models it reads those of SD3 and Flux"
+                f"ConceptAttention widens the text by single tokens, and those of "
+                f"{type(model).__name__} have positions in the prompt's template; of such models "
+                "it reads those of SD3 and Flux"
             )
         if (given := self.given_sites) is None:
             own = two_stream_sites(target)

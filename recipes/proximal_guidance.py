@@ -61,8 +61,8 @@ class ProximalGuidance(Editor):
         flip; the quantile is of all images together, the source among them, and a place is a
         guided one if what is left of it is above the threshold once more.
 
-    Raises InputError for guidance to a path that is not given, UnsupportedError for a run without
-    guidance.
+    Raises InputError for guidance to a path that is not given, or a path without it, UnsupportedError
+    for a run without guidance.
     """
 
     _drawn: RunState[_Drawn | None] = RunState(None)
@@ -96,6 +96,11 @@ class ProximalGuidance(Editor):
             raise InputError("ProximalGuidance: give path=, such as that of an inverted image")
         self.inversion = path is not None and (inversion is None or inversion)
         self.reconstruction = reconstruction
+        if path is not None and not (self.inversion or reconstruction):
+            raise InputError(
+                "ProximalGuidance: inversion=False, reconstruction=False: nothing is drawn to the "
+                "path; set one of them, or leave path= out"
+            )
         self.rate = share(rate, "ProximalGuidance: rate")
         self.dilate = whole(dilate, "ProximalGuidance: dilate")
         self.path_window = Window.of(

@@ -24,15 +24,6 @@ from hookctl.loop.driven import Reading, Scaling
 Proceed = Callable[[], Any]
 Handed = Callable[[Tensor, Tensor], Tensor]  # (a branch's prediction, the latents that it is of)
 
-# Denoisers that attend to the text by cross-attention alone, over projections of its tokens.
-_TOKEN_BY_TOKEN = (
-    "UNet2DConditionModel",
-    "UNet3DConditionModel",
-    "UNetMotionModel",
-    "PixArtTransformer2DModel",
-    "WanTransformer3DModel",
-)
-
 
 @dataclass(eq=False)
 class State:
@@ -116,7 +107,8 @@ class State:
     def projects_texts_alone(self) -> bool:
         """Whether the denoiser makes keys and values of each text token for itself, so that it
         does not matter in which batch row a text stands."""
-        return type(families.uncompiled(self.denoiser)).__name__ in _TOKEN_BY_TOKEN
+        record = families.model_of(self.denoiser)
+        return record is not None and record.texts_apart
 
     @property
     def latents(self) -> Tensor:

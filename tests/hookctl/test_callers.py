@@ -114,7 +114,7 @@ def test_every_thread_its_own_edits(pipe: Any) -> None:
     def work(number: int) -> list[str]:
         wrong, random_of = [], random.Random(number)
         both.wait()
-        for _ in range(4):
+        for _ in range(25):
             name = random_of.choice(list(alone))
             mine = random_of.choice(pipes)
             if name == "plain":
@@ -310,7 +310,7 @@ def test_interrupts_leave_nothing() -> None:
     for _ in range(2):  # the first fills caches
         whole = Interrupt(-1)
         run(whole)
-    chosen = random.Random(0).sample(range(1, whole.lines + 1), 60)
+    chosen = random.Random(0).sample(range(1, whole.lines + 1), 300)
     left = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)

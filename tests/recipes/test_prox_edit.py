@@ -166,6 +166,8 @@ def test_bad_input() -> None:
         MasaCtrl([PROMPT, TARGET], union=True, inject_cond="none")
     with pytest.raises(InputError, match="give path="):
         ProximalGuidance(reconstruction=True)
+    with pytest.raises(InputError, match="inversion=False, reconstruction=False"):
+        ProximalGuidance(path=[torch.zeros(4, 8, 8)] * 3, inversion=False)
     with pytest.raises(InputError, match="threshold=-1"):
         ProximalGuidance(threshold=-1)
     with pytest.raises(InputError, match="npi_interp=2"):

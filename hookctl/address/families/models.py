@@ -15,10 +15,10 @@ _JOINT = (("*", "joint"),)
 declare_models(
     Model(),
     """
-    UNet2DConditionModel UNet2DModel UNet1DModel UNet3DConditionModel I2VGenXLUNet UVit2DModel
-    DiTTransformer2DModel PixArtTransformer2DModel HunyuanDiT2DModel Transformer2DModel
+    UNet2DModel UNet1DModel I2VGenXLUNet UVit2DModel
+    DiTTransformer2DModel HunyuanDiT2DModel Transformer2DModel
     DreamLiteTransformer2DModel AllegroTransformer3DModel
-    LTXVideoTransformer3DModel CosmosTransformer3DModel WanTransformer3DModel
+    LTXVideoTransformer3DModel CosmosTransformer3DModel
     WanVACETransformer3DModel WanAnimateTransformer3DModel SkyReelsV2Transformer3DModel
     ChronoEditTransformer3DModel LatteTransformer3DModel StableAudioDiTModel
     AudioLDM2UNet2DConditionModel
@@ -26,7 +26,13 @@ declare_models(
 )
 declare_models(Model(counts_up=True), "LuminaNextDiT2DModel")
 declare_models(Model(axes="bfchw"), "UNetSpatioTemporalConditionModel AnyFlowTransformer3DModel")
-declare_models(Model(), "UNetMotionModel")
+declare_models(
+    Model(texts_apart=True),
+    """
+    UNet2DConditionModel UNet3DConditionModel UNetMotionModel PixArtTransformer2DModel
+    WanTransformer3DModel
+    """,
+)
 _DRAWN_BEFORE = "frames that were drawn before stand in one sequence with the latents"
 declare_models(Model(placeless=_DRAWN_BEFORE), "HeliosTransformer3DModel")
 declare_models(Model(axes="bfchw", placeless=_DRAWN_BEFORE), "AnyFlowFARTransformer3DModel")
@@ -97,7 +103,8 @@ declare_models(
 # -- one sequence, the text before the image -------------------------------------------------------
 
 declare_models(
-    Model("text_image", _JOINT, parts="img_ids", target=0, widens=True), "FluxTransformer2DModel"
+    Model("text_image", _JOINT, parts="img_ids", target=0, widens=True, loose_text=True),
+    "FluxTransformer2DModel",
 )
 declare_models(
     Model("text_image", _JOINT, parts="img_ids"),
@@ -150,7 +157,8 @@ declare_models(
 # -- one sequence, the image before the text -------------------------------------------------------
 
 declare_models(
-    Model("image_text", (("*.attn2", "self"), *_JOINT), widens=True), "SD3Transformer2DModel"
+    Model("image_text", (("*.attn2", "self"), *_JOINT), widens=True, loose_text=True),
+    "SD3Transformer2DModel",
 )
 declare_models(
     Model("image_text", _JOINT),

@@ -64,6 +64,9 @@ class Model:
         refines each row's text by itself.
     rotations: the module whose table of rotations, `pos_freqs`, has those of a text's positions,
         where the model numbers them itself (`text_rotations`).
+    texts_apart: each text token's keys and values are made of itself alone, so that it does not
+        matter in which row of a batch it stands.
+    loose_text: text tokens have no positions, so that single ones may be taken out of a text.
     placeless: the image's tokens form no grid over the latent; why.
     counts_up: the time it is told is the share of the image, 1 - t / 1000.
     """
@@ -81,6 +84,8 @@ class Model:
     widens: bool = False
     text_rows: bool = False
     rotations: str | None = None
+    texts_apart: bool = False
+    loose_text: bool = False
     placeless: str | None = None
     counts_up: bool = False
 
