@@ -165,7 +165,9 @@ def _tokens(
             text, stream.tokenizer, length=length, side=stream.side, cuts=cuts
         )
     whole = stream.wrap(text)
-    at = whole.find(text)
+    at = stream.wrap("\0").find("\0")  # the template may have the same words
+    if at < 0 or not whole.startswith(text, at):
+        at = whole.find(text)
     if at < 0:
         raise InputError(f"the template of this pipeline changes the prompt {text!r}; reword it")
     room = None if length is None else length + stream.dropped

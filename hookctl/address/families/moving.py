@@ -110,10 +110,11 @@ declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE),
     """
     HunyuanVideo15Pipeline HunyuanVideo15ImageToVideoPipeline
-    Kandinsky5T2VPipeline Kandinsky6TI2VAPipeline MotifVideoPipeline MotifVideoImage2VideoPipeline
+    Kandinsky5T2VPipeline MotifVideoPipeline MotifVideoImage2VideoPipeline
     Cosmos2_5_PredictBasePipeline Cosmos2_5_TransferPipeline Cosmos3OmniPipeline
     """,
 )
+declare_pipelines(Pipeline({TRANSFORMER: SEQUENTIAL}, text.kandinsky6), "Kandinsky6TI2VAPipeline")
 declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE, handing=handing.later_frames),
     "HunyuanVideoImageToVideoPipeline",
