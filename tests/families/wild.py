@@ -158,6 +158,7 @@ LEFT_OUT = {
         "they have no denoiser that a text steers"
     ),
     "RFD4ProteinaPipeline": "it draws proteins",
+    "SanaWMLTX2Refiner": _LATER,
     "modular pipelines": "they are put together from blocks, and are no pipelines of a class",
     "pipelines of diffusers' deprecated folder": "diffusers does not test them any more",
 }
