@@ -132,11 +132,11 @@ class DifferentialDiffusion(Editor):
         self._kept, self._noise = 1 - torch.stack(changes), None
 
     def before(self, state: State) -> None:
-        if state.clock.step or isinstance(state.kwargs[state.sample], list):
-            return  # a list can't be changed, and where it is one the first level is noise alone
+        if state.clock.step:
+            return
         x = state.latents
         if x.shape[1:] != self._clean.shape[1:]:
-            return  # reference images stand behind: likewise
+            return  # reference images stand behind, where the first level is noise alone
         self._noise = self._of_run(x, state)
         level = Noise(state.pipe.scheduler).level(self._time(state, 0))
         if level.signal:

@@ -53,9 +53,8 @@ class FDG(GuidanceRule):
         return super().neutral() or all(scale is None for scale in self.scales)
 
     def begin(self, state: State) -> None:
-        if self.neutral() or not isinstance(state.kwargs[state.sample], Tensor):
-            return  # of a list it is known once the step is taken
-        self._grid(state, state.latents)
+        if not self.neutral():
+            self._grid(state, state.latents)
 
     def _grid(self, state: State, x: Tensor) -> Tensor:
         """[images, channels, [frames,] height, width], unpacked and channels first if need be."""

@@ -42,13 +42,14 @@ from hookctl.arguments import Colour, checked, colours, one_of
 from hookctl.arguments import share as check_share
 from hookctl.attention.call import AttentionCall
 from hookctl.attention.division import Division
+from hookctl.companions.denoiser import guidance_scale_of
 from hookctl.editor import WHOLE_IMAGE, Claim, Editor
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.kernels.latent_mixing import merge_instances
 from hookctl.loop.noise import Noise
 from hookctl.loop.prompts import EncodedTexts, Text, check_texts
 from hookctl.loop.state import Predictions, State
-from hookctl.recipes.common.canvas.companion import Companion, guidance_scale_of
+from hookctl.recipes.common.canvas.companion import Companion
 from hookctl.recipes.common.canvas.plain_colours import Surface
 from hookctl.recipes.common.canvas.region_shares import region_shares
 from hookctl.recipes.common.sites import grid_of, text_sites

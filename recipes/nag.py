@@ -50,8 +50,9 @@ class NAG(Editor):
     sites: attention to the text to act in; start, stop: fractions of the schedule.
 
     Costs a further attention to the text of the guided rows, and the negative text's own stream
-    where text and image are one sequence; no further row. Rows of the pipeline's own negative
-    prompt are left alone. Raises InputError for another number of negatives than of prompts.
+    where text and image are one sequence; no further row but where the model numbers, pads and
+    refines each row's text by itself (Z-Image). Rows of the pipeline's own negative prompt are left
+    alone. Raises InputError for another number of negatives than of prompts.
     """
 
     _texts: RunState[EncodedTexts | None] = RunState(None)

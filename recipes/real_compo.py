@@ -37,7 +37,7 @@ from hookctl.companions.prediction import ModelPrediction
 from hookctl.errors import UnsupportedError
 from hookctl.kernels.latent_mixing import mix_predictions, update_difference
 from hookctl.loop.energy import Energies, ImageMaps
-from hookctl.loop.outputs import prediction_of
+from hookctl.loop.outputs import stacked
 from hookctl.loop.solver import entries_of
 from hookctl.loop.state import Predictions, Proceed, State, split_branches
 from hookctl.recipes.common.energy.layout_models import layout_model
@@ -148,7 +148,7 @@ class RealCompo(WordEnergy):
 
     def denoise(self, state: State, proceed: Proceed) -> Any:
         output = proceed()
-        if self.coefficient == 0 or prediction_of(output) is None:
+        if self.coefficient == 0 or stacked(output) is None:
             return output
         if isinstance(self.layout, LayoutPipeline):
             self.layout.step(state)

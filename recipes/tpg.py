@@ -33,7 +33,8 @@ class TPG(PerturbedGuidance):
     start, stop: fractions of the schedule.
 
     Costs one further row beside each conditional one. The published code draws from the global
-    random state. Raises UnsupportedError for blocks in which text and image are one sequence.
+    random state. In a sequence of text and image the text stays; positions stay with their places.
+    Raises UnsupportedError for blocks in which the image's tokens can't be told.
     """
 
     _orders: RunState[torch.Generator] = RunState(factory=torch.Generator)
@@ -57,15 +58,16 @@ class TPG(PerturbedGuidance):
         rows = call.rows.where(branch=self.branch)
         if not rows:
             return
-        if call.grid is None:
+        if call.image is None:
             raise UnsupportedError(
-                f"TPG shuffles the image's tokens, and those that {call.name} is given form no "
-                "grid over the latent (text and image in one sequence); leave it out with sites="
+                f"TPG shuffles the image's tokens, and where they stand in what {call.name} is "
+                "given isn't known; leave it out with sites="
             )
-        order = torch.randperm(call.hidden.shape[1], generator=self._orders)
+        start, stop = call.image
+        order = start + torch.randperm(stop - start, generator=self._orders)
         at = call.places(rows)
         changed = call.hidden.clone()
-        changed[at] = changed[at][:, order.to(changed.device)]
+        changed[at, start:stop] = changed[at][:, order.to(changed.device)]
         call.hidden = changed
 
 

@@ -174,7 +174,8 @@ class CallData:
         if self.apart is not None:
             raise UnsupportedError(
                 f"text {name!r}: the further texts of {self.site.path} stand in rows of their own, "
-                "with the image at positions of their own; of all verbs, divide takes them"
+                "with the image at positions of their own; of all verbs, divide and outputs take "
+                "them"
             )
         if name not in self._context:
             raise InputError(

@@ -30,18 +30,20 @@ Weigh = Callable[[dict[str, Tensor]], Weights]
 
 @dataclass(frozen=True, eq=False)
 class _Keys:
-    """What a part attends to: k and v, stacks of all rows (or of one), and the row there."""
+    """What a part attends to: k and v, stacks of all rows (or of one), and the row there; q: asked
+    in place of the row's own queries."""
 
     k: Tensor
     v: Tensor
     row: int | None  # None: each row's own
     shift: Tensor | None = None
     masked: bool = False
+    q: Tensor | None = None
 
     def term(self, q: Tensor, scale: float, row: int) -> Term:
         at = row if self.row is None else self.row
         own = Segment(Ref(self.k, at), Ref(self.v, at), self.shift, at if self.masked else None)
-        return Term(Ref(q, row), (own,), scale)
+        return Term(Ref(q if self.q is None else self.q, row), (own,), scale)
 
 
 class CombiningCall(TextCall):
@@ -83,14 +85,13 @@ class CombiningCall(TextCall):
 
     def _keys(self, name: str, part: Part, shift: Tensor | None) -> _Keys:
         if isinstance(part, str):
-            self._text_place(part)  # known by this name
-            k, v = self._with_image_keys(part)
+            q, k, v = self._beside_image(part)
             if shift is not None:
                 text = self.context(part)[0].shape[-2]
                 check_shift(shift, text, name, "outputs")
                 before = shift.new_zeros(k.shape[-2] - text)  # the image's keys
                 shift = cast(torch.cat([before, shift]), self.q)
-            return _Keys(k, v, None, shift)
+            return _Keys(k, v, None, shift, q=q)
         if isinstance(part, tuple):
             k, v = (self._ref(x, self.k, f"outputs: {name}")[0].base for x in part)
             if k.shape[-2] != v.shape[-2]:

@@ -128,6 +128,15 @@ class TextCall(ReadableCall):
             rewriting = divided(weights, parts, self.scale, self._images)
         self._note(Stage.ADDITION, "divide", targets, rewriting)
 
+    def _beside_image(self, name: str) -> tuple[Tensor | None, Tensor, Tensor]:
+        """k and v of the image and an extra text in the place of the own one, and the queries that
+        ask them, None for the own ones: a text in a row of its own has the image there."""
+        if self.apart is not None and name in self.apart.rows.rows:
+            q, segment = self.apart.beside(name, self.q)
+            return q, segment.k.base, segment.v.base
+        self._text_place(name)  # known by this name
+        return (None, *self._with_image_keys(name))
+
     def divide_by_regions(self, rows: RowLike | Iterable[RowLike], regions: TextRegions) -> None:
         """Let image tokens see the texts and image tokens of their regions, beside the own text.
 

@@ -166,12 +166,20 @@ def take_rows(state: State, spans: Spans) -> dict[str, Any]:
     # Video models also hold an entry for each frame of a row, frame fastest.
     repeats = {1, state.grid[0] if len(state.grid) == 3 else 1}
     sizes = {batch * r: r for r in sorted(repeats)}
-    taken = {name: _take(name, value, sizes, spans) for name, value in state.kwargs.items()}
-    for name, value in taken.items():
-        of_rows = isinstance(value, list) and len(value) == batch and not is_shared(name)
-        if of_rows and not _tensors(value):
-            taken[name] = [entry for start, stop in spans for entry in value[start:stop]]
-    return taken
+    return {
+        name: [entry for start, stop in spans for entry in value[start:stop]]
+        if _is_of_rows(state, name, value)
+        else _take(name, value, sizes, spans)
+        for name, value in state.kwargs.items()
+    }
+
+
+def _is_of_rows(state: State, name: str, value: Any) -> bool:
+    """Whether an argument is a list of an entry for each row: of the images or texts, or of what is
+    no tensor."""
+    if not isinstance(value, list) or len(value) != len(state.rows) or is_shared(name):
+        return False
+    return name in (state.sample, state.text) or not _tensors(value)
 
 
 def _take(name: str, value: Any, sizes: Mapping[int, int], spans: Spans) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hookctl.address import families
-from hookctl.address.sites import Site, grid_of
+from hookctl.address.sites import Grid, Site, grid_of
 from hookctl.attention.sdpa_call import SDPACall
 from hookctl.editor import overrides
 from hookctl.hooks.attention import SitePort
@@ -23,7 +23,7 @@ from hookctl.loop.inserting import BlockCall, InsertCall, LinearCall, StemCall
 from hookctl.loop.missed import is_strict
 from hookctl.loop.positions import rotary_port, site_port
 from hookctl.loop.state import FeatureCall, State
-from hookctl.loop.text_rows import rows_inside
+from hookctl.loop.text_rows import further_of, own_rows_of, rows_inside, with_further
 from hookctl.run_state import remembering
 
 InsidePort = BlockPort | ConcatPort | LayerPort | RotaryPort | SiteTablePort
@@ -123,12 +123,33 @@ def _passed(path: str, site: Site, hidden: Tensor) -> tuple[Tensor, list[int]]:
     if current is None or not edits:
         return hidden, []
     state = current.state
-    grid = grid_of(hidden.shape[-2], state.grid, len(hidden) // len(state.rows))
-    call = BlockCall(path, site, hidden, state.rows, state.clock, grid)
+    shown = own_rows_of(state, hidden)
+    call = BlockCall(path, site, shown, state.rows, state.clock, *_image_in(site, shown, state))
     with remembering(current.owner.memory):
         for a in edits:
             around.block(a, call)
-    return call.hidden, call.passed
+    if shown is hidden:
+        return call.hidden, call.passed
+    followed = hidden if call.hidden is shown else with_further(state, site, call.hidden, hidden)
+    return followed, [*call.passed, *further_of(state, call.passing)]
+
+
+def _image_in(
+    site: Site, hidden: Tensor, state: State
+) -> tuple[Grid | None, tuple[int, int] | None]:
+    """The grid of the drawn image among the tokens that a block is given, and where it stands."""
+    tokens = hidden.shape[-2]
+    grid = grid_of(tokens, state.grid, len(hidden) // len(state.rows))
+    if grid is not None:
+        return grid, (0, tokens)
+    images, order = state.images_in_sequence, families.joint_order(state.denoiser)
+    if site.kind not in ("self", "joint") or images is None or images.count > tokens:
+        return None, None
+    # The image stands alone, or padded, or where the order of a joint sequence has it.
+    start = tokens - images.count if site.kind == "joint" and order == "text_image" else 0
+    start += sum(one.tokens for one in images.grids[: images.target])
+    target = images.grids[images.target]
+    return target, (start, start + target.tokens)
 
 
 def edit_inside(hook: str, path: str, place: Site | nn.Module) -> Edit:

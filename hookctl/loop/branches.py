@@ -18,7 +18,8 @@ from hookctl.address import families, pipelines
 from hookctl.address.rows import COND, PERTURBED, Row, Rows
 from hookctl.errors import ConflictError, InputError, LayoutError, UnsupportedError
 from hookctl.loop.arguments import check_rows_can_change, rows_are_fixed, take_rows
-from hookctl.loop.outputs import first_rows
+from hookctl.loop.model_input import with_texts
+from hookctl.loop.outputs import cut
 from hookctl.loop.state import State
 
 _MASK = "encoder_attention_mask"
@@ -91,12 +92,18 @@ def add_branches(state: State, asked: Mapping[str, Branch]) -> None:
 
 def cut_branches(state: State, output: Any) -> Any:
     """What the denoiser returned, without the rows that were added."""
-    own = state.own_rows
-    return output if own is None else first_rows(output, own, len(state.rows))
+    return output if state.own_rows is None else cut(output, state.own_rows)
 
 
 def _set_text(state: State, name: str, text: Tensor) -> None:
     embeddings = state.kwargs.get(state.text) if state.text else None
+    rows = state.rows.where(branch=name)
+    if isinstance(embeddings, list):
+        each = _of_rows(name, text, len(rows))
+        state.kwargs[str(state.text)] = with_texts(
+            embeddings, {row.index: one for row, one in zip(rows, each, strict=True)}
+        )
+        return
     if not isinstance(embeddings, Tensor):
         raise UnsupportedError(f"branch {name!r} has a text, but this denoiser call has none")
     if embeddings.dim() != 3:
@@ -104,7 +111,6 @@ def _set_text(state: State, name: str, text: Tensor) -> None:
             f"branch {name!r} has a text, but those of this denoiser call are "
             f"{tuple(embeddings.shape)}, and only [rows, tokens, channels] can be exchanged"
         )
-    rows = state.rows.where(branch=name)
     if (
         text.dim() != 3
         or text.shape[0] not in (1, len(rows))
@@ -126,13 +132,17 @@ def _set_text(state: State, name: str, text: Tensor) -> None:
         )
 
 
+def _of_rows(name: str, text: Tensor, rows: int) -> list[Tensor]:
+    """The text of each of the new rows, where the model takes a list of them."""
+    if text.dim() != 3 or text.shape[0] not in (1, rows):
+        raise InputError(
+            f"branch {name!r}: text is {tuple(text.shape)}; give [1 or {rows}, tokens, channels]"
+        )
+    return list(text.expand(rows, -1, -1).unbind())
+
+
 def _check_batch(state: State) -> None:
     """Raise UnsupportedError if the rows of this call can't be added to."""
-    if isinstance(state.kwargs[state.sample], list):
-        raise UnsupportedError(
-            f"{type(state.denoiser).__name__} takes its images as a list, to which no branch can "
-            "be added"
-        )
     if reason := rows_are_fixed(state):
         raise UnsupportedError(reason)
     check_rows_can_change(state)

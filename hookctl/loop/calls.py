@@ -30,7 +30,8 @@ from hookctl.loop.arguments import (
     take_rows,
 )
 from hookctl.loop.driven import Reading, reading_in, reading_of
-from hookctl.loop.outputs import prediction_of, predictions
+from hookctl.loop.model_input import with_texts
+from hookctl.loop.outputs import predictions, stacked
 from hookctl.loop.state import State
 
 
@@ -240,11 +241,13 @@ def predict(
     asked_before, state.asking = state.asking, asking
     try:
         with nullcontext() if opened else reading_in(Reading(uncompiled(denoiser), reader)):
-            found = prediction_of(_called(denoiser, arguments))
+            found = stacked(_called(denoiser, arguments))
     finally:
         state.asking = asked_before
     if found is None:
-        raise UnsupportedError(f"{type(denoiser).__name__} returns no tensor of predictions")
+        raise UnsupportedError(
+            f"{type(denoiser).__name__} returns no predictions of one size for all rows"
+        )
     return found if len(asked) == len(rows) else found[first:stop]
 
 
@@ -254,6 +257,10 @@ def _set_text(
     """Put a text, [1 | rows, tokens, channels], in the place of that of a span of the rows."""
     name, (start, stop) = str(state.text), span
     before = arguments[name]
+    if isinstance(before, list):
+        many = text.expand(stop - start, -1, -1)
+        arguments[name] = with_texts(before, dict(zip(range(start, stop), many, strict=True)))
+        return
     repeats = before.shape[0] // rows
     many = text.to(before)
     if len(many) != (stop - start) * repeats:

@@ -188,7 +188,7 @@ def energies(
             )
             gradient = None
             if leaf is not None:
-                dtype = state.kwargs[state.sample].dtype
+                dtype = state.dtype
                 (gradient,) = gradients(terms[:, 0].sum(), [leaf], dtype)
     return Energies(terms.detach(), gradient)
 

@@ -15,7 +15,9 @@ Trail = Sequence[tuple[str, Any]]  # what a step is made of in its order: who ma
 
 
 def is_finite(x: Any) -> bool:
-    """Whether a tensor holds numbers alone; whatever is no tensor of floats does."""
+    """Whether a tensor, or a list of them, holds numbers alone; whatever is none of floats does."""
+    if isinstance(x, list):
+        return all(map(is_finite, x))
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return True
     return bool(torch.isfinite(x.detach()).all())
@@ -24,9 +26,11 @@ def is_finite(x: Any) -> bool:
 def check_latents(latents: Any) -> None:
     """Raise InputError if the latents that a run starts from hold NaN or infinity."""
     if not is_finite(latents):
-        bad = int((~torch.isfinite(latents.detach())).sum())
+        every = latents if isinstance(latents, list) else [latents]
+        bad = sum(int((~torch.isfinite(one.detach())).sum()) for one in every)
         raise InputError(
-            f"latents hold {bad} values that are NaN or infinite (of {latents.numel()}); "
+            f"latents hold {bad} values that are NaN or infinite (of "
+            f"{sum(one.numel() for one in every)}); "
             "check the latents= given, or what produced them"
         )
 
@@ -57,7 +61,7 @@ def _cause(state: State, who: str) -> str:
     broken = next((n for n, p in state.denoiser.named_parameters() if not is_finite(p)), None)
     if broken is not None:
         return f": the denoiser's weights hold such values, as in {broken}"
-    dtype = state.kwargs[state.sample].dtype if state.sample in state.kwargs else "its dtype"
+    dtype = state.dtype if state.sample in state.kwargs else "its dtype"
     return (
         f": an editor's attention, the guidance scale, or a denoiser that overflows in {dtype} may "
         "have made them"

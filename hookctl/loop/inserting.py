@@ -40,9 +40,10 @@ class BlockCall:
     site: of its attention to the image; name: its path inside the model.
     hidden: what it is given of the image (of text and image where they are one sequence),
         [rows (x frames), tokens, channels]; assign another of its shape to change it.
+    image: (first, past the last) of the tokens of the image that is drawn, None where unknown.
     rows: whose the batch rows are (`Rows`).
     clock: when (`Clock`).
-    grid: the grid of the tokens, None if they form none: a joint sequence, say.
+    grid: the grid of those tokens, None if they form none.
     passing: the indices of the rows that pass the block by.
     """
 
@@ -52,6 +53,7 @@ class BlockCall:
     rows: Rows
     clock: Clock
     grid: Grid | None
+    image: tuple[int, int] | None = None
     passing: set[int] = field(default_factory=set)
 
     def skip(self, rows: Row | Iterable[Row]) -> None:

@@ -23,10 +23,23 @@ def stacked(output: Any) -> Tensor | None:
     return prediction_of(output)
 
 
-def listed(output: Any) -> list[Tensor] | None:
-    """The predictions of a denoiser that returns one for each row; None of others."""
+def cut(output: Any, count: int) -> Any:
+    """What a denoiser returned, of its first rows alone; so what stands beside the prediction and
+    has as many rows, such as a sound's."""
     found = _predicted(output)
-    return found if isinstance(found, list) else None
+    if not isinstance(found, list | Tensor):
+        return output
+
+    def first(beside: Any) -> Any:
+        rows = isinstance(beside, Tensor) and beside.shape[:1] == (len(found),)
+        return beside[:count] if rows else beside
+
+    if isinstance(output, tuple):
+        output = tuple(map(first, output))
+    elif is_dataclass(output) and not isinstance(output, type):
+        beside = {field.name: first(getattr(output, field.name)) for field in fields(output)}
+        output = replace(output, **beside)
+    return with_prediction(output, found[:count])
 
 
 def _predicted(output: Any) -> Any:
@@ -53,25 +66,3 @@ def with_prediction(output: Any, prediction: Tensor | list[Tensor]) -> Any:
     if isinstance(output, tuple):
         return (prediction, *output[1:])
     return replace(output, **{_name(output): prediction})
-
-
-def first_rows(output: Any, own: int, rows: int) -> Any:
-    """What a denoiser returned of the first `own` of its rows; rows: how many it was given.
-
-    What stands beside the prediction (a sound's) is cut where it has an entry for each row.
-    """
-    prediction = prediction_of(output)
-    if prediction is None:
-        return output
-
-    def cut(beside: Any) -> Any:
-        return (
-            beside[:own] if isinstance(beside, Tensor) and beside.shape[:1] == (rows,) else beside
-        )
-
-    if isinstance(output, tuple):
-        return (prediction[:own], *map(cut, output[1:]))
-    if isinstance(output, Tensor):
-        return prediction[:own]
-    every = {field.name: cut(getattr(output, field.name)) for field in fields(output)}
-    return replace(output, **(every | {_name(output): prediction[:own]}))

@@ -14,6 +14,7 @@ from torch import Tensor
 from hookctl.address import families, pipelines
 from hookctl.address.text import TextLayout
 from hookctl.errors import InputError, UnsupportedError
+from hookctl.loop.model_input import with_texts
 from hookctl.loop.state import State
 
 _MASK = "encoder_attention_mask"
@@ -146,11 +147,12 @@ class EncodedTexts:
 
     def put(self, kwargs: dict[str, Any], state: State, rows: Mapping[int, Text]) -> None:
         """Make these the texts of some rows of a call, pooled forms and masks included."""
-        own = kwargs[str(state.text)]
+        own, sequences = kwargs[str(state.text)], {r: self._found[t][0] for r, t in rows.items()}
+        if isinstance(own, list):
+            kwargs[str(state.text)] = with_texts(own, sequences)
+            return
         repeats = own.shape[0] // len(state.rows)  # video models repeat a row for every frame
-        kwargs[str(state.text)] = _with(
-            own, {r: self._found[t][0] for r, t in rows.items()}, repeats
-        )
+        kwargs[str(state.text)] = _with(own, sequences, repeats)
         pooled = {r: p for r, t in rows.items() if (p := self._found[t][1]) is not None}
         masks = {r: m for r, t in rows.items() if (m := self._found[t][2]) is not None}
         for name, parts in (("pooled_projections", pooled), (_MASK, masks)):

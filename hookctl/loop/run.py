@@ -20,6 +20,7 @@ from hookctl.errors import InputError, LayoutError, UnsupportedError
 from hookctl.loop.driven import Driven, Scaling, driven, reading_of
 from hookctl.loop.residuals import with_residuals
 from hookctl.loop.state import State
+from hookctl.loop.text_rows import with_text_rows
 
 _TEXTS = ("encoder_hidden_states", "cap_feats", "context")
 
@@ -173,7 +174,7 @@ class Run:
             kwargs=arguments,
             extra_text={},
             text_rows=None,
-            with_text_rows={},
+            further_texts=(),
             residuals=None,
             assigned=None,
             noisy=None,
@@ -184,7 +185,7 @@ class Run:
         """The call's arguments after editors changed them."""
         signature = _signature(state.denoiser)
         bound = signature.bind_partial(None)
-        changed = with_residuals(state, signature.parameters) | dict(state.with_text_rows)
+        changed = with_text_rows(state, with_residuals(state, signature.parameters))
         bound.arguments.update(_own_lists(changed))
         return bound.args[1:], bound.kwargs
 

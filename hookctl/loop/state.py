@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -20,6 +20,7 @@ from hookctl.attention.text_rows import TextRows
 from hookctl.errors import InputError, LayoutError, UnsupportedError
 from hookctl.evaluate.one_call import Reader
 from hookctl.loop.driven import Reading, Scaling
+from hookctl.loop.model_input import dtype_of, latents_of, with_latents
 
 Proceed = Callable[[], Any]
 Handed = Callable[[Tensor, Tensor], Tensor]  # (a branch's prediction, the latents that it is of)
@@ -38,8 +39,10 @@ class State:
     images_per_prompt: how many images each prompt gets.
     encoding: how the pipeline encoded the prompts: arguments of its `encode_prompt` by name.
     kwargs: every argument of the call by its name in the denoiser's `forward`.
-    sample: which of them is the model input, [rows, channels, [frames,] height, width].
-    text: which of them has the text embeddings, [rows, tokens, channels]; None if none has.
+    sample: which of them is the model input, [rows, channels, [frames,] height, width], or a list
+        of one for each row; dtype: of it.
+    text: which of them has the text embeddings, [rows, tokens, channels], or a list of one for each
+        row; None if none has.
     grid: sides of the latent, ([frames,] height, width), in latent pixels.
     denoiser, pipe: the model, and its pipeline (None for a bare denoiser).
     maps: the `MapStore` of the session that the editor belongs to (in `begin`).
@@ -50,7 +53,7 @@ class State:
     images_in_sequence: the images that stand in one sequence, where the arguments tell them.
     own_text: tokens of the pipeline's own text; extra_text: where texts that editors added stand
         behind it, by name; text_rotations: how positions rotate it (`latent.text_rotations`).
-        text_rows: further texts in rows of their own, and with_text_rows: the arguments with them.
+        text_rows: where further texts stand in rows of their own, and further_texts: those.
     own_rows: how many rows are the pipeline's own, None for all.
     asking: the rows of a call that an editor makes inside this one, None for this one's.
     reading: whose maps the call is made for, None for an ordinary one (`energy`).
@@ -79,7 +82,7 @@ class State:
     own_text: int | None = None
     text_rotations: Tensor | None = None
     text_rows: TextRows | None = None
-    with_text_rows: Mapping[str, Any] = field(default_factory=dict)
+    further_texts: Sequence[Tensor] = ()
     images_in_sequence: ImageTokens | None = None
     own_rows: int | None = None
     asking: Rows | None = None
@@ -97,6 +100,11 @@ class State:
     def reader(self) -> Reader | None:
         """Whose read-outs alone are served in this call, None for everyone's."""
         return None if self.reading is None else Reader(self.reading.reader)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model input."""
+        return dtype_of(self.kwargs[self.sample])
 
     @property
     def axes(self) -> str:
@@ -125,13 +133,7 @@ class State:
         first = self.rows[0].branch
         rows = [row.index for row in self.rows.where(branch=first)]
         source = self.kwargs[self.sample] if self.scaling is None else self.scaling.latents
-        if isinstance(source, list):
-            raise UnsupportedError(
-                f"{type(self.denoiser).__name__} takes its images as a list, so the latents of a "
-                "step can't be read or changed before its step; after it they can"
-            )
-        images: Tensor = source[rows[0] : rows[-1] + 1]
-        return images
+        return latents_of(source[rows[0] : rows[-1] + 1], self.denoiser)
 
     @latents.setter
     def latents(self, value: Tensor) -> None:
@@ -148,11 +150,11 @@ class State:
         self.kwargs[self.sample] = self.model_input(rows, model_input)
         self.assigned = value
 
-    def model_input(self, latents: Tensor, like: Tensor) -> Tensor:
+    def model_input(self, latents: Tensor, like: Any) -> Any:
         """What the denoiser is given of some latents, [rows, ...], in the place of `like`."""
         rows = latents if self.scaling is None else self.scaling.again(latents)
         own = self.noisy if self.scaling is None else None
-        return replace_channels(like, rows.to(like), own)
+        return with_latents(like, rows, self.denoiser, own)
 
     @property
     def images(self) -> Rows:
@@ -203,20 +205,6 @@ class Predictions:
                 "unknown here, so predictions can't be combined anew"
             )
         return found
-
-
-def replace_channels(model_input: Tensor, rows: Tensor, own: Tensor | None = None) -> Tensor:
-    """The model input with the channels of the latents replaced, to which images and masks were
-    appended: the first ones, or the last ones if those are `own`, [images, ...]."""
-    if rows.shape == model_input.shape:
-        return rows
-    dim = next(d for d, n in enumerate(rows.shape) if n != model_input.shape[d])
-    size, rest = rows.shape[dim], model_input.shape[dim] - rows.shape[dim]
-    if own is not None:
-        last = model_input[: len(own)].narrow(dim, rest, size)
-        if last.shape == own.shape and torch.equal(last, own.to(last)):
-            return torch.cat([model_input.narrow(dim, 0, rest), rows], dim)
-    return torch.cat([rows, model_input.narrow(dim, size, rest)], dim)
 
 
 def split_branches(rows: Rows, prediction: Tensor) -> dict[str, Tensor]:

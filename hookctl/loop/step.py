@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hookctl.address import families
@@ -87,7 +88,7 @@ class Step:
                     "to its latents in a way unknown here, so they can't be changed before a "
                     "step; change them in `after`"
                 )
-            arguments["sample"] = latents.to(arguments["sample"])
+            arguments["sample"] = _assigned(latents, arguments["sample"])
         own = arguments["model_output"]
         options = {name: value for name, value in arguments.items() if name not in _STEPPED}
         noisy = state.noisy = arguments["sample"][: len(state.images)]
@@ -107,6 +108,15 @@ class Step:
         if check:
             check_step(state, trail)
         return out
+
+
+def _assigned(latents: Tensor, given: Tensor) -> Tensor:
+    """Latents in the place of a step's own, in whose dtype they are: some pipelines step in float32
+    what their model is shown in half precision, and what was not changed stays as fine."""
+    if latents.dtype == given.dtype:
+        return latents.to(given)
+    shown = given.to(latents)
+    return torch.where(latents == shown, given, latents.to(given))
 
 
 def _handing(state: State, latents: Tensor, given: Tensor) -> Handed:

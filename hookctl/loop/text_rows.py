@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hookctl.address.families import model_of
 from hookctl.address.rows import COND, Row, Rows
+from hookctl.address.sites import Site
 from hookctl.attention.text_rows import TextRows
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.loop.outputs import listed, with_prediction
+from hookctl.loop.outputs import cut
 from hookctl.loop.state import State
 
 
 def add_text_rows(state: State, extra: Mapping[str, Tensor]) -> None:
     """Let texts, name -> [1 | rows, tokens, channels], run beside each row that sees the prompt."""
-    own, text = state.kwargs[str(state.text)], str(state.text)
-    images = state.kwargs[state.sample]
+    own, images = state.kwargs[str(state.text)], state.kwargs[state.sample]
     flat = all(isinstance(x, list) and x and isinstance(x[0], Tensor) for x in (own, images))
     if not flat:
         raise UnsupportedError(
@@ -26,7 +27,7 @@ def add_text_rows(state: State, extra: Mapping[str, Tensor]) -> None:
             "which no further text can stand"
         )
     rows: dict[str, dict[int, int]] = {}
-    texts, sources = list(own), list(range(len(state.rows)))
+    texts = list(own)
     for name, given in extra.items():
         if (
             given.dim() != 3
@@ -45,7 +46,6 @@ def add_text_rows(state: State, extra: Mapping[str, Tensor]) -> None:
         for row in state.rows.where(role=COND):
             rows[name][row.index] = len(texts)
             texts.append(given[0 if len(given) == 1 else row.index].to(own[0]))
-            sources.append(row.index)
     block = record.text_block if (record := model_of(state.denoiser)) else 1
     lengths = [-(-len(one) // block) * block for one in texts]
     count = len(state.rows)
@@ -56,11 +56,16 @@ def add_text_rows(state: State, extra: Mapping[str, Tensor]) -> None:
         max(lengths[:count]),
         len(set(lengths[:count])) > 1,
     )
-    state.with_text_rows = {
-        name: _taken(state, name, value, sources)
-        for name, value in state.kwargs.items()
-        if name != text
-    } | {text: texts}
+    state.further_texts = texts[count:]
+
+
+def with_text_rows(state: State, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call with the rows of further texts."""
+    if state.text_rows is None:
+        return arguments
+    sources, text = [*range(len(state.rows)), *state.text_rows.sources], str(state.text)
+    taken = {n: _taken(state, n, v, sources) for n, v in arguments.items() if n != text}
+    return taken | {text: [*arguments[text], *state.further_texts]}
 
 
 def _taken(state: State, name: str, value: Any, sources: list[int]) -> Any:
@@ -82,8 +87,29 @@ def _taken(state: State, name: str, value: Any, sources: list[int]) -> Any:
 
 def cut_text_rows(state: State, output: Any) -> Any:
     """What the denoiser returned, without the rows of further texts."""
-    found = None if state.text_rows is None else listed(output)
-    return output if found is None else with_prediction(output, found[: len(state.rows)])
+    return output if state.text_rows is None else cut(output, len(state.rows))
+
+
+def own_rows_of(state: State, hidden: Tensor) -> Tensor:
+    """The part of a block's tokens, [rows, tokens, channels], that belongs to the own rows."""
+    return hidden if state.text_rows is None else hidden[: len(state.rows)]
+
+
+def with_further(state: State, site: Site, own: Tensor, hidden: Tensor) -> Tensor:
+    """A block's tokens with other ones of the own rows, whose images those of the further rows are
+    copies of."""
+    found = state.text_rows
+    assert found is not None  # there are further rows
+    images = hidden.shape[1] - (0 if site.kind == "self" else found.longest)
+    copies = torch.cat([own[found.sources, :images], hidden[len(own) :, images:]], 1)
+    return torch.cat([own, copies])
+
+
+def further_of(state: State, own: Iterable[int]) -> list[int]:
+    """The further rows beside some of the own ones, by index."""
+    found = state.text_rows
+    wanted, count = set(own), len(state.rows)
+    return [count + i for i, row in enumerate(found.sources if found else ()) if row in wanted]
 
 
 def rows_inside(state: State) -> Rows:

@@ -15,14 +15,10 @@ from hookctl.loop.state import State
 
 def shape_of_latents(state: State) -> tuple[int, ...]:
     """The shape of one image's latents, as the scheduler has them."""
-    sample = state.kwargs[state.sample]
-    if not isinstance(sample, list):
-        found, images = tuple(state.latents.shape[1:]), state.images_in_sequence
-        if images is None or len(found) != 2:
-            return found
-        return (images.grids[images.target].tokens, found[1])  # behind it come reference images
-    channels, *sides = sample[0].shape
-    return (channels, *(sides[1:] if sides[0] == 1 else sides))  # Z-Image gives each image a frame
+    found, images = tuple(state.latents.shape[1:]), state.images_in_sequence
+    if images is None or len(found) != 2:
+        return found
+    return (images.grids[images.target].tokens, found[1])  # behind it come reference images
 
 
 def cells_inside(region: Region, state: State) -> Tensor:

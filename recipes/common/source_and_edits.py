@@ -69,7 +69,7 @@ class SourceAndEdits(Editor):
             return
         try:
             latents = state.latents
-        except UnsupportedError:  # a list, which can't be compared before the first step
+        except UnsupportedError:  # images of several sizes, which have no noise in common
             return
         images = state.images
         for row in images:

@@ -92,3 +92,51 @@ def drawn_with(
 
     with mock.patch.object(model, "forward", doubled):
         yield
+
+
+@contextmanager
+def drawn_in_rows(
+    model: nn.Module, negatives: list[Tensor], image: tuple[int, int], *settings: Any
+) -> Iterator[None]:
+    """Have a denoiser that takes lists of images and texts (Z-Image) guide its first rows.
+
+    negatives: texts of these rows, each at its own length; image: tokens of the image, which come
+    first, without and with their padding, which goes on as in the prompt's row; settings: s, tau,
+    alpha, p.
+    """
+    forward, count, (tokens, padded) = model.forward, len(negatives), image
+
+    def doubled(x: Any, t: Tensor, texts: Any, **kwargs: Any) -> Any:
+        rows, kept = len(x), list(x)
+        many = [*texts, *(one.to(texts[0]) for one in negatives)]
+        every = [layer.attention for layer in model.layers]
+        with inside(every, rows):
+            (out,) = forward([*kept, *kept[:count]], torch.cat([t, t[:count]]), many, **kwargs)
+        return (out[:rows],)
+
+    @contextmanager
+    def inside(modules: Any, rows: int) -> Iterator[None]:
+        """The joint layers alone guide, not the refiners."""
+        joint: list[bool] = []
+
+        def sdpa(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            out = SDPA(query, key, value, *args, **kwargs)
+            if not joint:
+                return out
+            merged = out.transpose(1, 2).flatten(2)
+            own, other = merged[:count], merged[rows:]
+            own[:, :tokens] = guided(own[:, :tokens], other[:, :tokens], *settings)
+            other[:, :padded] = own[:, :padded]
+            return merged.unflatten(2, (query.shape[1], -1)).transpose(1, 2)
+
+        handles = [m.register_forward_pre_hook(lambda *_: joint.append(True)) for m in modules]
+        handles += [m.register_forward_hook(lambda *_: joint.remove(True)) for m in modules]
+        try:
+            with mock.patch.object(F, "scaled_dot_product_attention", sdpa):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    with mock.patch.object(model, "forward", doubled):
+        yield

@@ -74,7 +74,9 @@ def test_an_instance_leaves_with_what_the_image_has_become(scheduler: str) -> No
     assert (found[B] - wanted).abs().max() > 1e-3 * wanted.abs().max()
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "pixart", "wan"])
+@pytest.mark.parametrize(
+    "name", [n for n in ("sdxl", "sd3", "flux", "pixart", "wan", "z_image") if n in zoo.PIPELINES]
+)
 def test_an_instance_on_every_family(name: str) -> None:
     """Pooled texts and masks are those of the phrase too."""
     case = zoo.PIPELINES[name]

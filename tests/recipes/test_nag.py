@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 import hookctl
-from hookctl.errors import InputError, UnsupportedError
+from hookctl.errors import InputError
 from hookctl.loop.prompts import encode
 from hookctl.recipes import NAG, PAG
 from hookctl.recipes.nag import NORMS
 from tests import zoo
 from tests.families.fingerprint import differences, fingerprint
 from tests.families.subjects import error
-from tests.recipes.literal_nag import drawn_with, guided
+from tests.recipes.literal_nag import drawn_in_rows, drawn_with, guided
 from tests.recipes.runs import TWO, draw_two, made
 
 NEGATIVES = ["an old green bird", "a dog"]
@@ -77,6 +77,31 @@ def test_as_published(name: str, guidance: float) -> None:
             assert error(got, plain) > 1e-4
 
 
+LONG = "an old green bird " * 12
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("z_image" not in zoo.PIPELINES, reason="diffusers has no Z-Image")
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("negatives", [NEGATIVES, ["a dog", LONG]], ids=["alike", "longer"])
+def test_where_the_image_begins_behind_the_text(guidance: float, negatives: list[str]) -> None:
+    """The image stands beside the negative text as in a run of its own, at positions that follow
+    from the length of that text."""
+    case, pipe = zoo.PIPELINES["z_image"], made("z_image", torch.float64)
+    asked = {"guidance": guidance, "max_sequence_length": 96}
+    texts = [encode(pipe, [one], {"max_sequence_length": 96}).sequence[0] for one in negatives]
+    assert (max(map(len, texts)) > 32) == (negatives is not NEGATIVES)
+    plain = case.run(pipe, TWO, **asked)
+    tokens = plain[0, 0].numel() // 4
+    for scale, tau, alpha in ((5.0, 2.5, 0.25), (3.0, 1.2, 0.5)):
+        settings = scale, tau, alpha, 2
+        with drawn_in_rows(pipe.transformer, texts, (tokens, -(-tokens // 32) * 32), *settings):
+            want = case.run(pipe, TWO, **asked)
+        editor = NAG(negatives, scale=scale, tau=tau, alpha=alpha, paper=True)
+        assert error(draw_two(case, pipe, editor, **asked), want) < 1e-6
+        assert error(want, plain) > 1e-4
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_weights(norm: str) -> None:
     """The two weights against the published lines, clamped and not; at most tau times own."""
@@ -100,7 +125,7 @@ def test_weights(norm: str) -> None:
     "name",
     [
         n
-        for n in ("sd15", "sd3", "flux", "pixart", "flux2_klein", "qwen_image")
+        for n in ("sd15", "sd3", "flux", "pixart", "flux2_klein", "qwen_image", "z_image")
         if n in zoo.PIPELINES
     ],
 )
@@ -152,8 +177,6 @@ def test_bad_input() -> None:
         draw_two(case, pipe, NAG(["a dog"]))
     with pytest.raises(InputError, match="NAG: sites='self'"):
         draw_two(case, pipe, NAG("a dog", sites="self"))
-    with pytest.raises(UnsupportedError, match="stand in rows of their own"):
-        draw_two(zoo.PIPELINES["z_image"], made("z_image"), NAG(["a dog", "an old green bird"]))
 
 
 def test_sites_are_those_that_were_asked_for() -> None:

@@ -95,7 +95,9 @@ def test_the_published_loop(guidance: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "pixart"])
+@pytest.mark.parametrize(
+    "name", [n for n in ("sd15", "sdxl", "sd3", "pixart", "z_image") if n in zoo.PIPELINES]
+)
 def test_nothing_to_do(name: str) -> None:
     """Scale 0 or no window: bit for bit. Nothing salient: nothing is blurred or changed."""
     case = zoo.PIPELINES[name]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 import hookctl
 from hookctl import Editor
 from hookctl.address import families
-from hookctl.errors import HookctlError, InputError, UnsupportedError
+from hookctl.errors import HookctlError, InputError
 from hookctl.recipes import STG, TPG, SkipLayerGuidance
 from tests import zoo
 from tests.families.fingerprint import differences, fingerprint
@@ -179,9 +180,48 @@ def test_tpg_as_published(name: str, guidance: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd3", "flux", "qwen_image", "pixart", "wan"])
+@pytest.mark.parametrize(
+    "name", [name for name in ("flux2_klein", "z_image", "flux") if name in zoo.PIPELINES]
+)
+def test_tpg_where_text_and_image_are_one_sequence(name: str) -> None:
+    """The text's tokens stay, before the image's or behind them."""
+    case, pipe = zoo.PIPELINES[name], made(name, torch.float64)
+    sites = [site for site in families.sites_of(pipe) if site.kind in ("self", "joint")]
+    blocks = families.blocks_of(pipe.transformer, sites)
+    latents = case.run(pipe, TWO)
+    tokens = latents.shape[1] if latents.dim() == 3 else latents.shape[2:].numel() // 4
+    orders = torch.Generator().manual_seed(5)
+
+    def before(module: nn.Module, args: Any, kwargs: Any, image: str) -> Any:
+        hidden = args[0] if args else kwargs[image]
+        rows = slice(4, 6) if name == "z_image" else slice(2, 4)  # or of guidance by two calls
+        if len(hidden) < rows.stop:
+            return None
+        changed = hidden.clone()
+        start = 0 if name == "z_image" else hidden.shape[1] - tokens
+        order = torch.randperm(tokens, generator=orders)
+        changed[rows, start : start + tokens] = hidden[rows, start : start + tokens][:, order]
+        return ((changed, *args[1:]), kwargs) if args else ((), {**kwargs, image: changed})
+
+    with ExitStack() as hooks:
+        for block in blocks.values():
+            handle = block.module.register_forward_pre_hook(
+                partial(before, image=block.image), with_kwargs=True
+            )
+            hooks.callback(handle.remove)
+        want = draw(case, pipe, Third(3.0, 4.0), guidance=4.0)
+    got = draw(case, pipe, TPG(seed=5, sites="self, joint"), guidance=4.0)
+    assert error(got, want) < 1e-6
+    assert error(got, case.run(pipe, TWO, guidance=4.0)) > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [n for n in ("sd3", "flux", "qwen_image", "pixart", "wan", "z_image") if n in zoo.PIPELINES],
+)
 def test_all_three_on_transformers(name: str) -> None:
-    """Where the image's tokens are a stream of their own."""
+    """Whether the image's tokens are a stream of their own or stand with the text's."""
     case = zoo.PIPELINES[name]
     pipe = case.make()
     plain = case.run(pipe, TWO)
@@ -222,9 +262,6 @@ def test_what_is_refused() -> None:
         STG(rescale=1.5)
     with pytest.raises(InputError, match="TPG: seed"):
         TPG(seed=-1)
-    klein = zoo.PIPELINES["flux2_klein"]
-    with pytest.raises(UnsupportedError, match=r"TPG shuffles the image's tokens.*one sequence"):
-        draw(klein, klein.make(), TPG(sites="joint"))
 
 
 def test_blocks_of_somebodys_own_class_are_known_by_their_base() -> None:

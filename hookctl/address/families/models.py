@@ -200,6 +200,7 @@ declare_models(
         text_block=32,
         text_rows=True,
         counts_up=True,
+        as_videos=True,
     ),
     "ZImageTransformer2DModel",
 )

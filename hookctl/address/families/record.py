@@ -69,6 +69,8 @@ class Model:
     loose_text: text tokens have no positions, so that single ones may be taken out of a text.
     placeless: the image's tokens form no grid over the latent; why.
     counts_up: the time it is told is the share of the image, 1 - t / 1000.
+    as_videos: it takes a list of images, each as a video of one frame, [channels, 1, height,
+        width], which the latents of its pipelines are without.
     """
 
     order: Order | None = None
@@ -88,6 +90,7 @@ class Model:
     loose_text: bool = False
     placeless: str | None = None
     counts_up: bool = False
+    as_videos: bool = False
 
 
 @dataclass(frozen=True)

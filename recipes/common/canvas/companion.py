@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from hookctl.address.rows import COND, UNCOND, Row
-from hookctl.errors import UnsupportedError
 from hookctl.loop.calls import predict
+from hookctl.loop.model_input import with_latents
 from hookctl.loop.solver import OwnSolver
-from hookctl.loop.state import Predictions, State, replace_channels
+from hookctl.loop.state import Predictions, State
 
 
 class Companion:
@@ -21,15 +21,10 @@ class Companion:
     In each step call `predict` in `Editor.before`, for every denoiser call of the step, and `step`
     in `Editor.combine`. name: of the branch that its conditional rows are tagged with, so that
     what acts on the prompt's rows leaves them alone; seed: of the noise that the solver draws, if
-    it draws any. Raises UnsupportedError for a denoiser that takes its images as a list.
+    it draws any.
     """
 
     def __init__(self, name: str, state: State, seed: int = 0) -> None:
-        if isinstance(state.kwargs[state.sample], list):
-            raise UnsupportedError(
-                f"{type(state.denoiser).__name__} takes its images as a list, beside which no "
-                "other can be drawn"
-            )
         self.name = name
         self.latents = state.latents.clone()
         self._solver = OwnSolver(state.pipe.scheduler, seed)
@@ -45,8 +40,7 @@ class Companion:
             repeats = len(state.rows) // self.latents.shape[0]
             rows = self.latents.repeat(repeats, *([1] * (self.latents.dim() - 1)))
             rows = self._solver.model_input(rows, state.clock.entry)
-            like = arguments[state.sample]
-            arguments[state.sample] = replace_channels(like, rows.to(like))
+            arguments[state.sample] = with_latents(arguments[state.sample], rows, state.denoiser)
             change(arguments)
 
         prediction = predict(state, [self._tagged(row) for row in state.rows], change=own_latents)
@@ -71,21 +65,3 @@ class Companion:
     def _tagged(self, row: Row) -> Row:
         branch = self.name if row.branch == COND else f"{self.name} {row.branch}"
         return replace(row, branch=branch, copied=None)
-
-
-def guidance_scale_of(predictions: Predictions) -> float | None:
-    """The scale of classifier-free guidance that a pipeline's own combination shows.
-
-    guided = u + scale (c - u), solved for the scale; None where there is no u. Pipelines name and
-    change their scale in many ways; this is what they did with it.
-    """
-    branches = predictions.branches
-    if UNCOND not in branches or COND not in branches:
-        return None
-    u, c = branches[UNCOND].double(), branches[COND].double()
-    own = predictions.guided if predictions.own is None else predictions.own
-    difference = c - u
-    size = float((difference * difference).sum())
-    if not size:
-        return 1.0
-    return float(((own.double() - u) * difference).sum()) / size

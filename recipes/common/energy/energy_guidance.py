@@ -115,7 +115,7 @@ class EnergyGuidance(WordEnergy, ABC):
         guided = self.descend(state).to(latents)
         if not torch.isfinite(guided).all():
             raise UnsupportedError(
-                f"{self.name}: the gradient in {state.kwargs[state.sample].dtype} isn't finite; "
+                f"{self.name}: the gradient in {state.dtype} isn't finite; "
                 "run the denoiser in float32 or bfloat16, or lower scale="
             )
         self._last = latents, guided

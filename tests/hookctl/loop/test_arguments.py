@@ -79,7 +79,7 @@ def test_masked_text_is_widened_with_its_mask() -> None:
 def test_conditions_beside_the_text_are_copied() -> None:
     """ControlNet's residuals and an adapter's embeddings, whatever holds them."""
     state = type("State", (), {})()
-    state.rows, state.grid = [0, 1], (4, 4)
+    state.rows, state.grid, state.sample, state.text = [0, 1], (4, 4), "sample", None
     state.kwargs = {
         "sample": torch.arange(2.0)[:, None],
         "timestep": torch.tensor(3),
@@ -179,3 +179,21 @@ def test_first_and_last_images_go_with_their_row(batch: int) -> None:
     taken = take_rows(state, [(0, batch), (batch - 1, batch)])["encoder_hidden_states_image"]
     last = 2 * batch - 2
     assert taken[:, 0, 0].tolist() == [*range(2 * batch), last, last + 1]
+
+
+def test_lists_of_images_and_texts_are_of_rows() -> None:
+    """Whose channels are as many as the rows; a list of what all rows share stays."""
+    images, texts = (
+        [torch.full((2, 1, 4, 4), float(i)) for i in range(2)],
+        list(torch.rand(2, 3, 5)),
+    )
+    state = type("State", (), {})()
+    state.rows, state.grid, state.sample, state.text = [0, 1], (4, 4), "x", "cap_feats"
+    both = [torch.arange(2.0)[:, None]] * 2
+    state.kwargs = {"x": images, "cap_feats": texts, "t": torch.arange(2.0), "residuals": both}
+    taken = take_rows(state, [(0, 2), (1, 2)])
+    assert [float(one.mean()) for one in taken["x"]] == [0, 1, 1]
+    assert [one.shape for one in taken["x"]] == [(2, 1, 4, 4)] * 3
+    assert len(taken["cap_feats"]) == 3 and taken["cap_feats"][2] is texts[1]
+    assert taken["t"].tolist() == [0, 1, 1]
+    assert [one.flatten().tolist() for one in taken["residuals"]] == [[0, 1, 1]] * 2

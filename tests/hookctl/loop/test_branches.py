@@ -17,6 +17,7 @@ from tests.families.subjects import error
 from tests.hookctl.drawing import TWO, draw
 
 FAMILIES = ["sd15", "sdxl", "controlnet", "sd3", "flux", "pixart", "wan", "animatediff", "svd"]
+FAMILIES += [name for name in ("z_image",) if name in zoo.PIPELINES]
 TOLERANCE = 1e-5  # fp32; a wider batch sums in another order
 
 

@@ -120,7 +120,10 @@ def test_an_early_end_changes_nothing_and_runs_less() -> None:
     assert "conv_out" in all_of_it
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux", "pixart"])
+@pytest.mark.parametrize(
+    "family",
+    [n for n in ("sd15", "sdxl", "sd3", "flux", "pixart", "z_image") if n in zoo.PIPELINES],
+)
 def test_images_of_a_batch_have_gradients_of_their_own(family: str) -> None:
     """Also under no_grad, with several images of a prompt, on every kind of model."""
 
