@@ -111,6 +111,7 @@ class LEDITSPlusPlus(SourceAndEdits):
         super().begin(state)
         if self.acting:
             self._encoded = EncodedTexts(state, [*self.texts, ""])
+            self._encoded.check_fit(state, self.name)
             sites = text_sites(self.name, state.pipe, self.sites)
             self.masks.begin(sites, state, COARSE if self.paper else None)
 
@@ -121,7 +122,7 @@ class LEDITSPlusPlus(SourceAndEdits):
         # Where guidance takes two calls the other one is asked for the negative prompt.
         if not state.rows.where(branch=UNCOND) and not is_guided(state.pipe):
             texts[EMPTY] = ""
-        return {n: Branch(text=self._encoded.sequence(text)[None]) for n, text in texts.items()}
+        return {name: self._encoded.branch(text) for name, text in texts.items()}
 
     def attention(self, call: AttentionCall) -> None:
         start, stop = call.spans.text_keys or (0, 0)

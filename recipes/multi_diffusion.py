@@ -30,7 +30,7 @@ from torch import Tensor
 from hookctl.address import per_prompt
 from hookctl.address.clock import Window
 from hookctl.address.families import denoiser_of
-from hookctl.address.latent import latent_axes
+from hookctl.address.latent import image_tokens, latent_axes, text_tokens
 from hookctl.address.per_prompt import Regions, Texts
 from hookctl.address.rows import COND
 from hookctl.arguments import checked, pair, refusal, share, whole
@@ -38,10 +38,18 @@ from hookctl.editor import TEXTS, WHOLE_IMAGE, Claim, Editor
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.images import decode
 from hookctl.loop.outputs import prediction_of, with_prediction
+from hookctl.loop.packing import side_of_token
 from hookctl.loop.prompts import EncodedTexts, check_texts
 from hookctl.loop.state import Proceed, State
 from hookctl.recipes.common.canvas.plain_colours import Bootstrapping
 from hookctl.recipes.common.canvas.tiles import Tile, tiles_of
+from hookctl.recipes.common.canvas.token_canvas import (
+    as_canvas,
+    as_tokens,
+    is_packed,
+    masks_the_whole,
+    places,
+)
 from hookctl.recipes.common.real_images.diffusion_paths import DiffusionPath, paths_of
 from hookctl.run_state import RunState
 from hookctl.session import control
@@ -58,7 +66,8 @@ class MultiDiffusion(Editor):
         of lists, one for each. A region is a `hookctl.Region`, a box (x0, y0, x1, y1) in fractions
         of the canvas, a mask, or a text such as "box:0,0,0.5,1"; it is cut at cells of the latent.
         The prompts themselves fill the rest.
-    tile: (height, width) in cells of the latent, or one number; None: the model's own size.
+    tile: (height, width) in cells of the latent, or one number; None: the model's own size. Where
+        the latents are packed (FLUX, FLUX.2, Qwen-Image), cells are tokens, 16 px, and it is given.
     stride: from tile to tile, in cells; None: an eighth of the tile, as in the paper.
     wrap: the canvas is a cylinder, whose left and right sides meet.
     bootstrap: until when regions bootstrap, a fraction of the schedule; seed: of its colours.
@@ -67,11 +76,13 @@ class MultiDiffusion(Editor):
     each tile and each prompt that has a place in it. Where one tile is the whole canvas, and no
     region is left, a run is what it was bit for bit.
 
-    Raises UnsupportedError for latents that are not [..., height, width], and with a ControlNet.
+    Raises UnsupportedError for latents that are neither [..., height, width] nor the tokens of one
+    image, and with a ControlNet.
     """
 
     tiles: RunState[list[Tile]] = RunState()
     _tile: RunState[tuple[int, int] | None] = RunState()
+    _packed: RunState[bool] = RunState(False)
     _paths: RunState[dict[tuple[int, ...], list[DiffusionPath]]] = RunState()
     _texts: RunState[EncodedTexts | None] = RunState()
 
@@ -116,22 +127,32 @@ class MultiDiffusion(Editor):
 
     def begin(self, state: State) -> None:
         sample = state.kwargs[state.sample]
+        self._packed = is_packed(state)
         flat = isinstance(sample, list) or sample.dim() < 4
-        if flat or not latent_axes(state.denoiser, sample.dim()).endswith("hw"):
+        tensor = not flat and latent_axes(state.denoiser, sample.dim()).endswith("hw")
+        if not (tensor or self._packed):
             raise UnsupportedError(
                 f"{self.name} cuts tiles of latents [..., height, width], and those of "
                 f"{type(state.pipe).__name__} are no such tensor"
             )
-        if any("residual" in name and value is not None for name, value in state.kwargs.items()):
+        controlled = [name for name, value in state.kwargs.items() if value is not None]
+        if any("residual" in name or "controlnet" in name for name in controlled):
             raise UnsupportedError(f"{self.name} can't cut tiles of a ControlNet's residuals")
+        if self._packed and masks_the_whole(state.kwargs):
+            raise UnsupportedError(
+                f"{self.name} shows the model tiles, and {type(state.pipe).__name__} gives it a "
+                "mask of all tokens of the canvas (attention_mask)"
+            )
         self.regions.check_prompts(state.rows)
         assert self._tile is not None  # `attach` saw to it
         height, width = state.grid[-2:]
         self.tiles = tiles_of(height, width, self._tile, self.stride, wrap=self.wrap)
         self._paths = {}
         self._texts = EncodedTexts(state, self.texts.items) if self.texts.items else None
-        if self._texts is not None and self.bootstrap:
-            self.bootstrapping.begin(state)
+        if self._texts is not None:
+            self._texts.check_fit(state, self.name)
+            if self.bootstrap:
+                self.bootstrapping.begin(state)
 
     # -- the step ------------------------------------------------------------------------------
 
@@ -140,7 +161,7 @@ class MultiDiffusion(Editor):
             return proceed()
         kwargs, grid, latents, output = state.kwargs, state.grid, state.latents, None
         total, count = torch.zeros(()), torch.zeros(())
-        own_text, part_of_it = state.own_text, state.part
+        own_text, part_of_it, images = state.own_text, state.part, state.images_in_sequence
         try:
             for path in self.paths(tuple(row.prompt for row in state.rows)):
                 tile = path.tile
@@ -148,9 +169,14 @@ class MultiDiffusion(Editor):
                 state.own_text, state.part = own_text, part_of_it or shown_less
                 state.kwargs = self._arguments(state, kwargs, latents, path)
                 state.grid = (*grid[:-2], tile.height, tile.width)
+                state.images_in_sequence = image_tokens(
+                    state.kwargs[state.sample], state.kwargs, state.denoiser
+                )
                 output = proceed()
                 part = prediction_of(output)
                 assert part is not None  # lists were refused at the start
+                if self._packed:
+                    part = as_canvas(part, tile.height, tile.width)
                 weight = path.weight.to(part.device).reshape(
                     len(part), *([1] * (part.dim() - 3)), tile.height, tile.width
                 )
@@ -163,8 +189,10 @@ class MultiDiffusion(Editor):
                 tile.add(weight, count)
         finally:
             state.kwargs, state.grid = kwargs, grid
-            state.own_text, state.part = own_text, part_of_it
-        return with_prediction(output, (total / count).to(kwargs[state.sample]))
+            state.own_text, state.part, state.images_in_sequence = own_text, part_of_it, images
+        found = total / count
+        found = as_tokens(found) if self._packed else found
+        return with_prediction(output, found.to(kwargs[state.sample]))
 
     def paths(self, prompts: tuple[int, ...]) -> list[DiffusionPath]:
         """What is predicted in a step, for rows of these prompts: tiles, region by region."""
@@ -176,7 +204,10 @@ class MultiDiffusion(Editor):
         self, state: State, kwargs: dict[str, Any], latents: Tensor, path: DiffusionPath
     ) -> dict[str, Any]:
         """The denoiser's arguments for one path, out of those for the canvas."""
-        new, like = dict(kwargs), path.tile.cut(kwargs[state.sample])
+        new, like = dict(kwargs), self._cut(path.tile, kwargs[state.sample])
+        if self._packed:
+            like = as_tokens(like)
+            new |= places(kwargs, path.tile)
         new[state.sample] = like
         if path.region == 0 or self._texts is None:
             return new
@@ -185,14 +216,26 @@ class MultiDiffusion(Editor):
             for row in state.rows.where(role=COND)
             if path.region <= len(self.texts[row.prompt])
         }
+        if state.extra_text:
+            raise UnsupportedError(
+                f"{self.name} puts texts of regions in the place of the prompt, behind which "
+                "another editor (NAG ...) has put texts of its own; leave one of them out"
+            )
         self._texts.put(new, state, texts)
+        state.own_text = text_tokens(new[str(state.text)], new, state.denoiser)
         if self.bootstrap and Window(0.0, self.bootstrap).holds(state.clock):
-            x = path.tile.cut(latents)
+            x = self._cut(path.tile, latents)
             inside = (path.weight[: len(x)] > 0).to(x.device)[:, None]
             x = torch.where(inside, x, self.bootstrapping.outside(state, path.tile, path.region))
             rows = x.repeat(len(state.rows) // len(x), 1, 1, 1)
+            rows = as_tokens(rows) if self._packed else rows
             new[state.sample] = state.model_input(rows, like)
         return new
+
+    def _cut(self, tile: Tile, x: Tensor) -> Tensor:
+        """A tile of latents, [..., height, width]."""
+        canvas = as_canvas(x, tile.canvas_height, tile.canvas_width) if self._packed else x
+        return tile.cut(canvas)
 
     # -- the whole job -------------------------------------------------------------------------
 
@@ -212,15 +255,25 @@ class MultiDiffusion(Editor):
         editors: further editors, after this one; arguments: of the pipeline's own call.
         Returns a list of images, or latents with output_type="latent".
         """
-        factor = int(getattr(pipe, "vae_scale_factor", 1))
+        packs = hasattr(pipe, "_pack_latents")
+        factor = side_of_token(pipe) if packs else int(getattr(pipe, "vae_scale_factor", 1))
         for name, side in (("height", height), ("width", width)):
             if side % factor:
                 raise refusal(f"{self.name}.run: {name}", side, f"a multiple of {factor} px")
         if not prompt:
             raise refusal(f"{self.name}.run: prompt", prompt, "a text, or a list of texts")
-        arguments |= {"height": height, "width": width, "output_type": "latent"}
+        if packs and self.wrap and output_type != "latent":
+            raise UnsupportedError(
+                f"{self.name}.run: wrap=True, but the latents of {type(pipe).__name__} are packed, "
+                "and its decoder can't be shown what is beyond their sides; give "
+                'output_type="latent"'
+            )
+        shown = output_type if packs else "latent"
+        arguments |= {"height": height, "width": width, "output_type": shown}
         with control(pipe, self, *editors):
-            latents = pipe(prompt, **{**arguments, "return_dict": False})[0]
+            latents = pipe(prompt=prompt, **{**arguments, "return_dict": False})[0]
+        if packs:
+            return latents
         if not self.wrap or output_type == "latent":
             return decode(pipe, latents, output_type)
         # The decoder too must see what is beyond the sides.

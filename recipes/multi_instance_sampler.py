@@ -162,6 +162,7 @@ class MultiInstanceSampler(Editor):
             if self.background is not None:
                 self._surface = Surface(self.name, state, self.background)
             self._encoded = EncodedTexts(state, self._all_texts)
+            self._encoded.check_fit(state, self.name)
 
     def before(self, state: State) -> None:
         if self._instances is None:
@@ -213,9 +214,11 @@ class MultiInstanceSampler(Editor):
         if self.outside is None or not instances or self._encoded is None:
             return None
         (index,), encoded = instances, self._encoded
-        phrases = [self.texts[row.prompt][index : index + 1] for row in state.rows]
-        sequences = [encoded.sequence(p[0] if p else encoded.any) for p in phrases]
-        return {self._label: torch.stack(sequences)}
+        phrases = {row.prompt: self.texts[row.prompt][index : index + 1] for row in state.rows}
+        found = {p: encoded.sequence(t[0] if t else encoded.any) for p, t in phrases.items()}
+        if encoded.of_one_length:
+            return {self._label(0): torch.stack([found[row.prompt] for row in state.rows])}
+        return {self._label(prompt): text[None] for prompt, text in found.items()}
 
     def attention(self, call: AttentionCall) -> None:
         if self.outside is None:
@@ -226,9 +229,11 @@ class MultiInstanceSampler(Editor):
                 grid = grid_of(call, self.name)
                 call.divide(row, self._division(row.prompt, index, grid))
 
-    @property
-    def _label(self) -> str:
-        return f"{self.name} {id(self):x}"  # of this editor: there may be several
+    def _label(self, prompt: int) -> str:
+        """Of the text of a prompt's rows: one for all where they have as many tokens."""
+        name = f"{self.name} {id(self):x}"  # of this editor: there may be several
+        alike = self._encoded is None or self._encoded.of_one_length
+        return name if alike else f"{name} {prompt}"
 
     def _instance_of(self, row: Row) -> Any:
         """The index of the instance whose image a row is of, None if it is the whole image's."""
@@ -241,10 +246,10 @@ class MultiInstanceSampler(Editor):
             assert self._encoded is not None  # there are instances
             region = self.regions[prompt][index]
             weight = region_shares([region], grid.height, grid.width, edge=self.edge)
-            shift = self._encoded.shift(self.texts[prompt][index])
+            shift, label = self._encoded.shift(self.texts[prompt][index]), self._label(prompt)
             self._divisions[key] = Division(
-                {self._label: weight.flatten().repeat(grid.frames)},
-                {} if shift is None else {self._label: shift},
+                {label: weight.flatten().repeat(grid.frames)},
+                {} if shift is None else {label: shift},
             )
         return self._divisions[key]
 

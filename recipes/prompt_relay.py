@@ -94,7 +94,9 @@ class PromptRelay(Editor):
         """Draw the video; editors: further ones; arguments: of the pipeline's own call."""
         with control(pipe, self, *editors):
             given = {**arguments, "return_dict": False}
-            return pipe(self.prompt, generator=torch.Generator().manual_seed(seed), **given)[0]
+            return pipe(prompt=self.prompt, generator=torch.Generator().manual_seed(seed), **given)[
+                0
+            ]
 
     def attach(self, target: Any) -> None:
         text_sites(self.name, target, self.sites)

@@ -61,8 +61,8 @@ class ProximalGuidance(Editor):
         flip; the quantile is of all images together, the source among them, and a place is a
         guided one if what is left of it is above the threshold once more.
 
-    Raises InputError for guidance to a path that is not given, or a path without it, UnsupportedError
-    for a run without guidance.
+    Raises InputError for guidance to a path that is not given, or for a path without it,
+    UnsupportedError for a run without guidance.
     """
 
     _drawn: RunState[_Drawn | None] = RunState(None)

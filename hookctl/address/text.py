@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.util import find_spec
+from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ class TextLayout:
     """How a pipeline steps prompts into the text sequence of its attention."""
 
     def __init__(self, pipe: Any) -> None:
-        self._streams: tuple[TextStream, ...] = text_streams(pipe)
+        text_streams(pipe)  # or it raises
         self._pipe = pipe
         encode = inspect.signature(getattr(type(pipe), "encode_prompt", len)).parameters
         self._takes_lengths = "max_sequence_length" in encode
@@ -115,12 +116,12 @@ class TextLayout:
         What is longer than the encoder takes is cut as the pipeline cuts it, with a warning. Raises
         InputError for a prompt that does not fit where it is not known how the pipeline cuts.
         """
-        streams = []
-        for i, stream in enumerate(self._streams):
+        streams, known_now = [], text_streams(self._pipe)
+        for i, stream in enumerate(known_now):
             length = known = stream.length
             if length is None and not stream.longest:
                 length = known = default_length(stream.tokenizer)
-            if tokens is not None and i == len(self._streams) - 1:
+            if tokens is not None and i == len(known_now) - 1:
                 length = tokens - stream.start
             text = self._as_encoded(_in_stream(prompt, stream), stream.tokenizer)
             cuts = length == known or self._takes_lengths
@@ -165,9 +166,8 @@ def _tokens(
             text, stream.tokenizer, length=length, side=stream.side, cuts=cuts
         )
     whole = stream.wrap(text)
-    at = stream.wrap("\0").find("\0")  # the template may have the same words
-    if at < 0 or not whole.startswith(text, at):
-        at = whole.find(text)
+    # Where the template is open, and not where it happens to say the same.
+    at = whole.find(text, len(commonprefix([stream.wrap(some) for some in ("", "x", "y")])))
     if at < 0:
         raise InputError(f"the template of this pipeline changes the prompt {text!r}; reword it")
     room = None if length is None else length + stream.dropped

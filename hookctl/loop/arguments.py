@@ -17,8 +17,8 @@ from hookctl.attention.query_lists import TextPlace
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.hooks.caches import cache_at
 from hookctl.loop.state import State
+from hookctl.loop.text_lengths import MASKS
 
-_MASKS = ("encoder_attention_mask", "encoder_hidden_states_mask", "encoder_mask")
 # Models that make one vector of all the text that they are given.
 _POOLS = ("LuminaNextDiT2DModel", "HunyuanDiT2DModel", "Kandinsky3UNet")
 _IDS = "txt_ids"  # position of each text token
@@ -61,7 +61,7 @@ def widen(state: State, extra: Mapping[str, Tensor]) -> None:
         block = _over_rows(state, once, end)
         parts.append(_repeated(block, own))
         end += block.shape[1]
-    for name in _MASKS:
+    for name in MASKS:
         mask = state.kwargs.get(name)
         if isinstance(mask, Tensor):
             if mask.dim() != 2:
@@ -134,7 +134,7 @@ def narrow(state: State, kwargs: dict[str, Any]) -> None:
     """Take from the arguments of a call what `widen` appended to those of `state`."""
     if not state.extra_text or state.own_text is None:
         return
-    for name, dim in ((str(state.text), 1), *((mask, 1) for mask in _MASKS), (_IDS, -2)):
+    for name, dim in ((str(state.text), 1), *((mask, 1) for mask in MASKS), (_IDS, -2)):
         if isinstance(kwargs.get(name), Tensor):
             kwargs[name] = kwargs[name].narrow(dim, 0, state.own_text)
 

@@ -11,18 +11,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hookctl.address import families, pipelines
+from hookctl.address.latent import text_tokens
 from hookctl.address.rows import COND, PERTURBED, Row, Rows
 from hookctl.errors import ConflictError, InputError, LayoutError, UnsupportedError
 from hookctl.loop.arguments import check_rows_can_change, rows_are_fixed, take_rows
-from hookctl.loop.model_input import with_texts
 from hookctl.loop.outputs import cut
 from hookctl.loop.state import State
-
-_MASK = "encoder_attention_mask"
+from hookctl.loop.text_lengths import RowText, can_pad, put_texts
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,11 +28,14 @@ class Branch:
     """A branch to be added: copies of the rows of branch `of`, with all their conditions.
 
     text: other text embeddings for the new rows, [1 | rows of the branch, tokens, channels]; a
-    pooled embedding beside the text (SDXL, SD3, Flux) stays that of the copied row.
+    pooled embedding beside the text (SDXL, SD3, Flux) stays that of the copied row. Where the model
+    has a mask for padding, the text may have another length than the call's. mask: which tokens of
+    it count, bool [1 | rows, tokens]; None for all.
     """
 
     of: str = COND
     text: Tensor | None = None
+    mask: Tensor | None = None
 
 
 def asked_branches(
@@ -59,6 +60,7 @@ def asked_branches(
                     "one itself; switch off the pipeline's own guidance by perturbation "
                     "(pag_scale=0, no skip_guidance_layers), or leave the editor out"
                 )
+            _check_text(state, owner, name, branch)
             asked[name], owners[name] = branch, owner
     return asked
 
@@ -87,7 +89,7 @@ def add_branches(state: State, asked: Mapping[str, Branch]) -> None:
     state.rows, state.own_rows = Rows(rows), own
     for name, branch in joining.items():
         if branch.text is not None:
-            _set_text(state, name, branch.text)
+            _set_text(state, name, branch)
 
 
 def cut_branches(state: State, output: Any) -> Any:
@@ -95,50 +97,45 @@ def cut_branches(state: State, output: Any) -> Any:
     return output if state.own_rows is None else cut(output, state.own_rows)
 
 
-def _set_text(state: State, name: str, text: Tensor) -> None:
-    embeddings = state.kwargs.get(state.text) if state.text else None
-    rows = state.rows.where(branch=name)
-    if isinstance(embeddings, list):
-        each = _of_rows(name, text, len(rows))
-        state.kwargs[str(state.text)] = with_texts(
-            embeddings, {row.index: one for row, one in zip(rows, each, strict=True)}
-        )
+def _check_text(state: State, owner: str, name: str, branch: Branch) -> None:
+    """Raise InputError or UnsupportedError unless a branch's text can stand in rows of the call."""
+    rows, text = state.rows.where(branch=branch.of), branch.text
+    if text is None or not rows:
         return
-    if not isinstance(embeddings, Tensor):
-        raise UnsupportedError(f"branch {name!r} has a text, but this denoiser call has none")
-    if embeddings.dim() != 3:
+    embeddings = state.kwargs.get(state.text) if state.text else None
+    if embeddings is None:
         raise UnsupportedError(
-            f"branch {name!r} has a text, but those of this denoiser call are "
-            f"{tuple(embeddings.shape)}, and only [rows, tokens, channels] can be exchanged"
+            f"{owner}: branch {name!r} has a text, but this denoiser call has none"
         )
-    if (
-        text.dim() != 3
-        or text.shape[0] not in (1, len(rows))
-        or text.shape[1:] != embeddings[0].shape
-    ):
+    own = embeddings[0].shape
+    if len(own) != 2:
+        raise UnsupportedError(
+            f"{owner}: branch {name!r} has a text, but those of this denoiser call are "
+            f"{(len(embeddings), *own)}, and only [rows, tokens, channels] can be exchanged"
+        )
+    fits = text.dim() == 3 and text.shape[0] in (1, len(rows)) and text.shape[2:] == own[1:]
+    alone = isinstance(embeddings, list) or can_pad(state, state.kwargs)  # of any length
+    if not fits or (text.shape[1] != own[0] and not alone):
         raise InputError(
-            f"branch {name!r}: text is {tuple(text.shape)}; give [1 or {len(rows)}, "
-            f"{embeddings.shape[1]}, {embeddings.shape[2]}]"
+            f"{owner}: branch {name!r}: text is {tuple(text.shape)}; give [1 or {len(rows)}, "
+            f"{'tokens' if alone else own[0]}, {own[1]}]"
         )
-    repeats = embeddings.shape[0] // len(state.rows)
-    start, stop = rows[0].index * repeats, (rows[-1].index + 1) * repeats
-    new = text.to(embeddings).expand(len(rows), -1, -1).repeat_interleave(repeats, 0)
-    state.kwargs[str(state.text)] = torch.cat([embeddings[:start], new, embeddings[stop:]])
-    mask = state.kwargs.get(_MASK)
-    if isinstance(mask, Tensor):
-        # The mask hides the padding of the text that was there.
-        state.kwargs[_MASK] = torch.cat(
-            [mask[:start], torch.ones_like(mask[start:stop]), mask[stop:]]
+    if branch.mask is not None and branch.mask.shape not in ((1, text.shape[1]), text.shape[:2]):
+        raise InputError(
+            f"{owner}: branch {name!r}: mask is {tuple(branch.mask.shape)}; give one of its text, "
+            f"{list(text.shape[:2])}"
         )
 
 
-def _of_rows(name: str, text: Tensor, rows: int) -> list[Tensor]:
-    """The text of each of the new rows, where the model takes a list of them."""
-    if text.dim() != 3 or text.shape[0] not in (1, rows):
-        raise InputError(
-            f"branch {name!r}: text is {tuple(text.shape)}; give [1 or {rows}, tokens, channels]"
-        )
-    return list(text.expand(rows, -1, -1).unbind())
+def _set_text(state: State, name: str, branch: Branch) -> None:
+    rows, text, mask = state.rows.where(branch=name), branch.text, branch.mask
+    assert text is not None  # the caller looked
+    texts = {
+        row.index: RowText(one, mask=None if mask is None else mask[i if len(mask) > 1 else 0])
+        for i, (row, one) in enumerate(zip(rows, text.expand(len(rows), -1, -1), strict=True))
+    }
+    put_texts(state, state.kwargs, texts)
+    state.own_text = text_tokens(state.kwargs[str(state.text)], state.kwargs, state.denoiser)
 
 
 def _check_batch(state: State) -> None:

@@ -30,9 +30,9 @@ from hookctl.loop.arguments import (
     take_rows,
 )
 from hookctl.loop.driven import Reading, reading_in, reading_of
-from hookctl.loop.model_input import with_texts
 from hookctl.loop.outputs import predictions, stacked
 from hookctl.loop.state import State
+from hookctl.loop.text_lengths import RowText, put_texts, repeats_of
 
 
 @dataclass(eq=False)
@@ -257,14 +257,14 @@ def _set_text(
     """Put a text, [1 | rows, tokens, channels], in the place of that of a span of the rows."""
     name, (start, stop) = str(state.text), span
     before = arguments[name]
-    if isinstance(before, list):
-        many = text.expand(stop - start, -1, -1)
-        arguments[name] = with_texts(before, dict(zip(range(start, stop), many, strict=True)))
-        return
-    repeats = before.shape[0] // rows
-    many = text.to(before)
+    repeats = repeats_of(before, rows)
+    many = text.to(before[0])
     if len(many) != (stop - start) * repeats:
         many = many.expand((stop - start) * repeats, -1, -1)
+    if isinstance(before, list) or many.shape[1] != before.shape[1]:
+        texts = {row: RowText(many[(row - start) * repeats]) for row in range(start, stop)}
+        put_texts(state, arguments, texts, rows)
+        return
     parts = [before[: start * repeats], many, before[stop * repeats :]]
     arguments[name] = torch.cat([part for part in parts if len(part)])
 

@@ -6,14 +6,13 @@ are a list then, too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hookctl.address.families import model_of
-from hookctl.errors import InputError, UnsupportedError
+from hookctl.errors import UnsupportedError
 
 
 def latents_of(given: Any, denoiser: nn.Module) -> Tensor:
@@ -63,21 +62,6 @@ def dtype_of(given: Any) -> torch.dtype:
     """Of a model input, or of the texts of a call."""
     dtype: torch.dtype = given.dtype if isinstance(given, Tensor) else given[0].dtype
     return dtype
-
-
-def with_texts(own: list[Tensor], rows: Mapping[int, Tensor]) -> list[Tensor]:
-    """A list of texts [tokens, channels], some of them replaced, by texts of whatever length.
-
-    Raises InputError for other channels.
-    """
-    channels = own[0].shape[-1]
-    for text in rows.values():
-        if text.dim() != 2 or text.shape[-1] != channels:
-            raise InputError(
-                f"a text of {tuple(text.shape)} can't stand among those of this model; give "
-                f"[tokens, {channels}]"
-            )
-    return [rows[i].to(one) if i in rows else one for i, one in enumerate(own)]
 
 
 def _as_videos(denoiser: nn.Module) -> bool:

@@ -14,10 +14,9 @@ from torch import Tensor
 from hookctl.address import families, pipelines
 from hookctl.address.text import TextLayout
 from hookctl.errors import InputError, UnsupportedError
-from hookctl.loop.model_input import with_texts
+from hookctl.loop.branches import Branch
 from hookctl.loop.state import State
-
-_MASK = "encoder_attention_mask"
+from hookctl.loop.text_lengths import RowText, check_lengths, put_texts
 
 # What says which text is meant, or how often; the rest (clip_skip, max_sequence_length, device ...)
 # says how to encode it.
@@ -36,28 +35,30 @@ class Encoded:
     pooled: Tensor | None = None
     mask: Tensor | None = None
 
+    def row(self, prompt: int) -> RowText:
+        """One of the prompts."""
+        pooled, mask = (None if part is None else part[prompt] for part in (self.pooled, self.mask))
+        return RowText(self.sequence[prompt], pooled, mask)
+
 
 @torch.no_grad()
 def encode(
     pipe: Any,
     texts: Sequence[str],
     like: Mapping[str, Any] | None = None,
-    *,
-    with_images: bool = False,
 ) -> Encoded:
     """Encode prompts by the pipeline's own `encode_prompt`, every text encoder included.
 
     like: the arguments of the pipeline's own call (`State.encoding`), so that clip_skip,
-    max_sequence_length and their kin are the run's; with_images: also the images that it read with
-    its prompts (Qwen-Image-Edit). Raises UnsupportedError if the pipeline has no encoder of
-    prompts.
+    max_sequence_length and their kin are the run's, and so are the images that it read with its
+    prompts (Qwen-Image-Edit). Raises UnsupportedError if the pipeline has no encoder of prompts.
     """
     check_encoder(pipe)
     # Of the class: the hook on the instance would take these texts for the run's prompts.
     method = type(pipe).encode_prompt
     known = inspect.signature(method).parameters
     given = {k: v for k, v in (like or {}).items() if k in known and not _WHICH.search(k)}
-    if with_images and like is not None and "image" in known and "image" in like:
+    if like is not None and "image" in known and "image" in like:
         given["image"] = like["image"]
     given["prompt"] = list(texts)
     for name, parameter in known.items():
@@ -105,19 +106,15 @@ class EncodedTexts:
     def __init__(self, state: State, given: Iterable[Text]) -> None:
         every = list(given)
         written = list(dict.fromkeys(text for text in every if isinstance(text, str)))
-        self._found: dict[Text, tuple[Tensor, Tensor | None, Tensor | None]] = {
-            text: (text, None, None) for text in every if isinstance(text, Tensor)
+        self._found: dict[Text, RowText] = {
+            text: RowText(text) for text in every if isinstance(text, Tensor)
         }
         # One by one where texts may be padded to the longest: beside an image in one sequence a
         # text's own tokens would see the padding.
         alone = families.joint_order(state.denoiser) is not None
         for some in ([text] for text in written) if alone else ([written] if written else []):
             encoded = encode(state.pipe, some, state.encoding)
-            for i, text in enumerate(some):
-                pooled, mask = (
-                    None if part is None else part[i] for part in (encoded.pooled, encoded.mask)
-                )
-                self._found[text] = encoded.sequence[i], pooled, mask
+            self._found |= {text: encoded.row(i) for i, text in enumerate(some)}
         self._shifts: dict[Text, Tensor] = {}
 
     def __len__(self) -> int:
@@ -126,7 +123,7 @@ class EncodedTexts:
     @property
     def of_one_length(self) -> bool:
         """Whether all have as many tokens."""
-        return len({len(sequence) for sequence, _, _ in self._found.values()}) < 2
+        return len({len(one.sequence) for one in self._found.values()}) < 2
 
     @property
     def any(self) -> Text:
@@ -135,46 +132,28 @@ class EncodedTexts:
 
     def sequence(self, text: Text) -> Tensor:
         """[tokens, channels]"""
-        return self._found[text][0]
+        return self._found[text].sequence
 
     def shift(self, text: Text) -> Tensor | None:
         """What hides the padding from attention, [tokens]; None where nothing is hidden."""
-        mask = self._found[text][2]
+        mask = self._found[text].mask
         if mask is not None and text not in self._shifts:
             hidden = ~mask.cpu()
             self._shifts[text] = torch.zeros(hidden.shape).masked_fill(hidden, float("-inf"))
         return self._shifts.get(text)
 
+    def branch(self, text: Text) -> Branch:
+        """A copy of the conditional rows with one of the texts."""
+        one = self._found[text]
+        return Branch(text=one.sequence[None], mask=None if one.mask is None else one.mask[None])
+
+    def check_fit(self, state: State, who: str) -> None:
+        """Raise UnsupportedError unless the texts can stand in rows of the run's calls."""
+        check_lengths(state, [one.sequence for one in self._found.values()], who)
+
     def put(self, kwargs: dict[str, Any], state: State, rows: Mapping[int, Text]) -> None:
         """Make these the texts of some rows of a call, pooled forms and masks included."""
-        own, sequences = kwargs[str(state.text)], {r: self._found[t][0] for r, t in rows.items()}
-        if isinstance(own, list):
-            kwargs[str(state.text)] = with_texts(own, sequences)
-            return
-        repeats = own.shape[0] // len(state.rows)  # video models repeat a row for every frame
-        kwargs[str(state.text)] = _with(own, sequences, repeats)
-        pooled = {r: p for r, t in rows.items() if (p := self._found[t][1]) is not None}
-        masks = {r: m for r, t in rows.items() if (m := self._found[t][2]) is not None}
-        for name, parts in (("pooled_projections", pooled), (_MASK, masks)):
-            if isinstance(kwargs.get(name), Tensor) and parts:
-                kwargs[name] = _with(kwargs[name], parts, repeats)
-        added = kwargs.get("added_cond_kwargs")
-        if pooled and isinstance(added, Mapping) and "text_embeds" in added:
-            replaced = _with(added["text_embeds"], pooled, repeats)
-            kwargs["added_cond_kwargs"] = {**added, "text_embeds": replaced}
-
-
-def _with(own: Tensor, rows: Mapping[int, Tensor], repeats: int) -> Tensor:
-    """A batch with some rows replaced."""
-    out = own.clone()
-    for row, value in rows.items():
-        if value.shape != own.shape[1:]:
-            raise InputError(
-                f"a text of {tuple(value.shape)} can't stand in the place of one of "
-                f"{tuple(own.shape[1:])}; give as many tokens"
-            )
-        out[row * repeats : (row + 1) * repeats] = value.to(own)
-    return out
+        put_texts(state, kwargs, {row: self._found[text] for row, text in rows.items()})
 
 
 def check_texts(target: Any, texts: Iterable[Text], who: str) -> None:

@@ -122,6 +122,8 @@ class Run:
         call = driven(denoiser) if outer is None else None
         if outer is None:
             self._follow(call)
+        if self.fresh and outer is None:
+            families.note_images(self.pipe, self.encoding)
         sample = next(iter(arguments))
         given = arguments[sample]
         _check_rows(given, self.pipe or denoiser)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from hookctl.address.families import image_lengths
 from hookctl.address.text import PromptText, TextLayout
 from hookctl.errors import WordError
 
@@ -16,21 +17,22 @@ class PromptTexts:
     """
 
     def __init__(self, target: Any, prompts: Sequence[str]) -> None:
-        self._layout, self._prompts = TextLayout(target), list(prompts)
-        self._texts: dict[int | None, list[PromptText]] = {}
+        self._layout, self._prompts, self._target = TextLayout(target), list(prompts), target
+        self._texts: dict[Any, list[PromptText]] = {}
 
     def read(self, tokens: int | None = None) -> list[PromptText]:
         """The prompts in a text of so many tokens, by default as many as the encoder has.
 
         All are of one length, that of the longest where the encoder has no length of its own.
         """
-        if tokens not in self._texts:
+        key = tokens, image_lengths(self._target)
+        if key not in self._texts:
             texts = [self._layout.read(prompt, tokens) for prompt in self._prompts]
             longest = max(text.tokens for text in texts)
             if any(text.tokens < longest for text in texts):
                 texts = [self._layout.read(prompt, longest) for prompt in self._prompts]
-            self._texts[tokens] = texts
-        return self._texts[tokens]
+            self._texts[key] = texts
+        return self._texts[key]
 
 
 def require_word(word: str, texts: Sequence[PromptText], name: str) -> None:

@@ -128,4 +128,4 @@ class SourceAndEdits(Editor):
         generators = self.generators(seed, images)
         with control(pipe, self, *editors):
             given = {**arguments, "return_dict": False}
-            return pipe(self.prompts, generator=generators, **given)[0]
+            return pipe(prompt=self.prompts, generator=generators, **given)[0]

@@ -118,6 +118,7 @@ def schedules(family: Family, when: str) -> list[str]:
 def tiles(family: Family) -> dict[str, int]:
     """Tiles of half the canvas."""
     sides = {"wan": 4, "HunyuanVideoPipeline": 1}
+    sides |= dict.fromkeys(("flux", "flux2_klein", "qwen_image"), 4)  # of tokens
     tile = sides.get(family.name, 8)
     return {"tile": tile, "stride": max(1, tile // 2)}
 

@@ -12,11 +12,12 @@ from torch import Tensor
 import hookctl
 from hookctl import References, control, recipes
 from hookctl.attention.call import AttentionCall
+from tests.hookctl.loop.families import BY_NAME
 from tests.zoo.edits import EDITS
 
 PROMPTS = ["a red cat", "a blue cat"]
 LEFT, RIGHT = (0, 0, 0.5, 1), (0.5, 0, 1, 1)
-WORDS = [name for name, model in EDITS.items() if model.words]
+WORDS = [name for name, model in EDITS.items() if model.several]
 
 # What makes each act on both prompts.
 OF_WORDS: dict[str, Callable[[], Any]] = {
@@ -39,6 +40,15 @@ def drawn(name: str, *editors: Any) -> Tensor:
     pipe = model.make()
     with control(pipe, *editors):
         return model.draw(pipe, PROMPTS if model.several else PROMPTS[:1])
+
+
+@pytest.mark.skipif("klein" not in EDITS, reason="of newer diffusers")
+def test_a_pipeline_that_takes_an_image_first() -> None:
+    """The whole job of a recipe gives it the prompts by name."""
+    pipe = EDITS["klein"].make()
+    given = BY_NAME["flux2_klein"].arguments() | {"num_inference_steps": 1}
+    found = recipes.PromptToPrompt(PROMPTS).run(pipe, output_type="latent", **given)
+    assert len(found) == 2
 
 
 class Watch(hookctl.Editor):

@@ -235,7 +235,7 @@ def test_bad_input() -> None:
             MultiDiffusion(**given)
         assert match in str(caught.value)
     for case, editor, kind, match in (
-        ("flux", MultiDiffusion(tile=16), UnsupportedError, "no such tensor"),
+        ("z_image", MultiDiffusion(tile=16), UnsupportedError, "no such tensor"),
         ("controlnet", MultiDiffusion(), UnsupportedError, "ControlNet"),
         ("sd15", MultiDiffusion(stride=17), InputError, "smaller stride"),
     ):

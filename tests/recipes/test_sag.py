@@ -18,6 +18,7 @@ from hookctl.recipes import PAG, SAG, SEG, FreeU
 from tests import zoo
 from tests.families.fingerprint import differences, fingerprint
 from tests.families.subjects import error
+from tests.hookctl.drawing import editor
 from tests.recipes.runs import TWO
 from tests.recipes.runs import draw_two as draw
 
@@ -89,6 +90,42 @@ def test_the_published_loop(guidance: float) -> None:
     assert error(got, SD15.run(pipe, TWO, steps=3, guidance=guidance, latents=start)) > 1e-4
     assert sag.masks.shape == (2, 16, 16)
     assert 0 < sag.masks.mean() < 1
+
+
+@pytest.mark.skipif("z_image" not in zoo.PIPELINES, reason="this diffusers lacks Z-Image")
+def test_on_a_flow_by_hand() -> None:
+    """The flow's image is blurred where it is looked at, mixed again and predicted from again."""
+    case, scale, kept = zoo.PIPELINES["z_image"], 0.75, list[Any]()
+    pipe = case.make()
+    sag = SAG(scale, sites="noise_refiner*")
+
+    def keep(predictions: Any) -> Tensor:
+        kept.append(predictions)
+        return predictions.guided
+
+    got = draw(case, pipe, editor(combine=keep), sag, editor(combine=keep), steps=3, guidance=4.0)
+    assert error(got, case.run(pipe, TWO, steps=3, guidance=4.0)) > 1e-5
+    before, after = kept[-2:]
+    state, v, x = before.state, before["uncond"], before.state.latents
+    sigma = float(pipe.scheduler.sigmas[2])
+    x0, eps = x - sigma * v, x + (1 - sigma) * v
+    n = x.shape[-1] - (x.shape[-1] % 2 == 0)  # the kernel is no longer than the side
+    at = torch.arange(-(min(9, n) // 2), min(9, n) // 2 + 1.0)
+    kernel = torch.exp(-0.5 * at**2) / torch.exp(-0.5 * at**2).sum()
+    window = (kernel[:, None] * kernel).expand(x.shape[1], 1, -1, -1)
+    padded = F.pad(x0, [len(at) // 2] * 4, mode="reflect")
+    blurred = F.conv2d(padded, window, groups=x.shape[1])
+    mask = sag.masks[:, None]
+    assert 0 < float(mask.mean()) < 1
+    worse = (1 - sigma) * (blurred * mask + x0 * (1 - mask)) + sigma * eps
+    model, texts = pipe.transformer, state.kwargs["cap_feats"][2:]
+    with torch.no_grad():
+        out = type(model).forward(
+            model, list(worse.unsqueeze(2)), torch.full((2,), 1 - sigma), texts, return_dict=False
+        )
+    again = -torch.stack(out[0]).squeeze(2)
+    new = x + (1 - sigma) * before.guided + scale * (eps - worse - (1 - sigma) * again)
+    assert error(after.guided, new - (x - sigma * new) / (1 - sigma)) < 1e-4
 
 
 # -- laws ------------------------------------------------------------------------------------------

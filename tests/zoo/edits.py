@@ -23,15 +23,14 @@ class EditModel:
     """A pipeline that takes references.
 
     make: a new one; draw: the latents of some prompts, one seed for all; references: how many a
-    call gives; grids: of the target and the references; words: whether those of its prompts can be
-    addressed; several: whether it draws several prompts at once.
+    call gives; grids: of the target and the references; several: whether it draws several prompts
+    at once.
     """
 
     make: Callable[[], Any]
     draw: Callable[..., Tensor]
     references: int
     grids: tuple[tuple[int, int], ...]
-    words: bool = True
     several: bool = True
 
 
@@ -63,7 +62,6 @@ EDITS: dict[str, EditModel] = {
         _wild("QwenImageEditPlusPipeline"),
         1,
         ((4, 4), (8, 8)),
-        words=False,
         several=False,
     ),
 }

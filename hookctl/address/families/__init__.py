@@ -62,7 +62,7 @@ from hookctl.address.families.sites import (
     softmax_free,
     widens_joint,
 )
-from hookctl.address.families.text import EDIT_TEMPLATE
+from hookctl.address.families.text import EDIT_TEMPLATE, image_lengths, note_images
 
 __all__ = [
     "Block",
@@ -82,6 +82,7 @@ __all__ = [
     "denoiser_of",
     "denoisers_of",
     "describe_sites",
+    "image_lengths",
     "joint_order",
     "keeps_perturbed",
     "leaves_unguided",
@@ -91,6 +92,7 @@ __all__ = [
     "sites_of",
     "model_of",
     "names_of",
+    "note_images",
     "pipeline_of",
     "plain_blocks",
     "processor_of",

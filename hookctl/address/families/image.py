@@ -183,7 +183,7 @@ declare_pipelines(
 )
 declare_pipelines(Pipeline({TRANSFORMER: POSITIVE_FIRST}, text.NO_TEXT), "DiTPipeline")
 declare_pipelines(
-    Pipeline({TRANSFORMER: POSITIVE_FIRST}, text.TEMPLATE, handing=handing.negated),
+    Pipeline({TRANSFORMER: POSITIVE_FIRST}, text.TEMPLATE, {"mask": 1}, handing=handing.negated),
     "LuminaPipeline",
 )
 declare_pipelines(
@@ -244,19 +244,20 @@ declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.templated, {"mask": 1}),
     """
     QwenImagePipeline QwenImageImg2ImgPipeline QwenImageInpaintPipeline QwenImageControlNetPipeline
-    QwenImageControlNetInpaintPipeline
+    QwenImageControlNetInpaintPipeline QwenImageLayeredPipeline
     """,
 )
 declare_pipelines(
-    Pipeline({TRANSFORMER: SEQUENTIAL}, text.EDIT_TEMPLATE, {"mask": 1}),
-    "QwenImageEditPipeline QwenImageEditPlusPipeline QwenImageEditInpaintPipeline",
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.with_images(), {"mask": 1}),
+    "QwenImageEditPipeline QwenImageEditInpaintPipeline",
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.with_images(text.PICTURE), {"mask": 1}),
+    "QwenImageEditPlusPipeline",
 )
 declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.EDIT_TEMPLATE),
-    """
-    QwenImageLayeredPipeline LongCatImageEditPipeline JoyImageEditPipeline
-    BriaFibo2Pipeline
-    """,
+    "LongCatImageEditPipeline JoyImageEditPipeline BriaFibo2Pipeline",
 )
 declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.EDIT_TEMPLATE), "JoyImageEditPlusPipeline")
 declare_pipelines(
@@ -268,7 +269,11 @@ declare_pipelines(
 )
 declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE, handing=handing.negated),
-    "Lumina2Pipeline NucleusMoEImagePipeline",
+    "Lumina2Pipeline",
+)
+declare_pipelines(
+    Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE, {"mask": 1}, handing=handing.negated),
+    "NucleusMoEImagePipeline",
 )
 declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.padded(512)),

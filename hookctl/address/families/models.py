@@ -24,7 +24,7 @@ declare_models(
     AudioLDM2UNet2DConditionModel
     """,
 )
-declare_models(Model(counts_up=True), "LuminaNextDiT2DModel")
+declare_models(Model(counts_up=True, hides_padding="encoder_mask"), "LuminaNextDiT2DModel")
 declare_models(Model(axes="bfchw"), "UNetSpatioTemporalConditionModel AnyFlowTransformer3DModel")
 declare_models(
     Model(texts_apart=True),
@@ -115,7 +115,14 @@ declare_models(
 )
 declare_models(Model("text_image", _JOINT, parts="img_ids", widens=True), "Flux2Transformer2DModel")
 declare_models(
-    Model("text_image", _JOINT, parts="img_shapes", widens=True, rotations="pos_embed"),
+    Model(
+        "text_image",
+        _JOINT,
+        parts="img_shapes",
+        hides_padding="encoder_hidden_states_mask",
+        widens=True,
+        rotations="pos_embed",
+    ),
     "QwenImageTransformer2DModel",
 )
 declare_models(Model("text_image", _JOINT), "QwenImage21Transformer2DModel")
@@ -166,7 +173,10 @@ declare_models(
     ErnieImageTransformer2DModel MotifVideoTransformer3DModel
     """,
 )
-declare_models(Model("image_text", _JOINT, parts="img_shapes"), "NucleusMoEImageTransformer2DModel")
+declare_models(
+    Model("image_text", _JOINT, parts="img_shapes", hides_padding="encoder_hidden_states_mask"),
+    "NucleusMoEImageTransformer2DModel",
+)
 declare_models(
     Model("image_text", _JOINT, several_texts=True),
     "HiDreamImageTransformer2DModel StableCascadeUNet",

@@ -57,6 +57,8 @@ class Model:
     target: the number that the target has there; a sequence without it has no reference. None
         where it is the lowest one.
     text_block: the texts are padded to a multiple of this, inside the model.
+    hides_padding: the argument that hides padding behind a row's text, where a text that is padded
+        under it is as good as alone.
     text_masked: each row's text stands without its padding right before its image.
     several_texts: the sequence holds more texts than the one argument that the call names.
     widens: a joint sequence may hold more text than the pipeline gave.
@@ -81,6 +83,7 @@ class Model:
     parts: str | None = None
     target: int | None = None
     text_block: int = 1
+    hides_padding: str | None = None
     text_masked: bool = False
     several_texts: bool = False
     widens: bool = False

@@ -5,13 +5,14 @@ Functions of a pipeline, for the records; a text in their place says why words c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
 
 from hookctl.address.families.record import TextStream
+from hookctl.run_state import memory_here
 
 Streams = Callable[[Any], tuple[TextStream, ...]]
 
@@ -69,6 +70,7 @@ def templated(pipe: Any) -> tuple[TextStream, ...]:
             length=holder.tokenizer_max_length,
             wrap=holder.prompt_template_encode.format,
             dropped=holder.prompt_template_encode_start_idx,
+            side="right",  # whatever the tokenizer's: padding is taken out and put behind again
             longest=True,
         ),
     )
@@ -89,6 +91,60 @@ def _blocks(pipe: Any) -> Iterator[Any]:
         block = waiting.pop()
         yield block
         waiting += list(getattr(block, "sub_blocks", {}).values())
+
+
+def with_images(picture: str | None = None) -> Streams:
+    """Qwen-Image-Edit: the images to edit and then the prompt in a template, whose beginning is cut
+    off. picture: of an image, by its number; None where the template has its place itself."""
+
+    def streams(pipe: Any) -> tuple[TextStream, ...]:
+        counts = image_lengths(pipe)
+
+        def wrap(text: str) -> str:
+            before = (picture or "").format
+            pictures = "".join(before(i + 1) for i in range(len(counts or (1,))))
+            first, *rest = pipe.prompt_template_encode.format(pictures + text).split(_PLACE)
+            places = [*(counts or ()), *[1] * len(rest)]
+            return first + "".join(_PLACE * n + part for n, part in zip(places, rest, strict=False))
+
+        # Of images that are not known the tokens are missing, all of them before the prompt.
+        side: Literal["left", "right"] = "left" if counts is None else "right"
+        dropped = pipe.prompt_template_encode_start_idx
+        tokenizer = pipe.processor.tokenizer
+        return (TextStream(tokenizer, wrap=wrap, dropped=dropped, side=side, longest=True),)
+
+    return streams
+
+
+_PLACE = "<|image_pad|>"  # in a template; the processor writes it once for every token of an image
+PICTURE = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"
+
+
+def note_images(pipe: Any, encoding: Mapping[str, Any]) -> None:
+    """Note the images that a run reads with its prompts; encoding: arguments of `encode_prompt`."""
+    memory = memory_here()
+    if memory is not None and pipe is not None:
+        known = memory.of(pipe)
+        known.pop(_LENGTHS, None)
+        known[_IMAGES] = encoding.get("image")
+
+
+def image_lengths(pipe: Any) -> tuple[int, ...] | None:
+    """How many tokens each image takes that the run reads with its prompts; None outside of runs,
+    and where it reads none."""
+    memory = memory_here()
+    known = {} if memory is None else memory.of(pipe)
+    if known.get(_IMAGES) is None or getattr(pipe, "processor", None) is None:
+        return None
+    if _LENGTHS not in known:
+        process = pipe.processor.image_processor
+        grids = process(images=known[_IMAGES], return_tensors="pt")["image_grid_thw"]
+        patches = process.merge_size**2  # of a token
+        known[_LENGTHS] = tuple(int(grid.prod()) // patches for grid in grids)
+    return known[_LENGTHS]
+
+
+_IMAGES, _LENGTHS = "images", "image lengths"
 
 
 def chat(thinking: bool, length: int | None = 512, *, longest: bool = False) -> Streams:

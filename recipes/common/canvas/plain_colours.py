@@ -17,19 +17,23 @@ from hookctl.arguments import Colour
 from hookctl.errors import InputError, UnsupportedError
 from hookctl.loop.images import encode
 from hookctl.loop.noise import Noise, level_of
+from hookctl.loop.packing import side_of_token
 from hookctl.loop.state import State
 from hookctl.recipes.common.canvas.tiles import Tile
+from hookctl.recipes.common.canvas.token_canvas import as_canvas
 from hookctl.run_state import RunState
 
 OFFICIAL_COLOURS = 20
 
 
 def plain_latents(pipe: Any, colour: Sequence[int], height: int, width: int) -> Tensor:
-    """The latents of a plain image, [1, channels, height, width] for a size in cells."""
-    factor = pipe.vae_scale_factor
+    """The latents of a plain image, [1, channels, height, width] for a size in cells, or tokens
+    where the pipeline packs them."""
+    factor = side_of_token(pipe) if hasattr(pipe, "_pack_latents") else pipe.vae_scale_factor
     size = (width * factor, height * factor)
     red, green, blue = colour
-    return encode(pipe, Image.new("RGB", size, (red, green, blue)))
+    latents = encode(pipe, Image.new("RGB", size, (red, green, blue)))
+    return as_canvas(latents, height, width) if latents.dim() == 3 else latents
 
 
 def unit_noise_of(state: State) -> Tensor:
@@ -70,7 +74,8 @@ class Bootstrapping:
         shape = (OFFICIAL_COLOURS, 3)
         self._colours = torch.randint(0, 256, shape, generator=self._generator).tolist()
         self._encoded, self._step = {}, -1
-        self._eps = unit_noise_of(state)  # colours are diffused with the run's own noise
+        noise = unit_noise_of(state)  # colours are diffused with the run's own
+        self._eps = as_canvas(noise, *state.grid[-2:]) if noise.dim() == 3 else noise
 
     def outside(self, state: State, tile: Tile, region: int) -> Tensor:
         """A plain colour at the level of the step, [images, channels, height, width] of a tile."""

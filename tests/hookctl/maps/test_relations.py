@@ -83,9 +83,8 @@ def test_what_the_target_looks_at_in_its_references(name: str) -> None:
         Maps(*names, mean=False),
         Maps(patches=[(0.4, 0.9)], to=names[last], mean=False),
         Maps(to=names[last], mean=False),
+        Maps("cat", to=names[last], mean=False),
     ]
-    if model.words:
-        editors.append(Maps("cat", to=names[last], mean=False))
     before = model.draw(pipe)
     with control(pipe, explicit, *editors) as session:
         assert torch.equal(model.draw(pipe), before)
@@ -106,15 +105,14 @@ def test_what_the_target_looks_at_in_its_references(name: str) -> None:
     assert found.key.relation == "target to reference" and found.grids == (model.grids[last + 1],)
     check(found.records, [x[cell] for x in of_target])
     check(session.maps.target(last).records, [x.mean(0) for x in of_target])
-    if model.words:
-        wanted = []
-        for x, (_, spans, _) in zip(into, explicit.seen, strict=True):
-            start, stop = spans.text_keys
-            positions = words_of(pipe, CAT, stop - start, "cat")
-            wanted.append(x[[start + p for p in positions]].mean(0))
-        found = session.maps.word("cat", to=names[last])
-        assert found.key.relation == "text to reference"
-        check(found.records, wanted)
+    wanted = []
+    for x, (_, spans, _) in zip(into, explicit.seen, strict=True):
+        start, stop = spans.text_keys
+        positions = words_of(pipe, CAT, stop - start, "cat")
+        wanted.append(x[[start + p for p in positions]].mean(0))
+    found = session.maps.word("cat", to=names[last])
+    assert found.key.relation == "text to reference"
+    check(found.records, wanted)
 
 
 def test_maps_of_references_see_edits() -> None:
