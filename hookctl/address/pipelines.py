@@ -39,6 +39,7 @@ __all__ = [
     "is_guided",
     "layout_of",
     "planned_steps",
+    "schedule_of",
     "scheduler_of",
     "text_streams",
 ]
@@ -87,6 +88,17 @@ def scheduler_of(pipe: Any, denoiser: nn.Module) -> Any:
         if families.uncompiled(denoiser) is families.uncompiled(getattr(pipe, name)):
             return getattr(pipe, place, None)
     return getattr(pipe, "scheduler", None)
+
+
+def schedule_of(scheduler: Any) -> Any:
+    """The timesteps that a scheduler steps from, [steps]; None if it has none.
+
+    Where it lists one for every level of noise (LTXEulerAncestralRFScheduler), the last is the end.
+    """
+    times, sigmas = (getattr(scheduler, name, None) for name in ("timesteps", "sigmas"))
+    if not isinstance(times, Tensor) or not isinstance(sigmas, Tensor) or not len(times):
+        return times
+    return times[:-1] if len(times) == len(sigmas) and not sigmas[-1] else times
 
 
 def inner_pipelines(pipe: Any) -> tuple[Any, ...]:

@@ -145,9 +145,10 @@ def _kinds(pipe: Any, shown: Shown, found: dict[str, Any]) -> Iterator[Fact]:
 
 def _agree(said: tuple[str, Span, Span, Span], site: Any) -> bool | None:
     kind, queries, keys, text = said
-    alike = {"temporal": ("self", "cross"), "gated": ("joint", "self", "cross")}.get(kind, (kind,))
     if site.kind == "other":
-        return None if kind in ("text", "cross") else False
+        return None if kind in ("text", "cross", "gated") else False  # a sound that is given
+    gated = ("joint", "self", "cross", "text")
+    alike = {"temporal": ("self", "cross"), "gated": gated}.get(kind, (kind,))
     if kind == "joint" and site.kind == "self":
         alike = ("self", "joint")  # the text did not change: padding, or a template
     if site.kind not in alike:

@@ -32,6 +32,11 @@ def widen(state: State, extra: Mapping[str, Tensor]) -> None:
     own = state.kwargs.get(state.text) if state.text else None
     if not isinstance(own, Tensor):
         raise UnsupportedError("this denoiser call has no text embeddings to widen")
+    if own.dim() != 3:
+        raise UnsupportedError(
+            f"the text embeddings of this denoiser call are {tuple(own.shape)}, and only "
+            "[rows, tokens, channels] can be widened"
+        )
     _check_widens(state)
     parts, end = [own], own.shape[1]
     alone = len(state.rows) > 1 and state.projects_texts_alone
@@ -98,6 +103,12 @@ def _check_widens(state: State) -> None:
         raise UnsupportedError(
             f"{name} pools its text into one vector that acts on the whole image, so it can't be "
             "widened"
+        )
+    record = families.model_of(model)
+    if record is not None and record.order is None and any(k == "text" for _, k in record.kinds):
+        raise UnsupportedError(
+            f"{name} lets its text attend to itself, which would hear a further one, so it can't "
+            "be widened"
         )
 
 

@@ -108,6 +108,11 @@ def _check_text(state: State, owner: str, name: str, branch: Branch) -> None:
             f"{owner}: branch {name!r} has a text, but this denoiser call has none"
         )
     own = embeddings[0].shape
+    if len(own) != 2:
+        raise UnsupportedError(
+            f"{owner}: branch {name!r} has a text, but those of this denoiser call are "
+            f"{(len(embeddings), *own)}, and only [rows, tokens, channels] can be exchanged"
+        )
     fits = text.dim() == 3 and text.shape[0] in (1, len(rows)) and text.shape[2:] == own[1:]
     alone = isinstance(embeddings, list) or can_pad(state, state.kwargs)  # of any length
     if not fits or (text.shape[1] != own[0] and not alone):

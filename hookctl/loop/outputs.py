@@ -24,9 +24,22 @@ def stacked(output: Any) -> Tensor | None:
 
 
 def cut(output: Any, count: int) -> Any:
-    """What a denoiser returned, of its first rows alone."""
+    """What a denoiser returned, of its first rows alone; so what stands beside the prediction and
+    has as many rows, such as a sound's."""
     found = _predicted(output)
-    return with_prediction(output, found[:count]) if isinstance(found, list | Tensor) else output
+    if not isinstance(found, list | Tensor):
+        return output
+
+    def first(beside: Any) -> Any:
+        rows = isinstance(beside, Tensor) and beside.shape[:1] == (len(found),)
+        return beside[:count] if rows else beside
+
+    if isinstance(output, tuple):
+        output = tuple(map(first, output))
+    elif is_dataclass(output) and not isinstance(output, type):
+        beside = {field.name: first(getattr(output, field.name)) for field in fields(output)}
+        output = replace(output, **beside)
+    return with_prediction(output, found[:count])
 
 
 def _predicted(output: Any) -> Any:

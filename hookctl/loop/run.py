@@ -138,7 +138,7 @@ class Run:
         if scheduler is not self._scheduler and self._scheduler is not None and outer is None:
             self.keeper.restart()  # a prior has ended, or begins anew
         self._scheduler = scheduler if outer is None else self._scheduler
-        schedule = getattr(scheduler, "timesteps", None)
+        schedule = pipelines.schedule_of(scheduler)
         if call is not None:
             clock = call.clock
         elif outer is None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hookctl import Editor, control
+from hookctl import Branch, Editor, control
 from hookctl.address import families
 from hookctl.errors import UnsupportedError
 from hookctl.loop.calls import predict
@@ -147,6 +147,7 @@ def test_latents_are_put_where_they_stand(name: str) -> None:
         ("IFPipeline", PAG(sites="self, joint")),  # keys of the text before those of the image
         ("FluxKontextPipeline", PAG()),  # references behind the target
         ("LTXImageToVideoPipeline", PAG()),
+        ("SanaWMPipeline", PAG()),  # steps tokens of a video
         pytest.param("DreamLitePipeline", PAG(), marks=pytest.mark.slow),
         ("KandinskyPriorPipeline", PAG()),
     ],
@@ -159,6 +160,48 @@ def test_guidance_on_odd_layouts(name: str, editor: Editor) -> None:
         assert not same(drawn(case, pipe), plain)
     assert "changed the prediction" in session.report()
     assert same(drawn(case, pipe), plain)
+
+
+@pytest.mark.parametrize("name", ["LTX2Pipeline", "Kandinsky6TI2VAPipeline"])
+def test_a_sound_beside_the_image_keeps_its_rows(name: str) -> None:
+    """Rows that are added for a branch are taken out of all that the denoiser returns."""
+    case = WILD[name]
+    pipe = case.make()
+    plain = drawn(case, pipe)
+    with control(pipe, PAG()):
+        guided = drawn(case, pipe)
+    assert [one.shape for one in guided] == [one.shape for one in plain] and len(plain) == 2
+
+
+@pytest.mark.parametrize("name", ["Kandinsky5T2VPipeline", "Kandinsky6TI2VAPipeline"])
+def test_a_text_that_hears_itself_in_the_model_is_not_widened(name: str) -> None:
+    class Widens(Editor):
+        def context(self, state: State) -> dict[str, Tensor]:
+            return {"more": torch.zeros(1, 4, 32)}
+
+    case = WILD[name]
+    pipe = case.make()
+    with control(pipe, Widens()), pytest.raises(UnsupportedError, match="would hear a further"):
+        drawn(case, pipe)
+
+
+def test_texts_of_four_dimensions_are_neither_widened_nor_exchanged() -> None:
+    class Widens(Editor):
+        def context(self, state: State) -> dict[str, Tensor]:
+            return {"more": torch.zeros(1, 4, 8)}
+
+    class Exchanges(Editor):
+        def branches(self, state: State) -> dict[str, Branch]:
+            return {"more": Branch(text=torch.zeros(1, 16, 8))}
+
+        def combine(self, predictions: Predictions) -> Tensor:
+            return predictions.guided
+
+    case = WILD["SanaWMPipeline"]
+    for editor, why in ((Widens(), "can be widened"), (Exchanges(), "can be exchanged")):
+        pipe = case.make()
+        with control(pipe, editor), pytest.raises(UnsupportedError, match=why):
+            drawn(case, pipe)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,15 @@ def test_stable_cascade_counts_its_steps() -> None:
     assert [seen[1:3] for seen in clocks.seen] == [(0, 2), (1, 2)] * 2
 
 
+def test_a_schedule_that_lists_its_end_and_is_gone_through_for_each_tile() -> None:
+    case, clocks = WILD["LTX2DFRTemporalRefinePipeline"], Clocks()
+    pipe = case.make()
+    with control(pipe, clocks):
+        case.draw(pipe, ["a red cat"], ["blurry"], [0])
+    assert pipe.scheduler.timesteps.tolist()[-1] == 0
+    assert [seen[1:3] for seen in clocks.seen] == [(0, 2), (1, 2)] * 2
+
+
 def test_a_prior_has_its_own_scheduler() -> None:
     pipe = WILD["StableUnCLIPPipeline"].make()
     assert scheduler_of(pipe, pipe.prior) is pipe.prior_scheduler

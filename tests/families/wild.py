@@ -152,15 +152,13 @@ LEFT_OUT = {
     "HunyuanVideoImageToVideoPipeline": (
         "the places of the image's tokens in its template are those of a published processor"
     ),
-    "Kandinsky6SRPipeline, Kandinsky6TI2VAPipeline": _LATER,
     "KolorsPipeline, KolorsImg2ImgPipeline, KolorsPAGPipeline": _CARD + "sentencepiece",
     "LLaDA2Pipeline, DiffusionGemmaPipeline": "they write texts",
     "LTXLatentUpsamplePipeline, LTX2LatentUpsamplePipeline, LTX2VideoDiffusionDecodePipeline": (
         "they have no denoiser that a text steers"
     ),
-    "LTX2DFRTemporalRefinePipeline": _LATER,
     "RFD4ProteinaPipeline": "it draws proteins",
-    "SanaWMPipeline": _LATER,
+    "SanaWMLTX2Refiner": _LATER,
     "modular pipelines": "they are put together from blocks, and are no pipelines of a class",
     "pipelines of diffusers' deprecated folder": "diffusers does not test them any more",
 }

@@ -67,6 +67,11 @@ def negated(prediction: Tensor, step: Step) -> Tensor:
     return -prediction
 
 
+def negated_tokens(prediction: Tensor, step: Step) -> Tensor:
+    """Likewise [rows, channels, frames, height, width], as tokens [rows, n, channels]."""
+    return -prediction.flatten(2).transpose(1, 2)
+
+
 def in_float32(prediction: Tensor, step: Step) -> Tensor:
     """Models in half precision whose steps are computed in single."""
     return prediction.float()

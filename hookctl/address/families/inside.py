@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 
-from hookctl.address.families.record import names_of
+from hookctl.address.families.record import model_of, names_of
 from hookctl.address.sites import Site
 
 # Blocks of these norms add the attention's output to the residual stream as it is; others scale it.
@@ -71,8 +72,8 @@ class Block(NamedTuple):
         return next(name for name in IMAGE_STREAMS if name in self.streams)
 
 
-IMAGE_STREAMS = ("hidden_states", "x")  # or of text and image, where they are one
-_TEXT, _SOUND = "encoder_hidden_states", "audio_hidden_states"
+IMAGE_STREAMS = ("hidden_states", "x", "visual_embed", "vis")  # or text's and image's, if one
+_TEXT, _SOUNDS = "encoder_hidden_states", ("audio_hidden_states", "aud")
 _TEXT_FIRST = (
     "AuraFlowJointTransformerBlock BriaFiboTransformerBlock BriaSingleTransformerBlock "
     "BriaTransformerBlock ChromaSingleTransformerBlock ChromaTransformerBlock "
@@ -90,7 +91,7 @@ _TEXT_LAST = (
     "HunyuanVideoTransformerBlock JoyImageEditPlusTransformerBlock JoyImageTransformerBlock "
     "MochiTransformerBlock MotifVideoSingleTransformerBlock MotifVideoTransformerBlock"
 ).split()
-_WITH_SOUND = ("LTX2VideoTransformerBlock",)
+_WITH_SOUND = ("LTX2VideoTransformerBlock", "Kandinsky6FusedTransformerDecoderBlock")
 
 
 def streams_of(kind: type[nn.Module]) -> tuple[str, ...]:
@@ -104,7 +105,9 @@ def streams_of(kind: type[nn.Module]) -> tuple[str, ...]:
         return (_TEXT, image)
     if any(name in _TEXT_LAST for name in names):
         return (image, _TEXT)
-    return (image, _SOUND) if any(name in _WITH_SOUND for name in names) else (image,)
+    if any(name in _WITH_SOUND for name in names):
+        return (image, *(sound for sound in _SOUNDS if sound in parameters))
+    return (image,)
 
 
 def _at(model: nn.Module, path: str) -> nn.Module:
@@ -117,11 +120,20 @@ def _at(model: nn.Module, path: str) -> nn.Module:
 def blocks_of(model: nn.Module, sites: Iterable[Site]) -> dict[str, Block]:
     """The transformer blocks that hold attention sites of the image, by path, in model order."""
     found: dict[str, Block] = {}
+    record = model_of(model)
+    inner = () if record is None else record.attending  # a module of the block's holds them
     for site in sites:
         path = site.path.rpartition(".")[0]
-        if site.kind not in ("self", "joint", "temporal") or not path or path in found:
+        if any(fnmatch.fnmatchcase(site.path, glob) for glob in inner):
+            path = path.rpartition(".")[0]
+        if site.kind not in ("self", "joint", "temporal") or not path:
             continue
         module = _at(model, path)
+        if type(module).forward is nn.Module.forward and not isinstance(module, nn.ModuleList):
+            path = path.rpartition(".")[0]  # a block calls its parts one by one (Kandinsky 6)
+            module = _at(model, path)
+        if path in found:
+            continue
         if streams := streams_of(type(module)):
             found[path] = Block(module, site, streams)
     return found

@@ -57,6 +57,13 @@ declare_models(
 )
 _LINEAR = ("*.attn1",)
 declare_models(Model(softmax_free=_LINEAR), "SanaTransformer2DModel SanaVideoTransformer3DModel")
+declare_models(  # most blocks attend by a recurrence; the second one knows the camera's rays
+    Model(
+        kinds=(("*.attn", "self"), ("*.cam_attn", "self"), ("*.cross_attn", "cross")),
+        attending=("*.attn.attn", "*.attn.cam_attn"),
+    ),
+    "SanaWMTransformer3DModel",
+)
 declare_models(
     Model(
         kinds=(
@@ -69,6 +76,22 @@ declare_models(
     "Kandinsky5Transformer3DModel",
 )
 declare_models(  # the sound's own sites, and those between sound and image
+    Model(
+        kinds=(
+            ("*text_transformer_blocks.*", "text"),
+            ("*.video_dec_block.self_attention", "self"),
+            ("*.video_dec_block.cross_attention", "cross"),
+            ("*", "gated"),
+        ),
+        axes="bfhwc",
+    ),
+    "Kandinsky6Transformer3DModel",
+)
+declare_models(
+    Model(axes="bfhwc", placeless="its tokens stand in blocks of 8 by 8"),
+    "Kandinsky6SRTransformer3DModel",
+)
+declare_models(  # as in Kandinsky 6
     Model(kinds=(("*audio*", "gated"), ("*.attn1", "self"), ("*.attn2", "cross"))),
     "LTX2VideoTransformer3DModel",
 )

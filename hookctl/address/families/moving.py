@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hookctl.address.families import handing, text
 from hookctl.address.families.record import Pipeline, declare_pipelines
-from hookctl.address.rows import BATCHED, PAG, POSITIVE_FIRST, SEQUENTIAL
+from hookctl.address.rows import ALONE, BATCHED, PAG, POSITIVE_FIRST, SEQUENTIAL
 
 UNET, TRANSFORMER = "unet", "transformer"
 
@@ -54,7 +54,7 @@ declare_pipelines(
 )
 declare_pipelines(
     Pipeline({TRANSFORMER: BATCHED}, text.TEMPLATE),
-    "LTX2Pipeline LTX2DFRPipeline",
+    "LTX2Pipeline",
 )
 declare_pipelines(
     Pipeline({TRANSFORMER: BATCHED}, text.easy_animate),
@@ -67,6 +67,12 @@ declare_pipelines(
     Pipeline({TRANSFORMER: BATCHED}, text.TEMPLATE, handing=handing.of_its_own),
     "LTX2ConditionPipeline LTX2HDRPipeline LTX2InContextPipeline",
 )
+# Distilled: without guidance. The refining rounds go through the schedule once for each tile.
+declare_pipelines(Pipeline({TRANSFORMER: ALONE}, text.TEMPLATE), "LTX2DFRPipeline")
+declare_pipelines(
+    Pipeline({TRANSFORMER: ALONE}, text.TEMPLATE, handing=handing.of_its_own),
+    "LTX2DFRTemporalRefinePipeline",
+)
 declare_pipelines(
     Pipeline({TRANSFORMER: BATCHED}, text.TEMPLATE, handing=handing.later_frames_of_tokens),
     "LTX2ImageToVideoPipeline",
@@ -75,8 +81,14 @@ declare_pipelines(
     Pipeline({TRANSFORMER: BATCHED}, text.instructed, {"mask": 1}, handing=handing.later_frames),
     "SanaImageToVideoPipeline",
 )
+declare_pipelines(
+    Pipeline({TRANSFORMER: BATCHED}, text.TEMPLATE, handing=handing.negated_tokens),
+    "SanaWMPipeline",
+)
 declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.padded(256)), "MochiPipeline")
 declare_pipelines(Pipeline({TRANSFORMER: BATCHED}, text.padded(512)), "AnyFlowPipeline")
+
+declare_pipelines(Pipeline({TRANSFORMER: ALONE}, text.NO_TEXT), "Kandinsky6SRPipeline")
 
 # -- two calls, or one branch ----------------------------------------------------------------------
 
@@ -131,6 +143,7 @@ declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.padded(512), {"mask": 2}, joins_channels=True),
     "MotifVideoPipeline MotifVideoImage2VideoPipeline",
 )
+declare_pipelines(Pipeline({TRANSFORMER: SEQUENTIAL}, text.kandinsky6), "Kandinsky6TI2VAPipeline")
 declare_pipelines(
     Pipeline({TRANSFORMER: SEQUENTIAL}, text.TEMPLATE, handing=handing.later_frames),
     "HunyuanVideoImageToVideoPipeline",

@@ -116,7 +116,8 @@ def uncatchable(module: nn.Module) -> str | None:
             "keys for the steps after the first"
         )
     takes = getattr(processor_of(module), "_SUPPORTED_BACKENDS", None)
-    if takes and all("flex" in str(getattr(one, "value", one)) for one in takes):
+    flex = takes and all("flex" in str(getattr(one, "value", one)) for one in takes)
+    if flex or "Kandinsky6SRAttnProcessor" in names_of(processor_of(module)):
         return "its processor takes the flex backend alone, whose block masks nothing else reads"
     return None
 

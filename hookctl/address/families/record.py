@@ -53,6 +53,8 @@ class Model:
     kinds: (glob of a module's path, kind of its attention); the first that fits counts, and where
         none does the module itself says whether it crosses. "none": no site at all.
     softmax_free: globs of attention without a softmax, which no edit can reach.
+    attending: globs of modules that attend for another one, which has no processor; those of them
+        that do so without a softmax no edit can reach.
     axes: of a latent of five dimensions, b rows, c channels, f frames, h and w sides.
     parts: the argument that tells the images of the sequence apart: "img_ids" (the axis of ids
         that numbers them), "img_shapes", or None where there is one image.
@@ -81,6 +83,7 @@ class Model:
     order: Order | None = None
     kinds: tuple[tuple[str, str], ...] = ()
     softmax_free: tuple[str, ...] = ()
+    attending: tuple[str, ...] = ()
     axes: str = "bcfhw"
     parts: str | None = None
     target: int | None = None

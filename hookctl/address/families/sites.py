@@ -47,16 +47,23 @@ def attention_modules(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Path and module of everything in a denoiser that computes softmax attention itself."""
     record = model_of(denoiser) or _UNDECLARED
     for path, module in denoiser.named_modules():
-        if _attends(module) and not _fits(path, record.softmax_free):
+        told = _fits(path, record.attending) and _forms_softmax(module)
+        if (told or _attends(module)) and not _fits(path, record.softmax_free):
             if _declared(path, record) != "none":
                 yield path, module
 
 
 def softmax_free(denoiser: nn.Module) -> tuple[str, ...]:
     """Paths of attention without a softmax, which no edit can reach."""
-    patterns = (model_of(denoiser) or _UNDECLARED).softmax_free
+    record = model_of(denoiser) or _UNDECLARED
     return tuple(
-        path for path, module in denoiser.named_modules() if path and _fits(path, patterns)
+        path
+        for path, module in denoiser.named_modules()
+        if path
+        and (
+            _fits(path, record.softmax_free)
+            or (_fits(path, record.attending) and not _forms_softmax(module))
+        )
     )
 
 
@@ -75,6 +82,11 @@ def _looks_like_attention(module: nn.Module) -> bool:
         return False
     if home.startswith("diffusers.") and not hasattr(module, "processor"):
         return False
+    return _forms_softmax(module)
+
+
+def _forms_softmax(module: nn.Module) -> bool:
+    """Whether the forward of a module says that it attends."""
     try:
         source = inspect.getsource(type(module).forward)
     except (OSError, TypeError):

@@ -78,6 +78,14 @@ def templated(pipe: Any) -> tuple[TextStream, ...]:
     )
 
 
+def kandinsky6(pipe: Any) -> tuple[TextStream, ...]:
+    """Kandinsky 6: likewise, the template in the pipeline's module."""
+    from diffusers.pipelines.kandinsky6 import pipeline_kandinsky6_ti2va as home
+
+    template, dropped = home._PROMPT_TEMPLATE, home._QWEN_CROP_START
+    return (TextStream(pipe.tokenizer.tokenizer, 0, 1024, wrap=template.format, dropped=dropped),)
+
+
 def _blocks(pipe: Any) -> Iterator[Any]:
     """The blocks that a modular pipeline is put together from, and those inside them."""
     waiting = [pipe.blocks] if hasattr(pipe, "blocks") else []

@@ -130,7 +130,8 @@ def _call(name: str, arguments: dict[str, Any]) -> TracedCall:
     sample = next(iter(arguments))
     rows = len(arguments[sample])
     time = next((arguments[n] for n in ("timestep", "timesteps", "t") if n in arguments), None)
-    now = float(time.flatten()[0]) if isinstance(time, Tensor) else float(time or 0)
+    # Where each token or frame has its own, those of given images are 0.
+    now = float(time.max()) if isinstance(time, Tensor) else float(time or 0)
     texts = {}
     for key, value in _leaves(arguments):
         # Residuals of a control model follow both, and are what the sample is to them.

@@ -157,7 +157,10 @@ def test_text_and_image_among_the_keys_of_one_call() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["Kandinsky5T2IPipeline", "Krea2Pipeline", "HunyuanVideoPipeline", "Lumina2Pipeline"],
+    [
+        *("Kandinsky5T2IPipeline", "Kandinsky6TI2VAPipeline"),
+        *("Krea2Pipeline", "HunyuanVideoPipeline", "Lumina2Pipeline"),
+    ],
 )
 def test_what_prepares_the_text_is_picked_by_name_alone(name: str) -> None:
     denoiser = families.denoiser_of(WILD[name].make())
@@ -172,6 +175,21 @@ def test_what_prepares_the_text_is_picked_by_name_alone(name: str) -> None:
         assert not picked & refiners
     assert {site.path for site in select(sites, "text")} == refiners
     assert {site.path for site in select(sites, min(refiners))} == {min(refiners)}
+
+
+def test_attention_for_a_module_without_a_processor() -> None:
+    """Of SANA-WM's blocks some attend by a recurrence, which no edit can reach."""
+    denoiser = families.denoiser_of(WILD["SanaWMPipeline"].make())
+    sites = families.sites_of(denoiser)
+    assert [(site.path, site.kind) for site in sites] == [
+        ("blocks.0.cross_attn", "cross"),
+        ("blocks.1.attn.attn", "self"),
+        ("blocks.1.attn.cam_attn", "self"),
+        ("blocks.1.cross_attn", "cross"),
+    ]
+    linear = ("blocks.0.attn.attn", "blocks.0.attn.cam_attn")
+    assert families.softmax_free(denoiser) == linear
+    assert [*families.blocks_of(denoiser, sites)] == ["blocks.1"]
 
 
 # -- edit models -----------------------------------------------------------------------------------

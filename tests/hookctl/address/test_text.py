@@ -12,6 +12,7 @@ import torch
 from hookctl import Maps, Session, control
 from hookctl.address import text as text_module
 from hookctl.address.families import denoiser_of, describe_sites
+from hookctl.address.families.text import kandinsky6
 from hookctl.address.latent import finest_within
 from hookctl.address.text import Prompt, PromptText, TextLayout, align, prompts_given
 from hookctl.address.words import PromptTokens
@@ -19,6 +20,7 @@ from hookctl.errors import AlignmentError, HookctlWarning, InputError, Unsupport
 from hookctl.recipes import PromptToPrompt
 from tests import zoo
 from tests.families.subjects import Idle
+from tests.zoo.wild import WILD
 
 CAT, SQUIRREL = "a red cat", "a red squirrel"
 
@@ -248,6 +250,15 @@ def test_an_edit_of_a_word_in_a_template(family: str) -> None:
         edited = case.run(pipe, list(edit.prompts))
     assert torch.equal(edited[0], plain[0]) and not torch.equal(edited[1], plain[1])
     assert session.maps["cat"].mean().shape[-2:] == (8, 8)
+
+
+def test_a_word_that_the_template_has_too() -> None:
+    pipe = WILD["Kandinsky6TI2VAPipeline"].make()
+    [stream] = kandinsky6(pipe)
+    assert stream.wrap is not None
+    before = stream.wrap("video").rindex("video")  # of the characters: "Describe the video ..."
+    first = len(stream.tokenizer(stream.wrap("video")[:before]).input_ids) - stream.dropped
+    assert TextLayout(pipe).read("video", 352).find("video")[0] == first > 300
 
 
 def test_a_template_that_is_not_known() -> None:

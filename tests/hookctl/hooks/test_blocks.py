@@ -18,12 +18,14 @@ import hookctl
 from hookctl import COND, Editor
 from hookctl.address import families
 from hookctl.address.families import inside
-from hookctl.address.families.inside import streams_of
+from hookctl.address.families.inside import IMAGE_STREAMS, streams_of
 from hookctl.errors import InputError, UnsupportedError
 from tests import zoo
 from tests.families.subjects import error
+from tests.families.wild import drawn, same
 from tests.hookctl.drawing import draw
 from tests.recipes.runs import TWO
+from tests.zoo.wild import WILD
 
 NAMES = ["sd15", "sd3", "flux", "qwen_image", "wan", "pixart", "flux2_klein", "z_image"]
 
@@ -92,6 +94,28 @@ def test_rows_pass_a_block_by(name: str) -> None:
     assert torch.equal(idle, case.run(pipe, TWO))
 
 
+@pytest.mark.parametrize("name", ["Kandinsky5T2VPipeline", "Kandinsky6TI2VAPipeline"])
+def test_blocks_with_other_names_for_their_streams(name: str) -> None:
+    case = WILD[name]
+    pipe = case.make()
+    path, block = some_block(pipe.transformer)
+
+    def skip(call: Any) -> None:
+        assert call.name == path
+        call.skip(call.rows)
+
+    plain = drawn(case, pipe)
+    with hookctl.control(pipe, Blocks(skip, [block.site.path])):
+        got = drawn(case, pipe)
+    forward = block.module.forward
+    own = len(block.streams)
+    block.module.forward = lambda *streams: streams[0] if own == 1 else streams[:own]
+    want = drawn(case, pipe)
+    block.module.forward = forward
+    assert same(got, want) and not same(got, plain)
+    assert same(drawn(case, pipe), plain)
+
+
 def test_what_a_block_is_given() -> None:
     case, pipe = zoo.PIPELINES["sd15"], zoo.PIPELINES["sd15"].make()
     path, block = some_block(pipe.unet)
@@ -130,7 +154,7 @@ def test_every_block_of_diffusers_is_declared_in_its_order() -> None:
             if not name.endswith("Block") or not issubclass(kind, nn.Module):
                 continue
             names = returned(kind)
-            if set(names) & {"hidden_states", "x"} and len(names) == 2:
+            if set(names) & set(IMAGE_STREAMS) and len(names) == 2:
                 found += 1
                 assert streams_of(kind) == names, name
     assert found > 10

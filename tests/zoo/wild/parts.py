@@ -85,6 +85,7 @@ _HOMES = {
     "LTX2HDRReferenceCondition": "diffusers.pipelines.ltx2.pipeline_ltx2_hdr_lora",
     "LTX2ReferenceCondition": "diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora",
     "LTX2VideoCondition": "diffusers.pipelines.ltx2.pipeline_ltx2_condition",
+    "LTX2LatentUpsamplerModel": "diffusers.pipelines.ltx2.latent_upsampler",
     "LTX2TextConnectors": "diffusers.pipelines.ltx2.connectors",
     "LTX2Vocoder": "diffusers.pipelines.ltx2.vocoder",
     "LTX2VocoderWithBWE": "diffusers.pipelines.ltx2.vocoder",
@@ -143,6 +144,12 @@ def _chat() -> Any:
     return tokenizer
 
 
+def _gemma() -> Any:
+    tokenizer = _chat()
+    tokenizer.padding_side = "left"  # LTX-2 asks for the side before it sets it
+    return tokenizer
+
+
 def _processor(kind: str) -> Any:
     return getattr(transformers, kind)(crop_size=32, size=32)
 
@@ -167,6 +174,7 @@ _TOKENIZERS = {
     "t5": text.t5_tokenizer,
     "bert": _bert,
     "chat": _chat,
+    "gemma": _gemma,
     "roberta": _roberta,
 }
 
