@@ -31,7 +31,7 @@ class PromptSchedule(Editor):
 
         edit = PromptSchedule("a [cat:dog:0.4] in the snow")
         with hookctl.control(pipe, edit):
-            images = pipe(edit.prompts, ...).images
+            images = pipe(prompt=edit.prompts, ...).images
 
     schedule: a prompt, or a list with one for each of the run, in the syntax above.
     negative: likewise the negative prompt; call the pipeline with `negative_prompt=edit.negatives`.
@@ -88,7 +88,7 @@ class PromptSchedule(Editor):
             given = list(state.prompts) if state.prompts else "embeddings"
             raise InputError(
                 f"{self.name} begins with the prompts {self.prompts}, but the pipeline was called "
-                f"with {given}; call pipe(edit.prompts, ...)"
+                f"with {given}; call pipe(prompt=edit.prompts, ...)"
             )
         if self.neutral():
             return

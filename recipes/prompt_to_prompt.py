@@ -60,8 +60,8 @@ class PromptToPrompt(SourceAndEdits):
         edit = PromptToPrompt(["a red cat", "a red dog"], blend=("cat", "dog"))
         source, edited = edit.run(pipe, seed=0)
 
-    or, with a pipeline call of your own, `with hookctl.control(pipe, edit): pipe(edit.prompts,
-    generator=edit.generators(seed=0))`.
+    or, with a pipeline call of your own, `with hookctl.control(pipe, edit):
+    pipe(prompt=edit.prompts, generator=edit.generators(seed=0))`.
 
     prompts: the source, then its edits. A word is looked up in the prompt by its letters, whatever
         number of tokens it has; every occurrence counts. Where a pipeline has several encoders,

@@ -82,7 +82,7 @@ def _drawn(run: Mapping[str, object]) -> list[str]:
     return [
         f'noise = [torch.Generator("cpu").manual_seed({run["seed"]}) for _ in prompts]',
         "with hookctl.control(pipe, *editors, strict=False) as session:",
-        f"    images = pipe(prompts, num_inference_steps={run['steps']}, {guidance}"
+        f"    images = pipe(prompt=prompts, num_inference_steps={run['steps']}, {guidance}"
         "generator=noise).images",
         "edited = images[-1]",
     ]

@@ -13,17 +13,12 @@ from hookctl.loop.packing import packed, unpacked
 from hookctl.loop.state import State
 
 
-def shape_of_latents(state: State) -> tuple[int, ...]:
-    """The shape of one image's latents, as the scheduler has them."""
-    return tuple(state.latents.shape[1:])
-
-
 def cells_inside(region: Region, state: State) -> Tensor:
     """How much of each cell lies inside, float32, in the shape of one image's latents.
 
     Raises UnsupportedError where latents are packed in a way that is not known.
     """
-    latents = torch.zeros(1, *shape_of_latents(state))
+    latents = torch.zeros(1, *state.latents.shape[1:])
     cells = state.grid if len(state.grid) > 2 else (1, *state.grid)
     grid = unpacked(state.pipe, latents, cells)
     covered = region.coverage(*grid.shape[-2:])

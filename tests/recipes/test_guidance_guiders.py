@@ -110,7 +110,7 @@ def test_as_diffusers_guider(pair: tuple[Any, Any], phi: float) -> None:
         guider.set_state(i, steps, torch.tensor(0))
         guider.prepare_inputs({"x": (parts["cond"], parts["uncond"])})
         want = guider.forward(parts["cond"], parts["uncond"]).pred
-        assert error(after.steps[i][1], want) < (1e-5 if isinstance(guider, FLOAT32) else 1e-12)
+        assert error(after.steps[i][1], want) < (5e-5 if isinstance(guider, FLOAT32) else 1e-12)
         plain = max(plain, error(own, want))
     assert plain > 1e-4
 

@@ -55,8 +55,8 @@ def pairs(pipe: Any, g: float) -> list[tuple[Any, Any, float]]:
     adaptive = AdaptiveProjectedGuidance(g, -0.5, 2.0, eta=0.0)
     return [
         (APG(0.0, -0.5, 2.0, space="prediction"), adaptive, 1e-10),
-        (CFGZeroStar(0), zero, 1e-5),
-        (TCFG(), TangentialClassifierFreeGuidance(g), 1e-5),
+        (CFGZeroStar(0), zero, 5e-5),
+        (TCFG(), TangentialClassifierFreeGuidance(g), 5e-5),
         (FDG((6.0, 3.0)), OfFrequencies((6.0, 3.0), pipe, (8, 8)), 1e-10),
     ]
 

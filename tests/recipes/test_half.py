@@ -16,9 +16,10 @@ from tests.families.subjects import error
 from tests.recipes import test_pairs
 from tests.recipes.test_pairs import NAMES, PROMPTS, RECIPES, SD15, alone, second
 
-# Relative, of the latents after two steps. SAG's mask, of what lies above a mean, may differ in a
-# cell; without it the second is 0.05.
+# Relative, of the latents after two steps.
 TOLERANCE = {torch.float16: 0.01, torch.bfloat16: 0.15}
+# Their masks, of what lies above a mean or a quantile, may differ in a cell, which has 4 channels.
+MASKED = {"SAG": 4, "LEDITSPlusPlus": 4}
 
 
 @cache
@@ -34,7 +35,9 @@ def test_as_in_float32(name: str, dtype: torch.dtype, monkeypatch: pytest.Monkey
     monkeypatch.setattr(test_pairs, "second", lambda: deepcopy(second()).to(dtype))
     with hookctl.control(pipe(dtype), RECIPES[name](recipes)):
         found = SD15.run(pipe(dtype), PROMPTS)
-    assert error(found, exact) < TOLERANCE[dtype]
+    beyond = (found - exact).abs() > TOLERANCE[dtype] * exact.abs().max()
+    assert int(beyond.sum()) <= MASKED.get(name, 0)
+    assert error(found, exact) < 0.2
 
 
 def test_a_layout_model_of_another_dtype_is_refused() -> None:

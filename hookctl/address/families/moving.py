@@ -68,10 +68,9 @@ declare_pipelines(
     "LTX2ConditionPipeline LTX2HDRPipeline LTX2InContextPipeline",
 )
 # Distilled: without guidance. The refining rounds go through the schedule once for each tile.
-declare_pipelines(Pipeline({TRANSFORMER: ALONE}, text.TEMPLATE), "LTX2DFRPipeline")
 declare_pipelines(
     Pipeline({TRANSFORMER: ALONE}, text.TEMPLATE, handing=handing.of_its_own),
-    "LTX2DFRTemporalRefinePipeline",
+    "LTX2DFRPipeline LTX2DFRTemporalRefinePipeline",
 )
 declare_pipelines(
     Pipeline({TRANSFORMER: BATCHED}, text.TEMPLATE, handing=handing.later_frames_of_tokens),

@@ -18,7 +18,7 @@ from hookctl.recipes import APG, FDG, PAG, TCFG, CFGZeroStar, FreeU, PromptToPro
 from tests import zoo
 from tests.families.fingerprint import differences, fingerprint
 from tests.families.subjects import error
-from tests.hookctl.loop.test_coexistence import PROMPTS, SDXL, drawn, modular, of_class
+from tests.hookctl.loop.test_modular import PROMPTS, SDXL, drawn, modular, of_class
 
 
 class EditedAPG(Edited, AdaptiveProjectedGuidance):

@@ -18,6 +18,7 @@ from hookctl.learned.face_id import FaceID
 from hookctl.learned.image_prompts import ImagePrompt, image_prompts_of
 from hookctl.learned.ip_adapter import IPAdapter
 from hookctl.preset.read import read_stack
+from tests.families.subjects import error
 from tests.hookctl.learned import identity
 from tests.hookctl.learned.identity import drawn
 from tests.hookctl.learned.test_faces import Analysis
@@ -149,9 +150,10 @@ images = [
     cat = ImagePrompt(vector(0, 10), scale=0.5, region=f"mask:{files / 'mask.png'}")
     same = IPAdapter(editor.adapter, [dog, cat], scale=0.7, image_encoder=model)
     found = drawn(pipe, editor)
-    assert torch.equal(found, drawn(pipe, same))
+    # An encoder that was read from a file may sum in another order: its weights lie elsewhere.
+    assert error(found, drawn(pipe, same)) < 1e-5
     alone = IPAdapter(editor.adapter, [dog], scale=0.7, image_encoder=model)
-    assert not torch.equal(found, drawn(pipe, alone))
+    assert error(found, drawn(pipe, alone)) > 1e-3
 
 
 @pytest.mark.slow
