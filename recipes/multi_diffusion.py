@@ -131,9 +131,12 @@ class MultiDiffusion(Editor):
         flat = isinstance(sample, list) or sample.dim() < 4
         tensor = not flat and latent_axes(state.denoiser, sample.dim()).endswith("hw")
         if not (tensor or self._packed):
+            images = state.images_in_sequence
+            referring = images is not None and images.references
+            said = "have reference images behind them" if referring else "are no such tensor"
             raise UnsupportedError(
                 f"{self.name} cuts tiles of latents [..., height, width], and those of "
-                f"{type(state.pipe).__name__} are no such tensor"
+                f"{type(state.pipe).__name__} {said}"
             )
         controlled = [name for name, value in state.kwargs.items() if value is not None]
         if any("residual" in name or "controlnet" in name for name in controlled):

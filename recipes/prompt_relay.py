@@ -109,7 +109,7 @@ class PromptRelay(Editor):
         self._places(self._texts.read()[0])
 
     def begin(self, state: State) -> None:
-        if len(state.grid) != 3:
+        if len(state.grid) != 3 or state.latents.dim() == 4:
             raise UnsupportedError(f"{self.name}: this pipeline draws images, which have no frames")
         if any(prompt != self.prompt for prompt in state.prompts) or not state.prompts:
             raise InputError(

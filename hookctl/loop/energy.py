@@ -155,7 +155,10 @@ def energies(
         raise InputError("an energy has no gradient in torch.inference_mode(); use torch.no_grad()")
     rows = state.rows.where(branch=COND)
     if not rows:
-        raise LayoutError(f"no row of this call sees the prompt; its rows are: {state.rows!r}")
+        raise LayoutError(
+            f"no row of this call sees the prompt; its rows are: {state.rows!r}. A pipeline that "
+            "guides by a call for each branch has its energies in the prompt's own"
+        )
     with frozen(state.denoiser), torch.set_grad_enabled(wrt is not None):
         x = _fine(state.latents if latents is None else latents)
         words = _text_of(state, rows) if text is None and wrt == "text" else text
