@@ -114,7 +114,7 @@ class PromptRelay(Editor):
         if any(prompt != self.prompt for prompt in state.prompts) or not state.prompts:
             raise InputError(
                 f"{self.name}: the pipeline was called with {list(state.prompts)}; call "
-                f"pipe(prompt=relay.prompt, ...), which is {self.prompt!r}"
+                f"{state.call_with('relay.prompt')}, which is {self.prompt!r}"
             )
         self._cost = self.cost(state.grid[0])
 

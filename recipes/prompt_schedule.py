@@ -88,7 +88,7 @@ class PromptSchedule(Editor):
             given = list(state.prompts) if state.prompts else "embeddings"
             raise InputError(
                 f"{self.name} begins with the prompts {self.prompts}, but the pipeline was called "
-                f"with {given}; call pipe(prompt=edit.prompts, ...)"
+                f"with {given}; call {state.call_with('edit.prompts')}"
             )
         if self.neutral():
             return

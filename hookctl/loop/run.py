@@ -296,5 +296,5 @@ def check_batch(state: State, prompts: int, who: str) -> None:
     if drawn != prompts:
         raise InputError(
             f"{who} was made for {prompts} prompts, but the pipeline draws {drawn}: call it with "
-            "pipe(prompt=edit.prompts, ...)"
+            f"{state.call_with('edit.prompts')}"
         )

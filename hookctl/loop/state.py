@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -100,6 +101,12 @@ class State:
     def reader(self) -> Reader | None:
         """Whose read-outs alone are served in this call, None for everyone's."""
         return None if self.reading is None else Reader(self.reading.reader)
+
+    def call_with(self, prompts: str) -> str:
+        """How the pipeline is called with prompts, for errors: by name where they don't come first
+        (klein and edit pipelines, which would take them for images)."""
+        known = [] if self.pipe is None else inspect.signature(type(self.pipe).__call__).parameters
+        return f"pipe({prompts if list(known)[1:2] == ['prompt'] else f'prompt={prompts}'}, ...)"
 
     @property
     def dtype(self) -> torch.dtype:

@@ -53,7 +53,7 @@ class SourceAndEdits(Editor):
         if not state.prompts and not self.needs_words:
             check_batch(state, len(self.prompts), self.name)
         elif list(state.prompts) != self.prompts:
-            given, cure = f"{list(state.prompts)}", "call pipe(prompt=edit.prompts, ...)"
+            given, cure = f"{list(state.prompts)}", f"call {state.call_with('edit.prompts')}"
             if not state.prompts:
                 given = "embeddings instead of prompts"
                 cure += ", or say what they mean: control(pipe, edit, texts=edit.prompts)"

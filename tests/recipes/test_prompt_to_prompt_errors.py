@@ -184,3 +184,10 @@ def test_a_denoiser_without_words() -> None:
         control(pipe.unet, PromptToPrompt([CAT, DOG])),
     ):
         pytest.fail("the context was entered")
+
+
+def test_prompts_are_named_where_they_do_not_come_first() -> None:
+    """klein takes its first argument for an image."""
+    with refused("flux2_klein", InputError, r"call pipe\(prompt=edit.prompts, ...\)"):
+        with control(made("flux2_klein"), PromptToPrompt([CAT, DOG])):
+            zoo.PIPELINES["flux2_klein"].run(made("flux2_klein"), [DOG, CAT])
