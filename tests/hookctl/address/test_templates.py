@@ -205,7 +205,7 @@ def test_a_template_that_begins_with_a_token(beginning: bool) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
+        pytest.param(name, marks=pytest.mark.long if name in SLOW else ())
         for name in TEMPLATED
         if name in WILD
     ],
