@@ -101,7 +101,7 @@ class DifferentialDiffusion(Editor):
 
     def before(self, state: State) -> None:
         if state.clock.step == 0:
-            self.levels.start(state)
+            self.levels.start(state.latents, state)
             self._set(state, 0)
 
     def after(self, state: State) -> None:

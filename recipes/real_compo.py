@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from hookctl.address.per_prompt import Regions
-from hookctl.address.pipelines import is_guided
 from hookctl.address.rows import COND
 from hookctl.address.sites import Selector
 from hookctl.arguments import checked, number, share
@@ -124,12 +123,6 @@ class RealCompo(WordEnergy):
         x = state.latents
         if x.dim() < 4:
             raise UnsupportedError("RealCompo: packed latents have no places; use a UNet pipeline")
-        if is_guided(state.pipe) and len({row.branch for row in state.rows}) == 1:
-            raise UnsupportedError(
-                f"RealCompo: {type(state.pipe).__name__} guides by a call for each branch, and the "
-                "maps' gradient and both predictions are needed in one; use a UNet pipeline, or "
-                "guidance_scale=1"
-            )
         self.d, self.record, self._predicted = self._first_map(x), [], {}
         models = [MIXTURE] if self.paper else [LAYOUT, TEXT]
         self._solvers = MixedSteps(state.pipe.scheduler, models)

@@ -25,7 +25,7 @@ class ImageLevels:
     """
 
     _clean: RunState[Tensor] = RunState()  # [1 | prompts, ...]
-    _noise: RunState[Tensor] = RunState()  # [images, ...]
+    _noise: RunState[Tensor | None] = RunState(None)  # [images, ...]
 
     def __init__(self, who: str, image: Any, seed: int | None) -> None:
         self.who, self.seed = who, seed
@@ -61,10 +61,10 @@ class ImageLevels:
                 f"{self.who}: the image's latents are {size}, and this run draws {wanted}; give "
                 "an image of the size that is drawn"
             )
+        self._noise = None
 
-    def start(self, state: State) -> None:
-        """Before the first step: the noise of every image."""
-        x = state.latents
+    def start(self, x: Tensor, state: State) -> None:
+        """The noise of every image; x: the latents that the run starts from, [images, ...]."""
         if self.seed is not None:
             self._noise = noise_like(x, torch.Generator().manual_seed(self.seed))
         else:
@@ -76,6 +76,10 @@ class ImageLevels:
         clean = of_images(self._clean, state).to(state.latents)
         if step == state.clock.steps:
             return clean
+        if self._noise is None:  # a program's calls may begin later than its steps
+            assert state.noisy is not None  # a step was taken
+            self.start(state.noisy, state)
+        assert self._noise is not None
         level = Noise(state.pipe.scheduler).level(time_of(state, step))
         return level.mix(clean, self._noise.to(clean)) if level.signal else None
 
