@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hookctl.address.rows import COND
 from hookctl.address.sites import Selector
-from hookctl.arguments import checked, number, one_of, refusal, share
+from hookctl.arguments import checked, is_text, number, one_of, refusal, share
 from hookctl.attention.call import AttentionCall
 from hookctl.attention.combination import OWN
 from hookctl.editor import Editor
@@ -74,7 +74,8 @@ class NAG(Editor):
         shared = isinstance(negative, str | Tensor) or not isinstance(negative, Sequence)
         every: list[Any] = [negative] if shared else list(negative)
         shapes = {one.shape for one in every if isinstance(one, Tensor)}
-        if not every or not all(isinstance(one, str | Tensor) for one in every) or len(shapes) > 1:
+        fit = all(one.dim() > 1 if isinstance(one, Tensor) else is_text(one) for one in every)
+        if not every or not fit or len(shapes) > 1:
             wanted = "a text, or embeddings [tokens, channels], or one for each prompt, all alike"
             raise refusal("NAG: negative", negative, wanted)
         self.negatives, self.shared = every, shared

@@ -32,7 +32,7 @@ def looked_at(given: str | None, references: Sequence[int]) -> str | None:
     if given is None:
         return None
     index = reference_index(given)
-    if index is None and given != IMAGE:
+    if index is None and not (isinstance(given, str) and given == IMAGE):
         raise InputError(f"Maps: to={given!r}; give 'image', a reference such as 'references[0]'")
     if references:
         raise InputError(
