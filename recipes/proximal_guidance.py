@@ -52,7 +52,7 @@ class ProximalGuidance(Editor):
         with MasaCtrl).
     path: latents of every level of an inverted image (`Inverted.path`); rate: r, how fast the
         unguided places are drawn to it, from 0 (not at all) to 1; path_start, path_stop: between
-        which fractions of the schedule; dilate: cells by which the guided places are widened first.
+        which fractions of the schedule; dilate: cells by which the guided places grow first.
         inversion: to the path's latents after each step; reconstruction: to its clean image in each
         step.
     start, stop: fractions of the schedule.

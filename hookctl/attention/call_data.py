@@ -170,7 +170,7 @@ class CallData:
         return k, v
 
     def _text_place(self, name: str) -> TextPlace:
-        """Where an extra text stands in the widened k and v."""
+        """Where an extra text stands in k and v."""
         if self.apart is not None:
             raise UnsupportedError(
                 f"text {name!r}: the further texts of {self.site.path} stand in rows of their own, "
@@ -184,13 +184,13 @@ class CallData:
         return self._context[name]
 
     def set_context_source(self, k: Tensor, v: Tensor) -> None:
-        """Keep the widened k and v that `context` slices."""
+        """Keep k and v with the extra texts, which `context` slices."""
         self._full_k, self._full_v = k, v
         self._with_image: dict[str, tuple[Tensor, Tensor]] = {}
 
     def _with_image_keys(self, name: str) -> tuple[Tensor, Tensor]:
         """k and v of an extra text, on a joint site with the images' (those of references too)
-        before them; made once, so that rows which use them are evaluated together."""
+        before them; made once, so that rows which use them are evaluated in one call."""
         if name not in self._with_image:
             self._text_place(name)
             k, v = self.context(name)

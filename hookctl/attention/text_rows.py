@@ -5,7 +5,7 @@ image's row under that text, which attends at every site as in a run of its own.
 then get the output of the row that they are copies of, and the text runs along with the image that
 is drawn. Z-Image counts the image's positions from the end of its text, so that a text's row has
 queries and keys of its own for the image; where the image's are the same beside every text, the
-texts are shown in one sequence with it (`Apart.widened`).
+texts are shown in one sequence with it (`Apart.with_texts`).
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Apart:
             mask = mask[..., : self.kept, :]
         return self.given._replace(query=q, key=k, value=v, attn_mask=mask)
 
-    def widened(self) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, TextPlace]]:
+    def with_texts(self) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, TextPlace]]:
         """q, k and v of the own rows with the texts behind them, and where each stands."""
         parts, places, start = [self.call()[:3]], dict[str, TextPlace](), self.kept
         for name, by_own in self.rows.rows.items():

@@ -1,4 +1,4 @@
-"""A call over widened text without what was appended, and how to put it back.
+"""A call over a text with others behind it, without those, and how to put it back.
 
 The plain call must not attend to the texts that editors brought (`Editor.context`). They are cut
 off before anyone sees the call; editors find their keys and values by `AttentionCall.context`.
@@ -34,7 +34,7 @@ class DenoiserTexts(Protocol):
 
 
 class OwnPart(NamedTuple):
-    """A call over widened text without what was appended, and how to put it back.
+    """A call over a text with others behind it, without those, and how to put it back.
 
     call: as the model would make it on its own text; full: k and v with everything; context: where
     each further text stands in `full`, (start, stop); joint: the queries with everything, tokens of
@@ -99,7 +99,7 @@ def own_part(state: DenoiserTexts, kind: str, order: str | None, given: SDPACall
         apart = Apart(given, len(state.rows), state.text_rows, kind)
         if kind != "joint" or state.text_rows.moved:
             return OwnPart(apart.call(), (k, v), apart=apart)
-        (q, k, v), places = apart.widened()
+        (q, k, v), places = apart.with_texts()
         joint = q, state.text_rows.own, True
         return OwnPart(apart.call(), (k, v), places, joint, apart)
     own, extra = state.own_text, state.extra_text

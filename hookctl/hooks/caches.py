@@ -29,14 +29,14 @@ _HOOKS = {
 
 class Cache(NamedTuple):
     """name: of the cache; effect: what it does to edited attention, "" for nothing; cure: what
-    switches it off; rows: whether it keeps what the rows of a call gave; hopeless: whether what
+    switches it off; rows: whether it keeps what the rows of a call gave; blocks_edits: whether what
     attention is left can't be edited either."""
 
     name: str
     effect: str
     cure: str
     rows: bool = True
-    hopeless: bool = False
+    blocks_edits: bool = False
 
 
 _SKIPS = "skips it in some steps"
@@ -50,7 +50,7 @@ _SPLIT = Cache(
     "FreeNoise's split inference",
     "shows it parts of a batch, whose rows can't be told",
     "load the pipeline anew and leave out enable_free_noise_split_inference()",
-    hopeless=True,
+    blocks_edits=True,
 )
 _BY_CLASS = {"ToMeBlock": _MERGED, "SplitInferenceModule": _SPLIT}
 

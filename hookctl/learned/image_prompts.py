@@ -149,7 +149,7 @@ class Part:
 
 
 def parts_of(prompts: Sequence[tuple[str, ImagePrompt]]) -> Iterator[Part]:
-    """Images without a region, together where they have one scale; the others alone."""
+    """Images without a region, in one part for each scale; the others alone."""
     shared: dict[float, list[tuple[str, ImagePrompt]]] = {}
     for name, prompt in prompts:
         if prompt.region is None:
@@ -157,8 +157,8 @@ def parts_of(prompts: Sequence[tuple[str, ImagePrompt]]) -> Iterator[Part]:
         else:
             place = Place(prompt.region, f"{name}.region")
             yield Part(((name, prompt),), place, float(prompt.scale))
-    for scale, together in shared.items():
-        yield Part(tuple(together), None, scale)
+    for scale, images in shared.items():
+        yield Part(tuple(images), None, scale)
 
 
 # -- one by one ------------------------------------------------------------------------------------

@@ -20,9 +20,9 @@ class Missed:
         if not call.by_site:
             return
         cache = cache_at(model, call.state.clock.step)
-        if cache is None or not cache.effect or not (cache.hopeless or is_strict(call)):
+        if cache is None or not cache.effect or not (cache.blocks_edits or is_strict(call)):
             return
-        rest = "" if cache.hopeless else ", or pass strict=False to do without the edits there"
+        rest = "" if cache.blocks_edits else ", or pass strict=False to do without the edits there"
         raise HoleError(
             f"edited attention: {cache.name} is on in {type(model).__name__} and {cache.effect} "
             f"({len(call.by_site)} sites); {cache.cure}{rest}"
